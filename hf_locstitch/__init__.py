@@ -1,0 +1,46 @@
+"""Merge finetuned models by Localize-and-Stitch, streamed from the Hugging Face Hub and back to it.
+
+Source of the method: He et al., "Localize-and-Stitch: Efficient Model Merging via Sparse Task Arithmetic",
+TMLR 2025, https://arxiv.org/abs/2408.13656.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_locstitch._version import __version__
+
+if TYPE_CHECKING:
+    from hf_locstitch.api import MergeResult, merge_from_hub
+    from hf_locstitch.errors import LocstitchError, RequestError, WorkError
+    from hf_locstitch.localize.magnitude import Magnitude
+    from hf_locstitch.masks import load_mask
+
+__all__ = [
+    "LocstitchError",
+    "Magnitude",
+    "MergeResult",
+    "RequestError",
+    "WorkError",
+    "__version__",
+    "load_mask",
+    "merge_from_hub",
+]
+
+_HOME = {
+    "LocstitchError": "errors",
+    "Magnitude": "localize.magnitude",
+    "MergeResult": "api",
+    "RequestError": "errors",
+    "WorkError": "errors",
+    "load_mask": "masks",
+    "merge_from_hub": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `hf-locstitch --help` does not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

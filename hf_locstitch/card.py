@@ -1,0 +1,80 @@
+"""The model card: metadata that the Hub understands, and a page that a person does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.manifest import Manifest
+from hf_locstitch.plan import MergePlan
+
+TEMPLATE = Path(__file__).parent / "templates" / "card.md"
+
+
+def card_data(plan: MergePlan) -> ModelCardData:
+    """Metadata. Local folders are no repos: they are left out of `base_model`."""
+    repos = [c.source.repo for c in plan.inputs.values() if c.source.repo is not None]
+    optional: dict[str, Any] = {"license": licence(plan), "pipeline_tag": pipeline_tag(plan.files)}
+    if repos:
+        optional |= {"base_model": list(dict.fromkeys(repos)), "base_model_relation": "merge"}
+    return ModelCardData(
+        library_name="transformers",
+        tags=["merge", "hf-locstitch", "localize-and-stitch"],
+        **{key: value for key, value in optional.items() if value is not None},
+    )
+
+
+def licence(plan: MergePlan) -> str | None:
+    """The parents' common licence; "other" where they differ, none where none is named."""
+    licences = {str(checkpoint.card.get("license")) for checkpoint in plan.inputs.values()} - {"None"}
+    return licences.pop() if len(licences) == 1 else "other" if licences else None
+
+
+def pipeline_tag(checkpoint: Checkpoint) -> str | None:
+    if tag := checkpoint.card.get("pipeline_tag"):
+        return str(tag)
+    architectures = checkpoint.config.get("architectures") or [""]
+    return "text-generation" if str(architectures[0]).endswith("ForCausalLM") else None
+
+
+def auto_class(checkpoint: Checkpoint) -> str:
+    """The transformers class that loads the model, as far as its config tells."""
+    architecture = str((checkpoint.config.get("architectures") or [""])[0])
+    heads = {
+        "ForCausalLM": "AutoModelForCausalLM",
+        "ForMaskedLM": "AutoModelForMaskedLM",
+        "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+        "ForSequenceClassification": "AutoModelForSequenceClassification",
+        "ForImageClassification": "AutoModelForImageClassification",
+    }
+    return next((auto for ending, auto in heads.items() if architecture.endswith(ending)), "AutoModel")
+
+
+def write_card(plan: MergePlan, record: Manifest, path: Path) -> None:
+    """README.md of a merge."""
+    title = " + ".join(plan.finetuned)
+    card = ModelCard.from_template(
+        card_data(plan),
+        template_path=str(TEMPLATE),
+        title=title,
+        repo=plan.recipe.push_to or "DIR",
+        auto_class=auto_class(plan.files),
+        plan=plan,
+        record=record,
+        links={name: _link(checkpoint) for name, checkpoint in plan.inputs.items()},
+        licences={name: checkpoint.card.get("license", "not named") for name, checkpoint in plan.inputs.items()},
+        first=next(iter(plan.finetuned)),
+    )
+    card.save(path)
+
+
+def _link(checkpoint: Checkpoint) -> str:
+    source = checkpoint.source
+    if source.repo is None:
+        return f"local folder `{source.pinned}`"
+    return (
+        f"[{source.repo}](https://huggingface.co/{source.repo}/tree/{source.commit}) at `{(source.commit or '')[:7]}`"
+    )

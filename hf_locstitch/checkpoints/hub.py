@@ -1,0 +1,244 @@
+"""A checkpoint in a Hub repo, pinned to one commit, kept in the user's Hub cache.
+
+Downloads resume where they broke off, in this process or a later one, and each file is checked against the
+hash that the Hub states; `hf_hub_download` does neither. Layout of the cache:
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+from hf_locstitch.checkpoints.folder import CachedRepoSource
+from hf_locstitch.checkpoints.hub_client import (
+    ATTEMPTS,
+    is_passing,
+    raise_clearly,
+    retrying,
+    wait_before,
+)
+from hf_locstitch.checkpoints.source import Advance, FileInfo, Source, file_sha256
+from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+
+def open_repo(repo: str, revision: str | None) -> Source:
+    """The repo at the commit that `revision` names now. Without network, at the newest commit in the cache."""
+    if constants.is_offline_mode():
+        try:
+            return CachedRepoSource(Path(snapshot_download(repo, revision=revision, local_files_only=True)), repo)
+        except LocalEntryNotFoundError as error:
+            at = f"{repo}@{revision}" if revision else repo
+            raise CheckpointError(
+                f"{at} is not in the cache and HF_HUB_OFFLINE is set. Unset it, or fetch the repo first."
+            ) from error
+    return HubSource(repo, revision)
+
+
+class HubSource:
+    def __init__(self, repo: str, revision: str | None) -> None:
+        self._endpoint = constants.ENDPOINT
+        try:
+            info = retrying(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
+        except Exception as error:
+            raise_clearly(error, repo, revision, self._endpoint)
+        if info.sha is None:
+            raise CheckpointError(f"{self._endpoint} gave no commit for {repo}. Name one: {repo}@<commit>.")
+        self.repo: str | None = repo
+        self.commit: str | None = info.sha
+        self._repo, self._commit = repo, info.sha
+        self._files = {
+            s.rfilename: FileInfo(s.size or 0, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
+            for s in info.siblings or []
+        }
+        self._sha256: dict[str, str] = {}
+
+    @property
+    def label(self) -> str:
+        return f"{self._repo}@{self._commit[:7]}"
+
+    @property
+    def pinned(self) -> str:
+        return f"{self._repo}@{self._commit}"
+
+    @property
+    def files(self) -> Mapping[str, FileInfo]:
+        return self._files
+
+    def cached(self, file: str) -> Path | None:
+        path = try_to_load_from_cache(self._repo, file, revision=self._commit)
+        return Path(path) if isinstance(path, str) else None
+
+    def read_start(self, file: str, length: int) -> bytes:
+        if path := self.cached(file):
+            with path.open("rb") as handle:
+                return handle.read(length)
+
+        def read() -> bytes:
+            with self._get(file, {"Range": f"bytes=0-{length - 1}"}) as response:
+                hf_raise_for_status(response)
+                got = bytearray()
+                for piece in response.iter_bytes():
+                    got += piece
+                    if len(got) >= length:
+                        break
+            if len(got) < min(length, self._files[file].size):
+                raise ConnectionError(f"{len(got)} of {length} bytes came")
+            return bytes(got[:length])
+
+        try:
+            return retrying(read)
+        except Exception as error:
+            raise_clearly(error, self._repo, self._commit, self._endpoint)
+
+    def fetch(self, file: str, advance: Advance = lambda _: None) -> Path:
+        if path := self.cached(file):
+            if self._is_as_promised(file, path):
+                advance(self._files[file].size)
+                return path
+            self._forget(file, path)  # damaged in the cache: fetch it again
+        if self._files[file].sha256 is not None:
+            self._download(file, self._files[file].sha256 or "", advance)
+        try:  # links what was downloaded into the snapshot; small files outside LFS are downloaded here
+            path = Path(retrying(lambda: hf_hub_download(self._repo, file, revision=self._commit)))
+        except Exception as error:
+            raise_clearly(error, self._repo, self._commit, self._endpoint)
+        if self._files[file].sha256 is None:
+            advance(self._files[file].size)
+        if not self._is_as_promised(file, path):
+            self._forget(file, path)
+            raise IntegrityError(self._not_as_promised(file, "another content"))
+        return path
+
+    def sha256(self, file: str) -> str:
+        if file not in self._sha256:
+            self._sha256[file] = file_sha256(self.fetch(file))
+        return self._sha256[file]
+
+    def _is_as_promised(self, file: str, path: Path) -> bool:
+        info = self._files[file]
+        if info.sha256 is not None:
+            return self._sha256.setdefault(file, self._sha256.get(file) or file_sha256(path)) == info.sha256
+        return info.git_oid is None or git_blob_oid(path) == info.git_oid
+
+    def _forget(self, file: str, path: Path) -> None:
+        self._sha256.pop(file, None)
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+
+    def _not_as_promised(self, file: str, what: str) -> str:
+        return (
+            f"{file} of {self.label} arrived with {what}, not with sha256 {self._files[file].sha256}: the connection "
+            "or the server damages it. Give the same command again; nothing of it was kept."
+        )
+
+    def _get(self, file: str, headers: Mapping[str, str]) -> AbstractContextManager[Any]:
+        """A streamed answer, not retried here: a retry must know how many bytes have come."""
+        url = hf_hub_url(self._repo, file, revision=self._commit, endpoint=self._endpoint)
+        return http_stream_backoff(
+            "GET",
+            url,
+            headers={**build_hf_headers(), "Accept-Encoding": "identity", **headers},
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            max_retries=0,
+            retry_on_exceptions=(),
+            retry_on_status_codes=(),
+        )
+
+    def _download(self, file: str, sha256: str, advance: Advance) -> None:
+        """Fetch an LFS file into the cache's blobs, whole and checked, or raise."""
+        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self._repo, repo_type="model")
+        blob = folder / "blobs" / sha256
+        partial = blob.with_name(f"{sha256}.locstitch-incomplete")
+        lock = Path(constants.HF_HUB_CACHE) / ".locks" / folder.name / f"{sha256}.lock"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            if blob.exists():
+                return
+            for last in (False, True):  # a second time from scratch if the first came out damaged
+                got = self._download_resuming(file, partial, advance)
+                if got == sha256:
+                    self._sha256[file] = got
+                    os.replace(partial, blob)
+                    return
+                partial.unlink()
+                advance(-self._files[file].size)
+                if last:
+                    raise IntegrityError(self._not_as_promised(file, f"sha256 {got}"))
+
+    def _download_resuming(self, file: str, partial: Path, advance: Advance) -> str:
+        """Append to `partial` until it has the file's size, through as many connections as it takes; its sha256."""
+        size = self._files[file].size
+        failures = 0
+        with partial.open("a+b") as out:
+            digest = hash_of_open(out)
+            advance(out.tell())
+            while out.tell() < size:
+                before = out.tell()
+                try:
+                    digest = self._append(file, out, digest, advance)
+                    if out.tell() < size:
+                        raise ConnectionError(f"the connection ended at byte {out.tell()} of {size}")
+                except Exception as error:
+                    failures = 0 if out.tell() > before else failures + 1
+                    if isinstance(error, OSError) and error.errno is not None and not is_passing(error):
+                        raise DownloadError(
+                            f"cannot write {partial}: {error.strerror}. Free space and try again."
+                        ) from error
+                    if not is_passing(error) or failures >= ATTEMPTS:
+                        out.flush()
+                        raise_clearly(error, self._repo, self._commit, self._endpoint)
+                    time.sleep(wait_before(failures, error))
+        return digest.hexdigest()
+
+    def _append(self, file: str, out: BinaryIO, digest: _Hash, advance: Advance) -> _Hash:
+        """Add what one connection yields. A server that ignores Range is heard from the start again."""
+        at = out.tell()
+        with self._get(file, {"Range": f"bytes={at}-"} if at else {}) as response:
+            hf_raise_for_status(response)
+            if at and response.status_code != 206:
+                advance(-at)
+                out.seek(0)
+                out.truncate()
+                digest = hashlib.sha256()
+            for piece in response.iter_bytes(chunk_size=1 << 20):
+                out.write(piece)
+                digest.update(piece)
+                advance(len(piece))
+        return digest
+
+
+def hash_of_open(file: BinaryIO) -> _Hash:
+    """SHA-256 state of what a file holds already; leaves the position at its end."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while piece := file.read(1 << 20):
+        digest.update(piece)
+    return digest
+
+
+def git_blob_oid(path: Path) -> str:
+    """The id that git gives to a file's content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

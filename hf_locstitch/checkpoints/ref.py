@@ -1,0 +1,42 @@
+"""What a person names: a folder, `org/name`, or `org/name@revision`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_locstitch.errors import RecipeError
+
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w.-]*")
+FOLDER_PREFIXES = ("/", "./", "../", "~")
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Exactly one of folder and repo is set. revision: a branch, tag or commit of the repo, None for its head."""
+
+    folder: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part, which names the finetune unless the user does."""
+        return self.folder.resolve().name if self.folder is not None else str(self.repo).rpartition("/")[2]
+
+
+def parse_ref(text: str) -> Ref:
+    """A folder that exists (or is written as a path) wins over a repo of that name, as in transformers.
+
+    Raises RecipeError if the text is neither.
+    """
+    if text.startswith(FOLDER_PREFIXES) or Path(text).is_dir():
+        return Ref(folder=Path(text).expanduser())
+    repo, at, revision = text.partition("@")
+    if not REPO_ID.fullmatch(repo) or (at and not revision):
+        raise RecipeError(
+            f"{text!r} is neither an existing folder nor a repo: write a path such as ./model, "
+            "or org/name, or org/name@revision."
+        )
+    return Ref(repo=repo, revision=revision or None)

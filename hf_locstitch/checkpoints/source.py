@@ -1,0 +1,78 @@
+"""Where a checkpoint's files lie: the one interface that a folder and a Hub repo share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+Advance = Callable[[int], object]  # told how many more bytes have been handled
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """size: bytes. sha256: of the content, where the source promises one. git_oid: its git blob id, likewise."""
+
+    size: int
+    sha256: str | None = None
+    git_oid: str | None = None
+
+
+class Source(Protocol):
+    """A set of files at one moment: a folder, or a repo at a commit."""
+
+    @property
+    def label(self) -> str:
+        """For people: the folder, or org/name@short-commit."""
+        ...
+
+    @property
+    def pinned(self) -> str:
+        """For a recipe: what names exactly these files, without the path of a local folder."""
+        ...
+
+    @property
+    def repo(self) -> str | None:
+        """org/name; None for a folder."""
+        ...
+
+    @property
+    def commit(self) -> str | None:
+        """Of the repo, 40 hex digits; None for a folder."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, FileInfo]: ...
+
+    def read_start(self, file: str, length: int) -> bytes:
+        """The first `length` bytes of a file (fewer if it is shorter)."""
+        ...
+
+    def cached(self, file: str) -> Path | None:
+        """The file on this machine, if it is there already."""
+        ...
+
+    def fetch(self, file: str, advance: Advance = lambda _: None) -> Path:
+        """The file on this machine, fetched if need be and checked against what the source promises.
+
+        `advance` hears of the bytes as they come. Raises DownloadError or IntegrityError.
+        """
+        ...
+
+    def sha256(self, file: str) -> str:
+        """SHA-256 of the fetched file's content, hex; computed once."""
+        ...
+
+
+def file_sha256(path: Path, advance: Advance = lambda _: None) -> str:
+    """SHA-256 of a file's content, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(1 << 20)
+        view = memoryview(buffer)
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+            advance(count)
+    return digest.hexdigest()

@@ -1,0 +1,162 @@
+"""The command line: one sub-command, one function. Heavy imports wait until a sub-command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_locstitch._version import __version__
+from hf_locstitch.errors import LocstitchError, RecipeError
+
+REF = "REF"  # a folder, org/name or org/name@revision
+# Flags whose destination is a recipe's field of the same name.
+FIELDS = ("method", "scale", "include", "exclude", "rest_from", "files_from", "dtype", "shard_size",
+          "allow_non_finite", "out", "push_to", "private")  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0 done, 2 the request is wrong, 1 the work failed."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left half done.", 130)
+    except LocstitchError as error:
+        if args.debug:
+            traceback.print_exc()
+        return _fail(str(error), error.exit_status)
+    except Exception as error:
+        if args.debug:
+            raise
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        return _fail(f"{type(error).__name__}: {error}{where}. --debug shows where it comes from.", 1)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"hf-locstitch: error: {message}", file=sys.stderr)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-locstitch", description="Merge finetuned models by Localize-and-Stitch.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"hf-locstitch {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_merge(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_merge(commands: Any) -> None:
+    parser = commands.add_parser(
+        "merge",
+        help="merge finetuned models into their base",
+        description=f"Merge finetuned models into their base. {REF}: a folder, org/name or org/name@revision.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=merge)
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="a recipe; flags override it")
+    parser.add_argument("--base", metavar=REF, help="the pretrained model")
+    parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call them (default: last part of REF)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the merged model here")
+    parser.add_argument("--push-to", metavar="ORG/NAME", help="push it to this repo, in one commit")
+    parser.add_argument("--private", action="store_true", default=None, help="make the repo private if it is new")
+
+    how = parser.add_argument_group("how to merge")
+    how.add_argument("--method", choices=["locstitch"], help="default: locstitch")
+    how.add_argument("--localizer", choices=["magnitude"], help="how masks are found (default: magnitude)")
+    how.add_argument("--density", type=float, metavar="F", help="share of weights each mask keeps (default: 0.1)")
+    how.add_argument("--scope", choices=["model", "tensor"], help="top k over the model (default) or in each tensor")
+    how.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
+    how.add_argument("--include", nargs="+", metavar="GLOB", help="localize these tensors (default: those of blocks)")
+    how.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these tensors out")
+    how.add_argument("--rest-from", metavar="NAME", help="finetune that gives the other tensors (default: the base)")
+    how.add_argument("--files-from", metavar="NAME", help="finetune that gives tokenizer and config")
+    how.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the base's")
+    output.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB (default: the base's division)")
+    output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    output.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
+    _add_debug(parser)
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="the whole job on tiny models and a Hub of its own, in a few minutes",
+        description="Train a tiny base and three finetunes, push them to a Hub on this machine, merge, and compare.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=demo)
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep everything here (default: a temporary folder)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    _add_debug(parser)
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def merge(args: argparse.Namespace) -> int:
+    """hf-locstitch merge"""
+    from hf_locstitch.api import merge as carry_out
+    from hf_locstitch.api import plan_merge
+    from hf_locstitch.plan import format_plan, plan_json
+    from hf_locstitch.progress import Progress
+    from hf_locstitch.recipe import make_recipe
+
+    recipe = make_recipe(_fields(args), where=str(args.recipe or "the command"))
+    if not args.dry_run and recipe.out is None and recipe.push_to is None:
+        raise RecipeError("nothing says where the merge goes: give --out DIR, --push-to ORG/NAME, or both.")
+    plan = plan_merge(recipe)
+    if args.dry_run:
+        print(json.dumps(plan_json(plan), indent=2) if args.json else format_plan(plan))
+        return 0
+    if not args.quiet:
+        print(format_plan(plan), file=sys.stderr)
+    result = carry_out(recipe, plan, Progress(False if args.quiet else None))
+    if args.json:
+        print(json.dumps(result.as_json(), indent=2))
+    else:
+        print(result.describe(), file=sys.stderr)
+    return 0
+
+
+def _fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's fields, overridden by the flags that were given."""
+    from hf_locstitch.recipe import load_recipe
+
+    fields = load_recipe(args.recipe) if args.recipe is not None else {}
+    if args.base is not None:
+        fields["base"] = args.base
+    if args.ft is not None:
+        fields["finetuned"] = [{"ref": ref} for ref in args.ft]
+    if args.names is not None:
+        entries = fields.get("finetuned") or []
+        if len(args.names) != len(entries):
+            raise RecipeError(f"--names gives {len(args.names)} names for {len(entries)} finetunes. Give one each.")
+        entries = [{"ref": entry} if isinstance(entry, str) else entry for entry in entries]
+        fields["finetuned"] = [{**entry, "name": name} for entry, name in zip(entries, args.names, strict=True)]
+    localizer = {"method": args.localizer, "density": args.density, "scope": args.scope}
+    given = {key: value for key, value in localizer.items() if value is not None}
+    if given:
+        fields["localizer"] = {**(fields.get("localizer") or {}), **given}
+    return {**fields, **{field: getattr(args, field) for field in FIELDS if getattr(args, field) is not None}}
+
+
+def demo(args: argparse.Namespace) -> int:
+    """hf-locstitch demo"""
+    from hf_locstitch.demo.main import run_demo
+
+    run_demo(args.work, seed=args.seed)
+    return 0

@@ -1,0 +1,100 @@
+"""Faults that the loopback Hub lets happen on demand, and the log of what it was asked."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+FaultKind = Literal["status", "reset", "cut", "stall", "flip", "ignore_range", "lost_answer"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A failure for the requests that match.
+
+    kind:
+    - "status": answers `status` (with Retry-After if `retry_after` is set); nothing is carried out.
+    - "reset": TCP RST. Without `after_bytes` before anything is done or answered; else after that many bytes
+      of the answer's body, or (PUT, POST) of the request's body, which is then not carried out.
+    - "cut": the answer promises its whole length and ends (FIN) after `after_bytes` of its body.
+    - "stall": `after_bytes` of the body, then silence for `seconds`, then the rest.
+    - "flip": all bits of the byte at `offset` of the answer's body are inverted.
+    - "ignore_range": 200 with the whole file for a request with Range.
+    - "lost_answer": the request is carried out, then the connection is reset without an answer.
+
+    method: any if None. path: regular expression searched in the request target, with its query, as sent.
+    skip: matches that pass unharmed first. times: uses before the fault is spent.
+    Faults wait in order, and a request meets at most one before, one after and one while it is answered.
+    A request that the fault cannot harm (HEAD or a body too short for "cut", no Range for "ignore_range")
+    is no match.
+    """
+
+    kind: FaultKind
+    path: str = ""
+    method: str | None = None
+    skip: int = 0
+    times: int = 1
+    status: int = 503
+    retry_after: int | None = None
+    after_bytes: int | None = None
+    seconds: float = 30.0
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(FaultKind):
+            raise ValueError(f"unknown kind of fault {self.kind!r}, known: {', '.join(get_args(FaultKind))}")
+        if self.times < 1 or min(self.skip, self.offset, self.after_bytes or 0, self.seconds) < 0:
+            raise ValueError(f"a count of this fault is out of range: {self}")
+        re.compile(self.path)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the log keeps of a request. status: 0 if the connection ended before a status was sent."""
+
+    method: str
+    path: str
+    user: str | None
+    authorization: bool
+    range: str | None
+    status: int
+    sent: int
+    received: int
+    fault: FaultKind | None = None
+
+
+class Faults:
+    """Faults that wait for their requests."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[list] = []
+
+    def add(self, fault: Fault) -> None:
+        """Let a fault wait for its requests."""
+        with self._lock:
+            self._waiting.append([fault, fault.skip, fault.times])
+
+    def pending(self) -> list[Fault]:
+        """Faults that are not spent yet."""
+        with self._lock:
+            return [fault for fault, _, _ in self._waiting]
+
+    def take(self, method: str, path: str, harms: Callable[[Fault], bool]) -> Fault | None:
+        """The first waiting fault for this request among those that `harms` it; one use is spent."""
+        with self._lock:
+            for waiting in self._waiting:
+                fault, skip, times = waiting
+                if fault.method not in (None, method) or not re.search(fault.path, path) or not harms(fault):
+                    continue
+                if skip:
+                    waiting[1] -= 1
+                    continue
+                waiting[2] -= 1
+                if times == 1:
+                    self._waiting.remove(waiting)
+                return fault
+        return None

@@ -1,0 +1,1 @@
+"""Finding the mask of each finetuned model. One file a localizer; selection.py keeps the best k exactly."""

@@ -1,0 +1,164 @@
+"""Masks as files: one safetensors file a finetune, at about the entropy of a mask.
+
+Each localized tensor is stored under its own name as uint8: the gaps between its ones in flat order (a byte each,
+255 meaning "255 zeros more"), deflated with Huffman coding alone. The metadata holds the shapes.
+Measured at density 5 %: 0.289 bits an element (entropy 0.286; packed bits take 1).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_locstitch.checkpoints.writer import SafetensorsWriter
+from hf_locstitch.chunks import Chunk, for_each
+from hf_locstitch.errors import CheckpointError, IntegrityError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hf_locstitch.checkpoints.header import TensorInfo
+    from hf_locstitch.localize.selection import Selection
+    from hf_locstitch.plan import MergePlan
+
+FORMAT = "hf-locstitch mask 1"
+ESCAPE = 255
+
+Positions = npt.NDArray[np.int64]
+
+
+def encode_positions(pieces: Iterable[Positions]) -> bytes:
+    """Pieces of ascending flat indices, as stored."""
+    deflate = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_HUFFMAN_ONLY)
+    coded, last = [], -1
+    for positions in pieces:
+        if len(positions):
+            gaps = np.diff(positions, prepend=last) - 1
+            last = int(positions[-1])
+            coded.append(deflate.compress(_gap_bytes(gaps)))
+    return b"".join(coded) + deflate.flush() if coded else b""
+
+
+def _gap_bytes(gaps: Positions) -> bytes:
+    escapes = gaps // ESCAPE
+    if not escapes.any():
+        return gaps.astype(np.uint8).tobytes()
+    ends = np.cumsum(escapes + 1) - 1
+    content = np.full(int(ends[-1]) + 1, ESCAPE, dtype=np.uint8)
+    content[ends] = gaps % ESCAPE
+    return content.tobytes()
+
+
+def decode_positions(coded: bytes) -> Positions:
+    """Ascending flat indices. Returns int64 [ones]."""
+    content = np.frombuffer(zlib.decompress(coded) if coded else b"", dtype=np.uint8)
+    ends = np.flatnonzero(content != ESCAPE)
+    return np.cumsum(content, dtype=np.int64)[ends] + np.arange(len(ends))
+
+
+def mask_metadata(plan: MergePlan, name: str) -> dict[str, str]:
+    """What a mask file says about itself; safetensors metadata are texts."""
+    return {
+        "format": FORMAT,
+        "name": name,
+        "base": plan.base.source.pinned,
+        "finetuned": plan.finetuned[name].source.pinned,
+        "localizer": json.dumps(plan.recipe.localizer.model_dump(mode="json")),
+        "N": str(plan.n),
+        "ones": str(plan.k),
+        "shapes": json.dumps({info.name: info.shape for info in plan.localized}, separators=(",", ":")),
+    }
+
+
+def write_mask(
+    path: Path,
+    tensors: Sequence[TensorInfo],
+    selection: Selection,
+    metadata: Mapping[str, str],
+    spill: Path,
+    workers: int,
+) -> None:
+    """Encode tensor by tensor into `spill` (sizes are known only then), then lay the file out in order."""
+    chunks: list[list[Chunk]] = [[] for _ in tensors]
+    for chunk in selection.chunks:
+        chunks[chunk.tensor].append(chunk)
+    places: dict[int, tuple[int, int]] = {}
+    lock = threading.Lock()
+    with spill.open("w+b") as parts:
+
+        def encode(tensor: int) -> None:
+            coded = encode_positions(selection.kept(c).all_positions() + c.first for c in chunks[tensor])
+            with lock:
+                places[tensor] = parts.tell(), len(coded)
+                parts.write(coded)
+
+        for_each(encode, range(len(tensors)), workers)
+        entries = [(info.name, "U8", (places[i][1],), places[i][1]) for i, info in enumerate(tensors)]
+        with SafetensorsWriter(path, entries, metadata) as writer:
+            for i, info in enumerate(tensors):
+                parts.seek(places[i][0])
+                writer.write(info.name, parts.read(places[i][1]))
+    spill.unlink()
+
+
+def load_mask(ref: str | Path, name: str | None = None) -> dict[str, torch.Tensor]:
+    """The mask of one finetune: tensor name on disk -> bool tensor of that tensor's shape.
+
+    ref: a mask file, or a merged model (a folder, org/name or org/name@revision) together with the finetune's name.
+    Raises CheckpointError if there is no such mask, IntegrityError if the file is damaged.
+    """
+    path = Path(ref)
+    if name is not None or not path.is_file():
+        path = _mask_in(str(ref), name)
+    return read_mask(path)
+
+
+def _mask_in(ref: str, name: str | None) -> Path:
+    from hf_locstitch.checkpoints.checkpoint import open_source
+    from hf_locstitch.checkpoints.ref import parse_ref
+
+    source = open_source(parse_ref(ref))
+    names = sorted(Path(file).stem for file in source.files if file.startswith("masks/"))
+    if name not in names:
+        raise CheckpointError(
+            f"{source.label} has no mask {name!r}: "
+            + (f"it has {', '.join(names)}. Name one of them." if names else "it was not made by hf-locstitch.")
+        )
+    return source.fetch(f"masks/{name}.safetensors")
+
+
+def read_mask(path: Path) -> dict[str, torch.Tensor]:
+    """As load_mask, from a file."""
+    import torch
+
+    masks = {}
+    for tensor, (shape, positions) in read_positions(path).items():
+        mask = torch.zeros(math.prod(shape), dtype=torch.bool)
+        mask[torch.from_numpy(positions)] = True
+        masks[tensor] = mask.reshape(shape)
+    return masks
+
+
+def read_positions(path: Path) -> Mapping[str, tuple[tuple[int, ...], Positions]]:
+    """Shape and flat indices of the ones, for each tensor of a mask file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(
+                    f"{path} is no mask of hf-locstitch (format {metadata.get('format')!r}, due {FORMAT!r})."
+                )
+            shapes = json.loads(metadata["shapes"])
+            return {t: (tuple(shape), decode_positions(file.get_tensor(t).tobytes())) for t, shape in shapes.items()}
+    except (SafetensorError, zlib.error, KeyError, ValueError) as error:
+        raise IntegrityError(f"the mask {path} is damaged ({error}). Fetch it again.") from error

@@ -1,0 +1,353 @@
+"""The plan of a merge: pure data from a recipe and headers. Nothing here reads a weight or writes a byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
+from hf_locstitch.checkpoints.header import FLOATING, ITEM_BYTES, TensorInfo
+from hf_locstitch.chunks import CHUNK
+from hf_locstitch.errors import MismatchError, RecipeError
+from hf_locstitch.recipe import Recipe
+from hf_locstitch.select import localizable, unknown_globs
+
+DTYPE_ON_DISK = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+IMPORTS_BYTES = 330_000_000  # resident after importing torch and the Hub's client; measured
+CHUNK_BYTES_PER_ELEMENT = 40  # one worker's buffers, measured with a margin
+SPILL_BYTES = 8  # position and |task vector| of one candidate; its value comes on top
+SPILL_MARGIN = 1.25  # candidates kept per coordinate chosen; the bound is set from a sample
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output. dtype: on disk, of the output. localized: whether masks range over it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    localized: bool
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """All in bytes. download: what is not in the cache yet. disk: output and temporary files, at their most."""
+
+    read: int
+    download: int
+    write: int
+    disk: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """n: elements of the localized tensors of one model (N). k: coordinates that each mask keeps.
+
+    rest: the checkpoint of the tensors that are not localized. files: that of config, tokenizer and the like.
+    """
+
+    recipe: Recipe
+    base: Checkpoint
+    finetuned: Mapping[str, Checkpoint]
+    rest: Checkpoint
+    files: Checkpoint
+    shards: tuple[OutputShard, ...]
+    n: int
+    k: int
+    cost: Cost
+    warnings: tuple[str, ...]
+
+    @property
+    def localized(self) -> list[TensorInfo]:
+        """The localized tensors as the base holds them, in the base's order."""
+        chosen = {tensor.name for shard in self.shards for tensor in shard.tensors if tensor.localized}
+        return [info for name, (_, info) in self.base.tensors.items() if name in chosen]
+
+    @property
+    def inputs(self) -> dict[str, Checkpoint]:
+        return {"base": self.base, **self.finetuned}
+
+
+def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
+    """The finetunes' names. Raises RecipeError if two are alike."""
+    names = [entry.name or default for entry, default in zip(recipe.finetuned, defaults, strict=True)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(
+            f"two finetunes are named {twice[0]!r} ({', '.join(names)}); each names a mask file. Set --names."
+        )
+    if "base" in names:
+        raise RecipeError("a finetune is named 'base', which is what the base is called. Set --names.")
+    return names
+
+
+def make_plan(recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint], workers: int = 2) -> MergePlan:
+    """Plan the merge. Raises MismatchError with all that the headers show to be wrong."""
+    problems = unknown_globs(list(base.tensors), [*recipe.include, *recipe.exclude])
+    for field in ("rest_from", "files_from"):
+        problems += _unknown_name(field, getattr(recipe, field), list(finetuned))
+    chosen = localizable((info for _, info in base.tensors.values()), recipe.include, recipe.exclude)
+    if not chosen:
+        problems.append(
+            f"no tensor of {base.label} is localizable (names are such as {', '.join(list(base.tensors)[:3])}); "
+            "say which are with --include"
+        )
+    warnings: list[str] = []
+    for name, checkpoint in finetuned.items():
+        problems += _mismatches(recipe, base, checkpoint, chosen)
+        warnings += _differences(base, name, checkpoint, chosen)
+    if problems:
+        raise MismatchError(problems)
+
+    warnings += _licence_warning({"the base": base, **finetuned})
+    rest = finetuned[recipe.rest_from] if recipe.rest_from else base
+    files = finetuned[recipe.files_from] if recipe.files_from else rest
+    shards = _output_shards(recipe, base, rest, frozenset(chosen))
+    n = sum(base.info(name).numel for name in chosen)
+    k = recipe.localizer.kept([base.info(name).numel for name in chosen])
+    cost = _cost(recipe, base, finetuned, shards, n, k, workers)
+    return MergePlan(recipe, base, finetuned, rest, files, shards, n, k, cost, tuple(warnings))
+
+
+def _unknown_name(field: str, value: str | None, names: list[str]) -> list[str]:
+    if value is None or value in names:
+        return []
+    near = get_close_matches(value, names, n=1, cutoff=0.0)
+    return [f"{field} names {value!r}, which is none of the finetunes ({', '.join(names)}); did you mean {near[0]!r}?"]
+
+
+def _mismatches(recipe: Recipe, base: Checkpoint, other: Checkpoint, chosen: Sequence[str]) -> list[str]:
+    """What makes `other` no finetune of the base, as far as headers and configs tell."""
+    problems = []
+    types = base.config.get("model_type"), other.config.get("model_type")
+    if None not in types and types[0] != types[1]:
+        problems.append(f"{other.label} is a {types[1]} model, the base {base.label} a {types[0]} model")
+    problems += _name_mismatches(recipe, base, other, chosen)
+    shared = [name for name in chosen if name in other.tensors]
+    shapes = [(name, other.info(name).shape, base.info(name).shape) for name in shared]
+    if wrong := [(name, got, due) for name, got, due in shapes if got != due]:
+        name, got, due = wrong[0]
+        problems.append(
+            f"{name} is {list(got)} in {other.label} but {list(due)} in the base {base.label}{_more(len(wrong))}; "
+            "a finetune must share the base's shapes; leave tensors out with --exclude"
+        )
+    if packed := [name for name in shared if not other.info(name).floating]:
+        problems.append(
+            f"{packed[0]} is {other.info(packed[0]).dtype} in {other.label} but {base.info(packed[0]).dtype} in the base"
+            f"{_more(len(packed))}: quantized or packed weights cannot be compared; name the full checkpoint"
+        )
+    return problems
+
+
+def _name_mismatches(recipe: Recipe, base: Checkpoint, other: Checkpoint, chosen: Sequence[str]) -> list[str]:
+    theirs = localizable((info for _, info in other.tensors.values()), recipe.include, recipe.exclude)
+    missing = [name for name in chosen if name not in other.tensors]
+    extra = [name for name in theirs if name not in base.tensors]
+    problems = []
+    if missing:
+        problems.append(f"{other.label} lacks {missing[0]}, which the base {base.label} has{_more(len(missing))}")
+    if extra:
+        problems.append(f"{other.label} has {extra[0]}, which the base {base.label} lacks{_more(len(extra))}")
+    if missing and extra and (prefix := _common_prefix(missing, extra)):
+        problems[-1] += f" (one side's names begin with {prefix!r}: save both models with the same class)"
+    return problems
+
+
+def _common_prefix(missing: Sequence[str], extra: Sequence[str]) -> str | None:
+    """The prefix that alone tells the two sets of names apart, if there is one."""
+    for longer, shorter in ((missing, extra), (extra, missing)):
+        for name in shorter:
+            match = next((other for other in longer if other.endswith("." + name)), None)
+            if match is not None:
+                return match.removesuffix(name)
+    return None
+
+
+def _differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence[str]) -> list[str]:
+    """What differs without hindering the merge: said, so that nobody wonders afterwards."""
+    localized = set(chosen)
+    unlike = [
+        f"{tensor} {list(other.info(tensor).shape)} (base {list(base.info(tensor).shape)})"
+        for tensor in base.tensors
+        if tensor not in localized and tensor in other.tensors and other.info(tensor).shape != base.info(tensor).shape
+    ]
+    unlike += [f"{tensor} (not in the base)" for tensor in other.tensors if tensor not in base.tensors]
+    unlike += [f"{t} (only in the base)" for t in base.tensors if t not in other.tensors and t not in localized]
+    warnings = []
+    if unlike:
+        shown = ", ".join(unlike[:3]) + _more(min(len(unlike), len(unlike) - 2))
+        warnings.append(f"{name} differs outside the localized tensors: {shown}. The base's are kept.")
+    dtypes = sorted(
+        {(other.info(t).dtype, base.info(t).dtype) for t in chosen if other.info(t).dtype != base.info(t).dtype}
+        if all(t in other.tensors for t in chosen)
+        else ()
+    )
+    for theirs, ours in dtypes:
+        warnings.append(f"{name} is {theirs} where the base is {ours}: compared in float32, cast to {ours}.")
+    return warnings
+
+
+def _licence_warning(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    licences = {name: str(checkpoint.card.get("license", "none named")) for name, checkpoint in checkpoints.items()}
+    if len(set(licences.values())) == 1:
+        return []
+    said = ", ".join(f"{name}: {licence}" for name, licence in licences.items())
+    return [f"the licences differ ({said}): a merge is bound by all of them."]
+
+
+def _more(count: int) -> str:
+    """' (and 2 more)' for three in all."""
+    return f" (and {count - 1} more)" if count > 1 else ""
+
+
+def _output_shards(
+    recipe: Recipe, base: Checkpoint, rest: Checkpoint, chosen: frozenset[str]
+) -> tuple[OutputShard, ...]:
+    """Names and order as in the checkpoint that gives the rest, unless a shard size is asked for."""
+    planned = [
+        [_planned(recipe, base, info, info.name in chosen) for info in shard.header.tensors] for shard in rest.shards
+    ]
+    metadata = dict(rest.shards[0].header.metadata) or {"format": "pt"}
+    if recipe.shard_size is None:
+        files = _standard_files(rest, len(planned))
+        return tuple(OutputShard(f, tuple(ts), metadata) for f, ts in zip(files, planned, strict=True))
+    groups = _pack([tensor for tensors in planned for tensor in tensors], int(recipe.shard_size))
+    return tuple(OutputShard(shard_name(i, len(groups)), tuple(group), metadata) for i, group in enumerate(groups))
+
+
+def _standard_files(rest: Checkpoint, count: int) -> list[str]:
+    """The shards' own names where transformers will find them, else standard ones."""
+    files = [shard.file for shard in rest.shards]
+    found = files == [SINGLE] or (INDEX in rest.source.files and SINGLE not in files)
+    return files if found else [shard_name(i, count) for i in range(count)]
+
+
+def shard_name(i: int, count: int) -> str:
+    """File name of shard i (from 0) of count."""
+    return SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _pack(tensors: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:
+    """Cut the sequence wherever the next tensor would pass `limit` bytes; a larger tensor stands alone."""
+    groups: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    return groups
+
+
+def _planned(recipe: Recipe, base: Checkpoint, info: TensorInfo, localized: bool) -> PlannedTensor:
+    source = base.info(info.name) if localized else info
+    dtype, nbytes = source.dtype, source.nbytes
+    if recipe.dtype != "auto" and dtype in FLOATING:
+        dtype = DTYPE_ON_DISK[recipe.dtype]
+        nbytes = source.numel * ITEM_BYTES[dtype]
+    return PlannedTensor(info.name, dtype, source.shape, nbytes, localized)
+
+
+def _cost(
+    recipe: Recipe,
+    base: Checkpoint,
+    finetuned: Mapping[str, Checkpoint],
+    shards: Sequence[OutputShard],
+    n: int,
+    k: int,
+    workers: int,
+) -> Cost:
+    write = sum(shard.nbytes for shard in shards)
+    download = sum(
+        shard.size
+        for checkpoint in (base, *finetuned.values())
+        for shard in checkpoint.shards
+        if checkpoint.source.cached(shard.file) is None
+    )
+    read = sum(shard.size for checkpoint in (base, base, *finetuned.values()) for shard in checkpoint.shards)
+    value = max(
+        (ITEM_BYTES[c.info(t).dtype] for c in finetuned.values() for t in c.tensors if c.info(t).floating),
+        default=4,
+    )
+    candidates = min(n, math.ceil(k * SPILL_MARGIN))
+    spill = len(finetuned) * candidates * (SPILL_BYTES + value)
+    masks = len(finetuned) * math.ceil(mask_bits(k / n if n else 0.0) * n / 8)
+    memory = IMPORTS_BYTES + workers * CHUNK * CHUNK_BYTES_PER_ELEMENT
+    return Cost(read, download, write, write + spill + masks, memory)
+
+
+def mask_bits(density: float) -> float:
+    """Bits per element that a stored mask takes, about: the entropy, never above 1."""
+    if density in (0.0, 1.0):
+        return 0.0 if density == 0.0 else 1.0
+    return min(1.0, -density * math.log2(density) - (1 - density) * math.log2(1 - density)) * 1.02
+
+
+def plan_json(plan: MergePlan) -> dict[str, Any]:
+    """The plan as plain JSON values, for --dry-run --json."""
+    return {
+        "base": plan.base.source.pinned,
+        "finetuned": {name: checkpoint.source.pinned for name, checkpoint in plan.finetuned.items()},
+        "method": plan.recipe.method,
+        "localizer": plan.recipe.localizer.model_dump(mode="json"),
+        "scale": plan.recipe.scale,
+        "N": plan.n,
+        "k": plan.k,
+        "localized": [tensor.name for shard in plan.shards for tensor in shard.tensors if tensor.localized],
+        "kept_from_base": [t.name for shard in plan.shards for t in shard.tensors if not t.localized],
+        "shards": {shard.file: shard.nbytes for shard in plan.shards},
+        "bytes": {
+            "read": plan.cost.read,
+            "download": plan.cost.download,
+            "write": plan.cost.write,
+            "disk": plan.cost.disk,
+            "memory": plan.cost.memory,
+        },
+        "warnings": list(plan.warnings),
+    }
+
+
+def format_plan(plan: MergePlan) -> str:
+    """The plan for a person to read."""
+    localized = sum(tensor.localized for shard in plan.shards for tensor in shard.tensors)
+    kept = sum(len(shard.tensors) for shard in plan.shards) - localized
+    share = 100 * plan.k / plan.n if plan.n else 0.0
+    wide = max(len(name) for name in plan.finetuned)
+    lines = [
+        f"base       {plan.base.label}",
+        *(f"finetuned  {name:<{wide}}  {checkpoint.label}" for name, checkpoint in plan.finetuned.items()),
+        f"localizer  {plan.recipe.localizer.describe()}",
+        f"masks      N = {plan.n:,} elements in {localized} tensors; each keeps k = {plan.k:,} ({share:.4g} %); "
+        f"{kept} tensors kept from {plan.rest.label}",
+        f"output     {len(plan.shards)} {'shard' if len(plan.shards) == 1 else 'shards'}, {human(plan.cost.write)}"
+        f" ({', '.join(sorted({t.dtype for s in plan.shards for t in s.tensors}))})",
+        f"cost       read {human(plan.cost.read)} (to download: {human(plan.cost.download)}), "
+        f"disk up to {human(plan.cost.disk)}, memory about {human(plan.cost.memory)}",
+        *(f"warning    {warning}" for warning in plan.warnings),
+    ]
+    return "\n".join(lines)
+
+
+def human(nbytes: float) -> str:
+    """1_234_567 -> '1.2 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"

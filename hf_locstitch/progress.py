@@ -1,0 +1,40 @@
+"""Progress bars on stderr: one a stage, none where nobody looks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+Advance = Callable[[int], None]
+
+
+class Progress:
+    """show: None means only on a terminal. HF_HUB_DISABLE_PROGRESS_BARS=1 hides them always."""
+
+    def __init__(self, show: bool | None = None) -> None:
+        hidden = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
+        self._show = not hidden and (sys.stderr.isatty() if show is None else show)
+
+    @contextmanager
+    def bar(self, stage: str, nbytes: int) -> Iterator[Advance]:
+        """A bar over `nbytes`; the function it yields is told of bytes handled, from any thread."""
+        lock = threading.Lock()
+        with tqdm(
+            total=nbytes,
+            desc=f"{stage:<11}",
+            unit="B",
+            unit_scale=True,
+            disable=not self._show,
+            file=sys.stderr,
+        ) as bar:
+
+            def advance(count: int) -> None:
+                with lock:
+                    bar.update(count)
+
+            yield advance

@@ -1,0 +1,125 @@
+"""What is asked for: the fields of a YAML recipe, of the command line's flags and of `merge_from_hub`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hf_locstitch.checkpoints.ref import REPO_ID
+from hf_locstitch.errors import RecipeError
+from hf_locstitch.localize.magnitude import Magnitude
+
+NAME_PATTERN = r"^[A-Za-z0-9][\w.-]*$"  # becomes a file name: masks/NAME.safetensors
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Input(Strict):
+    """A checkpoint. ref: a folder, org/name or org/name@revision. sha256: what its weights must be, if given."""
+
+    ref: str = Field(min_length=1)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"ref": value} if isinstance(value, str) else value
+
+
+class Finetuned(Input):
+    """name: what masks, tables and the card call it; the last part of ref by default."""
+
+    name: str | None = Field(default=None, pattern=NAME_PATTERN)
+
+
+class Recipe(Strict):
+    """One merge. Every field but `base` and `finetuned` has a default."""
+
+    base: Input
+    finetuned: tuple[Finetuned, ...] = Field(min_length=1, max_length=64)
+    method: Literal["locstitch"] = "locstitch"
+    localizer: Magnitude = Magnitude()
+    scale: float = Field(default=1.0, allow_inf_nan=False)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rest_from: str | None = None
+    """Name of the finetune that gives the tensors that are not localized; the base by default."""
+    files_from: str | None = None
+    """Name of the finetune that gives config, tokenizer and the like; as `rest_from` by default."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    shard_size: ByteSize | None = Field(default=None, gt=0)
+    """Largest output file in bytes ("5GB"); the base's own division by default."""
+    allow_non_finite: bool = False
+    out: Path | None = None
+    push_to: str | None = None
+    private: bool = False
+
+    @field_validator("push_to")
+    @classmethod
+    def _is_repo_id(cls, value: str | None) -> str | None:
+        if value is not None and ("/" not in value or not REPO_ID.fullmatch(value)):
+            raise ValueError("must be org/name")
+        return value
+
+    @model_validator(mode="after")
+    def _private_needs_push(self) -> Recipe:
+        if self.private and self.push_to is None:
+            raise ValueError("private says who may see the pushed repo: it needs push_to")
+        return self
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The fields of a YAML recipe, not yet validated. Raises RecipeError if it is no mapping."""
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}. Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{path} should hold fields such as `base:` and `finetuned:`, not {type(fields).__name__}.")
+    return fields
+
+
+def make_recipe(fields: Mapping[str, Any], where: str = "the request") -> Recipe:
+    """Validate. Raises RecipeError with every fault at once; an unknown key is answered with the nearest one."""
+    try:
+        return Recipe.model_validate(dict(fields))
+    except ValidationError as error:
+        faults = [_fault(fault) for fault in error.errors(include_url=False)]
+        raise RecipeError(f"{where} is wrong: " + "; ".join(faults) + ".") from error
+
+
+def _fault(fault: Any) -> str:
+    loc = [str(part) for part in fault["loc"]]
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(loc[:-1])
+        near = get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"unknown key {'.'.join(loc)!r} ({hint})"
+    if fault["type"] == "missing":
+        return f"{'.'.join(loc)!r} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(loc)}: {message}, not {fault['input']!r}" if loc else message
+
+
+def _fields_at(loc: list[str]) -> list[str]:
+    """The keys that are known where an unknown one stood."""
+    model: type[BaseModel] = {"base": Input, "finetuned": Finetuned, "localizer": Magnitude}.get(
+        loc[0] if loc else "", Recipe
+    )
+    return list(model.model_fields)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML that asks for the same merge: what differs from the defaults, and neither `out` nor `push_to`."""
+    fields = recipe.model_dump(mode="json", exclude={"out", "push_to", "private"}, exclude_defaults=True)
+    fields["localizer"] = recipe.localizer.model_dump(mode="json")
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,39 @@
+"""Fixtures of all tests. The Hub's client reads its settings when it is imported: they are set here first."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_HOME = tempfile.mkdtemp(prefix="hf-locstitch-tests-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+for _name in (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_ENDPOINT",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_CACHE",
+):
+    os.environ.pop(_name, None)
+os.environ.update(
+    HF_HOME=_HOME,
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    NO_PROXY="127.0.0.1,localhost",
+    no_proxy="127.0.0.1,localhost",
+)
+
+from hf_locstitch.demo.hub import LoopbackHub  # noqa: E402
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+    """A started, empty Hub with one user, demo, whose token is hf_loopback."""
+    with LoopbackHub(tmp_path / "hub") as started:
+        yield started
