@@ -11,14 +11,8 @@ import pytest
 
 _HOME = tempfile.mkdtemp(prefix="hf-locstitch-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
-for _name in (
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "HF_ENDPOINT",
-    "HF_HUB_CACHE",
-    "HF_HUB_OFFLINE",
-    "HF_DATASETS_CACHE",
-):
+_TAKEN = "HF_TOKEN HUGGING_FACE_HUB_TOKEN HF_ENDPOINT HF_HUB_CACHE HF_HUB_OFFLINE HF_DATASETS_CACHE"
+for _name in _TAKEN.split():
     os.environ.pop(_name, None)
 os.environ.update(
     HF_HOME=_HOME,
@@ -33,7 +27,15 @@ from hf_locstitch.demo.hub import LoopbackHub  # noqa: E402
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A download cache of this test's own: repositories of other tests have the same names."""
+    cache = tmp_path / "hub-cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return cache
+
+
+@pytest.fixture
+def hub(tmp_path: Path, hub_cache: Path) -> Iterator[LoopbackHub]:
     """A started, empty Hub with one user, demo, whose token is hf_loopback."""
     with LoopbackHub(tmp_path / "hub") as started:
         yield started

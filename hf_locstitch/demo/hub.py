@@ -68,13 +68,14 @@ class LoopbackHub:
         if self._server is None:
             self._server = Server(self._port, self._api.respond, self._rights.identify, self._faults, self._log)
             self._port = self._server.server_address[1]
-            threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+            threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def stop(self) -> None:
         """End every connection and stop listening."""
         if self._server is not None:
             self._server.close()
+            self._server.settle(1.0)
             self._server = None
 
     def __enter__(self) -> LoopbackHub:
@@ -178,7 +179,7 @@ class LoopbackHub:
 
     @property
     def faults(self) -> list[Fault]:
-        """Faults that are not used up."""
+        """What is left of the faults that are not used up."""
         return self._faults.pending()
 
     def environment(self, home: Path, token: str | None = "hf_loopback") -> dict[str, str]:

@@ -67,7 +67,7 @@ class Api:
             return fixed(call)
         if parts[0] == "_lfs":
             return self.uploads.object(call, method, parts[1:])
-        if parts[0] == "api" and len(parts) >= 4 and parts[1] in _TYPES:
+        if parts[0] == "api" and len(parts) >= 3 and parts[1] in _TYPES:
             repo = self._rights.readable(call, _TYPES[parts[1]], "/".join(parts[2:4]))
             action = self._actions.get((method, "".join(parts[4:5])))
             if action:
@@ -188,7 +188,6 @@ class Api:
         if folder and folder not in folders_of(commit.files):
             missing = f"{folder} does not exist on {rest[0]}"
             raise Refusal(404, missing, "EntryNotFound", {"X-Repo-Commit": commit.sha})
-        query = call.query
         recursive, expand = call.flag("recursive"), call.flag("expand")
         paths = [
             path
@@ -305,9 +304,10 @@ class Api:
 
     def _file_call(self, call: Call, method: str, parts: list[str]) -> Answer:
         repo_type, inner = ("dataset", parts[1:]) if parts[0] == "datasets" else ("model", parts)
-        if method == "GET" and len(inner) >= 5 and inner[2] == "resolve":
-            repo = self._rights.readable(call, repo_type, "/".join(inner[:2]))
-            return self._download(call, repo, inner[3], "/".join(inner[4:]))
+        if method == "GET" and "resolve" in inner[1:3]:
+            at = inner.index("resolve", 1)
+            repo = self._rights.readable(call, repo_type, "/".join(inner[:at]))
+            return self._download(call, repo, "".join(inner[at + 1 : at + 2]), "/".join(inner[at + 2 :]))
         if method == "POST" and len(inner) == 6 and inner[2:5] == ["info", "lfs", "objects"]:
             repo = self._rights.readable(call, repo_type, "/".join(inner[:2]).removesuffix(".git"))
             if inner[5] == "batch":

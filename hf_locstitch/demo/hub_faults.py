@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 FaultKind = Literal["status", "reset", "cut", "stall", "flip", "ignore_range", "lost_answer"]
@@ -71,30 +71,29 @@ class Faults:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: list[list] = []
+        self._waiting: list[Fault] = []
 
     def add(self, fault: Fault) -> None:
         """Let a fault wait for its requests."""
         with self._lock:
-            self._waiting.append([fault, fault.skip, fault.times])
+            self._waiting.append(fault)
 
     def pending(self) -> list[Fault]:
-        """Faults that are not spent yet."""
+        """What is left of the faults: `skip` and `times` count down."""
         with self._lock:
-            return [fault for fault, _, _ in self._waiting]
+            return list(self._waiting)
 
     def take(self, method: str, path: str, harms: Callable[[Fault], bool]) -> Fault | None:
         """The first waiting fault for this request among those that `harms` it; one use is spent."""
         with self._lock:
-            for waiting in self._waiting:
-                fault, skip, times = waiting
-                if fault.method not in (None, method) or not re.search(fault.path, path) or not harms(fault):
+            for place, fault in enumerate(self._waiting):
+                matches = fault.method in (None, method) and re.search(fault.path, path)
+                if not matches or not harms(fault):
                     continue
-                if skip:
-                    waiting[1] -= 1
+                if fault.skip:
+                    self._waiting[place] = replace(fault, skip=fault.skip - 1)
                     continue
-                waiting[2] -= 1
-                if times == 1:
-                    self._waiting.remove(waiting)
+                left = [replace(fault, times=fault.times - 1)] if fault.times > 1 else []
+                self._waiting[place : place + 1] = left
                 return fault
         return None

@@ -18,6 +18,7 @@ from hf_locstitch.errors import NonFiniteError
 from hf_locstitch.localize.selection import NON_FINITE, BoundTooHigh, Selection, Spill, sample_bound
 
 SAMPLE = 1 << 20  # elements of one model that the bound is estimated from
+SMALLEST_SAMPLE = 1 << 14  # of one group of tensors; smaller groups are kept whole
 SAMPLE_RUN = 64  # neighbours sampled together: a page of the file yields more than one element
 
 Group = tuple[Sequence[int], int]
@@ -120,7 +121,7 @@ class Scan:
 
     def _sampled_bounds(self, model: str) -> list[int]:
         """A bound for each group. It decides how much is spilled, never what is selected."""
-        budget = max(SAMPLE // max(len(self.groups), 1), 1 << 14)
+        budget = max(SAMPLE // max(len(self.groups), 1), SMALLEST_SAMPLE)
         bounds = []
         for tensors, k in self.groups:
             n = sum(self.tensors[tensor].numel for tensor in tensors)
