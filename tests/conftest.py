@@ -25,6 +25,17 @@ os.environ.update(
 
 from hf_locstitch.demo.hub import LoopbackHub  # noqa: E402
 
+_HOME_HUB = LoopbackHub(Path(_HOME) / "hub", orgs={"demo": ["lab"]}).start()
+os.environ["HF_ENDPOINT"] = _HOME_HUB.endpoint
+
+
+@pytest.fixture
+def home_hub(monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    """The Hub that HF_ENDPOINT names in this process; its user demo is logged in. Repos stay: give them new names."""
+    monkeypatch.setenv("HF_TOKEN", "hf_loopback")
+    _HOME_HUB.requests.clear()
+    return _HOME_HUB
+
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -66,7 +66,7 @@ class HubSource:
             raise CheckpointError(f"{self._endpoint} gave no commit for {repo}. Name one: {repo}@<commit>.")
         self.repo: str | None = repo
         self.commit: str | None = info.sha
-        self._repo, self._commit = repo, info.sha
+        self._repo, self._commit, self._revision = repo, info.sha, revision or constants.DEFAULT_REVISION
         self._files = {
             s.rfilename: FileInfo(s.size or 0, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
             for s in info.siblings or []
@@ -84,6 +84,11 @@ class HubSource:
     @property
     def files(self) -> Mapping[str, FileInfo]:
         return self._files
+
+    @property
+    def _folder(self) -> Path:
+        """This repo's part of the cache."""
+        return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self._repo, repo_type="model")
 
     def cached(self, file: str) -> Path | None:
         path = try_to_load_from_cache(self._repo, file, revision=self._commit)
@@ -128,6 +133,7 @@ class HubSource:
         if not self._is_as_promised(file, path):
             self._forget(file, path)
             raise IntegrityError(self._not_as_promised(file, "another content"))
+        self._remember_revision()
         return path
 
     def sha256(self, file: str) -> str:
@@ -140,6 +146,13 @@ class HubSource:
         if info.sha256 is not None:
             return self._sha256.setdefault(file, self._sha256.get(file) or file_sha256(path)) == info.sha256
         return info.git_oid is None or git_blob_oid(path) == info.git_oid
+
+    def _remember_revision(self) -> None:
+        """What the branch or tag named now, so that it names the same without network."""
+        if self._revision != self._commit:
+            ref = self._folder / "refs" / self._revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(self._commit)
 
     def _forget(self, file: str, path: Path) -> None:
         self._sha256.pop(file, None)
@@ -167,10 +180,9 @@ class HubSource:
 
     def _download(self, file: str, sha256: str, advance: Advance) -> None:
         """Fetch an LFS file into the cache's blobs, whole and checked, or raise."""
-        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self._repo, repo_type="model")
-        blob = folder / "blobs" / sha256
+        blob = self._folder / "blobs" / sha256
         partial = blob.with_name(f"{sha256}.locstitch-incomplete")
-        lock = Path(constants.HF_HUB_CACHE) / ".locks" / folder.name / f"{sha256}.lock"
+        lock = Path(constants.HF_HUB_CACHE) / ".locks" / self._folder.name / f"{sha256}.lock"
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
@@ -222,7 +234,7 @@ class HubSource:
                 out.seek(0)
                 out.truncate()
                 digest = hashlib.sha256()
-            for piece in response.iter_bytes(chunk_size=1 << 20):
+            for piece in response.iter_bytes():  # as they come: a piece held back would be lost with the connection
                 out.write(piece)
                 digest.update(piece)
                 advance(len(piece))

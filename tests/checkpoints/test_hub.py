@@ -1,0 +1,200 @@
+"""Fetching from the Hub with the real client against the loopback Hub, under faults."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from huggingface_hub import constants
+from models import finetune, random_state, save
+
+from hf_locstitch.checkpoints import hub_client
+from hf_locstitch.checkpoints.checkpoint import open_checkpoint
+from hf_locstitch.checkpoints.hub import HubSource
+from hf_locstitch.checkpoints.ref import Ref, parse_ref
+from hf_locstitch.demo.hub import Fault, LoopbackHub
+from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
+
+FILE = "model.safetensors"
+SIZE = 3_000_000
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_client, "LONGEST_WAIT", 0.01)
+
+
+@pytest.fixture
+def repo(home_hub: LoopbackHub) -> str:
+    """A repo with one LFS file of random bytes and a small regular one."""
+    name = f"demo/{uuid4().hex}"
+    home_hub.add_repo(name, {FILE: os.urandom(SIZE), "config.json": '{"model_type": "toy"}'})
+    home_hub.requests.clear()
+    return name
+
+
+def served(hub: LoopbackHub, repo: str) -> int:
+    """Bytes of the LFS file that went over the wire."""
+    gets = [r for r in hub.requests if r.method == "GET" and f"{repo}/resolve" in r.path and FILE in r.path]
+    return sum(r.sent for r in gets if r.status in (0, 200, 206))
+
+
+def test_a_second_fetch_reads_the_cache(home_hub: LoopbackHub, repo: str) -> None:
+    heard: list[int] = []
+    path = HubSource(repo, None).fetch(FILE, heard.append)
+    assert path.read_bytes() == home_hub.read(repo, FILE)
+    assert served(home_hub, repo) == sum(heard) == SIZE
+    again: list[int] = []
+    source = HubSource(repo, None)
+    assert source.fetch(FILE, again.append) == path and sum(again) == SIZE
+    assert served(home_hub, repo) == SIZE
+    assert source.sha256(FILE) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_commit_is_pinned(home_hub: LoopbackHub, repo: str) -> None:
+    before = home_hub.read(repo, "config.json")
+    source = HubSource(repo, "main")
+    home_hub.add_repo(repo, {"config.json": '{"model_type": "moved"}'})
+    assert source.fetch("config.json").read_bytes() == before
+    assert source.commit != home_hub.head(repo)
+    assert HubSource(repo, source.commit).commit == source.commit
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("reset", after_bytes=1_234_567, times=2),
+        Fault("cut", after_bytes=1_000_001, times=2),
+        Fault("reset", times=2),
+        Fault("status", status=500, times=2),
+        Fault("status", status=503, times=2),
+        Fault("status", status=429, retry_after=1),
+    ],
+    ids=lambda fault: f"{fault.kind}-{fault.status}-{fault.after_bytes}",
+)
+def test_a_passing_fault_costs_no_byte_twice(home_hub: LoopbackHub, repo: str, fault: Fault) -> None:
+    from dataclasses import replace
+
+    home_hub.fail(replace(fault, method="GET", path=f"{repo}/resolve/.*{FILE}"))
+    heard: list[int] = []
+    path = HubSource(repo, None).fetch(FILE, heard.append)
+    assert path.read_bytes() == home_hub.read(repo, FILE)
+    assert not home_hub.faults
+    assert sum(heard) == SIZE
+    # What a reset throws away unread in the client's buffers is served again; no more than that.
+    assert served(home_hub, repo) <= SIZE + (2_500_000 if fault.kind == "reset" else 0)
+    if fault.kind == "cut":
+        assert served(home_hub, repo) == SIZE
+
+
+def test_a_stalled_connection(home_hub: LoopbackHub, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    home_hub.fail(Fault("stall", method="GET", path=f"{repo}/resolve/.*{FILE}", after_bytes=1_000_000, seconds=5))
+    assert HubSource(repo, None).fetch(FILE).read_bytes() == home_hub.read(repo, FILE)
+
+
+def test_an_ignored_range(home_hub: LoopbackHub, repo: str) -> None:
+    home_hub.fail(Fault("cut", method="GET", path=f"{repo}/resolve/.*{FILE}", after_bytes=1_000_000))
+    home_hub.fail(Fault("ignore_range", path=f"{repo}/resolve/.*{FILE}"))
+    heard: list[int] = []
+    assert HubSource(repo, None).fetch(FILE, heard.append).read_bytes() == home_hub.read(repo, FILE)
+    assert sum(heard) == SIZE and not home_hub.faults
+
+
+def test_a_flipped_byte_is_fetched_again(home_hub: LoopbackHub, repo: str) -> None:
+    home_hub.fail(Fault("flip", method="GET", path=f"{repo}/resolve/.*{FILE}", offset=2_000_000))
+    heard: list[int] = []
+    assert HubSource(repo, None).fetch(FILE, heard.append).read_bytes() == home_hub.read(repo, FILE)
+    assert sum(heard) == SIZE and served(home_hub, repo) == 2 * SIZE
+
+
+def test_a_server_that_keeps_flipping_is_refused(home_hub: LoopbackHub, repo: str) -> None:
+    home_hub.fail(Fault("flip", method="GET", path=f"{repo}/resolve/.*{FILE}", offset=2_000_000, times=2))
+    source = HubSource(repo, None)
+    with pytest.raises(IntegrityError, match=f"{FILE}.*sha256 [0-9a-f]{{64}}.*sha256 [0-9a-f]{{64}}"):
+        source.fetch(FILE)
+    assert source.cached(FILE) is None
+
+
+def test_a_flipped_byte_of_a_small_file(home_hub: LoopbackHub, repo: str) -> None:
+    home_hub.fail(Fault("flip", method="GET", path=f"{repo}/resolve/.*config.json", offset=3))
+    source = HubSource(repo, None)
+    with pytest.raises(IntegrityError, match=r"config\.json"):
+        source.fetch("config.json")
+    assert source.fetch("config.json").read_bytes() == home_hub.read(repo, "config.json")
+
+
+def test_a_damaged_cache_is_repaired(home_hub: LoopbackHub, repo: str) -> None:
+    path = HubSource(repo, None).fetch(FILE)
+    with path.open("r+b") as file:
+        file.seek(1_000_000)
+        byte = file.read(1)
+        file.seek(1_000_000)
+        file.write(bytes([byte[0] ^ 1]))
+    assert HubSource(repo, None).fetch(FILE).read_bytes() == home_hub.read(repo, FILE)
+
+
+def test_a_killed_download_goes_on(home_hub: LoopbackHub, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later process finds what an earlier one had fetched."""
+    monkeypatch.setattr("hf_locstitch.checkpoints.hub.ATTEMPTS", 1)
+    home_hub.fail(Fault("cut", method="GET", path=f"{repo}/resolve/.*{FILE}", after_bytes=2_000_000))
+    home_hub.fail(Fault("status", method="GET", path=f"{repo}/resolve/.*{FILE}", skip=1))
+    with pytest.raises(DownloadError, match="Give the same command again"):
+        HubSource(repo, None).fetch(FILE)
+    before = served(home_hub, repo)
+    assert before >= 2_000_000
+    assert HubSource(repo, None).fetch(FILE).read_bytes() == home_hub.read(repo, FILE)
+    assert served(home_hub, repo) - before <= SIZE - 2_000_000
+
+
+def test_headers_only(home_hub: LoopbackHub, tmp_path: Path) -> None:
+    """Opening a checkpoint reads headers by range, not weights."""
+    shapes = {f"layers.{i}.w": (500, 300) for i in range(4)}
+    folder = save(tmp_path / "m", random_state(0, shapes=shapes))
+    repo = f"demo/{uuid4().hex}"
+    home_hub.add_repo(repo, {file.name: file for file in folder.iterdir()})
+    home_hub.requests.clear()
+    checkpoint = open_checkpoint(parse_ref(repo))
+    assert {name: checkpoint.info(name).shape for name in shapes} == shapes
+    assert served(home_hub, repo) <= 100_000 < checkpoint.shards[0].size
+    local = open_checkpoint(Ref(folder=folder))
+    assert [t.name for t in local.shards[0].header.tensors] == [t.name for t in checkpoint.shards[0].header.tensors]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        (Fault("status", status=500, times=99), DownloadError, "did not answer as it should"),
+        (Fault("status", status=401), CheckpointError, "log in with"),
+    ],
+)
+def test_a_lasting_fault(
+    home_hub: LoopbackHub, repo: str, fault: Fault, error: type[Exception], words: str
+) -> None:
+    from dataclasses import replace
+
+    home_hub.fail(replace(fault, path=f"/api/models/{repo}"))
+    with pytest.raises(error, match=words):
+        HubSource(repo, None)
+    home_hub._faults._waiting.clear()
+
+
+def test_without_network_the_cache_serves(
+    home_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path / "m", finetune(random_state(0), 1))
+    repo = f"demo/{uuid4().hex}"
+    sha = home_hub.add_repo(repo, {file.name: file for file in folder.iterdir()})
+    first = open_checkpoint(parse_ref(repo))
+    first.source.fetch(FILE)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    for revision in (None, sha):
+        again = open_checkpoint(Ref(repo=repo, revision=revision))
+        assert again.source.commit == sha and again.source.pinned == f"{repo}@{sha}"
+        assert list(again.tensors) == list(first.tensors)
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):
+        open_checkpoint(parse_ref("demo/never-fetched"))
