@@ -159,6 +159,13 @@ def read_positions(path: Path) -> Mapping[str, tuple[tuple[int, ...], Positions]
                     f"{path} is no mask of hf-locstitch (format {metadata.get('format')!r}, due {FORMAT!r})."
                 )
             shapes = json.loads(metadata["shapes"])
-            return {t: (tuple(shape), decode_positions(file.get_tensor(t).tobytes())) for t, shape in shapes.items()}
+            found = {t: (tuple(shape), decode_positions(file.get_tensor(t).tobytes())) for t, shape in shapes.items()}
     except (SafetensorError, zlib.error, KeyError, ValueError) as error:
         raise IntegrityError(f"the mask {path} is damaged ({error}). Fetch it again.") from error
+    for tensor, (shape, positions) in found.items():
+        if len(positions) and positions[-1] >= math.prod(shape):
+            raise IntegrityError(
+                f"the mask {path} is damaged: a one at {positions[-1]} of {tensor}, which has {math.prod(shape)} "
+                "elements. Fetch it again."
+            )
+    return found

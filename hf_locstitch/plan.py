@@ -134,9 +134,11 @@ def _unknown_name(field: str, value: str | None, names: list[str]) -> list[str]:
 def _mismatches(recipe: Recipe, base: Checkpoint, other: Checkpoint, chosen: Sequence[str]) -> list[str]:
     """What makes `other` no finetune of the base, as far as headers and configs tell."""
     problems = []
-    types = base.config.get("model_type"), other.config.get("model_type")
-    if None not in types and types[0] != types[1]:
-        problems.append(f"{other.label} is a {types[1]} model, the base {base.label} a {types[0]} model")
+    if not _model_types(base) & _model_types(other) and other.config and base.config:
+        problems.append(
+            f"{other.label} is a {other.config.get('model_type')} model, "
+            f"the base {base.label} a {base.config.get('model_type')} model"
+        )
     problems += _name_mismatches(recipe, base, other, chosen)
     shared = [name for name in chosen if name in other.tensors]
     shapes = [(name, other.info(name).shape, base.info(name).shape) for name in shared]
@@ -152,6 +154,12 @@ def _mismatches(recipe: Recipe, base: Checkpoint, other: Checkpoint, chosen: Seq
             f"{_more(len(packed))}: quantized or packed weights cannot be compared; name the full checkpoint"
         )
     return problems
+
+
+def _model_types(checkpoint: Checkpoint) -> set[str | None]:
+    """The architecture and its parts: a CLIP vision tower may be merged into a CLIP model."""
+    parts = [part for part in checkpoint.config.values() if isinstance(part, dict)]
+    return {part.get("model_type") for part in (checkpoint.config, *parts)}
 
 
 def _name_mismatches(recipe: Recipe, base: Checkpoint, other: Checkpoint, chosen: Sequence[str]) -> list[str]:

@@ -181,7 +181,9 @@ def test_all_mismatches_at_once(merge: Run, base: State, tmp_path: Path) -> None
     save(tmp_path / "reshaped", reshaped)
     err = refused(
         tmp_path,
-        merge("--ft", tmp_path / "renamed", tmp_path / "reshaped", "--include", "model.layers.*", "--exclude", "no.such*"),
+        merge(
+            "--ft", tmp_path / "renamed", tmp_path / "reshaped", "--include", "model.layers.*", "--exclude", "no.such*"
+        ),
         "renamed lacks model.layers.0.norm.weight",
         "and 1 more",
         "has model.layers.0.norm.gain",

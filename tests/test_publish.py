@@ -119,9 +119,7 @@ def test_a_fault_at_the_commit_makes_one_commit(
 
 
 @pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "objects/batch", "/api/whoami"])
-def test_a_fault_on_the_way_is_tried_again(
-    home_hub: LoopbackHub, parents: list[str], run_id: str, path: str
-) -> None:
+def test_a_fault_on_the_way_is_tried_again(home_hub: LoopbackHub, parents: list[str], run_id: str, path: str) -> None:
     home_hub.fail(Fault("status", status=500, path=path))
     merge_from_hub(parents[0], parents[1:], push_to=f"demo/{run_id}-merged")
     assert not home_hub.faults and len(home_hub.commits(f"demo/{run_id}-merged")) == 2
@@ -148,9 +146,7 @@ def test_the_target_moved_meanwhile(
     assert f"hf upload {repo}" in str(raised.value)
 
 
-def test_a_failed_push_keeps_the_merge(
-    home_hub: LoopbackHub, parents: list[str], run_id: str
-) -> None:
+def test_a_failed_push_keeps_the_merge(home_hub: LoopbackHub, parents: list[str], run_id: str) -> None:
     repo = f"demo/{run_id}-merged"
     home_hub.fail(Fault("status", method="POST", path=f"{repo}/commit/", status=403, times=9))
     with pytest.raises(PublishError, match="kept in") as raised:

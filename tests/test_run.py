@@ -119,9 +119,7 @@ def test_density_one_with_one_model_is_that_model_in_the_blocks(tmp_path: Path) 
     other = finetune(base, 1)
     other["model.layers.0.norm.weight"][:] = -0.0
     result = load(merged(tmp_path, base, [other], localizer={"density": 1.0}))
-    assert same_bits(
-        {name: result[name] for name in BLOCK_NAMES}, {name: other[name] for name in BLOCK_NAMES}
-    )
+    assert same_bits({name: result[name] for name in BLOCK_NAMES}, {name: other[name] for name in BLOCK_NAMES})
     rest = [name for name in SHAPES if name not in BLOCK_NAMES]
     assert same_bits({name: result[name] for name in rest}, {name: base[name] for name in rest})
 

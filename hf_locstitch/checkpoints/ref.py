@@ -31,7 +31,7 @@ def parse_ref(text: str) -> Ref:
 
     Raises RecipeError if the text is neither.
     """
-    if text.startswith(FOLDER_PREFIXES) or Path(text).is_dir():
+    if text.startswith(FOLDER_PREFIXES) or (text and Path(text).is_dir()):
         return Ref(folder=Path(text).expanduser())
     repo, at, revision = text.partition("@")
     if not REPO_ID.fullmatch(repo) or (at and not revision):

@@ -171,9 +171,7 @@ def test_headers_only(home_hub: LoopbackHub, tmp_path: Path) -> None:
         (Fault("status", status=401), CheckpointError, "log in with"),
     ],
 )
-def test_a_lasting_fault(
-    home_hub: LoopbackHub, repo: str, fault: Fault, error: type[Exception], words: str
-) -> None:
+def test_a_lasting_fault(home_hub: LoopbackHub, repo: str, fault: Fault, error: type[Exception], words: str) -> None:
     from dataclasses import replace
 
     home_hub.fail(replace(fault, path=f"/api/models/{repo}"))

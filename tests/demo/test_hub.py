@@ -746,6 +746,14 @@ def test_lfs_storage_checks_what_arrived(hub: LoopbackHub, content: bytes) -> No
     assert not list((hub._store.root / "tmp").iterdir())
 
 
+def test_lfs_storage_checks_the_size_that_was_announced(hub: LoopbackHub) -> None:
+    seed(hub)
+    data = b"\0content"
+    item = lfs_batch(hub, {"oid": sha256(data), "size": len(data) - 1})["objects"][0]
+    assert raw(hub, "PUT", target(item["actions"]["upload"]["href"]), data)[0] == 400
+    assert "actions" in lfs_batch(hub, {"oid": sha256(data), "size": len(data)})["objects"][0]
+
+
 def test_lfs_links_are_good_for_one_object_only(hub: LoopbackHub) -> None:
     seed(hub)
     data = b"\0content"
@@ -771,6 +779,8 @@ def test_a_stale_parent_is_refused(hub: LoopbackHub, api: HfApi) -> None:
     with pytest.raises(HfHubHTTPError) as caught:
         api.create_commit("demo/base", [CommitOperationAdd("n", b"3")], commit_message="m", parent_commit=first)
     assert caught.value.response.status_code == 412
+    too_short = ndjson(text_file("n"), parentCommit=second[:6])
+    assert raw(hub, "POST", "/api/models/demo/base/commit/main", too_short)[0] == 412
     assert hub.head("demo/base") == second
     api.create_commit("demo/base", [CommitOperationAdd("n", b"3")], commit_message="m", parent_commit=second[:7])
     assert hub.read("demo/base", "n") == b"3"
@@ -857,7 +867,7 @@ def test_addresses_do_not_leave_the_repository(hub: LoopbackHub, path: str) -> N
         (ndjson(("deletedFile", {"path": "none"})), 404),
         (ndjson(("deletedFile", {"path": "sub"})), 404),
         (ndjson(("deletedFolder", {"path": "config.json"})), 404),
-        (ndjson(text_file("a"), parentCommit="abc"), 412),
+        (ndjson(text_file("a"), parentCommit="0" * 40), 412),
     ],
 )
 def test_a_bad_commit_changes_nothing(hub: LoopbackHub, body: bytes, status: int) -> None:
@@ -1023,6 +1033,21 @@ def test_reset_inside_a_body(hub: LoopbackHub, after: int) -> None:
     assert [(r.status, r.sent, r.fault) for r in hub.requests] == [(200, after, "reset")]
 
 
+def test_a_slow_reader_gets_all_that_precedes_a_reset(hub: LoopbackHub) -> None:
+    size, after = 24 << 20, 20 << 20
+    hub.add_repo("demo/base", {"big.bin": b"\1" * size})
+    hub.fail(Fault("reset", after_bytes=after))
+    connection = http.client.HTTPConnection("127.0.0.1", int(hub.endpoint.rsplit(":")[-1]), timeout=10)
+    connection.request("GET", "/demo/base/resolve/main/big.bin")
+    response, got = connection.getresponse(), 0
+    with pytest.raises(ConnectionResetError):
+        while piece := response.read1(1 << 20):
+            got += len(piece)
+            time.sleep(0.01)
+    connection.close()
+    assert got == after
+
+
 def test_reset_inside_an_upload(hub: LoopbackHub, api: HfApi) -> None:
     seed(hub)
     hub.fail(Fault("reset", "/_lfs/upload/", after_bytes=3000))
@@ -1056,7 +1081,7 @@ def test_the_client_resumes_after_a_cut(hub: LoopbackHub, api: HfApi, monkeypatc
 
 def test_faults_wait_for_a_request_that_they_can_harm(hub: LoopbackHub) -> None:
     seed(hub)
-    hub.fail(Fault("cut", after_bytes=100))
+    hub.fail(Fault("cut", after_bytes=10))
     path = "/demo/base/resolve/main/"
     assert raw(hub, "HEAD", path + "sub/model.safetensors")[0] == 200
     assert raw(hub, "GET", path + "config.json")[::2] == (200, b"{}\n")
@@ -1085,6 +1110,7 @@ def test_stall(hub: LoopbackHub) -> None:
     begin = time.monotonic()
     hub.stop()
     assert time.monotonic() - begin < 5
+    assert [r.fault for r in hub.requests] == ["stall", "stall"]
 
 
 def test_flip_is_not_noticed_by_the_client(hub: LoopbackHub, api: HfApi) -> None:
@@ -1214,7 +1240,8 @@ def test_add_repo_adds_one_commit_each_time(hub: LoopbackHub, tmp_path: Path) ->
     (tmp_path / "t.txt").write_text("text")
     first = hub.add_repo("org/x", {"w.safetensors": tmp_path / "w.safetensors", "t.txt": tmp_path / "t.txt"})
     (tmp_path / "w.safetensors").write_bytes(b"changed afterwards")
-    second = hub.add_repo("org/x", {"t.txt": "new"}, message="second", private=True)
+    second = hub.add_repo("org/x", {"t.txt": "new", "a.txt": "a"}, message="second", private=True)
+    assert list(hub.files("org/x")) == [".gitattributes", "a.txt", "t.txt", "w.safetensors"]
     assert [commit.sha for commit in hub.commits("org/x")[:2]] == [second, first]
     assert len(hub.commits("org/x")) == 3
     assert hub.read("org/x", "w.safetensors") == WEIGHTS

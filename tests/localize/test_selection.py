@@ -1,0 +1,72 @@
+"""The tie rule, the bound, the exact decimal: by hand and by property."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_locstitch import Magnitude
+from hf_locstitch.localize.magnitude import exact_share
+from hf_locstitch.localize.scan import differing_bits, magnitude_scores
+from hf_locstitch.localize.selection import NON_FINITE, evenly, sample_bound
+
+
+def test_evenly_by_hand() -> None:
+    # r = 2 of T = 5: ⌊(j+1)·2/5⌋ = 0 0 1 1 2, ⌊j·2/5⌋ = 0 0 0 1 1
+    assert evenly(0, 5, 2, 5).tolist() == [False, False, True, False, True]
+    assert evenly(3, 2, 2, 5).tolist() == [False, True]
+
+
+@given(st.data())
+def test_evenly_keeps_r_of_t_however_it_is_cut(data: st.DataObject) -> None:
+    total = data.draw(st.integers(1, 300))
+    keep = data.draw(st.integers(0, total))
+    cut = data.draw(st.integers(0, total))
+    kept = np.concatenate([evenly(0, cut, keep, total), evenly(cut, total - cut, keep, total)])
+    assert kept.sum() == keep
+    expected = [(j + 1) * keep // total > j * keep // total for j in range(total)]
+    assert kept.tolist() == expected
+
+
+def test_evenly_where_products_pass_64_bits() -> None:
+    total, keep, first = 7_900_000_001, 7_899_999_999, 7_899_990_000
+    expected = [(j + 1) * keep // total > j * keep // total for j in range(first, first + 10_001)]
+    assert evenly(first, 10_001, keep, total).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("density", "n", "k"),
+    [(0.29, 100, 29), (0.57, 100, 57), (0.1, 30, 3), (0.07, 100, 7), (1.0, 7, 7), (0.0, 7, 0), (1e-9, 10**9, 1),
+     (0.05, 6_979_584_000, 348_979_200), (0.3, 9, 2)],
+)  # fmt: skip
+def test_the_share_is_that_of_the_decimal_written(density: float, n: int, k: int) -> None:
+    assert exact_share(density, n) == k
+
+
+def test_groups() -> None:
+    assert Magnitude(density=0.5).groups([3, 4]) == [([0, 1], 3)]
+    assert Magnitude(density=0.5, scope="tensor").groups([3, 4]) == [([0], 1), ([1], 2)]
+    assert Magnitude(density=0.5, scope="tensor").kept([3, 4]) == 3
+
+
+@given(st.lists(st.floats(0, 100, width=32), min_size=200, max_size=400), st.integers(1, 50))
+def test_a_bound_from_the_whole_is_below_the_kth_largest(scores: list[float], k: int) -> None:
+    bits = np.array(scores, dtype=np.float32).view(np.int32)
+    assert sample_bound(bits, k, len(bits)) <= np.sort(bits)[-k]
+
+
+def test_scores_are_the_bits_of_the_float32_difference() -> None:
+    base = torch.tensor([1.0, -2.0, 0.5])
+    finetuned = torch.tensor([1.5, -2.0, -0.5], dtype=torch.bfloat16)
+    scores = magnitude_scores(finetuned, base, torch.empty(5))
+    assert scores.view(np.float32).tolist() == [0.5, 0.0, 1.0]
+    nan = magnitude_scores(torch.tensor([float("nan"), float("-inf")]), base[:2], torch.empty(2))
+    assert (nan >= NON_FINITE).all()
+
+
+def test_differing_bits_tells_zeros_apart() -> None:
+    base = torch.tensor([0.0, 0.0, 1.0])
+    assert differing_bits(torch.tensor([0.0, -0.0, 1.0]), base, torch.empty(3)).tolist() == [False, True, False]

@@ -1,0 +1,75 @@
+"""The mean under the masks: weights by hand and by property."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_locstitch.localize.selection import Kept
+from hf_locstitch.stitch import coverage, overlaps, stitch
+
+
+def kept(positions: list[int], values: list[float], unchanged: tuple[int, ...] = ()) -> Kept:
+    return Kept(np.array(positions, dtype=np.int64), torch.tensor(values), np.array(unchanged, dtype=np.int64))
+
+
+def test_by_hand() -> None:
+    base = torch.tensor([10.0, 20.0, 30.0, 40.0])
+    one, two = kept([0, 1], [1.0, 2.0]), kept([1, 3], [4.0, 8.0])
+    assert stitch(base, [one, two]).tolist() == [1.0, 3.0, 30.0, 8.0]
+    assert base.tolist() == [10.0, 20.0, 30.0, 40.0]
+    assert coverage(4, [one, two]).tolist() == [1, 2, 0, 1]
+
+
+def test_a_coordinate_that_is_kept_unchanged_counts() -> None:
+    """A finetune that kept the base's value there pulls the mean towards it."""
+    base = torch.tensor([10.0, 20.0])
+    assert stitch(base, [kept([0], [4.0]), kept([], [], (0, 1))]).tolist() == [7.0, 20.0]
+    times, pairs = overlaps(2, [kept([0], [4.0]), kept([], [], (0, 1))])
+    assert times.tolist() == [0, 1, 1] and pairs.tolist() == [[1, 1], [1, 2]]
+
+
+def test_scale() -> None:
+    base = torch.tensor([10.0, 20.0, 30.0])
+    merged = stitch(base, [kept([0, 1], [0.0, 24.0]), kept([1], [26.0])], scale=0.5)
+    assert merged.tolist() == [5.0, 22.5, 30.0]
+
+
+def test_the_mean_is_rounded_once() -> None:
+    base = torch.zeros(1, dtype=torch.bfloat16)
+    values = [1.0, 1.0078125, 1.0078125]  # neighbours in bfloat16; their mean 1.0052… rounds to the upper one
+    merged = stitch(base, [kept([0], [value]) for value in values])
+    assert merged.item() == 1.0078125
+
+
+def test_minus_zero_stays() -> None:
+    base = torch.ones(2)
+    merged = stitch(base, [kept([0, 1], [-0.0, -0.0]), kept([1], [-0.0])])
+    assert torch.signbit(merged).all()
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_weights_sum_to_one_where_covered(count: int) -> None:
+    """Stitching models that are all ones into a base of zeros shows the sum of the weights."""
+    generator = np.random.default_rng(count)
+    masks = [np.flatnonzero(generator.random(500) < 0.3) for _ in range(count)]
+    ones = [kept(mask.tolist(), [1.0] * len(mask)) for mask in masks]
+    weights = stitch(torch.zeros(500), ones)
+    covered = np.zeros(500)
+    for mask in masks:
+        covered[mask] = 1
+    assert weights.tolist() == covered.tolist()
+
+
+@given(st.data())
+def test_order_does_not_matter_to_the_sum(data: st.DataObject) -> None:
+    count = data.draw(st.integers(2, 4))
+    values = st.floats(-1e3, 1e3, width=32)
+    models = [kept([0, 1], data.draw(st.lists(values, min_size=2, max_size=2))) for _ in range(count)]
+    results = [stitch(torch.zeros(2), list(order)) for order in itertools.permutations(models)]
+    assert all(torch.equal(result, results[0]) for result in results)
