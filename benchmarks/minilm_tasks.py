@@ -1,16 +1,16 @@
-"""Four-way text tasks out of Debian's package index: real sentences, real labels, no download.
+"""Four-way text tasks out of Debian's package index: real sentences, real labels, nothing to download.
 
-Every Debian or Ubuntu machine has the index after `apt-get update`. A text is the one-line synopsis of a package,
-its label comes from the section or the debtags somebody gave the package. The same index and the same seed give the
-same examples.
+A Debian or Ubuntu machine has the index after `apt-get update`. A text is the one-line synopsis of a package; its
+label comes from the section or the debtags that people gave the package. The same index and seed give the same examples.
 
 What keeps the splits honest:
 
-- a *source* package belongs to one split, for all tasks at once, so no binary of it is trained on and tested on;
-- of equal synopses (letters and digits alone compared) one is kept, over all tasks and splits;
-- of one source at most one example enters a task;
+- a *source* package, with its other versions, belongs to one split, for all tasks at once: no expert has seen a
+  sister of what it or another is tested on;
+- of synopses with the same letters one is kept, over all tasks and splits;
+- of one source and its versions, at most one example enters a task;
 - a package that two classes of a task claim is left out of that task;
-- the package's own name, its source's name and the words of `Task.strip` are cut from the text before anything else.
+- the package's own name, its source's name and the words of `Task.strip` are cut out of the text.
 """
 
 from __future__ import annotations
@@ -20,52 +20,56 @@ import hashlib
 import lzma
 import random
 import re
-import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 INDEX_FOLDER = Path("/var/lib/apt/lists")
-APT_HELPER = "/usr/lib/apt/apt-helper"
-OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open, ".lzma": lzma.open}
+APT_HELPER = Path("/usr/lib/apt/apt-helper")  # reads whatever apt writes, lz4 and zstd included
+OPENERS: Mapping[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 SPLITS = ("train", "validation", "test")
-SHARE = {"train": 0.40, "validation": 0.15, "test": 0.45}  # of the source packages
-FEWEST_WORDS = 2
+SHARES = (0.40, 0.15, 0.45)  # of the source packages
+FEWEST_WORDS = 3
+NO_CONTENT = re.compile(r"\b(transitional|dummy|metapackage|virtual package)\b", re.IGNORECASE)
 
 
 class DataError(RuntimeError):
-    """The index is missing or too small for a task; the message says what to do."""
+    """The index is missing, or too small for a task; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """One binary package. labels: its debtags (`use::editing`) and its section (`section::text`)."""
+    """One binary package. marks: its debtags (`use::editing`) and its section (`section::text`)."""
 
     name: str
     source: str
-    labels: frozenset[str]
+    marks: frozenset[str]
     text: str
 
 
 @dataclass(frozen=True)
-class Task:
-    """A classification task as data.
-
-    classes: class name -> labels, any of which puts a package into the class.
-    within: labels, any of which a package must carry to be looked at; empty: all packages.
-    strip: regular expressions (case is ignored) of words that would give the label away.
-    """
+class Class:
+    """A class of a task: a package with any of the marks belongs to it. description: what a zero-shot head embeds."""
 
     name: str
-    classes: Mapping[str, tuple[str, ...]]
-    within: tuple[str, ...] = ()
+    description: str
+    marks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task as data. strip: regular expressions (case is ignored) of words that give a label away."""
+
+    name: str
+    classes: tuple[Class, ...]
     strip: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Split:
-    """Texts and class numbers, in step."""
+    """Texts and their class numbers, in step."""
 
     texts: list[str]
     labels: list[int]
@@ -76,7 +80,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The three splits of one task."""
+    """The three splits of a task."""
 
     task: Task
     train: Split
@@ -84,191 +88,243 @@ class TaskData:
     test: Split
 
     def counts(self) -> dict[str, list[int]]:
-        """Examples a class, by split."""
-        n = len(self.task.classes)
-        return {name: [getattr(self, name).labels.count(c) for c in range(n)] for name in SPLITS}
+        """Examples of each class, by split."""
+        numbers = range(len(self.task.classes))
+        return {name: [getattr(self, name).labels.count(c) for c in numbers] for name in SPLITS}
 
 
-TASKS: tuple[Task, ...] = (
-    Task(
-        "use",
-        {k: (f"use::{k}",) for k in ("converting", "editing", "viewing", "checking")},
-        strip=(r"conver\w+", r"edit\w*", r"view\w*", r"check\w*"),
-    ),
-    Task(
-        "use2",
-        {k: (f"use::{k}",) for k in ("monitor", "configuring", "organizing", "searching")},
-        strip=(r"monitor\w*", r"config\w*", r"organi\w*", r"search\w*"),
-    ),
-    Task(
-        "toolkit",
-        {k: (f"uitoolkit::{k}",) for k in ("gtk", "qt", "ncurses", "sdl")},
-        strip=(r"\w*gtk\w*", r"\w*qt\w*", r"\w*curses\w*", r"sdl\w*", r"kde\w*", r"gnome\w*", r"xfce\w*"),
-    ),
-    Task(
-        "interface",
-        {
-            "command line": ("interface::commandline",),
-            "graphical": ("interface::graphical", "interface::x11"),
-            "text mode": ("interface::text-mode",),
-            "daemon": ("interface::daemon",),
-        },
-        strip=(r"command[- ]?line", r"cli", r"graphical", r"gui", r"x11", r"text[- ]?mode", r"curses", r"daemon"),
-    ),
-    Task(
-        "media",
-        {
-            "audio": ("works-with::audio",),
-            "image": ("works-with::image",),
-            "mail": ("works-with::mail",),
-            "text": ("works-with::text",),
-        },
-        strip=(r"audio", r"image\w*", r"e?-?mail\w*", r"text\w*"),
-    ),
-    Task(
-        "language",
-        {"perl": ("section::perl",), "python": ("section::python",), "ruby": ("section::ruby",), "haskell": ("section::haskell",)},
-        strip=(r"perl\S*", r"python\S*", r"ruby\S*", r"haskell\S*", r"gems?", r"modules?", r"librar\w+", r"\S+::\S+"),
-    ),
-    Task(
-        "language2",
-        {"java": ("section::java",), "javascript": ("section::javascript",), "golang": ("section::golang",), "rust": ("section::rust",)},
-        strip=(r"java\S*", r"node\S*", r"js", r"go\w*", r"rust\S*", r"librar\w+"),
-    ),
-    Task(
-        "role",
-        {
-            "program": ("role::program",),
-            "library": ("role::shared-lib",),
-            "plugin": ("role::plugin",),
-            "data": ("role::app-data", "role::data"),
-        },
-        strip=(r"librar\w+", r"shared", r"runtime", r"plug-?ins?", r"data", r"files?", r"program\w*", r"modules?"),
-    ),
-    Task(
-        "area",
-        {k: (f"section::{k}",) for k in ("admin", "net", "utils", "devel")},
-    ),
-    Task(
-        "desk",
-        {k: (f"section::{k}",) for k in ("graphics", "sound", "text", "x11")},
-    ),
-    Task(
-        "science",
-        {"biology": ("field::biology",), "mathematics": ("field::mathematics", "section::math"), "statistics": ("section::gnu-r",), "other": ("section::electronics","section::hamradio",)},
-    ),
-    Task(
-        "libs",
-        {k: (f"section::{k}",) for k in ("libs", "science", "math", "gnu-r")},
-    ),
-    Task(
-        "written",
-        {"c": ("implemented-in::c",), "c++": ("implemented-in::c++",), "python": ("implemented-in::python",), "perl": ("implemented-in::perl",)},
-        within=("role::program",),
-        strip=(r"perl\S*", r"python\S*", r"c\+\+\S*", r"c"),
-    ),
-    Task(
-        "network",
-        {"server": ("network::server",), "client": ("network::client",), "monitor": ("use::monitor",), "configuration": ("use::configuring",)},
-        strip=(r"server\w*", r"client\w*", r"monitor\w*", r"config\w*"),
-    ),
+LANGUAGES = (
+    r"\S*(perl|python|ruby|haskell|php|ocaml|lisp|golang|rust|javascript|java|node(\.?js)?)\S*",
+    r"\S*(cpan|cran|pypi|hackage|pecl|pear|gems?|ghc|crates?|cargo|quicklisp|asdf|emacs)\S*",
+    r"(go|gnu|r|js|py|cl)",
+    r"\S+::\S+",
 )
 
 
+def _section(name: str, description: str, *sections: str) -> Class:
+    return Class(name, description, tuple(f"section::{s}" for s in sections or (name,)))
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "ecosystem-a",
+            (
+                _section("perl", "a Perl module"),
+                _section("php", "a PHP library"),
+                _section("haskell", "a Haskell library"),
+                _section("ocaml", "an OCaml library"),
+            ),
+            strip=LANGUAGES,
+        ),
+        Task(
+            "ecosystem-b",
+            (
+                _section("go", "a Go package", "golang"),
+                _section("rust", "a Rust crate"),
+                _section("lisp", "Lisp code"),
+                _section("r", "statistics with R", "gnu-r"),
+            ),
+            strip=LANGUAGES,
+        ),
+        Task(
+            "role",
+            (
+                Class("program", "an application to be run", ("role::program",)),
+                Class("library", "a shared library", ("role::shared-lib",)),
+                Class("plugin", "a plugin that extends an application", ("role::plugin",)),
+                Class("data", "data files", ("role::data", "role::app-data")),
+            ),
+            strip=(r"(shared )?librar\w+", r"plug-?ins?", r"data", r"program\w*", r"applications?"),
+        ),
+        Task(
+            "use",
+            (
+                Class("converting", "converts between formats", ("use::converting",)),
+                Class("editing", "edits files", ("use::editing",)),
+                Class("viewing", "displays and views", ("use::viewing",)),
+                Class("checking", "checks and verifies", ("use::checking",)),
+            ),
+            strip=(r"conver\w+", r"edit\w*", r"view\w*", r"check\w*"),
+        ),
+        Task(
+            "trade",
+            (
+                _section("admin", "system administration"),
+                _section("devel", "tools for software development"),
+                _section("editors", "text editors"),
+                _section("interpreters", "interpreters of programming languages"),
+            ),
+            strip=(r"admin\w*", r"develop\w*", r"edit\w*", r"interpret\w*"),
+        ),
+        Task(
+            "ecosystem-c",
+            (
+                _section("python", "a Python module"),
+                _section("ruby", "a Ruby gem"),
+                _section("javascript", "a JavaScript module"),
+                _section("java", "a Java library"),
+            ),
+            strip=LANGUAGES,
+        ),
+        Task(
+            "interface",
+            (
+                Class("command line", "a command line tool", ("interface::commandline",)),
+                Class("graphical", "a graphical application", ("interface::graphical", "interface::x11")),
+                Class("text mode", "a full-screen terminal application", ("interface::text-mode",)),
+                Class("daemon", "a background service", ("interface::daemon",)),
+            ),
+            strip=(r"command[- ]?line", r"cli", r"graphical", r"gui", r"x11", r"text[- ]?(mode|based)", r"daemons?"),
+        ),
+        Task(
+            "medium",
+            (
+                Class("audio", "sound and music", ("works-with::audio",)),
+                Class("image", "pictures and graphics", ("works-with::image",)),
+                Class("mail", "electronic mail", ("works-with::mail",)),
+                Class("text", "text and documents", ("works-with::text",)),
+            ),
+            strip=(r"audio", r"images?", r"e?-?mails?", r"texts?"),
+        ),
+    )
+}
+
+
+def index_files(folder: Path = INDEX_FOLDER) -> list[Path]:
+    """The index files apt has fetched. Raises DataError if there are none."""
+    files = sorted(p for p in folder.glob("*_Packages*") if p.is_file())
+    if not files:
+        raise DataError(f"no package index in {folder}: run `apt-get update` on a Debian or Ubuntu machine first")
+    return files
+
+
 def read_index(path: Path) -> str:
-    """Text of one index file, however apt keeps it (plain, gz, xz, or, through apt's own helper, lz4 and zstd)."""
+    """Text of one index file, plain or packed."""
     packing = path.name.rpartition("_Packages")[2]
-    opener = OPENERS.get(packing)
-    if opener is not None:
-        with opener(path, "rt", encoding="utf-8") as file:
+    if packing in OPENERS:
+        with OPENERS[packing](path, "rt", encoding="utf-8") as file:
             return file.read()
-    helper = shutil.which(APT_HELPER)
-    if helper is None:
-        raise DataError(f"{path} is packed as {packing}, and {APT_HELPER} that could read it is not there")
-    return subprocess.run([helper, "cat-file", str(path)], check=True, capture_output=True).stdout.decode("utf-8")
+    if not APT_HELPER.exists():
+        raise DataError(f"{path} is packed as {packing}, and {APT_HELPER}, which reads that, is missing")
+    command = [str(APT_HELPER), "cat-file", str(path)]
+    return subprocess.run(command, check=True, capture_output=True).stdout.decode("utf-8")
 
 
 def stanzas(index: str) -> Iterator[dict[str, str]]:
-    """The fields of each package; continuation lines are joined by a space."""
+    """The fields of each package; only the first line of a description, continued lines of other fields joined."""
     for block in index.split("\n\n"):
-        joined = re.sub(r"\n[ \t]+", " ", block)
-        fields = dict(line.split(": ", 1) for line in joined.splitlines() if ": " in line)
+        fields: dict[str, str] = {}
+        last = ""
+        for line in block.splitlines():
+            if line[:1] in (" ", "\t"):
+                if last != "Description":
+                    fields[last] = f"{fields.get(last, '')} {line.strip()}"
+            else:
+                last, _, value = line.partition(":")
+                fields[last] = value.strip()
         if "Package" in fields:
             yield fields
 
 
 def to_package(fields: Mapping[str, str]) -> Package:
-    labels = {tag.strip() for tag in fields.get("Tag", "").split(",")} - {""}
-    section = fields.get("Section", "").rsplit("/", 1)[-1]
-    source = fields.get("Source", fields["Package"]).split(" ")[0]
-    return Package(fields["Package"], source, frozenset(labels | {f"section::{section}"}), fields.get("Description", ""))
+    """A package of the index's fields."""
+    marks = {tag.strip() for tag in fields.get("Tag", "").split(",")} - {""}
+    marks.add("section::" + fields.get("Section", "").rpartition("/")[2])
+    source = (fields.get("Source") or fields["Package"]).split(" ")[0]
+    return Package(fields["Package"], source, frozenset(marks), fields.get("Description", ""))
 
 
 def normal_form(text: str) -> str:
-    """What two synopses are compared by."""
-    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+    """What two synopses are compared by: their letters, so that versions of one thing are one."""
+    return re.sub(r"[^a-z]+", " ", text.lower()).strip()
+
+
+def family(source: str) -> str:
+    """Name of a source package up to its first digit: gcc-11-cross and gcc-12 are gcc."""
+    return re.split(r"[-.]*\d", source, maxsplit=1)[0] or source
 
 
 def load_packages(folder: Path = INDEX_FOLDER) -> list[Package]:
-    """All packages of the index, by name, one for each synopsis. Raises DataError if there is no index."""
-    files = sorted(p for p in folder.glob("*_Packages*") if p.is_file() and not p.name.endswith(".diff_Index"))
-    if not files:
-        raise DataError(f"no package index under {folder}: run `apt-get update` on a Debian or Ubuntu machine first")
+    """The packages of the index by name; of those with one synopsis, the first. Raises DataError without an index."""
     by_name: dict[str, Package] = {}
-    for file in files:
+    for file in index_files(folder):
         for fields in stanzas(read_index(file)):
             by_name.setdefault(fields["Package"], to_package(fields))
-    by_text = {normal_form(p.text): p for _, p in sorted(by_name.items(), reverse=True)}
-    return sorted((p for text, p in by_text.items() if text), key=lambda p: p.name)
+    by_text: dict[str, Package] = {}
+    for _, package in sorted(by_name.items()):
+        if not NO_CONTENT.search(package.text):
+            by_text.setdefault(normal_form(package.text), package)
+    by_text.pop("", None)
+    return list(by_text.values())
+
+
+def fingerprint(packages: Iterable[Package]) -> str:
+    """Short hash of all that the tasks are made of, to tell two snapshots of the index apart."""
+    lines = (f"{p.name}\t{p.source}\t{','.join(sorted(p.marks))}\t{p.text}\n" for p in packages)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def strip_words(text: str, patterns: Iterable[str]) -> str:
+    """The text without the whole words that a pattern matches."""
     for pattern in patterns:
-        text = re.sub(rf"(?<![\w])(?:{pattern})(?![\w])", " ", text, flags=re.IGNORECASE)
-    return re.sub(r"\s+", " ", text).strip(" -,:;.")
+        text = re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", " ", text, flags=re.IGNORECASE)
+    text = re.sub(r"\([\s,/-]*\)", " ", text)
+    return re.sub(r"\s+", " ", text).strip(" -,:;./")
 
 
 def split_of(source: str, seed: int) -> str:
-    """Which split a source package belongs to, whatever the task."""
-    digest = hashlib.sha256(f"{seed}:{source}".encode()).digest()
+    """Which split a source package belongs to, in every task."""
+    digest = hashlib.sha256(f"{seed}:{family(source)}".encode()).digest()
     point = int.from_bytes(digest[:8], "big") / 2**64
-    for name in SPLITS:
-        point -= SHARE[name]
-        if point < 0:
+    bound = 0.0
+    for name, share in zip(SPLITS, SHARES, strict=True):
+        bound += share
+        if point < bound:
             return name
     return SPLITS[-1]
 
 
 def class_of(package: Package, task: Task) -> int | None:
-    """Class number, or None if no class or more than one claims the package."""
-    if task.within and package.labels.isdisjoint(task.within):
-        return None
-    hits = [i for i, labels in enumerate(task.classes.values()) if not package.labels.isdisjoint(labels)]
-    return hits[0] if len(hits) == 1 else None
+    """Class number; None if no class claims the package or more than one does."""
+    claims = [i for i, c in enumerate(task.classes) if not package.marks.isdisjoint(c.marks)]
+    return claims[0] if len(claims) == 1 else None
 
 
-def build_task(packages: Sequence[Package], task: Task, seed: int, shots: int, held_out: int, tested: int) -> TaskData:
-    """Draw the splits: `shots` training, at most `held_out` validation and `tested` test examples a class."""
-    pool: dict[tuple[str, int], list[str]] = {(s, c): [] for s in SPLITS for c in range(len(task.classes))}
-    seen: set[str] = set()
+def candidates(packages: Sequence[Package], task: Task, seed: int) -> Iterator[tuple[str, int, str]]:
+    """(split, class number, text) of every package that may enter the task, in a random order."""
     shuffled = list(packages)
     random.Random(f"{seed}:{task.name}").shuffle(shuffled)
+    families: set[str] = set()
+    texts: set[str] = set()
     for package in shuffled:
         label = class_of(package, task)
-        if label is None or package.source in seen:
+        if label is None or family(package.source) in families:
             continue
-        names = (re.escape(n) for n in {package.name, package.source})
-        text = strip_words(package.text, (*names, *task.strip))
-        if len(normal_form(text).split()) < FEWEST_WORDS or normal_form(text) in seen:
-            continue
-        seen |= {package.source, normal_form(text)}
-        pool[split_of(package.source, seed), label].append(text)
-    wanted = {"train": shots, "validation": held_out, "test": tested}
-    short = [f"{name} {c}: {len(texts)}" for (name, c), texts in pool.items() if name == "train" and len(texts) < shots]
+        names = sorted({package.name, package.source}, key=len, reverse=True)
+        text = strip_words(package.text, (*map(re.escape, names), *task.strip))
+        form = normal_form(text)
+        if len(form.split()) >= FEWEST_WORDS and form not in texts:
+            families.add(family(package.source))
+            texts.add(form)
+            yield split_of(package.source, seed), label, text
+
+
+def build_task(
+    packages: Sequence[Package], task: Task, seed: int, *, train: int = 64, validation: int = 40, test: int = 120
+) -> TaskData:
+    """Draw the splits: exactly `train` examples a class, at most `validation` and `test`. Raises DataError if too few."""
+    pools: dict[str, list[list[str]]] = {name: [[] for _ in task.classes] for name in SPLITS}
+    for split, label, text in candidates(packages, task, seed):
+        pools[split][label].append(text)
+    short = [f"{c.name} {len(p)}" for c, p in zip(task.classes, pools["train"], strict=True) if len(p) < train]
     if short:
-        raise DataError(f"task {task.name} needs {shots} training examples a class; the index has {'; '.join(short)}")
-    splits = {}
-    for name in SPLITS:
-        pairs = [(t, c) for c in range(len(task.classes)) for t in pool[name, c][: wanted[name]]]
-        splits[name] = Split([t for t, _ in pairs], [c for _, c in pairs])
-    return TaskData(task, splits["train"], splits["validation"], splits["test"])
+        raise DataError(f"task {task.name} needs {train} training examples a class, but the index gives {short}")
+    splits = [_draw(pools[n], limit) for n, limit in zip(SPLITS, (train, validation, test), strict=True)]
+    return TaskData(task, *splits)
+
+
+def _draw(pools: Sequence[Sequence[str]], limit: int) -> Split:
+    pairs = [(text, label) for label, pool in enumerate(pools) for text in pool[:limit]]
+    return Split([text for text, _ in pairs], [label for _, label in pairs])

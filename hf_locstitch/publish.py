@@ -115,8 +115,8 @@ def _commit(
                 if _landed(api, repo, head, operations):
                     return head
                 raise PublishError(
-                    f"{repo} moved from {parent[:7]} to {head[:7]} while the merge was uploaded; nothing was committed. "
-                    "Give the same command again."
+                    f"{repo} moved from {parent[:7]} to {head[:7]} while the merge was uploaded; "
+                    "nothing was committed. Give the same command again."
                 ) from error
             if attempt == COMMIT_ATTEMPTS - 1:
                 raise

@@ -67,12 +67,17 @@ def _mean(
 def overlaps(n: int, kept: Sequence[Kept]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Counts over n coordinates: by how many masks cover them, and by both of a pair.
 
-    Returns int64 [models + 1] and [models, models].
+    Returns int64 [models + 1] and [models, models]; the diagonal holds each mask's ones.
     """
-    members = np.zeros((len(kept), n), dtype=bool)
+    times = coverage(n, kept)
+    shared = np.flatnonzero(times > 1)
+    members = np.zeros((len(kept), len(shared)), dtype=np.float32)
+    slot = np.full(n, -1, dtype=np.int32)
+    slot[shared] = np.arange(len(shared), dtype=np.int32)
     for row, one in zip(members, kept, strict=True):
-        row[one.positions] = True
-        row[one.unchanged] = True
-    times = np.bincount(members.sum(0, dtype=np.uint8), minlength=len(kept) + 1)
-    wide = members.astype(np.float32)
-    return times, np.rint(wide @ wide.T).astype(np.int64)
+        for positions in (one.positions, one.unchanged):
+            slots = slot[positions]
+            row[slots[slots >= 0]] = 1
+    pairs = np.rint(members @ members.T).astype(np.int64)
+    np.fill_diagonal(pairs, [len(one.positions) + len(one.unchanged) for one in kept])
+    return np.bincount(times, minlength=len(kept) + 1), pairs

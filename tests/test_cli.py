@@ -121,7 +121,8 @@ def test_dry_run_writes_nothing(merge: Run, tmp_path: Path) -> None:
 def test_recipe_and_flags_that_override_it(run: Run, merge: Run, base: State, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"base: {tmp_path / 'base'}\nfinetuned:\n  - {tmp_path / 'ft'}\nlocalizer:\n  density: 0.5\nout: {tmp_path / 'a'}\n"
+        f"base: {tmp_path / 'base'}\nfinetuned:\n  - {tmp_path / 'ft'}\n"
+        f"localizer:\n  density: 0.5\nout: {tmp_path / 'a'}\n"
     )
     assert run("merge", recipe)[0] == 0
     assert merge("--density", "0.5", "--out", tmp_path / "b")[0] == 0

@@ -53,7 +53,7 @@ def test_load_mask_by_file_and_by_name(merged: Path) -> None:
 
 
 def test_what_is_no_mask(merged: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no mask 'fd'.*it has ft"):
+    with pytest.raises(CheckpointError, match=r"no mask 'fd'.*it has ft"):
         load_mask(merged, "fd")
     with pytest.raises(CheckpointError, match="not made by hf-locstitch"):
         load_mask(tmp_path / "base", "ft")

@@ -182,7 +182,8 @@ def _check_index(source: Source, tensors: Mapping[str, tuple[Shard, TensorInfo]]
     weight_map = read_json(source, INDEX)["weight_map"]
     if absent := [name for name in weight_map if name not in tensors]:
         raise CheckpointError(
-            f"{source.label}: {INDEX} names {len(absent)} tensors that no shard holds ({_some(absent)}). Fetch it again."
+            f"{source.label}: {INDEX} names {len(absent)} tensors that no shard holds ({_some(absent)}). "
+            "Fetch it again."
         )
 
 

@@ -70,7 +70,8 @@ def raise_clearly(error: Exception, repo: str, revision: str | None, endpoint: s
         ) from error
     if isinstance(error, RevisionNotFoundError):
         raise CheckpointError(
-            f"{repo} has no revision {revision!r}. Name a branch, a tag or a full commit: {endpoint}/{repo}/commits/main."
+            f"{repo} has no revision {revision!r}. Name a branch, a tag or a full commit "
+            f"({endpoint}/{repo}/commits/main lists them)."
         ) from error
     if isinstance(error, RepositoryNotFoundError) or status_of(error) in (401, 403):
         raise CheckpointError(

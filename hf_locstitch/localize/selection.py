@@ -149,7 +149,10 @@ class Selection:
         self._tie_starts: npt.NDArray[np.int64] = np.zeros(len(chunks), dtype=np.int64)
 
     def offer(self, chunk: Chunk, scores: npt.NDArray[np.int32], changed: Bools | None, values: torch.Tensor) -> None:
-        """Keep a chunk's candidates. scores: bits [count]; values: [count]; changed: [count], needed if the bound is 0."""
+        """Keep a chunk's candidates. scores: bits [count]; values: [count].
+
+        changed: where values differ from the base [count], needed if the bound is 0.
+        """
         bound = self.bound(chunk)
         positions = np.flatnonzero(scores >= bound) if changed is None else np.flatnonzero(changed)
         self.spill.append(chunk.index, positions, scores[positions], values[torch.from_numpy(positions)])
