@@ -151,7 +151,8 @@ def _mismatches(recipe: Recipe, base: Checkpoint, other: Checkpoint, chosen: Seq
     if packed := [name for name in shared if not other.info(name).floating]:
         problems.append(
             f"{packed[0]} is {other.info(packed[0]).dtype} in {other.label} "
-            f"but {base.info(packed[0]).dtype} in the base{_more(len(packed))}: quantized or packed weights cannot be compared; name the full checkpoint"
+            f"but {base.info(packed[0]).dtype} in the base{_more(len(packed))}: "
+            "quantized or packed weights cannot be compared; name the full checkpoint"
         )
     return problems
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from hf_locstitch.demo.hub_faults import Fault, FaultKind, Faults, Request
-from hf_locstitch.demo.hub_git import Refusal
-from hf_locstitch.demo.hub_wire import Answer, Body, Call, Dropped, refusal
+from hf_locstitch.demo.hub.faults import Fault, FaultKind, Faults, Request
+from hf_locstitch.demo.hub.git import Refusal
+from hf_locstitch.demo.hub.wire import Answer, Body, Call, Dropped, refusal
 
 logger = logging.getLogger(__name__)
 

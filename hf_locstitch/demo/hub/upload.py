@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from hf_locstitch.demo import hub_card
-from hf_locstitch.demo.hub_git import (
+from hf_locstitch.demo.hub import card
+from hf_locstitch.demo.hub.git import (
     REGULAR_LIMIT,
     Change,
     Entry,
@@ -24,9 +24,9 @@ from hf_locstitch.demo.hub_git import (
     check_sha256,
     wants_lfs,
 )
-from hf_locstitch.demo.hub_rights import Rights
-from hf_locstitch.demo.hub_store import Store
-from hf_locstitch.demo.hub_wire import CHUNK, Answer, Call, content, json_object, object_list
+from hf_locstitch.demo.hub.rights import Rights
+from hf_locstitch.demo.hub.store import Store
+from hf_locstitch.demo.hub.wire import CHUNK, Answer, Call, content, json_object, object_list
 
 
 class Uploads:
@@ -217,7 +217,7 @@ class Uploads:
 def check_readme(path: str, data: bytes, repo_type: str) -> None:
     """Raises Refusal 400 if this is a README.md with metadata that the Hub refuses."""
     if path == "README.md":
-        errors, _ = hub_card.problems(data.decode("utf-8", "replace"), repo_type)
+        errors, _ = card.problems(data.decode("utf-8", "replace"), repo_type)
         if errors:
             raise Refusal(400, "Invalid metadata in README.md: " + "; ".join(errors))
 

@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import replace
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
-from hf_locstitch.demo import hub_card
-from hf_locstitch.demo.hub_git import (
+from hf_locstitch.demo.hub import card
+from hf_locstitch.demo.hub.git import (
     REPO_TYPES,
     Commit,
     Entry,
@@ -19,10 +19,10 @@ from hf_locstitch.demo.hub_git import (
     folders,
     folders_of,
 )
-from hf_locstitch.demo.hub_rights import Rights
-from hf_locstitch.demo.hub_store import Store
-from hf_locstitch.demo.hub_upload import Uploads
-from hf_locstitch.demo.hub_wire import Answer, Call, content, is_true, json_object
+from hf_locstitch.demo.hub.rights import Rights
+from hf_locstitch.demo.hub.store import Store
+from hf_locstitch.demo.hub.upload import Uploads
+from hf_locstitch.demo.hub.wire import Answer, Call, content, is_true, json_object
 
 _TYPES = {f"{name}s": name for name in REPO_TYPES}
 _GATES = (False, "auto", "manual")
@@ -147,7 +147,7 @@ class Api:
         commit = self._store.commit_at(repo, "/".join(rest) or "main")
         query = call.query
         blobs = call.flag("blobs")
-        card = self._card(commit)
+        about = self._card(commit)
         facts: dict[str, object] = {
             "_id": _id(repo.id),
             "id": repo.id,
@@ -160,14 +160,14 @@ class Api:
             "disabled": False,
             "downloads": 0,
             "likes": 0,
-            "tags": hub_card.tags(card),
+            "tags": card.tags(about),
             "usedStorage": sum(entry.size for entry in commit.files.values()),
             "siblings": [_sibling(path, entry, blobs) for path, entry in commit.files.items()],
-            **({"cardData": card} if card else {}),
+            **({"cardData": about} if about else {}),
         }
         if repo.type == "model":
             known = ("library_name", "pipeline_tag", "mask_token")
-            facts |= {"modelId": repo.id, **{key: card[key] for key in known if key in card}}
+            facts |= {"modelId": repo.id, **{key: about[key] for key in known if key in about}}
         expand = {name for key in ("expand", "expand[]") for name in query.get(key, [])}
         if expand:
             facts = {key: value for key, value in facts.items() if key in expand | {"_id", "id"}}
@@ -177,8 +177,8 @@ class Api:
         entry = commit.files.get("README.md")
         if entry is None or entry.lfs:
             return {}
-        with suppress(hub_card.CardError):
-            return hub_card.metadata(self._store.content(entry).read_text("utf-8", "replace")) or {}
+        with suppress(card.CardError):
+            return card.metadata(self._store.content(entry).read_text("utf-8", "replace")) or {}
         return {}
 
     def _tree(self, call: Call, repo: Repo, rest: list[str]) -> Answer:
@@ -334,7 +334,7 @@ class Api:
 
     def _validate_yaml(self, call: Call) -> Answer:
         wish = call.body.json()
-        errors, warnings = hub_card.problems(str(wish.get("content", "")), str(wish.get("repoType", "model")))
+        errors, warnings = card.problems(str(wish.get("content", "")), str(wish.get("repoType", "model")))
         lists = {
             "errors": [{"message": text} for text in errors],
             "warnings": [{"message": text} for text in warnings],

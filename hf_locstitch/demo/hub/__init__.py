@@ -17,14 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
-from hf_locstitch.demo.hub_api import Api
-from hf_locstitch.demo.hub_faults import Fault, FaultKind, Faults, Request
-from hf_locstitch.demo.hub_git import Change, Commit, Entry, Refusal, Repo, check_path, wants_lfs
-from hf_locstitch.demo.hub_rights import Rights
-from hf_locstitch.demo.hub_server import Server
-from hf_locstitch.demo.hub_store import Store
-from hf_locstitch.demo.hub_upload import check_readme
-from hf_locstitch.demo.hub_wire import CHUNK
+from hf_locstitch.demo.hub.api import Api
+from hf_locstitch.demo.hub.faults import Fault, FaultKind, Faults, Request
+from hf_locstitch.demo.hub.git import Change, Commit, Entry, Refusal, Repo, check_path, wants_lfs
+from hf_locstitch.demo.hub.rights import Rights
+from hf_locstitch.demo.hub.server import Server
+from hf_locstitch.demo.hub.store import Store
+from hf_locstitch.demo.hub.upload import check_readme
+from hf_locstitch.demo.hub.wire import CHUNK
 
 __all__ = ["Commit", "Entry", "Fault", "FaultKind", "LoopbackHub", "Refusal", "Request"]
 

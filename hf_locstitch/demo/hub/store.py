@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
 
-from hf_locstitch.demo.hub_git import (
+from hf_locstitch.demo.hub.git import (
     GITATTRIBUTES,
     REPO_TYPES,
     SHA1,

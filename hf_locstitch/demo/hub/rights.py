@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from hf_locstitch.demo.hub_git import Refusal, Repo
-from hf_locstitch.demo.hub_store import Store
-from hf_locstitch.demo.hub_wire import Call
+from hf_locstitch.demo.hub.git import Refusal, Repo
+from hf_locstitch.demo.hub.store import Store
+from hf_locstitch.demo.hub.wire import Call
 
 
 class Rights:

@@ -11,7 +11,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from hf_locstitch.demo.hub_git import Refusal
+from hf_locstitch.demo.hub.git import Refusal
 
 CHUNK = 1 << 18
 _JSON_LIMIT = 64 << 20
