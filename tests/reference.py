@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import reduce
 
 import torch
 
@@ -34,7 +35,8 @@ def reference_stitch(base: State, finetuned: Sequence[State], masks: Sequence[St
     merged = {name: tensor.clone() for name, tensor in base.items()}
     for name in masks[0]:
         times = torch.stack([mask[name] for mask in masks]).sum(0)
-        total = sum(torch.where(m[name], f[name].double(), 0.0) for f, m in zip(finetuned, masks, strict=True))
+        addends = [torch.where(m[name], f[name].double(), -0.0) for f, m in zip(finetuned, masks, strict=True)]
+        total = reduce(torch.add, addends)  # −0 adds nothing, not even a sign
         mean = total / times.clamp(min=1)
         if scale != 1.0:
             mean = base[name].float() + scale * (mean.float() - base[name].float())

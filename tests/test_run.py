@@ -364,3 +364,18 @@ def test_manifest_counts(tmp_path: Path) -> None:
     for name in ("base", "ft0", "ft2"):
         content = (tmp_path / name / "model.safetensors").read_bytes()
         assert inputs[name] == hashlib.sha256(content).hexdigest()
+
+
+def test_pairs_and_ties_go_by_name_wherever_tensors_lie(tmp_path: Path) -> None:
+    """Every file holds the tensors in another order, and nearly all scores are tied."""
+    base = {name: tensor.round() for name, tensor in random_state(0).items()}
+    finetuned = [
+        {name: (tensor + 2 * random_state(i + 5)[name]).round() for name, tensor in base.items()} for i in (0, 1)
+    ]
+    save_sharded(tmp_path / "base", base, lambda names: [[name] for name in reversed(names)])
+    save_sharded(tmp_path / "ft0", finetuned[0], lambda names: [[name] for name in names])
+    save_sharded(tmp_path / "ft1", finetuned[1], lambda names: [names[3:], names[:3]])
+    entries = [{"ref": str(tmp_path / f"ft{i}"), "name": f"ft{i}"} for i in (0, 1)]
+    out = merge_folders(tmp_path, entries, Settings(chunk=5), localizer={"density": 0.37})
+    masks = [reference_masks(base, state, BLOCK_NAMES, "0.37") for state in finetuned]
+    assert same_bits(load(out), reference_stitch(base, finetuned, masks))
