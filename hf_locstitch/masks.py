@@ -95,7 +95,7 @@ def write_mask(
     with spill.open("w+b") as parts:
 
         def encode(tensor: int) -> None:
-            coded = encode_positions(selection.kept(c).all_positions() + c.first for c in chunks[tensor])
+            coded = encode_positions(selection.kept(c).ascending() + c.first for c in chunks[tensor])
             with lock:
                 places[tensor] = parts.tell(), len(coded)
                 parts.write(coded)

@@ -27,13 +27,13 @@ from hf_locstitch.checkpoints.side_files import copy_side_files
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.chunks import CHUNK, Chunk, chunks_of, for_each, worker_count
 from hf_locstitch.errors import OutputError
-from hf_locstitch.localize.scan import Scan, raise_non_finite
+from hf_locstitch.localize.scan import Scan, all_finite, raise_non_finite
 from hf_locstitch.localize.selection import Selection
 from hf_locstitch.masks import mask_metadata, write_mask
 from hf_locstitch.plan import MergePlan, OutputShard, PlannedTensor, human
 from hf_locstitch.progress import Progress
 from hf_locstitch.select import is_buffer
-from hf_locstitch.stitch import overlaps, stitch
+from hf_locstitch.stitch import coverage, overlaps, stitch
 
 
 @dataclass(frozen=True)
@@ -226,13 +226,15 @@ class Stitcher:
     def _stitch(self, tensor: PlannedTensor, chunk: Chunk, writer: SafetensorsWriter) -> None:
         kept = {name: selection.kept(chunk) for name, selection in self._selections.items()}
         base = self.base.flat(tensor.name, chunk.first, chunk.count)
+        times = coverage(chunk.count, list(kept.values()))
         merged = stitch(
             base,
             [kept[name] for name in self._order],
+            times,
             scale=self.plan.recipe.scale,
             dtype=TORCH_DTYPE[tensor.dtype],
         )
-        covered, pairs = overlaps(chunk.count, list(kept.values()))
+        covered, pairs = overlaps(times, list(kept.values()))
         with self._lock:
             self.overlap.covered += covered
             self.overlap.pairs += pairs
@@ -251,7 +253,7 @@ class Stitcher:
             return
         values = self.rest.flat(tensor.name, chunk.first, chunk.count)
         checked = not self.plan.recipe.allow_non_finite and not is_buffer(info)
-        if checked and not torch.isfinite(values).all():
+        if checked and not all_finite(values):
             whole = self.rest.flat(tensor.name, 0, info.numel)
             raise_non_finite(self.rest, tensor.name, int((~torch.isfinite(whole)).sum()), info.numel)
         self._put(writer, tensor, chunk, values.to(TORCH_DTYPE[tensor.dtype]))

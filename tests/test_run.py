@@ -16,6 +16,7 @@ from reference import reference_masks, reference_stitch
 from hf_locstitch import Magnitude, load_mask, merge_from_hub
 from hf_locstitch.api import plan_merge
 from hf_locstitch.errors import NonFiniteError
+from hf_locstitch.localize.selection import Bracket
 from hf_locstitch.progress import Progress
 from hf_locstitch.recipe import make_recipe
 from hf_locstitch.run import Settings, run
@@ -149,23 +150,23 @@ def test_mostly_unchanged_weights_are_filled_up_evenly(tmp_path: Path) -> None:
     assert same_bits(load(out), other)
 
 
-def test_the_wrong_bound_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample that misses the largest entries costs a second pass, not a coordinate."""
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize("bracket", [Bracket(0x7F000000, 0x7F000001), Bracket(1, 2), Bracket(0, 1)])
+def test_a_wrong_bracket_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bracket: Bracket, scope: str
+) -> None:
+    """A sample that misjudges the model costs a second pass, not a coordinate."""
     base = random_state(0)
-    other = finetune(base, 1)
-    expected = merged(tmp_path / "a", base, [other], localizer={"density": 0.2})
+    others = [finetune(base, 1), finetune(base, 2)]
+    how = {"density": 0.2, "scope": scope}
+    expected = merged(tmp_path / "a", base, others, localizer=how)
     calls = []
-
-    def too_high(sample: object, k: int, n: int) -> int:
-        calls.append(k)
-        return 0x7F000000
-
     monkeypatch.setattr("hf_locstitch.localize.scan.SAMPLE", 4)
     monkeypatch.setattr("hf_locstitch.localize.scan.SMALLEST_SAMPLE", 4)
     monkeypatch.setattr("hf_locstitch.localize.scan.SAMPLE_RUN", 2)
-    monkeypatch.setattr("hf_locstitch.localize.scan.sample_bound", too_high)
-    result = merged(tmp_path / "b", base, [other], localizer={"density": 0.2})
-    assert calls and files_of(result) == files_of(expected)
+    monkeypatch.setattr("hf_locstitch.localize.scan.sample_bracket", lambda *args: calls.append(args) or bracket)
+    assert files_of(merged(tmp_path / "b", base, others, localizer=how)) == files_of(expected)
+    assert calls
 
 
 @pytest.mark.parametrize("count", [20, 4096])

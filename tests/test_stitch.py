@@ -11,11 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_locstitch.localize.selection import Kept
-from hf_locstitch.stitch import coverage, overlaps, stitch
+from hf_locstitch.stitch import coverage, overlaps
+from hf_locstitch.stitch import stitch as stitch_covered
 
 
 def kept(positions: list[int], values: list[float], unchanged: tuple[int, ...] = ()) -> Kept:
     return Kept(np.array(positions, dtype=np.int64), torch.tensor(values), np.array(unchanged, dtype=np.int64))
+
+
+def stitch(base: torch.Tensor, models: list[Kept], scale: float = 1.0) -> torch.Tensor:
+    return stitch_covered(base, models, coverage(len(base), models), scale=scale)
 
 
 def test_by_hand() -> None:
@@ -30,7 +35,8 @@ def test_a_coordinate_that_is_kept_unchanged_counts() -> None:
     """A finetune that kept the base's value there pulls the mean towards it."""
     base = torch.tensor([10.0, 20.0])
     assert stitch(base, [kept([0], [4.0]), kept([], [], (0, 1))]).tolist() == [7.0, 20.0]
-    times, pairs = overlaps(2, [kept([0], [4.0]), kept([], [], (0, 1))])
+    models = [kept([0], [4.0]), kept([], [], (0, 1))]
+    times, pairs = overlaps(coverage(2, models), models)
     assert times.tolist() == [0, 1, 1] and pairs.tolist() == [[1, 1], [1, 2]]
 
 

@@ -15,11 +15,21 @@ from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 from hf_locstitch.chunks import Chunk, chunks_of, for_each
 from hf_locstitch.errors import NonFiniteError
-from hf_locstitch.localize.selection import NON_FINITE, BoundTooHigh, Selection, Spill, sample_bound
+from hf_locstitch.localize.selection import (
+    BINS,
+    EVERYTHING,
+    NON_FINITE,
+    Bracket,
+    BracketMissed,
+    Selection,
+    Spill,
+    histogram_bracket,
+    sample_bracket,
+)
 
-SAMPLE = 1 << 20  # elements of one model that the bound is estimated from
-SMALLEST_SAMPLE = 1 << 14  # of one group of tensors; smaller groups are kept whole
-SAMPLE_RUN = 64  # neighbours sampled together: a page of the file yields more than one element
+SAMPLE = 1 << 20  # elements of one model that the brackets are estimated from
+SMALLEST_SAMPLE = 1 << 16  # of one group of tensors; smaller groups are kept whole
+SAMPLE_RUN = 1 << 11  # neighbours sampled together: few places of a file are visited
 
 Group = tuple[Sequence[int], int]
 
@@ -57,26 +67,26 @@ class Scan:
 
     def run(self) -> dict[str, Selection]:
         """The mask of each finetuned model. Raises NonFiniteError."""
-        bounds = {name: self._sampled_bounds(name) for name in self.finetuned}
-        selections = self._pass(bounds)
-        again = {name: [0] * len(self.groups) for name, sel in selections.items() if not self._settled(sel)}
-        if again:
-            selections |= self._pass(again)
-            for name in again:
+        selections = self._pass({name: self._sampled_brackets(name) for name in self.finetuned})
+        missed = [name for name, selection in selections.items() if not self._settled(selection)]
+        if missed:
+            selections |= self._pass(self._exact_brackets(missed))
+            for name in missed:
                 selections[name].settle(self.workers)
         return selections
 
     def _settled(self, selection: Selection) -> bool:
         try:
             selection.settle(self.workers)
-        except BoundTooHigh:
+        except BracketMissed:
             return False
         return True
 
-    def _pass(self, bounds: Mapping[str, Sequence[int]]) -> dict[str, Selection]:
-        """Offer every chunk of the models named in `bounds` to their selections."""
+    def _pass(self, brackets: Mapping[str, Sequence[Bracket]]) -> dict[str, Selection]:
+        """Offer every chunk of the models named in `brackets` to their selections."""
         selections = {
-            name: Selection(self._spill(name), self.names, self.chunks, self.groups, bounds[name]) for name in bounds
+            name: Selection(self._spill(name), self.names, self.chunks, self.groups, brackets[name])
+            for name in brackets
         }
         for_each(lambda chunk: self._offer(chunk, selections), self.chunks, self.workers)
         return selections
@@ -92,10 +102,11 @@ class Scan:
         base = base[: chunk.count].copy_(self.base.flat(name, chunk.first, chunk.count))
         for model, selection in selections.items():
             finetuned = self.finetuned[model].flat(name, chunk.first, chunk.count)
-            differs = differing_bits(finetuned, base, out) if selection.bound(chunk) == 0 else None
+            from_zero = selection.bracket(chunk).low == 0
+            differs = differing_bits(finetuned, base, out) if from_zero else None
             scores = magnitude_scores(finetuned, base, out)
-            selection.offer(chunk, scores, None if differs is None else differs | (scores != 0), finetuned)
-            if not self.allow_non_finite and selection.spill.largest[chunk.index] >= NON_FINITE:
+            largest = selection.offer(chunk, scores, None if differs is None else differs | (scores != 0), finetuned)
+            if largest >= NON_FINITE and not self.allow_non_finite:
                 self._raise_non_finite(model, name)
             self.finetuned[model].release(name, chunk.first, chunk.count)
             self.advance(chunk.count * finetuned.element_size())
@@ -119,33 +130,71 @@ class Scan:
             self._buffers.pair = torch.empty(self._chunk), torch.empty(self._chunk)
         return self._buffers.pair
 
-    def _sampled_bounds(self, model: str) -> list[int]:
-        """A bound for each group. It decides how much is spilled, never what is selected."""
+    def _exact_brackets(self, models: Sequence[str]) -> dict[str, list[Bracket]]:
+        """From the histogram of every score: a pass more, for models that a sample misjudged."""
+        groups_of = {tensor: group for group, (tensors, _) in enumerate(self.groups) for tensor in tensors}
+        counts = np.zeros((len(models), len(self.groups), BINS), dtype=np.int64)
+        lock = threading.Lock()
+
+        def count(chunk: Chunk) -> None:
+            name = self.names[chunk.tensor]
+            base, out = self._two_buffers()
+            base = base[: chunk.count].copy_(self.base.flat(name, chunk.first, chunk.count))
+            for row, model in zip(counts, models, strict=True):
+                scores = magnitude_scores(self.finetuned[model].flat(name, chunk.first, chunk.count), base, out)
+                part = np.bincount(scores >> 16, minlength=BINS)
+                with lock:
+                    row[groups_of[chunk.tensor]] += part
+
+        for_each(count, self.chunks, self.workers)
+        return {
+            model: [histogram_bracket(row, k) for row, (_, k) in zip(rows, self.groups, strict=True)]
+            for model, rows in zip(models, counts, strict=True)
+        }
+
+    def _sampled_brackets(self, model: str) -> list[Bracket]:
+        """A bracket for each group. It decides how much is spilled, never what is selected."""
         budget = max(SAMPLE // max(len(self.groups), 1), SMALLEST_SAMPLE)
-        bounds = []
+        brackets = []
         for tensors, k in self.groups:
             n = sum(self.tensors[tensor].numel for tensor in tensors)
-            sample = [self._sample(model, self.tensors[t], min(1.0, budget / n)) for t in tensors if n > budget]
-            bounds.append(sample_bound(np.concatenate(sample), k, n) if sample else 0)
-        return bounds
+            sample = self._sample(model, tensors, n, budget // SAMPLE_RUN) if n > budget else None
+            brackets.append(EVERYTHING if sample is None else sample_bracket(sample, k, n))
+        return brackets
 
-    def _sample(self, model: str, info: TensorInfo, share: float) -> npt.NDArray[np.int32]:
-        """Scores of about this share of a tensor, in short runs spread over it."""
-        runs = min(int(share * info.numel / SAMPLE_RUN) + 1, info.numel // SAMPLE_RUN)
-        if runs == 0:
-            return np.empty(0, dtype=np.int32)
-        spread = np.random.default_rng(0).random(runs) + np.arange(runs)
-        starts = (spread * (info.numel - SAMPLE_RUN) / runs).astype(np.int64)
-        where = torch.from_numpy((starts[:, None] + np.arange(SAMPLE_RUN)).ravel())
-        base = self.base.flat(info.name, 0, info.numel)[where].float()
-        finetuned = self.finetuned[model].flat(info.name, 0, info.numel)[where]
-        return magnitude_scores(finetuned, base, torch.empty(len(where)))
+    def _sample(self, model: str, tensors: Sequence[int], n: int, runs: int) -> npt.NDArray[np.int32] | None:
+        """Scores of runs of neighbours, spread evenly over n elements. Returns [runs, SAMPLE_RUN]."""
+        ends = np.cumsum([self.tensors[tensor].numel for tensor in tensors])
+        places = ((np.arange(runs) + np.random.default_rng(0).random(runs)) * n / runs).astype(np.int64)
+        rows = []
+        for place, at in zip(places, np.searchsorted(ends, places, side="right"), strict=True):
+            info = self.tensors[tensors[at]]
+            if info.numel < SAMPLE_RUN:
+                continue
+            first = min(int(place - ends[at]) + info.numel, info.numel - SAMPLE_RUN)
+            base = self.base.flat(info.name, first, SAMPLE_RUN).float()
+            finetuned = self.finetuned[model].flat(info.name, first, SAMPLE_RUN)
+            rows.append(magnitude_scores(finetuned, base, torch.empty(SAMPLE_RUN)))
+        return np.stack(rows) if rows else None
 
 
 def differing_bits(finetuned: torch.Tensor, base: torch.Tensor, out: torch.Tensor) -> npt.NDArray[np.bool_]:
     """Where finetuned, as float32, differs from base in any bit; 0.0 and −0.0 do. Shapes as magnitude_scores."""
     as_float = out[: len(finetuned)].copy_(finetuned)
     return as_float.view(torch.int32).numpy() != base.view(torch.int32).numpy()
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value [n] is NaN or infinite; several times faster than torch.isfinite for the narrow dtypes."""
+    if values.dtype == torch.float64:
+        return bool(torch.isfinite(values).all())
+    integer, infinity = {
+        torch.float32: (torch.int32, 0x7F800000),
+        torch.bfloat16: (torch.int16, 0x7F80),
+        torch.float16: (torch.int16, 0x7C00),
+    }[values.dtype]
+    bits = values.view(integer)
+    return len(bits) == 0 or int((bits & torch.iinfo(integer).max).max()) < infinity
 
 
 def raise_non_finite(checkpoint: MappedCheckpoint, name: str, bad: int, numel: int) -> NoReturn:

@@ -1,9 +1,10 @@
 """The exact top k of billions of scores in one pass over them, in bounded memory.
 
-Scores are non-negative float32, compared as their bits (their order is that of the numbers, and of NaN as the
-largest). The pass keeps the *candidates*, all that reach a bound estimated from a sample, in a spill file; the
-threshold is then the exact k-th largest, found by counting the candidates' upper and lower 16 bits. If the
-bound was too high, fewer than k were kept: that is noticed, and the pass is made again without a bound.
+Scores are non-negative float32, compared as their bits (their order is that of the numbers, with NaN the largest).
+A sample brackets the k-th largest score beforehand. The pass keeps what reaches the bracket in a spill file: what
+lies above it surely is among the k largest, what lies inside keeps its score too, and the exact threshold is found
+among those by counting their upper and lower 16 bits. If the k-th largest lies outside the bracket, the counts
+show it, and the pass is made again with a bracket from a full histogram.
 
 Ties at the threshold are kept evenly: numbered in (tensor name, flat index) order, tie j of T is kept iff
 ⌊(j+1)·r/T⌋ > ⌊j·r/T⌋ where r are wanted. So the mask depends on nothing but the scores.
@@ -28,7 +29,8 @@ Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 
 NON_FINITE = 0x7F800000  # bits of +inf; those of every NaN without its sign are larger
-NOTHING = 0x7FFFFFFF + 1  # a threshold that no score reaches
+ABOVE_ALL = 1 << 31  # larger than the bits of any score
+BINS = 1 << 15  # of the upper 16 bits, whose first is the sign
 
 
 def evenly(first: int, count: int, keep: int, total: int) -> Bools:
@@ -40,27 +42,75 @@ def evenly(first: int, count: int, keep: int, total: int) -> Bools:
     return np.diff(steps // total) > 0
 
 
-def sample_bound(sample: Ints, k: int, n: int) -> int:
-    """A score's bits that about k of n elements, and hardly fewer, reach. 0 where the sample cannot tell."""
-    expected = k / n * len(sample)
-    rank = int(1.1 * expected + 8 * expected**0.5 + 64)  # neighbours are alike, so the margin is wide
-    if rank >= len(sample):
-        return 0
-    return int(np.partition(sample, len(sample) - rank)[len(sample) - rank])
+@dataclass(frozen=True)
+class Bracket:
+    """Where the k-th largest score is looked for: low ≤ bits < high. Scores from `high` on are kept surely.
+
+    A low of 0 keeps every element that differs from the base in any bit: what is not kept equals the base.
+    """
+
+    low: int
+    high: int
+
+
+EVERYTHING = Bracket(0, ABOVE_ALL)
+
+
+def sample_bracket(sample: npt.NDArray[np.int32], k: int, n: int) -> Bracket:
+    """A bracket that hardly misses the k-th largest of n scores. sample: [runs, neighbours], spread evenly."""
+    if k == 0:
+        return Bracket(NON_FINITE, NON_FINITE)
+    share, size = k / n, sample.size
+    ascending = np.sort(sample, axis=None)
+
+    def reaching(bits: int) -> tuple[float, float]:
+        """Share of scores from `bits` on, and four standard errors of it; neighbours are alike, runs are not."""
+        shares = (sample >= bits).mean(axis=1)
+        return float(shares.mean()), float(4 * shares.std() / len(shares) ** 0.5)
+
+    low, high = 0, ABOVE_ALL
+    for factor in (1.03, 1.06, 1.12, 1.25, 1.5, 2.0, 3.0):
+        rank = int(factor * share * size) + 16
+        if rank >= size:
+            break
+        found, error = reaching(int(ascending[-rank]))
+        if found - error >= share:
+            low = int(ascending[-rank])
+            break
+    for factor in (0.97, 0.94, 0.88, 0.75, 0.5, 0.25):
+        rank = int(factor * share * size) - 16
+        if rank <= 0:
+            break
+        found, error = reaching(int(ascending[-rank]) + 1)
+        if found + error <= share:
+            high = int(ascending[-rank]) + 1
+            break
+    return Bracket(low, high)
+
+
+def histogram_bracket(histogram: Ints, k: int) -> Bracket:
+    """The bin that holds the k-th largest of all scores. histogram: of their upper 16 bits [BINS]."""
+    at_least = np.cumsum(histogram[::-1])[::-1]
+    reaching = np.flatnonzero(at_least >= k)
+    bin_ = int(reaching[-1]) if len(reaching) else 0
+    return Bracket(bin_ << 16, bin_ + 1 << 16)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What one mask keeps of one chunk. positions: [m] ascending, from the chunk's start; values: [m] in the
-    finetuned dtype. unchanged: [u] further positions kept, where the finetuned value is the base's, bit for bit.
+    """What one mask keeps of one chunk, in no particular order.
+
+    positions: [m], from the chunk's start; values: [m] in the finetuned dtype. unchanged: [u] further positions,
+    where the finetuned value is the base's, bit for bit.
     """
 
     positions: npt.NDArray[np.int64]
     values: torch.Tensor
     unchanged: npt.NDArray[np.int64]
 
-    def all_positions(self) -> npt.NDArray[np.int64]:
-        return np.union1d(self.positions, self.unchanged) if len(self.unchanged) else self.positions
+    def ascending(self) -> npt.NDArray[np.int64]:
+        """All positions, sorted."""
+        return np.sort(np.concatenate([self.positions, self.unchanged]))
 
 
 @dataclass(frozen=True)
@@ -73,7 +123,10 @@ class Threshold:
 
 
 class Spill:
-    """Candidates of one finetune, chunk by chunk, in one file: positions uint32, scores int32, values."""
+    """Candidates of one finetune in one file, chunk by chunk: positions uint32, values, scores int32.
+
+    First come those whose scores are above the bracket (their scores are not stored), then those inside.
+    """
 
     def __init__(self, path: Path, chunks: int, dtype: torch.dtype) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -81,54 +134,58 @@ class Spill:
         self._lock = threading.Lock()
         self._dtype = dtype
         self._offsets = [0] * chunks
-        self.counts = np.zeros(chunks, dtype=np.int64)
-        self.largest = np.zeros(chunks, dtype=np.int32)  # score in each chunk
+        self.sure = np.zeros(chunks, dtype=np.int64)
+        self.open = np.zeros(chunks, dtype=np.int64)
 
-    def append(self, index: int, positions: Ints, scores: Ints, values: torch.Tensor) -> None:
-        """Keep the candidates of chunk `index`. All [m]; safe to call from several threads."""
-        count = len(positions)
-        if count == 0:
+    def append(self, index: int, sure: Ints, inside: Ints, scores: Ints, values: torch.Tensor) -> None:
+        """Keep the candidates of chunk `index`; safe to call from several threads.
+
+        sure, inside: positions; scores: of those inside; values: of the whole chunk.
+        """
+        positions = np.concatenate([sure, inside])
+        if len(positions) == 0:
             return
-        parts = [
-            positions.astype(np.uint32).data,
-            scores.data,
-            values.to(self._dtype).view(torch.uint8).numpy().data,
-        ]
+        chosen = values[torch.from_numpy(positions)].to(self._dtype)
+        parts = [positions.astype(np.uint32).data, chosen.view(torch.uint8).numpy().data, scores.data]
+        parts = [part for part in parts if part.nbytes]
         size = sum(part.nbytes for part in parts)
         with self._lock:
             offset, self._end = self._end, self._end + size
         if os.pwritev(self._fd, parts, offset) != size:
-            raise OSError(errno.ENOSPC, "no space left on device")
-        self._offsets[index], self.counts[index], self.largest[index] = offset, count, scores.max()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._offsets[index], self.sure[index], self.open[index] = offset, len(sure), len(inside)
 
     def scores(self, index: int) -> npt.NDArray[np.int32]:
-        count = int(self.counts[index])
-        return np.frombuffer(os.pread(self._fd, 4 * count, self._offsets[index] + 4 * count), dtype=np.int32)
+        """Of the candidates inside the bracket."""
+        count, sure = int(self.open[index]), int(self.sure[index])
+        start = self._offsets[index] + (4 + self._dtype.itemsize) * (sure + count)
+        return np.frombuffer(os.pread(self._fd, 4 * count, start), dtype=np.int32)
 
-    def read(self, index: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int32], torch.Tensor]:
-        count = int(self.counts[index])
+    def read(self, index: int) -> tuple[npt.NDArray[np.uint32], torch.Tensor, npt.NDArray[np.int32]]:
+        """Positions and values of all candidates, scores of those inside the bracket, which come last."""
+        count = int(self.sure[index] + self.open[index])
         if count == 0:
-            return np.empty(0, np.uint32), np.empty(0, np.int32), torch.empty(0, dtype=self._dtype)
-        raw = bytearray(os.pread(self._fd, (8 + self._dtype.itemsize) * count, self._offsets[index]))
+            return np.empty(0, np.uint32), torch.empty(0, dtype=self._dtype), np.empty(0, np.int32)
+        item = self._dtype.itemsize
+        raw = bytearray(os.pread(self._fd, (4 + item) * count + 4 * int(self.open[index]), self._offsets[index]))
         return (
             np.frombuffer(raw, np.uint32, count),
-            np.frombuffer(raw, np.int32, count, 4 * count),
-            torch.frombuffer(raw, dtype=self._dtype, count=count, offset=8 * count),
+            torch.frombuffer(raw, dtype=self._dtype, count=count, offset=4 * count),
+            np.frombuffer(raw, np.int32, offset=(4 + item) * count),
         )
 
     def close(self) -> None:
         os.close(self._fd)
 
 
-class BoundTooHigh(Exception):
-    """Fewer candidates than k were kept: the pass has to be made again without a bound."""
+class BracketMissed(Exception):
+    """The k-th largest score lies outside the bracket."""
 
 
 class Selection:
     """The mask of one finetune, and its values there, read chunk by chunk.
 
-    chunks: of the localized tensors. groups: (tensors that compete, k). bounds: one a group; a bound of 0 keeps
-    every element that differs from the base in any bit, so what is not kept equals the base and scores 0.
+    chunks: of the localized tensors, whose names are `names`. groups: (tensors that compete, k); brackets: one each.
     """
 
     def __init__(
@@ -137,31 +194,36 @@ class Selection:
         names: Sequence[str],
         chunks: Sequence[Chunk],
         groups: Sequence[tuple[Sequence[int], int]],
-        bounds: Sequence[int],
+        brackets: Sequence[Bracket],
     ) -> None:
-        self.spill = spill
         self.chunks = chunks
-        self.bounds = bounds
+        self._spill = spill
+        self._brackets = brackets
         self._group_of = {tensor: group for group, (tensors, _) in enumerate(groups) for tensor in tensors}
         self._names = names
         self._groups = groups
         self._thresholds: list[Threshold] = []
         self._tie_starts: npt.NDArray[np.int64] = np.zeros(len(chunks), dtype=np.int64)
 
-    def offer(self, chunk: Chunk, scores: npt.NDArray[np.int32], changed: Bools | None, values: torch.Tensor) -> None:
-        """Keep a chunk's candidates. scores: bits [count]; values: [count].
+    def bracket(self, chunk: Chunk) -> Bracket:
+        return self._brackets[self._group_of[chunk.tensor]]
 
-        changed: where values differ from the base [count], needed if the bound is 0.
+    def offer(self, chunk: Chunk, scores: npt.NDArray[np.int32], changed: Bools | None, values: torch.Tensor) -> int:
+        """Keep a chunk's candidates. scores: bits [count]; values: [count]. Returns the largest candidate score.
+
+        changed: where values differ from the base [count], needed if the bracket begins at 0.
         """
-        bound = self.bound(chunk)
-        positions = np.flatnonzero(scores >= bound) if changed is None else np.flatnonzero(changed)
-        self.spill.append(chunk.index, positions, scores[positions], values[torch.from_numpy(positions)])
-
-    def bound(self, chunk: Chunk) -> int:
-        return self.bounds[self._group_of[chunk.tensor]]
+        bracket = self.bracket(chunk)
+        positions = np.flatnonzero(scores >= bracket.low) if changed is None else np.flatnonzero(changed)
+        if len(positions) == 0:
+            return 0
+        found = scores[positions]
+        inside = found < bracket.high
+        self._spill.append(chunk.index, positions[~inside], positions[inside], found[inside], values)
+        return int(found.max())
 
     def settle(self, workers: int) -> None:
-        """Find the thresholds once every chunk was offered. Raises BoundTooHigh."""
+        """Find the thresholds once every chunk was offered. Raises BracketMissed."""
         of_group: list[list[Chunk]] = [[] for _ in self._groups]
         for chunk in self.chunks:
             of_group[self._group_of[chunk.tensor]].append(chunk)
@@ -170,39 +232,39 @@ class Selection:
             self._number_ties(threshold, chunks, workers)
 
     def _threshold(self, group: int, chunks: Sequence[Chunk], workers: int) -> Threshold:
-        k, bound = self._groups[group][1], self.bounds[group]
-        if k == 0:
-            return Threshold(NOTHING, 0, 0)
-        upper = self._histogram(chunks, lambda scores: scores >> 16, 1 << 15, workers)
-        if upper.sum() < k and bound > 0:
-            raise BoundTooHigh
-        at_least = np.cumsum(upper[::-1])[::-1]  # candidates in this bin or above
-        reaching = np.flatnonzero(at_least >= k)
-        bin_ = int(reaching[-1]) if len(reaching) else 0
+        k, bracket = self._groups[group][1], self._brackets[group]
+        indices = [chunk.index for chunk in chunks]
+        wanted = k - int(self._spill.sure[indices].sum())  # of those inside
+        inside = int(self._spill.open[indices].sum())
+        if wanted < 0 or (wanted > inside and bracket.low > 0):
+            raise BracketMissed
+        if wanted == 0:
+            return Threshold(ABOVE_ALL, 0, 0)
+        upper = self._histogram(chunks, lambda scores: scores >> 16, BINS, workers)
+        bin_ = histogram_bracket(upper, wanted).low >> 16
         lower = self._histogram(chunks, lambda s: s[s >> 16 == bin_] & 0xFFFF, 1 << 16, workers)
-        at_least = at_least[bin_] - upper[bin_] + np.cumsum(lower[::-1])[::-1]  # the same for each of its scores
-        reaching = np.flatnonzero(at_least >= k)
+        at_least = upper[bin_ + 1 :].sum() + np.cumsum(lower[::-1])[::-1]
+        reaching = np.flatnonzero(at_least >= wanted)
         low = int(reaching[-1]) if len(reaching) else 0
         bits, ties = bin_ << 16 | low, int(lower[low])
         above = int(at_least[low]) - ties
         if bits == 0:  # elements that are not in the spill score 0 too
-            ties = sum(chunk.count for chunk in chunks) - above
-        return Threshold(bits, ties, k - above)
+            ties = sum(chunk.count for chunk in chunks) - (k - wanted) - above
+        return Threshold(bits, ties, wanted - above)
 
     def _histogram(
         self, chunks: Sequence[Chunk], bin_of: Callable[[Ints], Ints], bins: int, workers: int
     ) -> npt.NDArray[np.int64]:
-        """How many candidates fall into each bin. Returns [bins]."""
+        """How many candidates inside the bracket fall into each bin. Returns [bins]."""
         counts = np.zeros(bins, dtype=np.int64)
         lock = threading.Lock()
 
         def count(chunk: Chunk) -> None:
-            if self.spill.counts[chunk.index]:
-                part = np.bincount(bin_of(self.spill.scores(chunk.index)), minlength=bins)
-                with lock:
-                    np.add(counts, part, out=counts)
+            part = np.bincount(bin_of(self._spill.scores(chunk.index)), minlength=bins)
+            with lock:
+                np.add(counts, part, out=counts)
 
-        for_each(count, chunks, workers)
+        for_each(count, [chunk for chunk in chunks if self._spill.open[chunk.index]], workers)
         return counts
 
     def _number_ties(self, threshold: Threshold, chunks: Sequence[Chunk], workers: int) -> None:
@@ -211,11 +273,11 @@ class Selection:
         ties = np.zeros(len(self.chunks), dtype=np.int64)
 
         def count(chunk: Chunk) -> None:
-            scores = self.spill.scores(chunk.index)
+            scores = self._spill.scores(chunk.index)
             if threshold.bits:
                 ties[chunk.index] = np.count_nonzero(scores == threshold.bits)
             else:
-                ties[chunk.index] = chunk.count - np.count_nonzero(scores)
+                ties[chunk.index] = chunk.count - int(self._spill.sure[chunk.index]) - np.count_nonzero(scores)
 
         for_each(count, chunks, workers)
         ordered = sorted(chunks, key=lambda chunk: (self._names[chunk.tensor], chunk.first))
@@ -225,21 +287,22 @@ class Selection:
     def kept(self, chunk: Chunk) -> Kept:
         """The mask and the finetuned values in one chunk."""
         threshold = self._thresholds[self._group_of[chunk.tensor]]
-        positions, scores, values = self.spill.read(chunk.index)
-        keep = scores > threshold.bits
+        positions, values, scores = self._spill.read(chunk.index)
+        sure = len(positions) - len(scores)
+        keep = np.ones(len(positions), dtype=bool)
+        keep[sure:] = scores > threshold.bits
         unchanged = np.empty(0, dtype=np.int64)
         if threshold.keep:
             first = int(self._tie_starts[chunk.index])
             if threshold.bits:
                 tied = np.flatnonzero(scores == threshold.bits)
+                tied = tied[np.argsort(positions[sure + tied])]
+                keep[sure + tied[evenly(first, len(tied), threshold.keep, threshold.ties)]] = True
             else:  # every element without a score is tied, in the spill or not
                 scored = np.zeros(chunk.count, dtype=bool)
-                scored[positions] = scores > 0
+                scored[positions[keep]] = True
                 tied = np.flatnonzero(~scored)
-            chosen = tied[evenly(first, len(tied), threshold.keep, threshold.ties)]
-            if threshold.bits:
-                keep[chosen] = True
-            else:
+                chosen = tied[evenly(first, len(tied), threshold.keep, threshold.ties)]
                 in_spill = np.isin(positions, chosen)
                 keep |= in_spill
                 unchanged = np.setdiff1d(chosen, positions[in_spill], assume_unique=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hf_locstitch import Magnitude
 from hf_locstitch.localize.magnitude import exact_share
 from hf_locstitch.localize.scan import differing_bits, magnitude_scores
-from hf_locstitch.localize.selection import NON_FINITE, evenly, sample_bound
+from hf_locstitch.localize.selection import BINS, NON_FINITE, evenly, histogram_bracket, sample_bracket
 
 
 def test_evenly_by_hand() -> None:
@@ -52,10 +52,32 @@ def test_groups() -> None:
     assert Magnitude(density=0.5, scope="tensor").kept([3, 4]) == 3
 
 
-@given(st.lists(st.floats(0, 100, width=32), min_size=200, max_size=400), st.integers(1, 50))
-def test_a_bound_from_the_whole_is_below_the_kth_largest(scores: list[float], k: int) -> None:
+@given(st.lists(st.floats(0, 100, width=32), min_size=200, max_size=400), st.data())
+def test_a_histogram_brackets_the_kth_largest(scores: list[float], data: st.DataObject) -> None:
     bits = np.array(scores, dtype=np.float32).view(np.int32)
-    assert sample_bound(bits, k, len(bits)) <= np.sort(bits)[-k]
+    k = data.draw(st.integers(1, len(bits)))
+    bracket = histogram_bracket(np.bincount(bits >> 16, minlength=BINS), k)
+    assert bracket.low <= np.sort(bits)[-k] < bracket.high
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 0.4, 0.9])
+@pytest.mark.parametrize("uneven", [False, True])
+def test_a_sample_brackets_the_kth_largest_closely(share: float, uneven: bool) -> None:
+    generator = np.random.default_rng(1)
+    scores = np.abs(generator.standard_normal((4000, 128))).astype(np.float32)
+    if uneven:  # layers differ
+        scores *= np.linspace(0.5, 2, 4000, dtype=np.float32)[:, None]
+    bits = scores.view(np.int32)
+    k = int(share * bits.size)
+    bracket = sample_bracket(bits[::8], k, bits.size)
+    ordered = np.sort(bits, axis=None)
+    assert bracket.low <= ordered[-k] < bracket.high
+    assert (bits >= bracket.low).sum() <= 2.2 * k + 300
+
+
+def test_a_sample_that_tells_nothing_brackets_everything() -> None:
+    bracket = sample_bracket(np.zeros((10, 4), dtype=np.int32), 20, 40)
+    assert bracket.low == 0
 
 
 def test_scores_are_the_bits_of_the_float32_difference() -> None:
