@@ -16,16 +16,20 @@ if TYPE_CHECKING:
     from hf_locstitch.errors import LocstitchError, RequestError, WorkError
     from hf_locstitch.localize.magnitude import Magnitude
     from hf_locstitch.masks import load_mask
+    from hf_locstitch.verification.main import verify
+    from hf_locstitch.verification.report import VerifyReport
 
 __all__ = [
     "LocstitchError",
     "Magnitude",
     "MergeResult",
     "RequestError",
+    "VerifyReport",
     "WorkError",
     "__version__",
     "load_mask",
     "merge_from_hub",
+    "verify",
 ]
 
 _HOME = {
@@ -33,9 +37,11 @@ _HOME = {
     "Magnitude": "localize.magnitude",
     "MergeResult": "api",
     "RequestError": "errors",
+    "VerifyReport": "verification.report",
     "WorkError": "errors",
     "load_mask": "masks",
     "merge_from_hub": "api",
+    "verify": "verification.main",
 }
 
 

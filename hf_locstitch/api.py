@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from hf_locstitch.recipe import Recipe, make_recipe
 
 if TYPE_CHECKING:
     from hf_locstitch.manifest import Manifest
+    from hf_locstitch.publish import Published
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class MergeResult:
         """For a person, one line a place."""
         lines = [f"merged     {self.out}"] if self.out else []
         lines += [f"published  {self.url} at {self.commit}"] if self.url else []
-        masks = self.manifest.masks.items()
-        lines.append("density    " + ", ".join(f"{name} {100 * mask.real_density:.4g} %" for name, mask in masks))
+        densities = [f"{name} {100 * mask.real_density:.4g} %" for name, mask in self.manifest.masks.items()]
+        lines += ["density    " + ", ".join(densities)] if densities else []
         return "\n".join(lines)
 
 
@@ -88,43 +87,47 @@ def plan_merge(recipe: Recipe) -> MergePlan:
     return make_plan(recipe, base, dict(zip(names, finetuned, strict=True)))
 
 
-def check_outputs(recipe: Recipe, plan: MergePlan) -> None:
-    """Raises OutputError if the result could not be put where it is wanted, RecipeError if that is nowhere."""
-    from hf_locstitch.run import check_disk, check_out
+def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
+    """Carry out a plan and publish what comes of it. Raises as merge_from_hub."""
+    from hf_locstitch.processes import find_processes
+    from hf_locstitch.run import Settings, check_disk, check_out, run
 
     if recipe.out is None and recipe.push_to is None:
         raise RecipeError("nothing says where the merge goes: give --out DIR, --push-to ORG/NAME, or both.")
-    if recipe.out is not None:
-        check_out(recipe.out)
-    check_disk(recipe.out or Path(tempfile.gettempdir()), plan)
+    out = recipe.out or _scratch(str(recipe.push_to))
+    record = check_out(out, plan)
+    if record is None:
+        check_disk(out, plan)
     if recipe.push_to is not None:
         from hf_locstitch.publish import check_target
 
         check_target(recipe.push_to)
+    processes = find_processes()
+    record = record or run(plan, out, progress, Settings(), processes)
+    published = None
+    if recipe.push_to is not None and processes.first:
+        published = _publish(out, recipe, plan, progress)
+        if recipe.out is None:
+            shutil.rmtree(out.parent, ignore_errors=True)
+    url, commit = (published.url, published.commit) if published else (None, None)
+    return MergeResult(recipe.out, url, commit, record)
 
 
-def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
-    """Carry out a plan and publish what comes of it. Raises as merge_from_hub."""
-    from hf_locstitch.run import Settings, run
+def _scratch(repo: str) -> Path:
+    """Where a merge lies that is only pushed: found again by the same command if this one is cut short."""
+    from huggingface_hub import constants
 
-    check_outputs(recipe, plan)
-    with ExitStack() as stack:
-        out = recipe.out
-        if out is None:
-            temporary = Path(tempfile.mkdtemp(prefix="hf-locstitch-"))
-            stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-            out = temporary / "merged"
-        record = run(plan, out, progress, Settings())
-        if recipe.push_to is None:
-            return MergeResult(out, None, None, record)
-        from hf_locstitch.publish import publish
+    return Path(constants.HF_HOME) / "hf-locstitch" / repo.replace("/", "--") / "merged"
 
-        message = f"Merge {', '.join(plan.finetuned)} with hf-locstitch"
-        try:
-            published = publish(out, recipe.push_to, private=recipe.private, message=message, progress=progress)
-        except PublishError as error:
-            stack.pop_all()  # the finished merge stays, also a temporary one
-            raise PublishError(
-                f"{error} It is kept in {out}; upload it with: hf upload {recipe.push_to} {out}"
-            ) from error
-    return MergeResult(recipe.out, published.url, published.commit, record)
+
+def _publish(out: Path, recipe: Recipe, plan: MergePlan, progress: Progress) -> Published:
+    from hf_locstitch.publish import publish
+
+    repo = str(recipe.push_to)
+    message = f"Merge {', '.join(plan.finetuned)} with hf-locstitch"
+    try:
+        return publish(out, repo, private=recipe.private, message=message, progress=progress)
+    except PublishError as error:
+        raise PublishError(
+            f"{error} It is kept in {out}: give the same command again, or upload it with: hf upload {repo} {out}"
+        ) from error

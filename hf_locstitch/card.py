@@ -22,7 +22,7 @@ def card_data(plan: MergePlan) -> ModelCardData:
         optional |= {"base_model": list(dict.fromkeys(repos)), "base_model_relation": "merge"}
     return ModelCardData(
         library_name="transformers",
-        tags=["merge", "hf-locstitch", "localize-and-stitch"],
+        tags=["merge", "hf-locstitch", *(["localize-and-stitch"] if plan.recipe.method == "locstitch" else [])],
         **{key: value for key, value in optional.items() if value is not None},
     )
 
@@ -67,6 +67,7 @@ def write_card(plan: MergePlan, record: Manifest, path: Path) -> None:
         links={name: _link(checkpoint) for name, checkpoint in plan.inputs.items()},
         licences={name: checkpoint.card.get("license", "not named") for name, checkpoint in plan.inputs.items()},
         first=next(iter(plan.finetuned)),
+        rest="the base's" if plan.rest is plan.base else f"{plan.recipe.rest_from}'s",
     )
     card.save(path)
 

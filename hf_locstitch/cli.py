@@ -8,10 +8,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_locstitch._version import __version__
 from hf_locstitch.errors import LocstitchError, RecipeError
+from hf_locstitch.methods import method_names
 
 REF = "REF"  # a folder, org/name or org/name@revision
 # Flags whose destination is a recipe's field of the same name.
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf-locstitch {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_merge(commands)
+    _add_verify(commands)
     _add_demo(commands)
     return parser
 
@@ -70,9 +72,11 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="make the repo private if it is new")
 
     how = parser.add_argument_group("how to merge")
-    how.add_argument("--method", choices=["locstitch"], help="default: locstitch")
+    how.add_argument("--method", choices=method_names(), help="default: locstitch")
     how.add_argument("--localizer", choices=["magnitude"], help="how masks are found (default: magnitude)")
-    how.add_argument("--density", type=float, metavar="F", help="share of weights each mask keeps (default: 0.1)")
+    how.add_argument(
+        "--density", type=float, metavar="F", help="share of weights each mask keeps (default: 0.1; ties: 0.2)"
+    )
     how.add_argument("--scope", choices=["model", "tensor"], help="top k over the model (default) or in each tensor")
     how.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
     how.add_argument("--include", nargs="+", metavar="GLOB", help="localize these tensors (default: those of blocks)")
@@ -88,6 +92,34 @@ def _add_merge(commands: Any) -> None:
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     output.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
     _add_debug(parser)
+
+
+def _add_verify(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="check a merge: files, masks, values",
+        description="Read a merge back: its files against the manifest, its masks against the densities, its values "
+        f"against the inputs. {REF}: a folder, org/name or org/name@revision. Only reads.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=verify)
+    parser.add_argument("ref", metavar=REF, help="the merge")
+    parser.add_argument("--base", metavar=REF, help="the base, if not where the manifest names it")
+    parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge")
+    parser.add_argument(
+        "--tensors", type=_all_or_count, default=8, metavar="all|N", help="tensors computed again (default: 8)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    parser.add_argument("--quiet", action="store_true", help="only what does not hold, and no progress bars")
+    _add_debug(parser)
+
+
+def _all_or_count(text: str) -> int | Literal["all"]:
+    if text == "all":
+        return "all"
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 'all' nor a number from 1 on")
+    return int(text)
 
 
 def _add_demo(commands: Any) -> None:
@@ -152,6 +184,19 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
     if given:
         fields["localizer"] = {**(fields.get("localizer") or {}), **given}
     return {**fields, **{field: getattr(args, field) for field in FIELDS if getattr(args, field) is not None}}
+
+
+def verify(args: argparse.Namespace) -> int:
+    """hf-locstitch verify"""
+    from hf_locstitch.verification.main import verify as check
+
+    show = False if args.quiet else None
+    report = check(args.ref, base=args.base, finetuned=args.ft, tensors=args.tensors, show_progress=show)
+    if text := report.describe(quiet=args.quiet):
+        print(text, file=sys.stderr)
+    if args.json:
+        print(json.dumps(report.as_json(), indent=2))
+    return 0 if report.ok else 1
 
 
 def demo(args: argparse.Namespace) -> int:

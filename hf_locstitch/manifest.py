@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import CheckpointError
 from hf_locstitch.plan import MergePlan
 from hf_locstitch.recipe import Finetuned, Input, dump_recipe
+
+if TYPE_CHECKING:
+    from hf_locstitch.merger import Overlap
 
 FILE = "locstitch.json"
 RECIPE_FILE = "locstitch.yaml"
@@ -53,12 +57,13 @@ class MaskRecord:
 class Manifest:
     """covered_by[c]: coordinates that c masks cover. overlap: pair -> coordinates in both, and their Jaccard index.
 
+    localizer, masks, covered_by and overlap are empty for a method without masks. fingerprint: of recipe and inputs.
     outputs: file -> size in bytes and sha256, of every file but the manifest itself.
     """
 
     hf_locstitch: str
     method: str
-    localizer: dict[str, Any]
+    localizer: dict[str, Any] | None
     scale: float
     inputs: list[InputRecord]
     N: int
@@ -68,44 +73,38 @@ class Manifest:
     overlap: list[dict[str, Any]]
     warnings: list[str]
     versions: dict[str, str]
+    fingerprint: str
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
-def make_manifest(
-    plan: MergePlan, files: FileHashes, covered: npt.NDArray[np.int64], pairs: npt.NDArray[np.int64]
-) -> Manifest:
-    """covered: [models + 1]; pairs: [models, models]; both in the order of the finetunes."""
-    names = list(plan.finetuned)
-    ones = {name: int(pairs[i, i]) for i, name in enumerate(names)}
-    density = plan.recipe.localizer.density
-    covered = covered.copy()
-    covered[0] = plan.n - covered[1:].sum()
+def make_manifest(plan: MergePlan, files: FileHashes, overlap: Overlap, fingerprint: str) -> Manifest:
+    """The record without what is known only at the end: the output's files and the time."""
     return Manifest(
         hf_locstitch=__version__,
         method=plan.recipe.method,
-        localizer=plan.recipe.localizer.model_dump(mode="json"),
+        localizer=plan.localizer.model_dump(mode="json") if plan.masked else None,
         scale=plan.recipe.scale,
         inputs=[_input_record(plan, name, checkpoint, files[name]) for name, checkpoint in plan.inputs.items()],
         N=plan.n,
         k=plan.k,
-        masks={
-            name: MaskRecord(f"masks/{name}.safetensors", ones[name], density, ones[name] / plan.n if plan.n else 0.0)
-            for name in names
-        },
-        covered_by=[int(count) for count in covered],
-        overlap=[
-            _pair(names[i], names[j], int(pairs[i, j]), ones)
-            for i in range(len(names))
-            for j in range(i + 1, len(names))
-        ],
+        masks=_mask_records(plan, overlap) if plan.masked else {},
+        covered_by=[plan.n - int(overlap.covered[1:].sum()), *overlap.covered[1:].tolist()] if plan.masked else [],
+        overlap=_pairs(list(plan.finetuned), overlap.pairs) if plan.masked else [],
         warnings=list(plan.warnings),
-        versions={
-            "python": platform.python_version(),
-            **{library: version(library) for library in LIBRARIES},
-        },
+        versions={"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
+        fingerprint=fingerprint,
     )
+
+
+def _mask_records(plan: MergePlan, overlap: Overlap) -> dict[str, MaskRecord]:
+    ones = dict(zip(plan.finetuned, overlap.pairs.diagonal().tolist(), strict=True))
+    asked = plan.localizer.density
+    return {
+        name: MaskRecord(f"masks/{name}.safetensors", count, asked, count / plan.n if plan.n else 0.0)
+        for name, count in ones.items()
+    }
 
 
 def _input_record(plan: MergePlan, name: str, checkpoint: Checkpoint, files: Mapping[str, str]) -> InputRecord:
@@ -113,19 +112,44 @@ def _input_record(plan: MergePlan, name: str, checkpoint: Checkpoint, files: Map
     return InputRecord(role, name, checkpoint.source.pinned, checkpoint.source.commit, dict(files))
 
 
-def _pair(one: str, other: str, both: int, ones: Mapping[str, int]) -> dict[str, Any]:
-    either = ones[one] + ones[other] - both
-    return {"masks": [one, other], "both": both, "jaccard": both / either if either else 0.0}
+def _pairs(names: Sequence[str], pairs: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+    records = []
+    for i, j in combinations(range(len(names)), 2):
+        both = int(pairs[i, j])
+        either = int(pairs[i, i] + pairs[j, j]) - both
+        records.append({"masks": [names[i], names[j]], "both": both, "jaccard": both / either if either else 0.0})
+    return records
 
 
-def finish(record: Manifest, stage: Path, seconds: float) -> Manifest:
-    """The record with the output's files hashed."""
-    paths = sorted(path for path in stage.rglob("*") if path.is_file())
-    outputs = {
-        path.relative_to(stage).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in paths
-    }
+def finish(record: Manifest, stage: Path, known: Mapping[str, str], seconds: float) -> Manifest:
+    """The record with the output's files. known: file -> SHA-256, where it was computed before."""
+    outputs = {}
+    for path in sorted(path for path in stage.rglob("*") if path.is_file()):
+        name = path.relative_to(stage).as_posix()
+        outputs[name] = {"size": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
     written = {"written": sum(entry["size"] for entry in outputs.values())}
     return replace(record, outputs=outputs, bytes=written, seconds=round(seconds, 3))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The record that a merge left in `folder`; None if there is none that this version reads."""
+    try:
+        fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        fields["inputs"] = [InputRecord(**entry) for entry in fields["inputs"]]
+        fields["masks"] = {name: MaskRecord(**entry) for name, entry in fields["masks"].items()}
+        return Manifest(**fields)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def is_intact(record: Manifest, folder: Path) -> bool:
+    """Whether every file that the record names is in `folder` with its size and hash."""
+    return all(
+        (folder / name).is_file()
+        and (folder / name).stat().st_size == entry["size"]
+        and file_sha256(folder / name) == entry["sha256"]
+        for name, entry in record.outputs.items()
+    )
 
 
 def to_json(record: Manifest) -> str:

@@ -11,7 +11,7 @@ import json
 import math
 import threading
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,42 +71,47 @@ def mask_metadata(plan: MergePlan, name: str) -> dict[str, str]:
         "name": name,
         "base": plan.base.source.pinned,
         "finetuned": plan.finetuned[name].source.pinned,
-        "localizer": json.dumps(plan.recipe.localizer.model_dump(mode="json")),
+        "localizer": json.dumps(plan.localizer.model_dump(mode="json")),
         "N": str(plan.n),
         "ones": str(plan.k),
         "shapes": json.dumps({info.name: info.shape for info in plan.localized}, separators=(",", ":")),
     }
 
 
-def write_mask(
+def encode_masks(selection: Selection, own: Collection[str], parts: Path, workers: int) -> dict[str, tuple[int, int]]:
+    """Encode the tensors named in `own` into the file `parts`. Returns where each lies: (offset, bytes)."""
+    chunks: dict[str, list[Chunk]] = {name: [] for name in selection.names if name in own}
+    for chunk in selection.chunks:
+        if (name := selection.names[chunk.tensor]) in chunks:
+            chunks[name].append(chunk)
+    places: dict[str, tuple[int, int]] = {}
+    lock = threading.Lock()
+    with parts.open("wb") as file:
+
+        def encode(name: str) -> None:
+            coded = encode_positions(selection.kept(chunk).ascending() + chunk.first for chunk in chunks[name])
+            with lock:
+                places[name] = file.tell(), len(coded)
+                file.write(coded)
+
+        for_each(encode, chunks, workers)
+    return places
+
+
+def assemble_mask(
     path: Path,
     tensors: Sequence[TensorInfo],
-    selection: Selection,
+    encoded: Sequence[tuple[Path, Mapping[str, tuple[int, int]]]],
     metadata: Mapping[str, str],
-    spill: Path,
-    workers: int,
 ) -> None:
-    """Encode tensor by tensor into `spill` (sizes are known only then), then lay the file out in order."""
-    chunks: list[list[Chunk]] = [[] for _ in tensors]
-    for chunk in selection.chunks:
-        chunks[chunk.tensor].append(chunk)
-    places: dict[int, tuple[int, int]] = {}
-    lock = threading.Lock()
-    with spill.open("w+b") as parts:
-
-        def encode(tensor: int) -> None:
-            coded = encode_positions(selection.kept(c).ascending() + c.first for c in chunks[tensor])
-            with lock:
-                places[tensor] = parts.tell(), len(coded)
-                parts.write(coded)
-
-        for_each(encode, range(len(tensors)), workers)
-        entries = [(info.name, "U8", (places[i][1],), places[i][1]) for i, info in enumerate(tensors)]
-        with SafetensorsWriter(path, entries, metadata) as writer:
-            for i, info in enumerate(tensors):
-                parts.seek(places[i][0])
-                writer.write(info.name, parts.read(places[i][1]))
-    spill.unlink()
+    """Lay the mask file out from what each process encoded; the sizes are known only now."""
+    found = {name: (parts, *place) for parts, places in encoded for name, place in places.items()}
+    entries = [(info.name, "U8", (found[info.name][2],), found[info.name][2]) for info in tensors]
+    with SafetensorsWriter(path, entries, metadata) as writer:
+        for name, (parts, offset, size) in found.items():
+            with parts.open("rb") as file:
+                file.seek(offset)
+                writer.write(name, file.read(size))
 
 
 def load_mask(ref: str | Path, name: str | None = None) -> dict[str, torch.Tensor]:

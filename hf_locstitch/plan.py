@@ -12,9 +12,12 @@ from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from hf_locstitch.checkpoints.header import FLOATING, ITEM_BYTES, TensorInfo
 from hf_locstitch.chunks import CHUNK
 from hf_locstitch.errors import MismatchError, RecipeError
+from hf_locstitch.localize.magnitude import Magnitude
+from hf_locstitch.methods import Dense, Masked, find_method
 from hf_locstitch.recipe import Recipe
 from hf_locstitch.select import localizable, unknown_globs
 
+ALL = ("*",)
 DTYPE_ON_DISK = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 IMPORTS_BYTES = 330_000_000  # resident after importing torch and the Hub's client; measured
 CHUNK_BYTES_PER_ELEMENT = 40  # one worker's buffers, measured with a margin
@@ -24,7 +27,7 @@ SPILL_MARGIN = 1.25  # candidates kept per coordinate chosen; the bound is set f
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the output. dtype: on disk, of the output. localized: whether masks range over it."""
+    """One tensor of the output. dtype: on disk, of the output. localized: whether the method ranges over it."""
 
     name: str
     dtype: str
@@ -43,6 +46,11 @@ class OutputShard:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def entries(self) -> list[tuple[str, str, tuple[int, ...], int]]:
+        """Name, dtype, shape and bytes of each tensor, as a file's header has them."""
+        return [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in self.tensors]
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -57,7 +65,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """n: elements of the localized tensors of one model (N). k: coordinates that each mask keeps.
+    """n: elements of the localized tensors of one model (N). k: coordinates that each mask keeps, n without masks.
 
     rest: the checkpoint of the tensors that are not localized. files: that of config, tokenizer and the like.
     """
@@ -78,6 +86,26 @@ class MergePlan:
         """The localized tensors as the base holds them, in the base's order."""
         chosen = {tensor.name for shard in self.shards for tensor in shard.tensors if tensor.localized}
         return [info for name, (_, info) in self.base.tensors.items() if name in chosen]
+
+    @property
+    def method(self) -> Dense | Masked:
+        return find_method(self.recipe.method)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the method localizes."""
+        return isinstance(self.method, Masked)
+
+    @property
+    def localizer(self) -> Magnitude:
+        """Of a method with masks."""
+        assert self.recipe.localizer is not None
+        return self.recipe.localizer
+
+    @property
+    def groups(self) -> list[tuple[list[int], int]]:
+        """Which of `localized` (by number) compete with one another, and how many elements each group keeps."""
+        return self.localizer.groups([info.numel for info in self.localized])
 
     @property
     def inputs(self) -> dict[str, Checkpoint]:
@@ -101,7 +129,8 @@ def make_plan(recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoi
     problems = unknown_globs(list(base.tensors), [*recipe.include, *recipe.exclude])
     for field in ("rest_from", "files_from"):
         problems += _unknown_name(field, getattr(recipe, field), list(finetuned))
-    chosen = localizable((info for _, info in base.tensors.values()), recipe.include, recipe.exclude)
+    include = _default_include(recipe)
+    chosen = localizable((info for _, info in base.tensors.values()), include, recipe.exclude)
     if not chosen:
         problems.append(
             f"no tensor of {base.label} is localizable (names are such as {', '.join(list(base.tensors)[:3])}); "
@@ -119,9 +148,16 @@ def make_plan(recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoi
     files = finetuned[recipe.files_from] if recipe.files_from else rest
     shards = _output_shards(recipe, base, rest, frozenset(chosen))
     n = sum(base.info(name).numel for name in chosen)
-    k = recipe.localizer.kept([base.info(name).numel for name in chosen])
+    k = recipe.localizer.kept([base.info(name).numel for name in chosen]) if recipe.localizer else n
     cost = _cost(recipe, base, finetuned, shards, n, k, workers)
     return MergePlan(recipe, base, finetuned, rest, files, shards, n, k, cost, tuple(warnings))
+
+
+def _default_include(recipe: Recipe) -> Sequence[str]:
+    """The globs asked for; without any, blocks (told from names, no glob) or all tensors, as the method has it."""
+    method = find_method(recipe.method)
+    blocks_only = isinstance(method, Masked) and method.blocks_only
+    return recipe.include or (() if blocks_only else ALL)
 
 
 def _unknown_name(field: str, value: str | None, names: list[str]) -> list[str]:
@@ -164,7 +200,7 @@ def _model_types(checkpoint: Checkpoint) -> set[str | None]:
 
 
 def _name_mismatches(recipe: Recipe, base: Checkpoint, other: Checkpoint, chosen: Sequence[str]) -> list[str]:
-    theirs = localizable((info for _, info in other.tensors.values()), recipe.include, recipe.exclude)
+    theirs = localizable((info for _, info in other.tensors.values()), _default_include(recipe), recipe.exclude)
     missing = [name for name in chosen if name not in other.tensors]
     extra = [name for name in theirs if name not in base.tensors]
     problems = []
@@ -294,9 +330,10 @@ def _cost(
         (ITEM_BYTES[c.info(t).dtype] for c in finetuned.values() for t in c.tensors if c.info(t).floating),
         default=4,
     )
-    candidates = min(n, math.ceil(k * SPILL_MARGIN))
+    masked = recipe.localizer is not None
+    candidates = min(n, math.ceil(k * SPILL_MARGIN)) if masked else 0
     spill = len(finetuned) * candidates * (SPILL_BYTES + value)
-    masks = len(finetuned) * math.ceil(mask_bits(k / n if n else 0.0) * n / 8)
+    masks = len(finetuned) * math.ceil(mask_bits(k / n) * n / 8) if masked and n else 0
     memory = IMPORTS_BYTES + workers * CHUNK * CHUNK_BYTES_PER_ELEMENT
     return Cost(read, download, write, write + spill + masks, memory)
 
@@ -314,7 +351,7 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "base": plan.base.source.pinned,
         "finetuned": {name: checkpoint.source.pinned for name, checkpoint in plan.finetuned.items()},
         "method": plan.recipe.method,
-        "localizer": plan.recipe.localizer.model_dump(mode="json"),
+        "localizer": plan.localizer.model_dump(mode="json") if plan.masked else None,
         "scale": plan.recipe.scale,
         "N": plan.n,
         "k": plan.k,
@@ -341,9 +378,11 @@ def format_plan(plan: MergePlan) -> str:
     lines = [
         f"base       {plan.base.label}",
         *(f"finetuned  {name:<{wide}}  {checkpoint.label}" for name, checkpoint in plan.finetuned.items()),
-        f"localizer  {plan.recipe.localizer.describe()}",
-        f"masks      N = {plan.n:,} elements in {localized} tensors; each keeps k = {plan.k:,} ({share:.4g} %); "
-        f"{kept} tensors kept from {plan.rest.label}",
+        f"method     {plan.method.title}" + (f", scale {plan.recipe.scale:g}" if plan.recipe.scale != 1 else ""),
+        *([f"localizer  {plan.localizer.describe()}"] if plan.masked else []),
+        f"merged     N = {plan.n:,} elements in {localized} tensors; "
+        + (f"each mask keeps k = {plan.k:,} ({share:.4g} %); " if plan.masked else "")
+        + f"{kept} tensors kept from {plan.rest.label}",
         f"output     {len(plan.shards)} {'shard' if len(plan.shards) == 1 else 'shards'}, {human(plan.cost.write)}"
         f" ({', '.join(sorted({t.dtype for s in plan.shards for t in s.tensors}))})",
         f"cost       read {human(plan.cost.read)} (to download: {human(plan.cost.download)}), "

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 from hf_locstitch.checkpoints.ref import REPO_ID
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.magnitude import Magnitude
+from hf_locstitch.methods import Dense, Masked, find_method, method_names
 
 NAME_PATTERN = r"^[A-Za-z0-9][\w.-]*$"  # becomes a file name: masks/NAME.safetensors
 
@@ -44,8 +45,9 @@ class Recipe(Strict):
 
     base: Input
     finetuned: tuple[Finetuned, ...] = Field(min_length=1, max_length=64)
-    method: Literal["locstitch"] = "locstitch"
-    localizer: Magnitude = Magnitude()
+    method: str = "locstitch"
+    localizer: Magnitude | None = None
+    """How masks are found; the method's default if it has masks, nothing if it has none."""
     scale: float = Field(default=1.0, allow_inf_nan=False)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -60,6 +62,25 @@ class Recipe(Strict):
     out: Path | None = None
     push_to: str | None = None
     private: bool = False
+
+    @field_validator("method")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in method_names():
+            near = get_close_matches(value, method_names(), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(method_names())}"
+            raise ValueError(f"unknown method ({hint})")
+        return value
+
+    @model_validator(mode="after")
+    def _localizer_suits_method(self) -> Recipe:
+        method = find_method(self.method)
+        if isinstance(method, Dense) and self.localizer is not None:
+            raise ValueError(f"{self.method} uses whole models: it takes no localizer, density or scope")
+        if isinstance(method, Masked) and (self.localizer is None or "density" not in self.localizer.model_fields_set):
+            given = self.localizer.model_dump(exclude={"density"}) if self.localizer else {}
+            object.__setattr__(self, "localizer", Magnitude(density=method.density, **given))
+        return self
 
     @field_validator("push_to")
     @classmethod
@@ -121,5 +142,6 @@ def _fields_at(loc: list[str]) -> list[str]:
 def dump_recipe(recipe: Recipe) -> str:
     """YAML that asks for the same merge: what differs from the defaults, and neither `out` nor `push_to`."""
     fields = recipe.model_dump(mode="json", exclude={"out", "push_to", "private"}, exclude_defaults=True)
-    fields["localizer"] = recipe.localizer.model_dump(mode="json")
+    if recipe.localizer is not None:
+        fields["localizer"] = recipe.localizer.model_dump(mode="json")
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)

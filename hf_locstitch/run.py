@@ -1,39 +1,36 @@
-"""Carries a plan out: fetch, localize, stitch, write. OUT appears whole or not at all."""
+"""Carries a plan out: fetch, localize, merge, write. OUT appears whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from hf_locstitch import manifest
 from hf_locstitch.card import write_card
-from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
-from hf_locstitch.checkpoints.mapped import TORCH_DTYPE, MappedCheckpoint
+from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE
+from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 from hf_locstitch.checkpoints.side_files import copy_side_files
+from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
-from hf_locstitch.chunks import CHUNK, Chunk, chunks_of, for_each, worker_count
+from hf_locstitch.chunks import CHUNK, worker_count
 from hf_locstitch.errors import OutputError
-from hf_locstitch.localize.scan import Scan, all_finite, raise_non_finite
+from hf_locstitch.localize.scan import Scan
 from hf_locstitch.localize.selection import Selection
-from hf_locstitch.masks import mask_metadata, write_mask
-from hf_locstitch.plan import MergePlan, OutputShard, PlannedTensor, human
+from hf_locstitch.masks import assemble_mask, encode_masks, mask_metadata
+from hf_locstitch.merger import Merger, Overlap
+from hf_locstitch.plan import MergePlan, OutputShard, human
+from hf_locstitch.processes import Processes, divide
 from hf_locstitch.progress import Progress
-from hf_locstitch.select import is_buffer
-from hf_locstitch.stitch import coverage, overlaps, stitch
+from hf_locstitch.workplace import ShardRecord, Workplace, fingerprint, workplace
 
 
 @dataclass(frozen=True)
@@ -44,18 +41,14 @@ class Settings:
     workers: int = field(default_factory=worker_count)
 
 
-@dataclass
-class Overlap:
-    """covered: by how many masks each coordinate is covered [models + 1]. pairs: covered by both [models, models]."""
-
-    covered: npt.NDArray[np.int64]
-    pairs: npt.NDArray[np.int64]
-
-
-def check_out(out: Path) -> None:
-    """Raises OutputError unless `out` can become the output folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def check_out(out: Path, plan: MergePlan) -> manifest.Manifest | None:
+    """The record of this very merge if `out` holds it complete. Raises OutputError if it holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    record = manifest.read_manifest(out)
+    if record is None or record.fingerprint != fingerprint(plan) or not manifest.is_intact(record, out):
         raise OutputError(f"{out} exists and is not an empty folder; nothing is overwritten. Name another --out.")
+    return record
 
 
 def check_disk(folder: Path, plan: MergePlan) -> None:
@@ -72,197 +65,171 @@ def _existing(folder: Path) -> Path:
     return folder if folder.exists() else _existing(folder.absolute().parent)
 
 
-@contextmanager
-def staging(out: Path) -> Iterator[tuple[Path, Path]]:
-    """A sibling of `out` that becomes it, and a folder for temporary files. Both go if the work fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        stage, spill = work / "out", work / "spill"
-        stage.mkdir()
-        spill.mkdir()
-        yield stage, spill
-        stage.replace(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def run(plan: MergePlan, out: Path, progress: Progress, settings: Settings) -> manifest.Manifest:
-    """Merge into the folder `out`. Raises OutputError, NonFiniteError, DownloadError or IntegrityError."""
+def run(
+    plan: MergePlan, out: Path, progress: Progress, settings: Settings, processes: Processes | None = None
+) -> manifest.Manifest:
+    """Merge into the folder `out`. Raises RequestError, or WorkError after which the same call goes on."""
     torch.set_num_threads(1)  # our own threads share out the chunks; torch's would fight them
-    began = time.monotonic()
-    with staging(out) as (stage, spill), ThreadPoolExecutor(1) as background:
-        inputs = fetch(plan, progress)
-        hashes = [background.submit(hash_files, checkpoint) for checkpoint in plan.inputs.values()]
-        try:
-            selections = localize(plan, inputs, spill, progress, settings)
-            write_masks(plan, selections, stage, spill, settings)
-            overlap = write_shards(plan, inputs, selections, stage, progress, settings)
-            files = {name: future.result() for name, future in zip(plan.inputs, hashes, strict=True)}
-        finally:
-            _cancel(hashes)
-        write_index(plan, stage)
-        copy_side_files(plan.files.source, stage, plan.recipe.dtype)
-        record = manifest.make_manifest(plan, files, overlap.covered, overlap.pairs)
-        manifest.check_pins(plan, files)
-        (stage / "locstitch.yaml").write_text(manifest.pinned_recipe(plan, files), encoding="utf-8")
-        write_card(plan, record, stage / "README.md")
-        record = manifest.finish(record, stage, time.monotonic() - began)
-        (stage / manifest.FILE).write_text(manifest.to_json(record), encoding="utf-8")
-    return record
+    processes = processes or Processes()
+    with workplace(plan, out, processes) as place:
+        return Run(plan, place, processes, progress, settings).run()
 
 
-def _cancel(futures: Sequence[Future]) -> None:  # type: ignore[type-arg]
-    for future in futures:
-        future.cancel()
-
-
-def fetch(plan: MergePlan, progress: Progress) -> dict[str, MappedCheckpoint]:
-    """Every input's shards on this machine, opened. Keys as plan.inputs."""
-    total = sum(shard.size for checkpoint in plan.inputs.values() for shard in checkpoint.shards)
-    paths: dict[str, dict[str, Path]] = {}
-    with progress.bar("downloading", total) as advance:
-        for name, checkpoint in plan.inputs.items():
-            paths[name] = {shard.file: checkpoint.source.fetch(shard.file, advance) for shard in checkpoint.shards}
-    return {name: MappedCheckpoint(checkpoint, paths[name]) for name, checkpoint in plan.inputs.items()}
-
-
-def hash_files(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 of each shard."""
-    return {shard.file: checkpoint.source.sha256(shard.file) for shard in checkpoint.shards}
-
-
-def localize(
-    plan: MergePlan,
-    inputs: Mapping[str, MappedCheckpoint],
-    spill: Path,
-    progress: Progress,
-    settings: Settings,
-) -> dict[str, Selection]:
-    """The mask of each finetune."""
-    tensors = plan.localized
-    finetuned = {name: inputs[name] for name in plan.finetuned}
-    nbytes = sum(checkpoint.info(tensor.name).nbytes for checkpoint in plan.finetuned.values() for tensor in tensors)
-    with progress.bar("localizing", nbytes) as advance:
-        return Scan(
-            inputs["base"],
-            finetuned,
-            tensors,
-            plan.recipe.localizer.groups([tensor.numel for tensor in tensors]),
-            spill,
-            chunk=settings.chunk,
-            workers=settings.workers,
-            allow_non_finite=plan.recipe.allow_non_finite,
-            advance=advance,
-        ).run()
-
-
-def write_masks(
-    plan: MergePlan, selections: Mapping[str, Selection], stage: Path, spill: Path, settings: Settings
-) -> None:
-    (stage / "masks").mkdir()
-    for name, selection in selections.items():
-        path = stage / "masks" / f"{name}.safetensors"
-        metadata = mask_metadata(plan, name)
-        write_mask(path, plan.localized, selection, metadata, spill / f"{name}.mask", settings.workers)
-
-
-def write_shards(
-    plan: MergePlan,
-    inputs: Mapping[str, MappedCheckpoint],
-    selections: Mapping[str, Selection],
-    stage: Path,
-    progress: Progress,
-    settings: Settings,
-) -> Overlap:
-    """Stitch, shard by shard. Returns how the masks overlap."""
-    with progress.bar("stitching", plan.cost.write) as advance:
-        stitcher = Stitcher(plan, inputs, selections, settings, advance)
-        for shard in plan.shards:
-            stitcher.write(shard, stage / shard.file)
-    return stitcher.overlap
-
-
-class Stitcher:
-    """Writes the tensors of the plan, chunk by chunk in several threads."""
+class Run:
+    """One merge in one process. Every process makes the same calls in the same order."""
 
     def __init__(
+        self, plan: MergePlan, place: Workplace, processes: Processes, progress: Progress, settings: Settings
+    ) -> None:
+        self.plan, self.place, self.processes = plan, place, processes
+        self.progress = progress if processes.first else Progress(False)
+        self.settings = settings
+        tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
+        owners = divide([tensor.nbytes for tensor in tensors], processes.count)
+        self.own = {t.name for t, owner in zip(tensors, owners, strict=True) if owner == processes.rank}
+
+    def run(self) -> manifest.Manifest:
+        began = time.monotonic()
+        inputs = self.processes.together(self.fetch)
+        with ThreadPoolExecutor(1) as background:
+            hashes = [background.submit(self._hash, name, file) for name, file in self._hash_jobs()]
+            try:
+                selections = self.localize(inputs) if self.plan.masked else {}
+                self.write_masks(selections)
+                overlap, outputs = self.write_shards(inputs, selections, background)
+                files = self._gather_hashes(hashes)
+            finally:
+                for future in hashes:
+                    future.cancel()
+        records: list[manifest.Manifest] = []
+        self.processes.on_first(lambda: records.append(self.finish(files, overlap, outputs, began)))
+        return self.processes.gather(records[0] if records else None)[0]  # type: ignore[return-value]
+
+    def fetch(self) -> dict[str, MappedCheckpoint]:
+        """Every input's shards on this machine, opened. Keys as plan.inputs."""
+        inputs = self.plan.inputs
+        paths: dict[str, dict[str, Path]] = {}
+        with self.progress.bar("downloading", sum(s.size for c in inputs.values() for s in c.shards)) as advance:
+            for name, checkpoint in inputs.items():
+                paths[name] = {s.file: checkpoint.source.fetch(s.file, advance) for s in checkpoint.shards}
+        return {name: MappedCheckpoint(checkpoint, paths[name]) for name, checkpoint in inputs.items()}
+
+    def _hash_jobs(self) -> list[tuple[str, str]]:
+        """The shards of the inputs that this process hashes."""
+        jobs = [(name, shard.file) for name, checkpoint in self.plan.inputs.items() for shard in checkpoint.shards]
+        return jobs[self.processes.rank :: self.processes.count]
+
+    def _hash(self, name: str, file: str) -> tuple[str, str, str]:
+        return name, file, self.plan.inputs[name].source.sha256(file)
+
+    def _gather_hashes(self, hashes: list[Future[tuple[str, str, str]]]) -> dict[str, dict[str, str]]:
+        """SHA-256 of every shard of every input."""
+        own = self.processes.together(lambda: [future.result() for future in hashes])
+        files: dict[str, dict[str, str]] = {name: {} for name in self.plan.inputs}
+        for results in self.processes.gather(own):
+            for name, file, digest in results:
+                files[name][file] = digest
+        return files
+
+    def localize(self, inputs: Mapping[str, MappedCheckpoint]) -> dict[str, Selection]:
+        """The mask of each finetune."""
+        plan = self.plan
+        tensors = plan.localized
+        finetuned = {name: inputs[name] for name in plan.finetuned}
+        own = [tensor for tensor in tensors if tensor.name in self.own]
+        nbytes = sum(checkpoint.info(tensor.name).nbytes for checkpoint in plan.finetuned.values() for tensor in own)
+        with self.progress.bar("localizing", nbytes) as advance:
+            return Scan(
+                inputs["base"],
+                finetuned,
+                tensors,
+                plan.groups,
+                self.place.spill,
+                own=self.own,
+                processes=self.processes,
+                chunk=self.settings.chunk,
+                workers=self.settings.workers,
+                allow_non_finite=plan.recipe.allow_non_finite,
+                advance=advance,
+            ).run()
+
+    def write_masks(self, selections: Mapping[str, Selection]) -> None:
+        for name, selection in selections.items():
+            parts = self.place.spill / f"{name}.mask-{self.processes.rank}"
+            encode = self.processes.together(
+                lambda selection=selection, parts=parts: encode_masks(selection, self.own, parts, self.settings.workers)
+            )
+            places = self.processes.gather((parts, encode))
+            self.processes.on_first(lambda name=name, places=places: self._assemble(name, places))
+
+    def _assemble(self, name: str, places: list[tuple[Path, dict[str, tuple[int, int]]]]) -> None:
+        (self.place.stage / "masks").mkdir(exist_ok=True)
+        path = self.place.stage / "masks" / f"{name}.safetensors"
+        assemble_mask(path, self.plan.localized, places, mask_metadata(self.plan, name))
+
+    def write_shards(
         self,
-        plan: MergePlan,
         inputs: Mapping[str, MappedCheckpoint],
         selections: Mapping[str, Selection],
-        settings: Settings,
-        advance: Callable[[int], object],
-    ) -> None:
-        self.plan, self.settings, self.advance = plan, settings, advance
-        self.base = inputs["base"]
-        self.rest = next(reader for reader in inputs.values() if reader.checkpoint is plan.rest)
-        # The mean adds up in an order of the models' own, whatever the order in which they were given.
-        self._order = sorted(selections, key=lambda name: plan.finetuned[name].source.pinned)
-        self._selections = selections
-        tensors = plan.localized
-        self._chunks: dict[str, list[Chunk]] = {info.name: [] for info in tensors}
-        for chunk in chunks_of([info.numel for info in tensors], settings.chunk):
-            self._chunks[tensors[chunk.tensor].name].append(chunk)
-        models = len(selections)
-        self.overlap = Overlap(np.zeros(models + 1, np.int64), np.zeros((models, models), np.int64))
-        self._lock = threading.Lock()
+        background: ThreadPoolExecutor,
+    ) -> tuple[Overlap, dict[str, str]]:
+        """The output's shards. Returns how the masks overlap, and each shard's SHA-256."""
+        before = {shard.file: self.place.finished(shard.file) for shard in self.plan.shards} if self._first else {}
+        before = self.processes.gather(before)[0]
+        hashes: dict[str, Future[ShardRecord]] = {}
+        with self.progress.bar("merging", self.plan.cost.write) as advance:
+            merger = Merger(
+                self.plan,
+                inputs,
+                selections,
+                self.own,
+                chunk=self.settings.chunk,
+                workers=self.settings.workers,
+                advance=advance,
+            )
+            for shard in self.plan.shards:
+                if before[shard.file] is None:
+                    overlap = self._write_shard(merger, shard)
+                    if self._first:
+                        hashes[shard.file] = background.submit(self._record, shard.file, overlap)
+                else:
+                    advance(shard.nbytes)
+        done = self.processes.together(lambda: {file: future.result() for file, future in hashes.items()})
+        records = {file: record for file, record in {**before, **self.processes.gather(done)[0]}.items() if record}
+        total = Overlap.none(len(self.plan.finetuned))
+        for record in records.values():
+            total += Overlap(np.array(record.covered), np.array(record.pairs))
+        return total, {file: record.sha256 for file, record in records.items()}
 
-    def write(self, shard: OutputShard, path: Path) -> None:
-        entries = [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors]
-        with SafetensorsWriter(path, entries, shard.metadata) as writer:
-            for_each(lambda job: job(writer), self._jobs(shard), self.settings.workers)
+    def _write_shard(self, merger: Merger, shard: OutputShard) -> Overlap:
+        path = self.place.stage / shard.file
+        self.processes.on_first(lambda: SafetensorsWriter(path, shard.entries, shard.metadata).close())
+        own = self.processes.together(lambda: merger.write(shard, path))
+        return Overlap(self.processes.sum(own.covered), self.processes.sum(own.pairs))
 
-    def _jobs(self, shard: OutputShard) -> Iterator[Callable[[SafetensorsWriter], None]]:
-        for tensor in shard.tensors:
-            if tensor.localized:
-                for chunk in self._chunks[tensor.name]:
-                    yield partial(self._stitch, tensor, chunk)
-            else:
-                numel = self.rest.checkpoint.info(tensor.name).numel
-                for chunk in chunks_of([numel], self.settings.chunk):
-                    yield partial(self._copy, tensor, chunk)
+    def _record(self, file: str, overlap: Overlap) -> ShardRecord:
+        record = ShardRecord(file_sha256(self.place.stage / file), overlap.covered.tolist(), overlap.pairs.tolist())
+        self.place.record(file, record)
+        return record
 
-    def _stitch(self, tensor: PlannedTensor, chunk: Chunk, writer: SafetensorsWriter) -> None:
-        kept = {name: selection.kept(chunk) for name, selection in self._selections.items()}
-        base = self.base.flat(tensor.name, chunk.first, chunk.count)
-        times = coverage(chunk.count, list(kept.values()))
-        merged = stitch(
-            base,
-            [kept[name] for name in self._order],
-            times,
-            scale=self.plan.recipe.scale,
-            dtype=TORCH_DTYPE[tensor.dtype],
-        )
-        covered, pairs = overlaps(times, list(kept.values()))
-        with self._lock:
-            self.overlap.covered += covered
-            self.overlap.pairs += pairs
-        self._put(writer, tensor, chunk, merged)
-        self.base.release(tensor.name, chunk.first, chunk.count)
+    @property
+    def _first(self) -> bool:
+        return self.processes.first
 
-    def _copy(self, tensor: PlannedTensor, chunk: Chunk, writer: SafetensorsWriter) -> None:
-        """A piece of a tensor that is not localized."""
-        info = self.rest.checkpoint.info(tensor.name)
-        if not info.floating:
-            item = info.nbytes // info.numel
-            first = chunk.first * item
-            content = self.rest.raw(tensor.name, first, first + chunk.count * item)
-            writer.write(tensor.name, content, first)
-            self.advance(len(content))
-            return
-        values = self.rest.flat(tensor.name, chunk.first, chunk.count)
-        checked = not self.plan.recipe.allow_non_finite and not is_buffer(info)
-        if checked and not all_finite(values):
-            whole = self.rest.flat(tensor.name, 0, info.numel)
-            raise_non_finite(self.rest, tensor.name, int((~torch.isfinite(whole)).sum()), info.numel)
-        self._put(writer, tensor, chunk, values.to(TORCH_DTYPE[tensor.dtype]))
-        self.rest.release(tensor.name, chunk.first, chunk.count)
-
-    def _put(self, writer: SafetensorsWriter, tensor: PlannedTensor, chunk: Chunk, values: torch.Tensor) -> None:
-        content = values.view(torch.uint8).numpy().data
-        writer.write(tensor.name, content, chunk.first * values.element_size())
-        self.advance(content.nbytes)
+    def finish(
+        self, files: manifest.FileHashes, overlap: Overlap, outputs: Mapping[str, str], began: float
+    ) -> manifest.Manifest:
+        """Everything beside weights and masks."""
+        plan, stage = self.plan, self.place.stage
+        manifest.check_pins(plan, files)
+        write_index(plan, stage)
+        copy_side_files(plan.files.source, stage, plan.recipe.dtype)
+        record = manifest.make_manifest(plan, files, overlap, fingerprint(plan))
+        (stage / manifest.RECIPE_FILE).write_text(manifest.pinned_recipe(plan, files), encoding="utf-8")
+        write_card(plan, record, stage / "README.md")
+        record = manifest.finish(record, stage, outputs, time.monotonic() - began)
+        (stage / manifest.FILE).write_text(manifest.to_json(record), encoding="utf-8")
+        return record
 
 
 def write_index(plan: MergePlan, stage: Path) -> None:

@@ -26,12 +26,13 @@ def is_buffer(info: TensorInfo) -> bool:
 def localizable(tensors: Iterable[TensorInfo], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
     """Names of the floating-point tensors that are localized.
 
-    Default: those of the transformer blocks, buffers left out. `include` globs replace that default, `exclude`
-    globs take away. Globs match whole names on disk, case-sensitive.
+    Default: those of the transformer blocks. `include` globs replace that default, `exclude` globs take away; they
+    match whole names on disk, case-sensitive. Buffers are included by their own name only.
     """
     floating = [info for info in tensors if info.floating]
     if include:
-        chosen = [info.name for info in floating if _matches(info.name, include)]
+        named = [info for info in floating if not is_buffer(info) or info.name in include]
+        chosen = [info.name for info in named if _matches(info.name, include)]
     else:
         chosen = [info.name for info in floating if BLOCKS.search(info.name) and not is_buffer(info)]
     return [name for name in chosen if not _matches(name, exclude)]

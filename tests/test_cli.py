@@ -92,7 +92,7 @@ def test_help_and_version_are_quick() -> None:
 def test_merge_prints_the_plan_and_the_place(merge: Run, tmp_path: Path) -> None:
     status, out, err = merge("--density", "0.2")
     assert (status, out) == (0, "")
-    assert "N = 156 elements in 5 tensors; each keeps k = 31" in err
+    assert "N = 156 elements in 5 tensors; each mask keeps k = 31" in err
     assert str(tmp_path / "out") in err
     assert (tmp_path / "out" / "model.safetensors").exists()
 

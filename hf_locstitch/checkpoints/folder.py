@@ -30,6 +30,11 @@ class FolderSource:
         return f"./{self.folder.resolve().name}"
 
     @property
+    def identity(self) -> str:
+        times = {file: (self.folder / file).stat().st_mtime_ns for file in self._files}
+        return f"{self.folder.resolve()} {[(file, info.size, times[file]) for file, info in self._files.items()]}"
+
+    @property
     def files(self) -> Mapping[str, FileInfo]:
         return self._files
 

@@ -82,6 +82,10 @@ class HubSource:
         return f"{self._repo}@{self._commit}"
 
     @property
+    def identity(self) -> str:
+        return self.pinned
+
+    @property
     def files(self) -> Mapping[str, FileInfo]:
         return self._files
 

@@ -44,6 +44,11 @@ class Source(Protocol):
         ...
 
     @property
+    def identity(self) -> str:
+        """Changes when the files do: the pinned name, or for a folder also their sizes and times."""
+        ...
+
+    @property
     def files(self) -> Mapping[str, FileInfo]: ...
 
     def read_start(self, file: str, length: int) -> bytes:

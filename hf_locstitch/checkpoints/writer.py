@@ -14,13 +14,18 @@ from hf_locstitch.checkpoints.header import encode_header
 
 
 class SafetensorsWriter:
-    """A file for `tensors` (name, dtype, shape, bytes) in this order. Threads may write different places at once."""
+    """A file for `tensors` (name, dtype, shape, bytes) in this order. Threads may write different places at once.
+
+    new: lay the file out; else another process has done so and this one fills in its part.
+    """
 
     def __init__(
         self,
         path: Path,
         tensors: Iterable[tuple[str, str, tuple[int, ...], int]],
         metadata: Mapping[str, str],
+        *,
+        new: bool = True,
     ) -> None:
         tensors = list(tensors)
         header = encode_header(tensors, metadata)
@@ -29,7 +34,9 @@ class SafetensorsWriter:
         for name, _, _, nbytes in tensors:
             self._starts[name] = at
             at += nbytes
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._fd = os.open(path, os.O_WRONLY | (os.O_CREAT | os.O_TRUNC if new else 0), 0o644)
+        if not new:
+            return
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._fd, 0, at)  # a full disk shows here, before the work
         else:

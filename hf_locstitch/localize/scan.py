@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +28,7 @@ from hf_locstitch.localize.selection import (
     histogram_bracket,
     sample_bracket,
 )
+from hf_locstitch.processes import Processes
 
 SAMPLE = 1 << 20  # elements of one model that the brackets are estimated from
 SMALLEST_SAMPLE = 1 << 16  # of one group of tensors; smaller groups are kept whole
@@ -42,7 +45,10 @@ def magnitude_scores(finetuned: torch.Tensor, base: torch.Tensor, out: torch.Ten
 
 
 class Scan:
-    """base, finetuned: open checkpoints. tensors: the localized ones, as the base holds them."""
+    """base, finetuned: open checkpoints. tensors: the localized ones, as the base holds them.
+
+    own: the names of those that this process scans; every process calls `run`.
+    """
 
     def __init__(
         self,
@@ -52,6 +58,8 @@ class Scan:
         groups: Sequence[Group],
         spill_folder: Path,
         *,
+        own: Collection[str],
+        processes: Processes,
         chunk: int,
         workers: int,
         allow_non_finite: bool = False,
@@ -62,6 +70,8 @@ class Scan:
         self.allow_non_finite = allow_non_finite
         self.names = [info.name for info in tensors]
         self.chunks = chunks_of([info.numel for info in tensors], chunk)
+        self.own_chunks = [chunk for chunk in self.chunks if self.names[chunk.tensor] in own]
+        self.processes = processes
         self._buffers = threading.local()
         self._chunk = chunk
 
@@ -69,6 +79,8 @@ class Scan:
         """The mask of each finetuned model. Raises NonFiniteError."""
         selections = self._pass({name: self._sampled_brackets(name) for name in self.finetuned})
         missed = [name for name, selection in selections.items() if not self._settled(selection)]
+        for name in missed:
+            selections[name].close()
         if missed:
             selections |= self._pass(self._exact_brackets(missed))
             for name in missed:
@@ -85,22 +97,33 @@ class Scan:
     def _pass(self, brackets: Mapping[str, Sequence[Bracket]]) -> dict[str, Selection]:
         """Offer every chunk of the models named in `brackets` to their selections."""
         selections = {
-            name: Selection(self._spill(name), self.names, self.chunks, self.groups, brackets[name])
-            for name in brackets
+            name: Selection(self._spill(name, given), self.names, self.chunks, self.groups, given, self.processes)
+            for name, given in brackets.items()
         }
-        for_each(lambda chunk: self._offer(chunk, selections), self.chunks, self.workers)
+        offer = partial(self._offer, selections)
+        self.processes.together(lambda: for_each(offer, self.own_chunks, self.workers))
         return selections
 
-    def _spill(self, name: str) -> Spill:
+    def _spill(self, name: str, brackets: Sequence[Bracket]) -> Spill:
         dtypes = {self.finetuned[name].dtype(tensor) for tensor in self.names} or {torch.float32}
         common = dtypes.pop() if len(dtypes) == 1 else torch.float64 if torch.float64 in dtypes else torch.float32
-        return Spill(self.spill_folder / f"{name}.candidates", len(self.chunks), common)
+        heading = json.dumps([self._chunk, str(common), [(bracket.low, bracket.high) for bracket in brackets]])
+        return Spill(
+            self.spill_folder / f"{name}.{self.processes.rank}-of-{self.processes.count}",
+            len(self.chunks),
+            common,
+            heading,
+        )
 
-    def _offer(self, chunk: Chunk, selections: Mapping[str, Selection]) -> None:
+    def _offer(self, selections: Mapping[str, Selection], chunk: Chunk) -> None:
         name = self.names[chunk.tensor]
+        todo = {model: selection for model, selection in selections.items() if not selection.has(chunk)}
+        self.advance(sum(self._nbytes(model, chunk) for model in selections if model not in todo))
+        if not todo:
+            return
         base, out = self._two_buffers()
         base = base[: chunk.count].copy_(self.base.flat(name, chunk.first, chunk.count))
-        for model, selection in selections.items():
+        for model, selection in todo.items():
             finetuned = self.finetuned[model].flat(name, chunk.first, chunk.count)
             from_zero = selection.bracket(chunk).low == 0
             differs = differing_bits(finetuned, base, out) if from_zero else None
@@ -109,8 +132,11 @@ class Scan:
             if largest >= NON_FINITE and not self.allow_non_finite:
                 self._raise_non_finite(model, name)
             self.finetuned[model].release(name, chunk.first, chunk.count)
-            self.advance(chunk.count * finetuned.element_size())
+            self.advance(self._nbytes(model, chunk))
         self.base.release(name, chunk.first, chunk.count)
+
+    def _nbytes(self, model: str, chunk: Chunk) -> int:
+        return chunk.count * self.finetuned[model].dtype(self.names[chunk.tensor]).itemsize
 
     def _raise_non_finite(self, model: str, name: str) -> NoReturn:
         """Say which of the two models is at fault."""
@@ -146,7 +172,8 @@ class Scan:
                 with lock:
                     row[groups_of[chunk.tensor]] += part
 
-        for_each(count, self.chunks, self.workers)
+        for_each(count, self.own_chunks, self.workers)
+        counts = self.processes.sum(counts)
         return {
             model: [histogram_bracket(row, k) for row, (_, k) in zip(rows, self.groups, strict=True)]
             for model, rows in zip(models, counts, strict=True)

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ import numpy.typing as npt
 import torch
 
 from hf_locstitch.chunks import Chunk, for_each
+from hf_locstitch.processes import Processes
 
 Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
@@ -122,20 +125,47 @@ class Threshold:
     keep: int
 
 
+RECORD = struct.Struct("<QQQQQ")  # chunk, offset, sure, inside, CRC-32 of the block
+
+
 class Spill:
     """Candidates of one finetune in one file, chunk by chunk: positions uint32, values, scores int32.
 
-    First come those whose scores are above the bracket (their scores are not stored), then those inside.
+    First come those whose scores are above the bracket (their scores are not stored), then those inside. An index
+    beside the file says which chunks are done: a later process with the same `heading` goes on with them, each
+    block checked first.
     """
 
-    def __init__(self, path: Path, chunks: int, dtype: torch.dtype) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        self._end = 0
-        self._lock = threading.Lock()
+    def __init__(self, path: Path, chunks: int, dtype: torch.dtype, heading: str) -> None:
         self._dtype = dtype
+        self._lock = threading.Lock()
+        self._end = 0
         self._offsets = [0] * chunks
         self.sure = np.zeros(chunks, dtype=np.int64)
         self.open = np.zeros(chunks, dtype=np.int64)
+        self.done = np.zeros(chunks, dtype=bool)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        index = path.with_name(path.name + ".index")
+        self._take_up(index, heading.encode() + b"\n")
+        self._index = index.open("ab", buffering=0)
+
+    def _take_up(self, index: Path, heading: bytes) -> None:
+        """Believe what an earlier process left as far as it is whole; begin anew where it is another's."""
+        found = index.read_bytes() if index.exists() else b""
+        records = found[len(heading) :] if found.startswith(heading) else b""
+        whole = len(records) // RECORD.size * RECORD.size
+        with index.open("wb") as file:
+            file.write(heading)
+            for chunk, offset, sure, inside, crc in RECORD.iter_unpack(records[:whole]):
+                size = self._size(sure + inside, inside)
+                if zlib.crc32(os.pread(self._fd, size, offset)) == crc:
+                    self._offsets[chunk], self.sure[chunk], self.open[chunk] = offset, sure, inside
+                    self.done[chunk] = True
+                    self._end = max(self._end, offset + size)
+                    file.write(RECORD.pack(chunk, offset, sure, inside, crc))
+
+    def _size(self, count: int, inside: int) -> int:
+        return (4 + self._dtype.itemsize) * count + 4 * inside
 
     def append(self, index: int, sure: Ints, inside: Ints, scores: Ints, values: torch.Tensor) -> None:
         """Keep the candidates of chunk `index`; safe to call from several threads.
@@ -143,39 +173,43 @@ class Spill:
         sure, inside: positions; scores: of those inside; values: of the whole chunk.
         """
         positions = np.concatenate([sure, inside])
-        if len(positions) == 0:
-            return
         chosen = values[torch.from_numpy(positions)].to(self._dtype)
-        parts = [positions.astype(np.uint32).data, chosen.view(torch.uint8).numpy().data, scores.data]
-        parts = [part for part in parts if part.nbytes]
-        size = sum(part.nbytes for part in parts)
+        parts = [positions.astype(np.uint32), chosen.view(torch.uint8).numpy(), scores]
+        parts = [part.data for part in parts if part.nbytes]
+        size = self._size(len(positions), len(inside))
         with self._lock:
             offset, self._end = self._end, self._end + size
-        if os.pwritev(self._fd, parts, offset) != size:
+        if parts and os.pwritev(self._fd, parts, offset) != size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        crc = 0
+        for part in parts:
+            crc = zlib.crc32(part, crc)
         self._offsets[index], self.sure[index], self.open[index] = offset, len(sure), len(inside)
+        self._index.write(RECORD.pack(index, offset, len(sure), len(inside), crc))
+        self.done[index] = True
 
     def scores(self, index: int) -> npt.NDArray[np.int32]:
         """Of the candidates inside the bracket."""
         count, sure = int(self.open[index]), int(self.sure[index])
-        start = self._offsets[index] + (4 + self._dtype.itemsize) * (sure + count)
+        start = self._offsets[index] + self._size(sure + count, 0)
         return np.frombuffer(os.pread(self._fd, 4 * count, start), dtype=np.int32)
 
     def read(self, index: int) -> tuple[npt.NDArray[np.uint32], torch.Tensor, npt.NDArray[np.int32]]:
         """Positions and values of all candidates, scores of those inside the bracket, which come last."""
-        count = int(self.sure[index] + self.open[index])
+        inside = int(self.open[index])
+        count = int(self.sure[index]) + inside
         if count == 0:
             return np.empty(0, np.uint32), torch.empty(0, dtype=self._dtype), np.empty(0, np.int32)
-        item = self._dtype.itemsize
-        raw = bytearray(os.pread(self._fd, (4 + item) * count + 4 * int(self.open[index]), self._offsets[index]))
+        raw = bytearray(os.pread(self._fd, self._size(count, inside), self._offsets[index]))
         return (
             np.frombuffer(raw, np.uint32, count),
             torch.frombuffer(raw, dtype=self._dtype, count=count, offset=4 * count),
-            np.frombuffer(raw, np.int32, offset=(4 + item) * count),
+            np.frombuffer(raw, np.int32, offset=self._size(count, 0)),
         )
 
     def close(self) -> None:
         os.close(self._fd)
+        self._index.close()
 
 
 class BracketMissed(Exception):
@@ -186,6 +220,7 @@ class Selection:
     """The mask of one finetune, and its values there, read chunk by chunk.
 
     chunks: of the localized tensors, whose names are `names`. groups: (tensors that compete, k); brackets: one each.
+    Under several processes each offers and reads the chunks of its own, and all settle together.
     """
 
     def __init__(
@@ -195,12 +230,14 @@ class Selection:
         chunks: Sequence[Chunk],
         groups: Sequence[tuple[Sequence[int], int]],
         brackets: Sequence[Bracket],
+        processes: Processes,
     ) -> None:
         self.chunks = chunks
+        self._processes = processes
         self._spill = spill
         self._brackets = brackets
         self._group_of = {tensor: group for group, (tensors, _) in enumerate(groups) for tensor in tensors}
-        self._names = names
+        self.names = names
         self._groups = groups
         self._thresholds: list[Threshold] = []
         self._tie_starts: npt.NDArray[np.int64] = np.zeros(len(chunks), dtype=np.int64)
@@ -215,12 +252,17 @@ class Selection:
         """
         bracket = self.bracket(chunk)
         positions = np.flatnonzero(scores >= bracket.low) if changed is None else np.flatnonzero(changed)
-        if len(positions) == 0:
-            return 0
         found = scores[positions]
         inside = found < bracket.high
         self._spill.append(chunk.index, positions[~inside], positions[inside], found[inside], values)
-        return int(found.max())
+        return int(found.max(initial=0))
+
+    def has(self, chunk: Chunk) -> bool:
+        """Whether the chunk was offered already, perhaps by an earlier process."""
+        return bool(self._spill.done[chunk.index])
+
+    def close(self) -> None:
+        self._spill.close()
 
     def settle(self, workers: int) -> None:
         """Find the thresholds once every chunk was offered. Raises BracketMissed."""
@@ -234,8 +276,9 @@ class Selection:
     def _threshold(self, group: int, chunks: Sequence[Chunk], workers: int) -> Threshold:
         k, bracket = self._groups[group][1], self._brackets[group]
         indices = [chunk.index for chunk in chunks]
-        wanted = k - int(self._spill.sure[indices].sum())  # of those inside
-        inside = int(self._spill.open[indices].sum())
+        own = np.array([self._spill.sure[indices].sum(), self._spill.open[indices].sum()])
+        sure, inside = (int(count) for count in self._processes.sum(own))
+        wanted = k - sure  # of those inside
         if wanted < 0 or (wanted > inside and bracket.low > 0):
             raise BracketMissed
         if wanted == 0:
@@ -249,7 +292,7 @@ class Selection:
         bits, ties = bin_ << 16 | low, int(lower[low])
         above = int(at_least[low]) - ties
         if bits == 0:  # elements that are not in the spill score 0 too
-            ties = sum(chunk.count for chunk in chunks) - (k - wanted) - above
+            ties = sum(chunk.count for chunk in chunks) - sure - above
         return Threshold(bits, ties, wanted - above)
 
     def _histogram(
@@ -265,7 +308,7 @@ class Selection:
                 np.add(counts, part, out=counts)
 
         for_each(count, [chunk for chunk in chunks if self._spill.open[chunk.index]], workers)
-        return counts
+        return self._processes.sum(counts)
 
     def _number_ties(self, threshold: Threshold, chunks: Sequence[Chunk], workers: int) -> None:
         if threshold.keep == 0:
@@ -279,8 +322,9 @@ class Selection:
             else:
                 ties[chunk.index] = chunk.count - int(self._spill.sure[chunk.index]) - np.count_nonzero(scores)
 
-        for_each(count, chunks, workers)
-        ordered = sorted(chunks, key=lambda chunk: (self._names[chunk.tensor], chunk.first))
+        for_each(count, [chunk for chunk in chunks if self.has(chunk)], workers)
+        ties = self._processes.sum(ties)
+        ordered = sorted(chunks, key=lambda chunk: (self.names[chunk.tensor], chunk.first))
         indices = [chunk.index for chunk in ordered]
         self._tie_starts[indices] = np.cumsum(ties[indices]) - ties[indices]
 

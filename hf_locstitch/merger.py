@@ -1,0 +1,144 @@
+"""Writing the output's tensors chunk by chunk: merged where the method ranges, copied elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hf_locstitch.checkpoints.mapped import TORCH_DTYPE, MappedCheckpoint
+from hf_locstitch.checkpoints.writer import SafetensorsWriter
+from hf_locstitch.chunks import Chunk, chunks_of, for_each
+from hf_locstitch.localize.scan import all_finite, raise_non_finite
+from hf_locstitch.localize.selection import Selection
+from hf_locstitch.methods import Dense, Masked
+from hf_locstitch.plan import MergePlan, OutputShard, PlannedTensor
+from hf_locstitch.select import is_buffer
+from hf_locstitch.stitch import coverage, overlaps
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """covered: by how many masks each coordinate is covered [models + 1]. pairs: covered by both [models, models]."""
+
+    covered: npt.NDArray[np.int64]
+    pairs: npt.NDArray[np.int64]
+
+    @classmethod
+    def none(cls, models: int) -> Overlap:
+        return cls(np.zeros(models + 1, np.int64), np.zeros((models, models), np.int64))
+
+    def __add__(self, other: Overlap) -> Overlap:
+        return Overlap(self.covered + other.covered, self.pairs + other.pairs)
+
+
+class Merger:
+    """own: names of the tensors that this process writes. selections: the masks, none for a method without."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        inputs: Mapping[str, MappedCheckpoint],
+        selections: Mapping[str, Selection],
+        own: Collection[str],
+        *,
+        chunk: int,
+        workers: int,
+        advance: Callable[[int], object],
+    ) -> None:
+        self.plan, self.inputs, self.selections, self.own = plan, inputs, selections, own
+        self.chunk, self.workers, self.advance = chunk, workers, advance
+        self.base = inputs["base"]
+        self.rest = next(reader for reader in inputs.values() if reader.checkpoint is plan.rest)
+        # Sums add up in an order of the models' own, whatever the order in which they were given.
+        self._order = sorted(plan.finetuned, key=lambda name: plan.finetuned[name].source.pinned)
+        tensors = plan.localized
+        self._chunks: dict[str, list[Chunk]] = {info.name: [] for info in tensors}
+        for piece in chunks_of([info.numel for info in tensors], chunk):
+            self._chunks[tensors[piece.tensor].name].append(piece)
+        self._lock = threading.Lock()
+        self._overlap = Overlap.none(len(plan.finetuned))
+
+    def write(self, shard: OutputShard, path: Path) -> Overlap:
+        """Fill this process's part of a shard whose file stands already. Returns how the masks overlap in it."""
+        self._overlap = Overlap.none(len(self.plan.finetuned))
+        with SafetensorsWriter(path, shard.entries, shard.metadata, new=False) as writer:
+            for_each(lambda job: job(writer), self._jobs(shard), self.workers)
+        return self._overlap
+
+    def _jobs(self, shard: OutputShard) -> Iterator[Callable[[SafetensorsWriter], None]]:
+        for tensor in shard.tensors:
+            if tensor.name not in self.own:
+                continue
+            if tensor.localized:
+                yield from (partial(self._merge, tensor, chunk) for chunk in self._chunks[tensor.name])
+            else:
+                numel = self.rest.checkpoint.info(tensor.name).numel
+                yield from (partial(self._copy, tensor, chunk) for chunk in chunks_of([numel], self.chunk))
+
+    def _merge(self, tensor: PlannedTensor, chunk: Chunk, writer: SafetensorsWriter) -> None:
+        method = self.plan.method
+        merged = (
+            self._merge_dense(method, tensor, chunk)
+            if isinstance(method, Dense)
+            else self._merge_masked(method, tensor, chunk)
+        )
+        self._put(writer, tensor, chunk, merged)
+        self.base.release(tensor.name, chunk.first, chunk.count)
+
+    def _merge_masked(self, method: Masked, tensor: PlannedTensor, chunk: Chunk) -> torch.Tensor:
+        kept = {name: selection.kept(chunk) for name, selection in self.selections.items()}
+        times = coverage(chunk.count, list(kept.values()))
+        overlap = Overlap(*overlaps(times, list(kept.values())))
+        with self._lock:
+            self._overlap += overlap
+        return method.combine(
+            self.base.flat(tensor.name, chunk.first, chunk.count),
+            [kept[name] for name in self._order],
+            times,
+            scale=self.plan.recipe.scale,
+            dtype=TORCH_DTYPE[tensor.dtype],
+        )
+
+    def _merge_dense(self, method: Dense, tensor: PlannedTensor, chunk: Chunk) -> torch.Tensor:
+        base = self._checked(self.base, tensor.name, chunk)
+        finetuned = [self._checked(self.inputs[name], tensor.name, chunk) for name in self._order]
+        dtype = TORCH_DTYPE[tensor.dtype]
+        merged = method.combine(base, finetuned, scale=self.plan.recipe.scale, dtype=dtype)
+        for name in self._order:
+            self.inputs[name].release(tensor.name, chunk.first, chunk.count)
+        return merged
+
+    def _copy(self, tensor: PlannedTensor, chunk: Chunk, writer: SafetensorsWriter) -> None:
+        """A piece of a tensor that is not merged."""
+        info = self.rest.checkpoint.info(tensor.name)
+        if info.floating:
+            values = self._checked(self.rest, tensor.name, chunk)
+            self._put(writer, tensor, chunk, values.to(TORCH_DTYPE[tensor.dtype]))
+        else:
+            item = info.nbytes // info.numel
+            first = chunk.first * item
+            content = self.rest.raw(tensor.name, first, first + chunk.count * item)
+            writer.write(tensor.name, content, first)
+            self.advance(len(content))
+        self.rest.release(tensor.name, chunk.first, chunk.count)
+
+    def _checked(self, model: MappedCheckpoint, name: str, chunk: Chunk) -> torch.Tensor:
+        """A chunk of a model. Raises NonFiniteError."""
+        values = model.flat(name, chunk.first, chunk.count)
+        info = model.checkpoint.info(name)
+        if not self.plan.recipe.allow_non_finite and not is_buffer(info) and not all_finite(values):
+            whole = model.flat(name, 0, info.numel)
+            raise_non_finite(model, name, int((~torch.isfinite(whole)).sum()), info.numel)
+        return values
+
+    def _put(self, writer: SafetensorsWriter, tensor: PlannedTensor, chunk: Chunk, values: torch.Tensor) -> None:
+        content = values.view(torch.uint8).numpy().data
+        writer.write(tensor.name, content, chunk.first * values.element_size())
+        self.advance(content.nbytes)

@@ -1,0 +1,75 @@
+"""How values are combined: one file a method, found by its name. `--method task-arithmetic` is task_arithmetic.py.
+
+A method is pure arithmetic on one chunk; reading, localizing, writing, resuming and publishing are the engine's.
+A module defines METHOD, a Dense or a Masked. Adding one takes a file here, a test, and a line of documentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from hf_locstitch.localize.selection import Kept
+
+
+class CombineDense(Protocol):
+    def __call__(
+        self, base: torch.Tensor, finetuned: Sequence[torch.Tensor], *, scale: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """base, finetuned: [n] of any floating dtype. Returns [n] in dtype."""
+        ...
+
+
+class CombineMasked(Protocol):
+    def __call__(
+        self,
+        base: torch.Tensor,
+        kept: Sequence[Kept],
+        times: npt.NDArray[np.uint8],
+        *,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """base: [n]; kept: what each mask keeps of it; times: how many masks cover each place [n]. Returns [n]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Combines whole tensors, all floating-point ones by default. paper: to cite."""
+
+    title: str
+    paper: str
+    combine: CombineDense
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Localizes each finetune first and combines what the masks keep.
+
+    density: the default. blocks_only: ranges over the transformer blocks by default, else over all tensors.
+    """
+
+    title: str
+    paper: str
+    combine: CombineMasked
+    density: float
+    blocks_only: bool
+
+
+def method_names() -> list[str]:
+    return sorted(module.name.replace("_", "-") for module in iter_modules(__path__))
+
+
+def find_method(name: str) -> Dense | Masked:
+    """name: one of method_names()."""
+    return import_module(f"{__name__}.{name.replace('-', '_')}").METHOD

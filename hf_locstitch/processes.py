@@ -1,0 +1,109 @@
+"""The processes that work on one merge: one alone, or those that torchrun or `accelerate launch` started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_locstitch.errors import LocstitchError, WorkError
+
+T = TypeVar("T")
+Counts = npt.NDArray[np.int64]
+
+
+class Processes:
+    """This process among `count`. All collective calls are made by every process, in the same order."""
+
+    def __init__(self, rank: int = 0, count: int = 1) -> None:
+        self.rank = rank
+        self.count = count
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that speaks, creates folders and publishes."""
+        return self.rank == 0
+
+    def sum(self, counts: Counts) -> Counts:
+        """Elementwise over all processes, exactly. counts: int64 of one shape everywhere."""
+        return counts
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in order of rank."""
+        return [value]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do `work` in every process and wait for all; the first error of any is raised in each."""
+        return work()
+
+    def on_first(self, work: Callable[[], None]) -> None:
+        """Do `work` in the first process while the others wait; its error is raised in each."""
+        self.together(lambda: work() if self.first else None)
+
+
+class DistributedProcesses(Processes):
+    """Through Accelerate's PartialState, which knows the launchers, devices and backends."""
+
+    def __init__(self) -> None:
+        import torch
+        from accelerate import PartialState
+
+        self._state = PartialState(cpu=not torch.cuda.is_available())
+        super().__init__(self._state.process_index, self._state.num_processes)
+
+    def sum(self, counts: Counts) -> Counts:
+        import torch
+
+        on_device = torch.from_numpy(np.ascontiguousarray(counts)).to(self._state.device)
+        torch.distributed.all_reduce(on_device)
+        return on_device.cpu().numpy()
+
+    def gather(self, value: T) -> list[T]:
+        import torch
+
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        error: BaseException | None = None
+        result: Any = None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        errors = [one for one in self.gather(_portable(error)) if one is not None]
+        if errors:
+            raise errors[0] from error
+        return result
+
+
+def _portable(error: BaseException | None) -> Exception | None:
+    """An error that survives the way to another process."""
+    if error is None:
+        return None
+    if isinstance(error, LocstitchError):
+        plain = LocstitchError(str(error))
+        plain.exit_status = error.exit_status
+        return plain
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror, error.filename)
+    return WorkError(f"{type(error).__name__}: {error}")
+
+
+def find_processes() -> Processes:
+    """Those of the launcher, if there is one."""
+    return DistributedProcesses() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Processes()
+
+
+def divide(sizes: Sequence[int], count: int) -> list[int]:
+    """Owner (0 … count − 1) of each item: neighbours stay together, sizes are shared out about evenly."""
+    total = sum(sizes) or 1
+    owners, before = [], 0
+    for size in sizes:
+        owners.append(min(count - 1, (before + size // 2) * count // total))
+        before += size
+    return owners

@@ -1,0 +1,71 @@
+"""The files of a merge against its manifest, and its recipe against both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from hf_locstitch.checkpoints.source import Source
+from hf_locstitch.errors import CheckpointError
+from hf_locstitch.manifest import FILE, Manifest, weights_sha256
+from hf_locstitch.recipe import Recipe
+from hf_locstitch.verification.report import Finding
+
+CARD = "README.md"  # people edit it, on the Hub in the browser
+UNLISTED = frozenset({FILE, ".gitattributes"})  # the manifest itself, and what the Hub adds
+
+
+def open_manifest(source: Source) -> Manifest:
+    """Raises CheckpointError if the source is no merge."""
+    if FILE not in source.files:
+        raise CheckpointError(
+            f"{source.label} has no {FILE}, so it is no merge made by hf-locstitch. Name the folder or repo of a merge."
+        )
+    try:
+        return TypeAdapter(Manifest).validate_json(source.fetch(FILE).read_bytes())
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        at = ".".join(str(part) for part in fault["loc"]) or "the whole file"
+        raise CheckpointError(
+            f"{source.label}/{FILE} is no manifest that this version reads ({at}: {fault['msg']}). Fetch it again."
+        ) from error
+
+
+def check_files(source: Source, record: Manifest, advance: Callable[[int], object]) -> Iterator[Finding]:
+    """Every listed file is there with its bytes; every other file is a finding."""
+    for file, entry in record.outputs.items():
+        yield from _check_file(source, file, entry)
+        advance(entry.get("size", 0))
+    for file in sorted(source.files.keys() - record.outputs.keys() - UNLISTED):
+        yield Finding("files", file, "size", f"{source.files[file].size} bytes", f"absent: {FILE} does not list it")
+
+
+def _check_file(source: Source, file: str, entry: Mapping[str, Any]) -> Iterator[Finding]:
+    size, sha256 = entry.get("size"), entry.get("sha256")
+    if file not in source.files:
+        yield Finding("files", file, "size", "absent", f"{size} bytes")
+        return
+    edited = file == CARD
+    what = "edited since the merge: " if edited else ""
+    if source.files[file].size != size:
+        found, due = f"{source.files[file].size} bytes", f"{size} bytes"
+        yield Finding("files", file, f"{what}size", found, due, warning=edited)
+    elif (got := source.sha256(file)) != sha256:
+        yield Finding("files", file, f"{what}sha256", got, str(sha256), warning=edited)
+
+
+def check_recipe(recipe: Recipe, record: Manifest) -> Iterator[Finding]:
+    """The pinned recipe asks for what the manifest says was done."""
+    localizer = recipe.localizer.model_dump(mode="json") if recipe.localizer else None
+    asked = {"method": recipe.method, "scale": recipe.scale, "localizer": localizer}
+    done = {"method": record.method, "scale": record.scale, "localizer": record.localizer}
+    inputs = [("base", recipe.base), *((entry.name, entry) for entry in recipe.finetuned)]
+    asked["inputs"] = [(name, entry.ref, entry.sha256) for name, entry in inputs]
+    done["inputs"] = [
+        (entry.name, entry.ref, None if entry.commit else weights_sha256(entry.files)) for entry in record.inputs
+    ]
+    for field, value in asked.items():
+        if value != done[field]:
+            yield Finding("recipe", "locstitch.yaml", field, str(value), f"{done[field]} as in {FILE}")

@@ -1,0 +1,121 @@
+"""Where a merge is under way: a folder beside OUT that outlives a killed process and is taken up by the next.
+
+Its name holds a fingerprint of what is merged and how, so that nothing of another merge is ever mixed in.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hf_locstitch._version import __version__
+from hf_locstitch.checkpoints.source import file_sha256
+from hf_locstitch.errors import OutputError, RequestError, WorkError
+from hf_locstitch.plan import MergePlan
+from hf_locstitch.processes import Processes
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished output shard. covered, pairs: how the masks overlap in it, as manifest.Manifest counts them."""
+
+    sha256: str
+    covered: list[int]
+    pairs: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """stage: becomes OUT. spill: temporary files."""
+
+    folder: Path
+
+    @property
+    def stage(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def spill(self) -> Path:
+        return self.folder / "spill"
+
+    def record(self, file: str, shard: ShardRecord) -> None:
+        """Note that a shard of the output is finished."""
+        new = self._journal(file).with_suffix(".new")
+        new.write_text(json.dumps(asdict(shard)))
+        new.replace(self._journal(file))
+
+    def finished(self, file: str) -> ShardRecord | None:
+        """What was noted of a shard, if its bytes are still those."""
+        if not self._journal(file).exists() or not (self.stage / file).exists():
+            return None
+        shard = ShardRecord(**json.loads(self._journal(file).read_text()))
+        return shard if file_sha256(self.stage / file) == shard.sha256 else None
+
+    def _journal(self, file: str) -> Path:
+        return self.folder / f"{file}.done"
+
+
+def fingerprint(plan: MergePlan) -> str:
+    """What decides the output's bytes and the layout of temporary files, as a hash."""
+    facts = {
+        "version": __version__,
+        "recipe": plan.recipe.model_dump(mode="json", exclude={"out", "push_to", "private"}),
+        "inputs": {name: checkpoint.source.identity for name, checkpoint in plan.inputs.items()},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def workplace(plan: MergePlan, out: Path, processes: Processes) -> Iterator[Workplace]:
+    """The folder beside `out`; when all is well its stage becomes `out`. A refusal removes it, a failure keeps it."""
+    place = Workplace(out.absolute().parent / f".{out.name}.{fingerprint(plan)[:16]}.partial")
+    lock = None
+    try:
+        processes.on_first(lambda: _make(place))
+        lock = _locked(place) if processes.first else None
+        yield place
+        if processes.first:
+            place.stage.replace(out)
+            shutil.rmtree(place.folder, ignore_errors=True)
+    except RequestError:
+        if processes.first and lock is not None:
+            shutil.rmtree(place.folder, ignore_errors=True)
+        raise
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise WorkError(
+            f"the disk of {place.folder.parent} is full. Free some space and give the same command again: "
+            f"it goes on where it stopped, from {place.folder}."
+        ) from error
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _make(place: Workplace) -> None:
+    place.stage.mkdir(parents=True, exist_ok=True)
+    place.spill.mkdir(exist_ok=True)
+
+
+def _locked(place: Workplace) -> int:
+    """A lock that ends with the process. Raises OutputError if another process works here."""
+    handle = os.open(place.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise OutputError(
+            f"another process is making the same merge in {place.folder}. Wait for it, or name another --out."
+        ) from error
+    return handle
