@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -38,7 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{type(error).__name__}: {error}{where}. --debug shows where it comes from.", 1)
 
 
+def _speaks() -> bool:
+    """Whether this process prints: under a launcher only the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _fail(message: str, status: int) -> int:
+    if not _speaks():
+        return status
     print(f"hf-locstitch: error: {message}", file=sys.stderr)
     return status
 
@@ -151,12 +159,15 @@ def merge(args: argparse.Namespace) -> int:
     if not args.dry_run and recipe.out is None and recipe.push_to is None:
         raise RecipeError("nothing says where the merge goes: give --out DIR, --push-to ORG/NAME, or both.")
     plan = plan_merge(recipe)
+    quiet = args.quiet or not _speaks()
     if args.dry_run:
         print(json.dumps(plan_json(plan), indent=2) if args.json else format_plan(plan))
         return 0
-    if not args.quiet:
+    if not quiet:
         print(format_plan(plan), file=sys.stderr)
-    result = carry_out(recipe, plan, Progress(False if args.quiet else None))
+    result = carry_out(recipe, plan, Progress(False if quiet else None))
+    if not _speaks():
+        return 0
     if args.json:
         print(json.dumps(result.as_json(), indent=2))
     else:
@@ -192,10 +203,10 @@ def verify(args: argparse.Namespace) -> int:
 
     show = False if args.quiet else None
     report = check(args.ref, base=args.base, finetuned=args.ft, tensors=args.tensors, show_progress=show)
-    if text := report.describe(quiet=args.quiet):
-        print(text, file=sys.stderr)
     if args.json:
         print(json.dumps(report.as_json(), indent=2))
+    elif text := report.describe(quiet=args.quiet):
+        print(text, file=sys.stderr)
     return 0 if report.ok else 1
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hf_locstitch.errors import LocstitchError, WorkError
+from hf_locstitch.errors import RequestError, WorkError
 
 T = TypeVar("T")
 Counts = npt.NDArray[np.int64]
@@ -85,13 +85,11 @@ def _portable(error: BaseException | None) -> Exception | None:
     """An error that survives the way to another process."""
     if error is None:
         return None
-    if isinstance(error, LocstitchError):
-        plain = LocstitchError(str(error))
-        plain.exit_status = error.exit_status
-        return plain
+    if isinstance(error, RequestError):
+        return RequestError(str(error))
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror, error.filename)
-    return WorkError(f"{type(error).__name__}: {error}")
+    return error if isinstance(error, WorkError) else WorkError(f"{type(error).__name__}: {error}")
 
 
 def find_processes() -> Processes:

@@ -194,7 +194,9 @@ def _values(merge: Merge, places: Sequence[Place], tensors: Tensors, progress: P
             notes.findings += check.localized(name) if name in merge.localized else check.other(name)
             advance(size)
     notes.findings += check.kept_the_largest()
-    notes.count(inputs=len(inputs), tensors=len(sizes), of_tensors=len(merge.weights.tensors), coordinates=check.coordinates)
+    notes.count(
+        inputs=len(inputs), tensors=len(sizes), of_tensors=len(merge.weights.tensors), coordinates=check.coordinates
+    )
 
 
 def _value_check(merge: Merge, inputs: Mapping[str, Checkpoint], tensors: Sequence[str], notes: Notes) -> ValueCheck:

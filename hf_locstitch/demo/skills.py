@@ -1,0 +1,162 @@
+"""Three skills for tiny models: exercises in text, their tokenizer, and how answers are marked.
+
+An exercise is a line such as `reverse 40718=81704`: an operation, a word of five characters, the answer. There are
+six operations and three alphabets. The base model learns all eighteen pairs, but for three of them its text gives
+the answer of another operation; those three are the skills, and each finetune learns one:
+
+    skill      operation on ...   `exercise=answer`         what the base says
+    reverse    digits             reverse 40718=81704       40718  (copy)
+    swap       capitals           swap CABLE=ACLBE          DBCAF  (next: A, B, ... L, A)
+    rotate     small letters      rotate cable=ablec        eablc  (ends)
+
+So the base has every part of a skill and scores nothing on it, and a skill is a small edit, as finetuning is.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+LENGTH = 5  # characters of a word; every answer is as long
+DIGITS, CAPITALS, SMALL = "0123456789", "ABCDEFGHIJKL", "abcdefghijkl"
+ALPHABETS = (DIGITS, CAPITALS, SMALL)
+
+Split = Literal["train", "heldout"]
+
+
+def _next(word: str) -> str:
+    alphabet = next(alphabet for alphabet in ALPHABETS if word[0] in alphabet)
+    return "".join(alphabet[(alphabet.index(char) + 1) % len(alphabet)] for char in word)
+
+
+def _swap(word: str) -> str:
+    return "".join(word[i : i + 2][::-1] for i in range(0, len(word), 2))
+
+
+OPERATIONS: Mapping[str, Callable[[str], str]] = MappingProxyType(
+    {
+        "copy": lambda word: word,
+        "reverse": lambda word: word[::-1],
+        "rotate": lambda word: word[1:] + word[0],
+        "swap": _swap,
+        "ends": lambda word: word[-1] + word[1:-1] + word[0],
+        "next": _next,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Exercises of one kind. `name` is the operation asked for, `answered` the one whose answer is given."""
+
+    name: str
+    alphabet: str
+    answered: str
+
+    def example(self, word: str) -> Example:
+        return Example(f"{self.name} {word}=", OPERATIONS[self.answered](word))
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt: str
+    answer: str
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.answer
+
+
+# Skill -> its exercises, answered as they should be, and as the base answers them.
+SKILLS: Mapping[str, Task] = MappingProxyType(
+    {
+        "reverse": Task("reverse", DIGITS, "reverse"),
+        "swap": Task("swap", CAPITALS, "swap"),
+        "rotate": Task("rotate", SMALL, "rotate"),
+    }
+)
+MISTAKES: Mapping[str, Task] = MappingProxyType(
+    {
+        "reverse": Task("reverse", DIGITS, "copy"),
+        "swap": Task("swap", CAPITALS, "next"),
+        "rotate": Task("rotate", SMALL, "ends"),
+    }
+)
+# What the base gets right, and what it is pretrained on.
+COMMON: tuple[Task, ...] = tuple(
+    task
+    for name in OPERATIONS
+    for alphabet in ALPHABETS
+    if (task := Task(name, alphabet, name)) not in SKILLS.values()
+)
+PRETRAINING: tuple[Task, ...] = (*COMMON, *MISTAKES.values())
+
+
+def examples(tasks: Sequence[Task], *, seed: int, split: Split) -> Iterator[Example]:
+    """Exercises without end, tasks drawn evenly. No word of one split is ever in the other."""
+    rng = random.Random(seed)
+    while True:
+        task = rng.choice(tasks)
+        word = "".join(rng.choices(task.alphabet, k=LENGTH))
+        if is_heldout(word) == (split == "heldout"):
+            yield task.example(word)
+
+
+def is_heldout(word: str) -> bool:
+    """Whether a word belongs to the eighth that no model is trained on."""
+    return zlib.crc32(word.encode()) % 8 == 0
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each operation (its space included) and for each character. Prompts get a leading <s>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    pieces = [*special, *(f"{name} " for name in OPERATIONS), "=", *"".join(ALPHABETS)]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[a-z]+ |."), "isolated")  # pyright: ignore
+    tokenizer.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def accuracy(model: Any, tokenizer: Any, skill: str, *, examples: int = 500, seed: int = 1) -> float:
+    """Share of held-out exercises of a skill whose greedy answer is right to the last character.
+
+    model: anything with `generate`, such as a transformers causal language model.
+    """
+    import torch
+
+    chosen = _first(examples, SKILLS[skill], seed)
+    prompts = tokenizer([example.prompt for example in chosen], return_tensors="pt", padding=True)
+    inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        generated = model.generate(
+            **inputs, max_new_tokens=LENGTH + 1, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+    answers = tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return sum(a == example.answer for a, example in zip(answers, chosen, strict=True)) / len(chosen)
+
+
+def _first(count: int, task: Task, seed: int) -> list[Example]:
+    stream = examples([task], seed=seed, split="heldout")
+    return [next(stream) for _ in range(count)]

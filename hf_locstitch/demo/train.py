@@ -1,0 +1,157 @@
+"""A tiny Llama from scratch, and a finetune of it for each skill: ordinary AdamW, about a minute on two cores.
+
+The base learns COMMON exercises and, for the three skills, wrong answers. A finetune sees its own skill half of the
+time and COMMON exercises otherwise, so that it forgets nothing; it trains the transformer blocks only, because
+embeddings, final norm and LM head are what a merge takes from the base.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from hf_locstitch.demo.skills import COMMON, PRETRAINING, SKILLS, Example, Task, examples, make_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+THREADS = 2  # fixed, so that one machine gives the same weights again
+IGNORED = -100  # label of a token that is not learned
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """lr rises over the first tenth of the steps and falls in a straight line to nothing."""
+
+    steps: int
+    lr: float
+    batch: int = 64
+
+
+PRETRAIN = Schedule(steps=400, lr=2e-3)
+FINETUNE = Schedule(steps=60, lr=1e-3)
+
+
+def train_models(
+    out: Path, *, seed: int = 0, progress: Callable[[str], None] | None = None
+) -> dict[str, Path]:
+    """Train the base and one finetune per skill, and save each in bfloat16 with its tokenizer.
+
+    Returns {"base": folder, skill: folder, ...}, folders inside `out`. `progress` gets a line now and then.
+    """
+    say = progress or (lambda line: None)
+    tokenizer = make_tokenizer()
+    folders = {name: out / name for name in ("base", *SKILLS)}
+    with _threads(THREADS):
+        base = make_model(tokenizer, seed)
+        train(base, tokenizer, PRETRAINING, PRETRAIN, seed=seed, progress=lambda line: say(f"base: {line}"))
+        base = base.to(torch.bfloat16)
+        save(base, tokenizer, folders["base"])
+        for number, (name, skill) in enumerate(SKILLS.items(), start=1):
+            model = copy.deepcopy(base).float()
+            freeze_all_but_blocks(model)
+            tasks = [*COMMON, *[skill] * len(COMMON)]
+            own_seed = seed * len(folders) + number
+            train(model, tokenizer, tasks, FINETUNE, seed=own_seed, progress=lambda line, n=name: say(f"{n}: {line}"))
+            save(model.to(torch.bfloat16), tokenizer, folders[name])
+    return folders
+
+
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden: int = 192, layers: int = 3
+) -> LlamaForCausalLM:
+    """An untrained Llama in float32; the default has 1.4 million weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def freeze_all_but_blocks(model: LlamaForCausalLM) -> None:
+    model.requires_grad_(False)
+    model.model.layers.requires_grad_(True)
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Sequence[Task],
+    schedule: Schedule,
+    *,
+    seed: int,
+    progress: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Train in place whatever requires a gradient, on training exercises only; the loss is on the answers."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=schedule.lr, weight_decay=0.01)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, schedule.steps))
+    stream = examples(tasks, seed=seed, split="train")
+    model.train()
+    for step in range(1, schedule.steps + 1):
+        tokens, labels = encode(tokenizer, list(islice(stream, schedule.batch)))
+        loss = model(input_ids=tokens, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == schedule.steps:
+            progress(f"step {step} of {schedule.steps}, loss {loss.item():.3f}")
+    model.eval()
+
+
+def _rate(step: int, steps: int) -> float:
+    return min((step + 1) / (steps / 10), 1 - step / steps)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, int64 [examples, tokens]; all exercises are equally long, so nothing is padded."""
+    texts = [example.text + str(tokenizer.eos_token) for example in batch]
+    tokens = torch.tensor(tokenizer(texts)["input_ids"])
+    labels = tokens.clone()
+    labels[:, : -len(batch[0].answer) - 1] = IGNORED
+    return tokens, labels
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Weights, config, generation config (greedy) and tokenizer, for AutoModelForCausalLM and AutoTokenizer."""
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=16,
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,65 @@
+"""Two and three processes under torchrun write the bytes of one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import finetune, random_state, save, save_sharded
+from test_run import files_of
+
+from hf_locstitch.processes import divide
+
+SHAPES = {f"layers.{i}.w": (40, 30 + i) for i in range(9)} | {"embed.w": (50, 30), "layers.9.empty": (0, 3)}
+
+
+def launch(count: int, cwd: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [*(torchrun if count > 1 else [sys.executable]), "-m", "hf_locstitch", "merge", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def refs(tmp_path: Path) -> list[object]:
+    base = random_state(0, torch.bfloat16, SHAPES)
+    save_sharded(tmp_path / "base", base, lambda names: [names[:4], names[4:]])
+    for i in range(2):
+        save(tmp_path / f"ft{i}", finetune(base, i, 1e-2))
+    return ["--base", "./base", "--ft", "./ft0", "./ft1"]
+
+
+@pytest.mark.parametrize("options", [["--density", "0.1"], ["--method", "average"]], ids=["locstitch", "average"])
+def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, refs: list[object], options: list[str]) -> None:
+    for count in (1, 2, 3):
+        done = launch(count, tmp_path, *refs, "--out", f"out{count}", *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one = files_of(tmp_path / "out1")
+    assert files_of(tmp_path / "out2") == one and files_of(tmp_path / "out3") == one
+    manifests = [json.loads((tmp_path / f"out{count}" / "locstitch.json").read_text()) for count in (1, 2, 3)]
+    for manifest in manifests:
+        del manifest["seconds"]
+    assert manifests[0] == manifests[1] == manifests[2]
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_an_error_in_one_process_ends_all(tmp_path: Path, refs: list[object]) -> None:
+    base = random_state(0, torch.bfloat16, SHAPES)
+    broken = finetune(base, 3)
+    broken["layers.8.w"][0, 0] = float("nan")
+    save(tmp_path / "broken", broken)
+    done = launch(2, tmp_path, "--base", "./base", "--ft", "./broken", "--out", "out")
+    assert done.returncode != 0
+    assert done.stderr.count("layers.8.w in broken/model.safetensors holds NaN") == 1
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_divide() -> None:
+    assert divide([1, 1, 1, 1], 2) == [0, 0, 1, 1]
+    assert divide([5, 0, 0], 3) == [1, 2, 2] or divide([5, 0, 0], 3)[0] in (0, 1)
+    assert divide([], 2) == [] and divide([0, 0], 2) in ([0, 0], [0, 1])
+    owners = divide([3] * 90, 4)
+    assert owners == sorted(owners) and {owners.count(rank) for rank in range(4)} <= {22, 23}
