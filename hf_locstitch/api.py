@@ -104,6 +104,7 @@ def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
         check_target(recipe.push_to)
     processes = find_processes()
     record = record or run(plan, out, progress, Settings(), processes)
+    processes.end()
     published = None
     if recipe.push_to is not None and processes.first:
         published = _publish(out, recipe, plan, progress)

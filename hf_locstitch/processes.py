@@ -39,6 +39,9 @@ class Processes:
         """Do `work` in every process and wait for all; the first error of any is raised in each."""
         return work()
 
+    def end(self) -> None:
+        """Wait for all and part in good order; after an error the launcher ends the others."""
+
     def on_first(self, work: Callable[[], None]) -> None:
         """Do `work` in the first process while the others wait; its error is raised in each."""
         self.together(lambda: work() if self.first else None)
@@ -79,6 +82,13 @@ class DistributedProcesses(Processes):
         if errors:
             raise errors[0] from error
         return result
+
+
+    def end(self) -> None:
+        import torch
+
+        torch.distributed.barrier()
+        self._state.destroy_process_group()
 
 
 def _portable(error: BaseException | None) -> Exception | None:

@@ -79,16 +79,15 @@ def fingerprint(plan: MergePlan) -> str:
 def workplace(plan: MergePlan, out: Path, processes: Processes) -> Iterator[Workplace]:
     """The folder beside `out`; when all is well its stage becomes `out`. A refusal removes it, a failure keeps it."""
     place = Workplace(out.absolute().parent / f".{out.name}.{fingerprint(plan)[:16]}.partial")
-    lock = None
+    locks: list[int] = []
     try:
-        processes.on_first(lambda: _make(place))
-        lock = _locked(place) if processes.first else None
+        processes.on_first(lambda: locks.append(_make(place)))
         yield place
         if processes.first:
             place.stage.replace(out)
             shutil.rmtree(place.folder, ignore_errors=True)
     except RequestError:
-        if processes.first and lock is not None:
+        if locks:
             shutil.rmtree(place.folder, ignore_errors=True)
         raise
     except OSError as error:
@@ -99,17 +98,14 @@ def workplace(plan: MergePlan, out: Path, processes: Processes) -> Iterator[Work
             f"it goes on where it stopped, from {place.folder}."
         ) from error
     finally:
-        if lock is not None:
+        for lock in locks:
             os.close(lock)
 
 
-def _make(place: Workplace) -> None:
+def _make(place: Workplace) -> int:
+    """The folders, and a lock that ends with the process. Raises OutputError if another process works here."""
     place.stage.mkdir(parents=True, exist_ok=True)
     place.spill.mkdir(exist_ok=True)
-
-
-def _locked(place: Workplace) -> int:
-    """A lock that ends with the process. Raises OutputError if another process works here."""
     handle = os.open(place.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

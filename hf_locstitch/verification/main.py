@@ -29,7 +29,7 @@ from hf_locstitch.verification.masks import (
     tally,
 )
 from hf_locstitch.verification.report import Finding, Notes, VerifyReport
-from hf_locstitch.verification.values import How, ValueCheck, check_layout
+from hf_locstitch.verification.values import How, ValueCheck, check_layout, one_thread
 
 METHOD = "locstitch"  # whose values are computed again
 OTHERS = 2  # tensors of a sample that are not localized
@@ -189,7 +189,7 @@ def _values(merge: Merge, places: Sequence[Place], tensors: Tensors, progress: P
         notes.skipped.append(f"values: {error}")
         return
     sizes = {name: merge.weights.info(name).nbytes for name in [*ours, *others]}
-    with progress.bar("values", sum(sizes.values())) as advance:
+    with progress.bar("values", sum(sizes.values())) as advance, one_thread():
         for name, size in sizes.items():
             notes.findings += check.localized(name) if name in merge.localized else check.other(name)
             advance(size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,11 +18,22 @@ from hf_locstitch.plan import DTYPE_ON_DISK
 from hf_locstitch.verification.masks import MaskFile, positions_of
 from hf_locstitch.verification.report import Finding
 
-PIECE = 1 << 20  # elements looked at together
+PIECE = 1 << 18  # elements looked at together
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 ABOVE_ALL = 1 << 31  # larger than the bits of any float32 without sign
 
 Kept = tuple[torch.Tensor, torch.Tensor]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Pieces are too small to share out: several of torch's threads are slower than one, on a busy machine tenfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def stitched(base: torch.Tensor, finetuned: Sequence[Kept], scale: float, dtype: torch.dtype) -> torch.Tensor:
@@ -64,15 +76,15 @@ class Extremes:
     left_in: str = ""
 
     def add(self, tensor: str, scores: torch.Tensor, places: torch.Tensor) -> None:
-        """scores: float32 [n], not negative; places: the kept ones [m]. NaN counts as the largest."""
+        """scores: float32 [n], not negative, overwritten; places: the kept ones [m]. NaN counts as the largest."""
         bits = scores.view(torch.int32)
-        keep = torch.zeros(len(bits), dtype=torch.bool)
-        keep[places] = True
-        kept, left = bits[keep], bits[~keep]
-        if len(kept) and int(kept.min()) < self.kept:
-            self.kept, self.kept_in = int(kept.min()), tensor
-        if len(left) and int(left.max()) > self.left:
-            self.left, self.left_in = int(left.max()), tensor
+        kept = int(bits[places].min()) if len(places) else ABOVE_ALL
+        bits[places] = -1
+        left = int(bits.max())
+        if kept < self.kept:
+            self.kept, self.kept_in = kept, tensor
+        if left > self.left:
+            self.left, self.left_in = left, tensor
 
     def check(self, mask: str) -> Iterator[Finding]:
         if self.left > self.kept:
