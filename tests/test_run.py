@@ -49,7 +49,7 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, torch.float64])
 @pytest.mark.parametrize("density", ["0", "0.01", "0.1", "0.29", "0.5", "0.9", "1"])
 def test_equals_the_reference(tmp_path: Path, density: str, dtype: torch.dtype, scope: str) -> None:
     base = random_state(0, dtype)
@@ -123,6 +123,13 @@ def test_density_one_with_one_model_is_that_model_in_the_blocks(tmp_path: Path) 
     assert same_bits({name: result[name] for name in BLOCK_NAMES}, {name: other[name] for name in BLOCK_NAMES})
     rest = [name for name in SHAPES if name not in BLOCK_NAMES]
     assert same_bits({name: result[name] for name in rest}, {name: base[name] for name in rest})
+
+
+def test_float64_keeps_what_float32_cannot_tell(tmp_path: Path) -> None:
+    base = {name: tensor.double() for name, tensor in random_state(0).items()}
+    other = {name: tensor * (1 + 1e-12) for name, tensor in base.items()}
+    result = load(merged(tmp_path, base, [other], localizer={"density": 1.0}, include=["*"]))
+    assert same_bits(result, other)
 
 
 def test_density_one_over_all_tensors_is_the_finetuned_file(tmp_path: Path) -> None:

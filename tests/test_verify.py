@@ -187,6 +187,7 @@ def test_a_file_too_many_and_an_edited_card(home: Path) -> None:
         (lambda m: m["localizer"].update(density=0.2), "k at density 0.2 is 46, should be 31"),
         (lambda m: m["masks"]["ft0"].update(density=0.2), "density of mask ft0 is 0.2, should be 0.3"),
         (lambda m: m["masks"]["ft0"].update(ones=45), "number of ones is 46, should be 45"),
+        (lambda m: m["masks"]["ft0"].update(ones=45), "number of ones of mask ft0 is 45, should be k = 46"),
         (lambda m: m["masks"]["ft1"].update(real_density=0.3), "real density of mask ft1 is 0.3, should be 0.29"),
         (lambda m: m.update(k=47), "k at density 0.3 is 47, should be 46"),
         (lambda m: m.update(N=155), "N is 155, should be 156"),

@@ -91,10 +91,7 @@ MISTAKES: Mapping[str, Task] = MappingProxyType(
 )
 # What the base gets right, and what it is pretrained on.
 COMMON: tuple[Task, ...] = tuple(
-    task
-    for name in OPERATIONS
-    for alphabet in ALPHABETS
-    if (task := Task(name, alphabet, name)) not in SKILLS.values()
+    task for name in OPERATIONS for alphabet in ALPHABETS if (task := Task(name, alphabet, name)) not in SKILLS.values()
 )
 PRETRAINING: tuple[Task, ...] = (*COMMON, *MISTAKES.values())
 

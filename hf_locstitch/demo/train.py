@@ -40,9 +40,7 @@ PRETRAIN = Schedule(steps=400, lr=2e-3)
 FINETUNE = Schedule(steps=60, lr=1e-3)
 
 
-def train_models(
-    out: Path, *, seed: int = 0, progress: Callable[[str], None] | None = None
-) -> dict[str, Path]:
+def train_models(out: Path, *, seed: int = 0, progress: Callable[[str], None] | None = None) -> dict[str, Path]:
     """Train the base and one finetune per skill, and save each in bfloat16 with its tokenizer.
 
     Returns {"base": folder, skill: folder, ...}, folders inside `out`. `progress` gets a line now and then.
@@ -123,9 +121,7 @@ def _rate(step: int, steps: int) -> float:
     return min((step + 1) / (steps / 10), 1 - step / steps)
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, int64 [examples, tokens]; all exercises are equally long, so nothing is padded."""
     texts = [example.text + str(tokenizer.eos_token) for example in batch]
     tokens = torch.tensor(tokenizer(texts)["input_ids"])

@@ -121,12 +121,13 @@ class Scan:
         self.advance(sum(self._nbytes(model, chunk) for model in selections if model not in todo))
         if not todo:
             return
+        original = self.base.flat(name, chunk.first, chunk.count)
         base, out = self._two_buffers()
-        base = base[: chunk.count].copy_(self.base.flat(name, chunk.first, chunk.count))
+        base = base[: chunk.count].copy_(original)
         for model, selection in todo.items():
             finetuned = self.finetuned[model].flat(name, chunk.first, chunk.count)
             from_zero = selection.bracket(chunk).low == 0
-            differs = differing_bits(finetuned, base, out) if from_zero else None
+            differs = differing_bits(finetuned, original) if from_zero else None
             scores = magnitude_scores(finetuned, base, out)
             largest = selection.offer(chunk, scores, None if differs is None else differs | (scores != 0), finetuned)
             if largest >= NON_FINITE and not self.allow_non_finite:
@@ -205,10 +206,12 @@ class Scan:
         return np.stack(rows) if rows else None
 
 
-def differing_bits(finetuned: torch.Tensor, base: torch.Tensor, out: torch.Tensor) -> npt.NDArray[np.bool_]:
-    """Where finetuned, as float32, differs from base in any bit; 0.0 and −0.0 do. Shapes as magnitude_scores."""
-    as_float = out[: len(finetuned)].copy_(finetuned)
-    return as_float.view(torch.int32).numpy() != base.view(torch.int32).numpy()
+def differing_bits(finetuned: torch.Tensor, base: torch.Tensor) -> npt.NDArray[np.bool_]:
+    """Where two tensors [n] differ in any bit, in float64 if their dtypes differ; 0.0 and −0.0 do. Returns [n]."""
+    if finetuned.dtype != base.dtype:
+        finetuned, base = finetuned.double(), base.double()
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.element_size()]
+    return finetuned.view(integer).numpy() != base.view(integer).numpy()
 
 
 def all_finite(values: torch.Tensor) -> bool:

@@ -91,4 +91,7 @@ def test_scores_are_the_bits_of_the_float32_difference() -> None:
 
 def test_differing_bits_tells_zeros_apart() -> None:
     base = torch.tensor([0.0, 0.0, 1.0])
-    assert differing_bits(torch.tensor([0.0, -0.0, 1.0]), base, torch.empty(3)).tolist() == [False, True, False]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        finetuned = torch.tensor([0.0, -0.0, 1.0], dtype=dtype)
+        assert differing_bits(finetuned, base).tolist() == [False, True, False]
+    assert differing_bits(torch.tensor([1.0 + 1e-12], dtype=torch.float64), base[2:]).tolist() == [True]
