@@ -3,8 +3,9 @@
     python benchmarks/minilm.py [--seed 0] [--densities 0.01 0.05 0.1 0.2] [--grafts] [--json FILE] [--work DIR]
 
 1. Five four-way tasks come out of Debian's package index (see minilm_tasks.py), 64 training examples a class.
-2. The base is a pretrained MiniLM. A task's head is the base's own embedding of the names of its classes, and stays
-   fixed; each expert is the base with its transformer blocks finetuned on one task under that head.
+2. The base is a pretrained MiniLM. A task's head is what the base makes of a few words on each class, and stays as it
+   is (as CLIP's text head in the paper's vision protocol); an expert is the base with its transformer blocks finetuned
+   on one task under that head.
 3. Base and experts are pushed to a Hub on loopback with the real client, merged by the real command, which pushes
    the result, and loaded back from there.
 4. Every model is judged with every task's head on test examples whose source packages no expert has seen.
@@ -31,7 +32,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 import minilm_tasks
@@ -102,6 +103,10 @@ class Judge:
         logits = embed(encoder, self.tokenizer, examples.texts) @ self.heads[task].T
         return (logits.argmax(1) == torch.tensor(examples.labels)).float().mean().item()
 
+    def accuracies(self, encoder: PreTrainedModel) -> dict[str, float]:
+        """Accuracy of one encoder at every task."""
+        return {task: self.accuracy(encoder, task) for task in self.tasks}
+
 
 @dataclass
 class Result:
@@ -118,9 +123,9 @@ class Result:
         return {task: value / experts[task] for task, value in self.accuracy[row].items()}
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, what: str) -> Iterator[None]:
         """Add the time of what runs inside to a phase, and say on standard error what runs."""
-        print(f"[{time.strftime('%H:%M:%S')}] {name}", file=sys.stderr, flush=True)
+        print(f"[{time.strftime('%H:%M:%S')}] seed {self.seed}: {name} {what}", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:
             yield
@@ -183,8 +188,9 @@ def finetune(
     torch.manual_seed(seed)  # dropout
     shuffle = torch.Generator().manual_seed(seed)
     encoder = copy.deepcopy(base).train()
-    blocks = [p.requires_grad_(bool(BLOCKS.search(name))) for name, p in encoder.named_parameters()]
-    blocks = [p for p in blocks if p.requires_grad]
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(bool(BLOCKS.search(name)))
+    blocks = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(blocks, lr=training.learning_rate, weight_decay=0.0)
     labels = torch.tensor(examples.labels)
     steps = training.epochs * -(-len(examples) // training.batch)
@@ -211,41 +217,54 @@ def save(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 # ---- the Hub and the command ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Pushed:
+    """A checkpoint on the Hub."""
+
+    repo: str
+    commit: str
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.commit}"
+
+    def load(self) -> PreTrainedModel:
+        """The encoder, downloaded."""
+        return load_encoder(self.repo, self.commit)
+
+
 @contextlib.contextmanager
-def loopback_hub(folder: Path) -> Iterator[LoopbackHub]:
-    """A Hub on loopback; this process and those it starts see it in place of the real one."""
+def loopback_hub(folder: Path) -> Iterator[None]:
+    """A Hub on loopback that this process, and those it starts, see in place of the real one."""
     before = dict(os.environ)
     with LoopbackHub(folder / "hub", users={"hf_loopback": OWNER}) as hub:
-        for name in [name for name in os.environ if name.startswith(("HF_", "TRANSFORMERS_"))]:
+        for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
             del os.environ[name]
         os.environ.update(hub.environment(folder / "home"), HF_HUB_DISABLE_PROGRESS_BARS="1")
         try:
-            yield hub
+            yield
         finally:
             os.environ.clear()
             os.environ.update(before)
 
 
-def push(folder: Path, repo: str) -> str:
-    """Upload a checkpoint folder. Returns the commit."""
+def push(folder: Path, repo: str) -> Pushed:
+    """Upload a checkpoint folder."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     api.create_repo(repo, exist_ok=True)
-    return api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add the checkpoint").oid
+    return Pushed(repo, api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add the checkpoint").oid)
 
 
-def merge(base: str, experts: Sequence[str], method: Method, target: str) -> str:
-    """Run `hf-locstitch merge` and have it push to the target. Returns the commit.
-
-    base, experts: org/name@revision. Raises BenchmarkError with the command and what it said.
-    """
-    flags = ["--base", base, "--ft", *experts, *method.flags, "--push-to", target, "--json", "--quiet"]
-    done = subprocess.run([sys.executable, "-m", "hf_locstitch", "merge", *flags], capture_output=True, text=True)
+def merge(base: Pushed, experts: Iterable[Pushed], method: Method, target: str) -> Pushed:
+    """Run `hf-locstitch merge` and have it push to the target. Raises BenchmarkError with what it said."""
+    places = ["--base", str(base), "--ft", *map(str, experts), "--push-to", target]
+    arguments = ["merge", *places, *method.flags, "--json", "--quiet"]
+    done = subprocess.run([sys.executable, "-m", "hf_locstitch", *arguments], capture_output=True, text=True)
     if done.returncode != 0:
-        command = " ".join(["hf-locstitch merge", *flags])
+        command = " ".join(["hf-locstitch", *arguments])
         raise BenchmarkError(f"exit status {done.returncode} of: {command}\n{done.stderr.strip()}")
-    return json.loads(done.stdout)["commit"]
+    return Pushed(target, json.loads(done.stdout)["commit"])
 
 
 # ---- the benchmark ----------------------------------------------------------------------------------------------
@@ -253,39 +272,185 @@ def merge(base: str, experts: Sequence[str], method: Method, target: str) -> str
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for, but for the seed."""
+    """What is asked for, but for the seed. grafts: also stitch each mask of the `methods` alone."""
 
     tasks: tuple[str, ...]
     methods: tuple[Method, ...]
-    grafts: bool
+    grafts: tuple[Method, ...]
     split: str
     training: Training
     work: Path
 
 
-def run_seed(settings: Settings, packages: Sequence[minilm_tasks.Package], seed: int) -> Result:
-    """Tasks, experts, merges and their accuracies for one seed. A Hub must be up."""
+def make_experts(folder: Path, judge: Judge, training: Training, seed: int, index: str) -> None:
+    """Write base and experts under the folder; an expert that lies there and was made in the same way is kept."""
+    base = load_encoder(find_base())
+    save(base, judge.tokenizer, folder / "base")
+    threads, version = torch.get_num_threads(), torch.__version__
+    for name, data in judge.tasks.items():
+        made_by = {"index": index, "seed": seed, "threads": threads, "torch": version, **asdict(training)}
+        record = folder / f"{name}.json"
+        content = json.dumps({**made_by, "task": asdict(data.task)}, indent=2)
+        if not record.exists() or record.read_text(encoding="utf-8") != content:
+            expert = finetune(base, judge.tokenizer, judge.heads[name], data.train, training, seed)
+            save(expert, judge.tokenizer, folder / name)
+            record.write_text(content, encoding="utf-8")
+
+
+def make_judge(settings: Settings, packages: Sequence[minilm_tasks.Package], seed: int) -> Judge:
+    """The tasks of one seed, and their heads."""
     from transformers import AutoTokenizer
 
     tasks = {name: minilm_tasks.build_task(packages, minilm_tasks.TASKS[name], seed) for name in settings.tasks}
-    result = Result(seed, {name: data.counts() for name, data in tasks.items()})
     tokenizer = AutoTokenizer.from_pretrained(find_base())
     base = load_encoder(find_base())
     heads = {name: zero_shot_head(base, tokenizer, data.task) for name, data in tasks.items()}
-    judge = Judge(tasks, heads, tokenizer, settings.split)
-    folder = settings.work / f"seed-{seed}"
-    save(base, tokenizer, folder / "base")
-    with result.phase("train the experts"):
-        for name, data in tasks.items():
-            expert = finetune(base, tokenizer, heads[name], data.train, settings.training, seed)
-            save(expert, tokenizer, folder / name)
-    with result.phase("push base and experts"):
-        refs = {name: _pushed(folder / name, f"{OWNER}/seed{seed}-{name}") for name in ("base", *tasks)}
-    with result.phase("evaluate base and experts"):
-        result.accuracy["base"] = {t: judge.accuracy(_pulled(refs["base"]), t) for t in tasks}
-        result.accuracy["expert"] = {t: judge.accuracy(_pulled(refs[t]), t) for t in tasks}
+    return Judge(tasks, heads, tokenizer, settings.split)
+
+
+def run_seed(settings: Settings, packages: Sequence[minilm_tasks.Package], seed: int) -> Result:
+    """Experts, merges and their accuracies for one seed. A Hub must be up."""
+    judge = make_judge(settings, packages, seed)
+    result = Result(seed, {name: data.counts() for name, data in judge.tasks.items()})
+    folder, account = settings.work / f"seed-{seed}", f"{OWNER}/seed{seed}"
+    with result.phase("train", "experts"):
+        make_experts(folder, judge, settings.training, seed, minilm_tasks.fingerprint(packages))
+    with result.phase("push", "base and experts"):
+        base = push(folder / "base", f"{account}-base")
+        experts = {name: push(folder / name, f"{account}-{name}") for name in judge.tasks}
+    with result.phase("evaluate", "base and experts"):
+        result.accuracy["base"] = judge.accuracies(base.load())
+        result.accuracy["expert"] = {name: judge.accuracy(expert.load(), name) for name, expert in experts.items()}
     for method in settings.methods:
-        _merge_row(result, judge, method, refs, f"{OWNER}/seed{seed}")
-    for method in settings.methods[1:] if settings.grafts else ():
-        _graft_row(result, judge, method, refs, f"{OWNER}/seed{seed}")
+        with result.phase("merge", method.name):
+            merged = merge(base, experts.values(), method, f"{account}-{method.slug}")
+        with result.phase("evaluate", method.name):
+            result.accuracy[method.name] = judge.accuracies(merged.load())
+    for method in settings.grafts:
+        row = result.accuracy.setdefault(f"graft {method.name}", {})
+        for name, expert in experts.items():
+            with result.phase("merge", f"graft of {name}, {method.name}"):
+                graft = merge(base, [expert], method, f"{account}-{name}-{method.slug}")
+            with result.phase("evaluate", f"graft of {name}, {method.name}"):
+                row[name] = judge.accuracy(graft.load(), name)
     return result
+
+
+# ---- what a person sees -----------------------------------------------------------------------------------------
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """Rows of models by columns of tasks, as means over the seeds; `worst` is the worst task of any seed.
+
+    `sd` is the standard deviation over seeds of the mean normalised accuracy.
+    """
+    rows, tasks = list(results[0].accuracy), list(results[0].examples)
+    wide = max(map(len, rows))
+    heading = ["", *tasks, "mean", "| normalised", *(["sd"] if len(results) > 1 else []), "worst"]
+    widths = [wide, *(max(5, len(title)) for title in heading[1:])]
+    lines = [[f"{title:>{width}}" for title, width in zip(heading, widths, strict=True)]]
+    for row in rows:
+        cells = [mean(r.accuracy[row][task] for r in results) for task in tasks]
+        shares = [r.normalised(row).values() for r in results]
+        means = [mean(values) for values in shares]
+        spread = [stdev(means)] if len(results) > 1 else []
+        numbers = [*cells, mean(cells), mean(means), *spread, min(map(min, shares))]
+        texts = [f"{number:>{width}.3f}" for number, width in zip(numbers, widths[1:], strict=True)]
+        lines.append([f"{row:{wide}}", *texts])
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def format_tasks(settings: Settings, result: Result) -> str:
+    """One line a task: its classes and the examples of each."""
+    lines = []
+    for name in settings.tasks:
+        classes = ", ".join(c.name for c in minilm_tasks.TASKS[name].classes)
+        sizes = ", ".join(f"{split} {sum(counts)}" for split, counts in result.examples[name].items())
+        lines.append(f"{name}: {classes} ({sizes})")
+    return "\n".join(lines)
+
+
+def report(settings: Settings, results: Sequence[Result], elapsed: float) -> str:
+    """Tasks, table and times, as text. elapsed: seconds in all."""
+    seeds = ", ".join(str(result.seed) for result in results)
+    fewest = min(sum(splits[settings.split]) for result in results for splits in result.examples.values())
+    times = {phase: sum(r.seconds[phase] for r in results) for phase in results[0].seconds}
+    clock = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in times.items())
+    return "\n".join(
+        [
+            format_tasks(settings, results[0]),
+            f"\nAccuracy on {settings.split}, seed {seeds} (standard error of one: at most {0.5 / fewest**0.5:.3f})",
+            format_table(results),
+            f"\n{clock}; in all {elapsed:.0f} s",
+        ]
+    )
+
+
+def as_json(settings: Settings, results: Sequence[Result], index: str) -> dict[str, Any]:
+    """All numbers, and what they depend on."""
+    return {
+        "index": index,
+        "split": settings.split,
+        "training": asdict(settings.training),
+        "methods": {method.name: list(method.flags) for method in settings.methods},
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "seeds": [{**asdict(r), "normalised": {row: r.normalised(row) for row in r.accuracy}} for r in results],
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Localize-and-Stitch on a pretrained MiniLM and Debian's synopses.")
+    names = f"of {', '.join(minilm_tasks.TASKS)} (default: the first {len(DEFAULT_TASKS)})"
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one run each (default: 0)")
+    parser.add_argument(
+        "--densities", type=float, nargs="+", default=DEFAULT_DENSITIES, metavar="F", help="one merge each"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", default=DEFAULT_TASKS, choices=minilm_tasks.TASKS, metavar="NAME", help=names
+    )
+    parser.add_argument("--grafts", action="store_true", help="also the base with each mask alone (minutes more)")
+    parser.add_argument("--split", choices=["validation", "test"], default="test", help="what is judged on")
+    parser.add_argument("--epochs", type=int, default=Training.epochs)
+    parser.add_argument("--learning-rate", type=float, default=Training.learning_rate)
+    parser.add_argument("--threads", type=int, default=1, help="of this program; the numbers depend on it a little")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep checkpoints here and reuse experts in it")
+    return parser
+
+
+def run(args: argparse.Namespace, work: Path) -> str:
+    """The benchmark in a work folder. Returns the report."""
+    start = time.perf_counter()
+    merges = methods(args.densities)
+    training = Training(epochs=args.epochs, learning_rate=args.learning_rate)
+    grafts = tuple(merges[1:]) if args.grafts else ()
+    settings = Settings(tuple(args.tasks), tuple(merges), grafts, args.split, training, work)
+    packages = minilm_tasks.load_packages()
+    with loopback_hub(work):
+        results = [run_seed(settings, packages, seed) for seed in args.seed]
+    if args.json:
+        content = as_json(settings, results, minilm_tasks.fingerprint(packages))
+        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return report(settings, results, time.perf_counter() - start)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    try:
+        find_base()
+        with contextlib.ExitStack() as stack:
+            work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minilm-")))
+            print(run(args, work))
+    except (BenchmarkError, DataError) as error:
+        print(f"minilm: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,8 @@
 """Four-way text tasks out of Debian's package index: real sentences, real labels, nothing to download.
 
-A Debian or Ubuntu machine has the index after `apt-get update`. A text is the one-line synopsis of a package; its
-label comes from the section or the debtags that people gave the package. The same index and seed give the same examples.
+A Debian machine has the index after `apt-get update`. A text is the one-line synopsis of a package; its
+label comes from the section or the debtags that people gave the package. The same index and the same seed give the
+same examples.
 
 What keeps the splits honest:
 
@@ -32,7 +33,7 @@ OPENERS: Mapping[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".xz": 
 SPLITS = ("train", "validation", "test")
 SHARES = (0.40, 0.15, 0.45)  # of the source packages
 FEWEST_WORDS = 3
-NO_CONTENT = re.compile(r"\b(transitional|dummy|metapackage|virtual package)\b", re.IGNORECASE)
+NO_CONTENT = re.compile(r"\b(transition(al)?|dummy|metapackage|virtual package)\b", re.IGNORECASE)
 
 
 class DataError(RuntimeError):
@@ -94,10 +95,10 @@ class TaskData:
 
 
 LANGUAGES = (
-    r"\S*(perl|python|ruby|haskell|php|ocaml|lisp|golang|rust|javascript|java|node(\.?js)?)\S*",
-    r"\S*(cpan|cran|pypi|hackage|pecl|pear|gems?|ghc|crates?|cargo|quicklisp|asdf|emacs)\S*",
-    r"(go|gnu|r|js|py|cl)",
-    r"\S+::\S+",
+    r"\S*(perl|python|ruby|haskell|php|ocaml|lisp|golang|javascript)\S*",
+    r"(java|rust|node|ghc)\S*",
+    r"\S+(::|\.js)\S*",
+    r"(go|gnu|r|js|py|cl|cpan|cran|pypi|hackage|pecl|pear|gems?|crates?|cargo|quicklisp|asdf|emacs|elpa)",
 )
 
 
@@ -196,7 +197,7 @@ def index_files(folder: Path = INDEX_FOLDER) -> list[Path]:
     """The index files apt has fetched. Raises DataError if there are none."""
     files = sorted(p for p in folder.glob("*_Packages*") if p.is_file())
     if not files:
-        raise DataError(f"no package index in {folder}: run `apt-get update` on a Debian or Ubuntu machine first")
+        raise DataError(f"no package index in {folder}: run `apt-get update` on a Debian machine first")
     return files
 
 
@@ -314,7 +315,7 @@ def candidates(packages: Sequence[Package], task: Task, seed: int) -> Iterator[t
 def build_task(
     packages: Sequence[Package], task: Task, seed: int, *, train: int = 64, validation: int = 40, test: int = 120
 ) -> TaskData:
-    """Draw the splits: exactly `train` examples a class, at most `validation` and `test`. Raises DataError if too few."""
+    """Draw the splits: `train` examples a class, at most `validation` and `test`. Raises DataError if too few."""
     pools: dict[str, list[list[str]]] = {name: [[] for _ in task.classes] for name in SPLITS}
     for split, label, text in candidates(packages, task, seed):
         pools[split][label].append(text)

@@ -144,11 +144,14 @@ def _scores(repos: Sequence[str]) -> Scores:
     """Accuracy of models on the Hub at every skill."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from hf_locstitch.demo.train import one_thread
+
     scores: dict[str, dict[str, float]] = {}
-    for repo in repos:
-        model = AutoModelForCausalLM.from_pretrained(repo)
-        tokenizer = AutoTokenizer.from_pretrained(repo)
-        scores[repo] = {skill: accuracy(model, tokenizer, skill) for skill in SKILLS}
+    with one_thread():
+        for repo in repos:
+            model = AutoModelForCausalLM.from_pretrained(repo)
+            tokenizer = AutoTokenizer.from_pretrained(repo)
+            scores[repo] = {skill: accuracy(model, tokenizer, skill) for skill in SKILLS}
     return scores
 
 

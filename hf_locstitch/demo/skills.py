@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LENGTH = 5  # characters of a word; every answer is as long
 DIGITS, CAPITALS, SMALL = "0123456789", "ABCDEFGHIJKL", "abcdefghijkl"
 ALPHABETS = (DIGITS, CAPITALS, SMALL)
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")  # tokens 0 to 3
 
 Split = Literal["train", "heldout"]
 
@@ -116,8 +117,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    pieces = [*special, *(f"{name} " for name in OPERATIONS), "=", *"".join(ALPHABETS)]
+    pieces = [*SPECIAL, *(f"{name} " for name in OPERATIONS), "=", *"".join(ALPHABETS)]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[a-z]+ |."), "isolated")  # pyright: ignore

@@ -18,12 +18,21 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from hf_locstitch.demo.skills import COMMON, PRETRAINING, SKILLS, Example, Task, examples, make_tokenizer
+from hf_locstitch.demo.skills import (
+    COMMON,
+    LENGTH,
+    PRETRAINING,
+    SKILLS,
+    SPECIAL,
+    Example,
+    Task,
+    examples,
+    make_tokenizer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-THREADS = 2  # fixed, so that one machine gives the same weights again
 IGNORED = -100  # label of a token that is not learned
 
 
@@ -48,18 +57,16 @@ def train_models(out: Path, *, seed: int = 0, progress: Callable[[str], None] | 
     say = progress or (lambda line: None)
     tokenizer = make_tokenizer()
     folders = {name: out / name for name in ("base", *SKILLS)}
-    with _threads(THREADS):
-        base = make_model(tokenizer, seed)
-        train(base, tokenizer, PRETRAINING, PRETRAIN, seed=seed, progress=lambda line: say(f"base: {line}"))
-        base = base.to(torch.bfloat16)
-        save(base, tokenizer, folders["base"])
-        for number, (name, skill) in enumerate(SKILLS.items(), start=1):
-            model = copy.deepcopy(base).float()
-            freeze_all_but_blocks(model)
-            tasks = [*COMMON, *[skill] * len(COMMON)]
-            own_seed = seed * len(folders) + number
-            train(model, tokenizer, tasks, FINETUNE, seed=own_seed, progress=lambda line, n=name: say(f"{n}: {line}"))
-            save(model.to(torch.bfloat16), tokenizer, folders[name])
+    base = make_model(tokenizer, seed)
+    train(base, tokenizer, PRETRAINING, PRETRAIN, seed=seed, progress=lambda line: say(f"base: {line}"))
+    save(base.bfloat16(), tokenizer, folders["base"])
+    for number, (name, skill) in enumerate(SKILLS.items(), start=1):
+        model = copy.deepcopy(base).float()
+        freeze_all_but_blocks(model)
+        tasks = [*COMMON, *[skill] * len(COMMON)]
+        own_seed = seed * len(folders) + number
+        train(model, tokenizer, tasks, FINETUNE, seed=own_seed, progress=lambda line, n=name: say(f"{n}: {line}"))
+        save(model.bfloat16(), tokenizer, folders[name])
     return folders
 
 
@@ -75,9 +82,9 @@ def make_model(
         num_attention_heads=hidden // 32,
         max_position_embeddings=64,
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=SPECIAL.index("<s>"),
+        eos_token_id=SPECIAL.index("</s>"),
+        pad_token_id=SPECIAL.index("<pad>"),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -89,6 +96,18 @@ def freeze_all_but_blocks(model: LlamaForCausalLM) -> None:
     model.model.layers.requires_grad_(True)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """So that a machine gives the same weights again; such small models gain little from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def train(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -132,22 +151,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example]) -> tupl
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Weights, config, generation config (greedy) and tokenizer, for AutoModelForCausalLM and AutoTokenizer."""
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=16,
-        bos_token_id=model.config.bos_token_id,
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
-    )
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.generation_config.update(do_sample=False, max_new_tokens=2 * LENGTH)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,184 @@
+"""Who takes part in speed.py: this project, the floor, and the peers from the package index in an environment of
+their own.
+
+The peers' methods are those nearest to Localize-and-Stitch, not the same: mergekit and sd-mecha trim each tensor for
+itself, all tensors included; this project takes the top k over the whole model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("mergekit", "sd-mecha")
+VERSIONS_OF = ("mergekit", "sd-mecha", "torch", "transformers", "safetensors", "numpy")
+DENSITY = 0.05
+FLOOR = "floor"
+OURS = "hf-locstitch"
+RIVAL = "mergekit ties"  # what everything is compared with
+
+# sd-mecha 1.1.8's own add_difference_ties fails on these models, so its parts are put together here.
+SD_MECHA_TIES = """
+import sys, torch, sd_mecha
+from sd_mecha.extensions.builtin.merge_methods import linear
+out, base, *finetuned = sys.argv[1:]
+base = sd_mecha.model(base)
+deltas = [sd_mecha.subtract(sd_mecha.model(path), base) for path in finetuned]
+merged = linear.add_difference(base, sd_mecha.ties_sum(*deltas, k={density}), alpha=1.0)
+sd_mecha.merge(merged, output=out, output_dtype=torch.bfloat16)
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One merge. out: a folder to write into, empty or missing. scratch: an empty folder, for a recipe."""
+
+    base: Path
+    finetuned: tuple[Path, ...]
+    out: Path
+    scratch: Path
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The weights of all models, in order."""
+        return [file for model in (self.base, *self.finetuned) for file in weights(model)]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """command: what merges a job. warm_up: what loads the same program and does nothing. needs_out: wants job.out made
+    before it starts."""
+
+    name: str
+    command: Callable[[Job], list[str]]
+    warm_up: tuple[str, ...]
+    needs_out: bool = False
+
+
+def weights(model: Path) -> list[Path]:
+    return sorted(model.glob("*.safetensors"))
+
+
+def ours() -> list[Contender]:
+    """This project's methods, as far as `hf-locstitch merge --help` lists them."""
+    program = (sys.executable, "-m", "hf_locstitch", "merge")
+    text = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
+    listed = re.search(r"--method \{([^}]*)\}", re.sub(r"\s+", " ", text))
+    available = re.split(r",\s*", listed[1]) if listed else []
+    trimmed = ("--density", f"{DENSITY}")
+    wanted = {"locstitch": trimmed, "ties": trimmed, "task-arithmetic": (), "average": ()}
+    return [_ours(program, method, flags) for method, flags in wanted.items() if method in available]
+
+
+def _ours(program: tuple[str, ...], method: str, flags: Sequence[str]) -> Contender:
+    def command(job: Job) -> list[str]:
+        models = ["--base", str(job.base), "--ft", *map(str, job.finetuned)]
+        return [*program, *models, "--method", method, *flags, "--out", str(job.out), "--quiet"]
+
+    name = OURS if method == "locstitch" else f"{OURS} {method}"
+    return Contender(name, command, (sys.executable, "-c", "import hf_locstitch.run"))
+
+
+def floors() -> list[Contender]:
+    """The least that a merge can do, in plain Python; once leaving the output to the page cache, once on the disk."""
+    return [_floor(FLOOR, sync=False), _floor(f"{FLOOR}, synced", sync=True)]
+
+
+def _floor(name: str, *, sync: bool) -> Contender:
+    source = inspect.getsource(copy_through)
+
+    def command(job: Job) -> list[str]:
+        ones = len(weights(job.base))
+        out = str(job.out / "model.safetensors")
+        call = f"copy_through({[str(file) for file in job.inputs]!r}, {ones}, {out!r}, {sync})"
+        return [sys.executable, "-I", "-S", "-c", f"{source}\n{call}"]
+
+    return Contender(name, command, (sys.executable, "-I", "-S", "-c", "pass"), needs_out=True)
+
+
+def copy_through(sources: list[str], copied: int, out: str, sync: bool) -> None:
+    """Read all files once; write the first `copied` of them to `out`. sync: wait until the disk has it.
+
+    Its text runs by itself, in a process that imports nothing else.
+    """
+    import os
+
+    buffer = memoryview(bytearray(1 << 22))
+    with open(out, "wb", buffering=0) as target:
+        for number, source in enumerate(sources):
+            with open(source, "rb", buffering=0) as handle:
+                while count := handle.readinto(buffer):
+                    if number < copied:
+                        target.write(buffer[:count])
+        if sync:
+            os.fsync(target.fileno())
+
+
+def peers(environment: Path) -> list[Contender]:
+    """mergekit's and sd-mecha's methods, as installed in a virtual environment."""
+    trimmed = {"density": DENSITY, "weight": 1.0}
+    return [
+        _mergekit(environment, RIVAL, "ties", trimmed),
+        _mergekit(environment, "mergekit task_arithmetic", "task_arithmetic", {"weight": 1.0}),
+        _mergekit(environment, "mergekit linear", "linear", {"weight": 1.0}),
+        _sd_mecha(environment),
+    ]
+
+
+def _mergekit(environment: Path, name: str, method: str, parameters: dict[str, float]) -> Contender:
+    program = str(environment / "bin" / "mergekit-yaml")
+
+    def command(job: Job) -> list[str]:
+        recipe = {
+            "merge_method": method,
+            "models": [{"model": str(model), "parameters": parameters} for model in job.finetuned],
+            "dtype": "bfloat16",
+            **({} if method == "linear" else {"base_model": str(job.base)}),
+        }
+        path = job.scratch / "mergekit.yaml"
+        path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")  # JSON is YAML
+        return [program, str(path), str(job.out), "--quiet"]
+
+    return Contender(name, command, (program, "--help"))
+
+
+def _sd_mecha(environment: Path) -> Contender:
+    python = str(environment / "bin" / "python")
+
+    def command(job: Job) -> list[str]:
+        # It takes one file a model: of sharded models it gets the first name only, and says that it does not exist.
+        models = [str(model / "model.safetensors") for model in (job.base, *job.finetuned)]
+        return [python, "-c", SD_MECHA_TIES.format(density=DENSITY), str(job.out / "model.safetensors"), *models]
+
+    return Contender("sd-mecha ties", command, (python, "-c", "import sd_mecha"), needs_out=True)
+
+
+def install_peers(folder: Path) -> None:
+    """Make a virtual environment in `folder` with the peers and the torch that this project uses (the same build).
+
+    Where that build is not on the default index, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS says where it is.
+    """
+    torch = f"torch=={version('torch')}"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    constraints = folder / "constraints.txt"
+    constraints.write_text(f"{torch}\n", encoding="utf-8")
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-c", str(constraints), torch, *PACKAGES], check=True, stdout=sys.stderr)
+
+
+def versions(python: str, packages: Iterable[str] = VERSIONS_OF) -> dict[str, str]:
+    """Versions of installed packages, for the interpreter `python`; those that are missing are left out."""
+    code = (
+        "import json, sys\nfrom importlib.metadata import distributions\n"
+        "print(json.dumps({d.metadata['Name'].lower().replace('_', '-'): d.version for d in distributions()}))"
+    )
+    output = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout
+    found = json.loads(output)
+    return {name: found[name] for name in packages if name in found}
