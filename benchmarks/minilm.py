@@ -427,9 +427,9 @@ def run(args: argparse.Namespace, work: Path) -> str:
     merges = methods(args.densities)
     training = Training(epochs=args.epochs, learning_rate=args.learning_rate)
     grafts = tuple(merges[1:]) if args.grafts else ()
-    settings = Settings(tuple(args.tasks), tuple(merges), grafts, args.split, training, work)
+    settings = Settings(tuple(args.tasks), tuple(merges), grafts, args.split, training, work.resolve())
     packages = minilm_tasks.load_packages()
-    with loopback_hub(work):
+    with loopback_hub(settings.work):
         results = [run_seed(settings, packages, seed) for seed in args.seed]
     if args.json:
         content = as_json(settings, results, minilm_tasks.fingerprint(packages))

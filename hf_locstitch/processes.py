@@ -83,7 +83,6 @@ class DistributedProcesses(Processes):
             raise errors[0] from error
         return result
 
-
     def end(self) -> None:
         import torch
 

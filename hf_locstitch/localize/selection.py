@@ -113,7 +113,7 @@ class Kept:
 
     def ascending(self) -> npt.NDArray[np.int64]:
         """All positions, sorted."""
-        return np.sort(np.concatenate([self.positions, self.unchanged]))
+        return np.sort(np.concatenate([self.positions, self.unchanged]), kind="stable")  # merges sorted runs
 
 
 @dataclass(frozen=True)
@@ -333,22 +333,25 @@ class Selection:
         threshold = self._thresholds[self._group_of[chunk.tensor]]
         positions, values, scores = self._spill.read(chunk.index)
         sure = len(positions) - len(scores)
-        keep = np.ones(len(positions), dtype=bool)
-        keep[sure:] = scores > threshold.bits
+        keep = scores > threshold.bits  # of those inside the bracket
         unchanged = np.empty(0, dtype=np.int64)
         if threshold.keep:
             first = int(self._tie_starts[chunk.index])
             if threshold.bits:
                 tied = np.flatnonzero(scores == threshold.bits)
-                tied = tied[np.argsort(positions[sure + tied])]
-                keep[sure + tied[evenly(first, len(tied), threshold.keep, threshold.ties)]] = True
+                keep[tied[evenly(first, len(tied), threshold.keep, threshold.ties)]] = True
             else:  # every element without a score is tied, in the spill or not
                 scored = np.zeros(chunk.count, dtype=bool)
-                scored[positions[keep]] = True
+                scored[positions[:sure]] = True
+                scored[positions[sure:][keep]] = True
                 tied = np.flatnonzero(~scored)
                 chosen = tied[evenly(first, len(tied), threshold.keep, threshold.ties)]
-                in_spill = np.isin(positions, chosen)
+                in_spill = np.isin(positions[sure:], chosen)
                 keep |= in_spill
-                unchanged = np.setdiff1d(chosen, positions[in_spill], assume_unique=True)
-        where = np.flatnonzero(keep)
-        return Kept(positions[where].astype(np.int64), values[torch.from_numpy(where)], unchanged)
+                unchanged = np.setdiff1d(chosen, positions[sure:][in_spill], assume_unique=True)
+        where = np.flatnonzero(keep) + sure
+        return Kept(
+            np.concatenate([positions[:sure], positions[where]]).astype(np.int64),
+            torch.cat([values[:sure], values[torch.from_numpy(where)]]),
+            unchanged,
+        )
