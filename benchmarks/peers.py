@@ -126,13 +126,14 @@ def peers(environment: Path) -> list[Contender]:
     trimmed = {"density": DENSITY, "weight": 1.0}
     return [
         _mergekit(environment, RIVAL, "ties", trimmed),
+        _mergekit(environment, f"{RIVAL} -j 1", "ties", trimmed, "-j", "1"),  # torch's threads may hinder each other
         _mergekit(environment, "mergekit task_arithmetic", "task_arithmetic", {"weight": 1.0}),
         _mergekit(environment, "mergekit linear", "linear", {"weight": 1.0}),
         _sd_mecha(environment),
     ]
 
 
-def _mergekit(environment: Path, name: str, method: str, parameters: dict[str, float]) -> Contender:
+def _mergekit(environment: Path, name: str, method: str, parameters: dict[str, float], *flags: str) -> Contender:
     program = str(environment / "bin" / "mergekit-yaml")
 
     def command(job: Job) -> list[str]:
@@ -144,7 +145,7 @@ def _mergekit(environment: Path, name: str, method: str, parameters: dict[str, f
         }
         path = job.scratch / "mergekit.yaml"
         path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")  # JSON is YAML
-        return [program, str(path), str(job.out), "--quiet"]
+        return [program, str(path), str(job.out), "--quiet", *flags]
 
     return Contender(name, command, (program, "--help"))
 

@@ -501,7 +501,8 @@ def _public_arguments(args: argparse.Namespace) -> list[str]:
     """The arguments without folders of this machine."""
     lists = ["--sizes", *args.sizes, "--finetunes", args.finetunes, "--counts", *args.counts, "--repeat", args.repeat]
     numbers = ["--timeout", f"{args.timeout:g}", "--shard-gb", f"{args.shard_gb:g}"]
-    return [str(word) for word in [*lists, *numbers, *(["--no-peers"] if args.no_peers else [])]]
+    who = ["--no-peers"] if args.no_peers else []
+    return [str(word) for word in [*lists, *numbers, *who, *(["--only", *args.only] if args.only else [])]]
 
 
 def _listed(named: dict[str, str]) -> str:
@@ -552,6 +553,7 @@ def main() -> None:
         "--peers", type=Path, metavar="DIR", help="virtual environment of the peers; made if it is missing"
     )
     who.add_argument("--no-peers", action="store_true", help="only this project and the floor")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders, named as in the report")
     parser.add_argument("--work", type=Path, metavar="DIR", help="write models here (default: a temporary folder)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every run")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the report, which is printed too")
@@ -572,7 +574,10 @@ def benchmark(args: argparse.Namespace, work: Path) -> None:
     if environment and not (environment / "bin" / "mergekit-yaml").exists():
         say(f"installing the peers into {environment}")
         install_peers(environment)
-    contenders = [*floors(), *ours(), *(peers(environment) if environment else [])]
+    everyone = [*floors(), *ours(), *(peers(environment) if environment else [])]
+    contenders = [one for one in everyone if not args.only or one.name in args.only]
+    if unknown := sorted(set(args.only or ()) - {one.name for one in everyone}):
+        raise BenchmarkError(f"no contender is called {unknown}. There are {[one.name for one in everyone]}.")
     for contender in contenders:  # imports from the disk are not what is measured
         subprocess.run(contender.warm_up, stdout=subprocess.DEVNULL, check=True, cwd=work)
     setting = Setting(contenders, args.repeat, args.timeout, args.shard_gb * GB, work)

@@ -94,14 +94,14 @@ class Merger:
 
     def _merge_masked(self, method: Masked, tensor: PlannedTensor, chunk: Chunk) -> torch.Tensor:
         kept = {name: selection.kept(chunk) for name, selection in self.selections.items()}
-        times = coverage(chunk.count, list(kept.values()))
-        overlap = Overlap(*overlaps(times, list(kept.values())))
+        covered = coverage(chunk.count, list(kept.values()))
+        overlap = Overlap(*overlaps(covered, list(kept.values())))
         with self._lock:
             self._overlap += overlap
         return method.combine(
             self.base.flat(tensor.name, chunk.first, chunk.count),
             [kept[name] for name in self._order],
-            times,
+            covered,
             scale=self.plan.recipe.scale,
             dtype=TORCH_DTYPE[tensor.dtype],
         )

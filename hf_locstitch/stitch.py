@@ -6,6 +6,7 @@ Source: arXiv 2408.13656, section 3.3; θ_pre + Σ γ'_i ⊙ τ_i with γ'_i = �
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,27 +15,35 @@ import torch
 from hf_locstitch.localize.selection import Kept
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """times: how many masks cover each coordinate [n]. shared: positions that more than one covers, ascending."""
+
+    times: npt.NDArray[np.uint8]
+    shared: npt.NDArray[np.int64]
+
+
 def stitch(
     base: torch.Tensor,
     kept: Sequence[Kept],
-    times: npt.NDArray[np.uint8],
+    covered: Coverage,
     *,
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Put the kept values of each finetune into a copy of the base; returns [n] in `dtype`, the base's by default.
 
-    base: [n], floating point; times: their coverage [n]. Uncovered: the base's value. Covered once: that finetune's
+    base: [n], floating point; covered: by the masks. Uncovered: the base's value. Covered once: that finetune's
     value. Covered more often: their mean in float64, cast once. With scale ≠ 1: base + scale·(mean − base) in
     float32, cast once.
     """
     merged = base.to(dtype or base.dtype, copy=True)
     for one in kept:
         merged[torch.from_numpy(one.positions)] = one.values.to(merged.dtype)
-    averaged = np.flatnonzero(times > 1) if scale == 1.0 else np.flatnonzero(times)
+    averaged = covered.shared if scale == 1.0 else np.flatnonzero(covered.times)
     if len(averaged):
         where = torch.from_numpy(averaged)
-        mean = _mean(base, kept, averaged, times)
+        mean = _mean(base, kept, averaged, covered.times)
         if scale != 1.0:
             start = base[where].float()
             mean = start + scale * (mean.float() - start)
@@ -42,13 +51,13 @@ def stitch(
     return merged
 
 
-def coverage(n: int, kept: Sequence[Kept]) -> npt.NDArray[np.uint8]:
-    """How many masks cover each of n coordinates. Returns [n]."""
+def coverage(n: int, kept: Sequence[Kept]) -> Coverage:
+    """How the masks cover n coordinates."""
     times = np.zeros(n, dtype=np.uint8)
     for one in kept:
         times[one.positions] += 1
         times[one.unchanged] += 1
-    return times
+    return Coverage(times, np.flatnonzero(times > 1))
 
 
 def _mean(
@@ -73,17 +82,21 @@ def _find(
     return torch.from_numpy(taken), torch.from_numpy(np.searchsorted(wanted, positions[taken]))
 
 
-def overlaps(times: npt.NDArray[np.uint8], kept: Sequence[Kept]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Counts of coordinates: by how many masks cover them, and by both of a pair. times: their coverage.
+def overlaps(covered: Coverage, kept: Sequence[Kept]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Counts of coordinates: by how many masks cover them, and by both of a pair.
 
     Returns int64 [models + 1] and [models, models]; the diagonal holds each mask's ones.
     """
-    shared = np.flatnonzero(times > 1)
+    shared = covered.shared
     members = np.zeros((len(kept), len(shared)), dtype=np.float32)
     for row, one in zip(members, kept, strict=True):
         for positions in (one.positions, one.unchanged):
             if len(shared):
-                row[_find(positions, shared, times)[1].numpy()] = 1
+                row[_find(positions, shared, covered.times)[1].numpy()] = 1
     pairs = np.rint(members @ members.T).astype(np.int64)
-    np.fill_diagonal(pairs, [len(one.positions) + len(one.unchanged) for one in kept])
-    return np.bincount(times, minlength=len(kept) + 1), pairs
+    ones = [len(one.positions) + len(one.unchanged) for one in kept]
+    np.fill_diagonal(pairs, ones)
+    counts = np.bincount(covered.times[shared], minlength=len(kept) + 1)
+    counts[1] = sum(ones) - (counts * np.arange(len(counts))).sum()
+    counts[0] = len(covered.times) - counts.sum()
+    return counts, pairs

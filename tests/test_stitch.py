@@ -28,7 +28,7 @@ def test_by_hand() -> None:
     one, two = kept([0, 1], [1.0, 2.0]), kept([1, 3], [4.0, 8.0])
     assert stitch(base, [one, two]).tolist() == [1.0, 3.0, 30.0, 8.0]
     assert base.tolist() == [10.0, 20.0, 30.0, 40.0]
-    assert coverage(4, [one, two]).tolist() == [1, 2, 0, 1]
+    assert coverage(4, [one, two]).times.tolist() == [1, 2, 0, 1]
 
 
 def test_a_coordinate_that_is_kept_unchanged_counts() -> None:

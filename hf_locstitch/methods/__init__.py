@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-    import numpy.typing as npt
     import torch
 
     from hf_locstitch.localize.selection import Kept
+    from hf_locstitch.stitch import Coverage
 
 
 class CombineDense(Protocol):
@@ -34,12 +33,12 @@ class CombineMasked(Protocol):
         self,
         base: torch.Tensor,
         kept: Sequence[Kept],
-        times: npt.NDArray[np.uint8],
+        covered: Coverage,
         *,
         scale: float,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        """base: [n]; kept: what each mask keeps of it; times: how many masks cover each place [n]. Returns [n]."""
+        """base: [n]; kept: what each mask keeps of it; covered: by the masks. Returns [n]."""
         ...
 
 

@@ -15,28 +15,33 @@ if TYPE_CHECKING:
     import torch
 
     from hf_locstitch.localize.selection import Kept
+    from hf_locstitch.stitch import Coverage
 
 
 def combine(
-    base: torch.Tensor, kept: Sequence[Kept], times: npt.NDArray[np.uint8], *, scale: float, dtype: torch.dtype
+    base: torch.Tensor, kept: Sequence[Kept], covered: Coverage, *, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
     """base + scale · mean of the trimmed task vectors whose sign is that of their sum, in float64."""
-    start = base.double()
-    trimmed = [_trimmed(start, one) for one in kept]
-    total = sum(trimmed[1:], start=trimmed[0].clone())
-    elected = total.sign()
-    update, agreeing = start.new_zeros(len(start)), start.new_zeros(len(start))
+    import numpy as np  # not needed to plan
+
+    where = np.flatnonzero(covered.times)
+    start = base[where].double()
+    trimmed = [_trimmed(start, where, one, base) for one in kept]
+    elected = sum(trimmed[1:], start=trimmed[0]).sign()
+    update, agreeing = start.new_zeros(len(where)), start.new_zeros(len(where))
     for task_vector in trimmed:
         agrees = (task_vector.sign() == elected) & (elected != 0)
         update += task_vector * agrees
         agreeing += agrees
-    return start.add_(update.div_(agreeing.clamp_(min=1)), alpha=scale).to(dtype)
+    merged = base.to(dtype, copy=True)
+    merged[where] = start.add_(update.div_(agreeing.clamp_(min=1)), alpha=scale).to(dtype)
+    return merged
 
 
-def _trimmed(base: torch.Tensor, kept: Kept) -> torch.Tensor:
-    """The task vector where the mask keeps it, 0 elsewhere. base: float64 [n]. Returns float64 [n]."""
-    task_vector = base.new_zeros(len(base))
-    task_vector[kept.positions] = kept.values.double() - base[kept.positions]
+def _trimmed(start: torch.Tensor, where: npt.NDArray[np.int64], kept: Kept, base: torch.Tensor) -> torch.Tensor:
+    """The task vector at the places `where` some mask keeps one: 0 if this mask does not. Returns float64 [m]."""
+    task_vector = start.new_zeros(len(start))
+    task_vector[where.searchsorted(kept.positions)] = kept.values.double() - base[kept.positions].double()
     return task_vector
 
 

@@ -1174,10 +1174,15 @@ def test_faults_that_make_no_sense(wrong: dict) -> None:
 def test_the_log(town: LoopbackHub) -> None:
     seed(town)
     path = "/demo/base/resolve/main/config.json"
-    raw(town, "GET", path + "?download=true", Range="bytes=0-1", Authorization="Bearer hf_eve")
-    raw(town, "GET", path, Authorization="")
-    raw(town, "GET", path, Authorization="Bearer hf_wrong")
-    raw(town, "POST", "/api/validate-yaml", b'{"content": ""}')
+    wishes: list[tuple[str, str, bytes | None, dict[str, str]]] = [
+        ("GET", path + "?download=true", None, {"Range": "bytes=0-1", "Authorization": "Bearer hf_eve"}),
+        ("GET", path, None, {"Authorization": ""}),
+        ("GET", path, None, {"Authorization": "Bearer hf_wrong"}),
+        ("POST", "/api/validate-yaml", b'{"content": ""}', {}),
+    ]
+    for count, (method, target, body, headers) in enumerate(wishes, start=1):
+        raw(town, method, target, body, **headers)
+        assert len(town.requests) == count  # an entry is made when an answer ends, so one after the other
     assert [(r.method, r.path, r.user, r.authorization, r.range, r.status) for r in town.requests] == [
         ("GET", path + "?download=true", "eve", True, "bytes=0-1", 206),
         ("GET", path, None, False, None, 200),
