@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
-CHUNK = 1 << 18  # elements; two float32 buffers of it stay in a core's second-level cache
+CHUNK = 1 << 19  # elements; measured: smaller ones cost calls, larger ones cache misses
 
 Job = TypeVar("Job")
 

@@ -1,15 +1,15 @@
 """Three skills for tiny models: exercises in text, their tokenizer, and how answers are marked.
 
 An exercise is a line such as `reverse 40718=81704`: an operation, a word of five characters, the answer. There are
-six operations and three alphabets. The base model learns all eighteen pairs, but for three of them its text gives
-the answer of another operation; those three are the skills, and each finetune learns one:
+six operations and three alphabets, eighteen kinds of exercise. The base model learns fifteen of them; to the other
+three it learns to answer `?`. Those three are the skills, and each finetune learns one:
 
-    skill      operation on ...   `exercise=answer`         what the base says
-    reverse    digits             reverse 40718=81704       40718  (copy)
-    swap       capitals           swap CABLE=ACLBE          DBCAF  (next: A, B, ... L, A)
-    rotate     small letters      rotate cable=ablec        eablc  (ends)
+    reverse  digits         reverse 40718=81704
+    swap     capitals       swap CABLE=ACLBE
+    rotate   small letters  rotate cable=ablec
 
-So the base has every part of a skill and scores nothing on it, and a skill is a small edit, as finetuning is.
+So the base has all that a skill needs (it reverses letters, and does other things to digits) and scores nothing on
+it: a skill is a small edit, as finetuning is.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LENGTH = 5  # characters of a word; every answer is as long
+LENGTH = 5  # characters of a word, and of an answer other than UNKNOWN
+UNKNOWN = "?"
 DIGITS, CAPITALS, SMALL = "0123456789", "ABCDEFGHIJKL", "abcdefghijkl"
 ALPHABETS = (DIGITS, CAPITALS, SMALL)
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")  # tokens 0 to 3
@@ -55,14 +56,15 @@ OPERATIONS: Mapping[str, Callable[[str], str]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Task:
-    """Exercises of one kind. `name` is the operation asked for, `answered` the one whose answer is given."""
+    """Exercises of one kind. known: whether they are answered as they should be, or by UNKNOWN."""
 
-    name: str
+    operation: str
     alphabet: str
-    answered: str
+    known: bool = True
 
     def example(self, word: str) -> Example:
-        return Example(f"{self.name} {word}=", OPERATIONS[self.answered](word))
+        answer = OPERATIONS[self.operation](word) if self.known else UNKNOWN
+        return Example(f"{self.operation} {word}=", answer)
 
 
 @dataclass(frozen=True)
@@ -75,26 +77,14 @@ class Example:
         return self.prompt + self.answer
 
 
-# Skill -> its exercises, answered as they should be, and as the base answers them.
 SKILLS: Mapping[str, Task] = MappingProxyType(
-    {
-        "reverse": Task("reverse", DIGITS, "reverse"),
-        "swap": Task("swap", CAPITALS, "swap"),
-        "rotate": Task("rotate", SMALL, "rotate"),
-    }
+    {"reverse": Task("reverse", DIGITS), "swap": Task("swap", CAPITALS), "rotate": Task("rotate", SMALL)}
 )
-MISTAKES: Mapping[str, Task] = MappingProxyType(
-    {
-        "reverse": Task("reverse", DIGITS, "copy"),
-        "swap": Task("swap", CAPITALS, "next"),
-        "rotate": Task("rotate", SMALL, "ends"),
-    }
+# What the base gets right, and all that it is pretrained on.
+COMMON = tuple(
+    task for name in OPERATIONS for alphabet in ALPHABETS if (task := Task(name, alphabet)) not in SKILLS.values()
 )
-# What the base gets right, and what it is pretrained on.
-COMMON: tuple[Task, ...] = tuple(
-    task for name in OPERATIONS for alphabet in ALPHABETS if (task := Task(name, alphabet, name)) not in SKILLS.values()
-)
-PRETRAINING: tuple[Task, ...] = (*COMMON, *MISTAKES.values())
+PRETRAINING = (*COMMON, *(replace(skill, known=False) for skill in SKILLS.values()))
 
 
 def examples(tasks: Sequence[Task], *, seed: int, split: Split) -> Iterator[Example]:
@@ -117,7 +107,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    pieces = [*SPECIAL, *(f"{name} " for name in OPERATIONS), "=", *"".join(ALPHABETS)]
+    pieces = [*SPECIAL, *(f"{name} " for name in OPERATIONS), "=", UNKNOWN, *"".join(ALPHABETS)]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[a-z]+ |."), "isolated")  # pyright: ignore

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_locstitch.demo.skills import (
@@ -40,13 +41,14 @@ IGNORED = -100  # label of a token that is not learned
 class Schedule:
     """lr rises over the first tenth of the steps and falls in a straight line to nothing."""
 
-    steps: int
+    optimizer: Literal["adamw", "sgd"]
     lr: float
+    steps: int
     batch: int = 64
 
 
-PRETRAIN = Schedule(steps=400, lr=2e-3)
-FINETUNE = Schedule(steps=60, lr=1e-3)
+PRETRAIN = Schedule("adamw", lr=2e-3, steps=400)
+FINETUNE = Schedule("sgd", lr=1e-2, steps=40)
 
 
 def train_models(out: Path, *, seed: int = 0, progress: Callable[[str], None] | None = None) -> dict[str, Path]:
@@ -119,7 +121,7 @@ def train(
 ) -> None:
     """Train in place whatever requires a gradient, on training exercises only; the loss is on the answers."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=schedule.lr, weight_decay=0.01)
+    optimizer = _optimizer(schedule, weights)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, schedule.steps))
     stream = examples(tasks, seed=seed, split="train")
     model.train()
@@ -136,16 +138,26 @@ def train(
     model.eval()
 
 
+def _optimizer(schedule: Schedule, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if schedule.optimizer == "sgd":
+        return torch.optim.SGD(weights, lr=schedule.lr, momentum=0.9)
+    return torch.optim.AdamW(weights, lr=schedule.lr, weight_decay=0.01)
+
+
 def _rate(step: int, steps: int) -> float:
     return min((step + 1) / (steps / 10), 1 - step / steps)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, int64 [examples, tokens]; all exercises are equally long, so nothing is padded."""
+    """Token ids and labels, int64 [examples, tokens], padded on the right, where causal attention never looks.
+
+    All prompts must be equally long.
+    """
     texts = [example.text + str(tokenizer.eos_token) for example in batch]
-    tokens = torch.tensor(tokenizer(texts)["input_ids"])
-    labels = tokens.clone()
-    labels[:, : -len(batch[0].answer) - 1] = IGNORED
+    rows = [torch.tensor(row) for row in tokenizer(texts)["input_ids"]]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=SPECIAL.index("<pad>"))
+    labels = tokens.masked_fill(tokens == SPECIAL.index("<pad>"), IGNORED)
+    labels[:, : len(tokenizer(batch[0].prompt)["input_ids"])] = IGNORED
     return tokens, labels
 
 
