@@ -109,7 +109,7 @@ class Run:
         """Every input's shards on this machine, opened. Keys as plan.inputs."""
         inputs = self.plan.inputs
         paths: dict[str, dict[str, Path]] = {}
-        with self.progress.bar("downloading", sum(s.size for c in inputs.values() for s in c.shards)) as advance:
+        with self.progress.bar("fetching", sum(s.size for c in inputs.values() for s in c.shards)) as advance:
             for name, checkpoint in inputs.items():
                 paths[name] = {s.file: checkpoint.source.fetch(s.file, advance) for s in checkpoint.shards}
         return {name: MappedCheckpoint(checkpoint, paths[name]) for name, checkpoint in inputs.items()}

@@ -46,6 +46,7 @@ class FolderSource:
         return self.folder / file
 
     def fetch(self, file: str, advance: Advance = lambda _: None) -> Path:
+        advance(self._files[file].size)
         return self.folder / file
 
     def sha256(self, file: str) -> str:
