@@ -23,7 +23,7 @@ from hf_locstitch.errors import OutputError, WorkError
 
 # Stands for `hf` and `hf-locstitch` on the path: the same interpreter, whatever the PATH is.
 PROGRAMS = {"hf": "huggingface_hub.cli.hf", "hf-locstitch": "hf_locstitch"}
-DENSITIES = (0.1, 0.2, 0.4)
+DENSITIES = (0.01, 0.05, 0.1, 0.2)
 
 Scores = Mapping[str, Mapping[str, float]]  # repo -> skill -> accuracy
 
