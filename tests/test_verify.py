@@ -363,9 +363,17 @@ def test_no_manifest_that_can_be_read(home: Path) -> None:
             verify("out")
 
 
+def test_a_strange_file_is_a_finding_only_if_it_could_be_loaded(home: Path) -> None:
+    (home / "out" / "notes.md").write_text("mine")
+    report = verify("out")
+    assert report.ok and "notes.md" in report.describe()
+    (home / "out" / "pytorch_model.bin").write_text("old")
+    assert not verify("out").ok
+
+
 def test_many_findings_are_cut_short(home: Path) -> None:
     for i in range(30):
-        (home / "out" / f"{i}.txt").write_text("x")
+        (home / "out" / f"{i}.bin").write_text("x")
     report = verify("out")
     assert len(report.findings) == 30 and "and 10 more" in report.describe()
     assert report.describe().endswith("30 things do not hold")

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from hf_locstitch.checkpoints.side_files import WEIGHTS
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
 from hf_locstitch.manifest import FILE, Manifest, weights_sha256
@@ -34,12 +35,14 @@ def open_manifest(source: Source) -> Manifest:
 
 
 def check_files(source: Source, record: Manifest, advance: Callable[[int], object]) -> Iterator[Finding]:
-    """Every listed file is there with its bytes; every other file is a finding."""
+    """Every listed file is there with its bytes; another is a finding if it could be taken for weights."""
     for file, entry in record.outputs.items():
         yield from _check_file(source, file, entry)
         advance(entry.get("size", 0))
     for file in sorted(source.files.keys() - record.outputs.keys() - UNLISTED):
-        yield Finding("files", file, "size", f"{source.files[file].size} bytes", f"absent: {FILE} does not list it")
+        harmless = not file.endswith((*WEIGHTS, ".index.json"))
+        size = f"{source.files[file].size} bytes"
+        yield Finding("files", file, "size", size, f"absent: {FILE} does not list it", warning=harmless)
 
 
 def _check_file(source: Source, file: str, entry: Mapping[str, Any]) -> Iterator[Finding]:
