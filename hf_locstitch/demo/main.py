@@ -37,7 +37,11 @@ def run_demo(work: Path | None = None, *, seed: int = 0, densities: Sequence[flo
         run = _runner({**_bare_environment(), **hub.environment(folder / "home")})
         say = _clock()
 
-        from hf_locstitch.demo.train import train_models  # slow to import
+        from transformers.utils.logging import disable_progress_bar  # slow to import
+
+        from hf_locstitch.demo.train import train_models
+
+        disable_progress_bar()
 
         say("Training a base and three finetunes of it")
         models = train_models(folder / "models", seed=seed, progress=lambda line: print("  " + line, flush=True))
