@@ -1,6 +1,6 @@
-"""A tiny Llama from scratch, and a finetune of it for each skill: ordinary AdamW, about a minute on two cores.
+"""A tiny Llama from scratch, and a finetune of it for each skill: about a minute and a half on two cores.
 
-The base learns COMMON exercises and, for the three skills, wrong answers. A finetune sees its own skill half of the
+The base learns, with AdamW, COMMON exercises and to answer `?` to the three skills. A finetune, with SGD, sees its own skill half of the
 time and COMMON exercises otherwise, so that it forgets nothing; it trains the transformer blocks only, because
 embeddings, final norm and LM head are what a merge takes from the base.
 """
