@@ -1,8 +1,8 @@
 """A tiny Llama from scratch, and a finetune of it for each skill: about a minute and a half on two cores.
 
-The base learns, with AdamW, COMMON exercises and to answer `?` to the three skills. A finetune, with SGD, sees its own skill half of the
-time and COMMON exercises otherwise, so that it forgets nothing; it trains the transformer blocks only, because
-embeddings, final norm and LM head are what a merge takes from the base.
+The base learns, with AdamW, COMMON exercises and to answer `?` to the three skills. A finetune, with SGD, sees its
+own skill half of the time and COMMON exercises otherwise, so that it forgets nothing; it trains the transformer blocks
+only, because embeddings, final norm and LM head are what a merge takes from the base.
 """
 
 from __future__ import annotations
