@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,12 @@ from hf_locstitch.localize.magnitude import Magnitude
 from hf_locstitch.plan import MergePlan, finetuned_names, make_plan
 from hf_locstitch.progress import Progress
 from hf_locstitch.recipe import Recipe, make_recipe
+from hf_locstitch.settings import DEFAULT, Settings, make_settings
 
 if TYPE_CHECKING:
     from hf_locstitch.manifest import Manifest
-    from hf_locstitch.publish import Published
+    from hf_locstitch.processes import Processes
+    from hf_locstitch.publish import Published, Upload
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def merge_from_hub(
     push_to: str | None = None,
     localizer: Magnitude = Magnitude(),  # noqa: B008 - frozen
     names: Sequence[str] | None = None,
+    cache: bool = True,
+    max_memory: int | str | None = None,
     show_progress: bool | None = None,
     **options: Any,
 ) -> MergeResult:
@@ -63,7 +68,8 @@ def merge_from_hub(
 
     base, finetuned: folders, org/name or org/name@revision. At least one of out (a folder that does not exist yet)
     and push_to (org/name) says where the result goes. names: what the masks are called; the refs' last parts by
-    default. options: any further field of a recipe (scale, include, exclude, dtype, shard_size, private, …).
+    default. cache: False streams the inputs and keeps none of them. max_memory: bytes, or such as "1GB".
+    options: any further field of a recipe (scale, include, exclude, dtype, shard_size, private, …).
     show_progress: None shows bars on a terminal only.
 
     Raises RequestError if that cannot be done, with nothing written, and WorkError if the work fails.
@@ -75,60 +81,97 @@ def merge_from_hub(
         entries = [{**entry, "name": name} for entry, name in zip(entries, names, strict=True)]
     fields = {"base": str(base), "finetuned": entries, "localizer": localizer, "out": out, "push_to": push_to}
     recipe = make_recipe({**fields, **options})
-    return merge(recipe, plan_merge(recipe), Progress(show_progress))
+    return merge(recipe, plan_merge(recipe, make_settings(cache, max_memory)), Progress(show_progress))
 
 
-def plan_merge(recipe: Recipe) -> MergePlan:
+def plan_merge(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan:
     """Pin every revision, read every header, and plan. Raises RequestError with all that is wrong."""
     refs = [parse_ref(entry.ref) for entry in (recipe.base, *recipe.finetuned)]
     names = finetuned_names(recipe, [ref.name for ref in refs[1:]])
     with ThreadPoolExecutor(min(8, len(refs))) as pool:
         base, *finetuned = pool.map(open_checkpoint, refs)
-    return make_plan(recipe, base, dict(zip(names, finetuned, strict=True)))
+    return make_plan(recipe, base, dict(zip(names, finetuned, strict=True)), settings)
 
 
 def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
     """Carry out a plan and publish what comes of it. Raises as merge_from_hub."""
     from hf_locstitch.processes import find_processes
-    from hf_locstitch.run import Settings, check_disk, check_out, run
 
     if recipe.out is None and recipe.push_to is None:
         raise RecipeError("nothing says where the merge goes: give --out DIR, --push-to ORG/NAME, or both.")
-    out = recipe.out or _scratch(str(recipe.push_to))
-    record = check_out(out, plan)
-    if record is None:
-        check_disk(out, plan)
+    processes = find_processes()
+    if processes.count > 1 and not plan.settings.cache:
+        raise RecipeError(
+            f"--no-cache works in one process, not in {processes.count}: processes share what lies in the cache. "
+            "Drop --no-cache, or the launcher."
+        )
     if recipe.push_to is not None:
         from hf_locstitch.publish import check_target
 
         check_target(recipe.push_to)
-    processes = find_processes()
-    record = record or run(plan, out, progress, Settings(), processes)
-    processes.end()
-    published = None
-    if recipe.push_to is not None and processes.first:
-        published = _publish(out, recipe, plan, progress)
-        if recipe.out is None:
-            shutil.rmtree(out.parent, ignore_errors=True)
-    url, commit = (published.url, published.commit) if published else (None, None)
-    return MergeResult(recipe.out, url, commit, record)
+    if recipe.out is None:
+        return _merge_and_push(recipe, plan, progress, processes)
+    return _merge_into(recipe.out, recipe, plan, progress, processes)
 
 
-def _scratch(repo: str) -> Path:
-    """Where a merge lies that is only pushed: found again by the same command if this one is cut short."""
+def _merge_into(out: Path, recipe: Recipe, plan: MergePlan, progress: Progress, processes: Processes) -> MergeResult:
+    from hf_locstitch.run import check_disk, check_out, run
+
+    record = check_out(out, plan)
+    if record is None:
+        check_disk(out, plan)
+    with _upload(recipe, processes) as upload:
+        record = record or run(plan, out, progress, processes, upload)
+        processes.end()
+        if upload is None:
+            return MergeResult(out, None, None, record)
+        try:
+            published = upload.commit(out, _message(plan), progress)
+        except PublishError as error:
+            raise PublishError(
+                f"the merge is complete in {out}, but {error} Or upload it by hand: hf upload {recipe.push_to} {out}"
+            ) from error
+    return MergeResult(out, published.url, published.commit, record)
+
+
+def _merge_and_push(recipe: Recipe, plan: MergePlan, progress: Progress, processes: Processes) -> MergeResult:
+    """Nothing stays on this machine; what a failure leaves is found again by the same command."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HOME) / "hf-locstitch" / repo.replace("/", "--") / "merged"
-
-
-def _publish(out: Path, recipe: Recipe, plan: MergePlan, progress: Progress) -> Published:
-    from hf_locstitch.publish import publish
+    from hf_locstitch.run import check_disk, run
 
     repo = str(recipe.push_to)
-    message = f"Merge {', '.join(plan.finetuned)} with hf-locstitch"
+    scratch = Path(constants.HF_HOME) / "hf-locstitch" / repo.replace("/", "--")
+    check_disk(scratch, plan)
+    published: list[Published] = []
+    with _upload(recipe, processes, discard=not plan.settings.cache) as upload:
+
+        def publish(folder: Path) -> None:
+            assert upload is not None
+            published.append(upload.commit(folder, _message(plan), progress))
+
+        record = run(plan, scratch / "merged", progress, processes, upload, publish)
+        processes.end()
+    if not published:
+        return MergeResult(None, None, None, record)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return MergeResult(None, published[0].url, published[0].commit, record)
+
+
+@contextmanager
+def _upload(recipe: Recipe, processes: Processes, discard: bool = False) -> Iterator[Upload | None]:
+    """In the process that publishes, if anything is to be published."""
+    if recipe.push_to is None or not processes.first:
+        yield None
+        return
+    from hf_locstitch.publish import Upload
+
+    upload = Upload(recipe.push_to, private=recipe.private, discard=discard)
     try:
-        return publish(out, repo, private=recipe.private, message=message, progress=progress)
-    except PublishError as error:
-        raise PublishError(
-            f"{error} It is kept in {out}: give the same command again, or upload it with: hf upload {repo} {out}"
-        ) from error
+        yield upload
+    finally:
+        upload.close()
+
+
+def _message(plan: MergePlan) -> str:
+    return f"Merge {', '.join(plan.finetuned)} with hf-locstitch"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 CHUNK = 1 << 19  # elements; measured: smaller ones cost calls, larger ones cache misses
+SMALLEST_CHUNK = 1 << 14  # below this, calls cost more than arithmetic
 
 Job = TypeVar("Job")
 

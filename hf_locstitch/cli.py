@@ -96,6 +96,10 @@ def _add_merge(commands: Any) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the base's")
     output.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB (default: the base's division)")
+    output.add_argument(
+        "--no-cache", action="store_true", help="stream: no model stays on this machine, nor in the cache"
+    )
+    output.add_argument("--max-memory", metavar="SIZE", help="such as 1GB: fewer threads and smaller chunks if need be")
     output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     output.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
@@ -151,14 +155,15 @@ def merge(args: argparse.Namespace) -> int:
     """hf-locstitch merge"""
     from hf_locstitch.api import merge as carry_out
     from hf_locstitch.api import plan_merge
-    from hf_locstitch.plan import format_plan, plan_json
+    from hf_locstitch.cost import format_plan, plan_json
     from hf_locstitch.progress import Progress
     from hf_locstitch.recipe import make_recipe
+    from hf_locstitch.settings import make_settings
 
     recipe = make_recipe(_fields(args), where=str(args.recipe or "the command"))
     if not args.dry_run and recipe.out is None and recipe.push_to is None:
         raise RecipeError("nothing says where the merge goes: give --out DIR, --push-to ORG/NAME, or both.")
-    plan = plan_merge(recipe)
+    plan = plan_merge(recipe, make_settings(cache=not args.no_cache, max_memory=args.max_memory))
     quiet = args.quiet or not _speaks()
     if args.dry_run:
         print(json.dumps(plan_json(plan), indent=2) if args.json else format_plan(plan))

@@ -121,12 +121,13 @@ def _pairs(names: Sequence[str], pairs: npt.NDArray[np.int64]) -> list[dict[str,
     return records
 
 
-def finish(record: Manifest, stage: Path, known: Mapping[str, str], seconds: float) -> Manifest:
-    """The record with the output's files. known: file -> SHA-256, where it was computed before."""
+def finish(record: Manifest, stage: Path, known: Mapping[str, tuple[int, str]], seconds: float) -> Manifest:
+    """The record with the output's files. known: file -> size and SHA-256, where they were found before."""
+    found = {path.relative_to(stage).as_posix(): path for path in stage.rglob("*") if path.is_file()}
     outputs = {}
-    for path in sorted(path for path in stage.rglob("*") if path.is_file()):
-        name = path.relative_to(stage).as_posix()
-        outputs[name] = {"size": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
+    for name in sorted({*found, *known}):
+        size, sha256 = known.get(name) or (found[name].stat().st_size, file_sha256(found[name]))
+        outputs[name] = {"size": size, "sha256": sha256}
     written = {"written": sum(entry["size"] for entry in outputs.values())}
     return replace(record, outputs=outputs, bytes=written, seconds=round(seconds, 3))
 

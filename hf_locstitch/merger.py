@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_locstitch.checkpoints.mapped import TORCH_DTYPE, MappedCheckpoint
+from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.chunks import Chunk, chunks_of, for_each
-from hf_locstitch.localize.scan import all_finite, raise_non_finite
+from hf_locstitch.localize.scan import check_finite
 from hf_locstitch.localize.selection import Selection
 from hf_locstitch.methods import Dense, Masked
 from hf_locstitch.plan import MergePlan, OutputShard, PlannedTensor
@@ -44,7 +44,7 @@ class Merger:
     def __init__(
         self,
         plan: MergePlan,
-        inputs: Mapping[str, MappedCheckpoint],
+        inputs: Mapping[str, CheckpointReader],
         selections: Mapping[str, Selection],
         own: Collection[str],
         *,
@@ -129,13 +129,11 @@ class Merger:
             self.advance(len(content))
         self.rest.release(tensor.name, chunk.first, chunk.count)
 
-    def _checked(self, model: MappedCheckpoint, name: str, chunk: Chunk) -> torch.Tensor:
+    def _checked(self, model: CheckpointReader, name: str, chunk: Chunk) -> torch.Tensor:
         """A chunk of a model. Raises NonFiniteError."""
         values = model.flat(name, chunk.first, chunk.count)
-        info = model.checkpoint.info(name)
-        if not self.plan.recipe.allow_non_finite and not is_buffer(info) and not all_finite(values):
-            whole = model.flat(name, 0, info.numel)
-            raise_non_finite(model, name, int((~torch.isfinite(whole)).sum()), info.numel)
+        if not self.plan.recipe.allow_non_finite and not is_buffer(model.checkpoint.info(name)):
+            check_finite(model, name, chunk, values)
         return values
 
     def _put(self, writer: SafetensorsWriter, tensor: PlannedTensor, chunk: Chunk, values: torch.Tensor) -> None:

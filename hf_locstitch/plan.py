@@ -6,23 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
 
 from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from hf_locstitch.checkpoints.header import FLOATING, ITEM_BYTES, TensorInfo
-from hf_locstitch.chunks import CHUNK
+from hf_locstitch.checkpoints.pieces import Piece, Pieces, byte_ranges
 from hf_locstitch.errors import MismatchError, RecipeError
 from hf_locstitch.localize.magnitude import Magnitude
 from hf_locstitch.methods import Dense, Masked, find_method
 from hf_locstitch.recipe import Recipe
 from hf_locstitch.select import localizable, unknown_globs
+from hf_locstitch.settings import DEFAULT, Settings
 
 ALL = ("*",)
 DTYPE_ON_DISK = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-IMPORTS_BYTES = 330_000_000  # resident after importing torch and the Hub's client; measured
-CHUNK_BYTES_PER_ELEMENT = 40  # one worker's buffers, measured with a margin
-SPILL_BYTES = 8  # position and |task vector| of one candidate; its value comes on top
-SPILL_MARGIN = 1.25  # candidates kept per coordinate chosen; the bound is set from a sample
 
 
 @dataclass(frozen=True)
@@ -53,17 +49,6 @@ class OutputShard:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """All in bytes. download: what is not in the cache yet. disk: output and temporary files, at their most."""
-
-    read: int
-    download: int
-    write: int
-    disk: int
-    memory: int
-
-
-@dataclass(frozen=True)
 class MergePlan:
     """n: elements of the localized tensors of one model (N). k: coordinates that each mask keeps, n without masks.
 
@@ -71,6 +56,7 @@ class MergePlan:
     """
 
     recipe: Recipe
+    settings: Settings
     base: Checkpoint
     finetuned: Mapping[str, Checkpoint]
     rest: Checkpoint
@@ -78,7 +64,6 @@ class MergePlan:
     shards: tuple[OutputShard, ...]
     n: int
     k: int
-    cost: Cost
     warnings: tuple[str, ...]
 
     @property
@@ -111,6 +96,31 @@ class MergePlan:
     def inputs(self) -> dict[str, Checkpoint]:
         return {"base": self.base, **self.finetuned}
 
+    @property
+    def scanned(self) -> Pieces:
+        """What localizing reads."""
+        pieces = [(info.name, 0, info.numel) for info in self.localized] if self.masked else []
+        return dict.fromkeys(self.inputs, pieces) if pieces else {}
+
+    def combined(self, shards: Sequence[OutputShard]) -> Pieces:
+        """What writing these shards reads, besides what localizing kept."""
+        pieces: dict[str, list[Piece]] = {}
+        rest = next(name for name, checkpoint in self.inputs.items() if checkpoint is self.rest)
+        for tensor in (tensor for shard in shards for tensor in shard.tensors):
+            readers = ["base"] if self.masked else list(self.inputs)
+            for name in readers if tensor.localized else [rest]:
+                pieces.setdefault(name, []).append((tensor.name, 0, math.prod(tensor.shape)))
+        return pieces
+
+    @property
+    def needed(self) -> dict[str, list[str]]:
+        """The files of each input that are read at all."""
+        passes = [self.scanned, self.combined(self.shards)]
+        return {
+            name: list(byte_ranges(checkpoint, [piece for pieces in passes for piece in pieces.get(name, ())]))
+            for name, checkpoint in self.inputs.items()
+        }
+
 
 def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
     """The finetunes' names. Raises RecipeError if two are alike."""
@@ -124,7 +134,9 @@ def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
     return names
 
 
-def make_plan(recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint], workers: int = 2) -> MergePlan:
+def make_plan(
+    recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint], settings: Settings = DEFAULT
+) -> MergePlan:
     """Plan the merge. Raises MismatchError with all that the headers show to be wrong."""
     problems = unknown_globs(list(base.tensors), [*recipe.include, *recipe.exclude])
     for field in ("rest_from", "files_from"):
@@ -149,8 +161,7 @@ def make_plan(recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoi
     shards = _output_shards(recipe, base, rest, frozenset(chosen))
     n = sum(base.info(name).numel for name in chosen)
     k = recipe.localizer.kept([base.info(name).numel for name in chosen]) if recipe.localizer else n
-    cost = _cost(recipe, base, finetuned, shards, n, k, workers)
-    return MergePlan(recipe, base, finetuned, rest, files, shards, n, k, cost, tuple(warnings))
+    return MergePlan(recipe, settings, base, finetuned, rest, files, shards, n, k, tuple(warnings))
 
 
 def _default_include(recipe: Recipe) -> Sequence[str]:
@@ -307,95 +318,3 @@ def _planned(recipe: Recipe, base: Checkpoint, info: TensorInfo, localized: bool
         dtype = DTYPE_ON_DISK[recipe.dtype]
         nbytes = source.numel * ITEM_BYTES[dtype]
     return PlannedTensor(info.name, dtype, source.shape, nbytes, localized)
-
-
-def _cost(
-    recipe: Recipe,
-    base: Checkpoint,
-    finetuned: Mapping[str, Checkpoint],
-    shards: Sequence[OutputShard],
-    n: int,
-    k: int,
-    workers: int,
-) -> Cost:
-    write = sum(shard.nbytes for shard in shards)
-    download = sum(
-        shard.size
-        for checkpoint in (base, *finetuned.values())
-        for shard in checkpoint.shards
-        if checkpoint.source.cached(shard.file) is None
-    )
-    read = sum(shard.size for checkpoint in (base, base, *finetuned.values()) for shard in checkpoint.shards)
-    value = max(
-        (ITEM_BYTES[c.info(t).dtype] for c in finetuned.values() for t in c.tensors if c.info(t).floating),
-        default=4,
-    )
-    masked = recipe.localizer is not None
-    candidates = min(n, math.ceil(k * SPILL_MARGIN)) if masked else 0
-    spill = len(finetuned) * candidates * (SPILL_BYTES + value)
-    masks = len(finetuned) * math.ceil(mask_bits(k / n) * n / 8) if masked and n else 0
-    memory = IMPORTS_BYTES + workers * CHUNK * CHUNK_BYTES_PER_ELEMENT
-    return Cost(read, download, write, write + spill + masks, memory)
-
-
-def mask_bits(density: float) -> float:
-    """Bits per element that a stored mask takes, about: the entropy, never above 1."""
-    if density in (0.0, 1.0):
-        return 0.0 if density == 0.0 else 1.0
-    return min(1.0, -density * math.log2(density) - (1 - density) * math.log2(1 - density)) * 1.02
-
-
-def plan_json(plan: MergePlan) -> dict[str, Any]:
-    """The plan as plain JSON values, for --dry-run --json."""
-    return {
-        "base": plan.base.source.pinned,
-        "finetuned": {name: checkpoint.source.pinned for name, checkpoint in plan.finetuned.items()},
-        "method": plan.recipe.method,
-        "localizer": plan.localizer.model_dump(mode="json") if plan.masked else None,
-        "scale": plan.recipe.scale,
-        "N": plan.n,
-        "k": plan.k,
-        "localized": [tensor.name for shard in plan.shards for tensor in shard.tensors if tensor.localized],
-        "kept_from_base": [t.name for shard in plan.shards for t in shard.tensors if not t.localized],
-        "shards": {shard.file: shard.nbytes for shard in plan.shards},
-        "bytes": {
-            "read": plan.cost.read,
-            "download": plan.cost.download,
-            "write": plan.cost.write,
-            "disk": plan.cost.disk,
-            "memory": plan.cost.memory,
-        },
-        "warnings": list(plan.warnings),
-    }
-
-
-def format_plan(plan: MergePlan) -> str:
-    """The plan for a person to read."""
-    localized = sum(tensor.localized for shard in plan.shards for tensor in shard.tensors)
-    kept = sum(len(shard.tensors) for shard in plan.shards) - localized
-    share = 100 * plan.k / plan.n if plan.n else 0.0
-    wide = max(len(name) for name in plan.finetuned)
-    lines = [
-        f"base       {plan.base.label}",
-        *(f"finetuned  {name:<{wide}}  {checkpoint.label}" for name, checkpoint in plan.finetuned.items()),
-        f"method     {plan.method.title}" + (f", scale {plan.recipe.scale:g}" if plan.recipe.scale != 1 else ""),
-        *([f"localizer  {plan.localizer.describe()}"] if plan.masked else []),
-        f"merged     N = {plan.n:,} elements in {localized} tensors; "
-        + (f"each mask keeps k = {plan.k:,} ({share:.4g} %); " if plan.masked else "")
-        + f"{kept} tensors kept from {plan.rest.label}",
-        f"output     {len(plan.shards)} {'shard' if len(plan.shards) == 1 else 'shards'}, {human(plan.cost.write)}"
-        f" ({', '.join(sorted({t.dtype for s in plan.shards for t in s.tensors}))})",
-        f"cost       read {human(plan.cost.read)} (to download: {human(plan.cost.download)}), "
-        f"disk up to {human(plan.cost.disk)}, memory about {human(plan.cost.memory)}",
-        *(f"warning    {warning}" for warning in plan.warnings),
-    ]
-    return "\n".join(lines)
-
-
-def human(nbytes: float) -> str:
-    """1_234_567 -> '1.2 MB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"

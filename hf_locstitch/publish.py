@@ -1,9 +1,11 @@
-"""Uploading a finished merge: files first, then ONE commit on top of the head that was seen before."""
+"""Uploading a merge: large files as they are finished, then ONE commit on top of the head that was seen before."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,7 +15,6 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 
 from hf_locstitch.checkpoints.hub import git_blob_oid
 from hf_locstitch.checkpoints.hub_client import is_passing, retrying, status_of, wait_before
-from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import OutputError, PublishError
 from hf_locstitch.progress import Progress
 
@@ -59,31 +60,91 @@ def check_target(repo: str) -> None:
         )
 
 
-def publish(folder: Path, repo: str, *, private: bool, message: str, progress: Progress) -> Published:
-    """Upload all of `folder` to `repo` (created if need be) in one commit. Raises PublishError."""
-    api = HfApi()
-    try:
-        return _publish(api, folder, repo, private, message, progress)
-    except PublishError:
-        raise
-    except Exception as error:
-        raise PublishError(
-            f"the merge is complete, but uploading it to {repo} failed ({_short(error)}); nothing was committed."
-        ) from error
+class Upload:
+    """Of one merge to one repo. Files go up in the background; nothing is seen in the repo before the commit.
 
+    discard: delete a file from this machine once the Hub has it.
+    """
 
-def _publish(api: HfApi, folder: Path, repo: str, private: bool, message: str, progress: Progress) -> Published:
-    retrying(lambda: api.create_repo(repo, private=private, exist_ok=True))
-    parent = str(retrying(lambda: api.model_info(repo)).sha)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-    with progress.bar("uploading", sum(path.stat().st_size for path in files)) as advance:
-        for path, operation in zip(files, operations, strict=True):
-            retrying(lambda op=operation: api.preupload_lfs_files(repo, [op], free_memory=False))
-            advance(path.stat().st_size)
-    stale = _stale(retrying(lambda: api.list_repo_files(repo, revision=parent)), operations)
-    commit = _commit(api, repo, [*operations, *stale], parent, message)
-    return Published(f"{constants.ENDPOINT}/{repo}", commit)
+    def __init__(self, repo: str, *, private: bool, discard: bool = False) -> None:
+        self.repo, self.discard = repo, discard
+        self._private = private
+        self._api = HfApi()
+        self._parent: str | None = None
+        self._operations: dict[str, CommitOperationAdd] = {}
+        self._pool = ThreadPoolExecutor(1)
+        self._running: list[Future[None]] = []
+
+    def add(self, folder: Path, file: str) -> None:
+        """Upload a finished file of `folder` in the background; errors are raised by `wait` and `commit`."""
+        self._running.append(self._pool.submit(self._add, folder, file))
+
+    def wait(self, unfinished: int) -> None:
+        """Until at most so many files are under way. Raises PublishError."""
+        while len(self._running) > unfinished:
+            future = self._running.pop(0)
+            with self._explained():
+                future.result()
+
+    def pause(self) -> None:
+        """Let what is under way come to an end, well or badly, and leave the rest to `commit`."""
+        for future in self._running:
+            if not future.cancel():
+                future.exception()
+        self._running.clear()
+
+    def commit(self, folder: Path, message: str, progress: Progress) -> Published:
+        """Upload what of `folder` is not there yet (the repo is created if need be) and commit. Raises PublishError."""
+        with self._explained(), self._pool:
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            with progress.bar("uploading", sum(path.stat().st_size for path in files)) as advance:
+                for path in files:
+                    self.add(folder, path.relative_to(folder).as_posix())
+                sizes = {len(files) - i: path.stat().st_size for i, path in enumerate(files) if path.exists()}
+                for left in reversed(range(len(self._running))):
+                    self.wait(left)
+                    advance(sizes.get(left + 1, 0))
+            return self._commit(message)
+
+    def close(self) -> None:
+        """Give up what has not begun."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _add(self, folder: Path, file: str) -> None:
+        if file in self._operations:
+            return
+        self._prepare()
+        operation = CommitOperationAdd(file, folder / file)
+        retrying(lambda: self._api.preupload_lfs_files(self.repo, [operation], free_memory=self.discard))
+        self._operations[file] = operation
+        if operation.path_or_fileobj == b"":  # the client needs it no more
+            (folder / file).unlink()
+
+    def _prepare(self) -> str:
+        """The repo, and the head that the commit is to follow."""
+        if self._parent is None:
+            retrying(lambda: self._api.create_repo(self.repo, private=self._private, exist_ok=True))
+            self._parent = str(retrying(lambda: self._api.model_info(self.repo)).sha)
+        return self._parent
+
+    def _commit(self, message: str) -> Published:
+        parent = self._prepare()
+        operations = [self._operations[file] for file in sorted(self._operations)]
+        stale = _stale(retrying(lambda: self._api.list_repo_files(self.repo, revision=parent)), operations)
+        commit = _commit(self._api, self.repo, [*operations, *stale], parent, message)
+        return Published(f"{constants.ENDPOINT}/{self.repo}", commit)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except PublishError:
+            raise
+        except Exception as error:
+            raise PublishError(
+                f"the upload to {self.repo} failed ({_short(error)}); nothing was committed. Give the same command "
+                "again: what is finished is not made again."
+            ) from error
 
 
 def _stale(present: Sequence[str], operations: Sequence[CommitOperationAdd]) -> list[CommitOperationDelete]:
@@ -135,9 +196,11 @@ def _landed(api: HfApi, repo: str, head: str, operations: Sequence[CommitOperati
             if entry is not None:
                 return False
             continue
-        path = Path(str(operation.path_or_fileobj))
         lfs = getattr(entry, "lfs", None)
-        same = lfs.sha256 == file_sha256(path) if lfs else getattr(entry, "blob_id", None) == git_blob_oid(path)
+        if lfs:
+            same = lfs.sha256 == operation.upload_info.sha256.hex()
+        else:
+            same = getattr(entry, "blob_id", None) == git_blob_oid(Path(str(operation.path_or_fileobj)))
         if not same:
             return False
     return True

@@ -6,10 +6,11 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,28 +18,23 @@ import torch
 from hf_locstitch import manifest
 from hf_locstitch.card import write_card
 from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE
-from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 from hf_locstitch.checkpoints.side_files import copy_side_files
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
-from hf_locstitch.chunks import CHUNK, worker_count
+from hf_locstitch.cost import estimate, human
 from hf_locstitch.errors import OutputError
+from hf_locstitch.inputs import Inputs, OpenInputs
 from hf_locstitch.localize.scan import Scan
 from hf_locstitch.localize.selection import Selection
 from hf_locstitch.masks import assemble_mask, encode_masks, mask_metadata
 from hf_locstitch.merger import Merger, Overlap
-from hf_locstitch.plan import MergePlan, OutputShard, human
+from hf_locstitch.plan import MergePlan, OutputShard
 from hf_locstitch.processes import Processes, divide
 from hf_locstitch.progress import Progress
 from hf_locstitch.workplace import ShardRecord, Workplace, fingerprint, workplace
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How, not what: no setting changes a byte of the output. chunk: elements. workers: threads."""
-
-    chunk: int = CHUNK
-    workers: int = field(default_factory=worker_count)
+if TYPE_CHECKING:
+    from hf_locstitch.publish import Upload
 
 
 def check_out(out: Path, plan: MergePlan) -> manifest.Manifest | None:
@@ -53,10 +49,10 @@ def check_out(out: Path, plan: MergePlan) -> manifest.Manifest | None:
 
 def check_disk(folder: Path, plan: MergePlan) -> None:
     """Raises OutputError if the output and its temporary files will not fit beside `folder`."""
-    free = shutil.disk_usage(_existing(folder)).free
-    if free < plan.cost.disk:
+    free, needed = shutil.disk_usage(_existing(folder)).free, estimate(plan).disk
+    if free < needed:
         raise OutputError(
-            f"{folder} needs up to {human(plan.cost.disk)} of disk, of which {human(free)} are free. "
+            f"{folder} needs up to {human(needed)} of disk, of which {human(free)} are free. "
             "Free some, or name an --out elsewhere."
         )
 
@@ -66,53 +62,66 @@ def _existing(folder: Path) -> Path:
 
 
 def run(
-    plan: MergePlan, out: Path, progress: Progress, settings: Settings, processes: Processes | None = None
+    plan: MergePlan,
+    out: Path,
+    progress: Progress,
+    processes: Processes | None = None,
+    upload: Upload | None = None,
+    publish: Callable[[Path], object] | None = None,
 ) -> manifest.Manifest:
-    """Merge into the folder `out`. Raises RequestError, or WorkError after which the same call goes on."""
+    """Merge into the folder `out`. Raises RequestError, or WorkError after which the same call goes on.
+
+    upload: is given each shard as soon as it is finished. publish: is called with the finished folder instead of
+    moving it to `out`.
+    """
     torch.set_num_threads(1)  # our own threads share out the chunks; torch's would fight them
     processes = processes or Processes()
-    with workplace(plan, out, processes) as place:
-        return Run(plan, place, processes, progress, settings).run()
+    with workplace(plan, out, None if publish else out, processes) as place:
+        record = Run(plan, place, processes, progress, upload).run()
+        if publish is not None and processes.first:
+            publish(place.stage)
+        if upload is not None:
+            upload.pause()  # the files are about to move
+        return record
 
 
 class Run:
     """One merge in one process. Every process makes the same calls in the same order."""
 
     def __init__(
-        self, plan: MergePlan, place: Workplace, processes: Processes, progress: Progress, settings: Settings
+        self,
+        plan: MergePlan,
+        place: Workplace,
+        processes: Processes,
+        progress: Progress,
+        upload: Upload | None = None,
     ) -> None:
-        self.plan, self.place, self.processes = plan, place, processes
+        self.plan, self.place, self.processes, self.upload = plan, place, processes, upload
         self.progress = progress if processes.first else Progress(False)
-        self.settings = settings
+        self.settings = plan.settings
         tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
         owners = divide([tensor.nbytes for tensor in tensors], processes.count)
         self.own = {t.name for t, owner in zip(tensors, owners, strict=True) if owner == processes.rank}
+        self.verified_before = processes.gather(place.verified())[0]
 
     def run(self) -> manifest.Manifest:
         began = time.monotonic()
-        inputs = self.processes.together(self.fetch)
-        with ThreadPoolExecutor(1) as background:
+        note = self.place.note_verified if self._first else lambda _: None
+        with Inputs(self.plan, self.progress, self.place.spill, note) as inputs, ThreadPoolExecutor(1) as background:
+            if self.processes.count > 1:
+                self.processes.together(inputs.fetch)
             hashes = [background.submit(self._hash, name, file) for name, file in self._hash_jobs()]
             try:
                 selections = self.localize(inputs) if self.plan.masked else {}
                 self.write_masks(selections)
-                overlap, outputs = self.write_shards(inputs, selections, background)
+                overlap, shards = self.write_shards(inputs, selections, background)
                 files = self._gather_hashes(hashes)
             finally:
                 for future in hashes:
                     future.cancel()
         records: list[manifest.Manifest] = []
-        self.processes.on_first(lambda: records.append(self.finish(files, overlap, outputs, began)))
+        self.processes.on_first(lambda: records.append(self.finish(files, overlap, shards, began)))
         return self.processes.gather(records[0] if records else None)[0]  # type: ignore[return-value]
-
-    def fetch(self) -> dict[str, MappedCheckpoint]:
-        """Every input's shards on this machine, opened. Keys as plan.inputs."""
-        inputs = self.plan.inputs
-        paths: dict[str, dict[str, Path]] = {}
-        with self.progress.bar("fetching", sum(s.size for c in inputs.values() for s in c.shards)) as advance:
-            for name, checkpoint in inputs.items():
-                paths[name] = {s.file: checkpoint.source.fetch(s.file, advance) for s in checkpoint.shards}
-        return {name: MappedCheckpoint(checkpoint, paths[name]) for name, checkpoint in inputs.items()}
 
     def _hash_jobs(self) -> list[tuple[str, str]]:
         """The shards of the inputs that this process hashes."""
@@ -131,17 +140,16 @@ class Run:
                 files[name][file] = digest
         return files
 
-    def localize(self, inputs: Mapping[str, MappedCheckpoint]) -> dict[str, Selection]:
+    def localize(self, inputs: Inputs) -> dict[str, Selection]:
         """The mask of each finetune."""
         plan = self.plan
         tensors = plan.localized
-        finetuned = {name: inputs[name] for name in plan.finetuned}
         own = [tensor for tensor in tensors if tensor.name in self.own]
         nbytes = sum(checkpoint.info(tensor.name).nbytes for checkpoint in plan.finetuned.values() for tensor in own)
         with self.progress.bar("localizing", nbytes) as advance:
-            return Scan(
-                inputs["base"],
-                finetuned,
+            scan = Scan(
+                plan.base,
+                plan.finetuned,
                 tensors,
                 plan.groups,
                 self.place.spill,
@@ -149,9 +157,34 @@ class Run:
                 processes=self.processes,
                 chunk=self.settings.chunk,
                 workers=self.settings.workers,
+                trusted=self._trusted,
                 allow_non_finite=plan.recipe.allow_non_finite,
                 advance=advance,
-            ).run()
+            )
+            if inputs.all_here:
+                return scan.select(inputs.fetch().readers)
+            selections = scan.begin()
+            rest = {name: pieces for name, pieces in plan.combined(self._unfinished()).items() if name != "base"}
+            with inputs.opened(scan.pieces(selections), kept=rest) as opened:
+                scan.stream(opened.readers, selections)
+                opened.verify()
+            for selection in selections.values():
+                selection.settle(self.settings.workers)
+            return selections
+
+    def _trusted(self, model: str, tensor: str) -> bool:
+        """Whether what an earlier process took from the files that hold this tensor was right."""
+        inputs = self.plan.inputs
+        return all((name, inputs[name].tensors[tensor][0].file) in self.verified_before for name in ("base", model))
+
+    def _unfinished(self) -> list[OutputShard]:
+        return [shard for shard in self.plan.shards if self._finished[shard.file] is None]
+
+    @cached_property
+    def _finished(self) -> dict[str, ShardRecord | None]:
+        """What earlier processes made of each shard of the output."""
+        found = {shard.file: self.place.finished(shard.file) for shard in self.plan.shards} if self._first else {}
+        return self.processes.gather(found)[0]
 
     def write_masks(self, selections: Mapping[str, Selection]) -> None:
         for name, selection in selections.items():
@@ -168,19 +201,18 @@ class Run:
         assemble_mask(path, self.plan.localized, places, mask_metadata(self.plan, name))
 
     def write_shards(
-        self,
-        inputs: Mapping[str, MappedCheckpoint],
-        selections: Mapping[str, Selection],
-        background: ThreadPoolExecutor,
-    ) -> tuple[Overlap, dict[str, str]]:
-        """The output's shards. Returns how the masks overlap, and each shard's SHA-256."""
-        before = {shard.file: self.place.finished(shard.file) for shard in self.plan.shards} if self._first else {}
-        before = self.processes.gather(before)[0]
-        hashes: dict[str, Future[ShardRecord]] = {}
-        with self.progress.bar("merging", self.plan.cost.write) as advance:
+        self, inputs: Inputs, selections: Mapping[str, Selection], background: ThreadPoolExecutor
+    ) -> tuple[Overlap, dict[str, ShardRecord]]:
+        """The output's shards. Returns how the masks overlap, and what is known of each shard."""
+        running: dict[str, Future[ShardRecord]] = {}
+        todo = self._unfinished()
+        with (
+            self.progress.bar("merging", sum(shard.nbytes for shard in self.plan.shards)) as advance,
+            inputs.opened(self.plan.combined(todo)) as opened,
+        ):
             merger = Merger(
                 self.plan,
-                inputs,
+                opened.readers,
                 selections,
                 self.own,
                 chunk=self.settings.chunk,
@@ -188,18 +220,25 @@ class Run:
                 advance=advance,
             )
             for shard in self.plan.shards:
-                if before[shard.file] is None:
+                if shard in todo:
+                    self._await_room()
                     overlap = self._write_shard(merger, shard)
                     if self._first:
-                        hashes[shard.file] = background.submit(self._record, shard.file, overlap)
+                        running[shard.file] = background.submit(self._record, shard, overlap, opened)
                 else:
                     advance(shard.nbytes)
-        done = self.processes.together(lambda: {file: future.result() for file, future in hashes.items()})
-        records = {file: record for file, record in {**before, **self.processes.gather(done)[0]}.items() if record}
+            done = self.processes.together(lambda: {file: future.result() for file, future in running.items()})
+        records = {file: record for file, record in {**self._finished, **self.processes.gather(done)[0]}.items()}
+        shards = {file: record for file, record in records.items() if record is not None}
         total = Overlap.none(len(self.plan.finetuned))
-        for record in records.values():
+        for record in shards.values():
             total += Overlap(np.array(record.covered), np.array(record.pairs))
-        return total, {file: record.sha256 for file, record in records.items()}
+        return total, shards
+
+    def _await_room(self) -> None:
+        """Where shards go as soon as they are uploaded, one waits while the next is written, and no more."""
+        if self._first and self.upload is not None and self.upload.discard:
+            self.upload.wait(1)
 
     def _write_shard(self, merger: Merger, shard: OutputShard) -> Overlap:
         path = self.place.stage / shard.file
@@ -207,9 +246,14 @@ class Run:
         own = self.processes.together(lambda: merger.write(shard, path))
         return Overlap(self.processes.sum(own.covered), self.processes.sum(own.pairs))
 
-    def _record(self, file: str, overlap: Overlap) -> ShardRecord:
-        record = ShardRecord(file_sha256(self.place.stage / file), overlap.covered.tolist(), overlap.pairs.tolist())
-        self.place.record(file, record)
+    def _record(self, shard: OutputShard, overlap: Overlap, opened: OpenInputs) -> ShardRecord:
+        """Note a written shard as finished, once all that was read for it proved right."""
+        opened.verify(tensor.name for tensor in shard.tensors)
+        path = self.place.stage / shard.file
+        record = ShardRecord(file_sha256(path), path.stat().st_size, overlap.covered.tolist(), overlap.pairs.tolist())
+        self.place.record(shard.file, record)
+        if self.upload is not None:
+            self.upload.add(self.place.stage, shard.file)
         return record
 
     @property
@@ -217,7 +261,7 @@ class Run:
         return self.processes.first
 
     def finish(
-        self, files: manifest.FileHashes, overlap: Overlap, outputs: Mapping[str, str], began: float
+        self, files: manifest.FileHashes, overlap: Overlap, shards: Mapping[str, ShardRecord], began: float
     ) -> manifest.Manifest:
         """Everything beside weights and masks."""
         plan, stage = self.plan, self.place.stage
@@ -227,7 +271,8 @@ class Run:
         record = manifest.make_manifest(plan, files, overlap, fingerprint(plan))
         (stage / manifest.RECIPE_FILE).write_text(manifest.pinned_recipe(plan, files), encoding="utf-8")
         write_card(plan, record, stage / "README.md")
-        record = manifest.finish(record, stage, outputs, time.monotonic() - began)
+        known = {file: (shard.size, shard.sha256) for file, shard in shards.items()}
+        record = manifest.finish(record, stage, known, time.monotonic() - began)
         (stage / manifest.FILE).write_text(manifest.to_json(record), encoding="utf-8")
         return record
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +27,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A finished output shard. covered, pairs: how the masks overlap in it, as manifest.Manifest counts them."""
+    """A finished output shard. size: bytes. covered, pairs: how the masks overlap in it, as manifest.Manifest
+    counts them."""
 
     sha256: str
+    size: int
     covered: list[int]
     pairs: list[list[int]]
 
@@ -61,6 +63,17 @@ class Workplace:
         shard = ShardRecord(**json.loads(self._journal(file).read_text()))
         return shard if file_sha256(self.stage / file) == shard.sha256 else None
 
+    def note_verified(self, files: Iterable[tuple[str, str]]) -> None:
+        """Note (input, file) pairs whose bytes were read from files that proved right."""
+        with (self.folder / "verified").open("a") as journal:
+            journal.writelines(json.dumps(file) + "\n" for file in files)
+
+    def verified(self) -> set[tuple[str, str]]:
+        """What was noted; what a kill cut short is left out."""
+        path = self.folder / "verified"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return {(name, file) for name, file in map(json.loads, lines)}
+
     def _journal(self, file: str) -> Path:
         return self.folder / f"{file}.done"
 
@@ -76,15 +89,19 @@ def fingerprint(plan: MergePlan) -> str:
 
 
 @contextmanager
-def workplace(plan: MergePlan, out: Path, processes: Processes) -> Iterator[Workplace]:
-    """The folder beside `out`; when all is well its stage becomes `out`. A refusal removes it, a failure keeps it."""
-    place = Workplace(out.absolute().parent / f".{out.name}.{fingerprint(plan)[:16]}.partial")
+def workplace(plan: MergePlan, near: Path, out: Path | None, processes: Processes) -> Iterator[Workplace]:
+    """A folder beside `near`; when all is well its stage becomes `out`, or goes if there is none.
+
+    A refusal removes the folder, a failure keeps it.
+    """
+    place = Workplace(near.absolute().parent / f".{near.name}.{fingerprint(plan)[:16]}.partial")
     locks: list[int] = []
     try:
         processes.on_first(lambda: locks.append(_make(place)))
         yield place
         if processes.first:
-            place.stage.replace(out)
+            if out is not None:
+                place.stage.replace(out)
             shutil.rmtree(place.folder, ignore_errors=True)
     except RequestError:
         if locks:

@@ -339,7 +339,7 @@ def test_nan_names_file_and_tensor(merge: Run, base: State, tmp_path: Path) -> N
         merge("--ft", tmp_path / "broken"),
         "broken/model.safetensors",
         "model.layers.1.norm.weight",
-        "1 of 6",
+        "place 2 of its 6",
         "--allow-non-finite",
     )
 

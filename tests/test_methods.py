@@ -14,7 +14,7 @@ from test_run import merged
 from hf_locstitch.errors import NonFiniteError, RecipeError
 from hf_locstitch.methods import Dense, Masked, find_method, method_names
 from hf_locstitch.recipe import make_recipe
-from hf_locstitch.run import Settings
+from hf_locstitch.settings import Settings
 
 NAMES = list(SHAPES)
 

@@ -16,10 +16,11 @@ from reference import reference_masks, reference_stitch
 from hf_locstitch import Magnitude, load_mask, merge_from_hub
 from hf_locstitch.api import plan_merge
 from hf_locstitch.errors import NonFiniteError
-from hf_locstitch.localize.selection import Bracket
+from hf_locstitch.localize.bracket import FixedBracket
 from hf_locstitch.progress import Progress
 from hf_locstitch.recipe import make_recipe
-from hf_locstitch.run import Settings, run
+from hf_locstitch.run import run
+from hf_locstitch.settings import Settings
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 N = sum(torch.Size(SHAPES[name]).numel() for name in BLOCK_NAMES)
@@ -35,7 +36,7 @@ def merged(tmp: Path, base: State, finetuned: list[State], how: Settings | None 
 def merge_folders(tmp: Path, entries: list[dict[str, str]], how: Settings | None = None, **fields: object) -> Path:
     recipe = make_recipe({"base": str(tmp / "base"), "finetuned": entries, **fields})
     out = tmp / f"out{len(list(tmp.glob('out*')))}"
-    run(plan_merge(recipe), out, Progress(False), how or Settings())
+    run(plan_merge(recipe, how or Settings()), out, Progress(False))
     return out
 
 
@@ -158,9 +159,9 @@ def test_mostly_unchanged_weights_are_filled_up_evenly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])
-@pytest.mark.parametrize("bracket", [Bracket(0x7F000000, 0x7F000001), Bracket(1, 2), Bracket(0, 1)])
+@pytest.mark.parametrize("bracket", [FixedBracket(0x7F000000, 0x7F000001), FixedBracket(1, 2), FixedBracket(0, 1)])
 def test_a_wrong_bracket_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bracket: Bracket, scope: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bracket: FixedBracket, scope: str
 ) -> None:
     """A sample that misjudges the model costs a second pass, not a coordinate."""
     base = random_state(0)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from io import RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import (
     HfApi,
@@ -40,6 +41,8 @@ from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
 
 if TYPE_CHECKING:
     from hashlib import _Hash
+
+Arrived = Callable[[int, int], object]  # an open file and how many bytes from its beginning are there
 
 
 def open_repo(repo: str, revision: str | None) -> Source:
@@ -72,6 +75,7 @@ class HubSource:
             for s in info.siblings or []
         }
         self._sha256: dict[str, str] = {}
+        self._starts: dict[str, bytes] = {}  # read for the headers; not asked for again
 
     @property
     def label(self) -> str:
@@ -103,31 +107,33 @@ class HubSource:
             with path.open("rb") as handle:
                 return handle.read(length)
 
-        def read() -> bytes:
-            with self._get(file, {"Range": f"bytes=0-{length - 1}"}) as response:
-                hf_raise_for_status(response)
-                got = bytearray()
-                for piece in response.iter_bytes():
-                    got += piece
-                    if len(got) >= length:
+        def read() -> None:
+            known = len(self._starts.get(file, b""))
+            with self._get(file, {"Range": f"bytes={known}-{length - 1}"}) as response:
+                for piece in _fresh(response, known):
+                    self._starts[file] = self._starts.get(file, b"") + piece
+                    if len(self._starts[file]) >= length:
                         break
-            if len(got) < min(length, self._files[file].size):
-                raise ConnectionError(f"{len(got)} of {length} bytes came")
-            return bytes(got[:length])
+            if len(self._starts[file]) < min(length, self._files[file].size):
+                raise ConnectionError(f"{len(self._starts[file])} of {length} bytes came")
 
         try:
-            return retrying(read)
+            if len(self._starts.get(file, b"")) < length:
+                retrying(read)
         except Exception as error:
             raise_clearly(error, self._repo, self._commit, self._endpoint)
+        return self._starts[file][:length]
 
-    def fetch(self, file: str, advance: Advance = lambda _: None) -> Path:
+    def fetch(self, file: str, advance: Advance = lambda _: None, arrived: Arrived | None = None) -> Path:
+        """As Source.fetch. A listener `arrived` may read bytes before the file is checked: on damage it must forget
+        them, so a damaged file is then not fetched a second time."""
         if path := self.cached(file):
             if self._is_as_promised(file, path):
                 advance(self._files[file].size)
                 return path
             self._forget(file, path)  # damaged in the cache: fetch it again
         if self._files[file].sha256 is not None:
-            self._download(file, self._files[file].sha256 or "", advance)
+            self._download(file, advance, arrived)
         try:  # links what was downloaded into the snapshot; small files outside LFS are downloaded here
             path = Path(retrying(lambda: hf_hub_download(self._repo, file, revision=self._commit)))
         except Exception as error:
@@ -136,11 +142,37 @@ class HubSource:
             advance(self._files[file].size)
         if not self._is_as_promised(file, path):
             self._forget(file, path)
-            raise IntegrityError(self._not_as_promised(file, "another content"))
+            raise self.damaged(file, "another content")
         self._remember_revision()
         return path
 
+    def stream(self, file: str, start: int = 0) -> Iterator[bytes]:
+        """A file's bytes from `start` on, in order, through as many connections as it takes. Not checked yet.
+
+        A server that ignores Range is heard from the beginning again; what is known already is skipped.
+        """
+        size, at, failures = self._files[file].size, start, 0
+        if known := self._starts.get(file, b"")[start:]:
+            at += len(known)
+            yield known
+        while at < size:
+            before = at
+            try:
+                with self._get(file, {"Range": f"bytes={at}-"} if at else {}) as response:
+                    for piece in _fresh(response, at):
+                        at += len(piece)
+                        yield piece
+                if at < size:
+                    raise ConnectionError(f"the connection ended at byte {at} of {size}")
+            except Exception as error:
+                failures = 0 if at > before else failures + 1
+                if not is_passing(error) or failures >= ATTEMPTS:
+                    raise_clearly(error, self._repo, self._commit, self._endpoint)
+                time.sleep(wait_before(failures, error))
+
     def sha256(self, file: str) -> str:
+        if promised := self._files[file].sha256:
+            return promised  # whatever is read of the file is checked against it
         if file not in self._sha256:
             self._sha256[file] = file_sha256(self.fetch(file))
         return self._sha256[file]
@@ -163,8 +195,10 @@ class HubSource:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
 
-    def _not_as_promised(self, file: str, what: str) -> str:
-        return (
+    def damaged(self, file: str, what: str) -> IntegrityError:
+        """The error to raise when a file is not as the Hub promised; forgets what is known of it."""
+        self._starts.pop(file, None)
+        return IntegrityError(
             f"{file} of {self.label} arrived with {what}, not with sha256 {self._files[file].sha256}: the connection "
             "or the server damages it. Give the same command again; nothing of it was kept."
         )
@@ -182,71 +216,70 @@ class HubSource:
             retry_on_status_codes=(),
         )
 
-    def _download(self, file: str, sha256: str, advance: Advance) -> None:
+    def _download(self, file: str, advance: Advance, arrived: Arrived | None) -> None:
         """Fetch an LFS file into the cache's blobs, whole and checked, or raise."""
-        blob = self._folder / "blobs" / sha256
-        partial = blob.with_name(f"{sha256}.locstitch-incomplete")
-        lock = Path(constants.HF_HUB_CACHE) / ".locks" / self._folder.name / f"{sha256}.lock"
+        due = str(self._files[file].sha256)
+        blob = self._folder / "blobs" / due
+        partial = blob.with_name(f"{due}.locstitch-incomplete")
+        lock = Path(constants.HF_HUB_CACHE) / ".locks" / self._folder.name / f"{due}.lock"
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
             if blob.exists():
+                advance(self._files[file].size)
                 return
-            for last in (False, True):  # a second time from scratch if the first came out damaged
-                got = self._download_resuming(file, partial, advance)
-                if got == sha256:
+            for last in (arrived is not None, True):  # a second time from scratch if the first came out damaged
+                got = self._append(file, partial, advance, arrived)
+                if got == due:
                     self._sha256[file] = got
                     os.replace(partial, blob)
                     return
                 partial.unlink()
+                self._starts.pop(file, None)
                 advance(-self._files[file].size)
                 if last:
-                    raise IntegrityError(self._not_as_promised(file, f"sha256 {got}"))
+                    raise self.damaged(file, f"sha256 {got}")
 
-    def _download_resuming(self, file: str, partial: Path, advance: Advance) -> str:
-        """Append to `partial` until it has the file's size, through as many connections as it takes; its sha256."""
-        size = self._files[file].size
-        failures = 0
-        with partial.open("a+b") as out:
+    def _append(self, file: str, partial: Path, advance: Advance, arrived: Arrived | None) -> str:
+        """Add to `partial` what it lacks of the file; the sha256 of the whole."""
+        with partial.open("a+b", buffering=0) as out:
             digest = hash_of_open(out)
-            advance(out.tell())
-            while out.tell() < size:
-                before = out.tell()
+            at = out.seek(0, os.SEEK_END)
+            advance(at)
+            for piece in self.stream(file, at):
                 try:
-                    digest = self._append(file, out, digest, advance)
-                    if out.tell() < size:
-                        raise ConnectionError(f"the connection ended at byte {out.tell()} of {size}")
-                except Exception as error:
-                    failures = 0 if out.tell() > before else failures + 1
-                    if isinstance(error, OSError) and error.errno is not None and not is_passing(error):
-                        raise DownloadError(
-                            f"cannot write {partial}: {error.strerror}. Free space and try again."
-                        ) from error
-                    if not is_passing(error) or failures >= ATTEMPTS:
-                        out.flush()
-                        raise_clearly(error, self._repo, self._commit, self._endpoint)
-                    time.sleep(wait_before(failures, error))
+                    write_all(out, piece)
+                except OSError as error:
+                    raise DownloadError(
+                        f"cannot write {partial}: {error.strerror}. Free space and try again."
+                    ) from error
+                digest.update(piece)
+                at += len(piece)
+                advance(len(piece))
+                if arrived is not None:
+                    arrived(out.fileno(), at)
         return digest.hexdigest()
 
-    def _append(self, file: str, out: BinaryIO, digest: _Hash, advance: Advance) -> _Hash:
-        """Add what one connection yields. A server that ignores Range is heard from the start again."""
-        at = out.tell()
-        with self._get(file, {"Range": f"bytes={at}-"} if at else {}) as response:
-            hf_raise_for_status(response)
-            if at and response.status_code != 206:
-                advance(-at)
-                out.seek(0)
-                out.truncate()
-                digest = hashlib.sha256()
-            for piece in response.iter_bytes():  # as they come: a piece held back would be lost with the connection
-                out.write(piece)
-                digest.update(piece)
-                advance(len(piece))
-        return digest
+
+def _fresh(response: Any, known: int) -> Iterator[bytes]:
+    """The pieces of an answer as they come (one held back would be lost with the connection) from byte `known` on."""
+    hf_raise_for_status(response)
+    skip = known if response.status_code != 206 else 0
+    for piece in response.iter_bytes():
+        fresh, skip = piece[skip:], max(0, skip - len(piece))
+        if fresh:
+            yield fresh
 
 
-def hash_of_open(file: BinaryIO) -> _Hash:
-    """SHA-256 state of what a file holds already; leaves the position at its end."""
+def write_all(file: RawIOBase, content: bytes) -> None:
+    """A raw file may take less than it is given."""
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) or 0 :]
+
+
+def hash_of_open(file: RawIOBase) -> _Hash:
+    """SHA-256 state of what a file holds already."""
     digest = hashlib.sha256()
     file.seek(0)
     while piece := file.read(1 << 20):

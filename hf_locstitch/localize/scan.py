@@ -13,28 +13,33 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
-from hf_locstitch.checkpoints.mapped import MappedCheckpoint
+from hf_locstitch.checkpoints.pieces import Piece
+from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
 from hf_locstitch.chunks import Chunk, chunks_of, for_each
 from hf_locstitch.errors import NonFiniteError
-from hf_locstitch.localize.selection import (
+from hf_locstitch.localize.bracket import (
     BINS,
     EVERYTHING,
     NON_FINITE,
     Bracket,
-    BracketMissed,
-    Selection,
-    Spill,
+    FixedBracket,
+    RisingBracket,
     histogram_bracket,
     sample_bracket,
 )
+from hf_locstitch.localize.selection import BracketMissed, Selection
+from hf_locstitch.localize.spill import Spill
 from hf_locstitch.processes import Processes
+from hf_locstitch.settings import BATCH
 
 SAMPLE = 1 << 20  # elements of one model that the brackets are estimated from
 SMALLEST_SAMPLE = 1 << 16  # of one group of tensors; smaller groups are kept whole
 SAMPLE_RUN = 1 << 11  # neighbours sampled together: few places of a file are visited
 
 Group = tuple[Sequence[int], int]
+Readers = Mapping[str, CheckpointReader]  # "base" and the finetuned models
 
 
 def magnitude_scores(finetuned: torch.Tensor, base: torch.Tensor, out: torch.Tensor) -> npt.NDArray[np.int32]:
@@ -45,15 +50,16 @@ def magnitude_scores(finetuned: torch.Tensor, base: torch.Tensor, out: torch.Ten
 
 
 class Scan:
-    """base, finetuned: open checkpoints. tensors: the localized ones, as the base holds them.
+    """base, finetuned: checkpoints. tensors: the localized ones, as the base holds them.
 
-    own: the names of those that this process scans; every process calls `run`.
+    own: the names of those that this process scans; every process makes the same calls.
+    trusted: whether what an earlier process kept of (model, tensor) may be used.
     """
 
     def __init__(
         self,
-        base: MappedCheckpoint,
-        finetuned: Mapping[str, MappedCheckpoint],
+        base: Checkpoint,
+        finetuned: Mapping[str, Checkpoint],
         tensors: Sequence[TensorInfo],
         groups: Sequence[Group],
         spill_folder: Path,
@@ -62,12 +68,13 @@ class Scan:
         processes: Processes,
         chunk: int,
         workers: int,
+        trusted: Callable[[str, str], bool] = lambda model, tensor: True,
         allow_non_finite: bool = False,
         advance: Callable[[int], object] = lambda _: None,
     ) -> None:
         self.base, self.finetuned, self.tensors, self.groups = base, finetuned, tensors, groups
         self.spill_folder, self.workers, self.advance = spill_folder, workers, advance
-        self.allow_non_finite = allow_non_finite
+        self.trusted, self.allow_non_finite = trusted, allow_non_finite
         self.names = [info.name for info in tensors]
         self.chunks = chunks_of([info.numel for info in tensors], chunk)
         self.own_chunks = [chunk for chunk in self.chunks if self.names[chunk.tensor] in own]
@@ -75,17 +82,49 @@ class Scan:
         self._buffers = threading.local()
         self._chunk = chunk
 
-    def run(self) -> dict[str, Selection]:
-        """The mask of each finetuned model. Raises NonFiniteError."""
-        selections = self._pass({name: self._sampled_brackets(name) for name in self.finetuned})
+    def select(self, inputs: Readers) -> dict[str, Selection]:
+        """The mask of each finetuned model, whose files all lie on this machine. Raises NonFiniteError."""
+        selections = self._pass(inputs, {name: self._sampled_brackets(inputs, name) for name in self.finetuned})
         missed = [name for name, selection in selections.items() if not self._settled(selection)]
         for name in missed:
             selections[name].close()
         if missed:
-            selections |= self._pass(self._exact_brackets(missed))
+            selections |= self._pass(inputs, self._exact_brackets(inputs, missed))
             for name in missed:
                 selections[name].settle(self.workers)
         return selections
+
+    def begin(self) -> dict[str, Selection]:
+        """Selections that files which are still on their way can be streamed into."""
+        sizes = [sum(self.tensors[tensor].numel for tensor in tensors) for tensors, _ in self.groups]
+        return {
+            name: self._selection(
+                name, [RisingBracket(k, n) for (_, k), n in zip(self.groups, sizes, strict=True)], "rising"
+            )
+            for name in self.finetuned
+        }
+
+    def pieces(self, selections: Mapping[str, Selection]) -> dict[str, list[Piece]]:
+        """What of the base and of each finetuned model a stream will read, in this order, once."""
+        todo = {
+            name: [chunk for chunk in self.own_chunks if not selection.has(chunk)]
+            for name, selection in selections.items()
+        }
+        for_base = {chunk.index for chunks in todo.values() for chunk in chunks}
+        todo = {"base": [chunk for chunk in self.own_chunks if chunk.index in for_base], **todo}
+        return {
+            name: [(self.names[chunk.tensor], chunk.first, chunk.count) for chunk in chunks]
+            for name, chunks in todo.items()
+        }
+
+    def stream(self, inputs: Readers, selections: Mapping[str, Selection]) -> None:
+        """Offer every chunk to the selections, which then can be settled. Raises NonFiniteError."""
+        offer = partial(self._offer, inputs, selections)
+        step = BATCH * self.workers
+        for first in range(0, len(self.own_chunks), step):
+            for_each(offer, self.own_chunks[first : first + step], self.workers)
+            for selection in selections.values():
+                selection.compact()
 
     def _settled(self, selection: Selection) -> bool:
         try:
@@ -94,60 +133,62 @@ class Scan:
             return False
         return True
 
-    def _pass(self, brackets: Mapping[str, Sequence[Bracket]]) -> dict[str, Selection]:
+    def _pass(self, inputs: Readers, brackets: Mapping[str, Sequence[Bracket]]) -> dict[str, Selection]:
         """Offer every chunk of the models named in `brackets` to their selections."""
         selections = {
-            name: Selection(self._spill(name, given), self.names, self.chunks, self.groups, given, self.processes)
+            name: self._selection(name, given, json.dumps([(bracket.low, bracket.high) for bracket in given]))
             for name, given in brackets.items()
         }
-        offer = partial(self._offer, selections)
+        offer = partial(self._offer, inputs, selections)
         self.processes.together(lambda: for_each(offer, self.own_chunks, self.workers))
         return selections
 
-    def _spill(self, name: str, brackets: Sequence[Bracket]) -> Spill:
-        dtypes = {self.finetuned[name].dtype(tensor) for tensor in self.names} or {torch.float32}
+    def _selection(self, name: str, brackets: Sequence[Bracket], kind: str) -> Selection:
+        dtypes = {self._dtype(name, tensor) for tensor in self.names} or {torch.float32}
         common = dtypes.pop() if len(dtypes) == 1 else torch.float64 if torch.float64 in dtypes else torch.float32
-        heading = json.dumps([self._chunk, str(common), [(bracket.low, bracket.high) for bracket in brackets]])
-        return Spill(
+        spill = Spill(
             self.spill_folder / f"{name}.{self.processes.rank}-of-{self.processes.count}",
             len(self.chunks),
             common,
-            heading,
+            heading=json.dumps([self._chunk, str(common), kind]),
+            trusted=np.array([self.trusted(name, self.names[chunk.tensor]) for chunk in self.chunks], dtype=bool),
         )
+        return Selection(spill, self.names, self.chunks, self.groups, brackets, self.processes)
 
-    def _offer(self, selections: Mapping[str, Selection], chunk: Chunk) -> None:
+    def _offer(self, inputs: Readers, selections: Mapping[str, Selection], chunk: Chunk) -> None:
         name = self.names[chunk.tensor]
         todo = {model: selection for model, selection in selections.items() if not selection.has(chunk)}
         self.advance(sum(self._nbytes(model, chunk) for model in selections if model not in todo))
         if not todo:
             return
-        original = self.base.flat(name, chunk.first, chunk.count)
+        original = inputs["base"].flat(name, chunk.first, chunk.count)
         base, out = self._two_buffers()
         base = base[: chunk.count].copy_(original)
         for model, selection in todo.items():
-            finetuned = self.finetuned[model].flat(name, chunk.first, chunk.count)
+            finetuned = inputs[model].flat(name, chunk.first, chunk.count)
             from_zero = selection.bracket(chunk).low == 0
             differs = differing_bits(finetuned, original) if from_zero else None
             scores = magnitude_scores(finetuned, base, out)
             largest = selection.offer(chunk, scores, None if differs is None else differs | (scores != 0), finetuned)
             if largest >= NON_FINITE and not self.allow_non_finite:
-                self._raise_non_finite(model, name)
-            self.finetuned[model].release(name, chunk.first, chunk.count)
+                self._raise_non_finite(inputs, model, chunk)
+            inputs[model].release(name, chunk.first, chunk.count)
             self.advance(self._nbytes(model, chunk))
-        self.base.release(name, chunk.first, chunk.count)
+        inputs["base"].release(name, chunk.first, chunk.count)
+
+    def _dtype(self, model: str, tensor: str) -> torch.dtype:
+        return TORCH_DTYPE[self.finetuned[model].info(tensor).dtype]
 
     def _nbytes(self, model: str, chunk: Chunk) -> int:
-        return chunk.count * self.finetuned[model].dtype(self.names[chunk.tensor]).itemsize
+        return chunk.count * self._dtype(model, self.names[chunk.tensor]).itemsize
 
-    def _raise_non_finite(self, model: str, name: str) -> NoReturn:
+    def _raise_non_finite(self, inputs: Readers, model: str, chunk: Chunk) -> NoReturn:
         """Say which of the two models is at fault."""
-        numel = self.base.checkpoint.info(name).numel
-        for checkpoint in (self.base, self.finetuned[model]):
-            bad = int((~torch.isfinite(checkpoint.flat(name, 0, numel))).sum())
-            if bad:
-                raise_non_finite(checkpoint, name, bad, numel)
+        name = self.names[chunk.tensor]
+        for reader in (inputs["base"], inputs[model]):
+            check_finite(reader, name, chunk, reader.flat(name, chunk.first, chunk.count))
         raise NonFiniteError(
-            f"the difference between {self.finetuned[model].where(name)} and the base overflows float32 in {name}. "
+            f"the difference between {inputs[model].where(name)} and the base overflows float32 in {name}. "
             "Leave the tensor out with --exclude."
         )
 
@@ -157,7 +198,7 @@ class Scan:
             self._buffers.pair = torch.empty(self._chunk), torch.empty(self._chunk)
         return self._buffers.pair
 
-    def _exact_brackets(self, models: Sequence[str]) -> dict[str, list[Bracket]]:
+    def _exact_brackets(self, inputs: Readers, models: Sequence[str]) -> dict[str, list[FixedBracket]]:
         """From the histogram of every score: a pass more, for models that a sample misjudged."""
         groups_of = {tensor: group for group, (tensors, _) in enumerate(self.groups) for tensor in tensors}
         counts = np.zeros((len(models), len(self.groups), BINS), dtype=np.int64)
@@ -166,9 +207,9 @@ class Scan:
         def count(chunk: Chunk) -> None:
             name = self.names[chunk.tensor]
             base, out = self._two_buffers()
-            base = base[: chunk.count].copy_(self.base.flat(name, chunk.first, chunk.count))
+            base = base[: chunk.count].copy_(inputs["base"].flat(name, chunk.first, chunk.count))
             for row, model in zip(counts, models, strict=True):
-                scores = magnitude_scores(self.finetuned[model].flat(name, chunk.first, chunk.count), base, out)
+                scores = magnitude_scores(inputs[model].flat(name, chunk.first, chunk.count), base, out)
                 part = np.bincount(scores >> 16, minlength=BINS)
                 with lock:
                     row[groups_of[chunk.tensor]] += part
@@ -180,17 +221,19 @@ class Scan:
             for model, rows in zip(models, counts, strict=True)
         }
 
-    def _sampled_brackets(self, model: str) -> list[Bracket]:
+    def _sampled_brackets(self, inputs: Readers, model: str) -> list[FixedBracket]:
         """A bracket for each group. It decides how much is spilled, never what is selected."""
         budget = max(SAMPLE // max(len(self.groups), 1), SMALLEST_SAMPLE)
         brackets = []
         for tensors, k in self.groups:
             n = sum(self.tensors[tensor].numel for tensor in tensors)
-            sample = self._sample(model, tensors, n, budget // SAMPLE_RUN) if n > budget else None
+            sample = self._sample(inputs, model, tensors, n, budget // SAMPLE_RUN) if n > budget else None
             brackets.append(EVERYTHING if sample is None else sample_bracket(sample, k, n))
         return brackets
 
-    def _sample(self, model: str, tensors: Sequence[int], n: int, runs: int) -> npt.NDArray[np.int32] | None:
+    def _sample(
+        self, inputs: Readers, model: str, tensors: Sequence[int], n: int, runs: int
+    ) -> npt.NDArray[np.int32] | None:
         """Scores of runs of neighbours, spread evenly over n elements. Returns [runs, SAMPLE_RUN]."""
         ends = np.cumsum([self.tensors[tensor].numel for tensor in tensors])
         places = ((np.arange(runs) + np.random.default_rng(0).random(runs)) * n / runs).astype(np.int64)
@@ -200,8 +243,8 @@ class Scan:
             if info.numel < SAMPLE_RUN:
                 continue
             first = min(int(place - ends[at]) + info.numel, info.numel - SAMPLE_RUN)
-            base = self.base.flat(info.name, first, SAMPLE_RUN).float()
-            finetuned = self.finetuned[model].flat(info.name, first, SAMPLE_RUN)
+            base = inputs["base"].flat(info.name, first, SAMPLE_RUN).float()
+            finetuned = inputs[model].flat(info.name, first, SAMPLE_RUN)
             rows.append(magnitude_scores(finetuned, base, torch.empty(SAMPLE_RUN)))
         return np.stack(rows) if rows else None
 
@@ -227,8 +270,14 @@ def all_finite(values: torch.Tensor) -> bool:
     return len(bits) == 0 or int((bits & torch.iinfo(integer).max).max()) < infinity
 
 
-def raise_non_finite(checkpoint: MappedCheckpoint, name: str, bad: int, numel: int) -> NoReturn:
+def check_finite(reader: CheckpointReader, name: str, chunk: Chunk, values: torch.Tensor) -> None:
+    """Raises NonFiniteError if the chunk's values [n] hold NaN or infinity."""
+    if all_finite(values):
+        return
+    first = int((~torch.isfinite(values)).nonzero()[0])
+    what = "NaN" if values[first].isnan() else "infinity"
     raise NonFiniteError(
-        f"{name} in {checkpoint.where(name)} holds NaN or infinity in {bad} of {numel} places. The checkpoint is "
-        "broken, or was saved in too narrow a dtype; --allow-non-finite lets such values through."
+        f"{name} in {reader.where(name)} holds {what} at place {chunk.first + first} of its "
+        f"{reader.checkpoint.info(name).numel}. The checkpoint is broken, or was saved in too narrow a dtype; "
+        "--allow-non-finite lets such values through."
     )

@@ -1,10 +1,10 @@
 """The exact top k of billions of scores in one pass over them, in bounded memory.
 
 Scores are non-negative float32, compared as their bits (their order is that of the numbers, with NaN the largest).
-A sample brackets the k-th largest score beforehand. The pass keeps what reaches the bracket in a spill file: what
+A bracket says where the k-th largest score may lie. The pass keeps what reaches the bracket in a spill file: what
 lies above it surely is among the k largest, what lies inside keeps its score too, and the exact threshold is found
-among those by counting their upper and lower 16 bits. If the k-th largest lies outside the bracket, the counts
-show it, and the pass is made again with a bracket from a full histogram.
+among those by counting their upper and lower 16 bits. A bracket from a sample may miss the k-th largest; the counts
+show it, and the pass is made again with one from a full histogram.
 
 Ties at the threshold are kept evenly: numbered in (tensor name, flat index) order, tie j of T is kept iff
 ⌊(j+1)·r/T⌋ > ⌊j·r/T⌋ where r are wanted. So the mask depends on nothing but the scores.
@@ -12,28 +12,21 @@ Ties at the threshold are kept evenly: numbered in (tensor name, flat index) ord
 
 from __future__ import annotations
 
-import errno
-import os
-import struct
 import threading
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from hf_locstitch.chunks import Chunk, for_each
+from hf_locstitch.localize.bracket import ABOVE_ALL, BINS, Bracket, Ints, RisingBracket, histogram_bracket
+from hf_locstitch.localize.spill import Spill
 from hf_locstitch.processes import Processes
+from hf_locstitch.settings import COMPACT_FROM, COMPACT_SLACK
 
-Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
-
-NON_FINITE = 0x7F800000  # bits of +inf; those of every NaN without its sign are larger
-ABOVE_ALL = 1 << 31  # larger than the bits of any score
-BINS = 1 << 15  # of the upper 16 bits, whose first is the sign
 
 
 def evenly(first: int, count: int, keep: int, total: int) -> Bools:
@@ -43,60 +36,6 @@ def evenly(first: int, count: int, keep: int, total: int) -> Bools:
     # Only the remainder of first·keep matters; Python's integers hold the product, int64 might not.
     steps = (first * keep) % total + keep * np.arange(count + 1, dtype=np.int64)
     return np.diff(steps // total) > 0
-
-
-@dataclass(frozen=True)
-class Bracket:
-    """Where the k-th largest score is looked for: low ≤ bits < high. Scores from `high` on are kept surely.
-
-    A low of 0 keeps every element that differs from the base in any bit: what is not kept equals the base.
-    """
-
-    low: int
-    high: int
-
-
-EVERYTHING = Bracket(0, ABOVE_ALL)
-
-
-def sample_bracket(sample: npt.NDArray[np.int32], k: int, n: int) -> Bracket:
-    """A bracket that hardly misses the k-th largest of n scores. sample: [runs, neighbours], spread evenly."""
-    if k == 0:
-        return Bracket(NON_FINITE, NON_FINITE)
-    share, size = k / n, sample.size
-    ascending = np.sort(sample, axis=None)
-
-    def reaching(bits: int) -> tuple[float, float]:
-        """Share of scores from `bits` on, and four standard errors of it; neighbours are alike, runs are not."""
-        shares = (sample >= bits).mean(axis=1)
-        return float(shares.mean()), float(4 * shares.std() / len(shares) ** 0.5)
-
-    low, high = 0, ABOVE_ALL
-    for factor in (1.03, 1.06, 1.12, 1.25, 1.5, 2.0, 3.0):
-        rank = int(factor * share * size) + 16
-        if rank >= size:
-            break
-        found, error = reaching(int(ascending[-rank]))
-        if found - error >= share:
-            low = int(ascending[-rank])
-            break
-    for factor in (0.97, 0.94, 0.88, 0.75, 0.5, 0.25):
-        rank = int(factor * share * size) - 16
-        if rank <= 0:
-            break
-        found, error = reaching(int(ascending[-rank]) + 1)
-        if found + error <= share:
-            high = int(ascending[-rank]) + 1
-            break
-    return Bracket(low, high)
-
-
-def histogram_bracket(histogram: Ints, k: int) -> Bracket:
-    """The bin that holds the k-th largest of all scores. histogram: of their upper 16 bits [BINS]."""
-    at_least = np.cumsum(histogram[::-1])[::-1]
-    reaching = np.flatnonzero(at_least >= k)
-    bin_ = int(reaching[-1]) if len(reaching) else 0
-    return Bracket(bin_ << 16, bin_ + 1 << 16)
 
 
 @dataclass(frozen=True)
@@ -123,93 +62,6 @@ class Threshold:
     bits: int
     ties: int
     keep: int
-
-
-RECORD = struct.Struct("<QQQQQ")  # chunk, offset, sure, inside, CRC-32 of the block
-
-
-class Spill:
-    """Candidates of one finetune in one file, chunk by chunk: positions uint32, values, scores int32.
-
-    First come those whose scores are above the bracket (their scores are not stored), then those inside. An index
-    beside the file says which chunks are done: a later process with the same `heading` goes on with them, each
-    block checked first.
-    """
-
-    def __init__(self, path: Path, chunks: int, dtype: torch.dtype, heading: str) -> None:
-        self._dtype = dtype
-        self._lock = threading.Lock()
-        self._end = 0
-        self._offsets = [0] * chunks
-        self.sure = np.zeros(chunks, dtype=np.int64)
-        self.open = np.zeros(chunks, dtype=np.int64)
-        self.done = np.zeros(chunks, dtype=bool)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        index = path.with_name(path.name + ".index")
-        self._take_up(index, heading.encode() + b"\n")
-        self._index = index.open("ab", buffering=0)
-
-    def _take_up(self, index: Path, heading: bytes) -> None:
-        """Believe what an earlier process left as far as it is whole; begin anew where it is another's."""
-        found = index.read_bytes() if index.exists() else b""
-        records = found[len(heading) :] if found.startswith(heading) else b""
-        whole = len(records) // RECORD.size * RECORD.size
-        with index.open("wb") as file:
-            file.write(heading)
-            for chunk, offset, sure, inside, crc in RECORD.iter_unpack(records[:whole]):
-                size = self._size(sure + inside, inside)
-                if zlib.crc32(os.pread(self._fd, size, offset)) == crc:
-                    self._offsets[chunk], self.sure[chunk], self.open[chunk] = offset, sure, inside
-                    self.done[chunk] = True
-                    self._end = max(self._end, offset + size)
-                    file.write(RECORD.pack(chunk, offset, sure, inside, crc))
-
-    def _size(self, count: int, inside: int) -> int:
-        return (4 + self._dtype.itemsize) * count + 4 * inside
-
-    def append(self, index: int, sure: Ints, inside: Ints, scores: Ints, values: torch.Tensor) -> None:
-        """Keep the candidates of chunk `index`; safe to call from several threads.
-
-        sure, inside: positions; scores: of those inside; values: of the whole chunk.
-        """
-        positions = np.concatenate([sure, inside])
-        chosen = values[torch.from_numpy(positions)].to(self._dtype)
-        parts = [positions.astype(np.uint32), chosen.view(torch.uint8).numpy(), scores]
-        parts = [part.data for part in parts if part.nbytes]
-        size = self._size(len(positions), len(inside))
-        with self._lock:
-            offset, self._end = self._end, self._end + size
-        if parts and os.pwritev(self._fd, parts, offset) != size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        crc = 0
-        for part in parts:
-            crc = zlib.crc32(part, crc)
-        self._offsets[index], self.sure[index], self.open[index] = offset, len(sure), len(inside)
-        self._index.write(RECORD.pack(index, offset, len(sure), len(inside), crc))
-        self.done[index] = True
-
-    def scores(self, index: int) -> npt.NDArray[np.int32]:
-        """Of the candidates inside the bracket."""
-        count, sure = int(self.open[index]), int(self.sure[index])
-        start = self._offsets[index] + self._size(sure + count, 0)
-        return np.frombuffer(os.pread(self._fd, 4 * count, start), dtype=np.int32)
-
-    def read(self, index: int) -> tuple[npt.NDArray[np.uint32], torch.Tensor, npt.NDArray[np.int32]]:
-        """Positions and values of all candidates, scores of those inside the bracket, which come last."""
-        inside = int(self.open[index])
-        count = int(self.sure[index]) + inside
-        if count == 0:
-            return np.empty(0, np.uint32), torch.empty(0, dtype=self._dtype), np.empty(0, np.int32)
-        raw = bytearray(os.pread(self._fd, self._size(count, inside), self._offsets[index]))
-        return (
-            np.frombuffer(raw, np.uint32, count),
-            torch.frombuffer(raw, dtype=self._dtype, count=count, offset=4 * count),
-            np.frombuffer(raw, np.int32, offset=self._size(count, 0)),
-        )
-
-    def close(self) -> None:
-        os.close(self._fd)
-        self._index.close()
 
 
 class BracketMissed(Exception):
@@ -241,6 +93,9 @@ class Selection:
         self._groups = groups
         self._thresholds: list[Threshold] = []
         self._tie_starts: npt.NDArray[np.int64] = np.zeros(len(chunks), dtype=np.int64)
+        for chunk in chunks:
+            if self.has(chunk):
+                self._see(chunk, spill.scores(chunk.index))
 
     def bracket(self, chunk: Chunk) -> Bracket:
         return self._brackets[self._group_of[chunk.tensor]]
@@ -255,7 +110,19 @@ class Selection:
         found = scores[positions]
         inside = found < bracket.high
         self._spill.append(chunk.index, positions[~inside], positions[inside], found[inside], values)
+        self._see(chunk, found)
         return int(found.max(initial=0))
+
+    def _see(self, chunk: Chunk, candidates: Ints) -> None:
+        bracket = self.bracket(chunk)
+        if isinstance(bracket, RisingBracket):
+            bracket.see(candidates, chunk.count)
+
+    def compact(self) -> None:
+        """Drop candidates that the risen brackets rule out, if that is worth it; while nobody offers."""
+        live = sum(bracket.reaching for bracket in self._brackets if isinstance(bracket, RisingBracket))
+        if self._spill.size > COMPACT_FROM * self._spill.size_of(live) + COMPACT_SLACK:
+            self._spill.compact(lambda index: self.bracket(self.chunks[index]).low)
 
     def has(self, chunk: Chunk) -> bool:
         """Whether the chunk was offered already, perhaps by an earlier process."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from hf_locstitch.plan import human
+from hf_locstitch.cost import human
 
 Part = Literal["files", "recipe", "masks", "inputs", "values"]
 SHOWN = 20  # findings that a person is shown; JSON holds them all

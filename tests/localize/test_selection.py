@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_locstitch import Magnitude
+from hf_locstitch.localize.bracket import BINS, NON_FINITE, histogram_bracket, sample_bracket
 from hf_locstitch.localize.magnitude import exact_share
 from hf_locstitch.localize.scan import differing_bits, magnitude_scores
-from hf_locstitch.localize.selection import BINS, NON_FINITE, evenly, histogram_bracket, sample_bracket
+from hf_locstitch.localize.selection import evenly
 
 
 def test_evenly_by_hand() -> None:

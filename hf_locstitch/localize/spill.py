@@ -1,0 +1,144 @@
+"""Candidates on disk: what a pass keeps of one finetuned model until the threshold is known."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Ints = npt.NDArray[np.integer]
+Bools = npt.NDArray[np.bool_]
+
+RECORD = struct.Struct("<QQQQQ")  # chunk, offset, sure, inside, CRC-32 of the block
+
+
+class Spill:
+    """Candidates of one finetune in one file, chunk by chunk: positions uint32, values, scores int32.
+
+    First come those whose scores are above the bracket (their scores are not stored), then those inside. An index
+    beside the file says which chunks are done: a later process with the same `heading` goes on with them, each
+    block checked first.
+    """
+
+    def __init__(self, path: Path, chunks: int, dtype: torch.dtype, heading: str, trusted: Bools | None = None) -> None:
+        """trusted: of which chunks [chunks] an earlier process's candidates are believed; all by default."""
+        self._path, self._dtype, self._heading = path, dtype, heading.encode() + b"\n"
+        self._lock = threading.Lock()
+        self._trusted = trusted
+        self.size = 0  # bytes
+        self._offsets = [0] * chunks
+        self.sure = np.zeros(chunks, dtype=np.int64)
+        self.open = np.zeros(chunks, dtype=np.int64)
+        self.done = np.zeros(chunks, dtype=bool)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._take_up()
+        self._index = self._index_path.open("ab", buffering=0)
+
+    @property
+    def _index_path(self) -> Path:
+        return self._path.with_name(self._path.name + ".index")
+
+    def _take_up(self) -> None:
+        """Believe what an earlier process left as far as it is whole; begin anew where it is another's."""
+        found = self._index_path.read_bytes() if self._index_path.exists() else b""
+        records = found[len(self._heading) :] if found.startswith(self._heading) else b""
+        whole = len(records) // RECORD.size * RECORD.size
+        with self._index_path.open("wb") as file:
+            file.write(self._heading)
+            for chunk, offset, sure, inside, crc in RECORD.iter_unpack(records[:whole]):
+                if self._trusted is not None and not self._trusted[chunk]:
+                    continue
+                size = self._size(sure + inside, inside)
+                if zlib.crc32(os.pread(self._fd, size, offset)) == crc:
+                    self._offsets[chunk], self.sure[chunk], self.open[chunk] = offset, sure, inside
+                    self.done[chunk] = True
+                    self.size = max(self.size, offset + size)
+                    file.write(RECORD.pack(chunk, offset, sure, inside, crc))
+
+    def size_of(self, candidates: int) -> int:
+        """Bytes of so many candidates with their scores."""
+        return self._size(candidates, candidates)
+
+    def _size(self, count: int, inside: int) -> int:
+        return (4 + self._dtype.itemsize) * count + 4 * inside
+
+    def append(self, index: int, sure: Ints, inside: Ints, scores: Ints, values: torch.Tensor) -> None:
+        """Keep the candidates of chunk `index`; safe to call from several threads.
+
+        sure, inside: positions; scores: of those inside; values: of the whole chunk.
+        """
+        positions = np.concatenate([sure, inside])
+        chosen = values[torch.from_numpy(positions)].to(self._dtype)
+        size = self._size(len(positions), len(inside))
+        with self._lock:
+            offset, self.size = self.size, self.size + size
+        crc = _write_block(self._fd, offset, positions.astype(np.uint32), chosen, scores)
+        self._offsets[index], self.sure[index], self.open[index] = offset, len(sure), len(inside)
+        self._index.write(RECORD.pack(index, offset, len(sure), len(inside), crc))
+        self.done[index] = True
+
+    def compact(self, low_of: Callable[[int], int]) -> None:
+        """Drop the candidates of each chunk whose scores do not reach low_of(chunk). Nobody may append meanwhile."""
+        new = self._path.with_name(self._path.name + ".new")
+        new_index = self._path.with_name(self._path.name + ".index.new")
+        offset, fd = 0, os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        with new_index.open("wb") as index:
+            index.write(self._heading)
+            for chunk in np.flatnonzero(self.done).tolist():
+                positions, values, scores = self.read(chunk)
+                sure = int(self.sure[chunk])
+                keep = np.concatenate([np.arange(sure), sure + np.flatnonzero(scores >= low_of(chunk))])
+                scores = scores[keep[sure:] - sure]
+                crc = _write_block(fd, offset, positions[keep], values[torch.from_numpy(keep)], scores)
+                self._offsets[chunk], self.open[chunk] = offset, len(scores)
+                index.write(RECORD.pack(chunk, offset, sure, len(scores), crc))
+                offset += self._size(len(keep), len(scores))
+        # Killed between the two renames, the old index does not fit the new blocks, and their checksums tell.
+        new.replace(self._path)
+        new_index.replace(self._index_path)
+        os.close(self._fd)
+        self._index.close()
+        self._fd, self.size = fd, offset
+        self._index = self._index_path.open("ab", buffering=0)
+
+    def scores(self, index: int) -> npt.NDArray[np.int32]:
+        """Of the candidates inside the bracket."""
+        count, sure = int(self.open[index]), int(self.sure[index])
+        start = self._offsets[index] + self._size(sure + count, 0)
+        return np.frombuffer(os.pread(self._fd, 4 * count, start), dtype=np.int32)
+
+    def read(self, index: int) -> tuple[npt.NDArray[np.uint32], torch.Tensor, npt.NDArray[np.int32]]:
+        """Positions and values of all candidates, scores of those inside the bracket, which come last."""
+        inside = int(self.open[index])
+        count = int(self.sure[index]) + inside
+        if count == 0:
+            return np.empty(0, np.uint32), torch.empty(0, dtype=self._dtype), np.empty(0, np.int32)
+        raw = bytearray(os.pread(self._fd, self._size(count, inside), self._offsets[index]))
+        return (
+            np.frombuffer(raw, np.uint32, count),
+            torch.frombuffer(raw, dtype=self._dtype, count=count, offset=4 * count),
+            np.frombuffer(raw, np.int32, offset=self._size(count, 0)),
+        )
+
+    def close(self) -> None:
+        os.close(self._fd)
+        self._index.close()
+
+
+def _write_block(fd: int, offset: int, positions: Ints, values: torch.Tensor, scores: Ints) -> int:
+    """Returns the block's CRC-32."""
+    crc = 0
+    for part in (positions, values.view(torch.uint8).numpy(), scores):
+        view = np.ascontiguousarray(part).data.cast("B") if part.nbytes else memoryview(b"")
+        crc = zlib.crc32(view, crc)
+        while view:
+            count = os.pwrite(fd, view, offset)
+            view, offset = view[count:], offset + count
+    return crc
