@@ -96,14 +96,12 @@ class Upload:
     def commit(self, folder: Path, message: str, progress: Progress) -> Published:
         """Upload what of `folder` is not there yet (the repo is created if need be) and commit. Raises PublishError."""
         with self._explained(), self._pool:
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            with progress.bar("uploading", sum(path.stat().st_size for path in files)) as advance:
-                for path in files:
-                    self.add(folder, path.relative_to(folder).as_posix())
-                sizes = {len(files) - i: path.stat().st_size for i, path in enumerate(files) if path.exists()}
-                for left in reversed(range(len(self._running))):
-                    self.wait(left)
-                    advance(sizes.get(left + 1, 0))
+            self.wait(0)
+            sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+            with progress.bar("uploading", sum(sizes.values())) as advance:
+                for path, size in sizes.items():
+                    self._add(folder, path.relative_to(folder).as_posix())
+                    advance(size)
             return self._commit(message)
 
     def close(self) -> None:

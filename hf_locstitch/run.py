@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -204,10 +204,12 @@ class Run:
         self, inputs: Inputs, selections: Mapping[str, Selection], background: ThreadPoolExecutor
     ) -> tuple[Overlap, dict[str, ShardRecord]]:
         """The output's shards. Returns how the masks overlap, and what is known of each shard."""
-        running: dict[str, Future[ShardRecord]] = {}
+        hashed: dict[str, Future[ShardRecord]] = {}
+        noted: list[Future[None]] = []
         todo = self._unfinished()
         with (
             self.progress.bar("merging", sum(shard.nbytes for shard in self.plan.shards)) as advance,
+            ThreadPoolExecutor(1) as journal,
             inputs.opened(self.plan.combined(todo)) as opened,
         ):
             merger = Merger(
@@ -221,13 +223,15 @@ class Run:
             )
             for shard in self.plan.shards:
                 if shard in todo:
-                    self._await_room()
+                    self._await_room(hashed.values())
                     overlap = self._write_shard(merger, shard)
                     if self._first:
-                        running[shard.file] = background.submit(self._record, shard, overlap, opened)
+                        hashed[shard.file] = background.submit(self._finish_shard, shard, overlap)
+                        noted.append(journal.submit(self._note, shard, hashed[shard.file], opened))
                 else:
                     advance(shard.nbytes)
-            done = self.processes.together(lambda: {file: future.result() for file, future in running.items()})
+            self.processes.together(lambda: [future.result() for future in noted])
+            done = {file: future.result() for file, future in hashed.items()}
         records = {file: record for file, record in {**self._finished, **self.processes.gather(done)[0]}.items()}
         shards = {file: record for file, record in records.items() if record is not None}
         total = Overlap.none(len(self.plan.finetuned))
@@ -235,9 +239,11 @@ class Run:
             total += Overlap(np.array(record.covered), np.array(record.pairs))
         return total, shards
 
-    def _await_room(self) -> None:
+    def _await_room(self, hashed: Iterable[Future[ShardRecord]]) -> None:
         """Where shards go as soon as they are uploaded, one waits while the next is written, and no more."""
         if self._first and self.upload is not None and self.upload.discard:
+            for future in hashed:
+                future.result()
             self.upload.wait(1)
 
     def _write_shard(self, merger: Merger, shard: OutputShard) -> Overlap:
@@ -246,15 +252,19 @@ class Run:
         own = self.processes.together(lambda: merger.write(shard, path))
         return Overlap(self.processes.sum(own.covered), self.processes.sum(own.pairs))
 
-    def _record(self, shard: OutputShard, overlap: Overlap, opened: OpenInputs) -> ShardRecord:
-        """Note a written shard as finished, once all that was read for it proved right."""
-        opened.verify(tensor.name for tensor in shard.tensors)
+    def _finish_shard(self, shard: OutputShard, overlap: Overlap) -> ShardRecord:
+        """Hash a written shard and let it go up: nobody sees it before the commit."""
         path = self.place.stage / shard.file
         record = ShardRecord(file_sha256(path), path.stat().st_size, overlap.covered.tolist(), overlap.pairs.tolist())
-        self.place.record(shard.file, record)
         if self.upload is not None:
             self.upload.add(self.place.stage, shard.file)
         return record
+
+    def _note(self, shard: OutputShard, hashed: Future[ShardRecord], opened: OpenInputs) -> None:
+        """Journal a shard once all that was read for it proved right."""
+        record = hashed.result()
+        opened.verify(tensor.name for tensor in shard.tensors)
+        self.place.record(shard.file, record)
 
     @property
     def _first(self) -> bool:

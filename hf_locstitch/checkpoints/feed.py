@@ -38,9 +38,10 @@ class Feed(ABC):
         self._changed = threading.Condition()
         self._arrived = dict.fromkeys(self.files, 0)
         self._fds: dict[str, int] = {}
-        self._waiting = 0
+        self._awaited: list[tuple[str, int]] = []  # files, and up to where readers wait for them
         self._verified: set[str] = set()
         self._error: BaseException | None = None
+        self._read_out = False  # nothing will be read any more
         self._closed = False
         self._thread = threading.Thread(target=self._bring_all, daemon=True)
 
@@ -51,10 +52,10 @@ class Feed(ABC):
         """Bytes start … stop, once they are there. Raises what the download raised."""
         content = bytearray(stop - start)
         with self._changed:
-            self._waiting += 1
-            self._changed.notify_all()  # a reader that waits lets the download go on
+            self._awaited.append((file, stop))
+            self._changed.notify_all()
             self._wait(lambda: self._arrived[file] >= stop)
-            self._waiting -= 1
+            self._awaited.remove((file, stop))
         if os.preadv(self._fds[file], [content], start) != len(content):
             raise IntegrityError(f"{file} of {self.source.label} became shorter while it was read. Start again.")
         return content
@@ -64,15 +65,21 @@ class Feed(ABC):
         del file, start, stop  # what is cached stays
 
     def verify(self, files: Iterable[str] | None = None) -> None:
-        """Wait until files (all by default) have come whole and proved right; raises IntegrityError if one did not."""
+        """Wait until files have come whole and proved right; raises IntegrityError if one did not.
+
+        Without files it is all of them, and nothing will be read any more.
+        """
         wanted = set(self.files if files is None else files) & set(self.files)
         with self._changed:
+            self._read_out |= files is None
+            self._changed.notify_all()
             self._wait(lambda: wanted <= self._verified)
 
     def close(self) -> None:
         """Stop the download and give back what it holds."""
         with self._changed:
             self._closed = True
+            self._error = self._error or _Stopped()
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout=1)
@@ -174,7 +181,10 @@ class PassingFeed(Feed):
     def _hold_back(self, written: int) -> None:
         with self._changed:
             self._ahead += written
-            self._changed.wait_for(lambda: self._ahead <= self._window or self._waiting > 0 or self._closed)
+            self._changed.wait_for(lambda: self._ahead <= self._window or self._closed or self._is_awaited())
+
+    def _is_awaited(self) -> bool:
+        return self._read_out or any(self._arrived[file] < stop for file, stop in self._awaited)
 
 
 def _write_ranges(fd: int, piece: bytes, at: int, ranges: list[Range]) -> int:
