@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_locstitch.checkpoints.checkpoint import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import PublishError, RecipeError
+from hf_locstitch.hashes import InputHashes
 from hf_locstitch.localize.magnitude import Magnitude
 from hf_locstitch.plan import MergePlan, finetuned_names, make_plan
 from hf_locstitch.progress import Progress
@@ -115,13 +116,13 @@ def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
 
 
 def _merge_into(out: Path, recipe: Recipe, plan: MergePlan, progress: Progress, processes: Processes) -> MergeResult:
-    from hf_locstitch.run import check_disk, check_out, run
+    from hf_locstitch.places import check_disk, check_out
 
     record = check_out(out, plan)
     if record is None:
         check_disk(out, plan)
     with _upload(recipe, processes) as upload:
-        record = record or run(plan, out, progress, processes, upload)
+        record = record or _run(plan, out, progress, processes, upload)
         processes.end()
         if upload is None:
             return MergeResult(out, None, None, record)
@@ -138,7 +139,7 @@ def _merge_and_push(recipe: Recipe, plan: MergePlan, progress: Progress, process
     """Nothing stays on this machine; what a failure leaves is found again by the same command."""
     from huggingface_hub import constants
 
-    from hf_locstitch.run import check_disk, run
+    from hf_locstitch.places import check_disk
 
     repo = str(recipe.push_to)
     scratch = Path(constants.HF_HOME) / "hf-locstitch" / repo.replace("/", "--")
@@ -150,12 +151,26 @@ def _merge_and_push(recipe: Recipe, plan: MergePlan, progress: Progress, process
             assert upload is not None
             published.append(upload.commit(folder, _message(plan), progress))
 
-        record = run(plan, scratch / "merged", progress, processes, upload, publish)
+        record = _run(plan, scratch / "merged", progress, processes, upload, publish)
         processes.end()
     if not published:
         return MergeResult(None, None, None, record)
     shutil.rmtree(scratch, ignore_errors=True)
     return MergeResult(None, published[0].url, published[0].commit, record)
+
+
+def _run(
+    plan: MergePlan,
+    out: Path,
+    progress: Progress,
+    processes: Processes,
+    upload: Upload | None,
+    publish: Callable[[Path], object] | None = None,
+) -> Manifest:
+    with InputHashes(plan.inputs, processes.rank, processes.count) as hashes:  # begins while torch is imported
+        from hf_locstitch.run import run
+
+        return run(plan, out, progress, hashes, processes, upload, publish)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,8 +20,7 @@ from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE
 from hf_locstitch.checkpoints.side_files import copy_side_files
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
-from hf_locstitch.cost import estimate, human
-from hf_locstitch.errors import OutputError
+from hf_locstitch.hashes import InputHashes
 from hf_locstitch.inputs import Inputs, OpenInputs
 from hf_locstitch.localize.scan import Scan
 from hf_locstitch.localize.selection import Selection
@@ -37,34 +35,11 @@ if TYPE_CHECKING:
     from hf_locstitch.publish import Upload
 
 
-def check_out(out: Path, plan: MergePlan) -> manifest.Manifest | None:
-    """The record of this very merge if `out` holds it complete. Raises OutputError if it holds anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    record = manifest.read_manifest(out)
-    if record is None or record.fingerprint != fingerprint(plan) or not manifest.is_intact(record, out):
-        raise OutputError(f"{out} exists and is not an empty folder; nothing is overwritten. Name another --out.")
-    return record
-
-
-def check_disk(folder: Path, plan: MergePlan) -> None:
-    """Raises OutputError if the output and its temporary files will not fit beside `folder`."""
-    free, needed = shutil.disk_usage(_existing(folder)).free, estimate(plan).disk
-    if free < needed:
-        raise OutputError(
-            f"{folder} needs up to {human(needed)} of disk, of which {human(free)} are free. "
-            "Free some, or name an --out elsewhere."
-        )
-
-
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() else _existing(folder.absolute().parent)
-
-
 def run(
     plan: MergePlan,
     out: Path,
     progress: Progress,
+    hashes: InputHashes,
     processes: Processes | None = None,
     upload: Upload | None = None,
     publish: Callable[[Path], object] | None = None,
@@ -77,7 +52,7 @@ def run(
     torch.set_num_threads(1)  # our own threads share out the chunks; torch's would fight them
     processes = processes or Processes()
     with workplace(plan, out, None if publish else out, processes) as place:
-        record = Run(plan, place, processes, progress, upload).run()
+        record = Run(plan, place, processes, progress, hashes, upload).run()
         if publish is not None and processes.first:
             publish(place.stage)
         if upload is not None:
@@ -94,9 +69,10 @@ class Run:
         place: Workplace,
         processes: Processes,
         progress: Progress,
+        hashes: InputHashes,
         upload: Upload | None = None,
     ) -> None:
-        self.plan, self.place, self.processes, self.upload = plan, place, processes, upload
+        self.plan, self.place, self.processes, self.hashes, self.upload = plan, place, processes, hashes, upload
         self.progress = progress if processes.first else Progress(False)
         self.settings = plan.settings
         tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
@@ -110,30 +86,17 @@ class Run:
         with Inputs(self.plan, self.progress, self.place.spill, note) as inputs, ThreadPoolExecutor(1) as background:
             if self.processes.count > 1:
                 self.processes.together(inputs.fetch)
-            hashes = [background.submit(self._hash, name, file) for name, file in self._hash_jobs()]
-            try:
-                selections = self.localize(inputs) if self.plan.masked else {}
-                self.write_masks(selections)
-                overlap, shards = self.write_shards(inputs, selections, background)
-                files = self._gather_hashes(hashes)
-            finally:
-                for future in hashes:
-                    future.cancel()
+            selections = self.localize(inputs) if self.plan.masked else {}
+            self.write_masks(selections)
+            overlap, shards = self.write_shards(inputs, selections, background)
+        files = self._gather_hashes()
         records: list[manifest.Manifest] = []
         self.processes.on_first(lambda: records.append(self.finish(files, overlap, shards, began)))
         return self.processes.gather(records[0] if records else None)[0]  # type: ignore[return-value]
 
-    def _hash_jobs(self) -> list[tuple[str, str]]:
-        """The shards of the inputs that this process hashes."""
-        jobs = [(name, shard.file) for name, checkpoint in self.plan.inputs.items() for shard in checkpoint.shards]
-        return jobs[self.processes.rank :: self.processes.count]
-
-    def _hash(self, name: str, file: str) -> tuple[str, str, str]:
-        return name, file, self.plan.inputs[name].source.sha256(file)
-
-    def _gather_hashes(self, hashes: list[Future[tuple[str, str, str]]]) -> dict[str, dict[str, str]]:
+    def _gather_hashes(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every shard of every input."""
-        own = self.processes.together(lambda: [future.result() for future in hashes])
+        own = self.processes.together(self.hashes.wait)
         files: dict[str, dict[str, str]] = {name: {} for name in self.plan.inputs}
         for results in self.processes.gather(own):
             for name, file, digest in results:

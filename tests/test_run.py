@@ -16,7 +16,9 @@ from reference import reference_masks, reference_stitch
 from hf_locstitch import Magnitude, load_mask, merge_from_hub
 from hf_locstitch.api import plan_merge
 from hf_locstitch.errors import NonFiniteError
+from hf_locstitch.hashes import InputHashes
 from hf_locstitch.localize.bracket import FixedBracket
+from hf_locstitch.plan import MergePlan
 from hf_locstitch.progress import Progress
 from hf_locstitch.recipe import make_recipe
 from hf_locstitch.run import run
@@ -24,6 +26,11 @@ from hf_locstitch.settings import Settings
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 N = sum(torch.Size(SHAPES[name]).numel() for name in BLOCK_NAMES)
+
+
+def carry_out(plan: MergePlan, out: Path) -> None:
+    with InputHashes(plan.inputs) as hashes:
+        run(plan, out, Progress(False), hashes)
 
 
 def merged(tmp: Path, base: State, finetuned: list[State], how: Settings | None = None, **fields: object) -> Path:
@@ -36,7 +43,7 @@ def merged(tmp: Path, base: State, finetuned: list[State], how: Settings | None 
 def merge_folders(tmp: Path, entries: list[dict[str, str]], how: Settings | None = None, **fields: object) -> Path:
     recipe = make_recipe({"base": str(tmp / "base"), "finetuned": entries, **fields})
     out = tmp / f"out{len(list(tmp.glob('out*')))}"
-    run(plan_merge(recipe, how or Settings()), out, Progress(False))
+    carry_out(plan_merge(recipe, how or Settings()), out)
     return out
 
 

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 import torch
 from models import State, finetune, random_state, save, save_sharded
-from test_run import files_of
+from test_run import carry_out, files_of
 
 from hf_locstitch.api import merge, plan_merge
 from hf_locstitch.checkpoints import hub_client
@@ -29,7 +29,6 @@ from hf_locstitch.localize.scan import Scan
 from hf_locstitch.merger import Merger
 from hf_locstitch.progress import Progress
 from hf_locstitch.recipe import make_recipe
-from hf_locstitch.run import run
 from hf_locstitch.settings import Settings
 
 SHAPES = {"embed.w": (200, 300)} | {f"layers.{i}.w": (300, 400) for i in range(6)} | {"head.w": (200, 300)}
@@ -74,7 +73,7 @@ def merged(repos: Sequence[str], out: Path, how: Settings, **fields: object) -> 
     """The files of a merge, in which only the manifest tells the time."""
     entries = [{"ref": ref, "name": ref[-3:]} for ref in repos[1:]]
     recipe = make_recipe({"base": repos[0], "finetuned": entries, **fields})
-    run(plan_merge(recipe, how), out, Progress(False))
+    carry_out(plan_merge(recipe, how), out)
     return files_of(out)
 
 
@@ -217,7 +216,7 @@ def test_the_disk_never_holds_more_than_planned(
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
     local = {"base": str(tmp_path / "in" / "m0"), "finetuned": [str(tmp_path / "in" / f"m{i}") for i in (1, 2)]}
     again = make_recipe({**local, "shard_size": SIZE // 6, "localizer": {"density": 0.02}})
-    run(plan_merge(again, CACHING), tmp_path / "local", Progress(False))
+    carry_out(plan_merge(again, CACHING), tmp_path / "local")
     for path in (tmp_path / "local").glob("*.safetensors"):
         assert home_hub.read(target, path.name) == path.read_bytes()
 
@@ -333,7 +332,7 @@ def test_a_branch_that_moves_meanwhile(
     )
     other = save_sharded(tmp_path / "other", states[2], lambda names: [names[:4], names[4:]])
     home_hub.add_repo(repos[0], {path.name: path for path in other.iterdir()})
-    run(plan, tmp_path / "out", Progress(False))
+    carry_out(plan, tmp_path / "out")
     assert files_of(tmp_path / "out") == expected
 
 

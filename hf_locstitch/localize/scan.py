@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -84,7 +85,9 @@ class Scan:
 
     def select(self, inputs: Readers) -> dict[str, Selection]:
         """The mask of each finetuned model, whose files all lie on this machine. Raises NonFiniteError."""
-        selections = self._pass(inputs, {name: self._sampled_brackets(inputs, name) for name in self.finetuned})
+        with ThreadPoolExecutor(self.workers) as pool:
+            sampled = list(pool.map(partial(self._sampled_brackets, inputs), self.finetuned))
+        selections = self._pass(inputs, dict(zip(self.finetuned, sampled, strict=True)))
         missed = [name for name, selection in selections.items() if not self._settled(selection)]
         for name in missed:
             selections[name].close()

@@ -107,9 +107,10 @@ class Selection:
         """
         bracket = self.bracket(chunk)
         positions = np.flatnonzero(scores >= bracket.low) if changed is None else np.flatnonzero(changed)
-        found = scores[positions]
+        found = scores.take(positions)
         inside = found < bracket.high
-        self._spill.append(chunk.index, positions[~inside], positions[inside], found[inside], values)
+        sure, open_ = np.flatnonzero(~inside), np.flatnonzero(inside)
+        self._spill.append(chunk.index, positions.take(sure), positions.take(open_), found.take(open_), values)
         self._see(chunk, found)
         return int(found.max(initial=0))
 

@@ -75,7 +75,7 @@ class Spill:
         sure, inside: positions; scores: of those inside; values: of the whole chunk.
         """
         positions = np.concatenate([sure, inside])
-        chosen = values[torch.from_numpy(positions)].to(self._dtype)
+        chosen = values.index_select(0, torch.from_numpy(positions)).to(self._dtype)
         size = self._size(len(positions), len(inside))
         with self._lock:
             offset, self.size = self.size, self.size + size

@@ -1,0 +1,33 @@
+"""The SHA-256 of every shard of the inputs, in the background. Needs no torch: it begins while torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+
+FileHash = tuple[str, str, str]  # input, file, SHA-256
+
+
+class InputHashes:
+    """Of the inputs' shards, the share of process number `rank` among `count`."""
+
+    def __init__(self, inputs: Mapping[str, Checkpoint], rank: int = 0, count: int = 1) -> None:
+        jobs = [(name, shard.file) for name, checkpoint in inputs.items() for shard in checkpoint.shards]
+        self._inputs = inputs
+        self._pool = ThreadPoolExecutor(1)
+        self._running = [self._pool.submit(self._hash, name, file) for name, file in jobs[rank::count]]
+
+    def _hash(self, name: str, file: str) -> FileHash:
+        return name, file, self._inputs[name].source.sha256(file)
+
+    def wait(self) -> list[FileHash]:
+        """All of them, once they are known."""
+        return [future.result() for future in self._running]
+
+    def __enter__(self) -> InputHashes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
