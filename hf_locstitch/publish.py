@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+from hf_locstitch import manifest
 from hf_locstitch.checkpoints.hub import git_blob_oid
 from hf_locstitch.checkpoints.hub_client import is_passing, retrying, status_of, wait_before
 from hf_locstitch.errors import OutputError, PublishError
@@ -129,6 +130,11 @@ class Upload:
         parent = self._prepare()
         operations = [self._operations[file] for file in sorted(self._operations)]
         stale = _stale(retrying(lambda: self._api.list_repo_files(self.repo, revision=parent)), operations)
+        # The manifest tells the time it took. What else is there already was committed by a process that was then
+        # killed, or asked for before: nothing is left to do.
+        timeless = [operation for operation in operations if operation.path_in_repo != manifest.FILE]
+        if _landed(self._api, self.repo, parent, [*timeless, *stale]):
+            return Published(f"{constants.ENDPOINT}/{self.repo}", parent)
         commit = _commit(self._api, self.repo, [*operations, *stale], parent, message)
         return Published(f"{constants.ENDPOINT}/{self.repo}", commit)
 

@@ -146,6 +146,17 @@ def test_the_target_moved_meanwhile(
     assert f"hf upload {repo}" in str(raised.value)
 
 
+def test_what_is_there_already_is_not_committed_again(home_hub: LoopbackHub, parents: list[str], run_id: str) -> None:
+    """As after a kill between the commit and the end."""
+    repo = f"demo/{run_id}-merged"
+    first = merge_from_hub(parents[0], parents[1:], push_to=repo)
+    again = merge_from_hub(parents[0], parents[1:], push_to=repo)
+    assert again.commit == first.commit == home_hub.head(repo) and len(home_hub.commits(repo)) == 2
+    home_hub.add_repo(repo, {"model-00001-of-00002.safetensors": b"stale"})
+    assert merge_from_hub(parents[0], parents[1:], push_to=repo).commit == home_hub.head(repo) != first.commit
+    assert "model-00001-of-00002.safetensors" not in home_hub.files(repo)
+
+
 def test_a_failed_push_keeps_the_merge(home_hub: LoopbackHub, parents: list[str], run_id: str) -> None:
     repo = f"demo/{run_id}-merged"
     home_hub.fail(Fault("status", method="POST", path=f"{repo}/commit/", status=403, times=9))
