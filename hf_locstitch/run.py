@@ -89,6 +89,8 @@ class Run:
             selections = self.localize(inputs) if self.plan.masked else {}
             self.write_masks(selections)
             overlap, shards = self.write_shards(inputs, selections, background)
+            for selection in selections.values():
+                selection.close()
         files = self._gather_hashes()
         records: list[manifest.Manifest] = []
         self.processes.on_first(lambda: records.append(self.finish(files, overlap, shards, began)))

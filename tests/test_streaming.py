@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import torch
+from huggingface_hub import constants
 from models import State, finetune, random_state, save, save_sharded
 from test_run import carry_out, files_of
 
@@ -24,7 +27,7 @@ from hf_locstitch.checkpoints.pieces import byte_ranges, most_held
 from hf_locstitch.checkpoints.ref import Ref
 from hf_locstitch.cost import estimate
 from hf_locstitch.demo.hub import Fault, LoopbackHub
-from hf_locstitch.errors import IntegrityError, RecipeError
+from hf_locstitch.errors import DownloadError, IntegrityError, RecipeError, WorkError
 from hf_locstitch.localize.scan import Scan
 from hf_locstitch.merger import Merger
 from hf_locstitch.progress import Progress
@@ -106,10 +109,6 @@ def expected(repos: list[str], home_hub: LoopbackHub, tmp_path: Path) -> dict[st
 
 
 def empty_cache() -> None:
-    import shutil
-
-    from huggingface_hub import constants
-
     shutil.rmtree(constants.HF_HUB_CACHE)
 
 
@@ -205,8 +204,6 @@ def test_the_disk_never_holds_more_than_planned(
         }
     )
     plan = plan_merge(recipe, PASSING)
-    from huggingface_hub import constants
-
     with watched(Path(constants.HF_HOME) / "hf-locstitch") as seen:
         merge(recipe, plan, Progress(False))
     planned = estimate(plan).disk
@@ -321,6 +318,66 @@ def test_faults_on_the_wire(
     home_hub.fail(replace(fault, method="GET", path=f"{repos[1]}/resolve/.*safetensors", skip=skip))
     assert merged(repos, tmp_path / "out", how) == expected
     assert not home_hub.faults
+
+
+@pytest.mark.parametrize("how", [CACHING, PASSING], ids=["caching", "passing"])
+def test_a_token_that_expires(
+    repos: list[str], expected: dict[str, str], home_hub: LoopbackHub, tmp_path: Path, how: Settings
+) -> None:
+    home_hub.fail(Fault("cut", method="GET", path=f"{repos[1]}/resolve/.*safetensors", after_bytes=500_000))
+    home_hub.fail(Fault("status", method="GET", path=f"{repos[1]}/resolve/.*safetensors", skip=2, status=401))
+    with pytest.raises(DownloadError, match=r"is no more.*same command again"):
+        merged(repos, tmp_path / "out", how)
+    assert not home_hub.faults and not (tmp_path / "out").exists()
+    assert merged(repos, tmp_path / "out", how) == expected
+
+
+@pytest.mark.parametrize("how", [CACHING, PASSING], ids=["caching", "passing"])
+def test_a_stalled_connection(
+    repos: list[str],
+    expected: dict[str, str],
+    home_hub: LoopbackHub,
+    tmp_path: Path,
+    how: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    stall = Fault("stall", method="GET", path=f"{repos[1]}/resolve/.*safetensors", after_bytes=500_000, seconds=20)
+    home_hub.fail(stall)
+    began = time.monotonic()
+    assert merged(repos, tmp_path / "out", how) == expected
+    assert not home_hub.faults and time.monotonic() - began < 15
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts, or resizes, a file system of so many bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def resize(size: int) -> Path:
+        option = "remount," if folder.is_mount() else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{option}size={size}", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs the right to mount a tmpfs")
+        return folder
+
+    yield resize
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("how", [CACHING, PASSING], ids=["caching", "passing"])
+@pytest.mark.parametrize("size", [100_000, 700_000, 1_300_000, 2_000_000, 2_600_000])
+def test_a_full_disk(
+    repos: list[str], expected: dict[str, str], small_disk: Callable[[int], Path], how: Settings, size: int
+) -> None:
+    folder = small_disk(size)
+    with pytest.raises(WorkError, match=r"is full.*same command again"):
+        merged(repos, folder / "out", how)
+    assert not (folder / "out").exists()
+    small_disk(20_000_000)
+    assert merged(repos, folder / "out", how) == expected
 
 
 def test_a_branch_that_moves_meanwhile(

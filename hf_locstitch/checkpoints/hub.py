@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from io import RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from huggingface_hub import (
     HfApi,
@@ -167,8 +167,18 @@ class HubSource:
             except Exception as error:
                 failures = 0 if at > before else failures + 1
                 if not is_passing(error) or failures >= ATTEMPTS:
-                    raise_clearly(error, self._repo, self._commit, self._endpoint)
+                    self._give_up(error)
                 time.sleep(wait_before(failures, error))
+
+    def _give_up(self, error: Exception) -> NoReturn:
+        """In the middle of a file: what was a right request when the headers were read is one that failed now."""
+        try:
+            raise_clearly(error, self._repo, self._commit, self._endpoint)
+        except CheckpointError as refusal:
+            raise DownloadError(
+                f"{self.label} was open to this token and is no more: {refusal} Then give the same command again; "
+                "what is done is not done again."
+            ) from error
 
     def sha256(self, file: str) -> str:
         if promised := self._files[file].sha256:

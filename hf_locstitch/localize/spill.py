@@ -7,6 +7,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ class Spill:
         self.sure = np.zeros(chunks, dtype=np.int64)
         self.open = np.zeros(chunks, dtype=np.int64)
         self.done = np.zeros(chunks, dtype=bool)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        self._file = _open_both_ways(path)
         self._take_up()
         self._index = self._index_path.open("ab", buffering=0)
 
@@ -56,7 +57,7 @@ class Spill:
                 if self._trusted is not None and not self._trusted[chunk]:
                     continue
                 size = self._size(sure + inside, inside)
-                if zlib.crc32(os.pread(self._fd, size, offset)) == crc:
+                if zlib.crc32(os.pread(self._file.fileno(), size, offset)) == crc:
                     self._offsets[chunk], self.sure[chunk], self.open[chunk] = offset, sure, inside
                     self.done[chunk] = True
                     self.size = max(self.size, offset + size)
@@ -79,7 +80,7 @@ class Spill:
         size = self._size(len(positions), len(inside))
         with self._lock:
             offset, self.size = self.size, self.size + size
-        crc = _write_block(self._fd, offset, positions.astype(np.uint32), chosen, scores)
+        crc = _write_block(self._file.fileno(), offset, positions.astype(np.uint32), chosen, scores)
         self._offsets[index], self.sure[index], self.open[index] = offset, len(sure), len(inside)
         self._index.write(RECORD.pack(index, offset, len(sure), len(inside), crc))
         self.done[index] = True
@@ -88,7 +89,8 @@ class Spill:
         """Drop the candidates of each chunk whose scores do not reach low_of(chunk). Nobody may append meanwhile."""
         new = self._path.with_name(self._path.name + ".new")
         new_index = self._path.with_name(self._path.name + ".index.new")
-        offset, fd = 0, os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        new.unlink(missing_ok=True)
+        offset, file = 0, _open_both_ways(new)
         with new_index.open("wb") as index:
             index.write(self._heading)
             for chunk in np.flatnonzero(self.done).tolist():
@@ -96,23 +98,22 @@ class Spill:
                 sure = int(self.sure[chunk])
                 keep = np.concatenate([np.arange(sure), sure + np.flatnonzero(scores >= low_of(chunk))])
                 scores = scores[keep[sure:] - sure]
-                crc = _write_block(fd, offset, positions[keep], values[torch.from_numpy(keep)], scores)
+                crc = _write_block(file.fileno(), offset, positions[keep], values[torch.from_numpy(keep)], scores)
                 self._offsets[chunk], self.open[chunk] = offset, len(scores)
                 index.write(RECORD.pack(chunk, offset, sure, len(scores), crc))
                 offset += self._size(len(keep), len(scores))
         # Killed between the two renames, the old index does not fit the new blocks, and their checksums tell.
         new.replace(self._path)
         new_index.replace(self._index_path)
-        os.close(self._fd)
-        self._index.close()
-        self._fd, self.size = fd, offset
+        self.close()
+        self._file, self.size = file, offset
         self._index = self._index_path.open("ab", buffering=0)
 
     def scores(self, index: int) -> npt.NDArray[np.int32]:
         """Of the candidates inside the bracket."""
         count, sure = int(self.open[index]), int(self.sure[index])
         start = self._offsets[index] + self._size(sure + count, 0)
-        return np.frombuffer(os.pread(self._fd, 4 * count, start), dtype=np.int32)
+        return np.frombuffer(os.pread(self._file.fileno(), 4 * count, start), dtype=np.int32)
 
     def read(self, index: int) -> tuple[npt.NDArray[np.uint32], torch.Tensor, npt.NDArray[np.int32]]:
         """Positions and values of all candidates, scores of those inside the bracket, which come last."""
@@ -120,7 +121,7 @@ class Spill:
         count = int(self.sure[index]) + inside
         if count == 0:
             return np.empty(0, np.uint32), torch.empty(0, dtype=self._dtype), np.empty(0, np.int32)
-        raw = bytearray(os.pread(self._fd, self._size(count, inside), self._offsets[index]))
+        raw = bytearray(os.pread(self._file.fileno(), self._size(count, inside), self._offsets[index]))
         return (
             np.frombuffer(raw, np.uint32, count),
             torch.frombuffer(raw, dtype=self._dtype, count=count, offset=4 * count),
@@ -128,8 +129,13 @@ class Spill:
         )
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
         self._index.close()
+
+
+def _open_both_ways(path: Path) -> FileIO:
+    """To read and write, made if need be; what is there stays."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
 
 
 def _write_block(fd: int, offset: int, positions: Ints, values: torch.Tensor, scores: Ints) -> int:
