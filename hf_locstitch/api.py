@@ -16,7 +16,7 @@ from hf_locstitch.errors import PublishError, RecipeError
 from hf_locstitch.hashes import InputHashes
 from hf_locstitch.localize.magnitude import Magnitude
 from hf_locstitch.plan import MergePlan, finetuned_names, make_plan
-from hf_locstitch.progress import Progress
+from hf_locstitch.progress import Progress, only_our_bars
 from hf_locstitch.recipe import Recipe, make_recipe
 from hf_locstitch.settings import DEFAULT, Settings, make_settings
 
@@ -89,7 +89,7 @@ def plan_merge(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan:
     """Pin every revision, read every header, and plan. Raises RequestError with all that is wrong."""
     refs = [parse_ref(entry.ref) for entry in (recipe.base, *recipe.finetuned)]
     names = finetuned_names(recipe, [ref.name for ref in refs[1:]])
-    with ThreadPoolExecutor(min(8, len(refs))) as pool:
+    with only_our_bars(), ThreadPoolExecutor(min(8, len(refs))) as pool:
         base, *finetuned = pool.map(open_checkpoint, refs)
     return make_plan(recipe, base, dict(zip(names, finetuned, strict=True)), settings)
 
@@ -110,9 +110,10 @@ def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
         from hf_locstitch.publish import check_target
 
         check_target(recipe.push_to)
-    if recipe.out is None:
-        return _merge_and_push(recipe, plan, progress, processes)
-    return _merge_into(recipe.out, recipe, plan, progress, processes)
+    with only_our_bars():
+        if recipe.out is None:
+            return _merge_and_push(recipe, plan, progress, processes)
+        return _merge_into(recipe.out, recipe, plan, progress, processes)
 
 
 def _merge_into(out: Path, recipe: Recipe, plan: MergePlan, progress: Progress, processes: Processes) -> MergeResult:

@@ -13,6 +13,21 @@ from tqdm import tqdm
 Advance = Callable[[int], None]
 
 
+@contextmanager
+def only_our_bars() -> Iterator[None]:
+    """The Hub's client shows none meanwhile: they would tell of the same bytes again, even where all is to be quiet."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 class Progress:
     """show: None means only on a terminal. HF_HUB_DISABLE_PROGRESS_BARS=1 hides them always."""
 

@@ -12,9 +12,9 @@ from hf_locstitch.errors import RecipeError
 IMPORTS_BYTES = 330_000_000  # resident after importing torch and the Hub's client; measured
 CHUNK_BYTES_PER_ELEMENT = 40  # one worker's buffers, measured with a margin
 
-BATCH = 8  # chunks for each worker between two looks at the size of temporary files
+BATCH = 4  # chunks for each worker between two looks at the size of temporary files
 COMPACT_FROM = 1.5  # a temporary file is tidied up when it has so many times the bytes still needed,
-COMPACT_SLACK = 32_000_000  # and so many more
+COMPACT_SLACK = 16_000_000  # and so many more
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Settings:
     chunk: int = CHUNK
     workers: int = field(default_factory=worker_count)
     cache: bool = True
-    window: int = 64_000_000
+    window: int = 32_000_000
 
     @property
     def memory(self) -> int:
