@@ -22,7 +22,7 @@ import torch
 
 from hf_locstitch.chunks import Chunk, for_each
 from hf_locstitch.localize.bracket import ABOVE_ALL, BINS, Bracket, Ints, RisingBracket, histogram_bracket
-from hf_locstitch.localize.spill import Spill
+from hf_locstitch.localize.spill import Candidates, Spill
 from hf_locstitch.processes import Processes
 from hf_locstitch.settings import COMPACT_FROM, COMPACT_SLACK
 
@@ -40,10 +40,10 @@ def evenly(first: int, count: int, keep: int, total: int) -> Bools:
 
 @dataclass(frozen=True)
 class Kept:
-    """What one mask keeps of one chunk, in no particular order.
+    """What one mask keeps of one chunk.
 
-    positions: [m], from the chunk's start; values: [m] in the finetuned dtype. unchanged: [u] further positions,
-    where the finetuned value is the base's, bit for bit.
+    positions: [m], ascending, from the chunk's start; values: [m] in the finetuned dtype. unchanged: [u] further
+    positions, where the finetuned value is the base's, bit for bit.
     """
 
     positions: npt.NDArray[np.int64]
@@ -52,6 +52,8 @@ class Kept:
 
     def ascending(self) -> npt.NDArray[np.int64]:
         """All positions, sorted."""
+        if not len(self.unchanged):
+            return self.positions
         return np.sort(np.concatenate([self.positions, self.unchanged]), kind="stable")  # merges sorted runs
 
 
@@ -108,9 +110,9 @@ class Selection:
         bracket = self.bracket(chunk)
         positions = np.flatnonzero(scores >= bracket.low) if changed is None else np.flatnonzero(changed)
         found = scores.take(positions)
-        inside = found < bracket.high
-        sure, open_ = np.flatnonzero(~inside), np.flatnonzero(inside)
-        self._spill.append(chunk.index, positions.take(sure), positions.take(open_), found.take(open_), values)
+        chosen = values.index_select(0, torch.from_numpy(positions)).to(self._spill.dtype)
+        sure = found >= bracket.high
+        self._spill.append(chunk.index, Candidates(positions, chosen, sure, found.take(np.flatnonzero(~sure))))
         self._see(chunk, found)
         return int(found.max(initial=0))
 
@@ -199,27 +201,23 @@ class Selection:
     def kept(self, chunk: Chunk) -> Kept:
         """The mask and the finetuned values in one chunk."""
         threshold = self._thresholds[self._group_of[chunk.tensor]]
-        positions, values, scores = self._spill.read(chunk.index)
-        sure = len(positions) - len(scores)
-        keep = scores > threshold.bits  # of those inside the bracket
+        found = self._spill.read(chunk.index)
+        keep = found.scores > threshold.bits
         unchanged = np.empty(0, dtype=np.int64)
         if threshold.keep:
             first = int(self._tie_starts[chunk.index])
             if threshold.bits:
-                tied = np.flatnonzero(scores == threshold.bits)
+                tied = np.flatnonzero(found.scores == threshold.bits)
                 keep[tied[evenly(first, len(tied), threshold.keep, threshold.ties)]] = True
             else:  # every element without a score is tied, in the spill or not
-                scored = np.zeros(chunk.count, dtype=bool)
-                scored[positions[:sure]] = True
-                scored[positions[sure:][keep]] = True
-                tied = np.flatnonzero(~scored)
-                chosen = tied[evenly(first, len(tied), threshold.keep, threshold.ties)]
-                in_spill = np.isin(positions[sure:], chosen)
+                inside = found.positions[~found.sure]
+                tied = np.ones(chunk.count, dtype=bool)
+                tied[found.positions[found.sure]] = False
+                tied[inside[keep]] = False
+                places = np.flatnonzero(tied)
+                chosen = places[evenly(first, len(places), threshold.keep, threshold.ties)]
+                in_spill = np.isin(inside, chosen)
                 keep |= in_spill
-                unchanged = np.setdiff1d(chosen, positions[sure:][in_spill], assume_unique=True)
-        where = np.flatnonzero(keep) + sure
-        return Kept(
-            np.concatenate([positions[:sure], positions[where]]).astype(np.int64),
-            torch.cat([values[:sure], values[torch.from_numpy(where)]]),
-            unchanged,
-        )
+                unchanged = np.setdiff1d(chosen, inside[in_spill], assume_unique=True)
+        kept = found.among(keep)
+        return Kept(kept.positions, kept.values, unchanged)

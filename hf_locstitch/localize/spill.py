@@ -6,31 +6,70 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 
 RECORD = struct.Struct("<QQQQQ")  # chunk, offset, sure, inside, CRC-32 of the block
 
 
-class Spill:
-    """Candidates of one finetune in one file, chunk by chunk: positions uint32, values, scores int32.
+SURE = np.uint32(1 << 31)  # flag of a position
 
-    First come those whose scores are above the bracket (their scores are not stored), then those inside. An index
-    beside the file says which chunks are done: a later process with the same `heading` goes on with them, each
-    block checked first.
+
+@dataclass(frozen=True)
+class Candidates:
+    """What may be kept of one chunk. positions: [m], ascending, from the chunk's start; values: [m], finetuned.
+
+    sure: which lie above the bracket [m]; scores: of the others, in their order.
+    """
+
+    positions: npt.NDArray[np.int64]
+    values: torch.Tensor
+    sure: Bools
+    scores: npt.NDArray[np.int32]
+
+    def reaching(self, low: int) -> Candidates:
+        """Those that are sure or whose scores are at least `low`."""
+        enough = self.scores >= low
+        return replace(self.where(_spread(self.sure, enough)), scores=self.scores[enough])
+
+    def among(self, inside: Bools) -> Candidates:
+        """Those that are sure, and of the others the chosen ones [as scores]; without scores."""
+        return self.where(_spread(self.sure, inside))
+
+    def where(self, chosen: Bools) -> Candidates:
+        if chosen.all():
+            return self
+        places = np.flatnonzero(chosen)
+        values = self.values.index_select(0, torch.from_numpy(places))
+        return Candidates(self.positions.take(places), values, self.sure.take(places), self.scores)
+
+
+def _spread(sure: Bools, inside: Bools) -> Bools:
+    """True where sure, and where one that is not is chosen."""
+    chosen = sure.copy()
+    chosen[np.flatnonzero(~sure)] = inside  # several times faster than by the bools themselves
+    return chosen
+
+
+class Spill:
+    """Candidates of one finetune in one file, chunk by chunk: positions uint32 whose top bit is `sure`, values, scores.
+
+    An index beside the file says which chunks are done: a later process with the same `heading` goes on with them,
+    each block checked first.
     """
 
     def __init__(self, path: Path, chunks: int, dtype: torch.dtype, heading: str, trusted: Bools | None = None) -> None:
         """trusted: of which chunks [chunks] an earlier process's candidates are believed; all by default."""
-        self._path, self._dtype, self._heading = path, dtype, heading.encode() + b"\n"
+        self._path, self.dtype, self._heading = path, dtype, heading.encode() + b"\n"
         self._lock = threading.Lock()
         self._trusted = trusted
         self.size = 0  # bytes
@@ -68,22 +107,26 @@ class Spill:
         return self._size(candidates, candidates)
 
     def _size(self, count: int, inside: int) -> int:
-        return (4 + self._dtype.itemsize) * count + 4 * inside
+        return (4 + self.dtype.itemsize) * count + 4 * inside
 
-    def append(self, index: int, sure: Ints, inside: Ints, scores: Ints, values: torch.Tensor) -> None:
-        """Keep the candidates of chunk `index`; safe to call from several threads.
-
-        sure, inside: positions; scores: of those inside; values: of the whole chunk.
-        """
-        positions = np.concatenate([sure, inside])
-        chosen = values.index_select(0, torch.from_numpy(positions)).to(self._dtype)
-        size = self._size(len(positions), len(inside))
+    def append(self, index: int, kept: Candidates) -> None:
+        """Keep the candidates of chunk `index`; safe to call from several threads."""
+        size = self._size(len(kept.positions), len(kept.scores))
         with self._lock:
             offset, self.size = self.size, self.size + size
-        crc = _write_block(self._file.fileno(), offset, positions.astype(np.uint32), chosen, scores)
-        self._offsets[index], self.sure[index], self.open[index] = offset, len(sure), len(inside)
-        self._index.write(RECORD.pack(index, offset, len(sure), len(inside), crc))
+        record = self._write(self._file, offset, index, kept)
+        self._index.write(record)
         self.done[index] = True
+
+    def _write(self, file: FileIO, offset: int, index: int, kept: Candidates) -> bytes:
+        """Returns the index's record."""
+        flagged = kept.positions.astype(np.uint32)
+        flagged[kept.sure] |= SURE
+        crc = _write_parts(file.fileno(), offset, (flagged, kept.values.view(torch.uint8).numpy(), kept.scores))
+        inside = len(kept.scores)
+        sure = len(flagged) - inside
+        self._offsets[index], self.sure[index], self.open[index] = offset, sure, inside
+        return RECORD.pack(index, offset, sure, inside, crc)
 
     def compact(self, low_of: Callable[[int], int]) -> None:
         """Drop the candidates of each chunk whose scores do not reach low_of(chunk). Nobody may append meanwhile."""
@@ -94,14 +137,8 @@ class Spill:
         with new_index.open("wb") as index:
             index.write(self._heading)
             for chunk in np.flatnonzero(self.done).tolist():
-                positions, values, scores = self.read(chunk)
-                sure = int(self.sure[chunk])
-                keep = np.concatenate([np.arange(sure), sure + np.flatnonzero(scores >= low_of(chunk))])
-                scores = scores[keep[sure:] - sure]
-                crc = _write_block(file.fileno(), offset, positions[keep], values[torch.from_numpy(keep)], scores)
-                self._offsets[chunk], self.open[chunk] = offset, len(scores)
-                index.write(RECORD.pack(chunk, offset, sure, len(scores), crc))
-                offset += self._size(len(keep), len(scores))
+                index.write(self._write(file, offset, chunk, self.read(chunk).reaching(low_of(chunk))))
+                offset += self._size(int(self.sure[chunk] + self.open[chunk]), int(self.open[chunk]))
         # Killed between the two renames, the old index does not fit the new blocks, and their checksums tell.
         new.replace(self._path)
         new_index.replace(self._index_path)
@@ -115,16 +152,20 @@ class Spill:
         start = self._offsets[index] + self._size(sure + count, 0)
         return np.frombuffer(os.pread(self._file.fileno(), 4 * count, start), dtype=np.int32)
 
-    def read(self, index: int) -> tuple[npt.NDArray[np.uint32], torch.Tensor, npt.NDArray[np.int32]]:
-        """Positions and values of all candidates, scores of those inside the bracket, which come last."""
+    def read(self, index: int) -> Candidates:
+        """Of one chunk."""
         inside = int(self.open[index])
         count = int(self.sure[index]) + inside
         if count == 0:
-            return np.empty(0, np.uint32), torch.empty(0, dtype=self._dtype), np.empty(0, np.int32)
+            return Candidates(
+                np.empty(0, np.int64), torch.empty(0, dtype=self.dtype), np.empty(0, bool), np.empty(0, np.int32)
+            )
         raw = bytearray(os.pread(self._file.fileno(), self._size(count, inside), self._offsets[index]))
-        return (
-            np.frombuffer(raw, np.uint32, count),
-            torch.frombuffer(raw, dtype=self._dtype, count=count, offset=4 * count),
+        flagged = np.frombuffer(raw, np.uint32, count)
+        return Candidates(
+            (flagged & ~SURE).astype(np.int64),
+            torch.frombuffer(raw, dtype=self.dtype, count=count, offset=4 * count),
+            flagged >= SURE,
             np.frombuffer(raw, np.int32, offset=self._size(count, 0)),
         )
 
@@ -138,10 +179,10 @@ def _open_both_ways(path: Path) -> FileIO:
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
 
 
-def _write_block(fd: int, offset: int, positions: Ints, values: torch.Tensor, scores: Ints) -> int:
-    """Returns the block's CRC-32."""
+def _write_parts(fd: int, offset: int, parts: Iterable[npt.NDArray[Any]]) -> int:
+    """One after the other. Returns their CRC-32."""
     crc = 0
-    for part in (positions, values.view(torch.uint8).numpy(), scores):
+    for part in parts:
         view = np.ascontiguousarray(part).data.cast("B") if part.nbytes else memoryview(b"")
         crc = zlib.crc32(view, crc)
         while view:
