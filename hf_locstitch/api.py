@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_locstitch.checkpoints.checkpoint import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
@@ -62,6 +62,7 @@ def merge_from_hub(
     names: Sequence[str] | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
     show_progress: bool | None = None,
     **options: Any,
 ) -> MergeResult:
@@ -70,6 +71,7 @@ def merge_from_hub(
     base, finetuned: folders, org/name or org/name@revision. At least one of out (a folder that does not exist yet)
     and push_to (org/name) says where the result goes. names: what the masks are called; the refs' last parts by
     default. cache: False streams the inputs and keeps none of them. max_memory: bytes, or such as "1GB".
+    device: where models are compared; the bytes are the same.
     options: any further field of a recipe (scale, include, exclude, dtype, shard_size, private, …).
     show_progress: None shows bars on a terminal only.
 
@@ -82,7 +84,7 @@ def merge_from_hub(
         entries = [{**entry, "name": name} for entry, name in zip(entries, names, strict=True)]
     fields = {"base": str(base), "finetuned": entries, "localizer": localizer, "out": out, "push_to": push_to}
     recipe = make_recipe({**fields, **options})
-    return merge(recipe, plan_merge(recipe, make_settings(cache, max_memory)), Progress(show_progress))
+    return merge(recipe, plan_merge(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
 
 
 def plan_merge(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan:

@@ -100,6 +100,9 @@ def _add_merge(commands: Any) -> None:
         "--no-cache", action="store_true", help="stream: no model stays on this machine, nor in the cache"
     )
     output.add_argument("--max-memory", metavar="SIZE", help="such as 1GB: fewer threads and smaller chunks if need be")
+    output.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where models are compared (default: cpu)"
+    )
     output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     output.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
@@ -163,7 +166,7 @@ def merge(args: argparse.Namespace) -> int:
     recipe = make_recipe(_fields(args), where=str(args.recipe or "the command"))
     if not args.dry_run and recipe.out is None and recipe.push_to is None:
         raise RecipeError("nothing says where the merge goes: give --out DIR, --push-to ORG/NAME, or both.")
-    plan = plan_merge(recipe, make_settings(cache=not args.no_cache, max_memory=args.max_memory))
+    plan = plan_merge(recipe, make_settings(cache=not args.no_cache, max_memory=args.max_memory, device=args.device))
     quiet = args.quiet or not _speaks()
     if args.dry_run:
         print(json.dumps(plan_json(plan), indent=2) if args.json else format_plan(plan))

@@ -39,6 +39,10 @@ class Processes:
         """Do `work` in every process and wait for all; the first error of any is raised in each."""
         return work()
 
+    def device(self, kind: str) -> str:
+        """This process's device of a kind, "cpu" or "cuda", as torch names it."""
+        return kind
+
     def end(self) -> None:
         """Wait for all and part in good order; after an error the launcher ends the others."""
 
@@ -63,6 +67,10 @@ class DistributedProcesses(Processes):
         on_device = torch.from_numpy(np.ascontiguousarray(counts)).to(self._state.device)
         torch.distributed.all_reduce(on_device)
         return on_device.cpu().numpy()
+
+    def device(self, kind: str) -> str:
+        own = str(self._state.device)
+        return own if own.startswith(kind) else kind
 
     def gather(self, value: T) -> list[T]:
         import torch

@@ -122,6 +122,7 @@ class Run:
                 processes=self.processes,
                 chunk=self.settings.chunk,
                 workers=self.settings.workers,
+                device=self.processes.device(self.settings.device),
                 trusted=self._trusted,
                 allow_non_finite=plan.recipe.allow_non_finite,
                 advance=advance,

@@ -21,13 +21,15 @@ COMPACT_SLACK = 16_000_000  # and so many more
 class Settings:
     """chunk: elements handled at once by each of `workers` threads. cache: keep downloads in the user's Hub cache.
 
-    window: bytes of each input that may lie on the disk ahead of their use, without the cache.
+    window: bytes of each input that may lie on the disk ahead of their use, without the cache. device: where chunks
+    are compared, as torch names it.
     """
 
     chunk: int = CHUNK
     workers: int = field(default_factory=worker_count)
     cache: bool = True
     window: int = 32_000_000
+    device: str = "cpu"
 
     @property
     def memory(self) -> int:
@@ -50,9 +52,16 @@ class Settings:
 DEFAULT = Settings()
 
 
-def make_settings(cache: bool = True, max_memory: int | str | None = None) -> Settings:
-    """max_memory: bytes, or such as "1GB". Raises RecipeError."""
-    settings = replace(DEFAULT, cache=cache)
+def make_settings(cache: bool = True, max_memory: int | str | None = None, device: str = "cpu") -> Settings:
+    """max_memory: bytes, or such as "1GB". device: "cpu" or "cuda". Raises RecipeError."""
+    if device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RecipeError(
+                f"--device {device} is asked for, but torch {torch.__version__} finds no CUDA device here."
+            )
+    settings = replace(DEFAULT, cache=cache, device=device)
     if max_memory is None:
         return settings
     try:

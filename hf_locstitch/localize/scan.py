@@ -30,6 +30,7 @@ from hf_locstitch.localize.bracket import (
     histogram_bracket,
     sample_bracket,
 )
+from hf_locstitch.localize.candidates import Finder, OnCpu, OnDevice, magnitude_scores
 from hf_locstitch.localize.selection import BracketMissed, Selection
 from hf_locstitch.localize.spill import Spill
 from hf_locstitch.processes import Processes
@@ -41,13 +42,6 @@ SAMPLE_RUN = 1 << 11  # neighbours sampled together: few places of a file are vi
 
 Group = tuple[Sequence[int], int]
 Readers = Mapping[str, CheckpointReader]  # "base" and the finetuned models
-
-
-def magnitude_scores(finetuned: torch.Tensor, base: torch.Tensor, out: torch.Tensor) -> npt.NDArray[np.int32]:
-    """Bits of |finetuned − base| in float32. base: float32 [n]; finetuned: any float [n]; out: float32 [≥ n]."""
-    task_vector = out[: len(finetuned)].copy_(finetuned)
-    task_vector.sub_(base).abs_()
-    return task_vector.view(torch.int32).numpy()
 
 
 class Scan:
@@ -69,6 +63,7 @@ class Scan:
         processes: Processes,
         chunk: int,
         workers: int,
+        device: str = "cpu",
         trusted: Callable[[str, str], bool] = lambda model, tensor: True,
         allow_non_finite: bool = False,
         advance: Callable[[int], object] = lambda _: None,
@@ -80,8 +75,9 @@ class Scan:
         self.chunks = chunks_of([info.numel for info in tensors], chunk)
         self.own_chunks = [chunk for chunk in self.chunks if self.names[chunk.tensor] in own]
         self.processes = processes
-        self._buffers = threading.local()
         self._chunk = chunk
+        self.cpu = OnCpu(chunk)
+        self.finder: Finder = self.cpu if device == "cpu" else OnDevice(device)
 
     def select(self, inputs: Readers) -> dict[str, Selection]:
         """The mask of each finetuned model, whose files all lie on this machine. Raises NonFiniteError."""
@@ -164,15 +160,11 @@ class Scan:
         self.advance(sum(self._nbytes(model, chunk) for model in selections if model not in todo))
         if not todo:
             return
-        original = inputs["base"].flat(name, chunk.first, chunk.count)
-        base, out = self._two_buffers()
-        base = base[: chunk.count].copy_(original)
+        self.finder.begin(inputs["base"].flat(name, chunk.first, chunk.count))
         for model, selection in todo.items():
             finetuned = inputs[model].flat(name, chunk.first, chunk.count)
-            from_zero = selection.bracket(chunk).low == 0
-            differs = differing_bits(finetuned, original) if from_zero else None
-            scores = magnitude_scores(finetuned, base, out)
-            largest = selection.offer(chunk, scores, None if differs is None else differs | (scores != 0), finetuned)
+            positions, scores = self.finder.find(finetuned, selection.bracket(chunk).low)
+            largest = selection.offer(chunk, positions, scores, finetuned)
             if largest >= NON_FINITE and not self.allow_non_finite:
                 self._raise_non_finite(inputs, model, chunk)
             inputs[model].release(name, chunk.first, chunk.count)
@@ -195,12 +187,6 @@ class Scan:
             "Leave the tensor out with --exclude."
         )
 
-    def _two_buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """This thread's float32 [chunk] buffers."""
-        if not hasattr(self._buffers, "pair"):
-            self._buffers.pair = torch.empty(self._chunk), torch.empty(self._chunk)
-        return self._buffers.pair
-
     def _exact_brackets(self, inputs: Readers, models: Sequence[str]) -> dict[str, list[FixedBracket]]:
         """From the histogram of every score: a pass more, for models that a sample misjudged."""
         groups_of = {tensor: group for group, (tensors, _) in enumerate(self.groups) for tensor in tensors}
@@ -209,10 +195,9 @@ class Scan:
 
         def count(chunk: Chunk) -> None:
             name = self.names[chunk.tensor]
-            base, out = self._two_buffers()
-            base = base[: chunk.count].copy_(inputs["base"].flat(name, chunk.first, chunk.count))
+            self.cpu.begin(inputs["base"].flat(name, chunk.first, chunk.count))
             for row, model in zip(counts, models, strict=True):
-                scores = magnitude_scores(inputs[model].flat(name, chunk.first, chunk.count), base, out)
+                scores = self.cpu.scores(inputs[model].flat(name, chunk.first, chunk.count))
                 part = np.bincount(scores >> 16, minlength=BINS)
                 with lock:
                     row[groups_of[chunk.tensor]] += part
@@ -250,14 +235,6 @@ class Scan:
             finetuned = inputs[model].flat(info.name, first, SAMPLE_RUN)
             rows.append(magnitude_scores(finetuned, base, torch.empty(SAMPLE_RUN)))
         return np.stack(rows) if rows else None
-
-
-def differing_bits(finetuned: torch.Tensor, base: torch.Tensor) -> npt.NDArray[np.bool_]:
-    """Where two tensors [n] differ in any bit, in float64 if their dtypes differ; 0.0 and −0.0 do. Returns [n]."""
-    if finetuned.dtype != base.dtype:
-        finetuned, base = finetuned.double(), base.double()
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.element_size()]
-    return finetuned.view(integer).numpy() != base.view(integer).numpy()
 
 
 def all_finite(values: torch.Tensor) -> bool:

@@ -102,19 +102,19 @@ class Selection:
     def bracket(self, chunk: Chunk) -> Bracket:
         return self._brackets[self._group_of[chunk.tensor]]
 
-    def offer(self, chunk: Chunk, scores: npt.NDArray[np.int32], changed: Bools | None, values: torch.Tensor) -> int:
-        """Keep a chunk's candidates. scores: bits [count]; values: [count]. Returns the largest candidate score.
+    def offer(
+        self, chunk: Chunk, positions: npt.NDArray[np.int64], scores: npt.NDArray[np.int32], values: torch.Tensor
+    ) -> int:
+        """Keep a chunk's candidates: what reaches its bracket. Returns the largest score.
 
-        changed: where values differ from the base [count], needed if the bracket begins at 0.
+        positions: [m], ascending; scores: bits [m]; values: of all elements [count].
         """
-        bracket = self.bracket(chunk)
-        positions = np.flatnonzero(scores >= bracket.low) if changed is None else np.flatnonzero(changed)
-        found = scores.take(positions)
         chosen = values.index_select(0, torch.from_numpy(positions)).to(self._spill.dtype)
-        sure = found >= bracket.high
-        self._spill.append(chunk.index, Candidates(positions, chosen, sure, found.take(np.flatnonzero(~sure))))
-        self._see(chunk, found)
-        return int(found.max(initial=0))
+        sure = scores >= self.bracket(chunk).high
+        inside = scores.take(np.flatnonzero(~sure))
+        self._spill.append(chunk.index, Candidates(positions, chosen, sure, inside))
+        self._see(chunk, scores)
+        return int(scores.max(initial=0))
 
     def _see(self, chunk: Chunk, candidates: Ints) -> None:
         bracket = self.bracket(chunk)

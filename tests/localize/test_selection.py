@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from hf_locstitch import Magnitude
 from hf_locstitch.localize.bracket import BINS, NON_FINITE, histogram_bracket, sample_bracket
+from hf_locstitch.localize.candidates import differing, magnitude_scores
 from hf_locstitch.localize.magnitude import exact_share
-from hf_locstitch.localize.scan import differing_bits, magnitude_scores
 from hf_locstitch.localize.selection import evenly
 
 
@@ -94,5 +94,5 @@ def test_differing_bits_tells_zeros_apart() -> None:
     base = torch.tensor([0.0, 0.0, 1.0])
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         finetuned = torch.tensor([0.0, -0.0, 1.0], dtype=dtype)
-        assert differing_bits(finetuned, base).tolist() == [False, True, False]
-    assert differing_bits(torch.tensor([1.0 + 1e-12], dtype=torch.float64), base[2:]).tolist() == [True]
+        assert differing(finetuned, base).tolist() == [False, True, False]
+    assert differing(torch.tensor([1.0 + 1e-12], dtype=torch.float64), base[2:]).tolist() == [True]
