@@ -65,10 +65,10 @@ class Merger:
         self._lock = threading.Lock()
         self._overlap = Overlap.none(len(plan.finetuned))
 
-    def write(self, shard: OutputShard, path: Path) -> Overlap:
+    def write(self, shard: OutputShard, path: Path, sync: bool) -> Overlap:
         """Fill this process's part of a shard whose file stands already. Returns how the masks overlap in it."""
         self._overlap = Overlap.none(len(self.plan.finetuned))
-        with SafetensorsWriter(path, shard.entries, shard.metadata, new=False) as writer:
+        with SafetensorsWriter(path, shard.entries, shard.metadata, new=False, sync=sync) as writer:
             for_each(lambda job: job(writer), self._jobs(shard), self.workers)
         return self._overlap
 

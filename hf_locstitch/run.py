@@ -19,7 +19,7 @@ from hf_locstitch.card import write_card
 from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE
 from hf_locstitch.checkpoints.side_files import copy_side_files
 from hf_locstitch.checkpoints.source import file_sha256
-from hf_locstitch.checkpoints.writer import SafetensorsWriter
+from hf_locstitch.checkpoints.writer import SafetensorsWriter, sync_file
 from hf_locstitch.hashes import InputHashes
 from hf_locstitch.inputs import Inputs, OpenInputs
 from hf_locstitch.localize.scan import Scan
@@ -215,13 +215,18 @@ class Run:
     def _write_shard(self, merger: Merger, shard: OutputShard) -> Overlap:
         path = self.place.stage / shard.file
         self.processes.on_first(lambda: SafetensorsWriter(path, shard.entries, shard.metadata).close())
-        own = self.processes.together(lambda: merger.write(shard, path))
+        # One process syncs in the background; many do it each for its part, for they may be on several machines.
+        own = self.processes.together(lambda: merger.write(shard, path, sync=self.processes.count > 1))
         return Overlap(self.processes.sum(own.covered), self.processes.sum(own.pairs))
 
     def _finish_shard(self, shard: OutputShard, overlap: Overlap) -> ShardRecord:
         """Hash a written shard and let it go up: nobody sees it before the commit."""
         path = self.place.stage / shard.file
-        record = ShardRecord(file_sha256(path), path.stat().st_size, overlap.covered.tolist(), overlap.pairs.tolist())
+        with ThreadPoolExecutor(1) as pool:
+            synced = pool.submit(sync_file, path)
+            sha256 = file_sha256(path)
+            synced.result()
+        record = ShardRecord(sha256, path.stat().st_size, overlap.covered.tolist(), overlap.pairs.tolist())
         if self.upload is not None:
             self.upload.add(self.place.stage, shard.file)
         return record

@@ -111,12 +111,12 @@ def test_what_is_done_is_not_done_again(
         offered.append(chunk.index)
         return offer(self, chunk, *args)
 
-    def cut_write(self, shard, path):  # type: ignore[no-untyped-def]
+    def cut_write(self, shard, path, sync):  # type: ignore[no-untyped-def]
         if len(written) == 4:
             written.append("cut")
             raise Killed
         written.append(shard.file)
-        return write(self, shard, path)
+        return write(self, shard, path, sync)
 
     monkeypatch.setattr(scan.Selection, "offer", count_offer)
     monkeypatch.setattr(Merger, "write", cut_write)
@@ -199,11 +199,11 @@ def test_a_finished_merge_is_recognised(inputs: list[Path], expected: dict[str, 
 def test_two_at_once(inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = Merger.write
 
-    def meanwhile(self, shard, path):  # type: ignore[no-untyped-def]
+    def meanwhile(self, shard, path, sync):  # type: ignore[no-untyped-def]
         monkeypatch.setattr(Merger, "write", write)
         with pytest.raises(OutputError, match="another process is making the same merge"):
             merge(inputs, tmp_path / "out")
-        return write(self, shard, path)
+        return write(self, shard, path, sync)
 
     monkeypatch.setattr(Merger, "write", meanwhile)
     merge(inputs, tmp_path / "out")

@@ -16,7 +16,8 @@ from hf_locstitch.checkpoints.header import encode_header
 class SafetensorsWriter:
     """A file for `tensors` (name, dtype, shape, bytes) in this order. Threads may write different places at once.
 
-    new: lay the file out; else another process has done so and this one fills in its part.
+    new: lay the file out; else another process has done so and this one fills in its part. sync: what was written is
+    on the disk when it is closed.
     """
 
     def __init__(
@@ -26,7 +27,9 @@ class SafetensorsWriter:
         metadata: Mapping[str, str],
         *,
         new: bool = True,
+        sync: bool = True,
     ) -> None:
+        self._sync = sync
         tensors = list(tensors)
         header = encode_header(tensors, metadata)
         self._starts: dict[str, int] = {}
@@ -54,7 +57,8 @@ class SafetensorsWriter:
             view, offset = view[count:], offset + count
 
     def close(self) -> None:
-        os.fsync(self._fd)
+        if self._sync:
+            os.fsync(self._fd)
         os.close(self._fd)
 
     def __enter__(self) -> SafetensorsWriter:
@@ -64,3 +68,9 @@ class SafetensorsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def sync_file(path: Path) -> None:
+    """Until all that was written to it is on the disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
