@@ -14,12 +14,17 @@ from hf_locstitch._version import __version__
 if TYPE_CHECKING:
     from hf_locstitch.api import MergeResult, merge_from_hub
     from hf_locstitch.errors import LocstitchError, RequestError, WorkError
+    from hf_locstitch.evaluation.main import evaluate
+    from hf_locstitch.evaluation.report import EvaluationReport
+    from hf_locstitch.inspection import Inspection, inspect
     from hf_locstitch.localize.magnitude import Magnitude
     from hf_locstitch.masks import load_mask
     from hf_locstitch.verification.main import verify
     from hf_locstitch.verification.report import VerifyReport
 
 __all__ = [
+    "EvaluationReport",
+    "Inspection",
     "LocstitchError",
     "Magnitude",
     "MergeResult",
@@ -27,18 +32,24 @@ __all__ = [
     "VerifyReport",
     "WorkError",
     "__version__",
+    "evaluate",
+    "inspect",
     "load_mask",
     "merge_from_hub",
     "verify",
 ]
 
 _HOME = {
+    "EvaluationReport": "evaluation.report",
+    "Inspection": "inspection",
     "LocstitchError": "errors",
     "Magnitude": "localize.magnitude",
     "MergeResult": "api",
     "RequestError": "errors",
     "VerifyReport": "verification.report",
     "WorkError": "errors",
+    "evaluate": "evaluation.main",
+    "inspect": "inspection",
     "load_mask": "masks",
     "merge_from_hub": "api",
     "verify": "verification.main",

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,8 @@ from hf_locstitch.recipe import Recipe, make_recipe
 from hf_locstitch.settings import DEFAULT, Settings, make_settings
 
 if TYPE_CHECKING:
+    from hf_locstitch.evaluation.main import AfterMerge
+    from hf_locstitch.evaluation.report import EvaluationReport
     from hf_locstitch.manifest import Manifest
     from hf_locstitch.processes import Processes
     from hf_locstitch.publish import Published, Upload
@@ -28,12 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """out: the folder, None if it was only pushed. url, commit: of the pushed repo, None if it was not."""
+    """out: the folder, None if it was only pushed. url, commit: of the pushed repo, None if it was not.
+
+    evaluation: if the recipe asked for one.
+    """
 
     out: Path | None
     url: str | None
     commit: str | None
     manifest: Manifest
+    evaluation: EvaluationReport | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -41,6 +47,7 @@ class MergeResult:
             "url": self.url,
             "commit": self.commit,
             "manifest": asdict(self.manifest),
+            **({"evaluation": self.evaluation.as_json()} if self.evaluation else {}),
         }
 
     def describe(self) -> str:
@@ -49,6 +56,7 @@ class MergeResult:
         lines += [f"published  {self.url} at {self.commit}"] if self.url else []
         densities = [f"{name} {100 * mask.real_density:.4g} %" for name, mask in self.manifest.masks.items()]
         lines += ["density    " + ", ".join(densities)] if densities else []
+        lines += ["", self.evaluation.describe()] if self.evaluation else []
         return "\n".join(lines)
 
 
@@ -113,9 +121,31 @@ def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
 
         check_target(recipe.push_to)
     with only_our_bars():
-        if recipe.out is None:
+        if recipe.out is not None:
+            return _merge_into(recipe.out, recipe, plan, progress, processes)
+        if recipe.evaluate is None:
             return _merge_and_push(recipe, plan, progress, processes)
-        return _merge_into(recipe.out, recipe, plan, progress, processes)
+        scratch = _scratch(recipe)
+        result = _merge_into(scratch / "merged", recipe, plan, progress, processes)
+        if processes.first:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return replace(result, out=None)
+
+
+def _judge(recipe: Recipe, plan: MergePlan) -> AfterMerge | None:
+    """The evaluation that the recipe asks for, if any. Raises RequestError."""
+    if recipe.evaluate is None:
+        return None
+    from hf_locstitch.evaluation.main import AfterMerge
+
+    return AfterMerge(recipe, plan)
+
+
+def _scratch(recipe: Recipe) -> Path:
+    """Where a merge lies that is only pushed: found again by the same command if this one is cut short."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "hf-locstitch" / str(recipe.push_to).replace("/", "--")
 
 
 def _merge_into(out: Path, recipe: Recipe, plan: MergePlan, progress: Progress, processes: Processes) -> MergeResult:
@@ -124,28 +154,27 @@ def _merge_into(out: Path, recipe: Recipe, plan: MergePlan, progress: Progress, 
     record = check_out(out, plan)
     if record is None:
         check_disk(out, plan)
+    judge = _judge(recipe, plan)
     with _upload(recipe, processes) as upload:
         record = record or _run(plan, out, progress, processes, upload)
+        report = judge.run(out, processes) if judge else None
         processes.end()
         if upload is None:
-            return MergeResult(out, None, None, record)
+            return MergeResult(out, None, None, record, report)
         try:
             published = upload.commit(out, _message(plan), progress)
         except PublishError as error:
             raise PublishError(
                 f"the merge is complete in {out}, but {error} Or upload it by hand: hf upload {recipe.push_to} {out}"
             ) from error
-    return MergeResult(out, published.url, published.commit, record)
+    return MergeResult(out, published.url, published.commit, record, report)
 
 
 def _merge_and_push(recipe: Recipe, plan: MergePlan, progress: Progress, processes: Processes) -> MergeResult:
     """Nothing stays on this machine; what a failure leaves is found again by the same command."""
-    from huggingface_hub import constants
-
     from hf_locstitch.places import check_disk
 
-    repo = str(recipe.push_to)
-    scratch = Path(constants.HF_HOME) / "hf-locstitch" / repo.replace("/", "--")
+    scratch = _scratch(recipe)
     check_disk(scratch, plan)
     published: list[Published] = []
     with _upload(recipe, processes, discard=not plan.settings.cache) as upload:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.manifest import Manifest
 from hf_locstitch.plan import MergePlan
 
+NON_COMMERCIAL = re.compile(r"(^|[^a-z])(nc|non-?commercial|research)([^a-z]|$)", re.IGNORECASE)
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 
 
@@ -33,6 +36,45 @@ def licence(plan: MergePlan) -> str | None:
     return licences.pop() if len(licences) == 1 else "other" if licences else None
 
 
+def licence_of(checkpoint: Checkpoint) -> str:
+    """For people: the Hub's identifier, and the licence's own name where that says only "other"."""
+    licence, name = checkpoint.card.get("license"), checkpoint.card.get("license_name")
+    return f"{licence} ({name})" if licence and name else str(licence or "not named")
+
+
+def licence_note(plan: MergePlan) -> str:
+    """What the parents' licences mean for the merge; nothing if all are alike and allow commercial use."""
+    licences = {name: licence_of(checkpoint) for name, checkpoint in plan.inputs.items()}
+    notes = []
+    if len(set(licences.values())) > 1:
+        notes.append("they differ, and a merge is bound by all of them.")
+    if closed := [f"{name} ({licence})" for name, licence in licences.items() if NON_COMMERCIAL.search(licence)]:
+        notes.append(f"not for commercial use, because of {', '.join(closed)}.")
+    return " ".join(notes)[:1].upper() + " ".join(notes)[1:]
+
+
+def settings(plan: MergePlan, record: Manifest) -> dict[str, str]:
+    """Every setting of the merge in words, Markdown."""
+    recipe = plan.recipe
+    rows = {
+        "method": f"`{recipe.method}` ({plan.method.title})",
+        **({"localizer": plan.localizer.describe()} if plan.masked else {}),
+        "scale": f"{record.scale:g}",
+        "merged tensors": f"{len(plan.localized)}, {record.N:,} elements",
+        **({"include": _globs(recipe.include)} if recipe.include else {}),
+        **({"exclude": _globs(recipe.exclude)} if recipe.exclude else {}),
+        "other tensors": "the base's" if plan.rest is plan.base else f"{recipe.rest_from}'s",
+        "config and tokenizer": "the base's" if plan.files is plan.base else f"{plan.files.label}'s",
+        "dtype": ", ".join(sorted({tensor.dtype for shard in plan.shards for tensor in shard.tensors})),
+        "made with": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
+    }
+    return {"hf-locstitch": record.hf_locstitch, **rows}
+
+
+def _globs(globs: Sequence[str]) -> str:
+    return ", ".join(f"`{glob}`" for glob in globs)
+
+
 def pipeline_tag(checkpoint: Checkpoint) -> str | None:
     if tag := checkpoint.card.get("pipeline_tag"):
         return str(tag)
@@ -53,8 +95,8 @@ def auto_class(checkpoint: Checkpoint) -> str:
     return next((auto for ending, auto in heads.items() if architecture.endswith(ending)), "AutoModel")
 
 
-def write_card(plan: MergePlan, record: Manifest, path: Path) -> None:
-    """README.md of a merge."""
+def write_card(plan: MergePlan, record: Manifest, path: Path, figures: Sequence[str] = ()) -> None:
+    """README.md of a merge. figures: stems of the pictures beside it."""
     title = " + ".join(plan.finetuned)
     card = ModelCard.from_template(
         card_data(plan),
@@ -64,8 +106,11 @@ def write_card(plan: MergePlan, record: Manifest, path: Path) -> None:
         auto_class=auto_class(plan.files),
         plan=plan,
         record=record,
+        figures=figures,
         links={name: _link(checkpoint) for name, checkpoint in plan.inputs.items()},
-        licences={name: checkpoint.card.get("license", "not named") for name, checkpoint in plan.inputs.items()},
+        licences={name: licence_of(checkpoint) for name, checkpoint in plan.inputs.items()},
+        licence_note=licence_note(plan),
+        settings=settings(plan, record),
         first=next(iter(plan.finetuned)),
         rest="the base's" if plan.rest is plan.base else f"{plan.recipe.rest_from}'s",
     )

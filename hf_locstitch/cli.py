@@ -18,7 +18,7 @@ from hf_locstitch.methods import method_names
 REF = "REF"  # a folder, org/name or org/name@revision
 # Flags whose destination is a recipe's field of the same name.
 FIELDS = ("method", "scale", "include", "exclude", "rest_from", "files_from", "dtype", "shard_size",
-          "allow_non_finite", "out", "push_to", "private")  # fmt: skip
+          "allow_non_finite", "figures", "out", "push_to", "private")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_merge(commands)
     _add_verify(commands)
+    _add_inspect(commands)
+    _add_evaluate(commands)
     _add_demo(commands)
     return parser
 
@@ -103,6 +105,7 @@ def _add_merge(commands: Any) -> None:
     output.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="where models are compared (default: cpu)"
     )
+    output.add_argument("--no-figures", dest="figures", action="store_false", default=None, help="draw none")
     output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     output.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
@@ -127,6 +130,85 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser.add_argument("--quiet", action="store_true", help="only what does not hold, and no progress bars")
     _add_debug(parser)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="what a merge is made of: densities, overlaps, where its masks lie, what looks odd",
+        description="Look at a merge without making it: densities, overlaps, where its masks lie, norms, what looks "
+        f"odd. {REF}: a folder, org/name or org/name@revision. Reads small files only, unless --inputs is given.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=inspect)
+    parser.add_argument("ref", metavar=REF, help="the merge")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw its figures into this folder")
+    parser.add_argument("--inputs", action="store_true", help="sample the inputs, too (default: what the merge noted)")
+    parser.add_argument("--base", metavar=REF, help="the base, if not where the manifest names it; implies --inputs")
+    parser.add_argument(
+        "--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge; likewise"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    _add_debug(parser)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score models side by side with lm-eval",
+        description=f"Score language models side by side with lm-eval. {REF}: a folder, org/name or org/name@revision. "
+        "What was measured before on the same content is not measured again. Several GPUs share the examples under "
+        "`accelerate launch -m hf_locstitch evaluate ...`.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=evaluate)
+    parser.add_argument("refs", nargs="+", metavar=REF, help="the models; the first is the one that is judged")
+    what = parser.add_argument_group("what")
+    what.add_argument(
+        "--suite",
+        choices=["paper", "quick"],
+        help="paper: mmlu:5 arc_easy:0 arc_challenge:25 truthfulqa_mc1:0 truthfulqa_mc2:0; quick: 100 examples each of "
+        "arc_easy:0 arc_challenge:0 truthfulqa_mc1:0",
+    )
+    what.add_argument(
+        "--tasks", nargs="+", default=[], metavar="NAME[:SHOTS]", help="any of lm-eval's tasks and groups"
+    )
+    what.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of further task files")
+    what.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
+
+    beside = parser.add_argument_group("beside what")
+    beside.add_argument(
+        "--parents", action="store_true", help="also the base and the finetunes of the first REF, a merge"
+    )
+    beside.add_argument("--average", action="store_true", help="also their plain average, made on the fly")
+    beside.add_argument("--base", metavar=REF, help="the base to compare with (default: as the merge's manifest says)")
+    beside.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models to compare with; likewise")
+
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--batch-size", type=_auto_or_count, metavar="auto|N", help="auto: the largest that fits (default)"
+    )
+    how.add_argument("--chat-template", action="store_true", help="put prompts into the model's chat template")
+    how.add_argument("--no-cache", dest="cache", action="store_false", help="measure again what was measured before")
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--push",
+        action="store_true",
+        help="write the scores into the page of the first REF: a folder, or a repo in one commit",
+    )
+    output.add_argument("--track", choices=["trackio", "wandb"], help="log the scores there, too")
+    output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    output.add_argument("--quiet", action="store_true", help="no progress bars")
+    _add_debug(parser)
+
+
+def _auto_or_count(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 'auto' nor a number from 1 on")
+    return int(text)
 
 
 def _all_or_count(text: str) -> int | Literal["all"]:
@@ -216,6 +298,41 @@ def verify(args: argparse.Namespace) -> int:
     elif text := report.describe(quiet=args.quiet):
         print(text, file=sys.stderr)
     return 0 if report.ok else 1
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """hf-locstitch inspect"""
+    from hf_locstitch.inspection import inspect as look
+
+    found = look(args.ref, figures=args.figures, base=args.base, finetuned=args.ft, inputs=args.inputs)
+    print(json.dumps(found.as_json(), indent=2, ensure_ascii=False) if args.json else found.describe())
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """hf-locstitch evaluate"""
+    from hf_locstitch.evaluation.main import evaluate as score
+
+    report = score(
+        args.refs,
+        tasks=args.tasks,
+        suite=args.suite,
+        include_path=args.include_path,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        chat_template=args.chat_template,
+        base=args.base,
+        finetuned=args.ft,
+        parents=args.parents,
+        average=args.average,
+        push=args.push,
+        track=args.track,
+        cache=args.cache,
+        show_progress=not args.quiet and sys.stderr.isatty(),
+    )
+    if _speaks():
+        print(json.dumps(report.as_json(), indent=2, ensure_ascii=False) if args.json else report.describe())
+    return 0
 
 
 def demo(args: argparse.Namespace) -> int:

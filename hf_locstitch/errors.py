@@ -6,6 +6,7 @@ LocstitchError
 │   ├── CheckpointError     a checkpoint is missing, closed to us, malformed, or of a kind that is not merged
 │   ├── MismatchError       checkpoints that do not fit one another
 │   ├── NonFiniteError      NaN or infinity in a tensor
+│   ├── TaskError           an evaluation task that is unknown, or whose data set is closed to us
 │   └── OutputError         the output folder or repo cannot be used
 └── WorkError               the work failed; the same command may be given again (exit status 1)
     ├── DownloadError       bytes could not be fetched
@@ -52,6 +53,10 @@ class MismatchError(RequestError):
 
 
 class NonFiniteError(RequestError):
+    pass
+
+
+class TaskError(RequestError):
     pass
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import threading
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,21 @@ def decode_positions(coded: bytes) -> Positions:
     content = np.frombuffer(zlib.decompress(coded) if coded else b"", dtype=np.uint8)
     ends = np.flatnonzero(content != ESCAPE)
     return np.cumsum(content, dtype=np.int64)[ends] + np.arange(len(ends))
+
+
+def iter_positions(coded: bytes, piece: int = 1 << 20) -> Iterator[Positions]:
+    """As decode_positions, a part at a time: of `piece` bytes of gaps. Raises zlib.error if the end is missing."""
+    if not coded:
+        return
+    inflate, rest, total, count = zlib.decompressobj(), coded, 0, 0
+    while not inflate.eof:
+        content = np.frombuffer(inflate.decompress(rest, piece), dtype=np.uint8)
+        rest = inflate.unconsumed_tail
+        if not len(content) and not rest and not inflate.eof:
+            raise zlib.error("incomplete")
+        ends = np.flatnonzero(content != ESCAPE)
+        yield np.cumsum(content, dtype=np.int64)[ends] + total + count + np.arange(len(ends))
+        total, count = total + int(content.sum(dtype=np.int64)), count + len(ends)
 
 
 def mask_metadata(plan: MergePlan, name: str) -> dict[str, str]:

@@ -28,6 +28,7 @@ REPLACED = (
     "*.gguf",
     "masks/*",
     "figures/*",
+    ".eval_results/*",
 )
 COMMIT_ATTEMPTS = 5
 
@@ -151,6 +152,24 @@ class Upload:
             ) from error
 
 
+def publish_files(folder: Path, repo: str, *, parent: str, message: str) -> Published:
+    """Add the files of `folder` to a repo that is still at the commit `parent`, in one commit. Raises PublishError."""
+    api = HfApi()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    try:
+        for operation in operations:
+            retrying(lambda op=operation: api.preupload_lfs_files(repo, [op], free_memory=False))
+        commit = _commit(api, repo, [*operations], parent, message)
+    except PublishError:
+        raise
+    except Exception as error:
+        raise PublishError(
+            f"uploading to {repo} failed ({_short(error)}); nothing was committed. Give the same command again."
+        ) from error
+    return Published(f"{constants.ENDPOINT}/{repo}", commit)
+
+
 def _stale(present: Sequence[str], operations: Sequence[CommitOperationAdd]) -> list[CommitOperationDelete]:
     """What an earlier model left in the repo."""
     new = {operation.path_in_repo for operation in operations}
@@ -180,8 +199,8 @@ def _commit(
                 if _landed(api, repo, head, operations):
                     return head
                 raise PublishError(
-                    f"{repo} moved from {parent[:7]} to {head[:7]} while the merge was uploaded; "
-                    "nothing was committed. Give the same command again."
+                    f"{repo} moved from {parent[:7]} to {head[:7]} meanwhile; nothing was committed. "
+                    "Give the same command again."
                 ) from error
             if attempt == COMMIT_ATTEMPTS - 1:
                 raise

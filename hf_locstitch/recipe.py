@@ -15,6 +15,7 @@ from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.magnitude import Magnitude
 from hf_locstitch.methods import Dense, Masked, find_method, method_names
 
+WHERE = ("out", "push_to", "private")
 NAME_PATTERN = r"^[A-Za-z0-9][\w.-]*$"  # becomes a file name: masks/NAME.safetensors
 
 
@@ -40,6 +41,29 @@ class Finetuned(Input):
     name: str | None = Field(default=None, pattern=NAME_PATTERN)
 
 
+class Evaluate(Strict):
+    """lm-eval's tasks for the finished merge, its base, its finetunes and their plain average.
+
+    tasks: NAME or NAME:SHOTS. suite: a bundle of tasks. limit: examples a task, all by default. batch_size: the largest
+    that fits by default. include_path: a folder of further task files.
+    """
+
+    tasks: tuple[str, ...] = ()
+    suite: Literal["paper", "quick"] | None = None
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    include_path: Path | None = None
+    chat_template: bool = False
+    parents: bool = True
+    average: bool = False
+
+    @model_validator(mode="after")
+    def _names_tasks(self) -> Evaluate:
+        if not self.tasks and self.suite is None:
+            raise ValueError("names neither tasks nor a suite")
+        return self
+
+
 class Recipe(Strict):
     """One merge. Every field but `base` and `finetuned` has a default."""
 
@@ -59,6 +83,10 @@ class Recipe(Strict):
     shard_size: ByteSize | None = Field(default=None, gt=0)
     """Largest output file in bytes ("5GB"); the base's own division by default."""
     allow_non_finite: bool = False
+    figures: bool = True
+    """Whether a merge with masks draws them."""
+    evaluate: Evaluate | None = None
+    """What the finished merge is evaluated on; nothing by default."""
     out: Path | None = None
     push_to: str | None = None
     private: bool = False
@@ -133,15 +161,15 @@ def _fault(fault: Any) -> str:
 
 def _fields_at(loc: list[str]) -> list[str]:
     """The keys that are known where an unknown one stood."""
-    model: type[BaseModel] = {"base": Input, "finetuned": Finetuned, "localizer": Magnitude}.get(
+    model: type[BaseModel] = {"base": Input, "finetuned": Finetuned, "localizer": Magnitude, "evaluate": Evaluate}.get(
         loc[0] if loc else "", Recipe
     )
     return list(model.model_fields)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML that asks for the same merge: what differs from the defaults, and neither `out` nor `push_to`."""
-    fields = recipe.model_dump(mode="json", exclude={"out", "push_to", "private"}, exclude_defaults=True)
+    """YAML that asks for the same merge: what differs from the defaults, not where it goes or how it is judged."""
+    fields = recipe.model_dump(mode="json", exclude={*WHERE, "evaluate"}, exclude_defaults=True)
     if recipe.localizer is not None:
         fields["localizer"] = recipe.localizer.model_dump(mode="json")
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)

@@ -20,6 +20,7 @@ from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE
 from hf_locstitch.checkpoints.side_files import copy_side_files
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.checkpoints.writer import SafetensorsWriter, sync_file
+from hf_locstitch.figures.main import draw_merge
 from hf_locstitch.hashes import InputHashes
 from hf_locstitch.inputs import Inputs, OpenInputs
 from hf_locstitch.localize.scan import Scan
@@ -251,7 +252,8 @@ class Run:
         copy_side_files(plan.files.source, stage, plan.recipe.dtype)
         record = manifest.make_manifest(plan, files, overlap, fingerprint(plan))
         (stage / manifest.RECIPE_FILE).write_text(manifest.pinned_recipe(plan, files), encoding="utf-8")
-        write_card(plan, record, stage / "README.md")
+        figures = draw_merge(plan, record, stage)
+        write_card(plan, record, stage / "README.md", figures)
         known = {file: (shard.size, shard.sha256) for file, shard in shards.items()}
         record = manifest.finish(record, stage, known, time.monotonic() - began)
         (stage / manifest.FILE).write_text(manifest.to_json(record), encoding="utf-8")

@@ -82,7 +82,7 @@ def fingerprint(plan: MergePlan) -> str:
     """What decides the output's bytes and the layout of temporary files, as a hash."""
     facts = {
         "version": __version__,
-        "recipe": plan.recipe.model_dump(mode="json", exclude={"out", "push_to", "private"}),
+        "recipe": plan.recipe.model_dump(mode="json", exclude={"out", "push_to", "private", "evaluate"}),
         "inputs": {name: checkpoint.source.identity for name, checkpoint in plan.inputs.items()},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -16,6 +16,7 @@ from hf_locstitch.verification.report import Finding
 
 CARD = "README.md"  # people edit it, on the Hub in the browser
 UNLISTED = frozenset({FILE, ".gitattributes"})  # the manifest itself, and what the Hub adds
+SCORES = ".eval_results/"  # anybody may add scores to a page
 
 
 def open_manifest(source: Source) -> Manifest:
@@ -39,7 +40,8 @@ def check_files(source: Source, record: Manifest, advance: Callable[[int], objec
     for file, entry in record.outputs.items():
         yield from _check_file(source, file, entry)
         advance(entry.get("size", 0))
-    for file in sorted(source.files.keys() - record.outputs.keys() - UNLISTED):
+    unlisted = source.files.keys() - record.outputs.keys() - UNLISTED
+    for file in sorted(file for file in unlisted if not file.startswith(SCORES)):
         harmless = not file.endswith((*WEIGHTS, ".index.json"))
         size = f"{source.files[file].size} bytes"
         yield Finding("files", file, "size", size, f"absent: {FILE} does not list it", warning=harmless)

@@ -1,0 +1,40 @@
+"""Scores that were measured before, under HF_HOME/hf-locstitch/evaluations. lm-eval's own cache knows no models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hf_locstitch.evaluation.scores import TaskResult, result_from_json
+
+
+def cache_key(facts: Mapping[str, Any]) -> str:
+    """One hash for all that decides a score."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "hf-locstitch" / "evaluations"
+
+
+def read_cached(key: str, folder: Path) -> list[TaskResult] | None:
+    """None also for a file that cannot be read: then it is measured again."""
+    try:
+        return [result_from_json(fields) for fields in json.loads((folder / f"{key}.json").read_text("utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def write_cached(key: str, results: Sequence[TaskResult], folder: Path) -> None:
+    """The file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{key}.{os.getpid()}"
+    partial.write_text(json.dumps([asdict(result) for result in results]), encoding="utf-8")
+    partial.replace(folder / f"{key}.json")

@@ -1,0 +1,199 @@
+"""lm-eval itself: a folder and tasks in, results out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_locstitch.errors import CheckpointError, WorkError
+from hf_locstitch.evaluation.scores import Score, TaskResult, common
+from hf_locstitch.evaluation.tasks import TaskSpec, explaining_data
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+CPU_BATCH = 8  # where "auto" has no GPU whose memory could be tried
+# lm-eval lists metrics in the order of its task files; these are the ones that leaderboards show.
+MAIN_METRIC = {"arc_challenge": "acc_norm"}
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "No executable batch size found")
+
+
+@contextlib.contextmanager
+def quietly(show_progress: bool) -> Iterator[None]:
+    """lm-eval's prints go to standard error, its notes nowhere, its bars only where they are wanted."""
+    from datasets import disable_progress_bars, enable_progress_bars
+    from datasets.utils import are_progress_bars_disabled
+
+    logger, before = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
+    hidden = are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    if not show_progress:
+        disable_progress_bars()
+    to = sys.stderr if show_progress else StringIO()
+    try:
+        with contextlib.redirect_stdout(to), contextlib.redirect_stderr(to):
+            yield
+    finally:
+        logger.setLevel(before)
+        if not hidden:
+            enable_progress_bars()
+
+
+def load_model(folder: Path, label: str, batch_size: int | None) -> HFLM:
+    """The model for lm-eval; several GPUs share the examples under `accelerate launch`. Raises RequestError, WorkError.
+
+    batch_size: examples at once; None: the largest that fits a GPU, or CPU_BATCH.
+    """
+    import torch
+    from lm_eval.models import huggingface
+
+    build: Any = huggingface.HFLM
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = batch_size or ("auto" if device == "cuda" else CPU_BATCH)
+    try:
+        with explaining_memory(label, batch_size):
+            return build(pretrained=str(folder), batch_size=size, device=device, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"transformers cannot load {label}: {said} Check that AutoModelForCausalLM and AutoTokenizer load it."
+        ) from error
+
+
+@contextlib.contextmanager
+def explaining_memory(label: str, batch_size: int | None, lm: Any = None) -> Iterator[None]:
+    """Out of memory becomes a WorkError that says what to try."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error)
+        tried = batch_size or max(getattr(lm, "batch_sizes", {}).values(), default=None)
+        if not isinstance(error, MemoryError) and not any(sign in said for sign in OUT_OF_MEMORY):
+            raise
+        size = f"at batch size {tried}" if tried else "while it was loaded"
+        cure = (
+            f"Try --batch-size {tried // 2}" if tried and tried > 1 else "It needs a larger device, or a smaller model"
+        )
+        raise WorkError(
+            f"{label} ran out of memory {size} ({said.splitlines()[0][:120] if said else 'MemoryError'}). {cure}; "
+            "what was measured is kept, so the same command goes on from there."
+        ) from error
+
+
+def measure(
+    lm: HFLM,
+    label: str,
+    spec: TaskSpec,
+    tasks: Sequence[Task | Group],
+    manager: TaskManager,
+    *,
+    limit: int | None,
+    batch_size: int | None,
+    chat_template: bool,
+) -> list[TaskResult] | None:
+    """Run one task or group. Returns its result, those of its members if it is a tag, None in all processes but one.
+
+    Raises TaskError, DownloadError or WorkError.
+    """
+    import lm_eval
+
+    run: Any = lm_eval.simple_evaluate
+    with explaining_memory(label, batch_size, lm):
+        results = explaining_data(
+            spec.name,
+            lambda: run(
+                lm,
+                tasks=list(tasks),
+                num_fewshot=spec.shots,
+                limit=limit,
+                log_samples=False,
+                apply_chat_template=chat_template,
+                task_manager=manager,
+            ),
+        )
+    if results is None:
+        return None
+    leaves = {leaf.task_name: leaf for task in tasks for leaf in leaves_of(task)}
+    found = [named for task in tasks for named in _scored(task, results)]
+    return [read_result(name, results, limit, revision_of(leaves, members)) for name, members in found]
+
+
+def leaves_of(task: Task | Group) -> list[Task]:
+    """The task itself, or a group's tasks at any depth."""
+    return list(task.get_all_tasks()) if hasattr(task, "get_all_tasks") else [task]  # type: ignore[union-attr,list-item]
+
+
+def _scored(task: Task | Group, results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Names that have scores, each with the tasks behind it: a group's own, or its tasks' if it has no mean of them."""
+    members = [leaf.task_name for leaf in leaves_of(task)]
+    name = getattr(task, "name", None) or members[0]
+    if read_scores(name, results):
+        return [(name, members)]
+    return [(member, [member]) for member in members]
+
+
+def revision_of(leaves: Mapping[str, Task], members: Sequence[str]) -> str | None:
+    """Commit of the one data set on the Hub that the tasks were read from."""
+    found = []
+    for name in members:
+        for split in (getattr(leaves[name], "dataset", None) or {}).values():
+            found += re.findall(
+                r"^hf://datasets/[^@]+@([0-9a-f]{40})/", next(iter(split.info.download_checksums or {}), "")
+            )
+    return common(found)
+
+
+def read_result(name: str, results: Mapping[str, Any], limit: int | None, revision: str | None) -> TaskResult:
+    """One task or group from what simple_evaluate returns."""
+    leaves = _leaves(name, results.get("group_subtasks", {}))
+    configs = [results["configs"][leaf] for leaf in leaves]
+    dataset = common([config.get("dataset_path") for config in configs])
+    on_hub = isinstance(dataset, str) and dataset.count("/") == 1
+    return TaskResult(
+        task=name,
+        shots=common([results["n-shot"][leaf] for leaf in leaves]),
+        limit=limit,
+        examples=sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
+        scores=tuple(read_scores(name, results)),
+        dataset=dataset if on_hub else None,
+        config=common([config.get("dataset_name") for config in configs]) if on_hub else None,
+        split=common([config.get("test_split") or config.get("validation_split") for config in configs]),
+        revision=revision if on_hub else None,
+        version=None if (version := results["versions"].get(name)) is None else str(version),
+        lm_eval=metadata.version("lm_eval"),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        subtasks={leaf: read_scores(leaf, results)[0].value for leaf in leaves} if leaves != [name] else {},
+    )
+
+
+def _leaves(name: str, members: Mapping[str, Sequence[str]]) -> list[str]:
+    inside = members.get(name) or []
+    return [leaf for member in inside for leaf in _leaves(member, members)] if inside else [name]
+
+
+def read_scores(name: str, results: Mapping[str, Any]) -> list[Score]:
+    """Every metric of a task or group, the main one first."""
+    measured = results["results"].get(name, {})
+    better = results["higher_is_better"].get(name, {})
+    scores = []
+    for key, value in measured.items():
+        metric, comma, chain = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        stderr = measured.get(f"{metric}_stderr,{chain}")
+        known = isinstance(stderr, (int, float)) and math.isfinite(stderr)
+        title = metric if chain == "none" else key
+        scores.append(Score(title, float(value), float(stderr) if known else None, better.get(metric) is not False))
+    return sorted(scores, key=lambda score: score.metric != MAIN_METRIC.get(name, score.metric))

@@ -1,0 +1,187 @@
+"""The models that are evaluated: what names their content, and where transformers finds them."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from hf_locstitch._version import __version__
+from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source, read_checkpoint
+from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.checkpoints.side_files import side_files
+from hf_locstitch.errors import CheckpointError, LocstitchError, RecipeError
+from hf_locstitch.verification.files import open_manifest
+from hf_locstitch.verification.inputs import input_places
+
+Role = Literal["model", "base", "finetuned", "average"]
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Model:
+    """name: its column's title. ref: pinned, for people and records. content: a hash that changes when scores may."""
+
+    name: str
+    role: Role
+    ref: str
+    content: str
+    checkpoint: Checkpoint | None = None
+    average_of: tuple[str, ...] = field(default=(), repr=False)
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """Its files on this machine; an average is made now and removed again."""
+        with ExitStack() as stack:
+            if self.checkpoint is not None:
+                yield fetch(self.checkpoint)
+            else:
+                made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf-locstitch-average-"))) / "model"
+                make_average(self.average_of, made)
+                yield made
+
+
+def open_model(ref: str, role: Role, name: str | None = None) -> Model:
+    """Raises CheckpointError unless `ref` holds a language model that transformers loads without code of its own."""
+    parsed = parse_ref(ref)
+    checkpoint = read_checkpoint(open_source(parsed))
+    check_language_model(checkpoint)
+    return Model(name or parsed.name, role, checkpoint.source.pinned, content_of(checkpoint), checkpoint)
+
+
+def content_of(checkpoint: Checkpoint) -> str:
+    """One hash for weights, config, tokenizer and templates; alike for a folder and a repo of the same files."""
+    source = checkpoint.source
+    files = [*(shard.file for shard in checkpoint.shards), *side_files(list(source.files))]
+    digests = {file: source.files[file].sha256 or source.sha256(file) for file in files}
+    return _hash(f"{file} {digest}" for file, digest in sorted(digests.items()))
+
+
+def average_model(base: Model, parents: Sequence[Model], refs: Sequence[str]) -> Model:
+    """The plain average of the parents, made by the merge engine when it is needed. refs: the base's, the parents'."""
+    content = _hash(["average", __version__, base.content, *(parent.content for parent in parents)])
+    names = ", ".join(parent.name for parent in parents)
+    return Model("average", "average", f"plain average of {names}", content, average_of=tuple(refs))
+
+
+def _hash(lines: Iterator[str] | Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def check_language_model(checkpoint: Checkpoint) -> None:
+    """From config and list of files alone. Raises CheckpointError."""
+    from transformers.models.auto import modeling_auto
+
+    label, config = checkpoint.label, checkpoint.config
+    if not config.get("model_type"):
+        raise CheckpointError(
+            f"{label} has no config.json with a model_type, so transformers cannot load it. Name a whole model; "
+            "an adapter is merged into its base first."
+        )
+    architecture = str((config.get("architectures") or [""])[0])
+    known = (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+    if architecture not in {name for mapping in known for names in mapping.values() for name in _listed(names)}:
+        raise CheckpointError(
+            f"{label} is no language model that generates text: its config names the architecture "
+            f"{architecture or 'nothing'!r} ({config['model_type']}). lm-eval runs causal and sequence-to-sequence "
+            "models; evaluate this one with its own task's program."
+        )
+    if not any(file in checkpoint.source.files for file in TOKENIZERS):
+        raise CheckpointError(
+            f"{label} has no tokenizer (none of {', '.join(TOKENIZERS[:3])} …), and lm-eval needs one. "
+            "Save it beside the weights: AutoTokenizer.from_pretrained(base).save_pretrained(folder)."
+        )
+
+
+def _listed(names: str | Sequence[str]) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names
+
+
+def fetch(checkpoint: Checkpoint) -> Path:
+    """The folder that holds weights, config and tokenizer. Raises DownloadError or IntegrityError."""
+    source = checkpoint.source
+    for file in [*(shard.file for shard in checkpoint.shards), *side_files(list(source.files))]:
+        source.fetch(file)
+    return source.fetch("config.json").parent
+
+
+def make_average(refs: Sequence[str], out: Path) -> None:
+    """refs: the base's, then the finetunes'."""
+    import torch
+
+    from hf_locstitch.api import plan_merge
+    from hf_locstitch.progress import Progress
+    from hf_locstitch.recipe import make_recipe
+    from hf_locstitch.run import check_disk, run
+
+    base, *parents = refs
+    entries = [{"ref": ref, "name": f"parent-{number}"} for number, ref in enumerate(parents, start=1)]
+    plan = plan_merge(make_recipe({"base": base, "finetuned": entries, "method": "average"}))
+    check_disk(out, plan)
+    threads = torch.get_num_threads()  # the engine takes one for itself
+    run(plan, out, Progress(False))
+    torch.set_num_threads(threads)
+
+
+def input_refs(
+    ref: str, base: str | None, finetuned: Sequence[str] | None, *, needed: bool
+) -> tuple[str | None, dict[str, str]]:
+    """Where the base and the finetunes are: as given, else (if needed) as the manifest of the merge `ref` says.
+
+    Returns the base's ref and name -> ref. Raises RecipeError or CheckpointError.
+    """
+    if not needed or (base is not None and finetuned is not None):
+        names = [parse_ref(one).name for one in finetuned or ()]
+        unique = names if len(set(names)) == len(names) else list(finetuned or ())
+        return base, dict(zip(unique, finetuned or (), strict=True))
+    record = open_manifest(open_source(parse_ref(ref)))
+    roles = {entry.name: entry.role for entry in record.inputs}
+    places = input_places(record, base, finetuned)
+    found: Mapping[str, str] = {place.name: place.ref for place in places}
+    return (
+        next((found[name] for name, role in roles.items() if role == "base"), None),
+        {name: found[name] for name, role in roles.items() if role != "base"},
+    )
+
+
+def gather_models(
+    refs: Sequence[str],
+    *,
+    base: str | None = None,
+    finetuned: Sequence[str] | None = None,
+    parents: bool = False,
+    average: bool = False,
+) -> list[Model]:
+    """The base, its finetunes and their average as far as asked for, then the models `refs`. Raises RequestError."""
+    models = [open_model(ref, "model") for ref in refs]
+    base_ref, others = input_refs(refs[0], base, finetuned, needed=parents or average)
+    if average and (base_ref is None or not others):
+        raise RecipeError("--average needs the base and the finetunes: name them with --base REF and --ft REF...")
+    try:
+        base_model = open_model(base_ref, "base", "base") if base_ref is not None else None
+        parent_models = [open_model(ref, "finetuned", name) for name, ref in others.items()]
+    except LocstitchError as error:
+        if not parents and not average:
+            raise
+        raise CheckpointError(f"{error} (--base REF and --ft REF... say where the merge's inputs are.)") from error
+    found = [*([base_model] if base_model else []), *parent_models]
+    if average and base_model is not None and base_ref is not None:
+        found.append(average_model(base_model, parent_models, [base_ref, *others.values()]))
+    return with_own_names([*found, *models])
+
+
+def with_own_names(models: Sequence[Model]) -> list[Model]:
+    """Every model under a name of its own: where two have the same, the later is called by its ref."""
+    named: dict[str, Model] = {}
+    for model in models:
+        taken = sum(name == model.name or name.startswith(f"{model.ref} (") for name in named)
+        name = model.name if not taken else model.ref if model.ref not in named else f"{model.ref} ({taken + 1})"
+        named[name] = replace(model, name=name)
+    return list(named.values())

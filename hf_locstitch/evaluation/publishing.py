@@ -1,0 +1,198 @@
+"""Results into a model's page: card metadata and table, .eval_results/, a figure; a repo gets them in one commit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+
+from hf_locstitch.checkpoints.checkpoint import open_source
+from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.checkpoints.source import file_sha256
+from hf_locstitch.errors import OutputError
+from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, markdown
+from hf_locstitch.evaluation.scores import TaskResult
+from hf_locstitch.manifest import FILE
+
+CARD = "README.md"
+ENTRIES = ".eval_results"
+SCORES = "figures/scores.json"
+BEGIN, END = "<!-- evaluation -->", "<!-- /evaluation -->"
+SECTION = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
+
+
+def check_writable(ref: str) -> None:
+    """Raises OutputError unless the results can be written where `ref` is."""
+    parsed = parse_ref(ref)
+    if parsed.folder is None:
+        from hf_locstitch.publish import check_target
+
+        check_target(str(parsed.repo))
+    elif not parsed.folder.is_dir():
+        raise OutputError(f"{parsed.folder} is no folder, so no results can be written there.")
+
+
+def write_results(report: EvaluationReport, ref: str) -> EvaluationReport:
+    """Write them into the folder, or in one commit into the repo, at the commit that was evaluated.
+
+    Returns the report with what was written. Raises PublishError, for instance if the repo has moved since.
+    """
+    parsed = parse_ref(ref)
+    if parsed.folder is not None:
+        written = record_in(report, parsed.folder, parsed.name)
+        return replace(report, figures=tuple(str(path) for path in written))
+    from hf_locstitch.publish import publish_files
+
+    source = open_source(parse_ref(report.subject.ref))
+    with tempfile.TemporaryDirectory(prefix="hf-locstitch-results-") as folder:
+        stage = Path(folder)
+        for file in (CARD, FILE):
+            if file in source.files:
+                shutil.copyfile(source.fetch(file), stage / file)
+        record_in(report, stage, parsed.name)
+        message = f"Add scores: {', '.join(report.tasks)}"
+        done = publish_files(stage, str(parsed.repo), parent=str(source.commit), message=message)
+    return replace(report, url=done.url, commit=done.commit)
+
+
+def record_in(report: EvaluationReport, folder: Path, title: str) -> list[Path]:
+    """Card, .eval_results/ and figure in a model's folder; its manifest, if it has one, learns of them.
+
+    title: the model's name in the card's metadata. Returns the pictures.
+    """
+    from hf_locstitch.figures.main import draw_evaluation
+
+    pictures = draw_evaluation(report, folder / "figures")
+    (folder / SCORES).write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = folder / CARD
+    card = ModelCard(path.read_text(encoding="utf-8") if path.exists() else f"---\n---\n\n# {title}\n")
+    card = with_results(card, report, title)
+    card.save(path)
+    write_entries(report.subject.results, folder / ENTRIES)
+    if (folder / FILE).exists():
+        _tell_manifest(folder, [path, folder / SCORES, *pictures])
+    return pictures
+
+
+def with_results(card: ModelCard, report: EvaluationReport, title: str) -> ModelCard:
+    """The card with the subject's scores in its metadata, and a section for people in place of an earlier one."""
+    before: Any = card.data
+    fields = before.to_dict()
+    fields.pop("model-index", None)
+    new = [entry for result in report.subject.results for entry in eval_results(result)]
+    ours = {(entry.dataset_type, entry.metric_name) for entry in new}
+    old = [one for one in before.eval_results or [] if (one.dataset_type, one.metric_name) not in ours]
+    data = ModelCardData(**{**fields, "model_name": title, "eval_results": [*old, *new]})
+    section = f"{BEGIN}\n{describe_for_card(report)}\n{END}"
+    text = card.text
+    text = SECTION.sub(lambda _: section, text) if SECTION.search(text) else f"{text.rstrip()}\n\n{section}\n"
+    return ModelCard(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n{text}")
+
+
+def eval_results(result: TaskResult) -> list[EvalResult]:
+    """One entry a metric. metric_name tells tasks on one data set apart, which the metadata lay together."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=result.dataset or result.task,
+            dataset_name=result.dataset or result.task,
+            dataset_config=result.config,
+            dataset_split=result.split,
+            dataset_revision=result.revision,
+            metric_type=score.metric,
+            metric_name=f"{result.task} {score.metric}",
+            metric_value=score.value,
+            metric_args={"num_few_shot": result.shots, "stderr": score.stderr, "limit": result.limit},
+            source_name=f"lm-evaluation-harness {result.lm_eval}",
+            source_url=HARNESS,
+        )
+        for score in result.scores
+    ]
+
+
+def entries_of(results: Sequence[TaskResult]) -> dict[str, EvalResultEntry]:
+    """File name -> entry with the main metric, of each task whose data set is on the Hub."""
+    entries = {}
+    for result in results:
+        if result.dataset is None:
+            continue
+        notes = [result.main.metric, f"{result.shots}-shot" if result.shots is not None else "shots as in the task"]
+        notes += [f"stderr {result.main.stderr:.6g}"] if result.main.stderr is not None else []
+        notes += [f"first {result.limit} examples a task only"] if result.limit is not None else []
+        entries[f"{result.task.replace('/', '_')}.yaml"] = EvalResultEntry(
+            dataset_id=result.dataset,
+            task_id=result.task,
+            value=result.main.value,
+            dataset_revision=result.revision,
+            date=result.date,
+            notes=", ".join([*notes, f"lm-eval {result.lm_eval}"]),
+        )
+    return entries
+
+
+def write_entries(results: Sequence[TaskResult], folder: Path) -> None:
+    for file, entry in entries_of(results).items():
+        folder.mkdir(exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+        (folder / file).write_text(text, encoding="utf-8")
+
+
+def describe_for_card(report: EvaluationReport) -> str:
+    """The section of the card, Markdown."""
+    subject = report.subject
+    parts = ["## Evaluation", markdown(_emphasized(report.score_table(), subject.name), left=2)]
+    comparison = report.comparison_table()
+    if len(comparison) > 1:
+        several = len({row[0] for row in comparison[1:]}) > 1
+        table = comparison if several else [row[1:] for row in comparison]
+        parts.append(markdown(table, left=3 if several else 2))
+        parts.append(
+            "A difference is larger than its error if it exceeds one standard error of the difference of independent "
+            "scores. Kept: the share of the best parent's score."
+        )
+    parts.append("![Scores by lm-eval, one marker a model, with standard errors](figures/scores.png)")
+    parts.append(", ".join(f"**{model.name}**: {_where(model)}" for model in report.models) + ".")
+    result = subject.results[0]
+    parts.append(
+        f"Measured with [lm-eval]({HARNESS}) {result.lm_eval}; all numbers are in [{SCORES}]({SCORES}). Again:"
+    )
+    command = ["hf-locstitch evaluate", subject.ref.split("@")[0], "--tasks", *report.tasks]
+    command += ["--limit", str(report.limit)] if report.limit is not None else []
+    command += ["--parents"] if any(model.role == "finetuned" for model in report.models) else []
+    command += ["--average"] if any(model.role == "average" for model in report.models) else []
+    parts.append(f"```bash\n{' '.join(command)}\n```")
+    parts += [f"> **Warning**: {warning}" for warning in report.warnings]
+    return "\n\n".join(parts)
+
+
+def _emphasized(table: list[list[str]], name: str) -> list[list[str]]:
+    """The table with the subject's column in bold."""
+    bold = {place for place, title in enumerate(table[0]) if title == name}
+    return [[f"**{cell}**" if place in bold else cell for place, cell in enumerate(row)] for row in table]
+
+
+def _where(model: ModelScores) -> str:
+    repo, at, commit = model.ref.partition("@")
+    if not at:
+        return f"`{model.ref}`" if model.role != "average" else model.ref
+    return f"[{repo}](https://huggingface.co/{repo}/tree/{commit}) at `{commit[:7]}`"
+
+
+def _tell_manifest(folder: Path, paths: Sequence[Path]) -> None:
+    """The files' sizes and hashes, so that `verify` finds what it expects."""
+    fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        fields["outputs"][name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    fields["outputs"] = dict(sorted(fields["outputs"].items()))
+    fields["bytes"] = {**fields["bytes"], "written": sum(entry["size"] for entry in fields["outputs"].values())}
+    (folder / FILE).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,141 @@
+"""The scores of several models side by side, as data and for a person to read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hf_locstitch.evaluation.models import Role
+from hf_locstitch.evaluation.scores import Comparison, Score, TaskResult, compare
+
+Table = list[list[str]]  # the first row is the head
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """results: in the order of the tasks. cached: how many of the tasks asked for had been measured before."""
+
+    name: str
+    role: Role
+    ref: str
+    content: str
+    results: tuple[TaskResult, ...]
+    cached: int = 0
+
+    def score(self, task: str, metric: str) -> Score | None:
+        return next((s for r in self.results if r.task == task for s in r.scores if s.metric == metric), None)
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """models: base, finetunes, average, then those that were asked about. url, commit: where the results were pushed.
+
+    tasks: as asked for, NAME or NAME:SHOTS.
+    """
+
+    models: tuple[ModelScores, ...]
+    tasks: tuple[str, ...]
+    limit: int | None
+    warnings: tuple[str, ...] = ()
+    url: str | None = None
+    commit: str | None = None
+    figures: tuple[str, ...] = field(default=())
+
+    @property
+    def judged(self) -> list[ModelScores]:
+        """Those that are compared with the base and its finetunes."""
+        return [model for model in self.models if model.role in ("model", "average")]
+
+    @property
+    def subject(self) -> ModelScores:
+        """The model that the evaluation is about: the first that was asked about, which stands behind its inputs."""
+        return next((model for model in self.models if model.role == "model"), self.models[-1])
+
+    def rows(self) -> list[tuple[TaskResult, Score]]:
+        """Each task with each of its metrics, as the first model has them."""
+        return [(result, score) for result in self.models[0].results for score in result.scores]
+
+    def comparison(self, model: ModelScores, task: str, metric: str) -> Comparison:
+        """Raises KeyError if the model has no such score."""
+        score = model.score(task, metric)
+        if score is None:
+            raise KeyError(f"{model.name} has no {metric} of {task}")
+        base = next((one.score(task, metric) for one in self.models if one.role == "base"), None)
+        parents = {one.name: one.score(task, metric) for one in self.models if one.role == "finetuned"}
+        return compare(score, base, {name: found for name, found in parents.items() if found is not None})
+
+    def as_json(self) -> dict[str, Any]:
+        comparisons = {
+            model.name: {
+                result.task: {s.metric: asdict(self.comparison(model, result.task, s.metric)) for s in result.scores}
+                for result in model.results
+            }
+            for model in self.judged
+        }
+        return {**asdict(self), "comparisons": comparisons}
+
+    def describe(self) -> str:
+        """For a person on a terminal."""
+        parts = [align(self.score_table())]
+        if len(comparison := self.comparison_table()) > 1:
+            parts.append(align(comparison))
+        cached = sum(model.cached for model in self.models)
+        counts = f"measured   {len(self.models) * len(self.tasks) - cached} scores, {cached} known from before"
+        notes = [f"warning    {warning}" for warning in self.warnings]
+        notes += [f"figure     {figure}" for figure in self.figures]
+        notes += [f"published  {self.url} at {self.commit}"] if self.url else []
+        return "\n\n".join([*parts, "\n".join([counts, *notes])])
+
+    def score_table(self) -> Table:
+        """A row for each task and metric, a column for each model: value ± standard error."""
+        rows = [["task", "metric", *(model.name for model in self.models)]]
+        for result, score in self.rows():
+            found = [model.score(result.task, score.metric) for model in self.models]
+            rows.append([result.title, score.metric, *map(show_score, found)])
+        return rows
+
+    def comparison_table(self) -> Table:
+        """A row for each judged model, task and metric that has something to be compared with."""
+        rows = [["model", "task", "metric", "difference to base", "larger than its error", "best parent", "kept of it"]]
+        for model in self.judged:
+            for result, score in self.rows():
+                if model.score(result.task, score.metric) is None:
+                    continue
+                beside = self.comparison(model, result.task, score.metric)
+                if beside.difference is None and beside.best_parent is None:
+                    continue
+                rows.append([model.name, result.title, score.metric, *show_comparison(beside)])
+        return rows
+
+
+def show_score(score: Score | None) -> str:
+    if score is None:
+        return "–"
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
+
+
+def show_comparison(beside: Comparison) -> list[str]:
+    difference = "–" if beside.difference is None else f"{beside.difference:+.4f}"
+    difference += "" if beside.stderr is None else f" ± {beside.stderr:.4f}"
+    exceeds = {None: "–", True: "yes", False: "no"}[beside.exceeds]
+    kept = "–" if beside.kept is None else f"{100 * beside.kept:.1f} %"
+    return [difference, exceeds, beside.best_parent or "–", kept]
+
+
+def align(table: Table) -> str:
+    """Columns of equal width; the first to the left."""
+    widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(n) if place == 0 else cell.rjust(n)
+            for place, (cell, n) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    )
+
+
+def markdown(table: Table, left: int = 1) -> str:
+    """A Markdown table; the first `left` columns to the left, the others to the right."""
+    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    rule = [":---" if place < left else "---:" for place in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])

@@ -1,0 +1,108 @@
+"""What was measured, and the arithmetic of comparing it. Plain numbers in, plain numbers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Score:
+    """metric: lm-eval's name, with the filter after a comma where there is one. stderr: None where lm-eval has none."""
+
+    metric: str
+    value: float
+    stderr: float | None = None
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One model on one task or group. The first score is the task's main one.
+
+    shots: examples in the prompt; None where the members of a group differ. limit: examples a task that were asked
+    for, None for all. examples: evaluated in all. dataset: its id on the Hub, None for local data; config, split and
+    revision (a commit) of it where there is one. subtasks: of a group, member -> value of its main metric.
+    """
+
+    task: str
+    shots: int | None
+    limit: int | None
+    examples: int
+    scores: tuple[Score, ...]
+    dataset: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    version: str | None = None
+    lm_eval: str = ""
+    date: str = ""
+    subtasks: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def main(self) -> Score:
+        return self.scores[0]
+
+    @property
+    def title(self) -> str:
+        return self.task if self.shots is None else f"{self.task} ({self.shots}-shot)"
+
+
+def result_from_json(fields: Mapping[str, Any]) -> TaskResult:
+    """From what dataclasses.asdict made of one. Raises TypeError or KeyError if it is none."""
+    return TaskResult(**{**fields, "scores": tuple(Score(**score) for score in fields["scores"])})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A score beside others of the same task and metric.
+
+    difference: value − the base's; stderr: of the difference; exceeds: whether it is larger than that, in absolute
+    value. best_parent: name of the finetune that scores best; kept: share of its score. None: cannot be told.
+    """
+
+    difference: float | None = None
+    stderr: float | None = None
+    exceeds: bool | None = None
+    best_parent: str | None = None
+    kept: float | None = None
+
+
+def compare(score: Score, base: Score | None, parents: Mapping[str, Score]) -> Comparison:
+    """Beside the base and the finetunes, each where it is known."""
+    difference = stderr = exceeds = None
+    if base is not None:
+        difference = score.value - base.value
+        stderr = difference_stderr(score.stderr, base.stderr)
+        exceeds = None if stderr is None else abs(difference) > stderr
+    name = best(parents)
+    return Comparison(difference, stderr, exceeds, name, None if name is None else kept_share(score, parents[name]))
+
+
+def difference_stderr(one: float | None, other: float | None) -> float | None:
+    """Standard error of a difference of independent scores. Both models see the same examples, so that the true one
+    is rather smaller: what exceeds this exceeds that."""
+    return None if one is None or other is None else math.hypot(one, other)
+
+
+def best(scores: Mapping[str, Score]) -> str | None:
+    """Name of the best score, the first of equals; None if there is none."""
+    if not scores:
+        return None
+    return max(scores, key=lambda name: scores[name].value * (1 if scores[name].higher_is_better else -1))
+
+
+def kept_share(score: Score, parent: Score) -> float | None:
+    """How much of the parent's score is kept, 1 for all; None where the ratio means nothing.
+
+    Where lower is better, as for a perplexity, the parent's share of the score.
+    """
+    part, whole = (score.value, parent.value) if score.higher_is_better else (parent.value, score.value)
+    return part / whole if whole > 0 and part >= 0 else None
+
+
+def common(values: Sequence[Any]) -> Any:
+    """The one value that all have; None if they differ or there are none."""
+    return values[0] if values and all(value == values[0] for value in values) else None

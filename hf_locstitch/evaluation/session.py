@@ -1,0 +1,137 @@
+"""One evaluation: tasks and settings, run on any number of models. What is known is not measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_locstitch.evaluation.cache import cache_folder, cache_key, read_cached, write_cached
+from hf_locstitch.evaluation.leaks import leaks
+from hf_locstitch.evaluation.models import Model
+from hf_locstitch.evaluation.report import EvaluationReport, ModelScores
+from hf_locstitch.evaluation.scores import TaskResult
+from hf_locstitch.evaluation.tasks import TaskSpec, chosen_tasks, digest_of, load_task, open_manager
+from hf_locstitch.processes import Processes
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+Known = dict[str, list[TaskResult]]  # cache key -> results
+
+
+@dataclass(frozen=True)
+class Settings:
+    """tasks: NAME or NAME:SHOTS, suite: a bundle of them. limit: examples a task, None for all.
+
+    include_path: a folder of further task files. batch_size: None for the largest that fits. cache: whether scores
+    measured before are used.
+    """
+
+    tasks: Sequence[str] = ()
+    suite: str | None = None
+    include_path: Path | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    chat_template: bool = False
+    cache: bool = True
+    show_progress: bool = False
+
+
+@dataclass
+class Session:
+    """Data sets are loaded once for all models, and only if something is to be measured. Raises RecipeError."""
+
+    settings: Settings
+    specs: list[TaskSpec] = field(init=False)
+    limit: int | None = field(init=False)
+    _digest: str | None = field(init=False)
+    _manager: TaskManager | None = field(default=None, init=False)
+    _tasks: dict[TaskSpec, list[Task | Group]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        chosen = self.settings
+        self.specs, self.limit = chosen_tasks(chosen.tasks, chosen.suite, chosen.limit)
+        self._digest = digest_of(chosen.include_path)
+
+    @property
+    def manager(self) -> TaskManager:
+        """lm-eval's tasks. Raises TaskError for a name that is unknown."""
+        if self._manager is None:
+            self._manager = open_manager(self.specs, self.settings.include_path)
+        return self._manager
+
+    def key(self, model: Model, spec: TaskSpec) -> str:
+        """Of what decides a score: the model's content, the task's, the settings, lm-eval's version."""
+        facts = {"model": model.content, "task": spec.name, "shots": spec.shots, "limit": self.limit}
+        facts |= {"chat_template": self.settings.chat_template, "task_files": self._digest}
+        return cache_key({**facts, "lm_eval": version("lm_eval")})
+
+    def run(
+        self, models: Sequence[Model], processes: Processes, localized_with: Sequence[str] = ()
+    ) -> EvaluationReport:
+        """Every task on every model. localized_with: data sets that masks were found with.
+
+        Raises RequestError or WorkError; what was measured by then is kept.
+        """
+        keys = {model.name: [self.key(model, spec) for spec in self.specs] for model in models}
+        known = self._read([key for listed in keys.values() for key in listed], processes)
+        before = frozenset(known)
+        for model in models:
+            self._measure(model, keys[model.name], known)
+        scored = tuple(
+            ModelScores(
+                model.name,
+                model.role,
+                model.ref,
+                model.content,
+                tuple(result for key in keys[model.name] for result in known.get(key, [])),
+                sum(key in before for key in keys[model.name]),
+            )
+            for model in models
+        )
+        evaluated = {result.task: result.dataset for model in scored for result in model.results}
+        warnings = leaks(evaluated, localized_with)
+        if self.limit is not None:
+            warnings.append(f"only the first {self.limit} examples of each task were evaluated: rough figures")
+        return EvaluationReport(scored, tuple(map(str, self.specs)), self.limit, tuple(warnings))
+
+    def _read(self, keys: Sequence[str], processes: Processes) -> Known:
+        """What the first process finds, in every process, so that all measure the same."""
+        found: Known = {}
+        if processes.first and self.settings.cache:
+            found = {key: results for key in keys if (results := read_cached(key, cache_folder())) is not None}
+        return processes.gather(found)[0]
+
+    def _measure(self, model: Model, keys: Sequence[str], known: Known) -> None:
+        """Add to `known` what is not in it."""
+        from hf_locstitch.evaluation.harness import load_model, measure, quietly
+
+        missing: Mapping[TaskSpec, str] = {s: key for s, key in zip(self.specs, keys, strict=True) if key not in known}
+        if not missing:
+            return
+        chosen = self.settings
+        with quietly(chosen.show_progress):
+            for spec in missing:
+                if spec not in self._tasks:
+                    self._tasks[spec] = load_task(self.manager, spec)
+            with model.folder() as folder:
+                lm = load_model(folder, model.ref, chosen.batch_size)
+                for spec, key in missing.items():
+                    results = measure(
+                        lm,
+                        model.ref,
+                        spec,
+                        self._tasks[spec],
+                        self.manager,
+                        limit=self.limit,
+                        batch_size=chosen.batch_size,
+                        chat_template=chosen.chat_template,
+                    )
+                    known[key] = results or []
+                    if results:
+                        write_cached(key, results, cache_folder())

@@ -1,0 +1,154 @@
+"""Which tasks are run, with how many shots, and where lm-eval has them from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
+
+from hf_locstitch.errors import DownloadError, RecipeError, TaskError, WorkError
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+T = TypeVar("T")
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """name: of an lm-eval task, group or tag. shots: examples in the prompt; None: as the task has it."""
+
+    name: str
+    shots: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.shots is None else f"{self.name}:{self.shots}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """limit: examples a task unless another limit is asked for; None for all."""
+
+    tasks: tuple[TaskSpec, ...]
+    limit: int | None = None
+
+
+# The paper judges its language models on MMLU, ARC and TruthfulQA and names no shots; these are the customary ones.
+# TruthfulQA's tasks have six examples of their own in the prompt and allow no others.
+SUITES: Mapping[str, Suite] = MappingProxyType({
+    "paper": Suite((
+        TaskSpec("mmlu", 5), TaskSpec("arc_easy", 0), TaskSpec("arc_challenge", 25),
+        TaskSpec("truthfulqa_mc1", 0), TaskSpec("truthfulqa_mc2", 0),
+    )),
+    "quick": Suite((TaskSpec("arc_easy", 0), TaskSpec("arc_challenge", 0), TaskSpec("truthfulqa_mc1", 0)), limit=100),
+})  # fmt: skip
+
+
+def parse_task(text: str) -> TaskSpec:
+    """NAME or NAME:SHOTS. Raises RecipeError."""
+    name, colon, shots = text.partition(":")
+    if not name or (colon and not shots.isdecimal()):
+        raise RecipeError(
+            f"{text!r} is no task: write NAME, or NAME:SHOTS with the number of examples, such as mmlu:5."
+        )
+    return TaskSpec(name, int(shots) if colon else None)
+
+
+def chosen_tasks(tasks: Sequence[str], suite: str | None, limit: int | None) -> tuple[list[TaskSpec], int | None]:
+    """The tasks and the limit that are asked for. Raises RecipeError for an unknown suite or a task named twice."""
+    if suite is not None and suite not in SUITES:
+        raise RecipeError(f"unknown suite {suite!r} (known are {', '.join(SUITES)}).")
+    bundle = SUITES[suite] if suite is not None else Suite(())
+    specs = [*bundle.tasks, *map(parse_task, tasks)]
+    if not specs:
+        raise RecipeError(f"nothing says what to evaluate: give --tasks NAME..., or --suite {'|'.join(SUITES)}.")
+    names = [spec.name for spec in specs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(f"the task {twice[0]!r} is named twice. Name it once.")
+    if limit is not None and limit < 1:
+        raise RecipeError(f"--limit must be 1 or more, not {limit}.")
+    return specs, limit if limit is not None else bundle.limit
+
+
+def digest_of(include_path: Path | None) -> str | None:
+    """One hash for a folder of task files, so that scores of an edited task are not taken for its own."""
+    if include_path is None:
+        return None
+    if not include_path.is_dir():
+        raise RecipeError(f"--include-path {include_path} is no folder. Name one that holds lm-eval's task files.")
+    digest = hashlib.sha256()
+    for path in sorted(path for path in include_path.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(include_path).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def open_manager(specs: Sequence[TaskSpec], include_path: Path | None) -> TaskManager:
+    """lm-eval's index of tasks. Raises TaskError for names that it does not have, with the nearest ones.
+
+    Its own fourteen thousand tasks take it ten seconds to find; they are left out if `include_path` has all.
+    """
+    from lm_eval.tasks import TaskManager
+
+    path = None if include_path is None else str(include_path)
+    if path is not None:
+        own = TaskManager(include_path=path, include_defaults=False)
+        if {spec.name for spec in specs} <= set(own.all_subtasks):
+            return own
+    manager = TaskManager(include_path=path)
+    if unknown := [spec.name for spec in specs if spec.name not in manager.task_index]:
+        raise TaskError(_unknown(unknown, manager.all_tasks))
+    return manager
+
+
+def _unknown(names: Sequence[str], known: Sequence[str]) -> str:
+    def nearest(name: str) -> str:
+        near = get_close_matches(name, known, n=3) or [task for task in known if name in task][:3]
+        return f"{name!r}" + (f" (did you mean {', '.join(near)}?)" if near else "")
+
+    plural = "tasks" if len(names) > 1 else "task"
+    return (
+        f"lm-eval knows no {plural} {', '.join(nearest(name) for name in names[:SHOWN])}. "
+        "`lm-eval ls tasks` lists all; --include-path DIR adds those of a folder."
+    )
+
+
+def load_task(manager: TaskManager, spec: TaskSpec) -> list[Task | Group]:
+    """The task, group, or members of a tag, with data sets, fetched if need be. Raises TaskError or DownloadError."""
+    loaded = explaining_data(spec.name, lambda: manager.load([spec.name]))
+    groups = loaded.get("groups", {})
+    return [groups[spec.name]] if spec.name in groups else list(loaded["tasks"].values())
+
+
+def explaining_data(name: str, work: Callable[[], T]) -> T:
+    """The work's result; what goes wrong with a task's data set becomes one paragraph."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError as TransportError  # pyright: ignore[reportPrivateImportUsage]
+
+    try:
+        return work()
+    except DatasetNotFoundError as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        cure = "Ask for access on its page, then log in with `hf auth login` or set HF_TOKEN."
+        raise TaskError(
+            f"the data set of task {name} cannot be had: {said}. "
+            + (cure if "gated" in said else f"Check the task's dataset_path; if it is private, {cure[32:]}")
+        ) from error
+    except (ConnectionError, OfflineModeIsEnabled, TransportError, HfHubHTTPError) as error:
+        raise DownloadError(
+            f"the data set of task {name} could not be fetched ({str(error).splitlines()[0]}). Give the same command "
+            "again when the connection is back; what was measured is kept. Without network, a data set must have been "
+            "fetched before."
+        ) from error
+    except FileNotFoundError as error:
+        raise TaskError(f"the data of task {name} is not there: {str(error).splitlines()[0]}") from error
+    except (KeyError, ValueError) as error:
+        raise WorkError(f"lm-eval cannot load task {name} ({type(error).__name__}: {error}).") from error

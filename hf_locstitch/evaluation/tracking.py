@@ -1,0 +1,41 @@
+"""Scores to Trackio or Weights & Biases, where one is installed, under the names that lm-eval gives them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from hf_locstitch.errors import RecipeError
+from hf_locstitch.evaluation.report import EvaluationReport, ModelScores
+
+PROJECT = "hf-locstitch"
+
+
+def find_tracker(name: str) -> Any:
+    """The module; both have init(project=, name=, config=), log(dict) and finish(). Raises RecipeError."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise RecipeError(f"--track {name} needs the package {name}: pip install {name}.") from error
+
+
+def log_report(report: EvaluationReport, name: str) -> None:
+    """One run a model."""
+    tracker = find_tracker(name)
+    for model in report.models:
+        config = {"ref": model.ref, "role": model.role, "tasks": list(report.tasks), "limit": report.limit}
+        tracker.init(project=PROJECT, name=model.name, config=config)
+        tracker.log(metrics_of(model))
+        tracker.finish()
+
+
+def metrics_of(model: ModelScores) -> dict[str, float]:
+    """task/metric -> value and task/metric_stderr -> standard error, members of groups included."""
+    found: dict[str, float] = {}
+    for result in model.results:
+        for score in result.scores:
+            found[f"{result.task}/{score.metric}"] = score.value
+            if score.stderr is not None:
+                found[f"{result.task}/{score.metric}_stderr"] = score.stderr
+        found |= {f"{member}/{result.main.metric}": value for member, value in result.subtasks.items()}
+    return found
