@@ -45,12 +45,10 @@ def licence_of(checkpoint: Checkpoint) -> str:
 def licence_note(plan: MergePlan) -> str:
     """What the parents' licences mean for the merge; nothing if all are alike and allow commercial use."""
     licences = {name: licence_of(checkpoint) for name, checkpoint in plan.inputs.items()}
-    notes = []
-    if len(set(licences.values())) > 1:
-        notes.append("they differ, and a merge is bound by all of them.")
+    notes = ["The parents' differ, and a merge is bound by all of them."] if len(set(licences.values())) > 1 else []
     if closed := [f"{name} ({licence})" for name, licence in licences.items() if NON_COMMERCIAL.search(licence)]:
-        notes.append(f"not for commercial use, because of {', '.join(closed)}.")
-    return " ".join(notes)[:1].upper() + " ".join(notes)[1:]
+        notes.append(f"Not for commercial use, because of {', '.join(closed)}.")
+    return " ".join(notes)
 
 
 def settings(plan: MergePlan, record: Manifest) -> dict[str, str]:
@@ -68,7 +66,7 @@ def settings(plan: MergePlan, record: Manifest) -> dict[str, str]:
         "dtype": ", ".join(sorted({tensor.dtype for shard in plan.shards for tensor in shard.tensors})),
         "made with": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
-    return {"hf-locstitch": record.hf_locstitch, **rows}
+    return {key: value.replace("|", "\\|") for key, value in {"hf-locstitch": record.hf_locstitch, **rows}.items()}
 
 
 def _globs(globs: Sequence[str]) -> str:

@@ -50,3 +50,10 @@ def hub(tmp_path: Path, hub_cache: Path) -> Iterator[LoopbackHub]:
     """A started, empty Hub with one user, demo, whose token is hf_loopback."""
     with LoopbackHub(tmp_path / "hub") as started:
         yield started
+
+
+@pytest.fixture(autouse=True)
+def figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merges draw no figures, which would take most of their time, except in tests that are about them."""
+    if not request.node.get_closest_marker("figures"):
+        monkeypatch.setattr("hf_locstitch.run.draw_merge", lambda *_: [])

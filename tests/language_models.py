@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -116,3 +117,16 @@ def add_truthfulqa(hub: LoopbackHub, first: Sequence[str]) -> None:
         for number, word in enumerate(first)
     ]
     _add(hub, "truthfulqa/truthful_qa", {"multiple_choice": {"validation": rows}})
+
+
+def add_benchmark(hub: LoopbackHub, folder: Path, name: str, answers: Sequence[str], *, gated: bool = False) -> str:
+    """A task like local_task's in `folder` whose data are on the Hub, under a new id, which is returned."""
+    local_task(folder, name, answers)
+    dataset = f"demo/{uuid4().hex[:12]}-{name}"
+    readme = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: test.jsonl\n---\n"
+    files = {"README.md": readme, "test.jsonl": (folder / f"{name}.jsonl").read_text()}
+    hub.add_repo(dataset, files, repo_type="dataset", gated="auto" if gated else False)
+    head, _, rest = (folder / f"{name}.yaml").read_text().partition("dataset_kwargs:")
+    rest = rest[rest.index("output_type") :]
+    (folder / f"{name}.yaml").write_text(head.replace("dataset_path: json", f"dataset_path: {dataset}") + rest)
+    return dataset

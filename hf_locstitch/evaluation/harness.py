@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,14 +146,14 @@ def _scored(task: Task | Group, results: Mapping[str, Any]) -> list[tuple[str, l
 
 
 def revision_of(leaves: Mapping[str, Task], members: Sequence[str]) -> str | None:
-    """Commit of the one data set on the Hub that the tasks were read from."""
-    found = []
-    for name in members:
-        for split in (getattr(leaves[name], "dataset", None) or {}).values():
-            found += re.findall(
-                r"^hf://datasets/[^@]+@([0-9a-f]{40})/", next(iter(split.info.download_checksums or {}), "")
-            )
-    return common(found)
+    """Commit of the one data set on the Hub that the tasks were read from; its folder in the cache is called by it."""
+    files = [
+        file["filename"].replace(os.sep, "/")
+        for name in members
+        for split in (getattr(leaves[name], "dataset", None) or {}).values()
+        for file in split.cache_files
+    ]
+    return common([commit for file in files for commit in re.findall(r"/([0-9a-f]{40})/[^/]+$", file)])
 
 
 def read_result(name: str, results: Mapping[str, Any], limit: int | None, revision: str | None) -> TaskResult:

@@ -165,8 +165,7 @@ def describe_for_card(report: EvaluationReport) -> str:
     parts.append(
         f"Measured with [lm-eval]({HARNESS}) {result.lm_eval}; all numbers are in [{SCORES}]({SCORES}). Again:"
     )
-    command = ["hf-locstitch evaluate", subject.ref.split("@")[0], "--tasks", *report.tasks]
-    command += ["--limit", str(report.limit)] if report.limit is not None else []
+    command = ["hf-locstitch evaluate", subject.ref.split("@")[0], *report.flags]
     command += ["--parents"] if any(model.role == "finetuned" for model in report.models) else []
     command += ["--average"] if any(model.role == "average" for model in report.models) else []
     parts.append(f"```bash\n{' '.join(command)}\n```")

@@ -30,13 +30,14 @@ class ModelScores:
 class EvaluationReport:
     """models: base, finetunes, average, then those that were asked about. url, commit: where the results were pushed.
 
-    tasks: as asked for, NAME or NAME:SHOTS.
+    tasks: as asked for, NAME or NAME:SHOTS. flags: of the command line that measures the same again.
     """
 
     models: tuple[ModelScores, ...]
     tasks: tuple[str, ...]
     limit: int | None
     warnings: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     url: str | None = None
     commit: str | None = None
     figures: tuple[str, ...] = field(default=())

@@ -98,7 +98,15 @@ class Session:
         warnings = leaks(evaluated, localized_with)
         if self.limit is not None:
             warnings.append(f"only the first {self.limit} examples of each task were evaluated: rough figures")
-        return EvaluationReport(scored, tuple(map(str, self.specs)), self.limit, tuple(warnings))
+        return EvaluationReport(scored, tuple(map(str, self.specs)), self.limit, tuple(warnings), self.flags)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Of the command line; a folder is not named, because its path is nobody's business."""
+        flags = ["--tasks", *map(str, self.specs)]
+        flags += ["--limit", str(self.limit)] if self.limit is not None else []
+        flags += ["--include-path", "DIR"] if self.settings.include_path is not None else []
+        return (*flags, *(["--chat-template"] if self.settings.chat_template else []))
 
     def _read(self, keys: Sequence[str], processes: Processes) -> Known:
         """What the first process finds, in every process, so that all measure the same."""

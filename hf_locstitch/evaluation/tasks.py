@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
@@ -97,15 +98,21 @@ def open_manager(specs: Sequence[TaskSpec], include_path: Path | None) -> TaskMa
     """
     from lm_eval.tasks import TaskManager
 
-    path = None if include_path is None else str(include_path)
-    if path is not None:
-        own = TaskManager(include_path=path, include_defaults=False)
-        if {spec.name for spec in specs} <= set(own.all_subtasks):
-            return own
-    manager = TaskManager(include_path=path)
-    if unknown := [spec.name for spec in specs if spec.name not in manager.task_index]:
-        raise TaskError(_unknown(unknown, manager.all_tasks))
-    return manager
+    names = [spec.name for spec in specs]
+    own = None if include_path is None else TaskManager(include_path=str(include_path), include_defaults=False)
+    if own is not None and set(names) <= set(own.all_subtasks):
+        return own
+    known = {*_builtin().all_tasks, *(own.all_tasks if own else ())}
+    if unknown := [name for name in names if name not in known]:
+        raise TaskError(_unknown(unknown, sorted(known)))
+    return _builtin() if own is None else TaskManager(include_path=str(include_path))
+
+
+@lru_cache(1)
+def _builtin() -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _unknown(names: Sequence[str], known: Sequence[str]) -> str:

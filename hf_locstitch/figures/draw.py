@@ -29,6 +29,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
 INK = "#1F2328"
+NOTHING = "#D0D7DE"  # squares that hold no number, and grid lines
 MAP = "cividis"
 ANNOTATED = 12  # masks up to which the numbers fit into the squares
 WIDTH = 9.0  # inches of panels side by side
@@ -97,7 +98,7 @@ def draw_overlap(names: Sequence[str], jaccard: np.ndarray) -> Figure:
     top = max(float(apart.max()), 1e-9) if len(apart) else 1.0
     shown = np.ma.masked_array(jaccard, np.eye(count, dtype=bool))
     image = axes.imshow(shown, cmap=MAP, vmin=0, vmax=top)
-    axes.set_facecolor("#D0D7DE")
+    axes.set_facecolor(NOTHING)
     axes.set_xticks(range(count), list(names), rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(count), list(names))
     axes.tick_params(length=0)
@@ -125,7 +126,9 @@ def draw_places(places: Places) -> Figure:
     top = max((float(share.max()) for share in places.share.values()), default=0.0) or 1.0
     image = None
     for one, name in zip(axes, names, strict=False):
-        image = one.imshow(100 * places.share[name], cmap=MAP, vmin=0, vmax=100 * top, aspect="auto")
+        share = np.ma.masked_array(100 * places.share[name], places.elements == 0)
+        image = one.imshow(share, cmap=MAP, vmin=0, vmax=100 * top, aspect="auto")
+        one.set_facecolor(NOTHING)
         one.set_title(name)
         one.tick_params(length=0)
         one.spines[:].set_visible(False)
@@ -134,8 +137,9 @@ def draw_places(places: Places) -> Figure:
         one.set_yticks(range(len(kinds)), kinds)
     for one in axes[len(names) :]:
         one.set_visible(False)
-    for one in axes[-columns:]:
-        one.set_xlabel("layer")
+    for lowest in axes[max(0, len(names) - columns) : len(names)]:
+        lowest.tick_params(labelbottom=True)
+        lowest.set_xlabel("layer")
     if image is not None:
         figure.colorbar(image, ax=axes, label="share of the mask's ones, %")
     figure.suptitle("Where the masks lie", fontsize=11)
@@ -157,7 +161,7 @@ def draw_task_vectors(vectors: Mapping[str, TaskVectors]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("|task vector|; vertical lines: the smallest entry that the mask keeps")
     axes.set_ylabel("share of the entries, %")
-    axes.set_title("Size of the task vectors' entries")
+    axes.set_title(f"Size of the task vectors' entries ({max(one.sampled for one in vectors.values()):,} sampled)")
     axes.legend(frameon=False)
     return figure
 
@@ -190,9 +194,9 @@ def draw_scores(report: EvaluationReport) -> Figure:
         )  # fmt: skip
     axes.set_yticks(range(len(results)), [f"{r.title}\n{r.main.metric}" for r in results])
     axes.set_ylim(len(results) - 0.45, -0.55)
-    axes.grid(axis="x", color="#D0D7DE", linewidth=0.7)
+    axes.grid(axis="x", color=NOTHING, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.set_xlabel("score, with its standard error")
     axes.set_title("Scores by lm-eval")
-    figure.legend(loc="outside lower center", ncols=min(4, len(models)), frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(6, len(models)), frameon=False)
     return figure

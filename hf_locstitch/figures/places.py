@@ -46,11 +46,12 @@ def layer_and_kind(tensor: str) -> tuple[str, str]:
 
 
 def count_places(shapes: Mapping[str, tuple[int, ...]], ones: Counts) -> Places:
-    """shapes: of the localized tensors, in the model's order, which the kinds keep."""
+    """shapes: of the localized tensors, in the model's order; kinds keep it, those in no layer come last."""
     at = {tensor: layer_and_kind(tensor) for tensor in shapes}
     found = {layer for layer, _ in at.values()}
     layers = sorted(found - {OUTSIDE}, key=int) + sorted(found & {OUTSIDE})
-    kinds = list(dict.fromkeys(kind for _, kind in at.values()))
+    inside = [kind for layer, kind in at.values() if layer != OUTSIDE]
+    kinds = list(dict.fromkeys([*inside, *(kind for _, kind in at.values())]))
     row, column = {k: i for i, k in enumerate(kinds)}, {n: i for i, n in enumerate(layers)}
     elements = np.zeros((len(kinds), len(layers)), dtype=np.int64)
     counted = {name: np.zeros_like(elements) for name in ones}

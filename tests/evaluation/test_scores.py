@@ -1,0 +1,104 @@
+"""The arithmetic of comparing scores, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_locstitch.evaluation.leaks import leaks, localization_data
+from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, markdown
+from hf_locstitch.evaluation.scores import Score, TaskResult, compare, difference_stderr, kept_share
+
+
+def score(value: float, stderr: float | None = None, *, higher: bool = True) -> Score:
+    return Score("acc", value, stderr, higher)
+
+
+def test_difference_and_its_error() -> None:
+    beside = compare(score(0.5, 0.03), score(0.44, 0.04), {})
+    assert beside.difference == pytest.approx(0.06) and beside.stderr == pytest.approx(0.05)
+    assert beside.exceeds is True and beside.best_parent is None and beside.kept is None
+    assert compare(score(0.44, 0.03), score(0.5, 0.04), {}).exceeds is True  # also where it is worse
+    assert compare(score(0.5, 0.03), score(0.46, 0.04), {}).exceeds is False
+    assert compare(score(0.5), score(0.4, 0.1), {}).exceeds is None and difference_stderr(None, 0.1) is None
+    assert compare(score(0.5), None, {}).difference is None
+
+
+def test_share_of_the_best_parent() -> None:
+    parents = {"maths": score(0.4), "code": score(0.8), "chat": score(0.8)}
+    beside = compare(score(0.6), None, parents)
+    assert beside.best_parent == "code" and beside.kept == pytest.approx(0.75)
+    assert kept_share(score(0.6), score(0.0)) is None
+
+
+def test_where_lower_is_better() -> None:
+    parents = {"maths": score(10.0, higher=False), "code": score(20.0, higher=False)}
+    beside = compare(score(12.5, higher=False), None, parents)
+    assert beside.best_parent == "maths" and beside.kept == pytest.approx(0.8)
+
+
+def result(task: str, *scores: Score, dataset: str | None = None) -> TaskResult:
+    return TaskResult(task, 5, None, 100, scores, dataset)
+
+
+def test_tables() -> None:
+    models = (
+        ModelScores("base", "base", "lab/base@" + "a" * 40, "1", (result("mmlu", score(0.25, 0.03)),)),
+        ModelScores("maths", "finetuned", "lab/maths@" + "b" * 40, "2", (result("mmlu", score(0.5, 0.05)),)),
+        ModelScores("merged", "model", "lab/merged@" + "c" * 40, "3", (result("mmlu", score(0.4, 0.04)),), cached=1),
+    )
+    report = EvaluationReport(models, ("mmlu:5",), None)
+    assert report.subject is models[2] and report.judged == [models[2]]
+    assert report.score_table() == [
+        ["task", "metric", "base", "maths", "merged"],
+        ["mmlu (5-shot)", "acc", "0.2500 ± 0.0300", "0.5000 ± 0.0500", "0.4000 ± 0.0400"],
+    ]
+    assert report.comparison_table()[1] == [
+        "merged",
+        "mmlu (5-shot)",
+        "acc",
+        "+0.1500 ± 0.0500",
+        "yes",
+        "maths",
+        "80.0 %",
+    ]
+    assert "measured   2 scores, 1 known from before" in report.describe()
+    beside = report.as_json()["comparisons"]["merged"]["mmlu"]["acc"]
+    assert beside["kept"] == pytest.approx(0.8) and beside["exceeds"] is True
+
+
+def test_markdown_table() -> None:
+    assert markdown([["a", "b"], ["x|y", "1"]]) == "| a | b |\n| :--- | ---: |\n| x\\|y | 1 |"
+
+
+@pytest.mark.parametrize(
+    ("task", "dataset", "data"),
+    [
+        ("gsm8k", "openai/gsm8k", "openai/gsm8k"),
+        ("gsm8k", "openai/gsm8k", "gsm8k"),
+        ("gsm8k_cot", None, "data/GSM8K.jsonl"),
+        ("mmlu_anatomy", "cais/mmlu", "cais/mmlu:anatomy"),
+        ("mmlu", None, "mmlu"),
+        ("arc_easy", "allenai/ai2_arc", "allenai/ai2_arc@" + "a" * 40),
+    ],
+)
+def test_a_leak_is_found(task: str, dataset: str | None, data: str) -> None:
+    (warning,) = leaks({task: dataset, "hellaswag": "Rowan/hellaswag"}, [data, data])
+    assert task in warning and data in warning
+
+
+def test_surrogates_are_no_leak() -> None:
+    evaluated = {"mmlu": "cais/mmlu", "arc_easy": "allenai/ai2_arc", "truthfulqa_mc1": "truthfulqa/truthful_qa"}
+    assert leaks(evaluated, ["tatsu-lab/alpaca", "openai/gsm8k", "hotpotqa/hotpot_qa", ""]) == []
+
+
+def test_data_of_a_recipe() -> None:
+    recipe = {
+        "base": "b",
+        "finetuned": [
+            {"ref": "x", "data": "openai/gsm8k"},
+            {"ref": "y", "data": {"name": "alpaca", "samples": 64}},
+            "z",
+        ],
+        "localizer": {"method": "mask", "data": ["one.jsonl", "two.jsonl"]},
+    }
+    assert localization_data(recipe) == ["openai/gsm8k", "alpaca", "one.jsonl", "two.jsonl"]
