@@ -85,7 +85,7 @@ def add_mmlu(hub: LoopbackHub, subjects: Sequence[str], answers: Sequence[int] =
             for number, answer in enumerate(right)
         ]
 
-    splits = {"test": answers, "validation": (0,), "dev": (0, 1, 2, 3, 0)}
+    splits = {"test": answers, "dev": (0, 1, 2, 3, 0)}
     _add(hub, "cais/mmlu", {s: {split: rows(s, right) for split, right in splits.items()} for s in subjects})
 
 
@@ -102,7 +102,10 @@ def add_arc(hub: LoopbackHub, right: Sequence[str]) -> None:
     _add(
         hub,
         "allenai/ai2_arc",
-        {name: dict.fromkeys(("train", "validation", "test"), rows(name)) for name in ("ARC-Easy", "ARC-Challenge")},
+        {
+            name: {"train": 13 * rows(name), "validation": rows(name), "test": rows(name)}  # 25 shots come from train
+            for name in ("ARC-Easy", "ARC-Challenge")
+        },
     )
 
 
