@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from hf_locstitch import Magnitude, load_mask, merge_from_hub
 from hf_locstitch.errors import CheckpointError, IntegrityError
-from hf_locstitch.masks import decode_positions, encode_positions
+from hf_locstitch.masks import decode_positions, encode_positions, iter_positions
 
 
 @given(st.sets(st.integers(0, 5000), max_size=60), st.integers(0, 60))
@@ -74,3 +75,15 @@ def test_a_damaged_mask(merged: Path, tmp_path: Path) -> None:
     save_file({"w": coded}, tmp_path / "beyond.safetensors", metadata=metadata)
     with pytest.raises(IntegrityError, match="beyond"):
         load_mask(tmp_path / "beyond.safetensors")
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+def test_positions_part_by_part(piece: int) -> None:
+    rng = np.random.default_rng(0)
+    positions = np.sort(rng.choice(200_000, 500, replace=False)).astype(np.int64)
+    coded = encode_positions([positions])
+    parts = list(iter_positions(coded, piece))
+    assert np.array_equal(np.concatenate(parts), decode_positions(coded)) and len(parts) > (piece < 100)
+    assert list(iter_positions(b"")) == []
+    with pytest.raises(zlib.error):
+        list(iter_positions(coded[:-1]))

@@ -74,7 +74,9 @@ def record_in(report: EvaluationReport, folder: Path, title: str) -> list[Path]:
     pictures = draw_evaluation(report, folder / "figures")
     (folder / SCORES).write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     path = folder / CARD
-    card = ModelCard(path.read_text(encoding="utf-8") if path.exists() else f"---\nlibrary_name: transformers\n---\n\n# {title}\n")
+    card = ModelCard(
+        path.read_text(encoding="utf-8") if path.exists() else f"---\nlibrary_name: transformers\n---\n\n# {title}\n"
+    )
     card = with_results(card, report, title)
     card.save(path)
     write_entries(report.subject.results, folder / ENTRIES)

@@ -158,4 +158,6 @@ def explaining_data(name: str, work: Callable[[], T]) -> T:
     except FileNotFoundError as error:
         raise TaskError(f"the data of task {name} is not there: {str(error).splitlines()[0]}") from error
     except (KeyError, ValueError) as error:
-        raise WorkError(f"lm-eval fails at task {name} ({type(error).__name__}: {error}). Check the task's file and its data set.") from error
+        raise WorkError(
+            f"lm-eval fails at task {name} ({type(error).__name__}: {error}). Check the task's file and its data set."
+        ) from error
