@@ -1,4 +1,4 @@
-"""`hf-locstitch demo`: train tiny models, push them to a Hub on this machine, merge them there, compare.
+"""`hf-locstitch demo`: train tiny models, push them to a Hub on this machine, merge them there, compare, publish.
 
 Nothing leaves the machine. Whatever speaks to the Hub is a process of its own, because the client reads its settings
 once, when it is imported; the commands are those that a reader would type. Run with names of repositories,
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from hf_locstitch.demo.benchmark import add_benchmark
 from hf_locstitch.demo.hub import LoopbackHub
 from hf_locstitch.demo.skills import SKILLS, accuracy
 from hf_locstitch.errors import OutputError, WorkError
@@ -54,8 +55,10 @@ def run_demo(work: Path | None = None, *, seed: int = 0, densities: Sequence[flo
         merge = ["hf-locstitch", "merge", "--base", "demo/base", "--ft", *(f"demo/{skill}" for skill in SKILLS)]
         merges = {f"density {density:g}": f"merged-{density:g}" for density in densities}
         run([*merge, "--method", "average", "--push-to", "demo/average"])
+        page = f"merged-{densities[len(densities) // 2 - 1]:g}"  # the one that gets figures and scores
         for density, name in zip(densities, merges.values(), strict=True):
             kept = ["--out", str(folder / name)] if work else []
+            kept += [] if name == page else ["--no-figures"]
             run([*merge, "--density", f"{density:g}", *kept, "--push-to", f"demo/{name}"])
 
         say("Loading every model from the Hub and asking it exercises that none has seen")
@@ -64,6 +67,13 @@ def run_demo(work: Path | None = None, *, seed: int = 0, densities: Sequence[flo
         scores = _evaluate(run, [*columns.values(), *(f"demo/{skill}" for skill in SKILLS)])
         say("Share of exercises answered right\n")
         print(_table(scores, columns))
+
+        say("Scoring one of them with lm-eval beside its parents, and writing that into its page")
+        add_benchmark(hub, folder / "tasks")
+        asked = ["--tasks", *SKILLS, "--include-path", str(folder / "tasks"), "--batch-size", "100"]
+        asked += ["--parents", "--average", "--push"]
+        print("\n" + run(["hf-locstitch", "evaluate", f"demo/{page}", *asked]))
+        print(_page(hub, page, folder / "page" if work else None))
         print(_farewell(folder if work else None, list(merges.values())))
 
 
@@ -130,6 +140,17 @@ def _table(scores: Scores, columns: Mapping[str, str]) -> str:
     rows.append(["mean", *(f"{100 * sum(column) / len(column):.0f} %" for column in values.values())])
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return "\n".join("  " + "  ".join(cell.rjust(n) for cell, n in zip(row, widths, strict=True)) for row in rows)
+
+
+def _page(hub: LoopbackHub, name: str, kept: Path | None) -> str:
+    """What the model's page shows; copied into the folder `kept` if there is one."""
+    repo = f"demo/{name}"
+    pictures = [file for file in hub.files(repo) if file.startswith("figures/") and file.endswith(".png")]
+    for file in ["README.md", *pictures] if kept else []:
+        (kept / file).parent.mkdir(parents=True, exist_ok=True)  # type: ignore[operator]
+        (kept / file).write_bytes(hub.read(repo, file))  # type: ignore[operator]
+    where = str(kept) if kept else f"{repo} on that Hub"
+    return "\n".join([f"  The page, README.md, and its figures in {where}:", *(f"  {file}" for file in pictures)])
 
 
 def _farewell(kept: Path | None, merged: Sequence[str]) -> str:

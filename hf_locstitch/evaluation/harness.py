@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import random
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
 CPU_BATCH = 8  # where "auto" has no GPU whose memory could be tried
 # lm-eval lists metrics in the order of its task files; these are the ones that leaderboards show.
@@ -36,10 +36,13 @@ def quietly(show_progress: bool) -> Iterator[None]:
     """lm-eval's prints go to standard error, its notes nowhere, its bars only where they are wanted."""
     from datasets import disable_progress_bars, enable_progress_bars
     from datasets.utils import are_progress_bars_disabled
+    from transformers.utils import logging as transformers_logging
 
     logger, before = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
     hidden = are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     if not show_progress:
         disable_progress_bars()
     to = sys.stderr if show_progress else StringIO()
@@ -48,6 +51,7 @@ def quietly(show_progress: bool) -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
+        transformers_logging.set_verbosity(verbosity)
         if not hidden:
             enable_progress_bars()
 
@@ -98,7 +102,6 @@ def measure(
     label: str,
     spec: TaskSpec,
     tasks: Sequence[Task | Group],
-    manager: TaskManager,
     *,
     limit: int | None,
     batch_size: int | None,
@@ -110,18 +113,24 @@ def measure(
     """
     import lm_eval
 
-    run: Any = lm_eval.simple_evaluate
+    run: Any = lm_eval.evaluate
+    prepare(tasks, spec.shots)
+    groups = [group for task in tasks for group in groups_of(task)]
+    loaded = {
+        "tasks": {leaf.task_name: leaf for task in tasks for leaf in leaves_of(task)},
+        "groups": {group.name: group for group in groups},
+        "group_map": {group.name: group.child_names for group in groups},
+    }
     with explaining_memory(label, batch_size, lm):
         results = explaining_data(
             spec.name,
             lambda: run(
                 lm,
-                tasks=list(tasks),
-                num_fewshot=spec.shots,
+                task_dict=loaded,
                 limit=limit,
                 log_samples=False,
                 apply_chat_template=chat_template,
-                task_manager=manager,
+                fewshot_as_multiturn=chat_template,
             ),
         )
     if results is None:
@@ -129,6 +138,29 @@ def measure(
     leaves = {leaf.task_name: leaf for task in tasks for leaf in leaves_of(task)}
     found = [named for task in tasks for named in _scored(task, results)]
     return [read_result(name, results, limit, revision_of(leaves, members)) for name, members in found]
+
+
+def prepare(tasks: Sequence[Task | Group], shots: int | None) -> None:
+    """Seeds and shots as lm_eval.simple_evaluate sets them, which also runs `pip list` each time.
+
+    A task that allows no examples but its own keeps to that.
+    """
+    import numpy as np
+    import torch
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    for leaf in (leaf for task in tasks for leaf in leaves_of(task)):
+        own = leaf.get_config("num_fewshot")
+        leaf.set_config(key="num_fewshot", value=own or 0 if shots is None or own == 0 else shots)
+        leaf.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+def groups_of(task: Task | Group) -> list[Group]:
+    """The group itself and those in it."""
+    return [task, *task.get_all_groups()] if hasattr(task, "get_all_groups") else []  # type: ignore[union-attr,list-item]
 
 
 def leaves_of(task: Task | Group) -> list[Task]:

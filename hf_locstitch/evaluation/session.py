@@ -135,7 +135,6 @@ class Session:
                         model.ref,
                         spec,
                         self._tasks[spec],
-                        self.manager,
                         limit=self.limit,
                         batch_size=chosen.batch_size,
                         chat_template=chosen.chat_template,

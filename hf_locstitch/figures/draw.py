@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -34,7 +34,7 @@ MAP = "cividis"
 ANNOTATED = 12  # masks up to which the numbers fit into the squares
 WIDTH = 9.0  # inches of panels side by side
 RARE = 1e-3  # share of the entries that may lie left of the picture
-STYLE = {
+STYLE: Mapping[Any, Any] = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
     "text.color": INK,
@@ -62,7 +62,8 @@ def styled(draw: Callable[P, T]) -> Callable[P, T]:
 
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
-            matplotlib.rcParams.update(STYLE)
+            for name, value in STYLE.items():
+                matplotlib.rcParams[name] = value
             return draw(*args, **kwargs)
 
     return styled

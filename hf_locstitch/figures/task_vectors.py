@@ -15,7 +15,6 @@ import torch
 
 from hf_locstitch.masks import Positions
 
-BINS = 10  # to a power of ten
 PER_TENSOR = 1 << 15  # values of each tensor that are looked at, in PIECES pieces
 PIECES = 8
 FILE = "task-vectors.json"
@@ -31,7 +30,7 @@ class Reader(Protocol):
 class TaskVectors:
     """One finetune's task vector over the localized tensors, estimated from `sampled` of its entries.
 
-    edges: of the bins of |task vector|, [bins + 1], tenths of a power of ten. shares: of all entries, [bins];
+    edges: of the bins of |task vector|, [bins + 1], powers of two. shares: of all entries, [bins];
     with `unchanged`, the share that is exactly zero, they add up to 1. threshold: the smallest sampled |entry| that
     the mask keeps, None if it keeps none of the sample. norm, base_norm: of the whole task vector and of the base.
     """
@@ -113,14 +112,11 @@ def summarize(samples: Iterable[Sample]) -> TaskVectors:
 
 
 def log_edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Bins that hold all of the values (> 0): BINS to a power of ten, the same ones for every model."""
+    """Bins that hold all of the values (> 0): powers of two, between which low-precision numbers lie evenly."""
     if not len(values):
-        return 10.0 ** np.array([-1.0, 0.0])
-    first = math.floor(BINS * math.log10(values.min()))
-    last = math.floor(BINS * math.log10(values.max())) + 1
-    edges = 10.0 ** (np.arange(first, last + 1) / BINS)
-    edges[0], edges[-1] = min(edges[0], values.min()), max(edges[-1], np.nextafter(values.max(), np.inf))
-    return edges
+        return np.array([0.5, 1.0])
+    first, last = math.floor(math.log2(values.min())), math.floor(math.log2(values.max())) + 1
+    return np.exp2(np.arange(first, last + 1, dtype=np.float64))
 
 
 def write_task_vectors(vectors: Mapping[str, TaskVectors], path: Path) -> None:
