@@ -101,6 +101,7 @@ def test_what_an_earlier_model_left_is_removed(
 ) -> None:
     repo = f"demo/{run_id}-merged"
     stale = {"pytorch_model.bin": b"x", "model-00001-of-00002.safetensors": b"y", "masks/old.safetensors": b"z"}
+    stale[".eval_results/mmlu.yaml"] = b"- dataset: {id: cais/mmlu, task_id: mmlu}\n  value: 0.5\n"
     home_hub.add_repo(repo, {**stale, "notes.md": "kept"})
     merge_from_hub(parents[0], parents[1:], push_to=repo)
     assert not stale.keys() & home_hub.files(repo).keys() and "notes.md" in home_hub.files(repo)

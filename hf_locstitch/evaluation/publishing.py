@@ -151,28 +151,37 @@ def write_entries(results: Sequence[TaskResult], folder: Path) -> None:
 def describe_for_card(report: EvaluationReport) -> str:
     """The section of the card, Markdown."""
     subject = report.subject
-    parts = ["## Evaluation", markdown(_emphasized(report.score_table(), subject.name), left=2)]
+    parts = ["## Evaluation", *_summary(report)]
+    scores = [[cell.replace(" ± ", "<br>±\u00a0") for cell in row] for row in report.score_table(digits=3)]
+    parts.append(markdown(_emphasized(scores, subject.name), left=2))
     comparison = report.comparison_table()
     if len(comparison) > 1:
-        several = len({row[0] for row in comparison[1:]}) > 1
-        table = comparison if several else [row[1:] for row in comparison]
-        parts.append(markdown(table, left=3 if several else 2))
         parts.append(
-            "A difference is larger than its error if it exceeds one standard error of the difference of independent "
-            "scores. Kept: the share of the best parent's score."
+            "Beside the base (a difference is larger than its error if it exceeds one standard error of the difference "
+            "of independent scores) and beside the finetune that is best at a task:"
         )
+        parts.append(markdown(comparison, left=3))
     parts.append("![Scores by lm-eval, one marker a model, with standard errors](figures/scores.png)")
     parts.append(", ".join(f"**{model.name}**: {_where(model)}" for model in report.models) + ".")
-    result = subject.results[0]
-    parts.append(
-        f"Measured with [lm-eval]({HARNESS}) {result.lm_eval}; all numbers are in [{SCORES}]({SCORES}). Again:"
-    )
-    command = ["hf-locstitch evaluate", subject.ref.split("@")[0], *report.flags]
-    command += ["--parents"] if any(model.role == "finetuned" for model in report.models) else []
-    command += ["--average"] if any(model.role == "average" for model in report.models) else []
-    parts.append(f"```bash\n{' '.join(command)}\n```")
+    version = subject.results[0].lm_eval
+    parts.append(f"Measured with [lm-eval]({HARNESS}) {version}; all numbers are in [{SCORES}]({SCORES}). Again:")
+    flags = " ".join(report.flags).split(" --")
+    flags += ["parents"] if any(model.role == "finetuned" for model in report.models) else []
+    flags += ["average"] if any(model.role == "average" for model in report.models) else []
+    command = " \\\n  --".join([f"hf-locstitch evaluate {subject.ref.split('@')[0]}", flags[0][2:], *flags[1:]])
+    parts.append(f"```bash\n{command}\n```")
     parts += [f"> **Warning**: {warning}" for warning in report.warnings]
     return "\n\n".join(parts)
+
+
+def _summary(report: EvaluationReport) -> list[str]:
+    """One sentence, where there are finetunes to compare with."""
+    if not (kept := report.kept()):
+        return []
+    mean = sum(share for _, share in kept) / len(kept)
+    task, least = min(kept, key=lambda one: one[1])
+    tasks = "the one task" if len(kept) == 1 else f"{len(kept)} tasks (at least {100 * least:.0f} %, on {task})"
+    return [f"It keeps {100 * mean:.0f} % of the best finetune's score, averaged over {tasks}."]
 
 
 def _emphasized(table: list[list[str]], name: str) -> list[list[str]]:

@@ -65,6 +65,11 @@ class EvaluationReport:
         parents = {one.name: one.score(task, metric) for one in self.models if one.role == "finetuned"}
         return compare(score, base, {name: found for name, found in parents.items() if found is not None})
 
+    def kept(self) -> list[tuple[str, float]]:
+        """Each task with the share of the best finetune's main score that the subject keeps, where it can be told."""
+        found = [(r.task, self.comparison(self.subject, r.task, r.main.metric).kept) for r in self.subject.results]
+        return [(task, kept) for task, kept in found if kept is not None]
+
     def as_json(self) -> dict[str, Any]:
         comparisons = {
             model.name: {
@@ -87,12 +92,12 @@ class EvaluationReport:
         notes += [f"published  {self.url} at {self.commit}"] if self.url else []
         return "\n\n".join([*parts, "\n".join([counts, *notes])])
 
-    def score_table(self) -> Table:
+    def score_table(self, digits: int = 4) -> Table:
         """A row for each task and metric, a column for each model: value ± standard error."""
         rows = [["task", "metric", *(model.name for model in self.models)]]
         for result, score in self.rows():
             found = [model.score(result.task, score.metric) for model in self.models]
-            rows.append([result.title, score.metric, *map(show_score, found)])
+            rows.append([result.title, score.metric, *(show_score(one, digits) for one in found)])
         return rows
 
     def comparison_table(self) -> Table:
@@ -109,10 +114,10 @@ class EvaluationReport:
         return rows
 
 
-def show_score(score: Score | None) -> str:
+def show_score(score: Score | None, digits: int = 4) -> str:
     if score is None:
         return "–"
-    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
+    return f"{score.value:.{digits}f}" + ("" if score.stderr is None else f" ± {score.stderr:.{digits}f}")
 
 
 def show_comparison(beside: Comparison) -> list[str]:

@@ -32,6 +32,7 @@ INK = "#1F2328"
 NOTHING = "#D0D7DE"  # squares that hold no number, and grid lines
 MAP = "cividis"
 ANNOTATED = 12  # masks up to which the numbers fit into the squares
+PAGE = 7.2  # inches: the width of a figure, so that pages show all letters in one size
 WIDTH = 9.0  # inches of panels side by side
 RARE = 1e-3  # share of the entries that may lie left of the picture
 STYLE: Mapping[Any, Any] = {
@@ -47,6 +48,8 @@ STYLE: Mapping[Any, Any] = {
     "ytick.color": INK,
     "figure.facecolor": "white",
     "figure.dpi": 100,
+    "figure.constrained_layout.h_pad": 0.12,
+    "figure.constrained_layout.w_pad": 0.12,
     "savefig.dpi": 160,
     "svg.fonttype": "path",
     "svg.hashsalt": "hf-locstitch",
@@ -92,13 +95,12 @@ def _figure(width: float, height: float) -> Figure:
 def draw_overlap(names: Sequence[str], jaccard: np.ndarray) -> Figure:
     """Heat map of the masks' pairwise Jaccard index. jaccard: [masks, masks], 1 on the diagonal."""
     count = len(names)
-    side = max(3.2, min(9.0, 1.5 + 0.55 * count))
-    figure = _figure(side + 0.9, side)
+    figure = _figure(PAGE, max(2.6, min(PAGE, 1.6 + 0.42 * count)))
     axes = figure.subplots()
     apart = jaccard[~np.eye(count, dtype=bool)]
     top = max(float(apart.max()), 1e-9) if len(apart) else 1.0
     shown = np.ma.masked_array(jaccard, np.eye(count, dtype=bool))
-    image = axes.imshow(shown, cmap=MAP, vmin=0, vmax=top)
+    image = axes.imshow(shown, cmap=MAP, vmin=0, vmax=top, aspect="auto")
     axes.set_facecolor(NOTHING)
     axes.set_xticks(range(count), list(names), rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(count), list(names))
@@ -109,7 +111,7 @@ def draw_overlap(names: Sequence[str], jaccard: np.ndarray) -> Figure:
             value = jaccard[row, column]
             ink = INK if row == column or value > 0.55 * top else "white"
             axes.text(column, row, f"{value:.2f}".removesuffix(".00"), ha="center", va="center", color=ink)
-    figure.colorbar(image, ax=axes, label="in both / in either", shrink=0.85)
+    figure.colorbar(image, ax=axes, label="in both / in either")
     axes.set_title("Overlap of the masks (Jaccard index)")
     return figure
 
@@ -150,7 +152,7 @@ def draw_places(places: Places) -> Figure:
 @styled
 def draw_task_vectors(vectors: Mapping[str, TaskVectors]) -> Figure:
     """How large the entries of each task vector are, and from where on a mask keeps them."""
-    figure = _figure(7.2, 3.6)
+    figure = _figure(PAGE, 3.6)
     axes = figure.subplots()
     for (name, one), colour, line in zip(vectors.items(), cycle(COLOURS), cycle(LINES), strict=False):
         label = name if one.unchanged < 5e-4 else f"{name} ({100 * one.unchanged:.1f} % unchanged)"
@@ -178,7 +180,7 @@ def draw_scores(report: EvaluationReport) -> Figure:
     """The main metric of each task, one marker a model, with standard errors."""
     results = report.models[0].results
     models = report.models
-    figure = _figure(7.2, 1.5 + len(results) * max(0.42, 0.13 * len(models)))
+    figure = _figure(PAGE, 1.5 + len(results) * max(0.42, 0.13 * len(models)))
     axes = figure.subplots()
     offsets = np.linspace(-0.32, 0.32, len(models)) if len(models) > 1 else [0.0]
     marks = zip(models, offsets, islice(cycle(COLOURS), len(models)), cycle(MARKERS), strict=False)
