@@ -25,6 +25,7 @@ CONCENTRATED = 0.5  # share of a mask's ones in one tensor ...
 CROWDED = 3.0  # ... that holds so many times fewer of the elements
 ALIKE = 0.9  # Jaccard index
 DISTANT = 0.5  # norm of a task vector over that of the base: finetuning moves far less
+TIED = 0.25  # share of a mask that may hang on entries of one size
 LARGEST = 3  # tensors named for each mask
 
 
@@ -253,10 +254,8 @@ def _odd_vectors(record: Manifest, vectors: Mapping[str, TaskVectors]) -> Iterat
                 f"{name} changes {100 * (1 - one.unchanged):.2g} % of the weights, fewer than the "
                 f"{100 * mask.real_density:.2g} % that its mask keeps: the rest of it is unchanged weights"
             )
-        if len(set(_nonzero(one))) == 1:
-            yield f"all entries of the task vector of {name} that are not zero are about equal in size (ties)"
-
-
-def _nonzero(one: TaskVectors) -> list[int]:
-    """The bins that hold anything."""
-    return [place for place, share in enumerate(one.shares) if share > 0]
+        if mask is not None and one.tied > TIED * mask.real_density:
+            yield (
+                f"{100 * one.tied:.3g} % of the weights of {name} moved by just {one.threshold:.3g}, the least that its "
+                f"mask of {100 * mask.real_density:.2g} % keeps: which of them it keeps is arbitrary (ties)"
+            )

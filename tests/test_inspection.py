@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from uuid import uuid4
@@ -105,7 +106,20 @@ def test_masks_that_keep_unchanged_weights(make: Make, base: State, tmp_path: Pa
     few["model.layers.0.self_attn.q_proj.weight"][:2] += torch.full((2, 6), 0.5)
     said = signs(make({"few": few}, density=0.5), tmp_path, "few")
     assert "few changes 7.7 % of the weights, fewer than the 50 % that its mask keeps" in said
-    assert "about equal in size (ties)" in said
+
+
+def test_ties(make: Make, base: State, tmp_path: Path) -> None:
+    """All weights move by one half, exactly."""
+    even = {name: torch.ones_like(value) for name, value in base.items()}
+    save_over(tmp_path / "base", even)
+    step = {name: value + 0.5 for name, value in even.items()}
+    said = signs(make({"step": step}, density=0.1), tmp_path, "step")
+    assert "100 % of the weights of step moved by just 0.5, the least that its mask of 9.6 % keeps" in said
+
+
+def save_over(folder: Path, state: State) -> None:
+    shutil.rmtree(folder)
+    save(folder, state)
 
 
 def test_a_dense_merge_has_no_masks(base: State, tmp_path: Path) -> None:

@@ -32,13 +32,14 @@ class TaskVectors:
 
     edges: of the bins of |task vector|, [bins + 1], powers of two. shares: of all entries, [bins];
     with `unchanged`, the share that is exactly zero, they add up to 1. threshold: the smallest sampled |entry| that
-    the mask keeps, None if it keeps none of the sample. norm, base_norm: of the whole task vector and of the base.
+    the mask keeps, None if it keeps none of the sample; tied: share of all entries that are just as large. norm, base_norm: of the whole task vector and of the base.
     """
 
     edges: list[float]
     shares: list[float]
     unchanged: float
     threshold: float | None
+    tied: float
     norm: float
     base_norm: float
     sampled: int
@@ -100,11 +101,13 @@ def summarize(samples: Iterable[Sample]) -> TaskVectors:
     edges = log_edges(size[moved])
     counts, _ = np.histogram(size[moved], edges, weights=weight[moved])
     total = float(weight.sum()) or 1.0
+    threshold = float(size[kept].min()) if kept.any() else None
     return TaskVectors(
         edges=edges.tolist(),
         shares=(counts / total).tolist(),
         unchanged=float(weight[~moved].sum()) / total,
-        threshold=float(size[kept].min()) if kept.any() else None,
+        threshold=threshold,
+        tied=float(weight[size == threshold].sum()) / total if threshold else 0.0,
         norm=math.sqrt(float((weight * size**2).sum())),
         base_norm=math.sqrt(float((weight * base**2).sum())),
         sampled=len(size),

@@ -164,7 +164,9 @@ def test_pushed_scores_survive(home_hub: LoopbackHub, published: str, tasks: Pat
     assert found == {("letters acc", 0.6, "letters"), ("bench acc", 0.6, dataset)}
     assert data.license == "apache-2.0" and data.base_model_relation == "merge"
     assert "| letters (0-shot) | acc | 0.100<br>±" in card.text and "**0.600<br>±" in card.text
-    assert "It keeps 100 % of the best finetune's score, averaged over 2 tasks (at least 100 %, on letters)." in card.text
+    assert (
+        "It keeps 100 % of the best finetune's score, averaged over 2 tasks (at least 100 %, on letters)." in card.text
+    )
     assert card.text.count("## Evaluation") == 1 and "figures/scores.png" in card.text
 
     (entry,) = parse_eval_result_entries(yaml.safe_load(home_hub.read(published, ".eval_results/bench.yaml")))

@@ -92,7 +92,7 @@ def test_a_summary_weighs_samples() -> None:
     found = summarize([seen, whole])
     assert found.unchanged == pytest.approx(5 / 14) and sum(found.shares) + found.unchanged == pytest.approx(1)
     assert found.norm == pytest.approx((5 * 4 + 3 + 9) ** 0.5) and found.base_norm == pytest.approx((10 + 4) ** 0.5)
-    assert found.threshold == 2.0 and found.sampled == 6
+    assert found.threshold == 2.0 and found.sampled == 6 and found.tied == pytest.approx(5 / 14)
     assert found.edges == [1, 2, 4] and found.shares == pytest.approx([3 / 14, 6 / 14])
 
 
