@@ -256,6 +256,6 @@ def _odd_vectors(record: Manifest, vectors: Mapping[str, TaskVectors]) -> Iterat
             )
         if mask is not None and one.tied > TIED * mask.real_density:
             yield (
-                f"{100 * one.tied:.3g} % of the weights of {name} moved by just {one.threshold:.3g}, the least that its "
-                f"mask of {100 * mask.real_density:.2g} % keeps: which of them it keeps is arbitrary (ties)"
+                f"{100 * one.tied:.3g} % of the weights of {name} moved by just {one.threshold:.3g}, the least that "
+                f"its mask of {100 * mask.real_density:.2g} % keeps: which of them it keeps is arbitrary (ties)"
             )

@@ -12,7 +12,7 @@ import yaml
 
 from hf_locstitch.checkpoints.checkpoint import open_checkpoint, open_source
 from hf_locstitch.checkpoints.ref import parse_ref
-from hf_locstitch.errors import LocstitchError, WorkError
+from hf_locstitch.errors import LocstitchError, RecipeError, WorkError
 from hf_locstitch.evaluation.leaks import localization_data
 from hf_locstitch.evaluation.models import (
     Model,
@@ -122,6 +122,10 @@ class AfterMerge:
                 show_progress=show_progress,
             )
         )
+        if not plan.settings.cache:
+            raise RecipeError(
+                "evaluate: needs the models on this machine. Drop --no-cache, or evaluate the merge later."
+            )
         check_language_model(plan.files)
         self.threads = torch.get_num_threads()  # the merge takes one for itself
         _ = self.session.manager  # raises for unknown tasks

@@ -30,9 +30,10 @@ class Reader(Protocol):
 class TaskVectors:
     """One finetune's task vector over the localized tensors, estimated from `sampled` of its entries.
 
-    edges: of the bins of |task vector|, [bins + 1], powers of two. shares: of all entries, [bins];
-    with `unchanged`, the share that is exactly zero, they add up to 1. threshold: the smallest sampled |entry| that
-    the mask keeps, None if it keeps none of the sample; tied: share of all entries that are just as large. norm, base_norm: of the whole task vector and of the base.
+    edges: of the bins of |task vector|, [bins + 1], powers of two. shares: of all entries, [bins]; with `unchanged`,
+    the share that is exactly zero, they add up to 1. threshold: the smallest sampled |entry| that the mask keeps, None
+    if it keeps none of the sample; tied: share of all entries that are just as large. norm, base_norm: of the whole
+    task vector and of the base.
     """
 
     edges: list[float]

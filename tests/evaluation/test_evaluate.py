@@ -238,6 +238,14 @@ def test_from_checkpoints_to_an_evaluated_page(
     assert home_hub.read(target, "README.md") == (out / "README.md").read_bytes()
     assert str(tmp_path) not in (out / "README.md").read_text() + (out / "figures" / "scores.json").read_text()
 
+    only = target.replace("merged", "only")
+    assert run("merge", recipe, "--push-to", only, "--quiet")[0] == 0  # nothing but the scores stays here
+    assert home_hub.read(only, "model.safetensors") == (out / "model.safetensors").read_bytes()
+    assert b"## Evaluation" in home_hub.read(only, "README.md")
+    assert [path.name for path in cache_folder().parent.iterdir()] == ["evaluations"]
+    status, _, err = run("merge", recipe, "--push-to", only, "--no-cache")
+    assert status == 2 and "Drop --no-cache" in err
+
     status, _, err = run("merge", recipe, "--out", out)  # a finished merge is recognised, its scores are known
     assert status == 0 and "measured   0 scores, 4 known" in err
 
