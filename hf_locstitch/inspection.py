@@ -31,7 +31,7 @@ LARGEST = 3  # tensors named for each mask
 
 @dataclass(frozen=True)
 class MaskView:
-    """One finetune's mask. densest: tensors with the largest share of its ones, with that share.
+    """One finetune's mask. density: asked for, None where the mask is rounded. densest: tensors with the largest share of its ones, with that share.
 
     norm, relative_norm (to the base's), unchanged, threshold: of its task vector over the localized tensors,
     estimated from a sample; None if nobody sampled it.
@@ -40,7 +40,7 @@ class MaskView:
     name: str
     ref: str
     ones: int
-    density: float
+    density: float | None
     real_density: float
     densest: list[tuple[str, float]]
     norm: float | None = None
@@ -61,7 +61,7 @@ class Inspection:
     localizer: Mapping[str, Any] | None
     scale: float
     N: int
-    k: int
+    k: int | None
     masks: tuple[MaskView, ...]
     overlap: Sequence[Mapping[str, Any]]
     covered_by: Sequence[int]
@@ -81,7 +81,8 @@ class Inspection:
             lines.append("masks      none: this method uses whole models")
         else:
             settings = ", ".join(f"{key} {value}" for key, value in (self.localizer or {}).items())
-            lines += [f"localizer  {settings}", f"masks      N = {self.N:,} elements, k = {self.k:,}"]
+            each = "" if self.k is None else f", k = {self.k:,}"
+            lines += [f"localizer  {settings}", f"masks      N = {self.N:,} elements{each}"]
         lines += [f"  {_describe_mask(mask)}" for mask in self.masks]
         for mask in self.masks:
             densest = ", ".join(f"{tensor} {100 * share:.1f} %" for tensor, share in mask.densest)

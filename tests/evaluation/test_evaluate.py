@@ -388,6 +388,6 @@ def test_tracking(name: str, a: Path, b: Path, tasks: Path, monkeypatch: pytest.
 
 
 def test_the_leak_rule_reads_the_recipe(a: Path, tasks: Path) -> None:
-    (a / "locstitch.yaml").write_text("base: x\nfinetuned: [{ref: y, data: somebody/letters}]\n")
+    (a / "locstitch.yaml").write_text("base: x\nfinetuned: [y]\ndata: {y: {ref: somebody/letters, number: 8}}\n")
     (warning,) = evaluate(a, tasks=["letters"], include_path=tasks).warnings
     assert "somebody/letters" in warning

@@ -78,6 +78,7 @@ def test_markdown_table() -> None:
         ("gsm8k_cot", None, "data/GSM8K.jsonl"),
         ("mmlu_anatomy", "cais/mmlu", "cais/mmlu:anatomy"),
         ("mmlu", None, "mmlu"),
+        ("hotpot", "hotpotqa/hotpot_qa", "hotpotqa"),
         ("arc_easy", "allenai/ai2_arc", "allenai/ai2_arc@" + "a" * 40),
     ],
 )
@@ -91,14 +92,15 @@ def test_surrogates_are_no_leak() -> None:
     assert leaks(evaluated, ["tatsu-lab/alpaca", "openai/gsm8k", "hotpotqa/hotpot_qa", ""]) == []
 
 
-def test_data_of_a_recipe() -> None:
-    recipe = {
-        "base": "b",
-        "finetuned": [
-            {"ref": "x", "data": "openai/gsm8k"},
-            {"ref": "y", "data": {"name": "alpaca", "samples": 64}},
-            "z",
-        ],
-        "localizer": {"method": "mask", "data": ["one.jsonl", "two.jsonl"]},
-    }
-    assert localization_data(recipe) == ["openai/gsm8k", "alpaca", "one.jsonl", "two.jsonl"]
+@pytest.mark.parametrize(
+    ("data", "refs"),
+    [
+        ({"one": {"ref": "gsm8k", "number": 8}, "two": "data/x.jsonl"}, ["gsm8k", "data/x.jsonl"]),
+        ([{"ref": "alpaca@" + "a" * 40}, {"ref": "alpaca@" + "a" * 40}], ["alpaca@" + "a" * 40]),
+        ("hotpotqa", ["hotpotqa"]),
+        (None, []),
+    ],
+)
+def test_data_of_a_recipe(data: object, refs: list[str]) -> None:
+    assert localization_data({"base": "b", "finetuned": ["x"], "data": data}) == refs
+    assert localization_data({"base": "b", "finetuned": ["x"]}) == []
