@@ -31,7 +31,8 @@ LARGEST = 3  # tensors named for each mask
 
 @dataclass(frozen=True)
 class MaskView:
-    """One finetune's mask. density: asked for, None where the mask is rounded. densest: tensors with the largest share of its ones, with that share.
+    """One finetune's mask. density: asked for, None where masks are rounded. densest: tensors with the largest share of
+    its ones, with that share.
 
     norm, relative_norm (to the base's), unchanged, threshold: of its task vector over the localized tensors,
     estimated from a sample; None if nobody sampled it.
@@ -99,9 +100,8 @@ class Inspection:
 
 
 def _describe_mask(mask: MaskView) -> str:
-    text = (
-        f"{mask.name}: {mask.ones:,} ones, density {100 * mask.real_density:.4g} % (asked {100 * mask.density:.4g} %)"
-    )
+    asked = "" if mask.density is None else f" (asked {100 * mask.density:.4g} %)"
+    text = f"{mask.name}: {mask.ones:,} ones, density {100 * mask.real_density:.4g} %{asked}"
     if mask.norm is None or mask.relative_norm is None or mask.unchanged is None:
         return text
     text += f", ‖τ‖ about {mask.norm:.4g} ({100 * mask.relative_norm:.2g} % of the base)"
