@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -36,13 +36,13 @@ class Model:
     @contextmanager
     def folder(self) -> Iterator[Path]:
         """Its files on this machine; an average is made now and removed again."""
-        with ExitStack() as stack:
-            if self.checkpoint is not None:
-                yield fetch(self.checkpoint)
-            else:
-                made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf-locstitch-average-"))) / "model"
-                make_average(self.average_of, made)
-                yield made
+        if self.checkpoint is not None:
+            yield fetch(self.checkpoint)
+            return
+        with tempfile.TemporaryDirectory(prefix="hf-locstitch-average-") as folder:
+            made = Path(folder) / "model"
+            make_average(self.average_of, made)
+            yield made
 
 
 def open_model(ref: str, role: Role, name: str | None = None) -> Model:

@@ -129,7 +129,11 @@ def _unknown(names: Sequence[str], known: Sequence[str]) -> str:
 
 def load_task(manager: TaskManager, spec: TaskSpec) -> list[Task | Group]:
     """The task, group, or members of a tag, with data sets, fetched if need be. Raises TaskError or DownloadError."""
-    loaded = explaining_data(spec.name, lambda: manager.load([spec.name]))
+    try:
+        loaded = explaining_data(spec.name, lambda: manager.load([spec.name]))
+    except RuntimeError as error:  # a data set that is a script, for one
+        said = " ".join(str(error).split())[:300]
+        raise TaskError(f"the data set of task {spec.name} cannot be loaded: {said}") from error
     groups = loaded.get("groups", {})
     return [groups[spec.name]] if spec.name in groups else list(loaded["tasks"].values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -182,6 +183,18 @@ def test_pushed_scores_survive(home_hub: LoopbackHub, published: str, tasks: Pat
     data = card.data
     assert status == 0 and card.text.count("## Evaluation") == 1 and "first 5 examples" in card.text
     assert {entry.metric_value for entry in data.eval_results} == {0.8} and len(data.eval_results) == 2
+
+
+def test_the_card_can_be_run(published: str, home_hub: LoopbackHub) -> None:
+    card = ModelCard(home_hub.read(published, "README.md").decode())
+    snippets = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
+    names: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(snippet, names)
+    assert len(snippets) == 2 and type(names["model"]).__name__ == "LlamaForCausalLM"
+    assert f"# {names['kept']:,}" in snippets[1] and names["kept"] == sum(
+        mask.numel() for mask in names["mask"].values()
+    )
 
 
 def test_scores_of_others_stay_in_the_card(a: Path, tasks: Path) -> None:
