@@ -210,11 +210,13 @@ def test_two_at_once(inputs: list[Path], tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "out").exists()
 
 
+@pytest.mark.figures
 def test_kill_minus_nine(inputs: list[Path], expected: dict[str, str], tmp_path: Path) -> None:
     """The real signal at several moments of the real command; the last run is left in peace."""
     command = [sys.executable, "-m", "hf_locstitch", "merge", "--base", str(inputs[0]), "--out", "out", "--quiet"]
     command += ["--ft", *map(str, inputs[1:])]
-    slow = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "slowly")}
+    path = [str(Path(__file__).parent / "slowly"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    slow = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     for wait in (0.2, 0.6, 1.2):
         process = subprocess.Popen(command, cwd=tmp_path, env=slow, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 60

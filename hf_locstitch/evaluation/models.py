@@ -117,16 +117,19 @@ def make_average(refs: Sequence[str], out: Path) -> None:
     import torch
 
     from hf_locstitch.api import plan_merge
+    from hf_locstitch.hashes import InputHashes
+    from hf_locstitch.places import check_disk
     from hf_locstitch.progress import Progress
     from hf_locstitch.recipe import make_recipe
-    from hf_locstitch.run import check_disk, run
+    from hf_locstitch.run import run
 
     base, *parents = refs
     entries = [{"ref": ref, "name": f"parent-{number}"} for number, ref in enumerate(parents, start=1)]
     plan = plan_merge(make_recipe({"base": base, "finetuned": entries, "method": "average"}))
     check_disk(out, plan)
     threads = torch.get_num_threads()  # the engine takes one for itself
-    run(plan, out, Progress(False))
+    with InputHashes(plan.inputs) as hashes:
+        run(plan, out, Progress(False), hashes)
     torch.set_num_threads(threads)
 
 
