@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from hf_locstitch.errors import RequestError, WorkError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 Counts = npt.NDArray[np.int64]
@@ -30,6 +33,9 @@ class Processes:
     def sum(self, counts: Counts) -> Counts:
         """Elementwise over all processes, exactly. counts: int64 of one shape everywhere."""
         return counts
+
+    def add_up(self, values: Tensor) -> None:
+        """Replace floating-point values by their sum over all processes, the same bits in each."""
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in order of rank."""
@@ -71,6 +77,13 @@ class DistributedProcesses(Processes):
     def device(self, kind: str) -> str:
         own = str(self._state.device)
         return own if own.startswith(kind) else kind
+
+    def add_up(self, values: Tensor) -> None:
+        import torch
+
+        wide = values.to(self._state.device, torch.promote_types(values.dtype, torch.float32), copy=True)
+        torch.distributed.all_reduce(wide)
+        values.copy_(wide)
 
     def gather(self, value: T) -> list[T]:
         import torch

@@ -1,0 +1,78 @@
+"""Classification as filling in a blank: the label word that a masked language model prefers at the mask.
+
+Source: prompt-based finetuning, Gao et al., "Making Pre-trained Language Models Better Few-shot Learners", 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from hf_locstitch.data.config import ObjectiveConfig, class_loss, label_ids
+from hf_locstitch.errors import RequestError
+
+if TYPE_CHECKING:
+    from hf_locstitch.data.task import Task
+
+
+class MaskedLM(ObjectiveConfig):
+    """Rows: `text` (and `text_b`) and `label`. template: with {text}, perhaps {text_b}, and {mask}.
+
+    label_words: one a class, each a single token, with a space before it where the tokenizer has such a token.
+    max_length: tokens of a filled-in template; the texts lose their ends.
+    """
+
+    kind: Literal["masked-lm"] = "masked-lm"
+    template: str = "{text} It was {mask}."
+    label_words: tuple[str, ...] = Field(min_length=2)
+    max_length: int = 256
+
+    @field_validator("template")
+    @classmethod
+    def _has_places(cls, value: str) -> str:
+        if "{text}" not in value or value.count("{mask}") != 1:
+            raise ValueError("a template needs {text}, and {mask} once")
+        return value
+
+    @property
+    def auto_class(self) -> str:
+        return "AutoModelForMaskedLM"
+
+    def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:
+        from hf_locstitch.data.task import Task
+
+        words = [self._token(word, processor) for word in self.label_words]
+        labels = label_ids(rows, self.label_words)
+        examples = [(self._encode(row, processor), label) for row, label in zip(rows, labels, strict=True)]
+
+        def loss(model: Any, batch: Sequence[tuple[list[int], int]]) -> Any:
+            tokens = processor.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(model.device)
+            logits = model(**tokens).logits  # [examples, tokens, vocabulary]
+            at_mask = logits[tokens["input_ids"] == processor.mask_token_id]
+            return class_loss(at_mask[:, words], [label for _, label in batch])
+
+        return Task(examples, [1] * len(examples), loss)
+
+    def _token(self, word: str, tokenizer: Any) -> int:
+        for text in (" " + word, word):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+                return ids[0]
+        raise RequestError(f"the label word {word!r} is not a single token for this tokenizer. Choose another.")
+
+    def _encode(self, row: dict[str, Any], tokenizer: Any) -> list[int]:
+        texts = {"text": row["text"], "text_b": row.get("text_b") or ""}
+        ids = self._fill(texts, tokenizer)
+        while len(ids) > self.max_length:  # the longer text gives way
+            longer = max(texts, key=lambda name: len(texts[name]))
+            keep = len(texts[longer]) * self.max_length // len(ids)
+            texts[longer] = texts[longer][: min(keep, len(texts[longer]) - 1)]
+            ids = self._fill(texts, tokenizer)
+        if ids.count(tokenizer.mask_token_id) != 1:
+            raise RequestError(f"the template {self.template!r} does not give one mask in {row['text'][:60]!r}.")
+        return ids
+
+    def _fill(self, texts: dict[str, str], tokenizer: Any) -> list[int]:
+        return tokenizer(self.template.format(**texts, mask=tokenizer.mask_token))["input_ids"]

@@ -1,0 +1,69 @@
+"""Localizing by learning: S = argmin loss(base + σ(S)·τ) + penalty·‖σ(S)‖₁, and the mask is where S is largest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from hf_locstitch.localize.magnitude import exact_share
+from hf_locstitch.localize.with_data import WithData
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        # Ours: steps measured in logits, so that they suit any model and loss.
+        "default": {"epochs": 5, "lr": 1.0, "relative_lr": True, "penalty": 0.0, "start": (0.0, 3.0)},
+        # The paper's text.
+        "paper": {"epochs": 10, "lr": 1e7, "relative_lr": False, "penalty": 1e-5, "start": (0.0, 3.0)},
+        # The authors' published code, for comparison with it only.
+        "official": {"epochs": 10, "lr": 1e7, "relative_lr": False, "penalty": 1e-5, "start": (-5.0, 5.0)},
+    }
+)
+
+
+class Mask(WithData):
+    """density: share of elements that a mask keeps; None rounds σ(S), as the paper does.
+
+    preset: where the fields below come from unless they are given. start: S outside and inside the initial mask, the
+    top `start_density` (default: the density, else 0.01) by |τ|. One step an epoch, on the gradient over the whole
+    set. relative_lr: lr is the change of S that the k-th most changed element makes in the first step; else lr is
+    plain. penalty: the weight of ‖σ(S)‖₁. batch: of the `official` preset, whose gradient is a sum over batches.
+    """
+
+    method: Literal["mask"] = "mask"
+    density: float | None = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
+    preset: Literal["default", "paper", "official"] = "default"
+    epochs: int = Field(default=0, ge=0)
+    lr: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    relative_lr: bool = False
+    penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    start: tuple[float, float] = (0.0, 0.0)
+    start_density: float | None = Field(default=None, gt=0, le=1)
+    batch: int = Field(default=16, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, value: Any) -> Any:
+        preset = PRESETS.get(value.get("preset", "default")) if isinstance(value, dict) else None
+        return {**preset, **value} if preset else value
+
+    def groups(self, numels: Sequence[int]) -> list[tuple[list[int], int]]:
+        """As Magnitude.groups. Where σ(S) is rounded k is only a guess."""
+        return [(list(range(len(numels))), self.kept(numels))]
+
+    def kept(self, numels: Sequence[int]) -> int:
+        """Number of ones in a mask over tensors of these sizes (k); where σ(S) is rounded, of those at the start."""
+        n = sum(numels)
+        return self.started(n) if self.density is None else exact_share(self.density, n)
+
+    def started(self, n: int) -> int:
+        """How many of n elements start inside the mask."""
+        share = self.start_density if self.start_density is not None else self.density
+        return exact_share(0.01 if share is None else share, n)
+
+    def describe(self) -> str:
+        share = "rounded" if self.density is None else f"density {self.density:g}"
+        rate = f"{'relative ' if self.relative_lr else ''}learning rate {self.lr:g}"
+        return f"mask, {share}, learned in {self.epochs} epochs, {rate}, preset {self.preset}"

@@ -1,0 +1,151 @@
+"""From parameters in memory to tensors on disk: names, fused experts, prefixes, ties.
+
+transformers converts some checkpoints while it loads them: experts are stacked, prefixes added, tensors renamed.
+Scores live where the parameters do and must come back under the names on disk. Its own reverse conversion does it
+for anything of a parameter's shape; `check` proves it on the weights themselves before it is trusted with scores.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_locstitch.errors import MismatchError, RequestError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are converted together. state: (name in the state dict, name of the parameter) of each.
+
+    disk: names of the tensors that they make up. direct: one parameter is one tensor, under whatever name.
+    """
+
+    state: tuple[tuple[str, str], ...]
+    disk: tuple[str, ...]
+    direct: bool
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(parameter for _, parameter in self.state)
+
+
+def group_names(model: Any, disk: Collection[str]) -> list[Group]:
+    """How the tensors on disk that the model uses correspond to its parameters.
+
+    model: a transformers model, loaded by from_pretrained. A tensor that is no parameter of it belongs to no group;
+    tied parameters that are stored twice make two groups.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict(keep_vars=True)
+    canonical = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups: list[Group] = []
+    converted: dict[str, list[str]] = defaultdict(list)  # a name in the state dict -> on disk
+    for name in sorted(disk):
+        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if key not in state and name in state:
+            key, pattern = name, None
+        if key not in state or id(state[key]) not in canonical:
+            continue
+        if pattern is None:
+            groups.append(Group(((key, canonical[id(state[key])]),), (name,), direct=True))
+        else:
+            converted[key].append(name)
+    if not converted:
+        return groups
+    reverse = [entry.reverse_transform() for entry in (model._weight_conversions or mapping)[::-1]]
+    reverse = [entry for entry in reverse if isinstance(entry, WeightConverter)]
+    together: dict[str, list[str]] = defaultdict(list)  # converted by one converter -> names in the state dict
+    for key, parameter in state.items():
+        target, pattern = apply_converters(key, reverse)
+        if pattern is not None and id(parameter) in canonical:
+            together[target].append(key)
+    for keys in together.values():
+        names = [name for key in keys for name in converted.get(key, ())]
+        if names:
+            pairs = tuple((key, canonical[id(state[key])]) for key in sorted(keys))
+            groups.append(Group(pairs, tuple(names), direct=False))
+    return groups
+
+
+def to_disk(model: Any, group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the parameters' shapes, as the tensors on disk. tensors: parameter -> [*shape]. Keys as group.disk.
+
+    Raises MismatchError if the reverse conversion gives other names.
+    """
+    if group.direct:
+        return {group.disk[0]: tensors[group.parameters[0]]}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    found = revert_weight_conversion(model, {key: tensors[parameter] for key, parameter in group.state})
+    prefix = model.base_model_prefix + "."
+    by_stem = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    missing = [name for name in group.disk if name.removeprefix(prefix) not in by_stem]
+    if missing:
+        raise MismatchError(
+            [
+                f"{missing[0]} on disk is not found again among what {', '.join(group.parameters[:3])} convert to "
+                f"({', '.join(sorted(found)[:3])}); use a localizer without data, or leave it out with --exclude"
+            ]
+        )
+    return {name: by_stem[name.removeprefix(prefix)] for name in group.disk}
+
+
+def chosen_groups(groups: Sequence[Group], localized: Collection[str], where: str) -> list[Group]:
+    """The groups that the localized tensors belong to.
+
+    Raises MismatchError if one of those is in no group, or a group holds localized and other tensors alike.
+    """
+    covered = {name for group in groups for name in group.disk}
+    problems = []
+    if absent := [name for name in localized if name not in covered]:
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        problems.append(
+            f"{absent[0]}{more} is to be localized but is no parameter of the model that transformers makes of "
+            f"{where}; leave it out with --exclude, or use a localizer without data"
+        )
+    chosen = []
+    for group in groups:
+        inside = [name for name in group.disk if name in localized]
+        if inside and len(inside) < len(group.disk):
+            outside = next(name for name in group.disk if name not in localized)
+            problems.append(
+                f"{inside[0]} is to be localized and {outside} is not, but both are one parameter in memory "
+                f"({group.parameters[0]}); take both in or leave both out"
+            )
+        if inside:
+            chosen.append(group)
+    if problems:
+        raise MismatchError(problems)
+    return chosen
+
+
+def check(
+    model: Any, groups: Sequence[Group], weights: Mapping[str, torch.Tensor], on_disk: Callable[[str], torch.Tensor]
+) -> None:
+    """That the weights, mapped to disk, are the weights on disk, bit for bit in the model's dtype.
+
+    weights: parameter -> as loaded; on_disk: name -> [*shape]. Raises RequestError naming the first that differs.
+    """
+    for group in groups:
+        for name, mapped in to_disk(model, group, weights).items():
+            due = on_disk(name)
+            if mapped.shape != due.shape or not _same_bits(mapped, due.to(mapped.dtype)):
+                raise RequestError(
+                    f"{group.parameters[0]}, mapped back to disk, is not {name} as stored ({list(mapped.shape)} "
+                    f"against {list(due.shape)}): gradients could not be trusted to land in the right place. Use a "
+                    "localizer without data, or leave the tensor out with --exclude."
+                )
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """One dtype and shape; NaN equals itself."""
+    return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))

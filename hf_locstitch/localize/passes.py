@@ -1,0 +1,161 @@
+"""Forward and backward passes over a localization set; each gradient is consumed as it appears, and freed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_locstitch.data.task import MicroBatch, Task
+from hf_locstitch.errors import RequestError, WorkError
+from hf_locstitch.localize.ranking import pieces
+from hf_locstitch.localize.subject import Place, Subject, is_shared_out, own_rows
+from hf_locstitch.localize.updates import add_rounding
+from hf_locstitch.processes import Processes
+
+Advance = Callable[[int], object]
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class State:
+    """One number for every element of every place: tensors of their shapes, in memory or in a mapped file.
+
+    on: "device" is each parameter's own.
+    """
+
+    def __init__(self, places: Mapping[str, Place], dtype: str, on: str, folder: Path, name: str) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        for number, (key, place) in enumerate(places.items()):
+            shape = place.shape
+            narrow = STATE_DTYPES[dtype]
+            kind = torch.float64 if place.base.dtype == torch.float64 else narrow
+            if on == "disk":
+                file = folder / f"{name}.{number}"
+                flat = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=kind)
+                file.unlink()  # the mapping keeps it; nothing is left behind, however the process ends
+                self.tensors[key] = flat.zero_().view(shape)
+            else:
+                device = place.device if on == "device" else torch.device("cpu")
+                self.tensors[key] = torch.zeros(shape, dtype=kind, device=device)
+
+    def __getitem__(self, place: Place) -> Tensor:
+        return self.tensors[place.name]
+
+    def clear(self) -> None:
+        for tensor in self.tensors.values():
+            tensor.zero_()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class Rounding:
+    """A source of random bits on every device that asks for one."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def on(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+
+@contextmanager
+def consuming(places: Iterable[Place], consume: Callable[[Place, Tensor], None]) -> Iterator[None]:
+    """While inside, `consume` gets the gradient of each place as soon as it is whole; then it is freed."""
+
+    def hook(place: Place) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                consume(place, own_rows(gradient))
+
+        return take
+
+    handles = [place.parameter.register_post_accumulate_grad_hook(hook(place)) for place in places]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def add_gradients(
+    subject: Subject,
+    task: Task,
+    batches: Sequence[MicroBatch],
+    total: State,
+    rounding: Rounding,
+    processes: Processes,
+    advance: Advance = lambda _: None,
+) -> float:
+    """Add the gradient of the batches' loss to `total`, and return the loss. Every process takes its share.
+
+    total: the same in all processes, before and after. Raises RequestError if the loss is not finite, WorkError if
+    memory runs out.
+    """
+    sharded = any(is_shared_out(place.parameter) for place in subject.places.values())
+    own = batches[processes.rank :: processes.count]
+    if sharded:  # every process takes part in every pass, and gradients come averaged over the processes
+        own = [MicroBatch(batch.examples, batch.factor * processes.count) for batch in own]
+        idle = -(-len(batches) // processes.count) - len(own)
+        own += [MicroBatch(batches[0].examples, 0.0)] * idle
+    elif not processes.first:
+        total.clear()  # it is in the first one's sum
+
+    def consume(place: Place, gradient: Tensor) -> None:
+        into = total[place]
+        add_rounding(into, gradient.to(into.device), rounding.on(into.device))
+
+    def work() -> Tensor:
+        loss = torch.zeros((), dtype=torch.float64)
+        with consuming(subject.places.values(), consume), memory_guard():
+            for batch in own:
+                part = task.loss(subject.model, batch.examples) * batch.factor
+                loss += part.detach().cpu()
+                part.backward()
+                advance(len(batch.examples))
+        return loss
+
+    loss = processes.together(work)
+    processes.add_up(loss)
+    if sharded:
+        loss /= processes.count
+    else:
+        for tensor in total.tensors.values():
+            for piece in pieces(tensor):
+                processes.add_up(piece)
+    if not torch.isfinite(loss):
+        raise RequestError(
+            f"the loss is {loss.item()} on the localization set: the model does not bear it in its dtype, or is "
+            "broken. Check the finetune and the data."
+        )
+    return loss.item()
+
+
+@contextmanager
+def memory_guard() -> Iterator[None]:
+    """Say what to change when memory runs out."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise WorkError(_too_large(error)) from error
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        raise WorkError(_too_large(error)) from error
+
+
+def _too_large(error: BaseException) -> str:
+    return (
+        f"memory ran out in a pass over the localization set ({str(error).splitlines()[0][:160]}). In the recipe's "
+        "localizer set micro_batch: 1, then checkpointing: true, then state_on: cpu or disk, or state_dtype: bfloat16; "
+        "shorter examples (max_length of the data) help too."
+    )

@@ -1,0 +1,78 @@
+"""The exact k-th largest of numbers that lie in several tensors, found by counting: no copy, no sort.
+
+Numbers are compared as unsigned integers of the same order (`sortable`). Ties at the threshold are kept evenly, as
+selection.py has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hf_locstitch.localize.selection import Threshold, evenly
+
+Keys = npt.NDArray[np.uint32]
+Counts = npt.NDArray[np.int64]
+PIECE = 1 << 20  # elements looked at together
+SIGN = np.uint32(1 << 31)
+
+
+def sortable(values: torch.Tensor) -> Keys:
+    """Integers in the order of float32 `values` [n]; −0 counts as 0. Returns uint32 [n]."""
+    bits = (values.detach().float().cpu() + 0.0).numpy().view(np.uint32)
+    return np.where(bits & SIGN, ~bits, bits | SIGN)
+
+
+def pieces(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """A tensor [*shape] as flat views of at most PIECE elements."""
+    return tensor.reshape(-1).split(PIECE) if tensor.numel() else ()
+
+
+def kth_largest(
+    keys: Callable[[], Iterable[Keys]], k: int, add_up: Callable[[Counts], Counts] = lambda counts: counts
+) -> Threshold:
+    """Where the k largest of all keys end. keys: gives them anew at every call. k: 0 … their number.
+
+    add_up: counts of one process -> of all, where each has keys of its own.
+    """
+    if k == 0:
+        return Threshold((1 << 32) - 1, 0, 0)
+    upper = np.zeros(1 << 16, dtype=np.int64)
+    for part in keys():
+        upper += np.bincount(part >> np.uint32(16), minlength=1 << 16)
+    upper = add_up(upper)
+    high, above = _last_reaching(upper, k)
+    lower = np.zeros(1 << 16, dtype=np.int64)
+    for part in keys():
+        lower += np.bincount(part[part >> np.uint32(16) == high] & np.uint32(0xFFFF), minlength=1 << 16)
+    lower = add_up(lower)
+    low, above = _last_reaching(lower, k - above, above)
+    return Threshold(high << 16 | low, int(lower[low]), k - above)
+
+
+def _last_reaching(histogram: Counts, wanted: int, before: int = 0) -> tuple[int, int]:
+    """The highest bin that with all above it holds `wanted`, and how many lie above it (and `before`)."""
+    at_least = np.cumsum(histogram[::-1])[::-1]
+    bin_ = int(np.flatnonzero(at_least >= wanted)[-1])
+    return bin_, before + int(at_least[bin_] - histogram[bin_])
+
+
+class TopK:
+    """Says of one tensor after another which elements are among the k largest. Ties count in the order of the calls."""
+
+    def __init__(self, threshold: Threshold) -> None:
+        self._threshold = threshold
+        self._seen = 0
+
+    def keep(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """keys: of the next elements [n]. Returns [n]."""
+        threshold = self._threshold
+        kept = keys > threshold.bits
+        if threshold.keep:
+            tied = np.flatnonzero(keys == threshold.bits)
+            kept[tied[evenly(self._seen, len(tied), threshold.keep, threshold.ties)]] = True
+            self._seen += len(tied)
+        return kept

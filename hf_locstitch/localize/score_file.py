@@ -1,0 +1,56 @@
+"""One non-negative float32 score for every localizable element of a finetune, under its name on disk, in a file.
+
+Written whole or not at all, so that a killed run need not score again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from hf_locstitch.checkpoints.header import TensorInfo, header_length, parse_header
+from hf_locstitch.checkpoints.mapped import MappedFile
+from hf_locstitch.checkpoints.writer import SafetensorsWriter
+
+LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
+
+
+class ScoreFile:
+    """ones: how many elements the mask keeps, where the scores decide it; else None. losses: seen on the way."""
+
+    def __init__(self, path: Path) -> None:
+        raw = path.open("rb").read(8)
+        size = path.stat().st_size
+        raw = path.open("rb").read(header_length(raw, size, str(path)))
+        header = parse_header(raw, size, str(path))
+        self._infos = {info.name: info for info in header.tensors}
+        self._file = MappedFile(path)
+        self.ones: int | None = json.loads(header.metadata["ones"])
+        self.losses: list[float] = json.loads(header.metadata["losses"])
+
+    def flat(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Scores of the elements first … first + count of a tensor. Returns float32 [count]."""
+        return self._file.flat(self._infos[name], first, count)
+
+
+def write_scores(
+    path: Path,
+    tensors: Sequence[TensorInfo],
+    pieces: Iterable[tuple[str, int, torch.Tensor]],
+    ones: int | None,
+    losses: Sequence[float],
+    advance: Callable[[int], object] = lambda _: None,
+) -> ScoreFile:
+    """pieces: (tensor's name, first element, scores float32 [count]), covering every element once."""
+    metadata = {"ones": json.dumps(ones), "losses": json.dumps(list(losses))}
+    entries = [(info.name, "F32", info.shape, 4 * info.numel) for info in tensors]
+    new = path.with_suffix(".new")
+    with SafetensorsWriter(new, entries, metadata) as writer:
+        for name, first, scores in pieces:
+            writer.write(name, scores.contiguous().view(torch.uint8).numpy().data, 4 * first)
+            advance(len(scores))
+    new.replace(path)
+    return ScoreFile(path)

@@ -1,0 +1,224 @@
+"""One finetune over its base, as transformers loads them, ready for forward and backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_locstitch.data.task import Objective
+from hf_locstitch.errors import RequestError
+from hf_locstitch.localize.names import Group, check, chosen_groups, group_names, to_disk
+from hf_locstitch.localize.updates import interpolate
+
+OnDisk = Callable[[str], Tensor]
+
+
+def is_shared_out(parameter: Any) -> bool:
+    """Whether processes hold rows of it, as FSDP2 has them."""
+    return hasattr(parameter, "device_mesh")
+
+
+def own_rows(tensor: Any) -> Tensor:
+    """What this process holds of a tensor that may be shared out."""
+    return tensor.to_local() if is_shared_out(tensor) else tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter that is localized. base, finetuned: its values, on the CPU, views of the mapped files where that
+    is possible; nothing writes into them.
+
+    Where parameters are shared out over processes (FSDP2), each holds rows of its own: its part.
+    """
+
+    name: str
+    parameter: Any
+    base: Tensor
+    finetuned: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of this process's part."""
+        return self.part(self.base).shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's rows of something of the parameter's shape; all of them unless it is shared out."""
+        if not is_shared_out(self.parameter):
+            return whole
+        rows = whole.chunk(self.parameter.device_mesh.size())
+        rank = self.parameter.device_mesh.get_local_rank()
+        return rows[rank] if rank < len(rows) else whole[:0]
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The inverse of `part`; every process calls it."""
+        if not is_shared_out(self.parameter):
+            return part
+        from torch.distributed.tensor import DTensor
+
+        mesh, placements = self.parameter.device_mesh, self.parameter.placements
+        shape, stride = self.parameter.shape, self.parameter.stride()
+        local = part.to(self.device)
+        return DTensor.from_local(local, mesh, placements, shape=shape, stride=stride).full_tensor()
+
+    def task_vector(self, device: torch.device | None = None) -> Tensor:
+        """finetuned − base of this process's part, in float32 (float64 if stored so), on its device or another."""
+        device = device or self.device
+        wide = torch.promote_types(self.base.dtype, torch.float32)
+        return self.part(self.finetuned).to(device, wide) - self.part(self.base).to(device, wide)
+
+    def graft(self, share: Tensor | float) -> None:
+        """Set the parameter to base + share·τ, always from the untouched base. share: of this process's part."""
+        base, finetuned = self.part(self.base).to(self.device), self.part(self.finetuned).to(self.device)
+        values = interpolate(base, finetuned, share)
+        if is_shared_out(self.parameter):
+            with torch.no_grad():
+                own_rows(self.parameter).copy_(values)
+        else:
+            self.parameter.data = values
+
+
+@dataclass(frozen=True)
+class Subject:
+    """model: with the base's weights where the base has them, else the finetune's (a head that only it has).
+
+    places: by the parameter's name, sorted. groups: those of them, with the tensors on disk.
+    """
+
+    model: Any
+    places: Mapping[str, Place]
+    groups: tuple[Group, ...]
+
+    def to_disk(self, of: Callable[[Place], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Parts of each place, whole and under the names on disk, one group of parameters in memory at a time."""
+        for group in self.groups:
+            tensors = {name: self.places[name].whole(of(self.places[name])) for name in group.parameters}
+            yield from to_disk(self.model, group, tensors).items()
+
+
+def load_model(folder: Path, objective: Objective, config: Any, dtype: torch.dtype) -> tuple[Any, set[str]]:
+    """A model on the CPU, and the parameters that the folder lacks. Code from a repo is never run."""
+    import transformers
+
+    loader = getattr(transformers, objective.auto_class)
+    options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # grouped products lack float64
+    try:
+        model, report = loader.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise RequestError(
+            f"{objective.auto_class} cannot load the model ({' '.join(str(error).split())[:300]}). A localizer with "
+            "data needs a model that transformers knows without code from the repo; use one without data."
+        ) from error
+    absent = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    return model.eval(), absent
+
+
+def load_config(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise RequestError(
+            f"transformers cannot read the config.json of {folder.name} ({' '.join(str(error).split())[:300]}). "
+            "A localizer with data needs it; use one without data."
+        ) from error
+
+
+def make_subject(
+    finetuned: Any,
+    base: Any,
+    absent: Collection[str],
+    names: Collection[str],
+    localized: Collection[str],
+    on_disk: OnDisk,
+    device: torch.device,
+    where: str,
+    sharded: bool = False,
+) -> Subject:
+    """Set the finetuned model up for passes; the base model is not needed afterwards.
+
+    absent: parameters that the base lacks. names: of the finetune's tensors on disk, some of which are `localized`.
+    on_disk: those tensors, [*shape]. sharded: parameters are shared out over the processes.
+    Raises MismatchError or RequestError if parameters and tensors on disk do not correspond.
+    """
+    groups = chosen_groups(group_names(finetuned, names), localized, where)
+    originals = dict(base.named_parameters())
+    wanted = {name for group in groups for name in group.parameters}
+    if missing := sorted(wanted & set(absent)):
+        raise RequestError(f"{missing[0]} of {where} is not in the base. Leave it out with --exclude.")
+    values = {name: parameter.data for name, parameter in finetuned.named_parameters() if name in wanted}
+    check(finetuned, groups, values, on_disk)
+    for name, parameter in finetuned.named_parameters():
+        parameter.requires_grad_(name in wanted)
+        if name not in absent and name in originals and originals[name].shape == parameter.shape:
+            parameter.data = originals[name].data
+    dtype = next((originals[name].dtype for name in sorted(wanted)), torch.float32)
+    finetuned.to(dtype=dtype)
+    if sharded:
+        share_out(finetuned, device)
+    else:
+        finetuned.to(device=device)
+    parameters = dict(finetuned.named_parameters())
+    places = {name: Place(name, parameters[name], originals[name].data, values[name]) for name in sorted(wanted)}
+    return Subject(finetuned, places, tuple(groups))
+
+
+def share_out(model: Any, device: torch.device) -> None:
+    """FSDP2: each process keeps some rows of every parameter; a layer is whole only while it is at work."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def keep_no_activations(model: Any) -> None:
+    """Activation checkpointing in a model that stays in evaluation mode: only its layers believe they train."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise RequestError(f"{type(model).__name__} cannot checkpoint activations. Leave `checkpointing` out.")
+    if hasattr(model, "activation_checkpointing_enable"):  # the newer name
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+            for name in ("dropout", "activation_dropout", "attention_dropout", "hidden_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """The libraries that load models and data show bars of their own, unasked."""
+    import datasets
+    from transformers.utils import logging
+
+    models, sets = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if models:
+            logging.enable_progress_bar()
+        if not sets:
+            datasets.enable_progress_bars()

@@ -1,0 +1,37 @@
+"""What every localizer that looks at data has in common: how it uses the machine."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class WithData(BaseModel):
+    """micro_batch: examples that pass through the model together; results do not depend on it but for rounding.
+
+    state_dtype: of the numbers kept for every localizable parameter; bfloat16 is rounded at random. state_on: where
+    they lie, "disk" is a file that is mapped. checkpointing: activations are computed twice and not kept.
+    device: "auto" takes the accelerator if there is one. seed: of the random rounding.
+    sharded: parameters are shared out over the processes (FSDP2), for models larger than one device.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    micro_batch: int = Field(default=8, ge=1)
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    state_on: Literal["device", "cpu", "disk"] = "device"
+    checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    sharded: bool = False
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_device_map(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "device_map" in value:
+            raise ValueError(
+                "device_map is refused: with weights offloaded to disk only some parameters get a gradient, silently. "
+                "Use checkpointing, state_on: cpu, or several processes"
+            )
+        return value

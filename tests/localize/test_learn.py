@@ -1,0 +1,207 @@
+"""Gradients of S against autograd's own, through base + σ(S)·τ, for every objective and kind of model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from subjects import CASES, pair, prepare
+
+from hf_locstitch.data.task import Task, micro_batches
+from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores, start_scores
+from hf_locstitch.localize.mask import Mask
+from hf_locstitch.localize.saliency import Saliency
+from hf_locstitch.localize.subject import Subject, keep_no_activations
+from hf_locstitch.localize.updates import add_rounding, official_step, score_gradient
+from hf_locstitch.processes import Processes
+
+Tensors = dict[str, torch.Tensor]
+
+
+def room(folder: Path) -> Room:
+    return Room(folder, Processes())
+
+
+def autograd(subject: Subject, task: Task, scores: Tensors, penalty: float) -> Tensors:
+    """∂/∂S of the mean loss at base + σ(S)·τ, with the penalty, all in one graph."""
+    leaves = {name: score.clone().requires_grad_() for name, score in scores.items()}
+    model, places = subject.model, subject.places
+    weights = {n: p.base + torch.sigmoid(leaves[n]) * (p.finetuned - p.base) for n, p in places.items()}
+
+    class Functional:
+        """The model, called with these weights."""
+
+        device, dtype = model.device, model.dtype
+
+        def __call__(self, **inputs: object) -> object:
+            return torch.func.functional_call(model, weights, args=(), kwargs=inputs, tie_weights=True)
+
+        def get_image_features(self, **inputs: object) -> object:
+            class Call(torch.nn.Module):
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.inner = model
+
+                def forward(self, **inputs: object) -> object:
+                    return self.inner.get_image_features(**inputs)
+
+            inside = {f"inner.{name}": weight for name, weight in weights.items()}
+            return torch.func.functional_call(Call(), inside, args=(), kwargs=inputs)
+
+    loss = task.loss(Functional(), task.examples) / sum(task.weights)
+    total = loss + penalty * sum(torch.sigmoid(leaf).sum() for leaf in leaves.values())
+    total.backward()
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+@pytest.mark.parametrize("micro_batch", [5, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_of_scores_is_autograds(case: str, micro_batch: int, tmp_path: Path) -> None:
+    penalty = 1e-3
+    subject, task = prepare(case, pair(CASES[case][0], tmp_path))
+    how = Mask(density=0.1, epochs=1, lr=1.0, relative_lr=False, penalty=penalty, micro_batch=micro_batch)
+    start = {name: tensor.clone() for name, tensor in start_scores(how, subject, room(tmp_path)).tensors.items()}
+    scores, losses = learn_mask(how, subject, task, room(tmp_path))
+    due = autograd(subject, task, start, penalty)
+    assert due.keys() == scores.tensors.keys()
+    moved = 0.0
+    for name, gradient in due.items():
+        torch.testing.assert_close(start[name] - scores.tensors[name], gradient, rtol=1e-9, atol=1e-12)
+        moved = max(moved, (gradient - penalty * torch.sigmoid(start[name]) * torch.sigmoid(-start[name])).abs().max())
+    assert moved > 1e-6 and losses[0] > 0.1  # the task's own part is not lost in the penalty's
+
+
+@pytest.mark.parametrize("case", ["causal-lm", "mixtral"])
+def test_saliency_is_gradient_times_task_vector(case: str, tmp_path: Path) -> None:
+    subject, task = prepare(case, pair(CASES[case][0], tmp_path))
+    found = saliency_scores(Saliency(at=(0.0, 0.5), micro_batch=2), subject, task, room(tmp_path))
+    total = {name: torch.zeros_like(place.base) for name, place in subject.places.items()}
+    for share in (0.0, 0.5):
+        for place in subject.places.values():
+            place.graft(share)
+        subject.model.zero_grad()
+        (task.loss(subject.model, task.examples) / sum(task.weights)).backward()
+        for name, place in subject.places.items():
+            assert place.parameter.grad is not None
+            total[name] += place.parameter.grad * (place.finetuned - place.base) / 2
+            place.parameter.grad = None
+    for name, score in found.tensors.items():
+        torch.testing.assert_close(score, total[name].abs(), rtol=1e-9, atol=1e-14)
+
+
+def test_without_a_task_every_share_shrinks(tmp_path: Path) -> None:
+    """The true L1: with a zero task gradient σ(S) falls everywhere, inside the initial mask and outside."""
+    subject, task = prepare("causal-lm", pair("llama", tmp_path))
+    idle = Task(task.examples, task.weights, lambda model, batch: 0 * task.loss(model, batch))
+    how = Mask(density=0.1, epochs=2, lr=1.0, relative_lr=False, penalty=0.1)
+    start = {name: tensor.clone() for name, tensor in start_scores(how, subject, room(tmp_path)).tensors.items()}
+    scores, _ = learn_mask(how, subject, idle, room(tmp_path))
+    for name, score in scores.tensors.items():
+        assert (torch.sigmoid(score) < torch.sigmoid(start[name])).all()
+
+
+def test_initial_mask_is_the_top_k_of_the_task_vector(tmp_path: Path) -> None:
+    subject, _ = prepare("mixtral", pair("mixtral", tmp_path))
+    scores = start_scores(Mask(density=0.037, start=(-1.0, 2.0)), subject, room(tmp_path))
+    magnitudes = torch.cat([place.task_vector().abs().flatten() for place in subject.places.values()])
+    inside = torch.cat([scores[place].flatten() for place in subject.places.values()]) == 2.0
+    assert int(inside.sum()) == int(0.037 * len(magnitudes))
+    assert magnitudes[inside].min() >= magnitudes[~inside].max()
+    assert ((scores[next(iter(subject.places.values()))] == 2.0) | (scores.tensors[min(scores.tensors)] == -1.0)).all()
+
+
+def test_official_is_the_authors_update(tmp_path: Path) -> None:
+    """Against a plain transcription: sums over batches, a regulariser of the wrong sign, one step an epoch."""
+    subject, task = prepare("causal-lm", pair("llama", tmp_path))
+    how = Mask(preset="official", density=0.1, lr=30.0, penalty=1e-3, epochs=3, batch=2, micro_batch=1)
+    places = subject.places
+    mask = {n: t.clone() for n, t in start_scores(how, subject, room(tmp_path)).tensors.items()}
+    assert {float(v) for m in mask.values() for v in m.unique()} == {-5.0, 5.0}
+    scores, _ = learn_mask(how, subject, task, room(tmp_path))
+
+    for _ in range(3):
+        for name, place in places.items():
+            place.parameter.data = place.base + torch.sigmoid(mask[name]) * (place.finetuned - place.base)
+        total = {name: torch.zeros_like(value) for name, value in mask.items()}
+        for first in (0, 2, 4):
+            examples, weights = task.examples[first : first + 2], task.weights[first : first + 2]
+            subject.model.zero_grad()
+            (task.loss(subject.model, examples) / sum(weights)).backward()
+            for name, place in places.items():
+                assert place.parameter.grad is not None
+                total[name] += place.parameter.grad
+        for name, place in places.items():
+            sigmoid = torch.sigmoid(mask[name])
+            derivative = sigmoid * (1 - sigmoid)
+            regulariser = 1e-3 * torch.where(mask[name] > 0, derivative, -derivative)
+            step = total[name] * (place.finetuned - place.base) * derivative
+            mask[name] = mask[name] - (30.0 * step - regulariser)
+    for name, score in scores.tensors.items():
+        torch.testing.assert_close(score, mask[name], rtol=0, atol=1e-6)
+        assert (score.abs() - 5).abs().max() > 1e-5  # it did move
+
+
+@pytest.mark.parametrize("on", ["cpu", "disk"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_and_how_the_state_is_kept(on: str, dtype: str, tmp_path: Path) -> None:
+    folders = pair("llama", tmp_path, torch.float32)
+    plain = Mask(density=0.1, epochs=2, micro_batch=2)
+    expected, _ = learn_mask(plain, *prepare("causal-lm", folders), room(tmp_path))
+    how = plain.model_copy(update={"state_on": on, "state_dtype": dtype})
+    scores, _ = learn_mask(how, *prepare("causal-lm", folders), room(tmp_path))
+    for name, score in scores.tensors.items():
+        assert score.dtype == getattr(torch, dtype)
+        if dtype == "float32":
+            assert torch.equal(score, expected.tensors[name])
+        else:
+            torch.testing.assert_close(score.float(), expected.tensors[name], rtol=0.02, atol=0.05)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "ft"]
+
+
+def test_checkpointing_changes_no_score(tmp_path: Path) -> None:
+    folders = pair("llama", tmp_path)
+    expected, _ = learn_mask(Mask(epochs=1), *prepare("causal-lm", folders), room(tmp_path))
+    subject, task = prepare("causal-lm", folders)
+    keep_no_activations(subject.model)
+    forwards = 0
+
+    def count(*_: object) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    subject.model.model.layers[0].self_attn.register_forward_hook(count)
+    scores, _ = learn_mask(Mask(epochs=1), subject, task, room(tmp_path))
+    assert forwards == 2  # once again in the backward pass
+    for name, score in scores.tensors.items():
+        torch.testing.assert_close(score, expected.tensors[name], rtol=1e-12, atol=1e-14)
+
+
+def test_score_gradient_by_hand() -> None:
+    """σ'(0) = 1/4: (2·3 + 0.4)/4 and (−1·2 + 0.4)/4."""
+    found = score_gradient(torch.tensor([2.0, -1.0]), torch.tensor([3.0, 2.0]), torch.zeros(2), 0.4)
+    torch.testing.assert_close(found, torch.tensor([1.6, -0.4]))
+
+
+def test_official_regulariser_polarises() -> None:
+    scores = torch.tensor([5.0, -5.0])
+    after = official_step(scores, torch.zeros(2), torch.ones(2), 1e7, 1e-2)
+    assert after[0] > 5 and after[1] < -5
+
+
+def test_random_rounding_keeps_small_steps() -> None:
+    """2000 steps of 1e-3 at 3: bfloat16 alone loses every one, random rounding keeps their sum in the mean."""
+    generator = torch.Generator().manual_seed(0)
+    plain, rounded = torch.full((4096,), 3.0).bfloat16(), torch.full((4096,), 3.0).bfloat16()
+    for _ in range(2000):
+        plain += 1e-3
+        add_rounding(rounded, torch.full((4096,), 1e-3), generator)
+    assert (plain == 3).all()
+    assert abs(rounded.float().mean().item() - 5.0) < 0.02
+
+
+def test_micro_batches_weigh_tokens() -> None:
+    task = Task(["a", "b", "c"], [1, 2, 5], lambda model, batch: torch.zeros(()))
+    assert [(list(b.examples), b.factor) for b in micro_batches(task, 2)] == [(["a", "b"], 1 / 8), (["c"], 1 / 8)]
+    summed = list(micro_batches(task, 1, batch=2))
+    assert [(list(b.examples), b.factor) for b in summed] == [(["a"], 1 / 3), (["b"], 1 / 3), (["c"], 1 / 5)]
