@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hf_locstitch.evaluation.report import EvaluationReport
     from hf_locstitch.inspection import Inspection, inspect
     from hf_locstitch.localize.magnitude import Magnitude
+    from hf_locstitch.localize.mask import Mask
+    from hf_locstitch.localize.saliency import Saliency
     from hf_locstitch.masks import load_mask
     from hf_locstitch.verification.main import verify
     from hf_locstitch.verification.report import VerifyReport
@@ -27,8 +29,10 @@ __all__ = [
     "Inspection",
     "LocstitchError",
     "Magnitude",
+    "Mask",
     "MergeResult",
     "RequestError",
+    "Saliency",
     "VerifyReport",
     "WorkError",
     "__version__",
@@ -44,8 +48,10 @@ _HOME = {
     "Inspection": "inspection",
     "LocstitchError": "errors",
     "Magnitude": "localize.magnitude",
+    "Mask": "localize.mask",
     "MergeResult": "api",
     "RequestError": "errors",
+    "Saliency": "localize.saliency",
     "VerifyReport": "verification.report",
     "WorkError": "errors",
     "evaluate": "evaluation.main",

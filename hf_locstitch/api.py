@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_locstitch.checkpoints.checkpoint import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.data.sets import open_set
 from hf_locstitch.errors import PublishError, RecipeError
 from hf_locstitch.hashes import InputHashes
+from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.magnitude import Magnitude
-from hf_locstitch.plan import MergePlan, finetuned_names, make_plan
+from hf_locstitch.plan import MergePlan, data_sets, finetuned_names, make_plan
 from hf_locstitch.progress import Progress, only_our_bars
 from hf_locstitch.recipe import Recipe, make_recipe
 from hf_locstitch.settings import DEFAULT, Settings, make_settings
@@ -66,7 +68,7 @@ def merge_from_hub(
     *,
     out: str | Path | None = None,
     push_to: str | None = None,
-    localizer: Magnitude = Magnitude(),  # noqa: B008 - frozen
+    localizer: Localizer = Magnitude(),  # noqa: B008 - frozen
     names: Sequence[str] | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
@@ -101,7 +103,8 @@ def plan_merge(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan:
     names = finetuned_names(recipe, [ref.name for ref in refs[1:]])
     with only_our_bars(), ThreadPoolExecutor(min(8, len(refs))) as pool:
         base, *finetuned = pool.map(open_checkpoint, refs)
-    return make_plan(recipe, base, dict(zip(names, finetuned, strict=True)), settings)
+    data = {name: open_set(asked) for name, asked in data_sets(recipe, names).items()}
+    return make_plan(recipe, base, dict(zip(names, finetuned, strict=True)), settings, data)
 
 
 def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.data.sets import OpenSet
 from hf_locstitch.manifest import Manifest
 from hf_locstitch.plan import MergePlan
 
@@ -21,6 +22,9 @@ def card_data(plan: MergePlan) -> ModelCardData:
     """Metadata. Local folders are no repos: they are left out of `base_model`."""
     repos = [c.source.repo for c in plan.inputs.values() if c.source.repo is not None]
     optional: dict[str, Any] = {"license": licence(plan), "pipeline_tag": pipeline_tag(plan.files)}
+    sets = [found.repo for found in plan.data.values() if found.repo is not None]
+    if sets:
+        optional["datasets"] = list(dict.fromkeys(sets))
     if repos:
         optional |= {"base_model": list(dict.fromkeys(repos)), "base_model_relation": "merge"}
     return ModelCardData(
@@ -109,10 +113,18 @@ def write_card(plan: MergePlan, record: Manifest, path: Path, figures: Sequence[
         licences={name: licence_of(checkpoint) for name, checkpoint in plan.inputs.items()},
         licence_note=licence_note(plan),
         settings=settings(plan, record),
+        data_links={name: data_link(found) for name, found in plan.data.items()},
         first=next(iter(plan.finetuned)),
         rest="the base's" if plan.rest is plan.base else f"{plan.recipe.rest_from}'s",
     )
     card.save(path)
+
+
+def data_link(found: OpenSet) -> str:
+    if found.repo is None:
+        return f"local file `{found.pinned.ref}`"
+    at = f"[{found.repo}](https://huggingface.co/datasets/{found.repo}/tree/{found.commit})"
+    return f"{at} ({found.config})" if found.config else at
 
 
 def _link(checkpoint: Checkpoint) -> str:

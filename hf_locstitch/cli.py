@@ -83,9 +83,20 @@ def _add_merge(commands: Any) -> None:
 
     how = parser.add_argument_group("how to merge")
     how.add_argument("--method", choices=method_names(), help="default: locstitch")
-    how.add_argument("--localizer", choices=["magnitude"], help="how masks are found (default: magnitude)")
     how.add_argument(
-        "--density", type=float, metavar="F", help="share of weights each mask keeps (default: 0.1; ties: 0.2)"
+        "--localizer", choices=["magnitude", "saliency", "mask"], help="how masks are found (default: magnitude)"
+    )
+    how.add_argument(
+        "--data",
+        nargs="+",
+        metavar="DATA",
+        help="localization sets for saliency and mask: alpaca, gsm8k, hotpotqa, a file, org/name",
+    )
+    how.add_argument(
+        "--density",
+        type=float,
+        metavar="F",
+        help="share of weights each mask keeps (default: 0.1; mask: 0.01; ties: 0.2)",
     )
     how.add_argument("--scope", choices=["model", "tensor"], help="top k over the model (default) or in each tensor")
     how.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
@@ -280,6 +291,8 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
             raise RecipeError(f"--names gives {len(args.names)} names for {len(entries)} finetunes. Give one each.")
         entries = [{"ref": entry} if isinstance(entry, str) else entry for entry in entries]
         fields["finetuned"] = [{**entry, "name": name} for entry, name in zip(entries, args.names, strict=True)]
+    if args.data is not None:
+        fields["data"] = args.data
     localizer = {"method": args.localizer, "density": args.density, "scope": args.scope}
     given = {key: value for key, value in localizer.items() if value is not None}
     if given:

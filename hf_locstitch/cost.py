@@ -10,6 +10,7 @@ from typing import Any
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import ITEM_BYTES
 from hf_locstitch.checkpoints.pieces import Piece, byte_ranges, most_held
+from hf_locstitch.localize.estimate import describe, learning_cost
 from hf_locstitch.plan import MergePlan
 from hf_locstitch.settings import BATCH, COMPACT_FROM, COMPACT_SLACK
 
@@ -113,6 +114,7 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "finetuned": {name: checkpoint.source.pinned for name, checkpoint in plan.finetuned.items()},
         "method": plan.recipe.method,
         "localizer": plan.localizer.model_dump(mode="json") if plan.masked else None,
+        "data": {name: found.pinned.dump() for name, found in plan.data.items()},
         "scale": plan.recipe.scale,
         "N": plan.n,
         "k": plan.k,
@@ -120,6 +122,7 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "kept_from_base": [t.name for shard in plan.shards for t in shard.tensors if not t.localized],
         "shards": {shard.file: shard.nbytes for shard in plan.shards},
         "bytes": asdict(cost),
+        "localizing": learning.as_json() if (learning := learning_cost(plan)) else None,
         "warnings": list(plan.warnings),
     }
 
@@ -136,13 +139,15 @@ def format_plan(plan: MergePlan) -> str:
         *(f"finetuned  {name:<{wide}}  {checkpoint.label}" for name, checkpoint in plan.finetuned.items()),
         f"method     {plan.method.title}" + (f", scale {plan.recipe.scale:g}" if plan.recipe.scale != 1 else ""),
         *([f"localizer  {plan.localizer.describe()}"] if plan.masked else []),
+        *(f"data       {name:<{wide}}  {found.describe()}" for name, found in plan.data.items()),
         f"merged     N = {plan.n:,} elements in {localized} tensors; "
-        + (f"each mask keeps k = {plan.k:,} ({share:.4g} %); " if plan.masked else "")
+        + (f"each mask keeps {'about' if plan.rounded else 'k ='} {plan.k:,} ({share:.4g} %); " if plan.masked else "")
         + f"{kept} tensors kept from {plan.rest.label}",
         f"output     {len(plan.shards)} {'shard' if len(plan.shards) == 1 else 'shards'}, {human(cost.write)}"
         f" ({', '.join(sorted({t.dtype for s in plan.shards for t in s.tensors}))})",
         f"cost       read {human(cost.read)} (to download: {human(cost.download)}), "
         f"disk up to {human(cost.disk)}, memory about {human(cost.memory)}",
+        *([describe(learning)] if (learning := learning_cost(plan)) else []),
         *(f"warning    {warning}" for warning in plan.warnings),
     ]
     return "\n".join(lines)

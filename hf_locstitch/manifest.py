@@ -49,7 +49,7 @@ class MaskRecord:
 
     file: str
     ones: int
-    density: float
+    density: float | None
     real_density: float
 
 
@@ -57,6 +57,7 @@ class MaskRecord:
 class Manifest:
     """covered_by[c]: coordinates that c masks cover. overlap: pair -> coordinates in both, and their Jaccard index.
 
+    k: ones of each mask; None where masks are rounded. data: finetune -> its localization set, pinned.
     localizer, masks, covered_by and overlap are empty for a method without masks. fingerprint: of recipe and inputs.
     outputs: file -> size in bytes and sha256, of every file but the manifest itself.
     """
@@ -67,7 +68,7 @@ class Manifest:
     scale: float
     inputs: list[InputRecord]
     N: int
-    k: int
+    k: int | None
     masks: dict[str, MaskRecord]
     covered_by: list[int]
     overlap: list[dict[str, Any]]
@@ -77,6 +78,7 @@ class Manifest:
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def make_manifest(plan: MergePlan, files: FileHashes, overlap: Overlap, fingerprint: str) -> Manifest:
@@ -88,13 +90,14 @@ def make_manifest(plan: MergePlan, files: FileHashes, overlap: Overlap, fingerpr
         scale=plan.recipe.scale,
         inputs=[_input_record(plan, name, checkpoint, files[name]) for name, checkpoint in plan.inputs.items()],
         N=plan.n,
-        k=plan.k,
+        k=None if plan.rounded else plan.k,
         masks=_mask_records(plan, overlap) if plan.masked else {},
         covered_by=[plan.n - int(overlap.covered[1:].sum()), *overlap.covered[1:].tolist()] if plan.masked else [],
         overlap=_pairs(list(plan.finetuned), overlap.pairs) if plan.masked else [],
         warnings=list(plan.warnings),
         versions={"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
         fingerprint=fingerprint,
+        data={name: found.pinned.dump() for name, found in plan.data.items()},
     )
 
 
@@ -175,6 +178,7 @@ def pinned_recipe(plan: MergePlan, files: FileHashes) -> str:
             "finetuned": tuple(
                 Finetuned(**pin(name, checkpoint), name=name) for name, checkpoint in plan.finetuned.items()
             ),
+            "data": {name: found.pinned for name, found in plan.data.items()},
         }
     )
     return (

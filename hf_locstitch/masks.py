@@ -79,7 +79,7 @@ def iter_positions(coded: bytes, piece: int = 1 << 20) -> Iterator[Positions]:
         total, count = total + int(content.sum(dtype=np.int64)), count + len(ends)
 
 
-def mask_metadata(plan: MergePlan, name: str) -> dict[str, str]:
+def mask_metadata(plan: MergePlan, name: str, ones: int) -> dict[str, str]:
     """What a mask file says about itself; safetensors metadata are texts."""
     return {
         "format": FORMAT,
@@ -88,7 +88,7 @@ def mask_metadata(plan: MergePlan, name: str) -> dict[str, str]:
         "finetuned": plan.finetuned[name].source.pinned,
         "localizer": json.dumps(plan.localizer.model_dump(mode="json")),
         "N": str(plan.n),
-        "ones": str(plan.k),
+        "ones": str(ones),
         "shapes": json.dumps({info.name: info.shape for info in plan.localized}, separators=(",", ":")),
     }
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from types import MappingProxyType
 
 from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from hf_locstitch.checkpoints.header import FLOATING, ITEM_BYTES, TensorInfo
 from hf_locstitch.checkpoints.pieces import Piece, Pieces, byte_ranges
+from hf_locstitch.data.sets import LocalizationSet, OpenSet
 from hf_locstitch.errors import MismatchError, RecipeError
-from hf_locstitch.localize.magnitude import Magnitude
+from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.methods import Dense, Masked, find_method
 from hf_locstitch.recipe import Recipe
 from hf_locstitch.select import localizable, unknown_globs
@@ -65,6 +67,8 @@ class MergePlan:
     n: int
     k: int
     warnings: tuple[str, ...]
+    data: Mapping[str, OpenSet] = field(default_factory=dict)
+    """The localization set of each finetune, for localizers that look at data."""
 
     @property
     def localized(self) -> list[TensorInfo]:
@@ -82,7 +86,7 @@ class MergePlan:
         return isinstance(self.method, Masked)
 
     @property
-    def localizer(self) -> Magnitude:
+    def localizer(self) -> Localizer:
         """Of a method with masks."""
         assert self.recipe.localizer is not None
         return self.recipe.localizer
@@ -91,6 +95,11 @@ class MergePlan:
     def groups(self) -> list[tuple[list[int], int]]:
         """Which of `localized` (by number) compete with one another, and how many elements each group keeps."""
         return self.localizer.groups([info.numel for info in self.localized])
+
+    @property
+    def rounded(self) -> bool:
+        """Whether masks keep as many elements as they will, of which k is a guess."""
+        return self.masked and self.localizer.density is None
 
     @property
     def inputs(self) -> dict[str, Checkpoint]:
@@ -134,13 +143,28 @@ def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
     return names
 
 
+def data_sets(recipe: Recipe, names: Sequence[str]) -> dict[str, LocalizationSet]:
+    """The localization set of each finetune, as asked for. Raises RecipeError if the recipe names others."""
+    if not isinstance(recipe.data, dict):
+        return dict(zip(names, recipe.data, strict=False))
+    if unknown := sorted(set(recipe.data) - set(names)):
+        raise RecipeError(f"data is given for {unknown[0]!r}, which is none of the finetunes ({', '.join(names)}).")
+    return {name: recipe.data[name] for name in names if name in recipe.data}
+
+
 def make_plan(
-    recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint], settings: Settings = DEFAULT
+    recipe: Recipe,
+    base: Checkpoint,
+    finetuned: Mapping[str, Checkpoint],
+    settings: Settings = DEFAULT,
+    data: Mapping[str, OpenSet] = MappingProxyType({}),
 ) -> MergePlan:
     """Plan the merge. Raises MismatchError with all that the headers show to be wrong."""
+    if data and not settings.cache:
+        raise RecipeError("a localizer that looks at data loads whole models: it does not go with --no-cache.")
     problems = unknown_globs(list(base.tensors), [*recipe.include, *recipe.exclude])
-    for field in ("rest_from", "files_from"):
-        problems += _unknown_name(field, getattr(recipe, field), list(finetuned))
+    for asked in ("rest_from", "files_from"):
+        problems += _unknown_name(asked, getattr(recipe, asked), list(finetuned))
     include = _default_include(recipe)
     chosen = localizable((info for _, info in base.tensors.values()), include, recipe.exclude)
     if not chosen:
@@ -161,7 +185,7 @@ def make_plan(
     shards = _output_shards(recipe, base, rest, frozenset(chosen))
     n = sum(base.info(name).numel for name in chosen)
     k = recipe.localizer.kept([base.info(name).numel for name in chosen]) if recipe.localizer else n
-    return MergePlan(recipe, settings, base, finetuned, rest, files, shards, n, k, tuple(warnings))
+    return MergePlan(recipe, settings, base, finetuned, rest, files, shards, n, k, tuple(warnings), data)
 
 
 def _default_include(recipe: Recipe) -> Sequence[str]:

@@ -36,14 +36,14 @@ class Progress:
         self._show = not hidden and (sys.stderr.isatty() if show is None else show)
 
     @contextmanager
-    def bar(self, stage: str, nbytes: int) -> Iterator[Advance]:
-        """A bar over `nbytes`; the function it yields is told of bytes handled, from any thread."""
+    def bar(self, stage: str, total: int, unit: str = "B") -> Iterator[Advance]:
+        """A bar over `total` bytes, or other units; the function it yields is told of them, from any thread."""
         lock = threading.Lock()
         with tqdm(
-            total=nbytes,
+            total=total,
             desc=f"{stage:<11}",
-            unit="B",
-            unit_scale=True,
+            unit=unit,
+            unit_scale=unit == "B",
             disable=not self._show,
             file=sys.stderr,
         ) as bar:

@@ -11,8 +11,11 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hf_locstitch.checkpoints.ref import REPO_ID
+from hf_locstitch.data.sets import LocalizationSet
 from hf_locstitch.errors import RecipeError
+from hf_locstitch.localize.localizer import LOCALIZERS, Localizer
 from hf_locstitch.localize.magnitude import Magnitude
+from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.methods import Dense, Masked, find_method, method_names
 
 WHERE = ("out", "push_to", "private")
@@ -70,8 +73,10 @@ class Recipe(Strict):
     base: Input
     finetuned: tuple[Finetuned, ...] = Field(min_length=1, max_length=64)
     method: str = "locstitch"
-    localizer: Magnitude | None = None
+    localizer: Localizer | None = None
     """How masks are found; the method's default if it has masks, nothing if it has none."""
+    data: dict[str, LocalizationSet] | tuple[LocalizationSet, ...] = ()
+    """A localization set for each finetune, by name or in order, for the localizers that look at data."""
     scale: float = Field(default=1.0, allow_inf_nan=False)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -100,13 +105,35 @@ class Recipe(Strict):
             raise ValueError(f"unknown method ({hint})")
         return value
 
+    @field_validator("localizer", mode="before")
+    @classmethod
+    def _default_localizer(cls, value: Any) -> Any:
+        return {"method": "magnitude", **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _data_suits_localizer(self) -> Recipe:
+        looks = isinstance(self.localizer, WithData)
+        if self.data and not looks:
+            raise ValueError("data is given, but only the localizers mask and saliency look at data")
+        if looks and len(self.data) != len(self.finetuned):
+            raise ValueError(
+                f"the localizer looks at data: {len(self.finetuned)} localization sets are needed, one for each "
+                f"finetune, not {len(self.data)}"
+            )
+        if looks and self.allow_non_finite:
+            raise ValueError(
+                "allow_non_finite does not go with a localizer that looks at data: no loss would be a number"
+            )
+        return self
+
     @model_validator(mode="after")
     def _localizer_suits_method(self) -> Recipe:
         method = find_method(self.method)
         if isinstance(method, Dense) and self.localizer is not None:
             raise ValueError(f"{self.method} uses whole models: it takes no localizer, density or scope")
-        if isinstance(method, Masked) and (self.localizer is None or "density" not in self.localizer.model_fields_set):
-            given = self.localizer.model_dump(exclude={"density"}) if self.localizer else {}
+        localizer = self.localizer or Magnitude()
+        if isinstance(method, Masked) and type(localizer) is Magnitude and "density" not in localizer.model_fields_set:
+            given = localizer.model_dump(exclude={"density"})
             object.__setattr__(self, "localizer", Magnitude(density=method.density, **given))
         return self
 
@@ -148,8 +175,10 @@ def make_recipe(fields: Mapping[str, Any], where: str = "the request") -> Recipe
 
 def _fault(fault: Any) -> str:
     loc = [str(part) for part in fault["loc"]]
+    if len(loc) > 1 and loc[0] == "localizer":  # pydantic names the member of the union
+        loc = ["localizer", *loc[2:]]
     if fault["type"] == "extra_forbidden":
-        known = _fields_at(loc[:-1])
+        known = _fields_at([str(part) for part in fault["loc"]][:-1])
         near = get_close_matches(loc[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         return f"unknown key {'.'.join(loc)!r} ({hint})"
@@ -161,9 +190,13 @@ def _fault(fault: Any) -> str:
 
 def _fields_at(loc: list[str]) -> list[str]:
     """The keys that are known where an unknown one stood."""
-    model: type[BaseModel] = {"base": Input, "finetuned": Finetuned, "localizer": Magnitude, "evaluate": Evaluate}.get(
-        loc[0] if loc else "", Recipe
-    )
+    model: type[BaseModel] = {
+        "base": Input,
+        "finetuned": Finetuned,
+        "localizer": LOCALIZERS.get(loc[1] if len(loc) > 1 else "", Magnitude),
+        "data": LocalizationSet,
+        "evaluate": Evaluate,
+    }.get(loc[0] if loc else "", Recipe)
     return list(model.model_fields)
 
 
@@ -172,4 +205,8 @@ def dump_recipe(recipe: Recipe) -> str:
     fields = recipe.model_dump(mode="json", exclude={*WHERE, "evaluate"}, exclude_defaults=True)
     if recipe.localizer is not None:
         fields["localizer"] = recipe.localizer.model_dump(mode="json")
+    if isinstance(recipe.data, dict):
+        fields["data"] = {name: asked.dump() for name, asked in recipe.data.items()}
+    elif recipe.data:
+        fields["data"] = [asked.dump() for asked in recipe.data]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)

@@ -25,6 +25,7 @@ from hf_locstitch.hashes import InputHashes
 from hf_locstitch.inputs import Inputs, OpenInputs
 from hf_locstitch.localize.scan import Scan
 from hf_locstitch.localize.selection import Selection
+from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.masks import assemble_mask, encode_masks, mask_metadata
 from hf_locstitch.merger import Merger, Overlap
 from hf_locstitch.plan import MergePlan, OutputShard
@@ -109,6 +110,10 @@ class Run:
     def localize(self, inputs: Inputs) -> dict[str, Selection]:
         """The mask of each finetune."""
         plan = self.plan
+        if isinstance(plan.localizer, WithData):
+            from hf_locstitch.localize.select_with_data import select_with_data  # slow to import
+
+            return select_with_data(plan, inputs, self.place.spill, self.own, self.processes, self.progress)
         tensors = plan.localized
         own = [tensor for tensor in tensors if tensor.name in self.own]
         nbytes = sum(checkpoint.info(tensor.name).nbytes for checkpoint in plan.finetuned.values() for tensor in own)
@@ -160,12 +165,14 @@ class Run:
                 lambda selection=selection, parts=parts: encode_masks(selection, self.own, parts, self.settings.workers)
             )
             places = self.processes.gather((parts, encode))
-            self.processes.on_first(lambda name=name, places=places: self._assemble(name, places))
+            self.processes.on_first(
+                lambda name=name, ones=selection.ones, places=places: self._assemble(name, ones, places)
+            )
 
-    def _assemble(self, name: str, places: list[tuple[Path, dict[str, tuple[int, int]]]]) -> None:
+    def _assemble(self, name: str, ones: int, places: list[tuple[Path, dict[str, tuple[int, int]]]]) -> None:
         (self.place.stage / "masks").mkdir(exist_ok=True)
         path = self.place.stage / "masks" / f"{name}.safetensors"
-        assemble_mask(path, self.plan.localized, places, mask_metadata(self.plan, name))
+        assemble_mask(path, self.plan.localized, places, mask_metadata(self.plan, name, ones))
 
     def write_shards(
         self, inputs: Inputs, selections: Mapping[str, Selection], background: ThreadPoolExecutor

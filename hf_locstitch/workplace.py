@@ -84,6 +84,7 @@ def fingerprint(plan: MergePlan) -> str:
         "version": __version__,
         "recipe": plan.recipe.model_dump(mode="json", exclude={"out", "push_to", "private", "evaluate"}),
         "inputs": {name: checkpoint.source.identity for name, checkpoint in plan.inputs.items()},
+        "data": {name: found.pinned.model_dump(mode="json") for name, found in plan.data.items()},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

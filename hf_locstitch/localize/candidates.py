@@ -20,6 +20,15 @@ def magnitude_scores(finetuned: torch.Tensor, base: torch.Tensor, out: torch.Ten
     return task_vector.view(torch.int32).numpy()
 
 
+def reaching(scores: npt.NDArray[np.int32], finetuned: torch.Tensor, base: torch.Tensor, low: int) -> Found:
+    """What Finder.find gives where the scores [n] are known. finetuned, base: [n], any float."""
+    reach = scores >= low
+    if low == 0:
+        reach = differing(finetuned, base).numpy() | (scores != 0)
+    positions = np.flatnonzero(reach)
+    return positions, scores.take(positions)
+
+
 class Finder(Protocol):
     """Looks at one chunk after the other; one instance for many threads."""
 
@@ -49,12 +58,7 @@ class OnCpu:
         local.original, local.base = base, local.buffers[0][: len(base)].copy_(base)
 
     def find(self, finetuned: torch.Tensor, low: int) -> Found:
-        scores = self.scores(finetuned)
-        reach = scores >= low
-        if low == 0:
-            reach = differing(finetuned, self._local.original).numpy() | (scores != 0)
-        positions = np.flatnonzero(reach)
-        return positions, scores.take(positions)
+        return reaching(self.scores(finetuned), finetuned, self._local.original, low)
 
     def scores(self, finetuned: torch.Tensor) -> npt.NDArray[np.int32]:
         """Of all n elements; overwritten by this thread's next."""

@@ -30,7 +30,7 @@ from hf_locstitch.localize.bracket import (
     histogram_bracket,
     sample_bracket,
 )
-from hf_locstitch.localize.candidates import Finder, OnCpu, OnDevice, magnitude_scores
+from hf_locstitch.localize.candidates import Finder, OnCpu, OnDevice, magnitude_scores, reaching
 from hf_locstitch.localize.selection import BracketMissed, Selection
 from hf_locstitch.localize.spill import Spill
 from hf_locstitch.processes import Processes
@@ -42,6 +42,7 @@ SAMPLE_RUN = 1 << 11  # neighbours sampled together: few places of a file are vi
 
 Group = tuple[Sequence[int], int]
 Readers = Mapping[str, CheckpointReader]  # "base" and the finetuned models
+Known = Callable[[str, int, int], npt.NDArray[np.int32]]  # tensor, first element, count -> scores as bits
 
 
 class Scan:
@@ -49,6 +50,7 @@ class Scan:
 
     own: the names of those that this process scans; every process makes the same calls.
     trusted: whether what an earlier process kept of (model, tensor) may be used.
+    known: the scores of the one finetuned model, where they are not the magnitudes of its task vector.
     """
 
     def __init__(
@@ -66,11 +68,12 @@ class Scan:
         device: str = "cpu",
         trusted: Callable[[str, str], bool] = lambda model, tensor: True,
         allow_non_finite: bool = False,
+        known: Known | None = None,
         advance: Callable[[int], object] = lambda _: None,
     ) -> None:
         self.base, self.finetuned, self.tensors, self.groups = base, finetuned, tensors, groups
         self.spill_folder, self.workers, self.advance = spill_folder, workers, advance
-        self.trusted, self.allow_non_finite = trusted, allow_non_finite
+        self.trusted, self.allow_non_finite, self.known = trusted, allow_non_finite, known
         self.names = [info.name for info in tensors]
         self.chunks = chunks_of([info.numel for info in tensors], chunk)
         self.own_chunks = [chunk for chunk in self.chunks if self.names[chunk.tensor] in own]
@@ -160,10 +163,15 @@ class Scan:
         self.advance(sum(self._nbytes(model, chunk) for model in selections if model not in todo))
         if not todo:
             return
-        self.finder.begin(inputs["base"].flat(name, chunk.first, chunk.count))
+        original = inputs["base"].flat(name, chunk.first, chunk.count)
+        self.finder.begin(original)
         for model, selection in todo.items():
             finetuned = inputs[model].flat(name, chunk.first, chunk.count)
-            positions, scores = self.finder.find(finetuned, selection.bracket(chunk).low)
+            low = selection.bracket(chunk).low
+            if self.known is None:
+                positions, scores = self.finder.find(finetuned, low)
+            else:
+                positions, scores = reaching(self.known(name, chunk.first, chunk.count), finetuned, original, low)
             largest = selection.offer(chunk, positions, scores, finetuned)
             if largest >= NON_FINITE and not self.allow_non_finite:
                 self._raise_non_finite(inputs, model, chunk)
@@ -197,7 +205,10 @@ class Scan:
             name = self.names[chunk.tensor]
             self.cpu.begin(inputs["base"].flat(name, chunk.first, chunk.count))
             for row, model in zip(counts, models, strict=True):
-                scores = self.cpu.scores(inputs[model].flat(name, chunk.first, chunk.count))
+                if self.known is None:
+                    scores = self.cpu.scores(inputs[model].flat(name, chunk.first, chunk.count))
+                else:
+                    scores = self.known(name, chunk.first, chunk.count)
                 part = np.bincount(scores >> 16, minlength=BINS)
                 with lock:
                     row[groups_of[chunk.tensor]] += part
@@ -231,6 +242,9 @@ class Scan:
             if info.numel < SAMPLE_RUN:
                 continue
             first = min(int(place - ends[at]) + info.numel, info.numel - SAMPLE_RUN)
+            if self.known is not None:
+                rows.append(self.known(info.name, first, SAMPLE_RUN))
+                continue
             base = inputs["base"].flat(info.name, first, SAMPLE_RUN).float()
             finetuned = inputs[model].flat(info.name, first, SAMPLE_RUN)
             rows.append(magnitude_scores(finetuned, base, torch.empty(SAMPLE_RUN)))

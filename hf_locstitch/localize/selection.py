@@ -131,6 +131,11 @@ class Selection:
         """Whether the chunk was offered already, perhaps by an earlier process."""
         return bool(self._spill.done[chunk.index])
 
+    @property
+    def ones(self) -> int:
+        """How many elements the mask keeps."""
+        return sum(k for _, k in self._groups)
+
     def close(self) -> None:
         self._spill.close()
 

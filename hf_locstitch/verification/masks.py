@@ -151,12 +151,12 @@ def check_shares(record: Manifest, counts: Tally, localized: Sequence[TensorInfo
     for name, entry in record.masks.items():
         if entry.density != density and density is not None:
             yield Finding("masks", "locstitch.json", f"density of mask {name}", str(entry.density), str(density))
-        if entry.ones != record.k:
+        if record.k is not None and entry.ones != record.k:
             yield Finding("masks", "locstitch.json", f"number of ones of mask {name}", entry.ones, f"k = {record.k}")
         real = entry.ones / n if n else 0.0
         if entry.real_density != real:
             yield Finding("masks", "locstitch.json", f"real density of mask {name}", str(entry.real_density), str(real))
-    if density is not None:
+    if density is not None and record.k is not None:
         yield from _check_k(record, counts, localized, float(density), localizer.get("scope") == "tensor")
 
 
@@ -166,7 +166,7 @@ def _check_k(
     shares = {info.name: exact_share(density, info.numel) for info in localized}
     k = sum(shares.values()) if per_tensor else exact_share(density, sum(info.numel for info in localized))
     if record.k != k:
-        yield Finding("masks", "locstitch.json", f"k at density {density}", record.k, k)
+        yield Finding("masks", "locstitch.json", f"k at density {density}", str(record.k), k)
     for name, ones in counts.ones.items() if per_tensor else ():
         for tensor, share in shares.items():
             if ones[tensor] != share:

@@ -1,0 +1,72 @@
+"""Masks of localizers that look at data: scores first, then the same selection as without."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hf_locstitch.inputs import Inputs
+from hf_locstitch.localize.learn import Room
+from hf_locstitch.localize.mask import Mask
+from hf_locstitch.localize.saliency import Saliency
+from hf_locstitch.localize.scan import Scan
+from hf_locstitch.localize.score import score
+from hf_locstitch.localize.score_file import ScoreFile
+from hf_locstitch.localize.selection import Selection
+from hf_locstitch.plan import MergePlan
+from hf_locstitch.processes import Processes
+from hf_locstitch.progress import Progress
+
+
+def select_with_data(
+    plan: MergePlan,
+    inputs: Inputs,
+    spill: Path,
+    own: Collection[str],
+    processes: Processes,
+    progress: Progress,
+) -> dict[str, Selection]:
+    """The mask of each finetune, one after another. Raises RequestError or WorkError."""
+    how = plan.localizer
+    assert isinstance(how, Mask | Saliency)
+    readers = inputs.fetch().readers
+    selections: dict[str, Selection] = {}
+    for name, data in plan.data.items():
+        passes = how.epochs if isinstance(how, Mask) else len(how.at)
+        with progress.bar(f"{how.method} {name}", passes * data.asked.number, " examples") as advance:
+            room = Room(spill, processes, advance)
+            scores = score(how, name, readers["base"], readers[name], plan.localized, data, room)
+        n = sum(info.numel for info in plan.localized)
+        groups = plan.groups if scores.ones is None else [(list(range(len(plan.localized))), min(scores.ones, n))]
+        selections |= Scan(
+            plan.base,
+            {name: plan.finetuned[name]},
+            plan.localized,
+            groups,
+            spill,
+            own=own,
+            processes=processes,
+            chunk=plan.settings.chunk,
+            workers=plan.settings.workers,
+            scores=partial(_bits, scores),
+        ).select(readers)
+    return selections
+
+
+def _bits(
+    scores: ScoreFile,
+    model: str,
+    name: str,
+    first: int,
+    finetuned: torch.Tensor,
+    base: torch.Tensor,
+    out: torch.Tensor,
+) -> npt.NDArray[np.int32]:
+    """A scan's scores, from the file."""
+    del model, base, out  # the file is of one model
+    return scores.flat(name, first, len(finetuned)).view(torch.int32).numpy()
