@@ -50,12 +50,12 @@ def learn_mask(how: Mask, subject: Subject, task: Task, room: Room) -> tuple[Sta
     scores = start_scores(how, subject, room)
     gradient = _state(how, subject, room, "gradient")
     losses, lr = [], how.lr
-    for epoch in range(how.epochs):
+    for _ in range(how.epochs):
         gradient.clear()
         for place in subject.places.values():
             place.graft(torch.sigmoid(_wide(scores[place])).to(place.device))
         losses.append(add_gradients(subject, task, batches, gradient, rounding, room.processes, room.advance))
-        if epoch == 0 and how.relative_lr:
+        if how.relative_lr:
             lr = how.lr / unit_step(how, subject, scores, gradient, room.processes)
         for place in subject.places.values():
             _step(how, place, scores, gradient, lr, rounding)
@@ -104,6 +104,8 @@ def _step(how: Mask, place: Place, scores: State, gradient: State, lr: float, ro
             change = official_step(wide, part, task_vector, lr, how.penalty) - wide
         else:
             change = score_gradient(part, task_vector, wide, how.penalty).mul_(-lr)
+            if how.relative_lr:
+                change.clamp_(-how.lr, how.lr)
         add_rounding(score, change, rounding.on(score.device))
 
 
