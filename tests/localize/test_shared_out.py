@@ -1,0 +1,76 @@
+"""Parameters that FSDP2 shares out over processes: what each holds, and what they learn together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from models import load
+from subjects import CASES, open_subject, pair, prepare
+from test_architectures import blocks
+
+from hf_locstitch.data.causal_lm import CausalLM
+from hf_locstitch.demo.skills import make_tokenizer
+from hf_locstitch.localize.learn import Room, learn_mask
+from hf_locstitch.localize.mask import Mask
+from hf_locstitch.localize.passes import consuming
+from hf_locstitch.localize.subject import Place, is_shared_out, load_config, load_model, make_subject
+from hf_locstitch.processes import Processes
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """This process as a group of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1),
+                                         rank=0, world_size=1)  # fmt: skip
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_group_of_one_learns_the_same(group: None, tmp_path: Path) -> None:
+    folders = pair("mixtral", tmp_path)
+    state, config = load(folders[1]), load_config(folders[1])
+    model, _ = load_model(folders[1], CausalLM(), config, torch.float64)
+    base, absent = load_model(folders[0], CausalLM(), config, torch.float64)
+    cpu = torch.device("cpu")
+    subject = make_subject(model, base, absent, list(state), blocks(state), state.__getitem__, cpu, "ft", sharded=True)
+    assert subject.places and all(is_shared_out(place.parameter) for place in subject.places.values())
+    seen: list[str] = []
+    task = CASES["mixtral"][1].prepare(CASES["mixtral"][2](), make_tokenizer(), None)
+    with consuming(subject.places.values(), lambda place, gradient: seen.append(place.name)):
+        task.loss(subject.model, task.examples).backward()
+    assert sorted(seen) == sorted(subject.places) and all(p.parameter.grad is None for p in subject.places.values())
+
+    how, room = Mask(density=0.1, epochs=2, micro_batch=2), Room(tmp_path, Processes())
+    scores, _ = learn_mask(how, subject, task, room)
+    expected, _ = learn_mask(how, *prepare("mixtral", folders), room)
+    plain, _ = open_subject(folders, CausalLM())
+    due = dict(plain.to_disk(expected.__getitem__))
+    found = dict(subject.to_disk(scores.__getitem__))
+    assert found.keys() == due.keys()
+    for name, score in found.items():
+        torch.testing.assert_close(score, due[name], rtol=1e-9, atol=1e-12)
+
+
+def test_rows_are_shared_out_without_rest() -> None:
+    """Three processes over four rows hold two, two and none, as torch.chunk has it."""
+
+    class Mesh:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def size(self) -> int:
+            return 3
+
+        def get_local_rank(self) -> int:
+            return self.rank
+
+    class Parameter:
+        def __init__(self, rank: int) -> None:
+            self.device_mesh = Mesh(rank)
+
+    rows = torch.arange(8.0).view(4, 2)
+    parts = [Place("w", Parameter(rank), rows, rows + 1).part(rows) for rank in range(3)]
+    assert [len(part) for part in parts] == [2, 2, 0] and torch.equal(torch.cat(parts), rows)
