@@ -57,8 +57,9 @@ TIES_SCALES = (0.5, 1.0, 1.5)
 # Localizers with data: their fields, and the split of a task that they see.
 DATA_METHODS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "saliency": ({"method": "saliency"}, "train"),
-    "saliency at the base": ({"method": "saliency", "at": [0.0]}, "train"),
     "saliency, held out": ({"method": "saliency"}, "validation"),
+    "saliency, midpoint": ({"method": "saliency", "at": [0.5]}, "train"),
+    "saliency, midpoint, held out": ({"method": "saliency", "at": [0.5]}, "validation"),
     "mask": ({"method": "mask"}, "train"),
     "mask, held out": ({"method": "mask"}, "validation"),
     "mask, paper": ({"method": "mask", "preset": "paper"}, "train"),

@@ -13,12 +13,12 @@ from hf_locstitch.localize.with_data import WithData
 class Saliency(WithData, Magnitude):
     """density, scope: as in Magnitude. at: where on the line base (0) → finetuned (1) gradients are taken.
 
-    Several points: the scores are added up. On the data that an expert was trained on its loss is flat near 1 and
-    the midpoint tells little: give held-out data, or take the base (0).
+    Several points: their mean gradient. On the data that an expert was trained on its loss is flat near 1, so that
+    points far from the base tell little unless the data is held out; the base (0) serves with either.
     """
 
     method: Literal["saliency"] = "saliency"  # pyright: ignore[reportIncompatibleVariableOverride]
-    at: tuple[float, ...] = Field(default=(0.5,), min_length=1, max_length=16)
+    at: tuple[float, ...] = Field(default=(0.0,), min_length=1, max_length=16)
 
     def describe(self) -> str:
         scope = "over the whole model" if self.scope == "model" else "inside each tensor"
