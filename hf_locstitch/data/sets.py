@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from hf_locstitch.checkpoints.ref import FOLDER_PREFIXES, REPO_ID
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.data.objectives import AnyObjective
-from hf_locstitch.data.surrogates import SURROGATES
+from hf_locstitch.data.surrogates import SURROGATES, find_surrogate
 from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -45,7 +45,7 @@ class LocalizationSet(BaseModel):
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         value = {"ref": value} if isinstance(value, str) else value
-        if isinstance(value, dict) and str(value.get("ref")).partition("@")[0] in SURROGATES:
+        if isinstance(value, dict) and find_surrogate(str(value.get("ref"))):
             return {"role": "surrogate", **value}
         return value
 
@@ -90,8 +90,7 @@ def open_set(asked: LocalizationSet) -> OpenSet:
     name, _, revision = asked.ref.partition("@")
     if (path := Path(asked.ref).expanduser()).is_file() or asked.ref.startswith(FOLDER_PREFIXES):
         return _open_file(asked, path)
-    if name in SURROGATES:
-        known = SURROGATES[name]
+    if known := find_surrogate(asked.ref):
         return _open_repo(asked, known.repo, revision or None, asked.config or known.config)
     if Path(name).suffix in BUILDERS or "/" not in name or not REPO_ID.fullmatch(name):
         raise RecipeError(
@@ -140,9 +139,9 @@ def read_rows(found: OpenSet) -> list[dict[str, Any]]:
         dataset[labels] if labels in dataset.column_names else None, len(dataset), found.asked.number, found.asked.seed
     )
     rows = [dict(row) for row in dataset.select(chosen)]
-    name = found.asked.ref.partition("@")[0]
-    if name in SURROGATES:
-        return [SURROGATES[name].row(row) for row in rows]
+    known = find_surrogate(found.asked.ref)
+    if known and not rename:
+        return [known.row(row) for row in rows]
     rows = [{**row, **{ours: row[theirs] for ours, theirs in rename.items()}} for row in rows]
     if not rows or not any(all(rows[0].get(name) is not None for name in names) for names in COLUMNS):
         known = "; ".join(" and ".join(names) for names in COLUMNS)

@@ -37,6 +37,12 @@ def _hotpotqa(row: Row) -> Row:
     return _instruction("\n\n".join([*facts, row["question"]]), row["answer"])
 
 
+def find_surrogate(ref: str) -> Surrogate | None:
+    """The surrogate of this name or repo, whatever revision is asked for."""
+    name = ref.partition("@")[0]
+    return SURROGATES.get(name) or next((known for known in SURROGATES.values() if known.repo == name), None)
+
+
 SURROGATES: Mapping[str, Surrogate] = MappingProxyType(
     {
         "alpaca": Surrogate("tatsu-lab/alpaca", None, _alpaca, "MMLU"),

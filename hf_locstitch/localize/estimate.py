@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.checkpoints.header import ITEM_BYTES
+from hf_locstitch.data.classification import ImageClassification, SequenceClassification
+from hf_locstitch.data.objectives import suggest
 from hf_locstitch.localize.mask import Mask
 from hf_locstitch.localize.with_data import WithData
 
 if TYPE_CHECKING:
     import torch
 
+    from hf_locstitch.data.sets import OpenSet
     from hf_locstitch.plan import MergePlan
 
 STATE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -70,7 +73,11 @@ def learning_cost(plan: MergePlan) -> LearningCost | None:
     largest = max((info.numel for info in plan.localized), default=0)
     sets = list(plan.data.values())
     length = max((getattr(found.asked.objective, "max_length", 512) for found in sets), default=512)
-    tokens = max((found.asked.number for found in sets), default=0) * length
+    examples = [
+        found.asked.number * _classes(found, checkpoint.config)
+        for found, checkpoint in zip(sets, plan.finetuned.values(), strict=True)
+    ]
+    tokens = max(examples, default=0) * length
     parameters = sum(info.numel for info in infos)
     flops = (8 if how.checkpointing else 6) * parameters * tokens
     return LearningCost(
@@ -86,6 +93,14 @@ def learning_cost(plan: MergePlan) -> LearningCost | None:
         passes=len(plan.finetuned) * (how.epochs if isinstance(how, Mask) else len(getattr(how, "at", (0,)))),
         seconds=flops / _rate(device, item),
     )
+
+
+def _classes(found: OpenSet, config: Mapping[str, Any]) -> int:
+    """How many classes the examples are drawn from, each so many; 1 where there are no labels."""
+    objective = found.asked.objective or suggest(config, found.label)
+    names = getattr(objective, "classes", None) or getattr(objective, "label_words", None)
+    classifies = isinstance(objective, SequenceClassification | ImageClassification)
+    return len(names or (config.get("id2label") or (0, 1) if classifies else (0,)))
 
 
 def _activations(config: Mapping[str, Any], how: WithData, tokens: int, item: int) -> int:

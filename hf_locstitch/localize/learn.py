@@ -14,7 +14,7 @@ from hf_locstitch.localize.passes import Advance, Rounding, State, add_gradients
 from hf_locstitch.localize.ranking import Keys, TopK, kth_largest, pieces, sortable
 from hf_locstitch.localize.saliency import Saliency
 from hf_locstitch.localize.subject import Place, Subject, is_shared_out
-from hf_locstitch.localize.updates import add_rounding, official_step, saliency, score_gradient
+from hf_locstitch.localize.updates import add_rounding, official_step, saliency, score_gradient, softened
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.processes import Processes
 
@@ -105,7 +105,7 @@ def _step(how: Mask, place: Place, scores: State, gradient: State, lr: float, ro
         else:
             change = score_gradient(part, task_vector, wide, how.penalty).mul_(-lr)
             if how.relative_lr:
-                change.clamp_(-how.lr, how.lr)
+                change = softened(change, how.lr)
         add_rounding(score, change, rounding.on(score.device))
 
 

@@ -28,8 +28,8 @@ class Mask(WithData):
 
     preset: where the fields below come from unless they are given. start: S outside and inside the initial mask, the
     top `start_density` (default: the density, else 0.01) by |τ|. One step an epoch, on the gradient over the whole
-    set. relative_lr: lr is the change of S that the k-th most changed element makes in the first step; else lr is
-    plain. penalty: the weight of ‖σ(S)‖₁. batch: of the `official` preset, whose gradient is a sum over batches.
+    set. relative_lr: S changes by less than lr a step, that of the k-th most changed element by half of it; else lr
+    is plain. penalty: the weight of ‖σ(S)‖₁. batch: of the `official` preset, whose gradient is a sum over batches.
     """
 
     method: Literal["mask"] = "mask"

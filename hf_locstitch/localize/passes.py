@@ -154,8 +154,9 @@ def memory_guard() -> Iterator[None]:
 
 
 def _too_large(error: BaseException) -> str:
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
     return (
-        f"memory ran out in a pass over the localization set ({str(error).splitlines()[0][:160]}). In the recipe's "
+        f"memory ran out in a pass over the localization set ({first_line[:160]}). In the recipe's "
         "localizer set micro_batch: 1, then checkpointing: true, then state_on: cpu or disk, or state_dtype: bfloat16; "
         "shorter examples (max_length of the data) help too."
     )

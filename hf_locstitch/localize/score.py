@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,12 +165,11 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def _dtype(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> torch.dtype:
-    """That of the localized tensors on disk; the widest if there are several."""
-    dtypes = [TORCH_DTYPE[checkpoint.info(info.name).dtype] for info in tensors]
-    found = dtypes[0]
-    for dtype in dtypes[1:]:
-        found = torch.promote_types(found, dtype)
-    return found
+    """That of most localized elements on disk."""
+    counts: Counter[str] = Counter()
+    for info in tensors:
+        counts[checkpoint.info(info.name).dtype] += info.numel
+    return TORCH_DTYPE[counts.most_common(1)[0][0]]
 
 
 def find_device(how: WithData) -> torch.device:

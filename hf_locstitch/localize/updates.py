@@ -26,6 +26,11 @@ def score_gradient(gradient: Tensor, task_vector: Tensor, scores: Tensor, penalt
     return (gradient * task_vector + penalty) * (share * (1 - share))
 
 
+def softened(change: Tensor, most: float) -> Tensor:
+    """change / (1 + |change| / most): the same where it is small, never more than `most`, in the same order."""
+    return change / (1 + change.abs() / most) if most else change
+
+
 def official_step(scores: Tensor, gradient: Tensor, task_vector: Tensor, lr: float, penalty: float) -> Tensor:
     """S after one step as the authors' published code takes it, for comparison with that code only.
 

@@ -9,6 +9,7 @@ import torch
 from subjects import CASES, pair, prepare
 
 from hf_locstitch.data.task import Task, micro_batches
+from hf_locstitch.errors import RequestError, WorkError
 from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores, start_scores
 from hf_locstitch.localize.mask import Mask
 from hf_locstitch.localize.saliency import Saliency
@@ -205,3 +206,46 @@ def test_micro_batches_weigh_tokens() -> None:
     assert [(list(b.examples), b.factor) for b in micro_batches(task, 2)] == [(["a", "b"], 1 / 8), (["c"], 1 / 8)]
     summed = list(micro_batches(task, 1, batch=2))
     assert [(list(b.examples), b.factor) for b in summed] == [(["a"], 1 / 3), (["b"], 1 / 3), (["c"], 1 / 5)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(), RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")],
+)  # fmt: skip
+def test_running_out_of_memory_says_what_to_change(error: BaseException, tmp_path: Path) -> None:
+    subject, task = prepare("causal-lm", pair("llama", tmp_path))
+
+    def full(model: object, batch: object) -> torch.Tensor:
+        raise error
+
+    with pytest.raises(WorkError, match="set micro_batch: 1, then checkpointing: true, then state_on"):
+        saliency_scores(Saliency(), subject, Task(task.examples, task.weights, full), room(tmp_path))
+    assert all(not place.parameter._post_accumulate_grad_hooks for place in subject.places.values())
+
+
+def test_other_errors_pass(tmp_path: Path) -> None:
+    subject, task = prepare("causal-lm", pair("llama", tmp_path))
+
+    def broken(model: object, batch: object) -> torch.Tensor:
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        saliency_scores(Saliency(), subject, Task(task.examples, task.weights, broken), room(tmp_path))
+
+
+def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
+    subject, task = prepare("causal-lm", pair("llama", tmp_path))
+    next(iter(subject.places.values())).base[0] = float("nan")
+    with pytest.raises(RequestError, match="the loss is nan on the localization set"):
+        saliency_scores(Saliency(), subject, task, room(tmp_path))
+
+
+def test_no_relative_step_is_longer_than_lr(tmp_path: Path) -> None:
+    """The k-th most changed element moves by half of lr, none by all of it, and their order stays."""
+    subject, task = prepare("causal-lm", pair("llama", tmp_path))
+    how = Mask(density=0.1, epochs=1, lr=0.7, start=(0.0, 0.0), start_density=0.05)
+    scores, _ = learn_mask(how, subject, task, room(tmp_path))
+    moved = torch.cat([score.flatten().abs() for score in scores.tensors.values()])
+    assert moved.max() < 0.7
+    assert int((moved >= 0.35 - 1e-6).sum()) == int(0.05 * len(moved))
