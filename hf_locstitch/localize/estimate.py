@@ -63,7 +63,7 @@ def learning_cost(plan: MergePlan) -> LearningCost | None:
     how = plan.localizer if plan.masked else None
     if not isinstance(how, WithData):
         return None
-    from hf_locstitch.localize.score import find_device
+    from hf_locstitch.localize.open_subject import find_device
 
     device = find_device(how)
     infos = [info for _, info in plan.base.tensors.values()]
