@@ -37,12 +37,10 @@ def select_with_data(
     readers = inputs.fetch().readers
     selections: dict[str, Selection] = {}
     for name, data in plan.data.items():
-        passes = how.epochs if isinstance(how, Mask) else len(how.at)
-        with progress.bar(f"{how.method} {name}", passes * data.asked.number, " examples") as advance:
+        with progress.bar(f"{how.method} {name}", 0, " examples") as advance:  # how many there are shows only later
             room = Room(spill, processes, advance)
             scores = score(how, name, readers["base"], readers[name], plan.localized, data, room)
-        n = sum(info.numel for info in plan.localized)
-        groups = plan.groups if scores.ones is None else [(list(range(len(plan.localized))), min(scores.ones, n))]
+        groups = plan.groups if scores.ones is None else [(list(range(len(plan.localized))), scores.ones)]
         selections |= Scan(
             plan.base,
             {name: plan.finetuned[name]},

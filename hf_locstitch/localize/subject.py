@@ -210,15 +210,19 @@ def keep_no_activations(model: Any) -> None:
 def no_bars() -> Iterator[None]:
     """The libraries that load models and data show bars of their own, unasked."""
     import datasets
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging
 
     models, sets = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    client = are_progress_bars_disabled()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
         if models:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # the Hub client's too
+            if client:
+                disable_progress_bars()
         if not sets:
             datasets.enable_progress_bars()
