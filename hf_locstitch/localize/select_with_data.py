@@ -51,20 +51,11 @@ def select_with_data(
             processes=processes,
             chunk=plan.settings.chunk,
             workers=plan.settings.workers,
-            scores=partial(_bits, scores),
+            known=partial(_bits, scores),
         ).select(readers)
     return selections
 
 
-def _bits(
-    scores: ScoreFile,
-    model: str,
-    name: str,
-    first: int,
-    finetuned: torch.Tensor,
-    base: torch.Tensor,
-    out: torch.Tensor,
-) -> npt.NDArray[np.int32]:
-    """A scan's scores, from the file."""
-    del model, base, out  # the file is of one model
-    return scores.flat(name, first, len(finetuned)).view(torch.int32).numpy()
+def _bits(scores: ScoreFile, name: str, first: int, count: int) -> npt.NDArray[np.int32]:
+    """What a scan selects by, from the file."""
+    return scores.flat(name, first, count).view(torch.int32).numpy()

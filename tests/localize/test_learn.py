@@ -147,7 +147,7 @@ def test_official_is_the_authors_update(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_where_and_how_the_state_is_kept(on: str, dtype: str, tmp_path: Path) -> None:
     folders = pair("llama", tmp_path, torch.float32)
-    plain = Mask(density=0.1, epochs=2, micro_batch=2)
+    plain = Mask(density=0.1, epochs=2, micro_batch=2, lr=1.0, start=(0.0, 3.0))
     expected, _ = learn_mask(plain, *prepare("causal-lm", folders), room(tmp_path))
     how = plain.model_copy(update={"state_on": on, "state_dtype": dtype})
     scores, _ = learn_mask(how, *prepare("causal-lm", folders), room(tmp_path))
