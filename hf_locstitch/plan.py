@@ -180,6 +180,7 @@ def make_plan(
         raise MismatchError(problems)
 
     warnings += _licence_warning({"the base": base, **finetuned})
+    warnings += _leaks(recipe, data)
     rest = finetuned[recipe.rest_from] if recipe.rest_from else base
     files = finetuned[recipe.files_from] if recipe.files_from else rest
     shards = _output_shards(recipe, base, rest, frozenset(chosen))
@@ -280,6 +281,18 @@ def _differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequenc
     for theirs, ours in dtypes:
         warnings.append(f"{name} is {theirs} where the base is {ours}: compared in float32, cast to {ours}.")
     return warnings
+
+
+def _leaks(recipe: Recipe, data: Mapping[str, OpenSet]) -> list[str]:
+    """Localization sets that, by their names, the recipe also judges the merge on."""
+    tasks = [task.partition(":")[0] for task in recipe.evaluate.tasks] if recipe.evaluate else []
+    return [
+        f"{name} is localized with {found.label}, and {task} is among the tasks it is judged on: held-out figures of "
+        "that task are none. Localize with other data."
+        for name, found in data.items()
+        for task in tasks
+        if found.repo is not None and found.repo.rpartition("/")[2].lower() in task.lower()
+    ]
 
 
 def _licence_warning(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
