@@ -67,7 +67,7 @@ def weights(model: Path) -> list[Path]:
 
 
 def ours() -> list[Contender]:
-    """This project's methods, as far as `hf-locstitch merge --help` lists them."""
+    """This project's methods, as far as `hf-locstitch merge --help` lists them; without figures, as peers draw none."""
     program = (sys.executable, "-m", "hf_locstitch", "merge")
     text = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
     listed = re.search(r"--method \{([^}]*)\}", re.sub(r"\s+", " ", text))
@@ -80,7 +80,7 @@ def ours() -> list[Contender]:
 def _ours(program: tuple[str, ...], method: str, flags: Sequence[str]) -> Contender:
     def command(job: Job) -> list[str]:
         models = ["--base", str(job.base), "--ft", *map(str, job.finetuned)]
-        return [*program, *models, "--method", method, *flags, "--out", str(job.out), "--quiet"]
+        return [*program, *models, "--method", method, *flags, "--no-figures", "--out", str(job.out), "--quiet"]
 
     name = OURS if method == "locstitch" else f"{OURS} {method}"
     return Contender(name, command, (sys.executable, "-c", "import hf_locstitch.run"))

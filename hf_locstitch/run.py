@@ -20,7 +20,7 @@ from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE
 from hf_locstitch.checkpoints.side_files import copy_side_files
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.checkpoints.writer import SafetensorsWriter, sync_file
-from hf_locstitch.figures.main import draw_merge
+from hf_locstitch.figures.main import Survey, draw_merge, survey_merge
 from hf_locstitch.hashes import InputHashes
 from hf_locstitch.inputs import Inputs, OpenInputs
 from hf_locstitch.localize.scan import Scan
@@ -85,17 +85,19 @@ class Run:
     def run(self) -> manifest.Manifest:
         began = time.monotonic()
         note = self.place.note_verified if self._first else lambda _: None
-        with Inputs(self.plan, self.progress, self.place.spill, note) as inputs, ThreadPoolExecutor(1) as background:
+        with Inputs(self.plan, self.progress, self.place.spill, note) as inputs, ThreadPoolExecutor(2) as background:
             if self.processes.count > 1:
                 self.processes.together(inputs.fetch)
             selections = self.localize(inputs) if self.plan.masked else {}
             self.write_masks(selections)
+            surveyed = background.submit(survey_merge, self.plan, self.place.stage) if self._first else None
             overlap, shards = self.write_shards(inputs, selections, background)
             for selection in selections.values():
                 selection.close()
+            found = surveyed.result() if surveyed else None
         files = self._gather_hashes()
         records: list[manifest.Manifest] = []
-        self.processes.on_first(lambda: records.append(self.finish(files, overlap, shards, began)))
+        self.processes.on_first(lambda: records.append(self.finish(files, overlap, shards, found, began)))
         return self.processes.gather(records[0] if records else None)[0]  # type: ignore[return-value]
 
     def _gather_hashes(self) -> dict[str, dict[str, str]]:
@@ -250,7 +252,12 @@ class Run:
         return self.processes.first
 
     def finish(
-        self, files: manifest.FileHashes, overlap: Overlap, shards: Mapping[str, ShardRecord], began: float
+        self,
+        files: manifest.FileHashes,
+        overlap: Overlap,
+        shards: Mapping[str, ShardRecord],
+        found: Survey | None,
+        began: float,
     ) -> manifest.Manifest:
         """Everything beside weights and masks."""
         plan, stage = self.plan, self.place.stage
@@ -259,7 +266,7 @@ class Run:
         copy_side_files(plan.files.source, stage, plan.recipe.dtype)
         record = manifest.make_manifest(plan, files, overlap, fingerprint(plan))
         (stage / manifest.RECIPE_FILE).write_text(manifest.pinned_recipe(plan, files), encoding="utf-8")
-        figures = draw_merge(plan, record, stage)
+        figures = draw_merge(record, found, stage)
         write_card(plan, record, stage / "README.md", figures)
         known = {file: (shard.size, shard.sha256) for file, shard in shards.items()}
         record = manifest.finish(record, stage, known, time.monotonic() - began)

@@ -56,4 +56,4 @@ def hub(tmp_path: Path, hub_cache: Path) -> Iterator[LoopbackHub]:
 def figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merges draw no figures, which would take most of their time, except in tests that are about them."""
     if not request.node.get_closest_marker("figures"):
-        monkeypatch.setattr("hf_locstitch.run.draw_merge", lambda *_: [])
+        monkeypatch.setattr("hf_locstitch.run.survey_merge", lambda *_: None)

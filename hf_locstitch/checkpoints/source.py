@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+# A thread may wait 5 ms for the interpreter's lock: small pieces would be hashed at a crawl beside imports.
+HASHED_AT_ONCE = 1 << 24
 Advance = Callable[[int], object]  # told how many more bytes have been handled
 
 
@@ -75,7 +77,7 @@ def file_sha256(path: Path, advance: Advance = lambda _: None) -> str:
     """SHA-256 of a file's content, hex."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        buffer = bytearray(1 << 20)
+        buffer = bytearray(HASHED_AT_ONCE)
         view = memoryview(buffer)
         while count := file.readinto(buffer):
             digest.update(view[:count])

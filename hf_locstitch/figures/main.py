@@ -21,6 +21,7 @@ from hf_locstitch.figures.task_vectors import (
     TaskVectors,
     kept_among,
     sample_places,
+    sampled_per_tensor,
     sampled_values,
     summarize,
     write_task_vectors,
@@ -76,9 +77,10 @@ def _read_mask(
     try:
         with safe_open(path, framework="np") as file:
             shapes = {t: tuple(shape) for t, shape in json.loads(file.metadata()["shapes"]).items()}
+            each = sampled_per_tensor(len(shapes))
             for tensor, shape in shapes.items():
                 numel = math.prod(shape)
-                places = sample_places(numel) if base is not None and finetuned is not None else []
+                places = sample_places(numel, each) if base is not None and finetuned is not None else []
                 kept, ones[tensor] = kept_among(iter_positions(file.get_tensor(tensor).tobytes()), places)
                 if places and base is not None and finetuned is not None:
                     size, start = sampled_values(finetuned, base, tensor, places)
@@ -88,17 +90,21 @@ def _read_mask(
     return shapes, ones, samples
 
 
-def draw_merge(plan: MergePlan, record: Manifest, stage: Path) -> list[str]:
-    """The figures of a merge with masks into stage/figures. Returns the pictures' stems; none without masks.
+def survey_merge(plan: MergePlan, stage: Path) -> Survey | None:
+    """What the masks in stage/masks say; None if no figures are wanted, or there are no masks.
 
-    Task vectors are shown where the inputs are on this machine: those that were only streamed are not read again.
+    Task vectors are looked at where the inputs are on this machine: those that were only streamed are not read again.
     """
     if not plan.masked or not plan.recipe.figures:
-        return []
-    masks = {name: stage / mask.file for name, mask in record.masks.items()}
+        return None
+    masks = {name: stage / "masks" / f"{name}.safetensors" for name in plan.finetuned}
     readers = _inputs_at_hand(plan)
-    found = survey(masks, readers["base"], readers) if readers else survey(masks)
-    return draw_masks(record.overlap, found, stage / FOLDER)
+    return survey(masks, readers["base"], readers) if readers else survey(masks)
+
+
+def draw_merge(record: Manifest, found: Survey | None, stage: Path) -> list[str]:
+    """The figures of a merge into stage/figures. Returns the pictures' stems; none without a survey."""
+    return [] if found is None else draw_masks(record.overlap, found, stage / FOLDER)
 
 
 def _inputs_at_hand(plan: MergePlan) -> dict[str, Reader]:

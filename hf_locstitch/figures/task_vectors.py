@@ -15,7 +15,8 @@ import torch
 
 from hf_locstitch.masks import Positions
 
-PER_TENSOR = 1 << 15  # values of each tensor that are looked at, in PIECES pieces
+SAMPLE = 1 << 20  # values of one model that are looked at, about;
+PER_TENSOR = 1 << 15  # of each tensor at most, in PIECES pieces
 PIECES = 8
 FILE = "task-vectors.json"
 
@@ -44,6 +45,11 @@ class TaskVectors:
     norm: float
     base_norm: float
     sampled: int
+
+
+def sampled_per_tensor(tensors: int) -> int:
+    """Values of each of so many tensors that are looked at: memory does not grow with their number."""
+    return max(PIECES, min(PER_TENSOR, SAMPLE // max(tensors, 1)))
 
 
 def sample_places(numel: int, per_tensor: int = PER_TENSOR, pieces: int = PIECES) -> list[tuple[int, int]]:
