@@ -7,9 +7,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hf_locstitch._version import __version__
 from hf_locstitch.errors import LocstitchError, RecipeError
@@ -66,13 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_merge(commands: Any) -> None:
-    parser = commands.add_parser(
-        "merge",
+    parser = _add_command(
+        commands,
+        merge,
         help="merge finetuned models into their base",
         description=f"Merge finetuned models into their base. {REF}: a folder, org/name or org/name@revision.",
-        allow_abbrev=False,
     )
-    parser.set_defaults(command=merge)
     parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="a recipe; flags override it")
     parser.add_argument("--base", metavar=REF, help="the pretrained model")
     parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models")
@@ -124,19 +123,18 @@ def _add_merge(commands: Any) -> None:
 
 
 def _add_verify(commands: Any) -> None:
-    parser = commands.add_parser(
-        "verify",
+    parser = _add_command(
+        commands,
+        verify,
         help="check a merge: files, masks, values",
         description="Read a merge back: its files against the manifest, its masks against the densities, its values "
         f"against the inputs. {REF}: a folder, org/name or org/name@revision. Only reads.",
-        allow_abbrev=False,
     )
-    parser.set_defaults(command=verify)
     parser.add_argument("ref", metavar=REF, help="the merge")
     parser.add_argument("--base", metavar=REF, help="the base, if not where the manifest names it")
     parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge")
     parser.add_argument(
-        "--tensors", type=_all_or_count, default=8, metavar="all|N", help="tensors computed again (default: 8)"
+        "--tensors", type=_count_or("all"), default=8, metavar="all|N", help="tensors computed again (default: 8)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser.add_argument("--quiet", action="store_true", help="only what does not hold, and no progress bars")
@@ -144,14 +142,13 @@ def _add_verify(commands: Any) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = commands.add_parser(
-        "inspect",
+    parser = _add_command(
+        commands,
+        inspect,
         help="what a merge is made of: densities, overlaps, where its masks lie, what looks odd",
         description="Look at a merge without making it: densities, overlaps, where its masks lie, norms, what looks "
         f"odd. {REF}: a folder, org/name or org/name@revision. Reads small files only, unless --inputs is given.",
-        allow_abbrev=False,
     )
-    parser.set_defaults(command=inspect)
     parser.add_argument("ref", metavar=REF, help="the merge")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw its figures into this folder")
     parser.add_argument("--inputs", action="store_true", help="sample the inputs, too (default: what the merge noted)")
@@ -164,15 +161,14 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = commands.add_parser(
-        "evaluate",
+    parser = _add_command(
+        commands,
+        evaluate,
         help="score models side by side with lm-eval",
         description=f"Score language models side by side with lm-eval. {REF}: a folder, org/name or org/name@revision. "
         "What was measured before on the same content is not measured again. Several GPUs share the examples under "
         "`accelerate launch -m hf_locstitch evaluate ...`.",
-        allow_abbrev=False,
     )
-    parser.set_defaults(command=evaluate)
     parser.add_argument("refs", nargs="+", metavar=REF, help="the models; the first is the one that is judged")
     what = parser.add_argument_group("what")
     what.add_argument(
@@ -197,7 +193,11 @@ def _add_evaluate(commands: Any) -> None:
 
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--batch-size", type=_auto_or_count, metavar="auto|N", help="auto: the largest that fits (default)"
+        "--batch-size",
+        type=_count_or("auto"),
+        default="auto",
+        metavar="auto|N",
+        help="auto: the largest that fits (default)",
     )
     how.add_argument("--chat-template", action="store_true", help="put prompts into the model's chat template")
     how.add_argument("--no-cache", dest="cache", action="store_false", help="measure again what was measured before")
@@ -214,33 +214,38 @@ def _add_evaluate(commands: Any) -> None:
     _add_debug(parser)
 
 
-def _auto_or_count(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 'auto' nor a number from 1 on")
-    return int(text)
+def _count_or(word: str) -> Callable[[str], int | str]:
+    """A flag's type: a number from 1 on, or the word itself."""
 
+    def parse(text: str) -> int | str:
+        if text == word:
+            return text
+        if not text.isdecimal() or int(text) == 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {word!r} nor a number from 1 on")
+        return int(text)
 
-def _all_or_count(text: str) -> int | Literal["all"]:
-    if text == "all":
-        return "all"
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 'all' nor a number from 1 on")
-    return int(text)
+    return parse
 
 
 def _add_demo(commands: Any) -> None:
-    parser = commands.add_parser(
-        "demo",
+    parser = _add_command(
+        commands,
+        demo,
         help="the whole job on tiny models and a Hub of its own, in a few minutes",
         description="Train a tiny base and three finetunes, push them to a Hub on this machine, merge, and compare.",
-        allow_abbrev=False,
     )
-    parser.set_defaults(command=demo)
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep everything here (default: a temporary folder)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     _add_debug(parser)
+
+
+def _add_command(
+    commands: Any, run: Callable[[argparse.Namespace], int], *, help: str, description: str
+) -> argparse.ArgumentParser:
+    """A sub-command with the name of the function that carries it out."""
+    parser = commands.add_parser(run.__name__, help=help, description=description, allow_abbrev=False)
+    parser.set_defaults(command=run)
+    return parser
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:
@@ -332,7 +337,7 @@ def evaluate(args: argparse.Namespace) -> int:
         suite=args.suite,
         include_path=args.include_path,
         limit=args.limit,
-        batch_size=args.batch_size,
+        batch_size=None if args.batch_size == "auto" else args.batch_size,
         chat_template=args.chat_template,
         base=args.base,
         finetuned=args.ft,

@@ -32,13 +32,13 @@ class Cost:
 
 def estimate(plan: MergePlan) -> Cost:
     """What the merge will take at most; the spill is a guess that assumes no great ties at the threshold."""
-    needed = {name: set(files) for name, files in plan.needed.items()}
+    needed = plan.needed
     passes = [plan.scanned, plan.combined(plan.shards)]
     read = download = 0
     for name, checkpoint in plan.inputs.items():
         sizes = {shard.file: shard.size for shard in checkpoint.shards if shard.file in needed[name]}
         missing = {file: size for file, size in sizes.items() if checkpoint.source.cached(file) is None}
-        times = [{f for f in byte_ranges(checkpoint, pieces.get(name, ()))} for pieces in passes]
+        times = [list(byte_ranges(checkpoint, pieces.get(name, ()))) for pieces in passes]
         read += sum(sizes[file] for files in times for file in files)
         if plan.settings.cache or name != "base":
             download += sum(missing.values())
@@ -58,7 +58,7 @@ def _output(plan: MergePlan) -> int:
 def _spill(plan: MergePlan) -> int:
     if not plan.masked:
         return 0
-    streamed = not plan.settings.cache or _is_streamed(plan)
+    streamed = not plan.settings.cache or not plan.all_here
     value = max(
         (ITEM_BYTES[c.info(t).dtype] for c in plan.finetuned.values() for t in c.tensors if c.info(t).floating),
         default=4,
@@ -70,10 +70,6 @@ def _spill(plan: MergePlan) -> int:
     batch = BATCH * plan.settings.workers * plan.settings.chunk * size
     most = min(COMPACT_FROM * live + COMPACT_SLACK + batch, plan.n * size)
     return math.ceil(len(plan.finetuned) * most + live)  # one at a time is copied while it is tidied up
-
-
-def _is_streamed(plan: MergePlan) -> bool:
-    return any(plan.inputs[name].source.cached(file) is None for name, files in plan.needed.items() for file in files)
 
 
 def _masks(plan: MergePlan) -> int:

@@ -56,12 +56,6 @@ class Inputs:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    @property
-    def all_here(self) -> bool:
-        """Whether every file that is read is on this machine."""
-        inputs = self._plan.inputs
-        return all(inputs[name].source.cached(file) for name, files in self._plan.needed.items() for file in files)
-
     def fetch(self) -> OpenInputs:
         """All of them whole, on this machine, for any number of passes."""
         if self._whole is None:
@@ -74,7 +68,7 @@ class Inputs:
     @contextmanager
     def opened(self, pieces: Pieces, kept: Pieces | None = None) -> Iterator[OpenInputs]:
         """For one pass over `pieces`. kept: what a later pass will read of inputs other than its own."""
-        if self.all_here:
+        if self._plan.all_here:
             yield self.fetch()
             return
         inputs, kept = self._plan.inputs, kept or {}

@@ -130,6 +130,11 @@ class MergePlan:
             for name, checkpoint in self.inputs.items()
         }
 
+    @property
+    def all_here(self) -> bool:
+        """Whether every file that is read is on this machine by now."""
+        return all(self.inputs[name].source.cached(file) for name, files in self.needed.items() for file in files)
+
 
 def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
     """The finetunes' names. Raises RecipeError if two are alike."""

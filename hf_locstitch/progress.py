@@ -18,14 +18,35 @@ def only_our_bars() -> Iterator[None]:
     """The Hub's client shows none meanwhile: they would tell of the same bytes again, even where all is to be quiet."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if are_progress_bars_disabled():
+    with _without_bars(are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars):
         yield
-        return
-    disable_progress_bars()
+
+
+@contextmanager
+def no_bars_of_libraries() -> Iterator[None]:
+    """The libraries that load models and data show bars of their own, unasked. Slow to import."""
+    import datasets
+    from transformers.utils import logging
+
+    hidden = not logging.is_progress_bar_enabled()
+    with (
+        only_our_bars(),  # outermost: transformers switches the client's too
+        _without_bars(hidden, logging.disable_progress_bar, logging.enable_progress_bar),
+        _without_bars(
+            datasets.are_progress_bars_disabled(), datasets.disable_progress_bars, datasets.enable_progress_bars
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def _without_bars(hidden: bool, hide: Callable[[], object], show: Callable[[], object]) -> Iterator[None]:
+    """hidden: whether they are before, and so afterwards."""
+    hide()
     try:
         yield
     finally:
-        enable_progress_bars()
+        (hide if hidden else show)()
 
 
 class Progress:

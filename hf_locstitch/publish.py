@@ -97,7 +97,7 @@ class Upload:
 
     def commit(self, folder: Path, message: str, progress: Progress) -> Published:
         """Upload what of `folder` is not there yet (the repo is created if need be) and commit. Raises PublishError."""
-        with self._explained(), self._pool:
+        with self._explained():
             self.wait(0)
             sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
             with progress.bar("uploading", sum(sizes.values())) as advance:

@@ -135,7 +135,7 @@ class Run:
                 allow_non_finite=plan.recipe.allow_non_finite,
                 advance=advance,
             )
-            if inputs.all_here:
+            if plan.all_here:
                 return scan.select(inputs.fetch().readers)
             selections = scan.begin()
             rest = {name: pieces for name, pieces in plan.combined(self._unfinished()).items() if name != "base"}
@@ -208,7 +208,7 @@ class Run:
                     advance(shard.nbytes)
             self.processes.together(lambda: [future.result() for future in noted])
             done = {file: future.result() for file, future in hashed.items()}
-        records = {file: record for file, record in {**self._finished, **self.processes.gather(done)[0]}.items()}
+        records = {**self._finished, **self.processes.gather(done)[0]}
         shards = {file: record for file, record in records.items() if record is not None}
         total = Overlap.none(len(self.plan.finetuned))
         for record in shards.values():

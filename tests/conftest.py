@@ -23,6 +23,8 @@ os.environ.update(
     no_proxy="127.0.0.1,localhost",
 )
 
+from models import State, random_state, save  # noqa: E402
+
 from hf_locstitch.demo.hub import LoopbackHub  # noqa: E402
 
 _HOME_HUB = LoopbackHub(Path(_HOME) / "hub", orgs={"demo": ["lab"]}).start()
@@ -50,6 +52,14 @@ def hub(tmp_path: Path, hub_cache: Path) -> Iterator[LoopbackHub]:
     """A started, empty Hub with one user, demo, whose token is hf_loopback."""
     with LoopbackHub(tmp_path / "hub") as started:
         yield started
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> State:
+    """A small checkpoint in tmp_path/base."""
+    state = random_state(0)
+    save(tmp_path / "base", state)
+    return state
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 import torch
-from models import State, finetune, load, random_state, same_bits, save
+from models import State, finetune, load, same_bits, save
 from safetensors.torch import save_file
 
 from hf_locstitch.cli import main
@@ -36,13 +36,6 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
         return status, *capsys.readouterr()
 
     return run
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> State:
-    state = random_state(0)
-    save(tmp_path / "base", state)
-    return state
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 import torch
-from models import State, finetune, random_state, save
+from models import State, finetune, save
 
 from hf_locstitch import Magnitude, inspect, load_mask, merge_from_hub
 from hf_locstitch.cli import main
@@ -18,13 +18,6 @@ from hf_locstitch.demo.hub import LoopbackHub
 from hf_locstitch.errors import CheckpointError, IntegrityError
 
 Make = Callable[..., Path]
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> State:
-    state = random_state(0)
-    save(tmp_path / "base", state)
-    return state
 
 
 @pytest.fixture

@@ -13,13 +13,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.holes import punch_hole
 from hf_locstitch.checkpoints.hub import HubSource
 from hf_locstitch.checkpoints.pieces import Range
-from hf_locstitch.checkpoints.reader import TORCH_DTYPE
 from hf_locstitch.checkpoints.source import Advance
 from hf_locstitch.errors import IntegrityError
 
@@ -208,14 +204,6 @@ class ArrivingFile:
 
     def __init__(self, feed: Feed, file: str) -> None:
         self._feed, self._file = feed, file
-
-    def flat(self, info: TensorInfo, first: int = 0, count: int | None = None) -> torch.Tensor:
-        dtype = TORCH_DTYPE[info.dtype]
-        count = info.numel - first if count is None else count
-        if count == 0:
-            return torch.empty(0, dtype=dtype)
-        start = info.start + first * dtype.itemsize
-        return torch.frombuffer(self._feed.read(self._file, start, start + count * dtype.itemsize), dtype=dtype)
 
     def raw(self, start: int, stop: int) -> memoryview:
         return memoryview(self._feed.read(self._file, start, stop))

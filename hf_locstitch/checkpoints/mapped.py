@@ -7,11 +7,8 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.checkpoints.header import TensorInfo
-from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
+from hf_locstitch.checkpoints.reader import CheckpointReader
 
 # The maps are read-only and so is every use of their views; a filter local to the call is not thread-safe.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -23,14 +20,6 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def flat(self, info: TensorInfo, first: int = 0, count: int | None = None) -> torch.Tensor:
-        dtype = TORCH_DTYPE[info.dtype]
-        count = info.numel - first if count is None else count
-        if count == 0:
-            return torch.empty(0, dtype=dtype)
-        offset = info.start + first * dtype.itemsize
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
 
     def raw(self, start: int, stop: int) -> memoryview:
         return memoryview(self._map)[start:stop]

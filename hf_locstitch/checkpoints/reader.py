@@ -15,15 +15,10 @@ TORCH_DTYPE = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-DTYPE_NAME = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 
 
 class TensorFile(Protocol):
     """One safetensors file. Safe to share between threads."""
-
-    def flat(self, info: TensorInfo, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Elements first … first + count of a tensor, flattened. Returns [count] in the tensor's dtype."""
-        ...
 
     def raw(self, start: int, stop: int) -> memoryview:
         """Bytes start … stop of the file."""
@@ -32,6 +27,15 @@ class TensorFile(Protocol):
     def release(self, start: int, stop: int) -> None:
         """These bytes will not be needed soon."""
         ...
+
+
+def flat(file: TensorFile, info: TensorInfo, first: int, count: int) -> torch.Tensor:
+    """Elements first … first + count of a tensor, flattened. Returns [count] in the tensor's dtype."""
+    dtype = TORCH_DTYPE[info.dtype]
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    start = info.start + first * dtype.itemsize
+    return torch.frombuffer(file.raw(start, start + count * dtype.itemsize), dtype=dtype)
 
 
 class CheckpointReader:
@@ -44,7 +48,7 @@ class CheckpointReader:
     def flat(self, name: str, first: int, count: int) -> torch.Tensor:
         """Elements first … first + count of a tensor, flattened. Returns [count] in the tensor's dtype."""
         shard, info = self.checkpoint.tensors[name]
-        return self._files[shard.file].flat(info, first, count)
+        return flat(self._files[shard.file], info, first, count)
 
     def raw(self, name: str, first: int, stop: int) -> memoryview:
         """Bytes first … stop of a tensor, of whatever dtype."""

@@ -17,11 +17,12 @@ from hf_locstitch.data.objectives import suggest
 from hf_locstitch.data.sets import OpenSet, read_rows
 from hf_locstitch.data.task import Objective, Task
 from hf_locstitch.errors import RequestError
-from hf_locstitch.localize.subject import Subject, keep_no_activations, load_config, load_model, make_subject, no_bars
+from hf_locstitch.localize.subject import Subject, keep_no_activations, load_config, load_model, make_subject
 from hf_locstitch.localize.with_data import WithData
+from hf_locstitch.progress import no_bars_of_libraries
 
 
-@no_bars()
+@no_bars_of_libraries()
 def open_subject(
     how: WithData,
     name: str,

@@ -13,6 +13,7 @@ import torch
 
 from hf_locstitch.checkpoints.header import TensorInfo, header_length, parse_header
 from hf_locstitch.checkpoints.mapped import MappedFile
+from hf_locstitch.checkpoints.reader import flat
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 
 LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
@@ -22,9 +23,11 @@ class ScoreFile:
     """ones: how many elements the mask keeps, where the scores decide it; else None. losses: seen on the way."""
 
     def __init__(self, path: Path) -> None:
-        raw = path.open("rb").read(8)
         size = path.stat().st_size
-        raw = path.open("rb").read(header_length(raw, size, str(path)))
+        with path.open("rb") as file:
+            length = header_length(file.read(8), size, str(path))
+            file.seek(0)
+            raw = file.read(length)
         header = parse_header(raw, size, str(path))
         self._infos = {info.name: info for info in header.tensors}
         self._file = MappedFile(path)
@@ -33,7 +36,7 @@ class ScoreFile:
 
     def flat(self, name: str, first: int, count: int) -> torch.Tensor:
         """Scores of the elements first … first + count of a tensor. Returns float32 [count]."""
-        return self._file.flat(self._infos[name], first, count)
+        return flat(self._file, self._infos[name], first, count)
 
 
 def write_scores(

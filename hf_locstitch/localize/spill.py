@@ -19,8 +19,6 @@ import torch
 Bools = npt.NDArray[np.bool_]
 
 RECORD = struct.Struct("<QQQQQ")  # chunk, offset, sure, inside, CRC-32 of the block
-
-
 SURE = np.uint32(1 << 31)  # flag of a position
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,25 +203,3 @@ def keep_no_activations(model: Any) -> None:
             for name in ("dropout", "activation_dropout", "attention_dropout", "hidden_dropout"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """The libraries that load models and data show bars of their own, unasked."""
-    import datasets
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-    from transformers.utils import logging
-
-    models, sets = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    client = are_progress_bars_disabled()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if models:
-            logging.enable_progress_bar()  # the Hub client's too
-            if client:
-                disable_progress_bars()
-        if not sets:
-            datasets.enable_progress_bars()

@@ -13,7 +13,8 @@ import torch
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import FLOATING, TensorInfo
-from hf_locstitch.checkpoints.mapped import TORCH_DTYPE, MappedCheckpoint
+from hf_locstitch.checkpoints.mapped import MappedCheckpoint
+from hf_locstitch.checkpoints.reader import TORCH_DTYPE
 from hf_locstitch.plan import DTYPE_ON_DISK
 from hf_locstitch.verification.masks import MaskFile, positions_of
 from hf_locstitch.verification.report import Finding
