@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from hf_locstitch import kernels
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.chunks import Chunk, for_each
 from hf_locstitch.errors import CheckpointError, IntegrityError
+from hf_locstitch.kernels import ESCAPE
 
 if TYPE_CHECKING:
     import torch
@@ -30,31 +32,22 @@ if TYPE_CHECKING:
     from hf_locstitch.plan import MergePlan
 
 FORMAT = "hf-locstitch mask 1"
-ESCAPE = 255
 
 Positions = npt.NDArray[np.int64]
 
 
-def encode_positions(pieces: Iterable[Positions]) -> bytes:
-    """Pieces of ascending flat indices, as stored."""
+def encode_positions(pieces: Iterable[tuple[int, kernels.Positions]]) -> bytes:
+    """Ascending flat indices, as stored. pieces: first index of each, and how far behind it the ones lie."""
     deflate = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_HUFFMAN_ONLY)
     coded, last = [], -1
-    for positions in pieces:
+    for first, positions in pieces:
         if len(positions):
-            gaps = np.diff(positions, prepend=last) - 1
-            last = int(positions[-1])
-            coded.append(deflate.compress(_gap_bytes(gaps)))
+            span = first + int(positions[-1]) - last
+            content = np.empty(len(positions) + span // ESCAPE, np.uint8)
+            count = kernels.gaps(positions, last - first, content)
+            last = first + int(positions[-1])
+            coded.append(deflate.compress(content[:count].data))
     return b"".join(coded) + deflate.flush() if coded else b""
-
-
-def _gap_bytes(gaps: Positions) -> bytes:
-    escapes = gaps // ESCAPE
-    if not escapes.any():
-        return gaps.astype(np.uint8).tobytes()
-    ends = np.cumsum(escapes + 1) - 1
-    content = np.full(int(ends[-1]) + 1, ESCAPE, dtype=np.uint8)
-    content[ends] = gaps % ESCAPE
-    return content.tobytes()
 
 
 def decode_positions(coded: bytes) -> Positions:
@@ -104,7 +97,7 @@ def encode_masks(selection: Selection, own: Collection[str], parts: Path, worker
     with parts.open("wb") as file:
 
         def encode(name: str) -> None:
-            coded = encode_positions(selection.kept(chunk).ascending() + chunk.first for chunk in chunks[name])
+            coded = encode_positions((chunk.first, selection.kept(chunk).ascending()) for chunk in chunks[name])
             with lock:
                 places[name] = file.tell(), len(coded)
                 file.write(coded)

@@ -65,11 +65,21 @@ class Merger:
         self._lock = threading.Lock()
         self._overlap = Overlap.none(len(plan.finetuned))
 
-    def write(self, shard: OutputShard, path: Path, sync: bool) -> Overlap:
-        """Fill this process's part of a shard whose file stands already. Returns how the masks overlap in it."""
+    def write(self, shard: OutputShard, path: Path) -> tuple[Overlap, str]:
+        """Fill a shard whose file stands already. Returns how the masks overlap in it, and its SHA-256."""
+        with SafetensorsWriter(path, shard.entries, shard.metadata, new=False, sync=False) as writer:
+            with writer.hashing() as hashed:
+                overlap = self._fill(shard, writer)
+            return overlap, hashed.result()
+
+    def write_part(self, shard: OutputShard, path: Path) -> Overlap:
+        """Fill this process's part of it; others, perhaps on other machines, fill theirs. It is on the disk then."""
+        with SafetensorsWriter(path, shard.entries, shard.metadata, new=False) as writer:
+            return self._fill(shard, writer)
+
+    def _fill(self, shard: OutputShard, writer: SafetensorsWriter) -> Overlap:
         self._overlap = Overlap.none(len(self.plan.finetuned))
-        with SafetensorsWriter(path, shard.entries, shard.metadata, new=False, sync=sync) as writer:
-            for_each(lambda job: job(writer), self._jobs(shard), self.workers)
+        for_each(lambda job: job(writer), self._jobs(shard), self.workers)
         return self._overlap
 
     def _jobs(self, shard: OutputShard) -> Iterator[Callable[[SafetensorsWriter], None]]:

@@ -89,16 +89,24 @@ class Run:
             if self.processes.count > 1:
                 self.processes.together(inputs.fetch)
             selections = self.localize(inputs) if self.plan.masked else {}
-            self.write_masks(selections)
-            surveyed = background.submit(survey_merge, self.plan, self.place.stage) if self._first else None
-            overlap, shards = self.write_shards(inputs, selections, background)
+            with ThreadPoolExecutor(1) as aside:
+                masks = aside.submit(self.write_masks, selections)
+                if self.processes.count > 1:  # all talk to each other in the same order
+                    masks.result()
+                surveyed = aside.submit(self._survey, masks)
+                overlap, shards = self.write_shards(inputs, selections, background)
+                found = surveyed.result()
             for selection in selections.values():
                 selection.close()
-            found = surveyed.result() if surveyed else None
         files = self._gather_hashes()
         records: list[manifest.Manifest] = []
         self.processes.on_first(lambda: records.append(self.finish(files, overlap, shards, found, began)))
         return self.processes.gather(records[0] if records else None)[0]  # type: ignore[return-value]
+
+    def _survey(self, masks: Future[None]) -> Survey | None:
+        """What the figures show of masks and inputs."""
+        masks.result()
+        return survey_merge(self.plan, self.place.stage) if self._first else None
 
     def _gather_hashes(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every shard of every input."""
@@ -200,9 +208,9 @@ class Run:
             for shard in self.plan.shards:
                 if shard in todo:
                     self._await_room(hashed.values())
-                    overlap = self._write_shard(merger, shard)
+                    overlap, sha256 = self._write_shard(merger, shard)
                     if self._first:
-                        hashed[shard.file] = background.submit(self._finish_shard, shard, overlap)
+                        hashed[shard.file] = background.submit(self._finish_shard, shard, overlap, sha256)
                         noted.append(journal.submit(self._note, shard, hashed[shard.file], opened))
                 else:
                     advance(shard.nbytes)
@@ -222,21 +230,22 @@ class Run:
                 future.result()
             self.upload.wait(1)
 
-    def _write_shard(self, merger: Merger, shard: OutputShard) -> Overlap:
+    def _write_shard(self, merger: Merger, shard: OutputShard) -> tuple[Overlap, str | None]:
+        """How the masks overlap in it, and its SHA-256 where one process writes it all."""
         path = self.place.stage / shard.file
         self.processes.on_first(lambda: SafetensorsWriter(path, shard.entries, shard.metadata).close())
-        # One process syncs in the background; many do it each for its part, for they may be on several machines.
-        own = self.processes.together(lambda: merger.write(shard, path, sync=self.processes.count > 1))
-        return Overlap(self.processes.sum(own.covered), self.processes.sum(own.pairs))
+        if self.processes.count == 1:
+            return merger.write(shard, path)
+        own = self.processes.together(lambda: merger.write_part(shard, path))
+        return Overlap(self.processes.sum(own.covered), self.processes.sum(own.pairs)), None
 
-    def _finish_shard(self, shard: OutputShard, overlap: Overlap) -> ShardRecord:
-        """Hash a written shard and let it go up: nobody sees it before the commit."""
+    def _finish_shard(self, shard: OutputShard, overlap: Overlap, sha256: str | None) -> ShardRecord:
+        """Let a written shard go up as soon as it is on the disk: nobody sees it before the commit."""
         path = self.place.stage / shard.file
-        with ThreadPoolExecutor(1) as pool:
-            synced = pool.submit(sync_file, path)
-            sha256 = file_sha256(path)
-            synced.result()
-        record = ShardRecord(sha256, path.stat().st_size, overlap.covered.tolist(), overlap.pairs.tolist())
+        sync_file(path)
+        record = ShardRecord(
+            sha256 or file_sha256(path), path.stat().st_size, overlap.covered.tolist(), overlap.pairs.tolist()
+        )
         if self.upload is not None:
             self.upload.add(self.place.stage, shard.file)
         return record

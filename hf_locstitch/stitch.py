@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hf_locstitch import kernels
+from hf_locstitch.kernels import Positions, bits
 from hf_locstitch.localize.selection import Kept
 
 
@@ -19,8 +21,8 @@ from hf_locstitch.localize.selection import Kept
 class Coverage:
     """times: how many masks cover each coordinate [n]. shared: positions that more than one covers, ascending."""
 
-    times: npt.NDArray[np.uint8]
-    shared: npt.NDArray[np.int64]
+    times: kernels.Counts
+    shared: Positions
 
 
 def stitch(
@@ -39,15 +41,14 @@ def stitch(
     """
     merged = base.to(dtype or base.dtype, copy=True)
     for one in kept:
-        merged[torch.from_numpy(one.positions)] = one.values.to(merged.dtype)
-    averaged = covered.shared if scale == 1.0 else np.flatnonzero(covered.times)
+        kernels.put(bits(merged), one.positions, bits(one.values.to(merged.dtype)))
+    averaged = covered.shared if scale == 1.0 else _more_than(covered.times, 0)
     if len(averaged):
-        where = torch.from_numpy(averaged)
         mean = _mean(base, kept, averaged, covered.times)
         if scale != 1.0:
-            start = base[where].float()
+            start = base[torch.from_numpy(averaged)].float()
             mean = start + scale * (mean.float() - start)
-        merged[where] = mean.to(merged.dtype)
+        kernels.put(bits(merged), averaged, bits(mean.to(merged.dtype)))
     return merged
 
 
@@ -55,31 +56,40 @@ def coverage(n: int, kept: Sequence[Kept]) -> Coverage:
     """How the masks cover n coordinates."""
     times = np.zeros(n, dtype=np.uint8)
     for one in kept:
-        times[one.positions] += 1
-        times[one.unchanged] += 1
-    return Coverage(times, np.flatnonzero(times > 1))
+        kernels.count_up(times, one.positions)
+        kernels.count_up(times, one.unchanged)
+    return Coverage(times, _more_than(times, 1))
 
 
-def _mean(
-    base: torch.Tensor, kept: Sequence[Kept], wanted: npt.NDArray[np.int64], times: npt.NDArray[np.uint8]
-) -> torch.Tensor:
+def _more_than(times: kernels.Counts, least: int) -> Positions:
+    """Where more than so many masks cover a coordinate; ascending."""
+    positions = np.empty(len(times) + 1, np.int32)
+    return positions[: kernels.more_than(times, least, positions)]
+
+
+def _mean(base: torch.Tensor, kept: Sequence[Kept], wanted: Positions, times: kernels.Counts) -> torch.Tensor:
     """Mean of the finetuned values at the `wanted` positions, ascending. Returns float64 [len(wanted)]."""
     # −0 is the sum's neutral element, +0 is not: the mean of −0 and −0 is −0.
     total = torch.full((len(wanted),), -0.0, dtype=torch.float64)
     for one in kept:
-        for positions, values in ((one.positions, one.values), (one.unchanged, base[torch.from_numpy(one.unchanged)])):
-            taken, slots = _find(positions, wanted, times)
-            total[slots] += values[taken].double()
+        taken, slots = _find(one.positions, wanted)
+        _add(total, slots, one.values, taken)
+        if len(one.unchanged):
+            taken, slots = _find(one.unchanged, wanted)
+            _add(total, slots, base, one.unchanged[taken])
     return total / torch.from_numpy(times[wanted]).double()
 
 
-def _find(
-    positions: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64], times: npt.NDArray[np.uint8]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of the positions are wanted, and as the how manieth. wanted: all that are covered at least so often."""
-    least = times[wanted].min()
-    taken = np.flatnonzero(times[positions] >= least)
-    return torch.from_numpy(taken), torch.from_numpy(np.searchsorted(wanted, positions[taken]))
+def _find(positions: Positions, wanted: Positions) -> tuple[Positions, Positions]:
+    """Which of the positions are wanted, and as the how manieth; both ascending."""
+    taken, slots = np.empty(len(positions), np.int32), np.empty(len(positions), np.int32)
+    count = kernels.find(positions, wanted, taken, slots)
+    return taken[:count], slots[:count]
+
+
+def _add(total: torch.Tensor, slots: Positions, values: torch.Tensor, places: Positions) -> None:
+    """total[slots] += values[places]; no slot comes twice."""
+    total.index_add_(0, torch.from_numpy(slots), values.index_select(0, torch.from_numpy(places)).double())
 
 
 def overlaps(covered: Coverage, kept: Sequence[Kept]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -91,8 +101,7 @@ def overlaps(covered: Coverage, kept: Sequence[Kept]) -> tuple[npt.NDArray[np.in
     members = np.zeros((len(kept), len(shared)), dtype=np.float32)
     for row, one in zip(members, kept, strict=True):
         for positions in (one.positions, one.unchanged):
-            if len(shared):
-                row[_find(positions, shared, covered.times)[1].numpy()] = 1
+            row[_find(positions, shared)[1]] = 1
     pairs = np.rint(members @ members.T).astype(np.int64)
     ones = [len(one.positions) + len(one.unchanged) for one in kept]
     np.fill_diagonal(pairs, ones)

@@ -23,9 +23,14 @@ os.environ.update(
     no_proxy="127.0.0.1,localhost",
 )
 
+from hypothesis import settings  # noqa: E402
 from models import State, random_state, save  # noqa: E402
 
 from hf_locstitch.demo.hub import LoopbackHub  # noqa: E402
+
+# The first call of a compiled loop takes seconds.
+settings.register_profile("compiled", deadline=None)
+settings.load_profile("compiled")
 
 _HOME_HUB = LoopbackHub(Path(_HOME) / "hub", orgs={"demo": ["lab"]}).start()
 os.environ["HF_ENDPOINT"] = _HOME_HUB.endpoint

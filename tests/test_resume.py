@@ -111,12 +111,12 @@ def test_what_is_done_is_not_done_again(
         offered.append(chunk.index)
         return offer(self, chunk, *args)
 
-    def cut_write(self, shard, path, sync):  # type: ignore[no-untyped-def]
+    def cut_write(self, shard, path):  # type: ignore[no-untyped-def]
         if len(written) == 4:
             written.append("cut")
             raise Killed
         written.append(shard.file)
-        return write(self, shard, path, sync)
+        return write(self, shard, path)
 
     monkeypatch.setattr(scan.Selection, "offer", count_offer)
     monkeypatch.setattr(Merger, "write", cut_write)
@@ -203,7 +203,7 @@ def test_two_at_once(inputs: list[Path], tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(Merger, "write", write)
         with pytest.raises(OutputError, match="another process is making the same merge"):
             merge(inputs, tmp_path / "out")
-        return write(self, shard, path, sync)
+        return write(self, shard, path)
 
     monkeypatch.setattr(Merger, "write", meanwhile)
     merge(inputs, tmp_path / "out")

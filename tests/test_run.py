@@ -94,7 +94,7 @@ def families(draw: st.DrawFn) -> tuple[State, list[State], str, int]:
     return state(), [state() for _ in range(draw(st.integers(1, 5)))], density, draw(st.integers(1, 40))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(family=families())
 def test_ties_chunks_and_order_of_models(
     tmp_path_factory: pytest.TempPathFactory, family: tuple[State, list[State], str, int]

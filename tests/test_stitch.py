@@ -16,7 +16,7 @@ from hf_locstitch.stitch import stitch as stitch_covered
 
 
 def kept(positions: list[int], values: list[float], unchanged: tuple[int, ...] = ()) -> Kept:
-    return Kept(np.array(positions, dtype=np.int64), torch.tensor(values), np.array(unchanged, dtype=np.int64))
+    return Kept(np.array(positions, dtype=np.int32), torch.tensor(values), np.array(unchanged, dtype=np.int32))
 
 
 def stitch(base: torch.Tensor, models: list[Kept], scale: float = 1.0) -> torch.Tensor:

@@ -75,7 +75,8 @@ def save_mask(merge: Path, name: str, mask: State) -> None:
     path = merge / "masks" / f"{name}.safetensors"
     with safe_open(path, framework="np") as file:
         metadata = file.metadata()
-    coded = {tensor: encode_positions([part.flatten().nonzero().flatten().numpy()]) for tensor, part in mask.items()}
+    ones = {tensor: part.flatten().nonzero().flatten().int().numpy() for tensor, part in mask.items()}
+    coded = {tensor: encode_positions([(0, positions)]) for tensor, positions in ones.items()}
     content = {tensor: torch.tensor(list(code), dtype=torch.uint8) for tensor, code in coded.items()}
     save_file(content, path, metadata=metadata)
     adjust(merge, f"masks/{name}.safetensors")

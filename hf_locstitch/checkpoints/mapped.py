@@ -13,6 +13,8 @@ from hf_locstitch.checkpoints.reader import CheckpointReader
 # The maps are read-only and so is every use of their views; a filter local to the call is not thread-safe.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
+STRETCH = 1 << 24  # bytes; Python holds its lock while the kernel is told
+
 
 class MappedFile:
     """A reader.TensorFile; read-only. Views stay valid as long as somebody holds them."""
@@ -25,9 +27,8 @@ class MappedFile:
         return memoryview(self._map)[start:stop]
 
     def release(self, start: int, stop: int) -> None:
-        """Tell the kernel, so that resident memory stays small."""
-        page = mmap.PAGESIZE
-        first, last = -(-start // page) * page, stop // page * page
+        """Tell the kernel, so that resident memory stays small: of whole stretches, once their end is reached."""
+        first, last = start // STRETCH * STRETCH, stop // STRETCH * STRETCH
         if last > first and hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 

@@ -5,16 +5,24 @@ The library's `save_file` wants all tensors in memory at once.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from hf_locstitch.checkpoints.header import encode_header
 
+PIECE = 1 << 20  # bytes hashed at once
+
 
 class SafetensorsWriter:
     """A file for `tensors` (name, dtype, shape, bytes) in this order. Threads may write different places at once.
+
+    Nothing is written twice.
 
     new: lay the file out; else another process has done so and this one fills in its part. sync: what was written is
     on the disk when it is closed.
@@ -37,7 +45,12 @@ class SafetensorsWriter:
         for name, _, _, nbytes in tensors:
             self._starts[name] = at
             at += nbytes
-        self._fd = os.open(path, os.O_WRONLY | (os.O_CREAT | os.O_TRUNC if new else 0), 0o644)
+        self._size = at
+        self._reached = len(header)  # all before it is written,
+        self._beyond: dict[int, int] = {}  # and these stretches behind it: where each starts and ends
+        self._moved = threading.Condition()
+        self._over = False
+        self._fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if new else 0), 0o644)
         if not new:
             return
         if hasattr(os, "posix_fallocate"):
@@ -52,9 +65,47 @@ class SafetensorsWriter:
 
     def _write(self, content: bytes | memoryview, offset: int) -> None:
         view = memoryview(content).cast("B")
+        start = offset
         while view:
             count = os.pwrite(self._fd, view, offset)
             view, offset = view[count:], offset + count
+        if offset == start:
+            return
+        with self._moved:
+            self._beyond[start] = offset
+            while self._reached in self._beyond:
+                self._reached = self._beyond.pop(self._reached)
+            self._moved.notify_all()
+
+    @contextmanager
+    def hashing(self) -> Iterator[Future[str]]:
+        """Meanwhile the file is hashed behind those who write it: its SHA-256, if all is written in the end."""
+        with ThreadPoolExecutor(1) as pool:
+            hashed = pool.submit(self._sha256)
+            try:
+                yield hashed
+            finally:
+                with self._moved:
+                    self._over = True
+                    self._moved.notify_all()
+
+    def _sha256(self) -> str:
+        digest, at = hashlib.sha256(), 0
+        while at < self._size:
+            reached = self._wait_beyond(at)
+            while at < reached:
+                piece = os.pread(self._fd, min(reached - at, PIECE), at)
+                digest.update(piece)
+                at += len(piece)
+        return digest.hexdigest()
+
+    def _wait_beyond(self, at: int) -> int:
+        """How far all is written, once that is more than `at`."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._reached > at or self._over)
+            if self._reached == at:
+                raise EOFError(f"{at} of {self._size} bytes were written")
+            return self._reached
 
     def close(self) -> None:
         if self._sync:

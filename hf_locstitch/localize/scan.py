@@ -30,7 +30,7 @@ from hf_locstitch.localize.bracket import (
     histogram_bracket,
     sample_bracket,
 )
-from hf_locstitch.localize.candidates import Finder, OnCpu, OnDevice, magnitude_scores, reaching
+from hf_locstitch.localize.candidates import Finder, OnCpu, OnDevice, magnitude_scores
 from hf_locstitch.localize.selection import BracketMissed, Selection
 from hf_locstitch.localize.spill import Spill
 from hf_locstitch.processes import Processes
@@ -167,12 +167,13 @@ class Scan:
         self.finder.begin(original)
         for model, selection in todo.items():
             finetuned = inputs[model].flat(name, chunk.first, chunk.count)
-            low = selection.bracket(chunk).low
+            bracket = selection.bracket(chunk)
             if self.known is None:
-                positions, scores = self.finder.find(finetuned, low)
+                candidates, largest = self.finder.find(finetuned, bracket)
             else:
-                positions, scores = reaching(self.known(name, chunk.first, chunk.count), finetuned, original, low)
-            largest = selection.offer(chunk, positions, scores, finetuned)
+                known = self.known(name, chunk.first, chunk.count)
+                candidates, largest = self.cpu.reaching(known, finetuned, bracket)
+            selection.offer(chunk, candidates)
             if largest >= NON_FINITE and not self.allow_non_finite:
                 self._raise_non_finite(inputs, model, chunk)
             inputs[model].release(name, chunk.first, chunk.count)

@@ -21,12 +21,14 @@ import numpy.typing as npt
 import torch
 
 from hf_locstitch.chunks import Chunk, for_each
+from hf_locstitch.kernels import Bools, Positions
 from hf_locstitch.localize.bracket import ABOVE_ALL, BINS, Bracket, Ints, RisingBracket, histogram_bracket
-from hf_locstitch.localize.spill import Candidates, Spill
+from hf_locstitch.localize.candidates import Candidates
+from hf_locstitch.localize.spill import Spill
 from hf_locstitch.processes import Processes
 from hf_locstitch.settings import COMPACT_FROM, COMPACT_SLACK
 
-Bools = npt.NDArray[np.bool_]
+COUNTED = 1 << 17  # scores counted together: fewer would take less time than the empty bins
 
 
 def evenly(first: int, count: int, keep: int, total: int) -> Bools:
@@ -46,11 +48,11 @@ class Kept:
     positions, where the finetuned value is the base's, bit for bit.
     """
 
-    positions: npt.NDArray[np.int64]
+    positions: Positions
     values: torch.Tensor
-    unchanged: npt.NDArray[np.int64]
+    unchanged: Positions
 
-    def ascending(self) -> npt.NDArray[np.int64]:
+    def ascending(self) -> Positions:
         """All positions, sorted."""
         if not len(self.unchanged):
             return self.positions
@@ -102,19 +104,10 @@ class Selection:
     def bracket(self, chunk: Chunk) -> Bracket:
         return self._brackets[self._group_of[chunk.tensor]]
 
-    def offer(
-        self, chunk: Chunk, positions: npt.NDArray[np.int64], scores: npt.NDArray[np.int32], values: torch.Tensor
-    ) -> int:
-        """Keep a chunk's candidates: what reaches its bracket. Returns the largest score.
-
-        positions: [m], ascending; scores: bits [m]; values: of all elements [count].
-        """
-        chosen = values.index_select(0, torch.from_numpy(positions)).to(self._spill.dtype)
-        sure = scores >= self.bracket(chunk).high
-        inside = scores.take(np.flatnonzero(~sure))
-        self._spill.append(chunk.index, Candidates(positions, chosen, sure, inside))
-        self._see(chunk, scores)
-        return int(scores.max(initial=0))
+    def offer(self, chunk: Chunk, candidates: Candidates) -> None:
+        """Keep what reaches the chunk's bracket."""
+        self._spill.append(chunk.index, candidates)
+        self._see(chunk, candidates.scores)
 
     def _see(self, chunk: Chunk, candidates: Ints) -> None:
         bracket = self.bracket(chunk)
@@ -177,12 +170,16 @@ class Selection:
         counts = np.zeros(bins, dtype=np.int64)
         lock = threading.Lock()
 
-        def count(chunk: Chunk) -> None:
-            part = np.bincount(bin_of(self._spill.scores(chunk.index)), minlength=bins)
+        def count(batch: Sequence[int]) -> None:
+            scores = np.concatenate([self._spill.scores(index) for index in batch])
+            part = np.bincount(bin_of(scores), minlength=bins)
             with lock:
                 np.add(counts, part, out=counts)
 
-        for_each(count, [chunk for chunk in chunks if self._spill.open[chunk.index]], workers)
+        indices = np.array([chunk.index for chunk in chunks if self._spill.open[chunk.index]], dtype=np.int64)
+        batch_of = np.cumsum(self._spill.open[indices]) // COUNTED
+        batches = np.split(indices, np.flatnonzero(np.diff(batch_of)) + 1)
+        for_each(count, [batch.tolist() for batch in batches if len(batch)], workers)
         return self._processes.sum(counts)
 
     def _number_ties(self, threshold: Threshold, chunks: Sequence[Chunk], workers: int) -> None:
@@ -208,21 +205,21 @@ class Selection:
         threshold = self._thresholds[self._group_of[chunk.tensor]]
         found = self._spill.read(chunk.index)
         keep = found.scores > threshold.bits
-        unchanged = np.empty(0, dtype=np.int64)
+        unchanged = np.empty(0, dtype=np.int32)
         if threshold.keep:
             first = int(self._tie_starts[chunk.index])
             if threshold.bits:
                 tied = np.flatnonzero(found.scores == threshold.bits)
                 keep[tied[evenly(first, len(tied), threshold.keep, threshold.ties)]] = True
             else:  # every element without a score is tied, in the spill or not
-                inside = found.positions[~found.sure]
+                positions, sure = found.positions, found.sure
+                inside = positions[~sure]
                 tied = np.ones(chunk.count, dtype=bool)
-                tied[found.positions[found.sure]] = False
+                tied[positions[sure]] = False
                 tied[inside[keep]] = False
-                places = np.flatnonzero(tied)
+                places = np.flatnonzero(tied).astype(np.int32)
                 chosen = places[evenly(first, len(places), threshold.keep, threshold.ties)]
                 in_spill = np.isin(inside, chosen)
                 keep |= in_spill
                 unchanged = np.setdiff1d(chosen, inside[in_spill], assume_unique=True)
-        kept = found.among(keep)
-        return Kept(kept.positions, kept.values, unchanged)
+        return Kept(*found.among(keep), unchanged)

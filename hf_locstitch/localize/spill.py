@@ -7,7 +7,6 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -16,46 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-Bools = npt.NDArray[np.bool_]
+from hf_locstitch.kernels import Bools, bits
+from hf_locstitch.localize.candidates import Candidates
 
 RECORD = struct.Struct("<QQQQQ")  # chunk, offset, sure, inside, CRC-32 of the block
-SURE = np.uint32(1 << 31)  # flag of a position
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What may be kept of one chunk. positions: [m], ascending, from the chunk's start; values: [m], finetuned.
-
-    sure: which lie above the bracket [m]; scores: of the others, in their order.
-    """
-
-    positions: npt.NDArray[np.int64]
-    values: torch.Tensor
-    sure: Bools
-    scores: npt.NDArray[np.int32]
-
-    def reaching(self, low: int) -> Candidates:
-        """Those that are sure or whose scores are at least `low`."""
-        enough = self.scores >= low
-        return replace(self.where(_spread(self.sure, enough)), scores=self.scores[enough])
-
-    def among(self, inside: Bools) -> Candidates:
-        """Those that are sure, and of the others the chosen ones [as scores]; without scores."""
-        return self.where(_spread(self.sure, inside))
-
-    def where(self, chosen: Bools) -> Candidates:
-        if chosen.all():
-            return self
-        places = np.flatnonzero(chosen)
-        values = self.values.index_select(0, torch.from_numpy(places))
-        return Candidates(self.positions.take(places), values, self.sure.take(places), self.scores)
-
-
-def _spread(sure: Bools, inside: Bools) -> Bools:
-    """True where sure, and where one that is not is chosen."""
-    chosen = sure.copy()
-    chosen[np.flatnonzero(~sure)] = inside  # several times faster than by the bools themselves
-    return chosen
 
 
 class Spill:
@@ -109,7 +72,7 @@ class Spill:
 
     def append(self, index: int, kept: Candidates) -> None:
         """Keep the candidates of chunk `index`; safe to call from several threads."""
-        size = self._size(len(kept.positions), len(kept.scores))
+        size = self._size(len(kept.flagged), len(kept.scores))
         with self._lock:
             offset, self.size = self.size, self.size + size
         record = self._write(self._file, offset, index, kept)
@@ -118,11 +81,10 @@ class Spill:
 
     def _write(self, file: FileIO, offset: int, index: int, kept: Candidates) -> bytes:
         """Returns the index's record."""
-        flagged = kept.positions.astype(np.uint32)
-        flagged[kept.sure] |= SURE
-        crc = _write_parts(file.fileno(), offset, (flagged, kept.values.view(torch.uint8).numpy(), kept.scores))
+        values = bits(kept.values.to(self.dtype))
+        crc = _write_parts(file.fileno(), offset, (kept.flagged, values, kept.scores))
         inside = len(kept.scores)
-        sure = len(flagged) - inside
+        sure = len(kept.flagged) - inside
         self._offsets[index], self.sure[index], self.open[index] = offset, sure, inside
         return RECORD.pack(index, offset, sure, inside, crc)
 
@@ -155,15 +117,11 @@ class Spill:
         inside = int(self.open[index])
         count = int(self.sure[index]) + inside
         if count == 0:
-            return Candidates(
-                np.empty(0, np.int64), torch.empty(0, dtype=self.dtype), np.empty(0, bool), np.empty(0, np.int32)
-            )
+            return Candidates(np.empty(0, np.uint32), torch.empty(0, dtype=self.dtype), np.empty(0, np.int32))
         raw = bytearray(os.pread(self._file.fileno(), self._size(count, inside), self._offsets[index]))
-        flagged = np.frombuffer(raw, np.uint32, count)
         return Candidates(
-            (flagged & ~SURE).astype(np.int64),
+            np.frombuffer(raw, np.uint32, count),
             torch.frombuffer(raw, dtype=self.dtype, count=count, offset=4 * count),
-            flagged >= SURE,
             np.frombuffer(raw, np.int32, offset=self._size(count, 0)),
         )
 

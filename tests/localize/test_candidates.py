@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from models import finetune, random_state, save
 from test_run import files_of
 
-from hf_locstitch import merge_from_hub
+from hf_locstitch import kernels, merge_from_hub
+from hf_locstitch.kernels import SURE
+from hf_locstitch.localize.bracket import ABOVE_ALL, NON_FINITE, FixedBracket
 from hf_locstitch.localize.candidates import OnCpu, OnDevice
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -21,16 +25,21 @@ def bits(*numbers: float) -> list[int]:
     return np.array(numbers, np.float32).view(np.int32).tolist()
 
 
+def bracket(low: float, high: float) -> FixedBracket:
+    return FixedBracket(*bits(low, high))
+
+
 def test_by_hand() -> None:
     finder = OnCpu(8)
     finder.begin(torch.tensor([1.0, 2.0, 0.0, -1.0]))
     finetuned = torch.tensor([1.5, 2.0, -0.0, -3.0])
-    positions, scores = finder.find(finetuned, bits(0.5)[0])
-    assert positions.tolist() == [0, 3] and scores.tolist() == bits(0.5, 2.0)
-    positions, scores = finder.find(finetuned, bits(0.6)[0])
-    assert positions.tolist() == [3] and scores.tolist() == bits(2.0)
-    positions, scores = finder.find(finetuned, 0)  # −0 differs from 0 in a bit
-    assert positions.tolist() == [0, 2, 3] and scores.tolist() == bits(0.5, 0.0, 2.0)
+    found, largest = finder.find(finetuned, bracket(0.5, 1.0))
+    assert found.positions.tolist() == [0, 3] and found.values.tolist() == [1.5, -3.0]
+    assert found.sure.tolist() == [False, True] and found.scores.tolist() == bits(0.5) and largest == bits(2.0)[0]
+    found, _ = finder.find(finetuned, bracket(0.6, 3.0))
+    assert found.positions.tolist() == [3] and found.scores.tolist() == bits(2.0)
+    found, _ = finder.find(finetuned, FixedBracket(0, ABOVE_ALL))  # −0 differs from 0 in a bit
+    assert found.positions.tolist() == [0, 2, 3] and found.scores.tolist() == bits(0.5, 0.0, 2.0)
 
 
 def check(device: str, dtypes: Sequence[torch.dtype]) -> None:
@@ -45,11 +54,30 @@ def check(device: str, dtypes: Sequence[torch.dtype]) -> None:
             cpu.begin(base)
             other.begin(base)
             for low in [0, *bits(1e-3, 1e-2)]:
-                expected, found = cpu.find(finetuned, low), other.find(finetuned, low)
-                assert np.array_equal(expected[0], found[0]) and len(found[0])
-                finite = expected[0] != 3  # a NaN's own bits are nobody's promise
-                assert np.array_equal(expected[1][finite], found[1][finite])
-                assert (found[1][~finite] > 0x7F800000).all()
+                for high in [*bits(2e-2), ABOVE_ALL]:
+                    (expected, _), (found, _) = (
+                        finder.find(finetuned, FixedBracket(low, high)) for finder in (cpu, other)
+                    )
+                    assert np.array_equal(expected.flagged, found.flagged) and len(found.flagged)
+                    assert torch.equal(expected.values.nan_to_num(7), found.values.nan_to_num(7))
+                    known, scores = expected.scores, found.scores
+                    finite = known <= NON_FINITE  # a NaN's own bits are nobody's promise
+                    assert np.array_equal(known[finite], scores[finite]) and (scores[~finite] > NON_FINITE).all()
+
+
+@given(scores=st.lists(st.integers(0, 40), max_size=9000), low=st.integers(1, 41), more=st.integers(0, 41))
+@example(scores=[9] * 8193, low=9, more=0)
+def test_reaching_at_any_length(scores: list[int], low: int, more: int) -> None:
+    """Against numpy: blocks that are full, half full and empty."""
+    given_, values = np.array(scores, np.int32), np.arange(len(scores), dtype=np.uint16)
+    high = low + more
+    flagged, chosen, inside = (np.empty(len(scores) + 1, dtype) for dtype in (np.uint32, np.uint16, np.int32))
+    count, open_, largest = kernels.reaching(given_, low, high, values, flagged, chosen, inside)
+    places = np.flatnonzero(given_ >= low)
+    assert (flagged[:count] & (SURE - 1)).tolist() == places.tolist() == chosen[:count].tolist()
+    assert (flagged[:count] >= SURE).tolist() == (given_[places] >= high).tolist()
+    assert inside[:open_].tolist() == [score for score in scores if low <= score < high]
+    assert largest == given_[places].max(initial=0)
 
 
 def test_the_way_of_devices_finds_the_same() -> None:
