@@ -102,7 +102,8 @@ def overlaps(covered: Coverage, kept: Sequence[Kept]) -> tuple[npt.NDArray[np.in
     for row, one in zip(members, kept, strict=True):
         for positions in (one.positions, one.unchanged):
             row[_find(positions, shared)[1]] = 1
-    pairs = np.rint(members @ members.T).astype(np.int64)
+    rows = torch.from_numpy(members)  # numpy's own product has threads that wait busily between two calls
+    pairs = (rows @ rows.T).round().long().numpy()
     ones = [len(one.positions) + len(one.unchanged) for one in kept]
     np.fill_diagonal(pairs, ones)
     counts = np.bincount(covered.times[shared], minlength=len(kept) + 1)

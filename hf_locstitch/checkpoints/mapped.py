@@ -13,7 +13,7 @@ from hf_locstitch.checkpoints.reader import CheckpointReader
 # The maps are read-only and so is every use of their views; a filter local to the call is not thread-safe.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
-STRETCH = 1 << 24  # bytes; Python holds its lock while the kernel is told
+STRETCH = 1 << 22  # bytes; Python holds its lock while the kernel is told
 
 
 class MappedFile:
