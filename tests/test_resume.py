@@ -199,7 +199,7 @@ def test_a_finished_merge_is_recognised(inputs: list[Path], expected: dict[str, 
 def test_two_at_once(inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = Merger.write
 
-    def meanwhile(self, shard, path, sync):  # type: ignore[no-untyped-def]
+    def meanwhile(self, shard, path):  # type: ignore[no-untyped-def]
         monkeypatch.setattr(Merger, "write", write)
         with pytest.raises(OutputError, match="another process is making the same merge"):
             merge(inputs, tmp_path / "out")
