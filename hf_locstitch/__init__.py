@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_locstitch._version import __version__
 
 if TYPE_CHECKING:
-    from hf_locstitch.api import MergeResult, merge_from_hub
+    from hf_locstitch.api import MergeResult, localize_from_hub, merge_from_hub, stitch_from_hub
     from hf_locstitch.errors import LocstitchError, RequestError, WorkError
     from hf_locstitch.evaluation.main import evaluate
     from hf_locstitch.evaluation.report import EvaluationReport
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_locstitch.localize.magnitude import Magnitude
     from hf_locstitch.localize.mask import Mask
     from hf_locstitch.localize.saliency import Saliency
+    from hf_locstitch.localized.checkpoint import LocalizedCheckpoint, load_localized
     from hf_locstitch.masks import load_mask
     from hf_locstitch.verification.main import verify
     from hf_locstitch.verification.report import VerifyReport
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EvaluationReport",
     "Inspection",
+    "LocalizedCheckpoint",
     "LocstitchError",
     "Magnitude",
     "Mask",
@@ -38,14 +40,18 @@ __all__ = [
     "__version__",
     "evaluate",
     "inspect",
+    "load_localized",
     "load_mask",
+    "localize_from_hub",
     "merge_from_hub",
+    "stitch_from_hub",
     "verify",
 ]
 
 _HOME = {
     "EvaluationReport": "evaluation.report",
     "Inspection": "inspection",
+    "LocalizedCheckpoint": "localized.checkpoint",
     "LocstitchError": "errors",
     "Magnitude": "localize.magnitude",
     "Mask": "localize.mask",
@@ -56,8 +62,11 @@ _HOME = {
     "WorkError": "errors",
     "evaluate": "evaluation.main",
     "inspect": "inspection",
+    "load_localized": "localized.checkpoint",
     "load_mask": "masks",
+    "localize_from_hub": "api",
     "merge_from_hub": "api",
+    "stitch_from_hub": "api",
     "verify": "verification.main",
 }
 

@@ -1,4 +1,7 @@
-"""The same from Python: `merge_from_hub` and what it returns. The command line is a thin layer over this."""
+"""The same from Python: `merge_from_hub`, `localize_from_hub`, `stitch_from_hub`, and what they return.
+
+The command line is a thin layer over this.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,8 @@ class MergeResult:
 
     def describe(self) -> str:
         """For a person, one line a place."""
-        lines = [f"merged     {self.out}"] if self.out else []
+        done = "localized" if self.manifest.is_localized else "merged"
+        lines = [f"{done:<9}  {self.out}"] if self.out else []
         lines += [f"published  {self.url} at {self.commit}"] if self.url else []
         densities = [f"{name} {100 * mask.real_density:.4g} %" for name, mask in self.manifest.masks.items()]
         lines += ["density    " + ", ".join(densities)] if densities else []
@@ -87,24 +91,98 @@ def merge_from_hub(
 
     Raises RequestError if that cannot be done, with nothing written, and WorkError if the work fails.
     """
-    entries = [{"ref": str(ref)} for ref in finetuned]
-    if names is not None:
-        if len(names) != len(entries):
-            raise RecipeError(f"{len(names)} names are given for {len(entries)} finetunes. Give one each.")
-        entries = [{**entry, "name": name} for entry, name in zip(entries, names, strict=True)]
-    fields = {"base": str(base), "finetuned": entries, "localizer": localizer, "out": out, "push_to": push_to}
-    recipe = make_recipe({**fields, **options})
+    fields = {"base": str(base), "finetuned": _entries(finetuned, names), "localizer": localizer}
+    recipe = make_recipe({**fields, "out": out, "push_to": push_to, **options})
     return merge(recipe, plan_merge(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
+
+
+def localize_from_hub(
+    base: str | Path,
+    finetuned: str | Path,
+    *,
+    out: str | Path | None = None,
+    push_to: str | None = None,
+    localizer: Localizer = Magnitude(),  # noqa: B008 - frozen
+    name: str | None = None,
+    cache: bool = True,
+    max_memory: int | str | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    show_progress: bool | None = None,
+    **options: Any,
+) -> MergeResult:
+    """Cut one finetuned model down to its mask and the values under it: a localized checkpoint.
+
+    Arguments and errors are those of merge_from_hub; of the recipe's further fields data, include, exclude,
+    allow_non_finite, figures and private may be given.
+    """
+    fields = {"base": str(base), "finetuned": _entries([finetuned], name and [name]), "localizer": localizer}
+    recipe = make_recipe({**fields, "out": out, "push_to": push_to, **options})
+    return merge(recipe, plan_localize(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
+
+
+def stitch_from_hub(
+    base: str | Path,
+    localized: Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    push_to: str | None = None,
+    names: Sequence[str] | None = None,
+    cache: bool = True,
+    max_memory: int | str | None = None,
+    show_progress: bool | None = None,
+    **options: Any,
+) -> MergeResult:
+    """Merge localized checkpoints into the base that they were localized against.
+
+    The weights are, bit for bit, those of one merge of the same finetuned models with the same settings.
+    names: what the masks are called; as they were by default. Other arguments and errors are those of merge_from_hub;
+    of the recipe's further fields scale, dtype, shard_size, allow_non_finite, figures and private may be given.
+    """
+    fields = {"base": str(base), "localized": _entries(localized, names), "out": out, "push_to": push_to}
+    recipe = make_recipe({**fields, **options})
+    return merge(recipe, plan_merge(recipe, make_settings(cache, max_memory)), Progress(show_progress))
+
+
+def _entries(refs: Sequence[str | Path], names: Sequence[str] | None) -> list[dict[str, str]]:
+    """As a recipe has them. Raises RecipeError unless there is a name for each, or none."""
+    entries = [{"ref": str(ref)} for ref in refs]
+    if names is None:
+        return entries
+    if len(names) != len(entries):
+        raise RecipeError(f"{len(names)} names are given for {len(entries)} finetunes. Give one each.")
+    return [{**entry, "name": name} for entry, name in zip(entries, names, strict=True)]
+
+
+def plan_localize(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan:
+    """As plan_merge, for a localized checkpoint of the recipe's one finetune."""
+    from hf_locstitch.localized.plan import check_localizable, localize_plan
+
+    check_localizable(recipe)
+    return localize_plan(plan_merge(recipe, settings))
 
 
 def plan_merge(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan:
     """Pin every revision, read every header, and plan. Raises RequestError with all that is wrong."""
+    if recipe.localized:
+        return _plan_stitch(recipe, settings)
     refs = [parse_ref(entry.ref) for entry in (recipe.base, *recipe.finetuned)]
     names = finetuned_names(recipe, [ref.name for ref in refs[1:]])
     with only_our_bars(), ThreadPoolExecutor(min(8, len(refs))) as pool:
         base, *finetuned = pool.map(open_checkpoint, refs)
     data = {name: open_set(asked) for name, asked in data_sets(recipe, names).items()}
     return make_plan(recipe, base, dict(zip(names, finetuned, strict=True)), settings, data)
+
+
+def _plan_stitch(recipe: Recipe, settings: Settings) -> MergePlan:
+    from hf_locstitch.localized.checkpoint import open_localized
+    from hf_locstitch.localized.plan import stitch_plan
+
+    refs = [parse_ref(entry.ref) for entry in recipe.localized]
+    with only_our_bars(), ThreadPoolExecutor(min(8, len(refs) + 1)) as pool:
+        base = pool.submit(open_checkpoint, parse_ref(recipe.base.ref))
+        localized = list(pool.map(open_localized, refs))
+        names = finetuned_names(recipe, [one.name for one in localized])
+        return stitch_plan(recipe, base.result(), dict(zip(names, localized, strict=True)), settings)
 
 
 def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
@@ -224,4 +302,4 @@ def _upload(recipe: Recipe, processes: Processes, discard: bool = False) -> Iter
 
 
 def _message(plan: MergePlan) -> str:
-    return f"Merge {', '.join(plan.finetuned)} with hf-locstitch"
+    return f"{plan.command.capitalize()} {', '.join(plan.finetuned)} with hf-locstitch"

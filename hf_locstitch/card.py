@@ -20,18 +20,31 @@ TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 
 def card_data(plan: MergePlan) -> ModelCardData:
     """Metadata. Local folders are no repos: they are left out of `base_model`."""
-    repos = [c.source.repo for c in plan.inputs.values() if c.source.repo is not None]
-    optional: dict[str, Any] = {"license": licence(plan), "pipeline_tag": pipeline_tag(plan.files)}
+    model = plan.target == "model"
+    repos = [repo for name in plan.inputs if (repo := _repo(plan, name)) is not None]
+    optional: dict[str, Any] = {"license": licence(plan), "pipeline_tag": pipeline_tag(plan.files) if model else None}
     sets = [found.repo for found in plan.data.values() if found.repo is not None]
     if sets:
         optional["datasets"] = list(dict.fromkeys(sets))
     if repos:
-        optional |= {"base_model": list(dict.fromkeys(repos)), "base_model_relation": "merge"}
+        optional |= {"base_model": list(dict.fromkeys(repos)), "base_model_relation": "merge" if model else "adapter"}
     return ModelCardData(
-        library_name="transformers",
-        tags=["merge", "hf-locstitch", *(["localize-and-stitch"] if plan.recipe.method == "locstitch" else [])],
+        library_name="transformers" if model else "hf-locstitch",
+        tags=[
+            "merge" if model else "localized-checkpoint",
+            "hf-locstitch",
+            *(["localize-and-stitch"] if plan.recipe.method == "locstitch" else []),
+        ],
         **{key: value for key, value in optional.items() if value is not None},
     )
+
+
+def _repo(plan: MergePlan, name: str) -> str | None:
+    """org/name of an input; of a local localized checkpoint that of the finetune it was made from."""
+    repo = plan.inputs[name].source.repo
+    if repo is None and name in plan.given and plan.given[name].finetuned.commit is not None:
+        return plan.given[name].finetuned.ref.partition("@")[0]
+    return repo
 
 
 def licence(plan: MergePlan) -> str | None:
@@ -57,16 +70,20 @@ def licence_note(plan: MergePlan) -> str:
 
 def settings(plan: MergePlan, record: Manifest) -> dict[str, str]:
     """Every setting of the merge in words, Markdown."""
-    recipe = plan.recipe
-    rows = {
-        "method": f"`{recipe.method}` ({plan.method.title})",
-        **({"localizer": plan.localizer.describe()} if plan.masked else {}),
-        "scale": f"{record.scale:g}",
-        "merged tensors": f"{len(plan.localized)}, {record.N:,} elements",
-        **({"include": _globs(recipe.include)} if recipe.include else {}),
-        **({"exclude": _globs(recipe.exclude)} if recipe.exclude else {}),
+    recipe, model = plan.recipe, plan.target == "model"
+    localizers = dict.fromkeys(localizer.describe() for localizer in plan.localizers.values())
+    of_model = {
         "other tensors": "the base's" if plan.rest is plan.base else f"{recipe.rest_from}'s",
         "config and tokenizer": "the base's" if plan.files is plan.base else f"{plan.files.label}'s",
+    }
+    rows = {
+        **({"method": f"`{recipe.method}` ({plan.method.title})"} if model else {}),
+        **({"localizer": "; ".join(localizers)} if localizers else {}),
+        **({"scale": f"{record.scale:g}"} if model else {}),
+        "merged tensors" if model else "localized tensors": f"{len(plan.localized)}, {record.N:,} elements",
+        **({"include": _globs(recipe.include)} if recipe.include else {}),
+        **({"exclude": _globs(recipe.exclude)} if recipe.exclude else {}),
+        **(of_model if model else {}),
         "dtype": ", ".join(sorted({tensor.dtype for shard in plan.shards for tensor in shard.tensors})),
         "made with": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
@@ -98,8 +115,8 @@ def auto_class(checkpoint: Checkpoint) -> str:
 
 
 def write_card(plan: MergePlan, record: Manifest, path: Path, figures: Sequence[str] = ()) -> None:
-    """README.md of a merge. figures: stems of the pictures beside it."""
-    title = " + ".join(plan.finetuned)
+    """README.md of a merge or a localized checkpoint. figures: stems of the pictures beside it."""
+    title = " + ".join(plan.finetuned) + (", localized" if plan.target == "localized" else "")
     card = ModelCard.from_template(
         card_data(plan),
         template_path=str(TEMPLATE),
@@ -109,7 +126,7 @@ def write_card(plan: MergePlan, record: Manifest, path: Path, figures: Sequence[
         plan=plan,
         record=record,
         figures=figures,
-        links={name: _link(checkpoint) for name, checkpoint in plan.inputs.items()},
+        links={name: _link(plan, name) for name in plan.inputs},
         licences={name: licence_of(checkpoint) for name, checkpoint in plan.inputs.items()},
         licence_note=licence_note(plan),
         settings=settings(plan, record),
@@ -127,10 +144,10 @@ def data_link(found: OpenSet) -> str:
     return f"{at} ({found.config})" if found.config else at
 
 
-def _link(checkpoint: Checkpoint) -> str:
-    source = checkpoint.source
+def _link(plan: MergePlan, name: str) -> str:
+    source = plan.inputs[name].source
+    through = f", localized from `{plan.origins[name]}`" if name in plan.given else ""
     if source.repo is None:
-        return f"local folder `{source.pinned}`"
-    return (
-        f"[{source.repo}](https://huggingface.co/{source.repo}/tree/{source.commit}) at `{(source.commit or '')[:7]}`"
-    )
+        return f"local folder `{source.pinned}`{through}"
+    at = f"[{source.repo}](https://huggingface.co/{source.repo}/tree/{source.commit}) at `{(source.commit or '')[:7]}`"
+    return at + through

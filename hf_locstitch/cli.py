@@ -10,16 +10,23 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_locstitch._version import __version__
 from hf_locstitch.errors import LocstitchError, RecipeError
 from hf_locstitch.methods import method_names
 
+if TYPE_CHECKING:
+    from hf_locstitch.plan import MergePlan
+    from hf_locstitch.recipe import Recipe
+    from hf_locstitch.settings import Settings
+
 REF = "REF"  # a folder, org/name or org/name@revision
 # Flags whose destination is a recipe's field of the same name.
 FIELDS = ("method", "scale", "include", "exclude", "rest_from", "files_from", "dtype", "shard_size",
           "allow_non_finite", "figures", "out", "push_to", "private")  # fmt: skip
+# Flags that say how to localize, with the names that they have there.
+LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf-locstitch {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_merge(commands)
+    _add_localize(commands)
+    _add_stitch(commands)
     _add_verify(commands)
     _add_inspect(commands)
     _add_evaluate(commands)
@@ -78,12 +87,71 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument("--base", metavar=REF, help="the pretrained model")
     parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call them (default: last part of REF)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the merged model here")
-    parser.add_argument("--push-to", metavar="ORG/NAME", help="push it to this repo, in one commit")
-    parser.add_argument("--private", action="store_true", default=None, help="make the repo private if it is new")
+    _add_target(parser)
 
     how = parser.add_argument_group("how to merge")
     how.add_argument("--method", choices=method_names(), help="default: locstitch")
+    _add_localizing(how)
+    how.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
+    how.add_argument("--rest-from", metavar="NAME", help="finetune that gives the other tensors (default: the base)")
+    how.add_argument("--files-from", metavar="NAME", help="finetune that gives tokenizer and config")
+    how.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
+
+    output = parser.add_argument_group("output")
+    _add_layout(output)
+    _add_work(output, device=True)
+    _add_debug(parser)
+
+
+def _add_localize(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        localize,
+        help="cut a finetuned model down to its mask and the values under it",
+        description="Make a localized checkpoint: the mask of one finetuned model and its values there, a few per cent "
+        f"of the model. `stitch` merges any of them. {REF}: a folder, org/name or org/name@revision.",
+    )
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="a recipe; flags override it")
+    parser.add_argument("--base", metavar=REF, help="the pretrained model")
+    parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned model")  # one; the recipe tells
+    parser.add_argument("--name", dest="names", nargs=1, metavar="NAME", help="what to call it (default: end of REF)")
+    _add_target(parser)
+    how = parser.add_argument_group("how to localize")
+    _add_localizing(how)
+    how.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
+    _add_work(parser.add_argument_group("output"), device=True)
+    _add_debug(parser)
+
+
+def _add_stitch(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        stitch,
+        help="merge localized checkpoints into their base",
+        description="Merge localized checkpoints into the base that they were localized against: the same weights as "
+        f"one merge of the finetuned models. {REF}: a folder, org/name or org/name@revision.",
+    )
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="a recipe; flags override it")
+    parser.add_argument("--base", metavar=REF, help="the pretrained model")
+    parser.add_argument("--localized", nargs="+", metavar=REF, help="the localized checkpoints")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call them (default: as they are called)")
+    _add_target(parser)
+    how = parser.add_argument_group("how to stitch")
+    how.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
+    how.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
+    output = parser.add_argument_group("output")
+    _add_layout(output)
+    _add_work(output, device=False)
+    _add_debug(parser)
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the result here")
+    parser.add_argument("--push-to", metavar="ORG/NAME", help="push it to this repo, in one commit")
+    parser.add_argument("--private", action="store_true", default=None, help="make the repo private if it is new")
+
+
+def _add_localizing(how: Any) -> None:
     how.add_argument(
         "--localizer", choices=["magnitude", "saliency", "mask"], help="how masks are found (default: magnitude)"
     )
@@ -100,39 +168,39 @@ def _add_merge(commands: Any) -> None:
         help="share of weights each mask keeps (default: 0.1; mask: 0.01; ties: 0.2)",
     )
     how.add_argument("--scope", choices=["model", "tensor"], help="top k over the model (default) or in each tensor")
-    how.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
     how.add_argument("--include", nargs="+", metavar="GLOB", help="localize these tensors (default: those of blocks)")
     how.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these tensors out")
-    how.add_argument("--rest-from", metavar="NAME", help="finetune that gives the other tensors (default: the base)")
-    how.add_argument("--files-from", metavar="NAME", help="finetune that gives tokenizer and config")
-    how.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
 
-    output = parser.add_argument_group("output")
+
+def _add_layout(output: Any) -> None:
     output.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the base's")
     output.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB (default: the base's division)")
+
+
+def _add_work(output: Any, device: bool) -> None:
     output.add_argument(
         "--no-cache", action="store_true", help="stream: no model stays on this machine, nor in the cache"
     )
     output.add_argument("--max-memory", metavar="SIZE", help="such as 1GB: fewer threads and smaller chunks if need be")
-    output.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="where models are compared (default: cpu)"
-    )
+    if device:
+        output.add_argument(
+            "--device", choices=["cpu", "cuda"], default="cpu", help="where models are compared (default: cpu)"
+        )
     output.add_argument("--no-figures", dest="figures", action="store_false", default=None, help="draw none")
     output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     output.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
-    _add_debug(parser)
 
 
 def _add_verify(commands: Any) -> None:
     parser = _add_command(
         commands,
         verify,
-        help="check a merge: files, masks, values",
-        description="Read a merge back: its files against the manifest, its masks against the densities, its values "
-        f"against the inputs. {REF}: a folder, org/name or org/name@revision. Only reads.",
+        help="check a merge or a localized checkpoint: files, masks, values",
+        description="Read a merge or a localized checkpoint back: its files against the manifest, its masks against "
+        f"the densities, its values against the inputs. {REF}: a folder, org/name or org/name@revision. Only reads.",
     )
-    parser.add_argument("ref", metavar=REF, help="the merge")
+    parser.add_argument("ref", metavar=REF, help="the merge or localized checkpoint")
     parser.add_argument("--base", metavar=REF, help="the base, if not where the manifest names it")
     parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge")
     parser.add_argument(
@@ -148,10 +216,11 @@ def _add_inspect(commands: Any) -> None:
         commands,
         inspect,
         help="what a merge is made of: densities, overlaps, where its masks lie, what looks odd",
-        description="Look at a merge without making it: densities, overlaps, where its masks lie, norms, what looks "
-        f"odd. {REF}: a folder, org/name or org/name@revision. Reads small files only, unless --inputs is given.",
+        description="Look at a merge, or at localized checkpoints, without making one: densities, overlaps, where the "
+        f"masks lie, norms, what looks odd. {REF}: a folder, org/name or org/name@revision. Reads small files only, "
+        "unless --inputs is given.",
     )
-    parser.add_argument("ref", metavar=REF, help="the merge")
+    parser.add_argument("refs", nargs="+", metavar=REF, help="the merge, or one or several localized checkpoints")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw its figures into this folder")
     parser.add_argument("--inputs", action="store_true", help="sample the inputs, too (default: what the merge noted)")
     parser.add_argument("--base", metavar=REF, help="the base, if not where the manifest names it; implies --inputs")
@@ -256,8 +325,28 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 
 def merge(args: argparse.Namespace) -> int:
     """hf-locstitch merge"""
-    from hf_locstitch.api import merge as carry_out
     from hf_locstitch.api import plan_merge
+
+    return _carry_out(args, plan_merge)
+
+
+def localize(args: argparse.Namespace) -> int:
+    """hf-locstitch localize"""
+    from hf_locstitch.api import plan_localize
+
+    return _carry_out(args, plan_localize)
+
+
+def stitch(args: argparse.Namespace) -> int:
+    """hf-locstitch stitch"""
+    from hf_locstitch.api import plan_merge
+
+    return _carry_out(args, plan_merge)
+
+
+def _carry_out(args: argparse.Namespace, make_plan: Callable[[Recipe, Settings], MergePlan]) -> int:
+    """Plan, say so, work, and say what came of it."""
+    from hf_locstitch.api import merge as work
     from hf_locstitch.cost import format_plan, plan_json
     from hf_locstitch.progress import Progress
     from hf_locstitch.recipe import make_recipe
@@ -265,15 +354,16 @@ def merge(args: argparse.Namespace) -> int:
 
     recipe = make_recipe(_fields(args), where=str(args.recipe or "the command"))
     if not args.dry_run and recipe.out is None and recipe.push_to is None:
-        raise RecipeError("nothing says where the merge goes: give --out DIR, --push-to ORG/NAME, or both.")
-    plan = plan_merge(recipe, make_settings(cache=not args.no_cache, max_memory=args.max_memory, device=args.device))
+        raise RecipeError("nothing says where the result goes: give --out DIR, --push-to ORG/NAME, or both.")
+    device = getattr(args, "device", "cpu")
+    plan = make_plan(recipe, make_settings(cache=not args.no_cache, max_memory=args.max_memory, device=device))
     quiet = args.quiet or not _speaks()
     if args.dry_run:
         print(json.dumps(plan_json(plan), indent=2) if args.json else format_plan(plan))
         return 0
     if not quiet:
         print(format_plan(plan), file=sys.stderr)
-    result = carry_out(recipe, plan, Progress(False if quiet else None))
+    result = work(recipe, plan, Progress(False if quiet else None))
     if not _speaks():
         return 0
     if args.json:
@@ -284,27 +374,31 @@ def merge(args: argparse.Namespace) -> int:
 
 
 def _fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The recipe's fields, overridden by the flags that were given."""
+    """The recipe's fields, overridden by the flags that this sub-command has and that were given."""
     from hf_locstitch.recipe import load_recipe
 
     fields = load_recipe(args.recipe) if args.recipe is not None else {}
-    if args.base is not None:
+    flags = {key: value for key, value in vars(args).items() if value is not None}
+    if "base" in flags:
         fields["base"] = args.base
-    if args.ft is not None:
-        fields["finetuned"] = [{"ref": ref} for ref in args.ft]
-    if args.names is not None:
-        entries = fields.get("finetuned") or []
+    for flag, field in (("ft", "finetuned"), ("localized", "localized")):
+        if flag in flags:
+            fields[field] = [{"ref": ref} for ref in flags[flag]]
+    if args.command is stitch and not fields.get("localized"):
+        raise RecipeError("nothing says what to stitch: give --localized REF..., what hf-locstitch localize made.")
+    if "names" in flags:
+        field = "localized" if fields.get("localized") else "finetuned"
+        entries = fields.get(field) or []
         if len(args.names) != len(entries):
             raise RecipeError(f"--names gives {len(args.names)} names for {len(entries)} finetunes. Give one each.")
         entries = [{"ref": entry} if isinstance(entry, str) else entry for entry in entries]
-        fields["finetuned"] = [{**entry, "name": name} for entry, name in zip(entries, args.names, strict=True)]
-    if args.data is not None:
+        fields[field] = [{**entry, "name": name} for entry, name in zip(entries, args.names, strict=True)]
+    if "data" in flags:
         fields["data"] = args.data
-    localizer = {"method": args.localizer, "density": args.density, "scope": args.scope}
-    given = {key: value for key, value in localizer.items() if value is not None}
+    given = {key: flags[flag] for flag, key in LOCALIZER.items() if flag in flags}
     if given:
         fields["localizer"] = {**(fields.get("localizer") or {}), **given}
-    return {**fields, **{field: getattr(args, field) for field in FIELDS if getattr(args, field) is not None}}
+    return {**fields, **{field: flags[field] for field in FIELDS if field in flags}}
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -324,7 +418,7 @@ def inspect(args: argparse.Namespace) -> int:
     """hf-locstitch inspect"""
     from hf_locstitch.inspection import inspect as look
 
-    found = look(args.ref, figures=args.figures, base=args.base, finetuned=args.ft, inputs=args.inputs)
+    found = look(*args.refs, figures=args.figures, base=args.base, finetuned=args.ft, inputs=args.inputs)
     print(json.dumps(found.as_json(), indent=2, ensure_ascii=False) if args.json else found.describe())
     return 0
 

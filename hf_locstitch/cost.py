@@ -39,7 +39,7 @@ def estimate(plan: MergePlan) -> Cost:
         sizes = {shard.file: shard.size for shard in checkpoint.shards if shard.file in needed[name]}
         missing = {file: size for file, size in sizes.items() if checkpoint.source.cached(file) is None}
         times = [list(byte_ranges(checkpoint, pieces.get(name, ()))) for pieces in passes]
-        read += sum(sizes[file] for files in times for file in files)
+        read += sum(sizes[file] for files in ([sizes] if name in plan.given else times) for file in files)
         if plan.settings.cache or name != "base":
             download += sum(missing.values())
         else:
@@ -56,6 +56,8 @@ def _output(plan: MergePlan) -> int:
 
 
 def _spill(plan: MergePlan) -> int:
+    if plan.given:
+        return sum(4 * one.ones + one.shards[1].size for one in plan.given.values())
     if not plan.masked:
         return 0
     streamed = not plan.settings.cache or not plan.all_here
@@ -109,7 +111,7 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "base": plan.base.source.pinned,
         "finetuned": {name: checkpoint.source.pinned for name, checkpoint in plan.finetuned.items()},
         "method": plan.recipe.method,
-        "localizer": plan.localizer.model_dump(mode="json") if plan.masked else None,
+        "localizer": plan.common_localizer,
         "data": {name: found.pinned.dump() for name, found in plan.data.items()},
         "scale": plan.recipe.scale,
         "N": plan.n,
@@ -129,16 +131,18 @@ def format_plan(plan: MergePlan) -> str:
     localized = sum(tensor.localized for shard in plan.shards for tensor in shard.tensors)
     kept = sum(len(shard.tensors) for shard in plan.shards) - localized
     share = 100 * plan.k / plan.n if plan.n else 0.0
+    kind = "localized" if plan.given else "finetuned"
+    keeps = "k =" if not plan.rounded else "up to" if plan.given else "about"
     wide = max(len(name) for name in plan.finetuned)
     lines = [
         f"base       {plan.base.label}",
-        *(f"finetuned  {name:<{wide}}  {checkpoint.label}" for name, checkpoint in plan.finetuned.items()),
+        *(f"{kind:<9}  {name:<{wide}}  {checkpoint.label}" for name, checkpoint in plan.finetuned.items()),
         f"method     {plan.method.title}" + (f", scale {plan.recipe.scale:g}" if plan.recipe.scale != 1 else ""),
-        *([f"localizer  {plan.localizer.describe()}"] if plan.masked else []),
+        *(f"localizer  {how}" for how in dict.fromkeys(one.describe() for one in plan.localizers.values())),
         *(f"data       {name:<{wide}}  {found.describe()}" for name, found in plan.data.items()),
-        f"merged     N = {plan.n:,} elements in {localized} tensors; "
-        + (f"each mask keeps {'about' if plan.rounded else 'k ='} {plan.k:,} ({share:.4g} %); " if plan.masked else "")
-        + f"{kept} tensors kept from {plan.rest.label}",
+        f"{'merged' if plan.target == 'model' else 'masked'}     N = {plan.n:,} elements in {localized} tensors"
+        + (f"; each mask keeps {keeps} {plan.k:,} ({share:.4g} %)" if plan.masked else "")
+        + (f"; {kept} tensors kept from {plan.rest.label}" if plan.target == "model" else ""),
         f"output     {len(plan.shards)} {'shard' if len(plan.shards) == 1 else 'shards'}, {human(cost.write)}"
         f" ({', '.join(sorted({t.dtype for s in plan.shards for t in s.tensors}))})",
         f"cost       read {human(cost.read)} (to download: {human(cost.download)}), "

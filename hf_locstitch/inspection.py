@@ -1,24 +1,27 @@
-"""`inspect`: what a published merge says of itself: densities, overlaps, where its masks lie, and what looks odd."""
+"""`inspect`: what a merge or localized checkpoints say of themselves: densities, overlaps, where the masks lie, and
+what looks odd."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from hf_locstitch.checkpoints.checkpoint import open_source
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
-from hf_locstitch.errors import CheckpointError, LocstitchError
-from hf_locstitch.figures.main import FOLDER, Survey, draw_masks, survey
-from hf_locstitch.figures.task_vectors import FILE as VECTORS
-from hf_locstitch.figures.task_vectors import TaskVectors, read_task_vectors
+from hf_locstitch.errors import CheckpointError, IntegrityError, LocstitchError, MismatchError, RecipeError
+from hf_locstitch.figures.main import Survey, draw_masks, noted_task_vectors, survey
+from hf_locstitch.figures.task_vectors import TaskVectors
+from hf_locstitch.localized.checkpoint import LocalizedCheckpoint, read_localized
+from hf_locstitch.localized.plan import unlike
 from hf_locstitch.manifest import Manifest, MaskRecord
 from hf_locstitch.verification.files import open_manifest
 from hf_locstitch.verification.inputs import fetch_tensors, input_places, open_inputs
+from hf_locstitch.verification.masks import DamagedMask, MaskFile, tally
 
 FAR = 3.0  # times the median norm of the other task vectors
 CONCENTRATED = 0.5  # share of a mask's ones in one tensor ...
@@ -58,6 +61,7 @@ class Inspection:
     """
 
     ref: str
+    kind: Literal["merge", "localized"]
     method: str
     localizer: Mapping[str, Any] | None
     scale: float
@@ -77,13 +81,15 @@ class Inspection:
 
     def describe(self) -> str:
         """For a person, one line each."""
-        lines = [f"merge      {self.ref}", f"method     {self.method}, scale {self.scale:g}"]
+        lines = [f"{self.kind:<9}  {self.ref}"]
+        if self.kind == "merge":
+            lines.append(f"method     {self.method}, scale {self.scale:g}")
         if not self.masks:
             lines.append("masks      none: this method uses whole models")
         else:
             settings = ", ".join(f"{key} {value}" for key, value in (self.localizer or {}).items())
             each = "" if self.k is None else f", k = {self.k:,}"
-            lines += [f"localizer  {settings}", f"masks      N = {self.N:,} elements{each}"]
+            lines += [f"localizer  {settings or 'several'}", f"masks      N = {self.N:,} elements{each}"]
         lines += [f"  {_describe_mask(mask)}" for mask in self.masks]
         for mask in self.masks:
             densest = ", ".join(f"{tensor} {100 * share:.1f} %" for tensor, share in mask.densest)
@@ -111,31 +117,79 @@ def _describe_mask(mask: MaskView) -> str:
 
 def inspect(
     ref: str | Path,
-    *,
+    *others: str | Path,
     figures: str | Path | None = None,
     base: str | Path | None = None,
     finetuned: Sequence[str | Path] | None = None,
     inputs: bool = False,
 ) -> Inspection:
-    """Look at a merge: a folder, org/name or org/name@revision. Only its small files are fetched.
+    """Look at a merge, or at one or several localized checkpoints: folders, org/name or org/name@revision.
 
+    Only small files are fetched. others: further localized checkpoints of the same base, to compare with.
     figures: a folder to draw into. inputs: also sample the inputs (fetched if need be), which the manifest names or
-    base and finetuned say; without, what the merge noted of them is used.
-    Raises CheckpointError if it is no merge, IntegrityError if a mask is damaged.
+    base and finetuned say; without, what was noted of them is used.
+    Raises CheckpointError if it is neither, MismatchError if several do not belong together, IntegrityError if a mask
+    is damaged.
     """
-    source = open_source(parse_ref(str(ref)))
-    record = open_manifest(source)
-    masks = {name: fetch_mask(source, name, mask) for name, mask in record.masks.items()}
+    source, record, masks, noted = _open([open_source(parse_ref(str(one))) for one in (ref, *others)])
     if inputs or base is not None or finetuned is not None:
         found = _survey_inputs(record, masks, base, finetuned)
     else:
         found = survey(masks)
-        found = Survey(found.shapes, found.ones, _noted(source))
+        found = Survey(found.shapes, found.ones, noted)
     drawn: list[str] = []
     if figures is not None and record.masks:
         folder = Path(figures)
         drawn = [str(folder / f"{stem}.png") for stem in draw_masks(record.overlap, found, folder)]
-    return summarize(source.pinned, record, found, drawn)
+    return summarize(source, record, found, drawn)
+
+
+def _open(sources: Sequence[Source]) -> tuple[str, Manifest, dict[str, Path], Mapping[str, TaskVectors]]:
+    """What they are called, their record, their mask files by name, and what was noted of the inputs."""
+    records = [open_manifest(source) for source in sources]
+    record, masks, noted = records[0], {}, {}
+    if len(records) > 1:
+        given = [_localized(source, record) for source, record in zip(sources, records, strict=True)]
+        if problems := list(unlike(given)):
+            raise MismatchError(problems)
+    for source, one in zip(sources, records, strict=True):
+        if twice := masks.keys() & one.masks.keys():
+            raise RecipeError(f"two of them are named {min(twice)!r}, {source.label} the second. Look at them apart.")
+        masks |= {name: fetch_mask(source, name, mask) for name, mask in one.masks.items()}
+        noted |= noted_task_vectors(source)
+    if len(records) > 1:
+        record = _joined(records, masks)
+    return ", ".join(source.pinned for source in sources), record, masks, noted
+
+
+def _localized(source: Source, record: Manifest) -> LocalizedCheckpoint:
+    if not record.is_localized:
+        raise CheckpointError(f"{source.label} is a merged model; only localized checkpoints are looked at together.")
+    return read_localized(source, record)
+
+
+def _joined(records: Sequence[Manifest], masks: Mapping[str, Path]) -> Manifest:
+    """One record of several localized checkpoints, as a merge of them has it."""
+    try:
+        files = {name: MaskFile(path, str(path)) for name, path in masks.items()}
+        counts = tally(files, next(iter(files.values())).shapes)
+    except DamagedMask as error:
+        raise IntegrityError(f"the mask {error}. Fetch it again.") from error
+    first, total = records[0], {name: sum(ones.values()) for name, ones in counts.ones.items()}
+    overlap = []
+    for (one, other), both in counts.both.items():
+        either = total[one] + total[other] - both
+        overlap.append({"masks": [one, other], "both": both, "jaccard": both / either if either else 0.0})
+    return replace(
+        first,
+        localizer=first.localizer if all(record.localizer == first.localizer for record in records) else None,
+        k=first.k if all(record.k == first.k for record in records) else None,
+        inputs=[first.inputs[0], *(entry for record in records for entry in record.inputs if entry.role != "base")],
+        masks={name: mask for record in records for name, mask in record.masks.items()},
+        covered_by=counts.covered,
+        overlap=overlap,
+        warnings=[warning for record in records for warning in record.warnings],
+    )
 
 
 def fetch_mask(source: Source, name: str, mask: MaskRecord) -> Path:
@@ -143,15 +197,6 @@ def fetch_mask(source: Source, name: str, mask: MaskRecord) -> Path:
     if mask.file not in source.files:
         raise CheckpointError(f"{source.label} lacks {mask.file}, the mask of {name} that its manifest lists.")
     return source.fetch(mask.file)
-
-
-def _noted(source: Source) -> Mapping[str, TaskVectors]:
-    """What the merge noted of its inputs; nothing if it did not."""
-    file = f"{FOLDER}/{VECTORS}"
-    try:
-        return read_task_vectors(source.fetch(file)) if file in source.files else {}
-    except (ValueError, TypeError):
-        return {}
 
 
 def _survey_inputs(
@@ -174,12 +219,13 @@ def _survey_inputs(
 
 
 def summarize(ref: str, record: Manifest, found: Survey, figures: Sequence[str] = ()) -> Inspection:
-    """Everything that is said about a merge, from its manifest and its masks."""
+    """Everything that is said, from the manifest and the masks."""
     refs = {entry.name: entry.ref for entry in record.inputs}
     places = found.places if found.ones else None
     share = places.share if places else {}
     return Inspection(
         ref=ref,
+        kind="localized" if record.is_localized else "merge",
         method=record.method,
         localizer=record.localizer,
         scale=record.scale,

@@ -45,21 +45,26 @@ class InputRecord:
 
 @dataclass(frozen=True)
 class MaskRecord:
-    """density: what was asked for; real_density = ones / N."""
+    """density: what was asked for; real_density = ones / N.
+
+    values: file of the finetuned values under the mask, in a localized checkpoint; a model holds them itself.
+    """
 
     file: str
     ones: int
     density: float | None
     real_density: float
+    values: str | None = None
 
 
 @dataclass(frozen=True)
 class Manifest:
     """covered_by[c]: coordinates that c masks cover. overlap: pair -> coordinates in both, and their Jaccard index.
 
-    k: ones of each mask; None where masks are rounded. data: finetune -> its localization set, pinned.
-    localizer, masks, covered_by and overlap are empty for a method without masks. fingerprint: of recipe and inputs.
-    outputs: file -> size in bytes and sha256, of every file but the manifest itself.
+    k: ones of each mask; None where they differ. data: finetune -> its localization set, pinned.
+    localizer, masks, covered_by and overlap are empty for a method without masks; localizer also where masks were found
+    in several ways. fingerprint: of recipe and inputs. localized: finetune -> the localized checkpoint through which
+    it came. outputs: file -> size in bytes and sha256, of every file but the manifest itself.
     """
 
     hf_locstitch: str
@@ -79,6 +84,12 @@ class Manifest:
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    localized: dict[str, InputRecord] = field(default_factory=dict)
+
+    @property
+    def is_localized(self) -> bool:
+        """Whether this is the record of a localized checkpoint, not of a model."""
+        return any(mask.values for mask in self.masks.values())
 
 
 def make_manifest(plan: MergePlan, files: FileHashes, overlap: Overlap, fingerprint: str) -> Manifest:
@@ -86,9 +97,10 @@ def make_manifest(plan: MergePlan, files: FileHashes, overlap: Overlap, fingerpr
     return Manifest(
         hf_locstitch=__version__,
         method=plan.recipe.method,
-        localizer=plan.localizer.model_dump(mode="json") if plan.masked else None,
+        localizer=plan.common_localizer,
         scale=plan.recipe.scale,
         inputs=[_input_record(plan, name, checkpoint, files[name]) for name, checkpoint in plan.inputs.items()],
+        localized={name: _record("localized", name, plan.finetuned[name], files[name]) for name in plan.given},
         N=plan.n,
         k=None if plan.rounded else plan.k,
         masks=_mask_records(plan, overlap) if plan.masked else {},
@@ -97,21 +109,32 @@ def make_manifest(plan: MergePlan, files: FileHashes, overlap: Overlap, fingerpr
         warnings=list(plan.warnings),
         versions={"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
         fingerprint=fingerprint,
-        data={name: found.pinned.dump() for name, found in plan.data.items()},
+        data={name: found.pinned.dump() for name, found in plan.data.items()}
+        | {name: data for name, one in plan.given.items() for data in one.record.data.values()},
     )
 
 
 def _mask_records(plan: MergePlan, overlap: Overlap) -> dict[str, MaskRecord]:
     ones = dict(zip(plan.finetuned, overlap.pairs.diagonal().tolist(), strict=True))
-    asked = plan.localizer.density
     return {
-        name: MaskRecord(f"masks/{name}.safetensors", count, asked, count / plan.n if plan.n else 0.0)
+        name: MaskRecord(
+            f"masks/{name}.safetensors",
+            count,
+            plan.localizers[name].density,
+            count / plan.n if plan.n else 0.0,
+            f"values/{name}.safetensors" if plan.target == "localized" else None,
+        )
         for name, count in ones.items()
     }
 
 
 def _input_record(plan: MergePlan, name: str, checkpoint: Checkpoint, files: Mapping[str, str]) -> InputRecord:
-    role = "base" if checkpoint is plan.base else "finetuned"
+    if name in plan.given:  # the model itself, as its localized checkpoint recorded it
+        return replace(plan.given[name].finetuned, name=name)
+    return _record("base" if checkpoint is plan.base else "finetuned", name, checkpoint, files)
+
+
+def _record(role: str, name: str, checkpoint: Checkpoint, files: Mapping[str, str]) -> InputRecord:
     return InputRecord(role, name, checkpoint.source.pinned, checkpoint.source.commit, dict(files))
 
 
@@ -140,6 +163,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
         fields["inputs"] = [InputRecord(**entry) for entry in fields["inputs"]]
+        fields["localized"] = {name: InputRecord(**entry) for name, entry in fields.get("localized", {}).items()}
         fields["masks"] = {name: MaskRecord(**entry) for name, entry in fields["masks"].items()}
         return Manifest(**fields)
     except (OSError, ValueError, TypeError, KeyError):
@@ -166,7 +190,7 @@ def weights_sha256(files: Mapping[str, str]) -> str:
 
 
 def pinned_recipe(plan: MergePlan, files: FileHashes) -> str:
-    """YAML that makes the same merge again: repos at their commits, local folders by the hash of their weights."""
+    """YAML that makes the same again: repos at their commits, local folders by the hash of their weights."""
 
     def pin(name: str, checkpoint: Checkpoint) -> dict[str, str]:
         pinned = {"ref": checkpoint.source.pinned}
@@ -175,24 +199,35 @@ def pinned_recipe(plan: MergePlan, files: FileHashes) -> str:
     recipe = plan.recipe.model_copy(
         update={
             "base": Input(**pin("base", plan.base)),
-            "finetuned": tuple(
+            "localized" if plan.given else "finetuned": tuple(
                 Finetuned(**pin(name, checkpoint), name=name) for name, checkpoint in plan.finetuned.items()
             ),
-            "data": {name: found.pinned for name, found in plan.data.items()},
+            "data": {name: found.pinned for name, found in plan.data.items()} or (),
         }
     )
-    return (
-        "# The merge that made this model; run it again: hf-locstitch merge locstitch.yaml --out DIR\n"
-        + dump_recipe(recipe)
-    )
+    head = f"# What made this; run it again: hf-locstitch {plan.command} locstitch.yaml --out DIR\n"
+    return head + dump_recipe(recipe)
 
 
 def check_pins(plan: MergePlan, files: FileHashes) -> None:
-    """Raises CheckpointError if an input's weights are not those that the recipe asks for."""
-    for name, entry in zip(plan.inputs, (plan.recipe.base, *plan.recipe.finetuned), strict=True):
+    """Raises CheckpointError if an input's weights are not those that the recipe asks for, or that were localized."""
+    for name, entry in zip(plan.inputs, (plan.recipe.base, *plan.recipe.entries), strict=True):
         got = weights_sha256(files[name])
         if entry.sha256 not in (None, got):
             raise CheckpointError(
                 f"the weights of {plan.inputs[name].label} have sha256 {got}, but the recipe asks for {entry.sha256}: "
                 "it was made from other weights. Name the right checkpoint, or drop sha256 from the recipe."
+            )
+    for name, one in plan.given.items():
+        for file, got in files[name].items():
+            if got != (due := one.record.outputs[file]["sha256"]):
+                raise CheckpointError(
+                    f"{one.label}/{file} is damaged: it has sha256 {got}, its manifest says {due}. Fetch it again."
+                )
+        if unlike := [file for file, due in one.base.files.items() if files["base"].get(file) != due]:
+            got = files["base"].get(unlike[0], "absent")
+            raise CheckpointError(
+                f"{one.label} was localized against {one.base.ref}, whose {unlike[0]} has sha256 "
+                f"{one.base.files[unlike[0]]}; in the base {plan.base.label} it is {got}. Name the base that it was "
+                "localized against."
             )

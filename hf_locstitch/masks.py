@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from hf_locstitch.checkpoints.header import TensorInfo
-    from hf_locstitch.localize.selection import Selection
+    from hf_locstitch.localize.selection import Keeper
     from hf_locstitch.plan import MergePlan
 
 FORMAT = "hf-locstitch mask 1"
@@ -78,15 +78,15 @@ def mask_metadata(plan: MergePlan, name: str, ones: int) -> dict[str, str]:
         "format": FORMAT,
         "name": name,
         "base": plan.base.source.pinned,
-        "finetuned": plan.finetuned[name].source.pinned,
-        "localizer": json.dumps(plan.localizer.model_dump(mode="json")),
+        "finetuned": plan.origins[name],
+        "localizer": json.dumps(plan.localizers[name].model_dump(mode="json")),
         "N": str(plan.n),
         "ones": str(ones),
         "shapes": json.dumps({info.name: info.shape for info in plan.localized}, separators=(",", ":")),
     }
 
 
-def encode_masks(selection: Selection, own: Collection[str], parts: Path, workers: int) -> dict[str, tuple[int, int]]:
+def encode_masks(selection: Keeper, own: Collection[str], parts: Path, workers: int) -> dict[str, tuple[int, int]]:
     """Encode the tensors named in `own` into the file `parts`. Returns where each lies: (offset, bytes)."""
     chunks: dict[str, list[Chunk]] = {name: [] for name in selection.names if name in own}
     for chunk in selection.chunks:
@@ -125,7 +125,8 @@ def assemble_mask(
 def load_mask(ref: str | Path, name: str | None = None) -> dict[str, torch.Tensor]:
     """The mask of one finetune: tensor name on disk -> bool tensor of that tensor's shape.
 
-    ref: a mask file, or a merged model (a folder, org/name or org/name@revision) together with the finetune's name.
+    ref: a mask file; or a localized checkpoint or merged model (a folder, org/name or org/name@revision), together
+    with the finetune's name if it has several masks.
     Raises CheckpointError if there is no such mask, IntegrityError if the file is damaged.
     """
     path = Path(ref)
@@ -140,6 +141,8 @@ def _mask_in(ref: str, name: str | None) -> Path:
 
     source = open_source(parse_ref(ref))
     names = sorted(Path(file).stem for file in source.files if file.startswith("masks/"))
+    if name is None and len(names) == 1:
+        name = names[0]
     if name not in names:
         raise CheckpointError(
             f"{source.label} has no mask {name!r}: "

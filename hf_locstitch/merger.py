@@ -16,7 +16,7 @@ from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.chunks import Chunk, chunks_of, for_each
 from hf_locstitch.localize.scan import check_finite
-from hf_locstitch.localize.selection import Selection
+from hf_locstitch.localize.selection import Keeper
 from hf_locstitch.methods import Dense, Masked
 from hf_locstitch.plan import MergePlan, OutputShard, PlannedTensor
 from hf_locstitch.select import is_buffer
@@ -45,7 +45,7 @@ class Merger:
         self,
         plan: MergePlan,
         inputs: Mapping[str, CheckpointReader],
-        selections: Mapping[str, Selection],
+        selections: Mapping[str, Keeper],
         own: Collection[str],
         *,
         chunk: int,
@@ -57,7 +57,7 @@ class Merger:
         self.base = inputs["base"]
         self.rest = next(reader for reader in inputs.values() if reader.checkpoint is plan.rest)
         # Sums add up in an order of the models' own, whatever the order in which they were given.
-        self._order = sorted(plan.finetuned, key=lambda name: plan.finetuned[name].source.pinned)
+        self._order = sorted(plan.finetuned, key=plan.origins.__getitem__)
         tensors = plan.localized
         self._chunks: dict[str, list[Chunk]] = {info.name: [] for info in tensors}
         for piece in chunks_of([info.numel for info in tensors], chunk):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from hf_locstitch.checkpoints.header import FLOATING, ITEM_BYTES, TensorInfo
@@ -18,6 +19,11 @@ from hf_locstitch.methods import Dense, Masked, find_method
 from hf_locstitch.recipe import Recipe
 from hf_locstitch.select import localizable, unknown_globs
 from hf_locstitch.settings import DEFAULT, Settings
+
+if TYPE_CHECKING:
+    from hf_locstitch.localized.checkpoint import LocalizedCheckpoint
+
+Target = Literal["model", "localized"]
 
 ALL = ("*",)
 DTYPE_ON_DISK = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -55,6 +61,9 @@ class MergePlan:
     """n: elements of the localized tensors of one model (N). k: coordinates that each mask keeps, n without masks.
 
     rest: the checkpoint of the tensors that are not localized. files: that of config, tokenizer and the like.
+    target: what is made; a localized checkpoint has one shard, of values, whose sizes are a guess.
+    given: localized checkpoints, where masks and values were found before; `finetuned` then holds their files, none
+    of whose tensors is a model's, and k is the largest of theirs.
     """
 
     recipe: Recipe
@@ -69,6 +78,13 @@ class MergePlan:
     warnings: tuple[str, ...]
     data: Mapping[str, OpenSet] = field(default_factory=dict)
     """The localization set of each finetune, for localizers that look at data."""
+    target: Target = "model"
+    given: Mapping[str, LocalizedCheckpoint] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """The sub-command that carries out such a plan."""
+        return "stitch" if self.given else "merge" if self.target == "model" else "localize"
 
     @property
     def localized(self) -> list[TensorInfo]:
@@ -86,10 +102,35 @@ class MergePlan:
         return isinstance(self.method, Masked)
 
     @property
+    def localizes(self) -> bool:
+        """Whether masks are found here, and not given."""
+        return self.masked and not self.given
+
+    @property
     def localizer(self) -> Localizer:
-        """Of a method with masks."""
+        """Of a plan that localizes."""
         assert self.recipe.localizer is not None
         return self.recipe.localizer
+
+    @property
+    def localizers(self) -> dict[str, Localizer]:
+        """How each mask is found, or was."""
+        if self.given:
+            return {name: one.localizer for name, one in self.given.items()}
+        return dict.fromkeys(self.finetuned, self.localizer) if self.masked else {}
+
+    @property
+    def common_localizer(self) -> dict[str, Any] | None:
+        """How all masks are found, as JSON; None if they differ, or there are none."""
+        settings = [localizer.model_dump(mode="json") for localizer in self.localizers.values()]
+        return settings[0] if settings and all(one == settings[0] for one in settings) else None
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """The finetuned model that each mask belongs to, pinned."""
+        if self.given:
+            return {name: one.finetuned.ref for name, one in self.given.items()}
+        return {name: checkpoint.source.pinned for name, checkpoint in self.finetuned.items()}
 
     @property
     def groups(self) -> list[tuple[list[int], int]]:
@@ -99,6 +140,8 @@ class MergePlan:
     @property
     def rounded(self) -> bool:
         """Whether masks keep as many elements as they will, of which k is a guess."""
+        if self.given:
+            return len({one.ones for one in self.given.values()}) > 1
         return self.masked and self.localizer.density is None
 
     @property
@@ -108,11 +151,13 @@ class MergePlan:
     @property
     def scanned(self) -> Pieces:
         """What localizing reads."""
-        pieces = [(info.name, 0, info.numel) for info in self.localized] if self.masked else []
+        pieces = [(info.name, 0, info.numel) for info in self.localized] if self.localizes else []
         return dict.fromkeys(self.inputs, pieces) if pieces else {}
 
     def combined(self, shards: Sequence[OutputShard]) -> Pieces:
         """What writing these shards reads, besides what localizing kept."""
+        if self.target == "localized":
+            return {}
         pieces: dict[str, list[Piece]] = {}
         rest = next(name for name, checkpoint in self.inputs.items() if checkpoint is self.rest)
         for tensor in (tensor for shard in shards for tensor in shard.tensors):
@@ -125,9 +170,10 @@ class MergePlan:
     def needed(self) -> dict[str, list[str]]:
         """The files of each input that are read at all."""
         passes = [self.scanned, self.combined(self.shards)]
-        return {
+        return {name: [shard.file for shard in self.finetuned[name].shards] for name in self.given} | {
             name: list(byte_ranges(checkpoint, [piece for pieces in passes for piece in pieces.get(name, ())]))
             for name, checkpoint in self.inputs.items()
+            if name not in self.given
         }
 
     @property
@@ -138,7 +184,7 @@ class MergePlan:
 
 def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
     """The finetunes' names. Raises RecipeError if two are alike."""
-    names = [entry.name or default for entry, default in zip(recipe.finetuned, defaults, strict=True)]
+    names = [entry.name or default for entry, default in zip(recipe.entries, defaults, strict=True)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(
             f"two finetunes are named {twice[0]!r} ({', '.join(names)}); each names a mask file. Set --names."
@@ -184,11 +230,11 @@ def make_plan(
     if problems:
         raise MismatchError(problems)
 
-    warnings += _licence_warning({"the base": base, **finetuned})
+    warnings += licence_warning({"the base": base, **finetuned})
     warnings += _leaks(recipe, data)
     rest = finetuned[recipe.rest_from] if recipe.rest_from else base
     files = finetuned[recipe.files_from] if recipe.files_from else rest
-    shards = _output_shards(recipe, base, rest, frozenset(chosen))
+    shards = output_shards(recipe, base, rest, frozenset(chosen))
     n = sum(base.info(name).numel for name in chosen)
     k = recipe.localizer.kept([base.info(name).numel for name in chosen]) if recipe.localizer else n
     return MergePlan(recipe, settings, base, finetuned, rest, files, shards, n, k, tuple(warnings), data)
@@ -222,13 +268,13 @@ def _mismatches(recipe: Recipe, base: Checkpoint, other: Checkpoint, chosen: Seq
     if wrong := [(name, got, due) for name, got, due in shapes if got != due]:
         name, got, due = wrong[0]
         problems.append(
-            f"{name} is {list(got)} in {other.label} but {list(due)} in the base {base.label}{_more(len(wrong))}; "
+            f"{name} is {list(got)} in {other.label} but {list(due)} in the base {base.label}{more(len(wrong))}; "
             "a finetune must share the base's shapes; leave tensors out with --exclude"
         )
     if packed := [name for name in shared if not other.info(name).floating]:
         problems.append(
             f"{packed[0]} is {other.info(packed[0]).dtype} in {other.label} "
-            f"but {base.info(packed[0]).dtype} in the base{_more(len(packed))}: "
+            f"but {base.info(packed[0]).dtype} in the base{more(len(packed))}: "
             "quantized or packed weights cannot be compared; name the full checkpoint"
         )
     return problems
@@ -246,9 +292,9 @@ def _name_mismatches(recipe: Recipe, base: Checkpoint, other: Checkpoint, chosen
     extra = [name for name in theirs if name not in base.tensors]
     problems = []
     if missing:
-        problems.append(f"{other.label} lacks {missing[0]}, which the base {base.label} has{_more(len(missing))}")
+        problems.append(f"{other.label} lacks {missing[0]}, which the base {base.label} has{more(len(missing))}")
     if extra:
-        problems.append(f"{other.label} has {extra[0]}, which the base {base.label} lacks{_more(len(extra))}")
+        problems.append(f"{other.label} has {extra[0]}, which the base {base.label} lacks{more(len(extra))}")
     if missing and extra and (prefix := _common_prefix(missing, extra)):
         problems[-1] += f" (one side's names begin with {prefix!r}: save both models with the same class)"
     return problems
@@ -276,16 +322,20 @@ def _differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequenc
     unlike += [f"{t} (only in the base)" for t in base.tensors if t not in other.tensors and t not in localized]
     warnings = []
     if unlike:
-        shown = ", ".join(unlike[:3]) + _more(min(len(unlike), len(unlike) - 2))
+        shown = ", ".join(unlike[:3]) + more(min(len(unlike), len(unlike) - 2))
         warnings.append(f"{name} differs outside the localized tensors: {shown}. The base's are kept.")
-    dtypes = sorted(
-        {(other.info(t).dtype, base.info(t).dtype) for t in chosen if other.info(t).dtype != base.info(t).dtype}
-        if all(t in other.tensors for t in chosen)
-        else ()
-    )
-    for theirs, ours in dtypes:
-        warnings.append(f"{name} is {theirs} where the base is {ours}: compared in float32, cast to {ours}.")
+    if all(t in other.tensors for t in chosen):
+        warnings += dtype_warnings(name, [(other.info(t).dtype, base.info(t).dtype) for t in chosen])
     return warnings
+
+
+def dtype_warnings(name: str, dtypes: Iterable[tuple[str, str]]) -> list[str]:
+    """dtypes: of each localized tensor, in the finetune and in the base."""
+    return [
+        f"{name} is {theirs} where the base is {ours}: compared in float32, cast to {ours}."
+        for theirs, ours in sorted(set(dtypes))
+        if theirs != ours
+    ]
 
 
 def _leaks(recipe: Recipe, data: Mapping[str, OpenSet]) -> list[str]:
@@ -300,7 +350,7 @@ def _leaks(recipe: Recipe, data: Mapping[str, OpenSet]) -> list[str]:
     ]
 
 
-def _licence_warning(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+def licence_warning(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     licences = {name: str(checkpoint.card.get("license", "none named")) for name, checkpoint in checkpoints.items()}
     if len(set(licences.values())) == 1:
         return []
@@ -308,12 +358,12 @@ def _licence_warning(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     return [f"the licences differ ({said}): a merge is bound by all of them."]
 
 
-def _more(count: int) -> str:
+def more(count: int) -> str:
     """' (and 2 more)' for three in all."""
     return f" (and {count - 1} more)" if count > 1 else ""
 
 
-def _output_shards(
+def output_shards(
     recipe: Recipe, base: Checkpoint, rest: Checkpoint, chosen: frozenset[str]
 ) -> tuple[OutputShard, ...]:
     """Names and order as in the checkpoint that gives the rest, unless a shard size is asked for."""

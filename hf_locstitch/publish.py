@@ -27,6 +27,7 @@ REPLACED = (
     "*.bin.index.json",
     "*.gguf",
     "masks/*",
+    "values/*",
     "figures/*",
     ".eval_results/*",
 )

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from hf_locstitch.checkpoints.ref import REPO_ID
 from hf_locstitch.data.sets import LocalizationSet
@@ -19,6 +29,8 @@ from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.methods import Dense, Masked, find_method, method_names
 
 WHERE = ("out", "push_to", "private")
+# What localized checkpoints have settled, or what takes whole models.
+SETTLED = ("localizer", "data", "include", "exclude", "rest_from", "files_from", "evaluate")
 NAME_PATTERN = r"^[A-Za-z0-9][\w.-]*$"  # becomes a file name: masks/NAME.safetensors
 
 
@@ -68,10 +80,12 @@ class Evaluate(Strict):
 
 
 class Recipe(Strict):
-    """One merge. Every field but `base` and `finetuned` has a default."""
+    """One merge. Every field but `base` and one of `finetuned` and `localized` has a default."""
 
     base: Input
-    finetuned: tuple[Finetuned, ...] = Field(min_length=1, max_length=64)
+    localized: tuple[Finetuned, ...] = Field(default=(), max_length=64)
+    """Localized checkpoints, which hold masks and values already, in place of `finetuned`."""
+    finetuned: tuple[Finetuned, ...] = Field(default=(), max_length=64)
     method: str = "locstitch"
     localizer: Localizer | None = None
     """How masks are found; the method's default if it has masks, nothing if it has none."""
@@ -95,6 +109,21 @@ class Recipe(Strict):
     out: Path | None = None
     push_to: str | None = None
     private: bool = False
+
+    @property
+    def entries(self) -> tuple[Finetuned, ...]:
+        """What is merged into the base."""
+        return self.finetuned or self.localized
+
+    @field_validator("finetuned")
+    @classmethod
+    def _something_to_merge(cls, value: tuple[Finetuned, ...], info: ValidationInfo) -> tuple[Finetuned, ...]:
+        localized = info.data.get("localized")
+        if localized == () and not value:
+            raise PydanticCustomError("missing", "Field required")
+        if localized and value:
+            raise ValueError("finetuned models and localized checkpoints do not go into one merge; localize them all")
+        return value
 
     @field_validator("method")
     @classmethod
@@ -127,7 +156,18 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _localized_settle_the_rest(self) -> Recipe:
+        if self.localized and self.method != "locstitch":
+            raise ValueError(f"localized checkpoints are merged by method locstitch, not {self.method}")
+        given = [field for field in SETTLED if getattr(self, field)]
+        if self.localized and given:
+            raise ValueError(f"{', '.join(given)} cannot be said of localized checkpoints: it takes whole models")
+        return self
+
+    @model_validator(mode="after")
     def _localizer_suits_method(self) -> Recipe:
+        if self.localized:
+            return self
         method = find_method(self.method)
         if isinstance(method, Dense) and self.localizer is not None:
             raise ValueError(f"{self.method} uses whole models: it takes no localizer, density or scope")
@@ -193,6 +233,7 @@ def _fields_at(loc: list[str]) -> list[str]:
     model: type[BaseModel] = {
         "base": Input,
         "finetuned": Finetuned,
+        "localized": Finetuned,
         "localizer": LOCALIZERS.get(loc[1] if len(loc) > 1 else "", Magnitude),
         "data": LocalizationSet,
         "evaluate": Evaluate,

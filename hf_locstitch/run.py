@@ -24,7 +24,7 @@ from hf_locstitch.figures.main import Survey, draw_merge, survey_merge
 from hf_locstitch.hashes import InputHashes
 from hf_locstitch.inputs import Inputs, OpenInputs
 from hf_locstitch.localize.scan import Scan
-from hf_locstitch.localize.selection import Selection
+from hf_locstitch.localize.selection import Keeper
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.masks import assemble_mask, encode_masks, mask_metadata
 from hf_locstitch.merger import Merger, Overlap
@@ -53,8 +53,11 @@ def run(
     """
     torch.set_num_threads(1)  # our own threads share out the chunks; torch's would fight them
     processes = processes or Processes()
+    kind = Run
+    if plan.target == "localized":
+        from hf_locstitch.localized.run import LocalizeRun as kind  # a Run itself
     with workplace(plan, out, None if publish else out, processes) as place:
-        record = Run(plan, place, processes, progress, hashes, upload).run()
+        record = kind(plan, place, processes, progress, hashes, upload).run()
         if publish is not None and processes.first:
             publish(place.stage)
         if upload is not None:
@@ -88,6 +91,8 @@ class Run:
         with Inputs(self.plan, self.progress, self.place.spill, note) as inputs, ThreadPoolExecutor(2) as background:
             if self.processes.count > 1:
                 self.processes.together(inputs.fetch)
+            if self.plan.given:
+                manifest.check_pins(self.plan, self.files)  # before anything is made of them
             selections = self.localize(inputs) if self.plan.masked else {}
             with ThreadPoolExecutor(1) as aside:
                 masks = aside.submit(self.write_masks, selections)
@@ -98,7 +103,7 @@ class Run:
                 found = surveyed.result()
             for selection in selections.values():
                 selection.close()
-        files = self._gather_hashes()
+        files = self.files
         records: list[manifest.Manifest] = []
         self.processes.on_first(lambda: records.append(self.finish(files, overlap, shards, found, began)))
         return self.processes.gather(records[0] if records else None)[0]  # type: ignore[return-value]
@@ -108,7 +113,8 @@ class Run:
         masks.result()
         return survey_merge(self.plan, self.place.stage) if self._first else None
 
-    def _gather_hashes(self) -> dict[str, dict[str, str]]:
+    @cached_property
+    def files(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every shard of every input."""
         own = self.processes.together(self.hashes.wait)
         files: dict[str, dict[str, str]] = {name: {} for name in self.plan.inputs}
@@ -117,9 +123,11 @@ class Run:
                 files[name][file] = digest
         return files
 
-    def localize(self, inputs: Inputs) -> dict[str, Selection]:
+    def localize(self, inputs: Inputs) -> Mapping[str, Keeper]:
         """The mask of each finetune."""
         plan = self.plan
+        if plan.given:
+            return self._read_given()
         if isinstance(plan.localizer, WithData):
             from hf_locstitch.localize.select_with_data import select_with_data  # slow to import
 
@@ -154,6 +162,19 @@ class Run:
                 selection.settle(self.settings.workers)
             return selections
 
+    def _read_given(self) -> Mapping[str, Keeper]:
+        """Masks and values that were found before."""
+        from hf_locstitch.localized.selection import GivenSelection
+
+        plan, settings, selections = self.plan, self.settings, {}
+        suffix = f"{self.processes.rank}-of-{self.processes.count}"
+        with self.progress.bar("reading", sum(one.shards[1].size for one in plan.given.values())) as advance:
+            for name, one in plan.given.items():
+                spill = self.place.spill / f"{name}.{suffix}"
+                selections[name] = GivenSelection(one, plan.localized, spill, settings.chunk)
+                self.processes.together(lambda found=selections[name]: found.read(self.own, settings.workers, advance))
+        return selections
+
     def _trusted(self, model: str, tensor: str) -> bool:
         """Whether what an earlier process took from the files that hold this tensor was right."""
         inputs = self.plan.inputs
@@ -168,7 +189,7 @@ class Run:
         found = {shard.file: self.place.finished(shard.file) for shard in self.plan.shards} if self._first else {}
         return self.processes.gather(found)[0]
 
-    def write_masks(self, selections: Mapping[str, Selection]) -> None:
+    def write_masks(self, selections: Mapping[str, Keeper]) -> None:
         for name, selection in selections.items():
             parts = self.place.spill / f"{name}.mask-{self.processes.rank}"
             encode = self.processes.together(
@@ -185,7 +206,7 @@ class Run:
         assemble_mask(path, self.plan.localized, places, mask_metadata(self.plan, name, ones))
 
     def write_shards(
-        self, inputs: Inputs, selections: Mapping[str, Selection], background: ThreadPoolExecutor
+        self, inputs: Inputs, selections: Mapping[str, Keeper], background: ThreadPoolExecutor
     ) -> tuple[Overlap, dict[str, ShardRecord]]:
         """The output's shards. Returns how the masks overlap, and what is known of each shard."""
         hashed: dict[str, Future[ShardRecord]] = {}
@@ -260,6 +281,11 @@ class Run:
     def _first(self) -> bool:
         return self.processes.first
 
+    def write_side_files(self) -> None:
+        """What makes a model of its shards."""
+        write_index(self.plan, self.place.stage)
+        copy_side_files(self.plan.files.source, self.place.stage, self.plan.recipe.dtype)
+
     def finish(
         self,
         files: manifest.FileHashes,
@@ -271,8 +297,7 @@ class Run:
         """Everything beside weights and masks."""
         plan, stage = self.plan, self.place.stage
         manifest.check_pins(plan, files)
-        write_index(plan, stage)
-        copy_side_files(plan.files.source, stage, plan.recipe.dtype)
+        self.write_side_files()
         record = manifest.make_manifest(plan, files, overlap, fingerprint(plan))
         (stage / manifest.RECIPE_FILE).write_text(manifest.pinned_recipe(plan, files), encoding="utf-8")
         figures = draw_merge(record, found, stage)

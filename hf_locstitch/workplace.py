@@ -82,6 +82,7 @@ def fingerprint(plan: MergePlan) -> str:
     """What decides the output's bytes and the layout of temporary files, as a hash."""
     facts = {
         "version": __version__,
+        "target": plan.target,
         "recipe": plan.recipe.model_dump(mode="json", exclude={"out", "push_to", "private", "evaluate"}),
         "inputs": {name: checkpoint.source.identity for name, checkpoint in plan.inputs.items()},
         "data": {name: found.pinned.model_dump(mode="json") for name, found in plan.data.items()},

@@ -148,7 +148,7 @@ def test_usage(run: Run, merge: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("xyz: 0.2", ["unknown key 'xyz'", "known are base, finetuned"]),
+        ("xyz: 0.2", ["unknown key 'xyz'", "known are base, localized, finetuned"]),
         ("finetune: [x]", ["unknown key 'finetune'", "did you mean 'finetuned'"]),
         ("localizer: {densty: 0.2}", ["unknown key 'localizer.densty'", "did you mean 'density'"]),
         ("localizer: {density: much}", ["localizer.density"]),

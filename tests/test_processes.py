@@ -17,10 +17,10 @@ from hf_locstitch.processes import divide
 SHAPES = {f"layers.{i}.w": (40, 30 + i) for i in range(9)} | {"embed.w": (50, 30), "layers.9.empty": (0, 3)}
 
 
-def launch(count: int, cwd: Path, *args: object) -> subprocess.CompletedProcess[str]:
+def launch(count: int, cwd: Path, *args: object, command: str = "merge") -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [*(torchrun if count > 1 else [sys.executable]), "-m", "hf_locstitch", "merge", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    program = [*(torchrun if count > 1 else [sys.executable]), "-m", "hf_locstitch", command]
+    return subprocess.run([*program, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -44,6 +44,27 @@ def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, refs: li
         del manifest["seconds"]
     assert manifests[0] == manifests[1] == manifests[2]
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_localizing_and_stitching_in_several_processes(tmp_path: Path) -> None:
+    """Most weights unchanged, so that the base's are among those that are kept."""
+    base = random_state(0, torch.bfloat16, SHAPES)
+    save_sharded(tmp_path / "base", base, lambda names: [names[:4], names[4:]])
+    few = {name: value.clone() for name, value in base.items()}
+    few["layers.3.w"] += 1
+    save(tmp_path / "few", few)
+    for count in (1, 2):
+        asked = "--base", "./base", "--ft", "./few", "--density", "0.4", "--out", f"loc{count}"
+        done = launch(count, tmp_path, *asked, command="localize")
+        assert done.returncode == 0, done.stderr[-3000:]
+        done = launch(count, tmp_path, "--base", "./base", "--localized", "./loc1", "--out", f"out{count}",
+                      command="stitch")  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert files_of(tmp_path / "loc1") == files_of(tmp_path / "loc2")
+    assert files_of(tmp_path / "out1") == files_of(tmp_path / "out2")
+    assert (tmp_path / "out1" / "model-00001-of-00002.safetensors").read_bytes() != (
+        tmp_path / "base" / "model-00001-of-00002.safetensors"
+    ).read_bytes()
 
 
 def test_an_error_in_one_process_ends_all(tmp_path: Path, refs: list[object]) -> None:

@@ -77,7 +77,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
     _refuse_quantized(source, config)
     files = _weight_files(source)
     with ThreadPoolExecutor(min(8, len(files))) as pool:
-        shards = tuple(pool.map(lambda file: _read_shard(source, file), files))
+        shards = tuple(pool.map(lambda file: read_shard(source, file), files))
     tensors: dict[str, tuple[Shard, TensorInfo]] = {}
     for shard in shards:
         for info in shard.header.tensors:
@@ -88,10 +88,11 @@ def read_checkpoint(source: Source) -> Checkpoint:
                 )
             tensors[info.name] = (shard, info)
     _check_index(source, tensors)
-    return Checkpoint(source, shards, config, _card(source), tensors)
+    return Checkpoint(source, shards, config, read_card(source), tensors)
 
 
-def _read_shard(source: Source, file: str) -> Shard:
+def read_shard(source: Source, file: str) -> Shard:
+    """The header of a safetensors file. Raises CheckpointError."""
     where, size = f"{source.label}/{file}", source.files[file].size
     raw = source.read_start(file, min(FIRST_READ, size))
     if (needed := header_length(raw, size, where)) > len(raw):
@@ -114,7 +115,8 @@ def _config(source: Source) -> dict[str, Any]:
     return read_json(source, "config.json") if "config.json" in source.files else {}
 
 
-def _card(source: Source) -> dict[str, Any]:
+def read_card(source: Source) -> dict[str, Any]:
+    """The metadata at the head of README.md; empty if there is none."""
     if "README.md" not in source.files:
         return {}
     from huggingface_hub.repocard import metadata_load
@@ -158,6 +160,11 @@ def _weight_files(source: Source) -> list[str]:
 
 
 def _raise_no_weights(source: Source, loose: list[str]) -> NoReturn:
+    if any(file.startswith("values/") for file in source.files) and "locstitch.json" in source.files:
+        raise CheckpointError(
+            f"{source.label} is a localized checkpoint, not a whole model. Put it into its base: "
+            "hf-locstitch stitch --base REF --localized REF... --out DIR."
+        )
     if loose:
         raise CheckpointError(
             f"{source.label} has {len(loose)} safetensors files ({_some(loose)}) but neither {SINGLE} nor {INDEX}, "

@@ -18,7 +18,7 @@ NOT_COPIED = frozenset({
     "README.md", "locstitch.yaml", "locstitch.json", "trainer_state.json", "training_args.json",
     "all_results.json", "train_results.json", "eval_results.json", "adapter_config.json",
 })  # fmt: skip
-NOT_COPIED_FOLDERS = frozenset({"masks", "figures", "runs", "onnx", "openvino", "coreml", "original"})
+NOT_COPIED_FOLDERS = frozenset({"masks", "values", "figures", "runs", "onnx", "openvino", "coreml", "original"})
 
 
 def side_files(files: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from hf_locstitch.figures.task_vectors import (
     Sample,
     TaskVectors,
     kept_among,
+    read_task_vectors,
     sample_places,
     sampled_per_tensor,
     sampled_values,
@@ -28,6 +29,7 @@ from hf_locstitch.figures.task_vectors import (
 )
 
 if TYPE_CHECKING:
+    from hf_locstitch.checkpoints.source import Source
     from hf_locstitch.evaluation.report import EvaluationReport
     from hf_locstitch.manifest import Manifest
     from hf_locstitch.plan import MergePlan
@@ -94,12 +96,26 @@ def survey_merge(plan: MergePlan, stage: Path) -> Survey | None:
     """What the masks in stage/masks say; None if no figures are wanted, or there are no masks.
 
     Task vectors are looked at where the inputs are on this machine: those that were only streamed are not read again.
+    Of localized checkpoints it is taken what these noted.
     """
     if not plan.masked or not plan.recipe.figures:
         return None
     masks = {name: stage / "masks" / f"{name}.safetensors" for name in plan.finetuned}
+    if plan.given:
+        noted = {name: noted_task_vectors(one.source).get(one.name) for name, one in plan.given.items()}
+        found = survey(masks)
+        return Survey(found.shapes, found.ones, {name: one for name, one in noted.items() if one is not None})
     readers = _inputs_at_hand(plan)
     return survey(masks, readers["base"], readers) if readers else survey(masks)
+
+
+def noted_task_vectors(source: Source) -> Mapping[str, TaskVectors]:
+    """What a merge or a localized checkpoint noted of its inputs; nothing if it did not."""
+    file = f"{FOLDER}/{FILE}"
+    try:
+        return read_task_vectors(source.fetch(file)) if file in source.files else {}
+    except (ValueError, TypeError):
+        return {}
 
 
 def draw_merge(record: Manifest, found: Survey | None, stage: Path) -> list[str]:

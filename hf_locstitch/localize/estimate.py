@@ -60,7 +60,7 @@ class LearningCost:
 
 def learning_cost(plan: MergePlan) -> LearningCost | None:
     """None for a localizer that looks at no data. Times a product of matrices on the device."""
-    how = plan.localizer if plan.masked else None
+    how = plan.localizer if plan.localizes else None
     if not isinstance(how, WithData):
         return None
     from hf_locstitch.localize.open_subject import find_device

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,23 @@ class Kept:
         return np.sort(np.concatenate([self.positions, self.unchanged]), kind="stable")  # merges sorted runs
 
 
+class Keeper(Protocol):
+    """A settled mask with its finetuned values, read chunk by chunk. chunks: of the localized tensors `names`."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def chunks(self) -> Sequence[Chunk]: ...
+
+    @property
+    def ones(self) -> int: ...
+
+    def kept(self, chunk: Chunk) -> Kept: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Threshold:
     """bits: scores above are kept; of the `ties` equal to it, `keep`. ties counts a whole group of tensors."""
@@ -88,12 +106,12 @@ class Selection:
         brackets: Sequence[Bracket],
         processes: Processes,
     ) -> None:
-        self.chunks = chunks
+        self.chunks: Sequence[Chunk] = chunks
         self._processes = processes
         self._spill = spill
         self._brackets = brackets
         self._group_of = {tensor: group for group, (tensors, _) in enumerate(groups) for tensor in tensors}
-        self.names = names
+        self.names: Sequence[str] = names
         self._groups = groups
         self._thresholds: list[Threshold] = []
         self._tie_starts: npt.NDArray[np.int64] = np.zeros(len(chunks), dtype=np.int64)

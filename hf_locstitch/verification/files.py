@@ -23,7 +23,8 @@ def open_manifest(source: Source) -> Manifest:
     """Raises CheckpointError if the source is no merge."""
     if FILE not in source.files:
         raise CheckpointError(
-            f"{source.label} has no {FILE}, so it is no merge made by hf-locstitch. Name the folder or repo of a merge."
+            f"{source.label} has no {FILE}, so it is no merge made by hf-locstitch. Name the folder or repo of a merge "
+            "or of a localized checkpoint."
         )
     try:
         return TypeAdapter(Manifest).validate_json(source.fetch(FILE).read_bytes())
@@ -63,14 +64,15 @@ def _check_file(source: Source, file: str, entry: Mapping[str, Any]) -> Iterator
 
 def check_recipe(recipe: Recipe, record: Manifest) -> Iterator[Finding]:
     """The pinned recipe asks for what the manifest says was done."""
-    localizer = recipe.localizer.model_dump(mode="json") if recipe.localizer else None
-    asked = {"method": recipe.method, "scale": recipe.scale, "localizer": localizer}
-    done = {"method": record.method, "scale": record.scale, "localizer": record.localizer}
-    inputs = [("base", recipe.base), *((entry.name, entry) for entry in recipe.finetuned)]
+    asked: dict[str, Any] = {"method": recipe.method, "scale": recipe.scale}
+    done: dict[str, Any] = {"method": record.method, "scale": record.scale}
+    if not recipe.localized:  # they bring their own
+        asked["localizer"] = recipe.localizer.model_dump(mode="json") if recipe.localizer else None
+        done["localizer"] = record.localizer
+    inputs = [("base", recipe.base), *((entry.name, entry) for entry in recipe.entries)]
     asked["inputs"] = [(name, entry.ref, entry.sha256) for name, entry in inputs]
-    done["inputs"] = [
-        (entry.name, entry.ref, None if entry.commit else weights_sha256(entry.files)) for entry in record.inputs
-    ]
+    taken = [record.localized.get(entry.name, entry) for entry in record.inputs]
+    done["inputs"] = [(entry.name, entry.ref, None if entry.commit else weights_sha256(entry.files)) for entry in taken]
     for field, value in asked.items():
         if value != done[field]:
             yield Finding("recipe", "locstitch.yaml", field, str(value), f"{done[field]} as in {FILE}")

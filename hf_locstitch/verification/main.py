@@ -1,8 +1,10 @@
-"""`verify`: files against the manifest, masks against densities, values against inputs. Only reads."""
+"""`verify`: files against the manifest, masks against densities, values against inputs. Only reads.
+
+Of a localized checkpoint the values are those under its mask."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -12,13 +14,15 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source, read_ch
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
-from hf_locstitch.errors import LocstitchError, RequestError
+from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
+from hf_locstitch.localized.checkpoint import LocalizedCheckpoint, read_localized
 from hf_locstitch.manifest import FILE, RECIPE_FILE, Manifest
 from hf_locstitch.progress import Progress
 from hf_locstitch.recipe import Recipe, load_recipe, make_recipe
 from hf_locstitch.select import localizable
 from hf_locstitch.verification.files import check_files, check_recipe, open_manifest
 from hf_locstitch.verification.inputs import Place, check_hashes, fetch_tensors, input_places, open_inputs
+from hf_locstitch.verification.localized import GraftReader
 from hf_locstitch.verification.masks import (
     DamagedMask,
     MaskFile,
@@ -46,13 +50,13 @@ def verify(
     tensors: Tensors = 8,
     show_progress: bool | None = None,
 ) -> VerifyReport:
-    """Read a merge back and check its files, its masks and, for Localize-and-Stitch, its values.
+    """Read a merge or a localized checkpoint back; check its files, its masks and, for Localize-and-Stitch, its values.
 
     ref: a folder, org/name or org/name@revision. base, finetuned: where the inputs are, if not where the manifest
     names them; local ones are looked for in the working directory. tensors: how many localized tensors are computed
     again (and two others), "all" for every tensor. show_progress: None shows bars on a terminal only.
 
-    Raises CheckpointError if `ref` is no merge. What does not hold is no exception but a finding of the report.
+    Raises CheckpointError if `ref` is neither. What does not hold is no exception but a finding of the report.
     """
     source = open_source(parse_ref(str(ref)))
     record = open_manifest(source)
@@ -61,7 +65,9 @@ def verify(
     )
     notes, progress = Notes(), Progress(show_progress)
     _files(source, record, progress, notes)
-    if record.method == METHOD:
+    if record.is_localized:
+        _localized(source, record, places, tensors, progress, notes)
+    elif record.method == METHOD:
         if merge := _read_merge(source, record, notes):
             _values(merge, places, tensors, progress, notes)
     else:
@@ -112,8 +118,11 @@ def _read_merge(source: Source, record: Manifest, notes: Notes) -> Merge | None:
     if weights is None or recipe is None:
         notes.skipped.append("masks and values: the weights or the recipe cannot be read")
         return None
-    chosen = localizable((info for _, info in weights.tensors.values()), recipe.include, recipe.exclude)
     masks, damaged = open_masks(source, record)
+    if recipe.localized and masks:  # which tensors were localized is not said again
+        chosen = [name for name in next(iter(masks.values())).shapes if name in weights.tensors]
+    else:
+        chosen = localizable((info for _, info in weights.tensors.values()), recipe.include, recipe.exclude)
     if not _masks(record, masks, damaged, [weights.info(name) for name in chosen], notes):
         notes.skipped.append("values: the masks cannot be used")
         return None
@@ -124,6 +133,48 @@ def _read_merge(source: Source, record: Manifest, notes: Notes) -> Merge | None:
         notes.skipped.append("values: inputs and masks do not belong together")
         return None
     return merge
+
+
+def _localized(
+    source: Source, record: Manifest, places: Sequence[Place], tensors: Tensors, progress: Progress, notes: Notes
+) -> None:
+    """Mask and values of a localized checkpoint."""
+    _recipe(source, record, notes)
+    try:
+        given = read_localized(source, record)
+    except CheckpointError as error:
+        notes.findings.append(Finding("files", source.label, "the localized checkpoint", str(error), "readable"))
+        return
+    masks, damaged = open_masks(source, record)
+    ranged = [TensorInfo(name, given.stored(name).dtype, shape, 0, 0) for name, shape in given.shapes.items()]
+    if not _masks(record, masks, damaged, ranged, notes):
+        notes.skipped.append("values: the mask cannot be used")
+        return
+    inputs, reasons = open_inputs(places)
+    if reasons:
+        notes.skipped.append(f"values: {'; '.join(reasons)} --base REF and --ft REF... say where the inputs are.")
+        return
+    sample = _sample(given.shapes, tensors)
+    try:
+        for entry in record.inputs:
+            notes.findings += check_hashes(entry, inputs[entry.name])
+        opened = {name: fetch_tensors(checkpoint, sample) for name, checkpoint in inputs.items()}
+    except LocstitchError as error:
+        notes.skipped.append(f"values: {error}")
+        return
+    base, finetuned = opened["base"], opened[given.name]
+    graft = GraftReader(given, base, finetuned)
+    check = ValueCheck(graft, base, base, {given.name: finetuned}, masks, How(1.0, _top_k(record, notes)))
+    with progress.bar("values", sum(given.stored(name).nbytes for name in sample)) as advance, one_thread():
+        for name in sample:
+            notes.findings += check.localized(name) if name in graft.checkpoint.tensors else _lacking(name, given)
+            advance(given.stored(name).nbytes)
+    notes.findings += check.kept_the_largest()
+    notes.count(inputs=len(inputs), tensors=len(sample), of_tensors=len(given.shapes), coordinates=check.coordinates)
+
+
+def _lacking(name: str, given: LocalizedCheckpoint) -> Iterator[Finding]:
+    yield Finding("values", name, f"the tensor of {given.finetuned.ref}", "absent", str(list(given.shapes[name])))
 
 
 def _weights(source: Source, notes: Notes) -> Checkpoint | None:
@@ -210,14 +261,14 @@ def _value_check(merge: Merge, inputs: Mapping[str, Checkpoint], tensors: Sequen
         opened[merge.rest],
         {name: opened[name] for name in order},
         merge.masks,
-        How(merge.recipe.scale, _top_k(merge.recipe, notes)),
+        How(merge.recipe.scale, _top_k(merge.record, notes)),
     )
 
 
-def _top_k(recipe: Recipe, notes: Notes) -> Literal["model", "tensor", ""]:
+def _top_k(record: Manifest, notes: Notes) -> Literal["model", "tensor", ""]:
     """Among which entries a mask keeps the largest; "" where that is not how masks were found."""
-    if recipe.localizer is not None and recipe.localizer.method == "magnitude":
-        return recipe.localizer.scope
+    if record.localizer is not None and record.localizer.get("method") == "magnitude":
+        return "tensor" if record.localizer.get("scope") == "tensor" else "model"
     notes.skipped.append("top k: how these masks were found is not computed again")
     return ""
 

@@ -13,8 +13,7 @@ import torch
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import FLOATING, TensorInfo
-from hf_locstitch.checkpoints.mapped import MappedCheckpoint
-from hf_locstitch.checkpoints.reader import TORCH_DTYPE
+from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
 from hf_locstitch.plan import DTYPE_ON_DISK
 from hf_locstitch.verification.masks import MaskFile, positions_of
 from hf_locstitch.verification.report import Finding
@@ -113,10 +112,10 @@ class ValueCheck:
     rest: the checkpoint of the tensors that are not localized.
     """
 
-    merged: MappedCheckpoint
-    base: MappedCheckpoint
-    rest: MappedCheckpoint
-    finetuned: Mapping[str, MappedCheckpoint]
+    merged: CheckpointReader
+    base: CheckpointReader
+    rest: CheckpointReader
+    finetuned: Mapping[str, CheckpointReader]
     masks: Mapping[str, MaskFile]
     how: How
     coordinates: int = 0
@@ -181,7 +180,7 @@ class ValueCheck:
         yield from wrong.findings()
 
 
-def _raw(reader: MappedCheckpoint, info: TensorInfo, first: int, count: int, item: int) -> torch.Tensor:
+def _raw(reader: CheckpointReader, info: TensorInfo, first: int, count: int, item: int) -> torch.Tensor:
     """Elements of whatever dtype, each as one integer [count], or as their bytes where there is no such integer."""
     raw = torch.frombuffer(reader.raw(info.name, first * item, (first + count) * item), dtype=torch.uint8)
     return raw.clone().view(INTEGER[item]) if item in INTEGER else raw
@@ -213,7 +212,7 @@ class Differences:
             yield Finding("values", self.tensor, f"{which} at {index}", got, due)
 
 
-def _unlike_inputs(tensor: str, shape: tuple[int, ...], inputs: Mapping[str, MappedCheckpoint]) -> Iterator[Finding]:
+def _unlike_inputs(tensor: str, shape: tuple[int, ...], inputs: Mapping[str, CheckpointReader]) -> Iterator[Finding]:
     for name, reader in inputs.items():
         if tensor not in reader.checkpoint.tensors:
             yield Finding(
