@@ -36,6 +36,20 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "saliency, checkpointing": {"method": "saliency", "checkpointing": True},
     "mask": {"method": "mask", "epochs": 2},
     "mask, bfloat16 state": {"method": "mask", "epochs": 2, "state_dtype": "bfloat16"},
+    "mask, whole set": {"method": "mask", "epochs": 2, "micro_batch": 2 * BATCH},
+    "mask, whole set, checkpointing": {
+        "method": "mask",
+        "epochs": 2,
+        "micro_batch": 2 * BATCH,
+        "checkpointing": True,
+    },
+    "mask, whole set, checkpointing, bfloat16 state": {
+        "method": "mask",
+        "epochs": 2,
+        "micro_batch": 2 * BATCH,
+        "checkpointing": True,
+        "state_dtype": "bfloat16",
+    },
 }
 
 
@@ -142,13 +156,13 @@ def _ours(folder: Path, config: Any, examples: list[Any], fields: dict[str, Any]
     del base
     task = Task(examples, [TOKENS - 1] * len(examples), lambda model, batch: answer_loss(model, batch, 0))
     room = Room(folder, Processes())
+    fields = {"micro_batch": BATCH, **fields}
+    if fields.get("checkpointing"):
+        keep_no_activations(subject.model)
     if fields["method"] == "saliency":
-        how = Saliency(micro_batch=BATCH, **fields)
-        if how.checkpointing:
-            keep_no_activations(subject.model)
-        saliency_scores(how, subject, task, room)
+        saliency_scores(Saliency(**fields), subject, task, room)
     else:
-        learn_mask(Mask(micro_batch=BATCH, **fields), subject, task, room)
+        learn_mask(Mask(**fields), subject, task, room)
     sizes = [parameter.numel() for parameter in subject.model.parameters()]
     return sum(sizes), sum(place.base.numel() for place in subject.places.values())
 

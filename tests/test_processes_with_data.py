@@ -16,7 +16,7 @@ from hf_locstitch import load_mask
 RECIPE = """
 base: ./base
 finetuned: [./ft]
-localizer: {method: %s, density: 0.1, micro_batch: 2%s}
+localizer: {method: %s, density: 0.1, micro_batch: %s}
 data: [./a.jsonl]
 """
 
@@ -30,9 +30,10 @@ def test_masks_do_not_depend_on_the_number_of_processes(method: str, kind: str, 
     """In float64, so that the order of a sum decides no element; exactly the same k, and all bytes of the merge."""
     finetunes(tmp_path, kind, torch.float64, count=1)
     write_jsonl(tmp_path / "a.jsonl", ROWS)
-    (tmp_path / "plain.yaml").write_text(RECIPE % (method, ""))
-    (tmp_path / "sharded.yaml").write_text(RECIPE % (method, ", sharded: true"))
-    runs = {"one": (1, "plain"), "four": (4, "plain"), "sharded": (2, "sharded")}  # four have one idle: 3 micro-batches
+    (tmp_path / "plain.yaml").write_text(RECIPE % (method, "2"))
+    (tmp_path / "sharded.yaml").write_text(RECIPE % (method, "3, sharded: true"))
+    # Four have one idle, for there are 3 micro-batches; two that share parameters out get one each.
+    runs = {"one": (1, "plain"), "four": (4, "plain"), "sharded": (2, "sharded")}
     for out, (count, recipe) in runs.items():
         done = launch(count, tmp_path, f"{recipe}.yaml", "--out", out, "--quiet")
         assert done.returncode == 0, done.stderr[-3000:]

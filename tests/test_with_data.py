@@ -155,7 +155,7 @@ def test_a_dry_run_shows_the_data(tmp_path: Path, capsys: Any) -> None:
     assert main([str(argument) for argument in arguments]) == 0
     said = capsys.readouterr().out
     assert "a.jsonl" in said and "mask, density 0.01" in said and "64 examples" in said
-    assert "localizing" in said
+    assert "localizing" in said and "; micro_batch: 64 would halve the scores, with 10 passes" in said
 
 
 def test_a_data_set_from_the_hub(tmp_path: Path, home_hub: LoopbackHub) -> None:

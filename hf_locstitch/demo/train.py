@@ -51,24 +51,38 @@ PRETRAIN = Schedule("adamw", lr=2e-3, steps=400)
 FINETUNE = Schedule("sgd", lr=1e-2, steps=40)
 
 
-def train_models(out: Path, *, seed: int = 0, progress: Callable[[str], None] | None = None) -> dict[str, Path]:
-    """Train the base and one finetune per skill, and save each in bfloat16 with its tokenizer.
+@dataclass(frozen=True)
+class Making:
+    """The size of the models, how they are trained, and the dtype of what is saved."""
+
+    hidden: int = 192
+    layers: int = 3
+    pretrain: Schedule = PRETRAIN
+    finetune: Schedule = FINETUNE
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+def train_models(
+    out: Path, *, seed: int = 0, how: Making | None = None, progress: Callable[[str], None] | None = None
+) -> dict[str, Path]:
+    """Train the base and one finetune per skill, and save each with its tokenizer. how: default, the demo's.
 
     Returns {"base": folder, skill: folder, ...}, folders inside `out`. `progress` gets a line now and then.
     """
-    say = progress or (lambda line: None)
+    say, how = progress or (lambda line: None), how or Making()
+    dtype: torch.dtype = getattr(torch, how.dtype)
     tokenizer = make_tokenizer()
     folders = {name: out / name for name in ("base", *SKILLS)}
-    base = make_model(tokenizer, seed)
-    train(base, tokenizer, PRETRAINING, PRETRAIN, seed=seed, progress=lambda line: say(f"base: {line}"))
-    save(base.bfloat16(), tokenizer, folders["base"])
+    base = make_model(tokenizer, seed, hidden=how.hidden, layers=how.layers)
+    train(base, tokenizer, PRETRAINING, how.pretrain, seed=seed, progress=lambda line: say(f"base: {line}"))
+    save(base.type(dtype), tokenizer, folders["base"])
     for number, (name, skill) in enumerate(SKILLS.items(), start=1):
         model = copy.deepcopy(base).float()
         freeze_all_but_blocks(model)
         tasks = [*COMMON, *[skill] * len(COMMON)]
         own_seed = seed * len(folders) + number
-        train(model, tokenizer, tasks, FINETUNE, seed=own_seed, progress=lambda line, n=name: say(f"{n}: {line}"))
-        save(model.bfloat16(), tokenizer, folders[name])
+        train(model, tokenizer, tasks, how.finetune, seed=own_seed, progress=lambda line, n=name: say(f"{n}: {line}"))
+        save(model.type(dtype), tokenizer, folders[name])
     return folders
 
 

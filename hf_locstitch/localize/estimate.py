@@ -31,7 +31,9 @@ RATE_SIZE = 1024  # rows of the square matrices whose product is timed
 class LearningCost:
     """Bytes on the device, but for `elsewhere` (memory or files of this machine). flops: of one pass over a set.
 
-    tokens: of a set, at most. free: bytes that the device has now. activations: 0 where the config tells no sizes.
+    numbers: kept for an element. unsplit: the micro_batch that would keep one less, if any would, with
+    unsplit_passes. tokens: of a set, at most. free: bytes that the device has now. activations: 0 where the config
+    tells no sizes.
     """
 
     device: str
@@ -40,6 +42,9 @@ class LearningCost:
     gradients: int
     activations: int
     elsewhere: int
+    numbers: int
+    unsplit: int | None
+    unsplit_passes: int
     free: int
     tokens: int
     flops: int
@@ -68,8 +73,6 @@ def learning_cost(plan: MergePlan) -> LearningCost | None:
     device = find_device(how)
     infos = [info for _, info in plan.base.tensors.values()]
     item = max((ITEM_BYTES[info.dtype] for info in plan.localized), default=4)
-    numbers = 2 if isinstance(how, Mask) else 1
-    state = numbers * STATE_BYTES[how.state_dtype] * plan.n
     largest = max((info.numel for info in plan.localized), default=0)
     sets = list(plan.data.values())
     length = max((getattr(found.asked.objective, "max_length", 512) for found in sets), default=512)
@@ -77,7 +80,12 @@ def learning_cost(plan: MergePlan) -> LearningCost | None:
         found.asked.number * _classes(found, checkpoint.config)
         for found, checkpoint in zip(sets, plan.finetuned.values(), strict=True)
     ]
-    tokens = max(examples, default=0) * length
+    most = max(examples, default=0)
+    split = _split(how, most)
+    could = split and not _split(how.model_copy(update={"micro_batch": most}), most)
+    numbers = 2 if split else 1
+    state = numbers * STATE_BYTES[how.state_dtype] * plan.n
+    tokens = most * length
     parameters = sum(info.numel for info in infos)
     flops = (8 if how.checkpointing else 6) * parameters * tokens
     return LearningCost(
@@ -85,14 +93,30 @@ def learning_cost(plan: MergePlan) -> LearningCost | None:
         weights=item * parameters,
         state=state if how.state_on == "device" else 0,
         gradients=largest * (item + 3 * 4),  # a gradient, and the float32 copies that it is added up with
-        activations=_activations(plan.base.config, how, how.micro_batch * length, item),
+        activations=_activations(plan.base.config, how, min(how.micro_batch, most) * length, item),
         elsewhere=0 if how.state_on == "device" else state,
+        numbers=numbers,
+        unsplit=most if could else None,
+        unsplit_passes=len(plan.finetuned) * _passes(how, False),
         free=_free(device),
         tokens=tokens,
         flops=flops,
-        passes=len(plan.finetuned) * (how.epochs if isinstance(how, Mask) else len(getattr(how, "at", (0,)))),
+        passes=len(plan.finetuned) * _passes(how, split),
         seconds=flops / _rate(device, item),
     )
+
+
+def _split(how: WithData, examples: int) -> bool:
+    """Whether the gradients of so many examples must be added up before a mask can learn from them."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return isinstance(how, Mask) and not how.comes_whole(how.batches(examples), processes)
+
+
+def _passes(how: WithData, split: bool) -> int:
+    """Over the set of one finetune."""
+    if isinstance(how, Mask):
+        return how.epochs * (1 if split or not how.relative_lr else 2)
+    return len(getattr(how, "at", (0,)))
 
 
 def _classes(found: OpenSet, config: Mapping[str, Any]) -> int:
@@ -149,8 +173,11 @@ def describe(cost: LearningCost) -> str:
     if not cost.fits:
         verdict += ": it may not fit; set micro_batch: 1, checkpointing: true, or state_on: cpu"
     elsewhere = f", {human(cost.elsewhere)} scores elsewhere" if cost.elsewhere else ""
+    saving = ""
+    if cost.unsplit:
+        saving = f"; micro_batch: {cost.unsplit} would halve the scores, with {cost.unsplit_passes} passes"
     return (
         f"localizing about {human(cost.peak)} ({', '.join(parts)}{elsewhere}) {verdict}; "
         f"{cost.passes} {'pass' if cost.passes == 1 else 'passes'} of at most {cost.flops / 1e12:.3g} TFLOP, "
-        f"about {cost.seconds:.2g} s each at the speed of a plain product of matrices"
+        f"about {cost.seconds:.2g} s each at the speed of a plain product of matrices{saving}"
     )

@@ -59,6 +59,12 @@ class Mask(WithData):
         n = sum(numels)
         return self.started(n) if self.density is None else exact_share(self.density, n)
 
+    def batches(self, examples: int) -> int:
+        """As WithData.batches; those of the `official` preset end with its batches."""
+        size = min(self.batch, examples) if self.preset == "official" else examples
+        full, rest = divmod(examples, size) if size else (0, 0)
+        return full * super().batches(size) + super().batches(rest)
+
     def started(self, n: int) -> int:
         """How many of n elements start inside the mask."""
         share = self.start_density if self.start_density is not None else self.density

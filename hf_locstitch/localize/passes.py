@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_locstitch.data.task import MicroBatch, Task
 from hf_locstitch.errors import RequestError, WorkError
 from hf_locstitch.localize.ranking import pieces
-from hf_locstitch.localize.subject import Place, Subject, is_shared_out, own_rows
+from hf_locstitch.localize.subject import Place, Subject, own_rows
 from hf_locstitch.localize.updates import add_rounding
 from hf_locstitch.processes import Processes
 
@@ -101,18 +101,39 @@ def add_gradients(
     total: the same in all processes, before and after. Raises RequestError if the loss is not finite, WorkError if
     memory runs out.
     """
-    sharded = any(is_shared_out(place.parameter) for place in subject.places.values())
-    own = batches[processes.rank :: processes.count]
-    if sharded:  # every process takes part in every pass, and gradients come averaged over the processes
-        own = [MicroBatch(batch.examples, batch.factor * processes.count) for batch in own]
-        idle = -(-len(batches) // processes.count) - len(own)
-        own += [MicroBatch(batches[0].examples, 0.0)] * idle
-    elif not processes.first:
+    alone = processes.count == 1 or subject.sharded
+    if not alone and not processes.first:
         total.clear()  # it is in the first one's sum
 
     def consume(place: Place, gradient: Tensor) -> None:
         into = total[place]
         add_rounding(into, gradient.to(into.device), rounding.on(into.device))
+
+    loss = pass_over(subject, task, batches, consume, processes, advance)
+    for tensor in () if alone else total.tensors.values():
+        for piece in pieces(tensor):
+            processes.add_up(piece)
+    return loss
+
+
+def pass_over(
+    subject: Subject,
+    task: Task,
+    batches: Sequence[MicroBatch],
+    consume: Callable[[Place, Tensor], None],
+    processes: Processes,
+    advance: Advance = lambda _: None,
+) -> float:
+    """Forward and backward passes over this process's share of the batches; returns the loss of all of them.
+
+    consume: gets the gradient of a place in one micro-batch, on the place's device; of its own rows, over all
+    processes, where parameters are shared out. Raises as add_gradients.
+    """
+    own = batches[processes.rank :: processes.count]
+    if subject.sharded:  # every process takes part in every pass, and gradients come averaged over the processes
+        own = [MicroBatch(batch.examples, batch.factor * processes.count) for batch in own]
+        idle = -(-len(batches) // processes.count) - len(own)
+        own += [MicroBatch(batches[0].examples, 0.0)] * idle
 
     def work() -> Tensor:
         loss = torch.zeros((), dtype=torch.float64)
@@ -126,12 +147,8 @@ def add_gradients(
 
     loss = processes.together(work)
     processes.add_up(loss)
-    if sharded:
+    if subject.sharded:
         loss /= processes.count
-    else:
-        for tensor in total.tensors.values():
-            for piece in pieces(tensor):
-                processes.add_up(piece)
     if not torch.isfinite(loss):
         raise RequestError(
             f"the loss is {loss.item()} on the localization set: the model does not bear it in its dtype, or is "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from hf_locstitch.data.task import Objective
 from hf_locstitch.errors import RequestError
 from hf_locstitch.localize.names import Group, check, chosen_groups, group_names, to_disk
+from hf_locstitch.localize.ranking import pieces
 from hf_locstitch.localize.updates import interpolate
 
 OnDisk = Callable[[str], Tensor]
@@ -69,21 +71,25 @@ class Place:
         local = part.to(self.device)
         return DTensor.from_local(local, mesh, placements, shape=shape, stride=stride).full_tensor()
 
-    def task_vector(self, device: torch.device | None = None) -> Tensor:
-        """finetuned − base of this process's part, in float32 (float64 if stored so), on its device or another."""
-        device = device or self.device
+    def task_vector_pieces(self, device: torch.device) -> Iterator[Tensor]:
+        """finetuned − base of this process's part, in float32 (float64 if stored so), in step with `pieces`."""
         wide = torch.promote_types(self.base.dtype, torch.float32)
-        return self.part(self.finetuned).to(device, wide) - self.part(self.base).to(device, wide)
+        for finetuned, base in zip(pieces(self.part(self.finetuned)), pieces(self.part(self.base)), strict=True):
+            yield finetuned.to(device, wide) - base.to(device, wide)
 
-    def graft(self, share: Tensor | float) -> None:
-        """Set the parameter to base + share·τ, always from the untouched base. share: of this process's part."""
-        base, finetuned = self.part(self.base).to(self.device), self.part(self.finetuned).to(self.device)
-        values = interpolate(base, finetuned, share)
-        if is_shared_out(self.parameter):
-            with torch.no_grad():
-                own_rows(self.parameter).copy_(values)
-        else:
-            self.parameter.data = values
+    def graft(self, share: Iterable[Tensor] | float) -> None:
+        """Set the parameter to base + share·τ, always from the untouched base.
+
+        share: of this process's part, in step with `pieces`, on the parameter's device; or a number for all.
+        """
+        values = own_rows(self.parameter).detach()
+        mapped = values.data_ptr() == self.base.data_ptr()  # still the file's, which nothing writes into
+        if not is_shared_out(self.parameter) and (mapped or not values.is_contiguous()):
+            values = self.parameter.data = torch.empty_like(values, memory_format=torch.contiguous_format)
+        shares = repeat(share) if isinstance(share, float | int) else share
+        flat = (pieces(values), pieces(self.part(self.base)), pieces(self.part(self.finetuned)))
+        for piece, base, finetuned, part in zip(*flat, shares, strict=False):
+            piece.copy_(interpolate(base.to(self.device), finetuned.to(self.device), part))
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,16 @@ class Subject:
     model: Any
     places: Mapping[str, Place]
     groups: tuple[Group, ...]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are shared out over the processes (FSDP2)."""
+        return any(is_shared_out(place.parameter) for place in self.places.values())
+
+    @property
+    def size(self) -> int:
+        """How many elements are localized, in all processes."""
+        return sum(place.base.numel() for place in self.places.values())
 
     def to_disk(self, of: Callable[[Place], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Parts of each place, whole and under the names on disk, one group of parameters in memory at a time."""

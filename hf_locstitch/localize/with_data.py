@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class WithData(BaseModel):
-    """micro_batch: examples that pass through the model together; results do not depend on it but for rounding.
+    """micro_batch: examples that pass through the model together; results do not depend on it but for rounding. One
+    that holds the whole set spares `mask` a second number for every parameter.
 
     state_dtype: of the numbers kept for every localizable parameter; bfloat16 is rounded at random. state_on: where
     they lie, "disk" is a file that is mapped. checkpointing: activations are computed twice and not kept.
@@ -35,3 +36,11 @@ class WithData(BaseModel):
                 "Use checkpointing, state_on: cpu, or several processes"
             )
         return value
+
+    def batches(self, examples: int) -> int:
+        """Into how many micro-batches so many examples fall."""
+        return -(-examples // self.micro_batch)
+
+    def comes_whole(self, batches: int, processes: int) -> bool:
+        """Whether the backward pass of one micro-batch makes the gradient of all of them."""
+        return batches <= processes if self.sharded else batches == processes == 1

@@ -1,6 +1,5 @@
 """The demo's exercises, tokenizer and marking, and that its training does what its docstring says."""
 
-import copy
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -109,15 +108,14 @@ def test_accuracy_of_an_oracle_and_of_a_model_that_knows_nothing(skill: str) -> 
 
 
 def test_models_are_saved_whole_finetunes_change_blocks_only_and_the_seed_decides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    small = pico()
-    monkeypatch.setattr(training, "make_model", lambda tokenizer, seed: copy.deepcopy(small))
-    monkeypatch.setattr(training, "PRETRAIN", training.Schedule("adamw", lr=1e-3, steps=2, batch=4))
-    monkeypatch.setattr(training, "FINETUNE", training.Schedule("sgd", lr=1e-1, steps=2, batch=4))
+    pretrain = training.Schedule("adamw", lr=1e-3, steps=2, batch=4)
+    finetune = training.Schedule("sgd", lr=1e-1, steps=2, batch=4)
+    how = training.Making(hidden=32, layers=1, pretrain=pretrain, finetune=finetune)
     lines: list[str] = []
-    folders = training.train_models(tmp_path / "one", progress=lines.append)
-    again = training.train_models(tmp_path / "two")
+    folders = training.train_models(tmp_path / "one", how=how, progress=lines.append)
+    again = training.train_models(tmp_path / "two", how=how)
     assert list(folders) == ["base", *SKILLS] and len(lines) == 4
 
     base = AutoModelForCausalLM.from_pretrained(folders["base"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hf_locstitch.data.task import Task, micro_batches
 from hf_locstitch.errors import RequestError, WorkError
 from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores, start_scores
 from hf_locstitch.localize.mask import Mask
+from hf_locstitch.localize.passes import State
 from hf_locstitch.localize.saliency import Saliency
 from hf_locstitch.localize.subject import Subject, keep_no_activations
 from hf_locstitch.localize.updates import add_rounding, official_step, score_gradient
@@ -73,6 +75,42 @@ def test_the_gradient_of_scores_is_autograds(case: str, micro_batch: int, tmp_pa
     assert moved > 1e-6 and losses[0] > 0.1  # the task's own part is not lost in the penalty's
 
 
+@pytest.mark.parametrize("preset", ["default", "paper", "official"])
+@pytest.mark.parametrize("case", ["tied", "mixtral"])
+def test_a_whole_set_needs_one_number_an_element(
+    case: str, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same S as from micro-batches, whose gradients are kept and added up."""
+    folders = pair(CASES[case][0], tmp_path)
+    found: list[tuple[State, list[float]]] = []
+    for micro_batch, kept in ((5, ["scores"]), (2, ["scores", "gradient"])):
+        states: list[str] = []
+
+        class Counted(State):
+            def __init__(self, places: Any, dtype: str, on: str, folder: Path, name: str, seen: Any = states) -> None:
+                super().__init__(places, dtype, on, folder, name)
+                seen.append(name.removesuffix(".0"))
+
+        monkeypatch.setattr("hf_locstitch.localize.learn.State", Counted)
+        how = Mask(preset=preset, density=0.1, epochs=2, micro_batch=micro_batch, batch=5)
+        found.append(learn_mask(how, *prepare(case, folders), room(tmp_path)))
+        assert states == kept
+    (whole, losses), (split, expected) = found
+    assert losses == pytest.approx(expected, rel=1e-12) and losses[0] != losses[1]
+    for name, score in whole.tensors.items():
+        torch.testing.assert_close(score, split.tensors[name], rtol=1e-6, atol=1e-9)
+
+
+def test_a_parameter_that_no_example_reaches_still_shrinks(tmp_path: Path) -> None:
+    subject, task = prepare("causal-lm", pair("llama", tmp_path))
+    reached, *others = subject.places.values()
+    one = Task(task.examples, task.weights, lambda model, batch: reached.parameter.square().sum())
+    how = Mask(density=0.1, epochs=1, lr=1.0, relative_lr=False, penalty=0.1, start=(0.0, 0.0))
+    scores, _ = learn_mask(how, subject, one, room(tmp_path))
+    assert others and all((scores[place] == -0.025).all() for place in others)
+    assert len(scores[reached].unique()) > 1
+
+
 @pytest.mark.parametrize("case", ["causal-lm", "mixtral"])
 def test_saliency_is_gradient_times_task_vector(case: str, tmp_path: Path) -> None:
     subject, task = prepare(case, pair(CASES[case][0], tmp_path))
@@ -105,7 +143,7 @@ def test_without_a_task_every_share_shrinks(tmp_path: Path) -> None:
 def test_initial_mask_is_the_top_k_of_the_task_vector(tmp_path: Path) -> None:
     subject, _ = prepare("mixtral", pair("mixtral", tmp_path))
     scores = start_scores(Mask(density=0.037, start=(-1.0, 2.0)), subject, room(tmp_path))
-    magnitudes = torch.cat([place.task_vector().abs().flatten() for place in subject.places.values()])
+    magnitudes = torch.cat([(place.finetuned - place.base).abs().flatten() for place in subject.places.values()])
     inside = torch.cat([scores[place].flatten() for place in subject.places.values()]) == 2.0
     assert int(inside.sum()) == int(0.037 * len(magnitudes))
     assert magnitudes[inside].min() >= magnitudes[~inside].max()
@@ -173,7 +211,7 @@ def test_checkpointing_changes_no_score(tmp_path: Path) -> None:
 
     subject.model.model.layers[0].self_attn.register_forward_hook(count)
     scores, _ = learn_mask(Mask(epochs=1), subject, task, room(tmp_path))
-    assert forwards == 2  # once again in the backward pass
+    assert forwards == 4  # two passes, for the length of the step and for the step, with a backward pass each
     for name, score in scores.tensors.items():
         torch.testing.assert_close(score, expected.tensors[name], rtol=1e-12, atol=1e-14)
 
@@ -242,10 +280,10 @@ def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
 
 
 def test_no_relative_step_is_longer_than_lr(tmp_path: Path) -> None:
-    """The k-th most changed element moves by half of lr, none by all of it, and their order stays."""
+    """The k-th most changed element moves by half of lr (and 1/4096), none by all of it."""
     subject, task = prepare("causal-lm", pair("llama", tmp_path))
     how = Mask(density=0.1, epochs=1, lr=0.7, start=(0.0, 0.0), start_density=0.05)
     scores, _ = learn_mask(how, subject, task, room(tmp_path))
     moved = torch.cat([score.flatten().abs() for score in scores.tensors.values()])
     assert moved.max() < 0.7
-    assert int((moved >= 0.35 - 1e-6).sum()) == int(0.05 * len(moved))
+    assert 0.35 - 1e-6 <= moved.sort(descending=True).values[int(0.05 * len(moved)) - 1] <= 0.3501

@@ -72,5 +72,5 @@ def test_tied_weights_stored_twice_score_alike(tmp_path: Path) -> None:
     names = ["lm_head.weight", "model.embed_tokens.weight"]
     subject, _ = prepare("tied", folders, names)
     assert list(subject.places) == ["model.embed_tokens.weight"] and CASES["tied"][0] == "llama-tied"
-    mapped = dict(subject.to_disk(lambda place: place.task_vector()))
+    mapped = dict(subject.to_disk(lambda place: place.finetuned - place.base))
     assert mapped.keys() == set(names) and torch.equal(*mapped.values())

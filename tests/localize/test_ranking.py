@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_locstitch.localize.ranking import TopK, kth_largest, sortable
+from hf_locstitch.localize.ranking import Sizes, TopK, kth_largest, sortable
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50), st.data())
@@ -34,3 +34,21 @@ def test_ties_are_kept_evenly() -> None:
 @pytest.mark.parametrize("value", [0.0, -0.0])
 def test_zero_has_one_rank(value: float) -> None:
     assert sortable(torch.tensor([value]))[0] == 1 << 31
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 2.0**127, width=32), min_size=1, max_size=5), st.data())
+def test_sizes_tell_the_kth_largest_nearly(values: list[float], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(values)))
+    sizes = Sizes()
+    for value in values:
+        sizes.add(torch.tensor([-value], dtype=torch.float32))
+    kth, found = sorted(values)[-k], sizes.kth_largest(k)
+    assert kth * (1 - 1 / 4096) - 2e-42 <= found <= kth  # the last bits of the smallest numbers are all they have
+
+
+def test_sizes_of_too_few() -> None:
+    sizes = Sizes()
+    sizes.add(torch.tensor([2.0, 3.0]))
+    assert sizes.kth_largest(2) == 2.0 and sizes.kth_largest(3) == 0.0
+    assert sizes.kth_largest(4, lambda counts: 2 * counts) == 2.0

@@ -1,0 +1,432 @@
+"""What the quality benchmarks share: merges by the real command through a loopback Hub, judged, and their table.
+
+    python benchmarks/quality.py FILE.json...
+
+prints one Markdown table of what benchmarks wrote with --json; seeds may be spread over files, and so may the rows of
+a seed.
+
+"average" is the merge at density 1: every mask is full, and the mean of the experts is all that is left. A graft is
+the base with one mask alone; it says what a mask holds before others interfere. Normalised accuracy is accuracy
+divided by the expert's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Protocol
+
+import torch
+
+from hf_locstitch.demo.hub import LoopbackHub
+
+# transformers and huggingface_hub read HF_* at import, so they are imported in functions, once the Hub is up.
+
+DEFAULT_DENSITIES = (0.01, 0.05, 0.1, 0.2)
+SCALES = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+TIES_SCALES = (0.5, 1.0, 1.5)
+# Localizers with data: their fields, and the split of a task that they see.
+DATA_METHODS: Mapping[str, tuple[Mapping[str, Any], str]] = {
+    "saliency": ({"method": "saliency"}, "train"),
+    "saliency, held out": ({"method": "saliency"}, "validation"),
+    "saliency, midpoint": ({"method": "saliency", "at": [0.5]}, "train"),
+    "saliency, midpoint, held out": ({"method": "saliency", "at": [0.5]}, "validation"),
+    "mask": ({"method": "mask"}, "train"),
+    "mask, held out": ({"method": "mask"}, "validation"),
+    "mask, paper": ({"method": "mask", "preset": "paper"}, "train"),
+    "mask, official": ({"method": "mask", "preset": "official"}, "train"),
+}
+OWNER = "demo"
+
+
+class BenchmarkError(RuntimeError):
+    """Something outside the benchmark is missing or failed; the message says what to do."""
+
+
+class Testbed(Protocol):
+    """Tasks, and how a model is judged at them. split: "train", "validation" or "test"."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the tasks; an expert is named after its task."""
+        ...
+
+    @property
+    def split(self) -> str:
+        """What the table is judged on."""
+        ...
+
+    def load(self, ref: str, revision: str) -> Any:
+        """A model of the Hub, in float32."""
+        ...
+
+    def accuracy(self, model: Any, task: str, split: str) -> float:
+        """Share of right answers."""
+        ...
+
+    def localization_set(self, task: str, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Examples as rows, and what a recipe says of them."""
+        ...
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to merge, as flags of `hf-locstitch merge`.
+
+    localizer: fields of one that looks at data, which no flag sets. data: the split that it looks at. scales: to be
+    tried, the best on validation stands for the method.
+    """
+
+    name: str
+    flags: tuple[str, ...] = ()
+    localizer: Mapping[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    scales: tuple[float, ...] = ()
+
+    @property
+    def masked(self) -> bool:
+        """Whether it leaves masks that can be grafted alone."""
+        return "--method" not in self.flags and self.name != "average"
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a repository's name."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
+
+
+def methods(densities: Sequence[float]) -> list[Method]:
+    """The rows between the experts and the end of the table."""
+    average = Method("average", ("--density", "1"))
+    return [average, *(Method(f"magnitude {100 * d:g}%", ("--density", f"{d:g}")) for d in densities)]
+
+
+def rivals(densities: Sequence[float], scales: Sequence[float] = SCALES) -> list[Method]:
+    """Other ways to merge, and to localize without data. Whatever else flags of the command can ask for goes here."""
+    tensor = [
+        Method(f"magnitude {100 * d:g}%, scope tensor", ("--density", f"{d:g}", "--scope", "tensor"))
+        for d in densities
+        if d in (0.05, 0.1)
+    ]
+    task_arithmetic = Method("task arithmetic, tuned", ("--method", "task-arithmetic"), scales=tuple(scales))
+    ties = Method("ties 20%, tuned", ("--method", "ties", "--density", "0.2"), scales=TIES_SCALES)
+    return [*tensor, task_arithmetic, ties]
+
+
+def with_data(densities: Sequence[float], kinds: Sequence[str]) -> list[Method]:
+    """Localizers that look at data: on the finetuning examples, or on held-out ones."""
+    made = []
+    for density in (d for d in densities if d <= 0.1):
+        for name in kinds:
+            fields, split = DATA_METHODS[name]
+            made.append(Method(f"{name} {100 * density:g}%", localizer={**fields, "density": density}, data=split))
+    return made
+
+
+@dataclass
+class Result:
+    """What one seed gives. accuracy: row of the table -> task -> accuracy. seconds: phase -> wall time.
+
+    merge_seconds: row -> wall time of the merges, tuning included.
+    """
+
+    seed: int
+    examples: dict[str, dict[str, list[int]]]
+    accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    merge_seconds: dict[str, float] = field(default_factory=dict)
+
+    def normalised(self, row: str) -> dict[str, float]:
+        """Accuracy divided by the expert's, by task."""
+        experts = self.accuracy["expert"]
+        return {task: value / experts[task] for task, value in self.accuracy[row].items()}
+
+    @contextlib.contextmanager
+    def phase(self, name: str, what: str) -> Iterator[None]:
+        """Add the time of what runs inside to a phase, and say on standard error what runs."""
+        print(f"[{time.strftime('%H:%M:%S')}] seed {self.seed}: {name} {what}", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+# ---- the Hub and the command ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A checkpoint on the Hub."""
+
+    repo: str
+    commit: str
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.commit}"
+
+    @property
+    def name(self) -> str:
+        """As a merge calls it."""
+        return self.repo.partition("/")[2]
+
+
+@contextlib.contextmanager
+def loopback_hub(folder: Path) -> Iterator[None]:
+    """A Hub on loopback that this process, and those it starts, see in place of the real one."""
+    before = dict(os.environ)
+    with LoopbackHub(folder / "hub", users={"hf_loopback": OWNER}) as hub:
+        for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
+            del os.environ[name]
+        os.environ.update(hub.environment(folder / "home"), HF_HUB_DISABLE_PROGRESS_BARS="1")
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def push(folder: Path, repo: str) -> Pushed:
+    """Upload a checkpoint folder."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo, exist_ok=True)
+    return Pushed(repo, api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add the checkpoint").oid)
+
+
+def merge(
+    base: Pushed, experts: Iterable[Pushed], flags: Sequence[str], target: str, recipe: Path | None = None
+) -> Pushed:
+    """Run `hf-locstitch merge` and have it push to the target. Raises BenchmarkError with what it said."""
+    places = ["--base", str(base), "--ft", *map(str, experts), "--push-to", target]
+    arguments = ["merge", *([str(recipe)] if recipe else []), *places, *flags, "--json", "--quiet"]
+    done = subprocess.run([sys.executable, "-m", "hf_locstitch", *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        command = " ".join(["hf-locstitch", *arguments])
+        raise BenchmarkError(f"exit status {done.returncode} of: {command}\n{done.stderr.strip()}")
+    return Pushed(target, json.loads(done.stdout)["commit"])
+
+
+# ---- the rows of one seed ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One testbed whose base and experts are on the Hub. folder: for recipes and their examples."""
+
+    bed: Testbed
+    base: Pushed
+    experts: Mapping[str, Pushed]
+    folder: Path
+
+    def own(self, model: Pushed, task: str, split: str | None = None) -> float:
+        """Accuracy at one task."""
+        return self.bed.accuracy(self.bed.load(model.repo, model.commit), task, split or self.bed.split)
+
+    def accuracies(self, model: Pushed, split: str | None = None) -> dict[str, float]:
+        """Accuracy of one model at every task."""
+        loaded = self.bed.load(model.repo, model.commit)
+        return {task: self.bed.accuracy(loaded, task, split or self.bed.split) for task in self.bed.names}
+
+    def graft(self, expert: Pushed, merged: Pushed) -> Any:
+        """The base with one expert's values under its mask in a merge, and nothing of the others."""
+        from hf_locstitch import load_mask
+
+        model = self.bed.load(self.base.repo, self.base.commit)
+        values = dict(self.bed.load(expert.repo, expert.commit).named_parameters())
+        mask = load_mask(str(merged), expert.name)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in mask:
+                    parameter.copy_(torch.where(mask[name], values[name], parameter))
+        return model
+
+    def merged(self, method: Method, target: str) -> Pushed:
+        """The merge, at the scale that is best on validation where the method has several."""
+        flags, recipe = list(method.flags), self.write_recipe(method)
+        if method.scales:
+            score: dict[float, float] = {}
+            own = {name: self.own(expert, name, "validation") for name, expert in self.experts.items()}
+            for scale in method.scales:
+                scaled = [*flags, "--scale", f"{scale:g}"]
+                tried = merge(self.base, self.experts.values(), scaled, f"{target}-{scale:g}", recipe)
+                found = self.accuracies(tried, "validation")
+                score[scale] = mean(found[name] / own[name] for name in found)
+            flags += ["--scale", f"{max(score, key=lambda scale: score[scale]):g}"]
+        return merge(self.base, self.experts.values(), flags, target, recipe)
+
+    def write_recipe(self, method: Method) -> Path | None:
+        """The recipe of a localizer that looks at data, and its examples; None for one that does not."""
+        if method.data is None:
+            return None
+        sets = {}
+        for task, expert in self.experts.items():
+            rows, fields = self.bed.localization_set(task, method.data)
+            file = self.folder / f"{task}.{method.data}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            role = "finetuning" if method.data == "train" else "held-out"
+            sets[expert.name] = {"ref": str(file), "number": 64, "role": role, **fields}
+        recipe = self.folder / f"{method.slug}.yaml"
+        content = {"localizer": {"micro_batch": 32, **method.localizer}, "data": sets}
+        recipe.write_text(json.dumps(content))  # JSON is YAML
+        return recipe
+
+
+def compare(bed: Testbed, rows: Sequence[Method], grafts: bool, folder: Path, result: Result) -> None:
+    """Push base and experts that lie in the folder, make every merge, and put their accuracies into the result.
+
+    grafts: also put each mask of the rows on the base alone. A Hub must be up.
+    """
+    account = f"{OWNER}/seed{result.seed}"
+    with result.phase("push", "base and experts"):
+        base = push(folder / "base", f"{account}-base")
+        experts = {name: push(folder / name, f"{account}-{name}") for name in bed.names}
+    bench = Bench(bed, base, experts, folder)
+    with result.phase("evaluate", "base and experts"):
+        result.accuracy["base"] = bench.accuracies(base)
+        result.accuracy["expert"] = {name: bench.own(expert, name) for name, expert in experts.items()}
+    for method in rows:
+        began = time.perf_counter()
+        with result.phase("merge", method.name):
+            merged = bench.merged(method, f"{account}-{method.slug}")
+        result.merge_seconds[method.name] = time.perf_counter() - began
+        with result.phase("evaluate", method.name):
+            result.accuracy[method.name] = bench.accuracies(merged)
+        if grafts and method.masked:
+            with result.phase("evaluate", f"grafts of {method.name}"):
+                alone = {n: bed.accuracy(bench.graft(expert, merged), n, bed.split) for n, expert in experts.items()}
+            result.accuracy[f"graft {method.name}"] = alone
+
+
+# ---- what a person sees -----------------------------------------------------------------------------------------
+
+
+def format_table(results: Sequence[Result]) -> str:
+    """Rows of models by columns of tasks, as means over the seeds; `worst` is the worst task of any seed.
+
+    `sd` is the standard deviation over seeds of the mean normalised accuracy.
+    """
+    rows, tasks = list(results[0].accuracy), list(results[0].examples)
+    wide = max(map(len, rows))
+    heading = ["", *tasks, "mean", "| normalised", *(["sd"] if len(results) > 1 else []), "worst"]
+    widths = [wide, *(max(5, len(title)) for title in heading[1:])]
+    lines = [[f"{title:>{width}}" for title, width in zip(heading, widths, strict=True)]]
+    for row in rows:
+        cells = [mean(r.accuracy[row][task] for r in results) for task in tasks]
+        shares = [r.normalised(row).values() for r in results]
+        means = [mean(values) for values in shares]
+        spread = [stdev(means)] if len(results) > 1 else []
+        numbers = [*cells, mean(cells), mean(means), *spread, min(map(min, shares))]
+        texts = [f"{number:>{width}.3f}" for number, width in zip(numbers, widths[1:], strict=True)]
+        lines.append([f"{row:{wide}}", *texts])
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def format_times(results: Sequence[Result], elapsed: float) -> str:
+    """Seconds of all phases. elapsed: in all."""
+    times = {phase: sum(r.seconds[phase] for r in results) for phase in results[0].seconds}
+    clock = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in times.items())
+    return f"{clock}; in all {elapsed:.0f} s"
+
+
+def as_json(rows: Sequence[Method], results: Sequence[Result], **made_of: Any) -> dict[str, Any]:
+    """All numbers, and what they depend on."""
+    return {
+        **made_of,
+        "methods": {
+            m.name: {"flags": m.flags, "localizer": dict(m.localizer), "data": m.data, "scales": m.scales} for m in rows
+        },
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "seeds": [{**asdict(r), "normalised": {row: r.normalised(row) for row in r.accuracy}} for r in results],
+    }
+
+
+def read_results(files: Iterable[Path]) -> list[Result]:
+    """From JSON of `as_json`; what files tell of one seed is put together, the first one's numbers before others'."""
+    found: dict[int, Result] = {}
+    for file in files:
+        for seed in json.loads(file.read_text(encoding="utf-8"))["seeds"]:
+            result = found.setdefault(seed["seed"], Result(seed["seed"], seed["examples"]))
+            for row in ("accuracy", "merge_seconds"):
+                known = getattr(result, row)
+                known |= {name: value for name, value in seed.get(row, {}).items() if name not in known}
+    return [found[seed] for seed in sorted(found)]
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """Normalised accuracy of merges and of grafts, as mean and as worst task, over the seeds that have the row.
+
+    Each figure is the mean over seeds ± half the distance between the largest and the smallest.
+    """
+    rows = list(dict.fromkeys(row for result in results for row in result.accuracy))
+    lines = ["| | seeds | merged | worst task | graft | worst task | seconds |", "| --- | --- |" + " ---: |" * 5]
+    for row in rows:
+        if row == "expert" or row.startswith("graft "):
+            continue
+        having = [result for result in results if row in result.accuracy]
+        grafted = [result for result in having if f"graft {row}" in result.accuracy]
+        cells = [", ".join(str(result.seed) for result in having)]
+        for name, some in ((row, having), (f"graft {row}", grafted)):
+            shares = [list(result.normalised(name).values()) for result in some]
+            cells += [_spread(list(map(mean, shares))), _spread(list(map(min, shares)))]
+        seconds = [result.merge_seconds[row] for result in having if row in result.merge_seconds]
+        lines.append(f"| {row} | {' | '.join(cells)} | {f'{mean(seconds):.0f}' if seconds else ''} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    around = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{around}"
+
+
+# ---- the commands' common part ----------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of quality is told."""
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one run each (default: 0)")
+    parser.add_argument(
+        "--densities", type=float, nargs="+", default=DEFAULT_DENSITIES, metavar="F", help="one merge each"
+    )
+    parser.add_argument("--grafts", action="store_true", help="also the base with each mask alone")
+    parser.add_argument("--rivals", action="store_true", help="also task arithmetic, TIES and scope tensor")
+    parser.add_argument(
+        "--with-data", nargs="*", default=[], choices=DATA_METHODS, metavar="NAME",
+        help=f"also these localizers: {', '.join(DATA_METHODS)}",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep checkpoints here and reuse experts in it")
+
+
+def asked_rows(args: argparse.Namespace, scales: Sequence[float] = SCALES) -> list[Method]:
+    """The rows that the options of `add_options` ask for. scales: that task arithmetic is tuned over."""
+    dataless = [*methods(args.densities), *(rivals(args.densities, scales) if args.rivals else [])]
+    return [*dataless, *with_data(args.densities, args.with_data)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One table of what quality benchmarks wrote with --json.")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json")
+    print(markdown(read_results(parser.parse_args().files)))
+
+
+if __name__ == "__main__":
+    main()

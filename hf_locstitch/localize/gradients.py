@@ -1,0 +1,84 @@
+"""The gradient of a set's loss, place by place: used up as it appears where that can be, else added up first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_locstitch.data.task import MicroBatch, Task
+from hf_locstitch.localize.passes import Advance, Rounding, State, add_gradients, pass_over
+from hf_locstitch.localize.subject import Place, Subject
+from hf_locstitch.processes import Processes
+
+Use = Callable[[Place, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass needs. batches: micro-batches of the whole set, the same in all processes."""
+
+    subject: Subject
+    task: Task
+    batches: Sequence[MicroBatch]
+    processes: Processes
+    advance: Advance = lambda _: None
+
+
+class Gradients(Protocol):
+    """Of the loss at the present weights, over all micro-batches and processes."""
+
+    def renew(self) -> None:
+        """Weights have changed."""
+        ...
+
+    def feed(self, use: Use) -> float:
+        """Give `use` every place once, with its gradient [*its shape]; return the loss. Raises as pass_over."""
+        ...
+
+
+@dataclass
+class Passing(Gradients):
+    """Kept nowhere: every feed is a pass. For gradients that come whole."""
+
+    work: Work
+
+    def renew(self) -> None:
+        pass
+
+    def feed(self, use: Use) -> float:
+        work, left = self.work, dict(self.work.subject.places)
+
+        def take(place: Place, gradient: Tensor) -> None:
+            del left[place.name]
+            use(place, gradient)
+
+        loss = pass_over(work.subject, work.task, work.batches, take, work.processes, work.advance)
+        for place in left.values():  # no example has come by, as with an expert that none was sent to
+            use(place, torch.zeros((), device=place.device).expand(place.shape))
+        return loss
+
+
+@dataclass
+class AddedUp(Gradients):
+    """In a number an element, by one pass over all micro-batches; feeds cost nothing."""
+
+    work: Work
+    total: State
+    rounding: Rounding
+    loss: float = 0.0
+
+    def renew(self) -> None:
+        work = self.work
+        self.total.clear()
+        self.loss = add_gradients(
+            work.subject, work.task, work.batches, self.total, self.rounding, work.processes, work.advance
+        )
+
+    def feed(self, use: Use) -> float:
+        for place in self.work.subject.places.values():
+            use(place, self.total[place])
+        return self.loss

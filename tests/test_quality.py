@@ -1,0 +1,38 @@
+"""The table that the benchmarks of quality make of what they wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from quality import markdown, methods, read_results, rivals, with_data
+
+
+def test_seeds_and_rows_of_several_files_make_one_table(tmp_path: Path) -> None:
+    def write(name: str, seed: int, **rows: list[float]) -> Path:
+        accuracy = {row.replace("_", " "): dict(zip("ab", values, strict=True)) for row, values in rows.items()}
+        content = {"seed": seed, "examples": {}, "accuracy": accuracy, "merge_seconds": {"mask": 10.0 * (1 + seed)}}
+        (tmp_path / name).write_text(json.dumps({"seeds": [content]}))
+        return tmp_path / name
+
+    files = [
+        write("0.json", 0, expert=[0.8, 0.5], mask=[0.4, 0.5], graft_mask=[0.8, 0.25]),
+        write("1.json", 1, expert=[1.0, 0.5], mask=[0.5, 0.25]),
+        write("more.json", 1, expert=[9.0, 9.0], base=[0.0, 0.1]),
+    ]
+    assert markdown(read_results(files)).splitlines()[2:] == [
+        "| mask | 0, 1 | 0.625 ± 0.125 | 0.500 ± 0.000 | 0.750 | 0.500 | 15 |",
+        "| base | 1 | 0.100 | 0.000 |  |  |  |",
+    ]
+
+
+def test_rows() -> None:
+    rows = [*methods([0.05, 0.2]), *rivals([0.05, 0.2]), *with_data([0.05, 0.2], ["mask", "mask, held out"])]
+    assert [(row.name, row.masked, row.slug) for row in rows if row.data or not row.masked] == [
+        ("average", False, "average"),
+        ("task arithmetic, tuned", False, "task-arithmetic-tuned"),
+        ("ties 20%, tuned", False, "ties-20-tuned"),
+        ("mask 5%", True, "mask-5"),
+        ("mask, held out 5%", True, "mask-held-out-5"),
+    ]
+    assert len({row.slug for row in rows}) == len(rows)
