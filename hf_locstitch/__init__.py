@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_locstitch.localize.saliency import Saliency
     from hf_locstitch.localized.checkpoint import LocalizedCheckpoint, load_localized
     from hf_locstitch.masks import load_mask
+    from hf_locstitch.refit.config import Refit
     from hf_locstitch.verification.main import verify
     from hf_locstitch.verification.report import VerifyReport
 
@@ -33,6 +34,7 @@ __all__ = [
     "Magnitude",
     "Mask",
     "MergeResult",
+    "Refit",
     "RequestError",
     "Saliency",
     "VerifyReport",
@@ -56,6 +58,7 @@ _HOME = {
     "Magnitude": "localize.magnitude",
     "Mask": "localize.mask",
     "MergeResult": "api",
+    "Refit": "refit.config",
     "RequestError": "errors",
     "Saliency": "localize.saliency",
     "VerifyReport": "verification.report",

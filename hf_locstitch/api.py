@@ -20,7 +20,7 @@ from hf_locstitch.errors import PublishError, RecipeError
 from hf_locstitch.hashes import InputHashes
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.magnitude import Magnitude
-from hf_locstitch.plan import MergePlan, data_sets, finetuned_names, make_plan
+from hf_locstitch.plan import MergePlan, data_sets, finetuned_names, make_plan, refit_sets
 from hf_locstitch.progress import Progress, only_our_bars
 from hf_locstitch.recipe import Recipe, make_recipe
 from hf_locstitch.settings import DEFAULT, Settings, make_settings
@@ -86,7 +86,7 @@ def merge_from_hub(
     and push_to (org/name) says where the result goes. names: what the masks are called; the refs' last parts by
     default. cache: False streams the inputs and keeps none of them. max_memory: bytes, or such as "1GB".
     device: where models are compared; the bytes are the same.
-    options: any further field of a recipe (scale, include, exclude, dtype, shard_size, private, …).
+    options: any further field of a recipe (stitch, data, scale, include, exclude, dtype, shard_size, private, …).
     show_progress: None shows bars on a terminal only.
 
     Raises RequestError if that cannot be done, with nothing written, and WorkError if the work fails.
@@ -170,7 +170,8 @@ def plan_merge(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan:
     with only_our_bars(), ThreadPoolExecutor(min(8, len(refs))) as pool:
         base, *finetuned = pool.map(open_checkpoint, refs)
     data = {name: open_set(asked) for name, asked in data_sets(recipe, names).items()}
-    return make_plan(recipe, base, dict(zip(names, finetuned, strict=True)), settings, data)
+    refit_data = {name: open_set(asked) for name, asked in refit_sets(recipe, names).items()}
+    return make_plan(recipe, base, dict(zip(names, finetuned, strict=True)), settings, data, refit_data)
 
 
 def _plan_stitch(recipe: Recipe, settings: Settings) -> MergePlan:
@@ -196,6 +197,10 @@ def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
         raise RecipeError(
             f"--no-cache works in one process, not in {processes.count}: processes share what lies in the cache. "
             "Drop --no-cache, or the launcher."
+        )
+    if processes.count > 1 and recipe.stitch is not None:
+        raise RecipeError(
+            f"a refit works in one process, not in {processes.count}. Drop the launcher, or use --stitch mean."
         )
     if recipe.push_to is not None:
         from hf_locstitch.publish import check_target

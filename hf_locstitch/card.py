@@ -23,7 +23,7 @@ def card_data(plan: MergePlan) -> ModelCardData:
     model = plan.target == "model"
     repos = [repo for name in plan.inputs if (repo := _repo(plan, name)) is not None]
     optional: dict[str, Any] = {"license": licence(plan), "pipeline_tag": pipeline_tag(plan.files) if model else None}
-    sets = [found.repo for found in plan.data.values() if found.repo is not None]
+    sets = [found.repo for found in (*plan.data.values(), *plan.refit_data.values()) if found.repo is not None]
     if sets:
         optional["datasets"] = list(dict.fromkeys(sets))
     if repos:
@@ -79,6 +79,7 @@ def settings(plan: MergePlan, record: Manifest) -> dict[str, str]:
     rows = {
         **({"method": f"`{recipe.method}` ({plan.method.title})"} if model else {}),
         **({"localizer": "; ".join(localizers)} if localizers else {}),
+        **({"stitch": recipe.stitch.describe()} if recipe.stitch else {}),
         **({"scale": f"{record.scale:g}"} if model else {}),
         "merged tensors" if model else "localized tensors": f"{len(plan.localized)}, {record.N:,} elements",
         **({"include": _globs(recipe.include)} if recipe.include else {}),
@@ -131,6 +132,7 @@ def write_card(plan: MergePlan, record: Manifest, path: Path, figures: Sequence[
         licence_note=licence_note(plan),
         settings=settings(plan, record),
         data_links={name: data_link(found) for name, found in plan.data.items()},
+        refit_links={name: data_link(found) for name, found in plan.refit_data.items()},
         first=next(iter(plan.finetuned)),
         rest="the base's" if plan.rest is plan.base else f"{plan.recipe.rest_from}'s",
     )

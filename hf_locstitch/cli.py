@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 REF = "REF"  # a folder, org/name or org/name@revision
 # Flags whose destination is a recipe's field of the same name.
-FIELDS = ("method", "scale", "include", "exclude", "rest_from", "files_from", "dtype", "shard_size",
+FIELDS = ("method", "stitch", "scale", "include", "exclude", "rest_from", "files_from", "dtype", "shard_size",
           "allow_non_finite", "figures", "out", "push_to", "private")  # fmt: skip
 # Flags that say how to localize, with the names that they have there.
 LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
@@ -92,6 +92,12 @@ def _add_merge(commands: Any) -> None:
     how = parser.add_argument_group("how to merge")
     how.add_argument("--method", choices=method_names(), help="default: locstitch")
     _add_localizing(how)
+    how.add_argument(
+        "--stitch",
+        choices=["mean", "refit"],
+        help="the values under the masks: the mean of the finetuned ones (default), or fitted, linear by linear, to "
+        "what the finetuned models compute on unlabelled --data",
+    )
     how.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
     how.add_argument("--rest-from", metavar="NAME", help="finetune that gives the other tensors (default: the base)")
     how.add_argument("--files-from", metavar="NAME", help="finetune that gives tokenizer and config")
@@ -159,7 +165,7 @@ def _add_localizing(how: Any) -> None:
         "--data",
         nargs="+",
         metavar="DATA",
-        help="localization sets for saliency and mask: alpaca, gsm8k, hotpotqa, a file, org/name",
+        help="data sets for saliency, mask and refit: alpaca, gsm8k, hotpotqa, a file, org/name",
     )
     how.add_argument(
         "--density",
@@ -398,6 +404,8 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
     given = {key: flags[flag] for flag, key in LOCALIZER.items() if flag in flags}
     if given:
         fields["localizer"] = {**(fields.get("localizer") or {}), **given}
+    if flags.get("stitch") == "refit" and isinstance(fields.get("stitch"), dict):
+        del flags["stitch"]  # the recipe says how
     return {**fields, **{field: flags[field] for field in FIELDS if field in flags}}
 
 

@@ -12,6 +12,8 @@ from hf_locstitch.checkpoints.header import ITEM_BYTES
 from hf_locstitch.checkpoints.pieces import Piece, byte_ranges, most_held
 from hf_locstitch.localize.estimate import describe, learning_cost
 from hf_locstitch.plan import MergePlan
+from hf_locstitch.refit.estimate import describe as describe_refit
+from hf_locstitch.refit.estimate import refit_cost
 from hf_locstitch.settings import BATCH, COMPACT_FROM, COMPACT_SLACK
 
 SPILL_BYTES = 8  # position and |task vector| of one candidate; its value comes on top
@@ -46,7 +48,9 @@ def estimate(plan: MergePlan) -> Cost:
             download += sum(missing.get(file, 0) for files in times for file in files)
     write = sum(shard.nbytes for shard in plan.shards)
     disk = _output(plan) + _spill(plan) + _masks(plan) + (0 if plan.settings.cache else _streams(plan))
-    return Cost(read, download, write, disk, plan.settings.memory)
+    disk += refitting.values if (refitting := refit_cost(plan)) else 0
+    memory = plan.settings.memory + (refitting.peak if refitting else 0)
+    return Cost(read, download, write, disk, memory)
 
 
 def _output(plan: MergePlan) -> int:
@@ -121,6 +125,9 @@ def plan_json(plan: MergePlan) -> dict[str, Any]:
         "shards": {shard.file: shard.nbytes for shard in plan.shards},
         "bytes": asdict(cost),
         "localizing": learning.as_json() if (learning := learning_cost(plan)) else None,
+        "stitch": plan.recipe.stitch.dump() if plan.recipe.stitch else "mean",
+        "refit_data": {name: found.pinned.dump() for name, found in plan.refit_data.items()},
+        "refitting": refitting.as_json() if (refitting := refit_cost(plan)) else None,
         "warnings": list(plan.warnings),
     }
 
@@ -140,6 +147,8 @@ def format_plan(plan: MergePlan) -> str:
         f"method     {plan.method.title}" + (f", scale {plan.recipe.scale:g}" if plan.recipe.scale != 1 else ""),
         *(f"localizer  {how}" for how in dict.fromkeys(one.describe() for one in plan.localizers.values())),
         *(f"data       {name:<{wide}}  {found.describe()}" for name, found in plan.data.items()),
+        *([f"stitch     {plan.recipe.stitch.describe()}"] if plan.recipe.stitch else []),
+        *(f"inputs     {name:<{wide}}  {found.label}, {found.asked.split}" for name, found in plan.refit_data.items()),
         f"{'merged' if plan.target == 'model' else 'masked'}     N = {plan.n:,} elements in {localized} tensors"
         + (f"; each mask keeps {keeps} {plan.k:,} ({share:.4g} %)" if plan.masked else "")
         + (f"; {kept} tensors kept from {plan.rest.label}" if plan.target == "model" else ""),
@@ -148,6 +157,7 @@ def format_plan(plan: MergePlan) -> str:
         f"cost       read {human(cost.read)} (to download: {human(cost.download)}), "
         f"disk up to {human(cost.disk)}, memory about {human(cost.memory)}",
         *([describe(learning)] if (learning := learning_cost(plan)) else []),
+        *([describe_refit(refitting)] if (refitting := refit_cost(plan)) else []),
         *(f"warning    {warning}" for warning in plan.warnings),
     ]
     return "\n".join(lines)

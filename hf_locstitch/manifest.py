@@ -21,6 +21,7 @@ from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import CheckpointError
 from hf_locstitch.plan import MergePlan
 from hf_locstitch.recipe import Finetuned, Input, dump_recipe
+from hf_locstitch.refit.config import Refit
 
 if TYPE_CHECKING:
     from hf_locstitch.merger import Overlap
@@ -62,6 +63,8 @@ class Manifest:
     """covered_by[c]: coordinates that c masks cover. overlap: pair -> coordinates in both, and their Jaccard index.
 
     k: ones of each mask; None where they differ. data: finetune -> its localization set, pinned.
+    stitch: of a refit, its settings, the lambda that was chosen and the disagreement with the finetuned models on
+    held-out inputs of each, its data, pinned, and the tensors that it refitted or left as they were; None for the mean.
     localizer, masks, covered_by and overlap are empty for a method without masks; localizer also where masks were found
     in several ways. fingerprint: of recipe and inputs. localized: finetune -> the localized checkpoint through which
     it came. outputs: file -> size in bytes and sha256, of every file but the manifest itself.
@@ -85,6 +88,7 @@ class Manifest:
     seconds: float = 0.0
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     localized: dict[str, InputRecord] = field(default_factory=dict)
+    stitch: dict[str, Any] | None = None
 
     @property
     def is_localized(self) -> bool:
@@ -92,7 +96,9 @@ class Manifest:
         return any(mask.values for mask in self.masks.values())
 
 
-def make_manifest(plan: MergePlan, files: FileHashes, overlap: Overlap, fingerprint: str) -> Manifest:
+def make_manifest(
+    plan: MergePlan, files: FileHashes, overlap: Overlap, fingerprint: str, stitch: dict[str, Any] | None = None
+) -> Manifest:
     """The record without what is known only at the end: the output's files and the time."""
     return Manifest(
         hf_locstitch=__version__,
@@ -111,6 +117,7 @@ def make_manifest(plan: MergePlan, files: FileHashes, overlap: Overlap, fingerpr
         fingerprint=fingerprint,
         data={name: found.pinned.dump() for name, found in plan.data.items()}
         | {name: data for name, one in plan.given.items() for data in one.record.data.values()},
+        stitch=stitch,
     )
 
 
@@ -203,10 +210,19 @@ def pinned_recipe(plan: MergePlan, files: FileHashes) -> str:
                 Finetuned(**pin(name, checkpoint), name=name) for name, checkpoint in plan.finetuned.items()
             ),
             "data": {name: found.pinned for name, found in plan.data.items()} or (),
+            "stitch": _pinned_stitch(plan),
         }
     )
     head = f"# What made this; run it again: hf-locstitch {plan.command} locstitch.yaml --out DIR\n"
     return head + dump_recipe(recipe)
+
+
+def _pinned_stitch(plan: MergePlan) -> Refit | None:
+    if plan.recipe.stitch is None:
+        return None
+    return plan.recipe.stitch.model_copy(
+        update={"data": {name: found.pinned for name, found in plan.refit_data.items()}}
+    )
 
 
 def check_pins(plan: MergePlan, files: FileHashes) -> None:

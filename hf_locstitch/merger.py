@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from hf_locstitch.methods import Dense, Masked
 from hf_locstitch.plan import MergePlan, OutputShard, PlannedTensor
 from hf_locstitch.select import is_buffer
 from hf_locstitch.stitch import coverage, overlaps
+
+if TYPE_CHECKING:
+    from hf_locstitch.refit.values import Refitted
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,10 @@ class Overlap:
 
 
 class Merger:
-    """own: names of the tensors that this process writes. selections: the masks, none for a method without."""
+    """own: names of the tensors that this process writes. selections: the masks, none for a method without.
+
+    refitted: values under the masks that take the place of what the method makes of them.
+    """
 
     def __init__(
         self,
@@ -47,6 +54,7 @@ class Merger:
         inputs: Mapping[str, CheckpointReader],
         selections: Mapping[str, Keeper],
         own: Collection[str],
+        refitted: Refitted | None = None,
         *,
         chunk: int,
         workers: int,
@@ -54,6 +62,7 @@ class Merger:
     ) -> None:
         self.plan, self.inputs, self.selections, self.own = plan, inputs, selections, own
         self.chunk, self.workers, self.advance = chunk, workers, advance
+        self.refitted = refitted
         self.base = inputs["base"]
         self.rest = next(reader for reader in inputs.values() if reader.checkpoint is plan.rest)
         # Sums add up in an order of the models' own, whatever the order in which they were given.
@@ -108,13 +117,17 @@ class Merger:
         overlap = Overlap(*overlaps(covered, list(kept.values())))
         with self._lock:
             self._overlap += overlap
-        return method.combine(
+        merged = method.combine(
             self.base.flat(tensor.name, chunk.first, chunk.count),
             [kept[name] for name in self._order],
             covered,
             scale=self.plan.recipe.scale,
             dtype=TORCH_DTYPE[tensor.dtype],
         )
+        if self.refitted is not None and tensor.name in self.refitted:
+            number = chunk.index - self._chunks[tensor.name][0].index
+            merged[torch.from_numpy(np.flatnonzero(covered.times))] = self.refitted.chunk(tensor.name, number)
+        return merged
 
     def _merge_dense(self, method: Dense, tensor: PlannedTensor, chunk: Chunk) -> torch.Tensor:
         base = self._checked(self.base, tensor.name, chunk)

@@ -15,6 +15,7 @@ from hf_locstitch.checkpoints.pieces import Piece, Pieces, byte_ranges
 from hf_locstitch.data.sets import LocalizationSet, OpenSet
 from hf_locstitch.errors import MismatchError, RecipeError
 from hf_locstitch.localize.localizer import Localizer
+from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.methods import Dense, Masked, find_method
 from hf_locstitch.recipe import Recipe
 from hf_locstitch.select import localizable, unknown_globs
@@ -80,6 +81,8 @@ class MergePlan:
     """The localization set of each finetune, for localizers that look at data."""
     target: Target = "model"
     given: Mapping[str, LocalizedCheckpoint] = field(default_factory=dict)
+    refit_data: Mapping[str, OpenSet] = field(default_factory=dict)
+    """The unlabelled inputs of each finetune, for a refit."""
 
     @property
     def command(self) -> str:
@@ -196,11 +199,22 @@ def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
 
 def data_sets(recipe: Recipe, names: Sequence[str]) -> dict[str, LocalizationSet]:
     """The localization set of each finetune, as asked for. Raises RecipeError if the recipe names others."""
-    if not isinstance(recipe.data, dict):
-        return dict(zip(names, recipe.data, strict=False))
-    if unknown := sorted(set(recipe.data) - set(names)):
+    return _by_name(recipe.data, names) if isinstance(recipe.localizer, WithData) else {}
+
+
+def refit_sets(recipe: Recipe, names: Sequence[str]) -> dict[str, LocalizationSet]:
+    """The inputs of each finetune for a refit, if there is to be one. Raises RecipeError if the recipe names others."""
+    return _by_name(recipe.stitch.data or recipe.data, names) if recipe.stitch else {}
+
+
+def _by_name(
+    sets: Mapping[str, LocalizationSet] | Sequence[LocalizationSet], names: Sequence[str]
+) -> dict[str, LocalizationSet]:
+    if not isinstance(sets, Mapping):
+        return dict(zip(names, sets, strict=False))
+    if unknown := sorted(set(sets) - set(names)):
         raise RecipeError(f"data is given for {unknown[0]!r}, which is none of the finetunes ({', '.join(names)}).")
-    return {name: recipe.data[name] for name in names if name in recipe.data}
+    return {name: sets[name] for name in names if name in sets}
 
 
 def make_plan(
@@ -209,10 +223,16 @@ def make_plan(
     finetuned: Mapping[str, Checkpoint],
     settings: Settings = DEFAULT,
     data: Mapping[str, OpenSet] = MappingProxyType({}),
+    refit_data: Mapping[str, OpenSet] = MappingProxyType({}),
 ) -> MergePlan:
     """Plan the merge. Raises MismatchError with all that the headers show to be wrong."""
     if data and not settings.cache:
         raise RecipeError("a localizer that looks at data loads whole models: it does not go with --no-cache.")
+    if refit_data and not settings.cache:
+        raise RecipeError(
+            "a refit reads the finetunes again and again, a layer at a time: it does not go with --no-cache. Drop one "
+            "of the two."
+        )
     problems = unknown_globs(list(base.tensors), [*recipe.include, *recipe.exclude])
     for asked in ("rest_from", "files_from"):
         problems += _unknown_name(asked, getattr(recipe, asked), list(finetuned))
@@ -231,13 +251,14 @@ def make_plan(
         raise MismatchError(problems)
 
     warnings += licence_warning({"the base": base, **finetuned})
-    warnings += _leaks(recipe, data)
+    warnings += [*_leaks(recipe, data), *_leaks(recipe, refit_data, "refitted")]
     rest = finetuned[recipe.rest_from] if recipe.rest_from else base
     files = finetuned[recipe.files_from] if recipe.files_from else rest
     shards = output_shards(recipe, base, rest, frozenset(chosen))
     n = sum(base.info(name).numel for name in chosen)
     k = recipe.localizer.kept([base.info(name).numel for name in chosen]) if recipe.localizer else n
-    return MergePlan(recipe, settings, base, finetuned, rest, files, shards, n, k, tuple(warnings), data)
+    return MergePlan(recipe, settings, base, finetuned, rest, files, shards, n, k, tuple(warnings), data,
+                     refit_data=refit_data)  # fmt: skip
 
 
 def _default_include(recipe: Recipe) -> Sequence[str]:
@@ -338,12 +359,12 @@ def dtype_warnings(name: str, dtypes: Iterable[tuple[str, str]]) -> list[str]:
     ]
 
 
-def _leaks(recipe: Recipe, data: Mapping[str, OpenSet]) -> list[str]:
-    """Localization sets that, by their names, the recipe also judges the merge on."""
+def _leaks(recipe: Recipe, data: Mapping[str, OpenSet], done: str = "localized") -> list[str]:
+    """Sets that finetunes are localized or refitted with, and that, by their names, the merge is also judged on."""
     tasks = [task.partition(":")[0] for task in recipe.evaluate.tasks] if recipe.evaluate else []
     return [
-        f"{name} is localized with {found.label}, and {task} is among the tasks it is judged on: held-out figures of "
-        "that task are none. Localize with other data."
+        f"{name} is {done} with {found.label}, and {task} is among the tasks it is judged on: held-out figures of "
+        "that task are none. Take other data."
         for name, found in data.items()
         for task in tasks
         if found.repo is not None and found.repo.rpartition("/")[2].lower() in task.lower()

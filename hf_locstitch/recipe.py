@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +27,11 @@ from hf_locstitch.localize.localizer import LOCALIZERS, Localizer
 from hf_locstitch.localize.magnitude import Magnitude
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.methods import Dense, Masked, find_method, method_names
+from hf_locstitch.refit.config import Refit, read_stitch
 
 WHERE = ("out", "push_to", "private")
 # What localized checkpoints have settled, or what takes whole models.
-SETTLED = ("localizer", "data", "include", "exclude", "rest_from", "files_from", "evaluate")
+SETTLED = ("localizer", "data", "stitch", "include", "exclude", "rest_from", "files_from", "evaluate")
 NAME_PATTERN = r"^[A-Za-z0-9][\w.-]*$"  # becomes a file name: masks/NAME.safetensors
 
 
@@ -90,7 +91,10 @@ class Recipe(Strict):
     localizer: Localizer | None = None
     """How masks are found; the method's default if it has masks, nothing if it has none."""
     data: dict[str, LocalizationSet] | tuple[LocalizationSet, ...] = ()
-    """A localization set for each finetune, by name or in order, for the localizers that look at data."""
+    """A localization set for each finetune, by name or in order, for the localizers that look at data, and for a refit
+    that is given no other."""
+    stitch: Refit | None = None
+    """How the values under the masks are found: `mean` (None) of the finetuned ones, or a `refit` of them."""
     scale: float = Field(default=1.0, allow_inf_nan=False)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -139,11 +143,32 @@ class Recipe(Strict):
     def _default_localizer(cls, value: Any) -> Any:
         return {"method": "magnitude", **value} if isinstance(value, dict) else value
 
+    @field_validator("stitch", mode="before")
+    @classmethod
+    def _read_stitch(cls, value: Any) -> Any:
+        return read_stitch(value)
+
+    @model_validator(mode="after")
+    def _data_suits_stitch(self) -> Recipe:
+        if self.stitch is None or self.localized:
+            return self
+        if self.method != "locstitch":
+            raise ValueError(f"stitch: refit goes with method locstitch, not with {self.method}")
+        found = len(self.stitch.data or self.data)
+        if found != len(self.finetuned):
+            raise ValueError(
+                f"a refit looks at data: {len(self.finetuned)} sets of unlabelled inputs are needed, one for each "
+                f"finetune, not {found}"
+            )
+        if self.allow_non_finite:
+            raise ValueError("allow_non_finite does not go with a refit: nothing can be fitted to what is no number")
+        return self
+
     @model_validator(mode="after")
     def _data_suits_localizer(self) -> Recipe:
         looks = isinstance(self.localizer, WithData)
-        if self.data and not looks:
-            raise ValueError("data is given, but only the localizers mask and saliency look at data")
+        if self.data and not looks and (self.stitch is None or self.stitch.data):
+            raise ValueError("data is given, but only the localizers mask and saliency look at data, and stitch: refit")
         if looks and len(self.data) != len(self.finetuned):
             raise ValueError(
                 f"the localizer looks at data: {len(self.finetuned)} localization sets are needed, one for each "
@@ -236,6 +261,7 @@ def _fields_at(loc: list[str]) -> list[str]:
         "localized": Finetuned,
         "localizer": LOCALIZERS.get(loc[1] if len(loc) > 1 else "", Magnitude),
         "data": LocalizationSet,
+        "stitch": Refit,
         "evaluate": Evaluate,
     }.get(loc[0] if loc else "", Recipe)
     return list(model.model_fields)
@@ -246,8 +272,15 @@ def dump_recipe(recipe: Recipe) -> str:
     fields = recipe.model_dump(mode="json", exclude={*WHERE, "evaluate"}, exclude_defaults=True)
     if recipe.localizer is not None:
         fields["localizer"] = recipe.localizer.model_dump(mode="json")
-    if isinstance(recipe.data, dict):
-        fields["data"] = {name: asked.dump() for name, asked in recipe.data.items()}
-    elif recipe.data:
-        fields["data"] = [asked.dump() for asked in recipe.data]
+    if recipe.data:
+        fields["data"] = _dump_sets(recipe.data)
+    if recipe.stitch is not None:
+        sets = {"data": _dump_sets(recipe.stitch.data)} if recipe.stitch.data else {}
+        fields["stitch"] = {**recipe.stitch.dump(), **sets}
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def _dump_sets(sets: Mapping[str, LocalizationSet] | Sequence[LocalizationSet]) -> Any:
+    if isinstance(sets, Mapping):
+        return {name: asked.dump() for name, asked in sets.items()}
+    return [asked.dump() for asked in sets]

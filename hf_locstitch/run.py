@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from hf_locstitch.workplace import ShardRecord, Workplace, fingerprint, workplac
 
 if TYPE_CHECKING:
     from hf_locstitch.publish import Upload
+    from hf_locstitch.refit.values import Refitted
 
 
 def run(
@@ -83,6 +84,8 @@ class Run:
         tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
         owners = divide([tensor.nbytes for tensor in tensors], processes.count)
         self.own = {t.name for t, owner in zip(tensors, owners, strict=True) if owner == processes.rank}
+        self.refitted: Refitted | None = None
+        self.stitch: dict[str, Any] | None = None  # what is recorded of a refit
         self.verified_before = processes.gather(place.verified())[0]
 
     def run(self) -> manifest.Manifest:
@@ -99,6 +102,7 @@ class Run:
                 if self.processes.count > 1:  # all talk to each other in the same order
                     masks.result()
                 surveyed = aside.submit(self._survey, masks)
+                self.refitted, self.stitch = self.refit(inputs, selections)
                 overlap, shards = self.write_shards(inputs, selections, background)
                 found = surveyed.result()
             for selection in selections.values():
@@ -189,6 +193,14 @@ class Run:
         found = {shard.file: self.place.finished(shard.file) for shard in self.plan.shards} if self._first else {}
         return self.processes.gather(found)[0]
 
+    def refit(self, inputs: Inputs, selections: Mapping[str, Keeper]) -> tuple[Refitted | None, dict[str, Any] | None]:
+        """The values under the masks, if the recipe wants them fitted, and what to record of that."""
+        if self.plan.recipe.stitch is None:
+            return None, None
+        from hf_locstitch.refit.refit import refit  # slow to import
+
+        return refit(self.plan, inputs, selections, self.place.spill / "refit", self.progress)
+
     def write_masks(self, selections: Mapping[str, Keeper]) -> None:
         for name, selection in selections.items():
             parts = self.place.spill / f"{name}.mask-{self.processes.rank}"
@@ -222,6 +234,7 @@ class Run:
                 opened.readers,
                 selections,
                 self.own,
+                self.refitted,
                 chunk=self.settings.chunk,
                 workers=self.settings.workers,
                 advance=advance,
@@ -298,7 +311,7 @@ class Run:
         plan, stage = self.plan, self.place.stage
         manifest.check_pins(plan, files)
         self.write_side_files()
-        record = manifest.make_manifest(plan, files, overlap, fingerprint(plan))
+        record = manifest.make_manifest(plan, files, overlap, fingerprint(plan), self.stitch)
         (stage / manifest.RECIPE_FILE).write_text(manifest.pinned_recipe(plan, files), encoding="utf-8")
         figures = draw_merge(record, found, stage)
         write_card(plan, record, stage / "README.md", figures)

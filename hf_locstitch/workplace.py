@@ -86,6 +86,7 @@ def fingerprint(plan: MergePlan) -> str:
         "recipe": plan.recipe.model_dump(mode="json", exclude={"out", "push_to", "private", "evaluate"}),
         "inputs": {name: checkpoint.source.identity for name, checkpoint in plan.inputs.items()},
         "data": {name: found.pinned.model_dump(mode="json") for name, found in plan.data.items()},
+        "refit": {name: found.pinned.model_dump(mode="json") for name, found in plan.refit_data.items()},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

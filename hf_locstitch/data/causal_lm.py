@@ -46,7 +46,10 @@ class CausalLM(ObjectiveConfig):
             )
         padding = processor.pad_token_id if processor.pad_token_id is not None else 0
         return Task(
-            encoded, [_count(labels) for _, labels in encoded], lambda model, batch: answer_loss(model, batch, padding)
+            encoded,
+            [_count(labels) for _, labels in encoded],
+            lambda model, batch: answer_loss(model, batch, padding),
+            lambda model, batch: answer_logits(model, batch, padding)[0],
         )
 
     def _encode(self, row: dict[str, Any], tokenizer: Any) -> Encoded:
@@ -108,9 +111,17 @@ def _count(labels: Sequence[int]) -> int:
 
 
 def answer_loss(model: Any, batch: Sequence[Encoded], padding: int) -> Tensor:
-    """Cross entropy summed over the labelled tokens of a batch, padded on the right. Returns a scalar."""
-    import torch
+    """Cross entropy summed over the labelled tokens of a batch. Returns a scalar."""
     from torch.nn.functional import cross_entropy
+
+    chosen, wanted = answer_logits(model, batch, padding)
+    return cross_entropy(chosen, wanted, reduction="sum")
+
+
+def answer_logits(model: Any, batch: Sequence[Encoded], padding: int) -> tuple[Tensor, Tensor]:
+    """Logits of a batch, padded on the right, where labelled tokens are due, [labelled tokens, vocabulary], and these
+    tokens."""
+    import torch
 
     longest = max(len(ids) for ids, _ in batch)
     tokens = torch.full((len(batch), longest), padding)
@@ -123,5 +134,4 @@ def answer_loss(model: Any, batch: Sequence[Encoded], padding: int) -> Tensor:
     logits = model(input_ids=tokens.to(device), attention_mask=inside.to(device), use_cache=False).logits[:, :-1]
     wanted = labels[:, 1:].to(device)
     chosen = logits[wanted != IGNORED]  # [labelled tokens, vocabulary]
-    chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-    return cross_entropy(chosen, wanted[wanted != IGNORED], reduction="sum")
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32)), wanted[wanted != IGNORED]

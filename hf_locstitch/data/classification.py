@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_locstitch.data.config import ObjectiveConfig, class_loss, label_ids
+from hf_locstitch.data.config import ObjectiveConfig, classes_task, label_ids
 
 if TYPE_CHECKING:
     from hf_locstitch.data.task import Task
@@ -27,18 +27,16 @@ class SequenceClassification(ObjectiveConfig):
         return "AutoModelForSequenceClassification"
 
     def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:
-        from hf_locstitch.data.task import Task
-
         labels = label_ids(rows, class_names(base.config))
         texts = [(row["text"], row["text_b"]) if row.get("text_b") else (row["text"],) for row in rows]
         encoded = [dict(processor(*text, truncation=True, max_length=self.max_length)) for text in texts]
         examples = list(zip(encoded, labels, strict=True))
 
-        def loss(model: Any, batch: Sequence[tuple[dict[str, Any], int]]) -> Any:
+        def outputs(model: Any, batch: Sequence[tuple[dict[str, Any], int]]) -> Any:
             inputs = processor.pad([tokens for tokens, _ in batch], return_tensors="pt").to(model.device)
-            return class_loss(model(**inputs).logits, [label for _, label in batch])
+            return model(**inputs).logits
 
-        return Task(examples, [1] * len(examples), loss)
+        return classes_task(examples, outputs)
 
 
 class ImageClassification(ObjectiveConfig):
@@ -51,14 +49,9 @@ class ImageClassification(ObjectiveConfig):
         return "AutoModelForImageClassification"
 
     def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:
-        from hf_locstitch.data.task import Task
-
         examples = list(zip(pixels(rows, processor), label_ids(rows, class_names(base.config)), strict=True))
 
-        def loss(model: Any, batch: Sequence[tuple[Any, int]]) -> Any:
-            return class_loss(model(pixel_values=stack(batch, model)).logits, [label for _, label in batch])
-
-        return Task(examples, [1] * len(examples), loss)
+        return classes_task(examples, lambda model, batch: model(pixel_values=stack(batch, model)).logits)
 
 
 def pixels(rows: Sequence[dict[str, Any]], processor: Any) -> list[Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from hf_locstitch.data.task import Task
 
 
 class ObjectiveConfig(BaseModel):
@@ -28,6 +30,16 @@ def class_loss(logits: Tensor, labels: Sequence[int]) -> Tensor:
 
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return cross_entropy(wide, torch.tensor(labels, device=logits.device), reduction="sum")
+
+
+def classes_task(examples: Sequence[tuple[Any, int]], outputs: Callable[[Any, Sequence[Any]], Tensor]) -> Task:
+    """A task of (input, label) examples. outputs: (model, examples) -> logits [examples, classes]."""
+    from hf_locstitch.data.task import Task
+
+    def loss(model: Any, batch: Sequence[tuple[Any, int]]) -> Tensor:
+        return class_loss(outputs(model, batch), [label for _, label in batch])
+
+    return Task(examples, [1] * len(examples), loss, outputs)
 
 
 def label_ids(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from hf_locstitch.data.config import ObjectiveConfig, class_loss, label_ids
+from hf_locstitch.data.config import ObjectiveConfig, classes_task, label_ids
 from hf_locstitch.errors import RequestError
 
 if TYPE_CHECKING:
@@ -41,19 +41,16 @@ class MaskedLM(ObjectiveConfig):
         return "AutoModelForMaskedLM"
 
     def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:
-        from hf_locstitch.data.task import Task
-
         words = [self._token(word, processor) for word in self.label_words]
         labels = label_ids(rows, self.label_words)
         examples = [(self._encode(row, processor), label) for row, label in zip(rows, labels, strict=True)]
 
-        def loss(model: Any, batch: Sequence[tuple[list[int], int]]) -> Any:
+        def outputs(model: Any, batch: Sequence[tuple[list[int], int]]) -> Any:
             tokens = processor.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(model.device)
             logits = model(**tokens).logits  # [examples, tokens, vocabulary]
-            at_mask = logits[tokens["input_ids"] == processor.mask_token_id]
-            return class_loss(at_mask[:, words], [label for _, label in batch])
+            return logits[tokens["input_ids"] == processor.mask_token_id][:, words]
 
-        return Task(examples, [1] * len(examples), loss)
+        return classes_task(examples, outputs)
 
     def _token(self, word: str, tokenizer: Any) -> int:
         for text in (" " + word, word):

@@ -9,12 +9,13 @@ from pydantic import Field
 
 from hf_locstitch.data.causal_lm import CausalLM
 from hf_locstitch.data.classification import ImageClassification, SequenceClassification
+from hf_locstitch.data.features import Features
 from hf_locstitch.data.masked_lm import MaskedLM
 from hf_locstitch.data.zero_shot import ClipZeroShot, TextZeroShot
 from hf_locstitch.errors import RecipeError
 
 AnyObjective = Annotated[
-    CausalLM | MaskedLM | SequenceClassification | ImageClassification | ClipZeroShot | TextZeroShot,
+    CausalLM | MaskedLM | SequenceClassification | ImageClassification | ClipZeroShot | TextZeroShot | Features,
     Field(discriminator="kind"),
 ]
 

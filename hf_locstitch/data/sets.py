@@ -125,8 +125,11 @@ def _open_repo(asked: LocalizationSet, repo: str, revision: str | None, config: 
     return OpenSet(asked, repo=repo, commit=info.sha, config=config)
 
 
-def read_rows(found: OpenSet) -> list[dict[str, Any]]:
-    """The examples, under our names for the columns. Raises RequestError if the data has others."""
+def read_rows(found: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
+    """The examples, under our names for the columns. labels: whether images without them are refused.
+
+    Raises RequestError if the data has other columns.
+    """
     dataset = _load(found)
     rename = dict(found.asked.columns)
     if absent := [theirs for theirs in rename.values() if theirs not in dataset.column_names]:
@@ -134,17 +137,17 @@ def read_rows(found: OpenSet) -> list[dict[str, Any]]:
             f"{found.label} has no column {absent[0]!r}: it has {', '.join(dataset.column_names)}. "
             "Check `columns` of the data in the recipe."
         )
-    labels = rename.get("label", "label")
-    chosen = choose(
-        dataset[labels] if labels in dataset.column_names else None, len(dataset), found.asked.number, found.asked.seed
-    )
+    of_labels = rename.get("label", "label")
+    values = dataset[of_labels] if of_labels in dataset.column_names else None
+    chosen = choose(values, len(dataset), found.asked.number, found.asked.seed)
     rows = [dict(row) for row in dataset.select(chosen)]
     known = find_surrogate(found.asked.ref)
     if known and not rename:
         return [known.row(row) for row in rows]
     rows = [{**row, **{ours: row[theirs] for ours, theirs in rename.items()}} for row in rows]
-    if not rows or not any(all(rows[0].get(name) is not None for name in names) for names in COLUMNS):
-        known = "; ".join(" and ".join(names) for names in COLUMNS)
+    wanted = COLUMNS if labels else (*COLUMNS, ("image",))
+    if not rows or not any(all(rows[0].get(name) is not None for name in names) for names in wanted):
+        known = "; ".join(" and ".join(names) for names in wanted)
         raise RequestError(
             f"{found.label} has {len(rows)} examples with the columns {', '.join(dataset.column_names)}; needed are "
             f"{known}. Map them with `columns` of the data in the recipe."

@@ -9,15 +9,23 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
+def no_outputs(model: Any, examples: Sequence[Any]) -> Tensor:
+    """Of a task that tells its loss only."""
+    raise NotImplementedError("this task tells its loss only")
+
+
 @dataclass(frozen=True)
 class Task:
     """weights: units an example is averaged over: its answer's tokens, or 1. loss: (model, examples) -> their sum
-    over those units, a scalar.
+    over those units, a scalar. outputs: (model, examples) -> what the loss is taken of, [units, numbers]; logits:
+    whether these are logits of classes or tokens.
     """
 
     examples: Sequence[Any]
     weights: Sequence[int]
     loss: Callable[[Any, Sequence[Any]], Tensor]
+    outputs: Callable[[Any, Sequence[Any]], Tensor] = no_outputs
+    logits: bool = True
 
 
 class Objective(Protocol):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from hf_locstitch.data.classification import pixels, stack
-from hf_locstitch.data.config import ObjectiveConfig, class_loss, label_ids
+from hf_locstitch.data.config import ObjectiveConfig, classes_task, label_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +38,6 @@ class ClipZeroShot(ObjectiveConfig):
         import torch
         from torch.nn.functional import normalize
 
-        from hf_locstitch.data.task import Task
-
         texts = [self.prompt.format(name) for name in self.classes]
         with torch.no_grad():
             tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
@@ -47,11 +45,11 @@ class ClipZeroShot(ObjectiveConfig):
             head = normalize(features, dim=-1) * base.logit_scale.exp()  # [classes, features]
         examples = list(zip(pixels(rows, processor.image_processor), label_ids(rows, self.classes), strict=True))
 
-        def loss(model: Any, batch: Sequence[tuple[Any, int]]) -> Tensor:
+        def outputs(model: Any, batch: Sequence[tuple[Any, int]]) -> Tensor:
             seen = normalize(_features(model.get_image_features(pixel_values=stack(batch, model))), dim=-1)
-            return class_loss(seen @ head.to(seen).T, [label for _, label in batch])
+            return seen @ head.to(seen).T
 
-        return Task(examples, [1] * len(examples), loss)
+        return classes_task(examples, outputs)
 
 
 def _features(output: Any) -> Tensor:
@@ -79,19 +77,17 @@ class TextZeroShot(ObjectiveConfig):
         import torch
         from torch.nn.functional import normalize
 
-        from hf_locstitch.data.task import Task
-
         with torch.no_grad():
             meant = self._embed(base, processor, self.classes)
             head = normalize(meant - meant.mean(0), dim=-1)  # [classes, hidden]
         texts = [row["text"] for row in rows]
         examples = list(zip(texts, label_ids(rows, self.classes), strict=True))
 
-        def loss(model: Any, batch: Sequence[tuple[str, int]]) -> Tensor:
+        def outputs(model: Any, batch: Sequence[tuple[str, int]]) -> Tensor:
             seen = self._embed(model, processor, [text for text, _ in batch])
-            return class_loss(seen @ head.to(seen).T / self.temperature, [label for _, label in batch])
+            return seen @ head.to(seen).T / self.temperature
 
-        return Task(examples, [1] * len(examples), loss)
+        return classes_task(examples, outputs)
 
     def _embed(self, model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
         from torch.nn.functional import normalize

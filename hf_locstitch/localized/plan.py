@@ -34,6 +34,8 @@ def check_localizable(recipe: Recipe) -> None:
         )
     if recipe.method != "locstitch":
         raise RecipeError(f"masks are found for method locstitch, not for {recipe.method}. Leave --method out.")
+    if recipe.stitch is not None:
+        raise RecipeError("a refit fits the values of all finetunes together: it goes with merge. Leave stitch out.")
     if given := [field for field in OF_MODELS if getattr(recipe, field) != Recipe.model_fields[field].default]:
         raise RecipeError(f"{', '.join(given)} cannot be said of a localized checkpoint. Say it when it is stitched.")
 

@@ -261,7 +261,7 @@ def _value_check(merge: Merge, inputs: Mapping[str, Checkpoint], tensors: Sequen
         opened[merge.rest],
         {name: opened[name] for name in order},
         merge.masks,
-        How(merge.recipe.scale, _top_k(merge.record, notes)),
+        How(merge.recipe.scale, _top_k(merge.record, notes), _refitted(merge.record, notes)),
     )
 
 
@@ -271,6 +271,17 @@ def _top_k(record: Manifest, notes: Notes) -> Literal["model", "tensor", ""]:
         return "tensor" if record.localizer.get("scope") == "tensor" else "model"
     notes.skipped.append("top k: how these masks were found is not computed again")
     return ""
+
+
+def _refitted(record: Manifest, notes: Notes) -> frozenset[str]:
+    """Tensors whose values under the masks are no mean of the finetuned ones."""
+    names = frozenset((record.stitch or {}).get("refitted", ()))
+    if names:
+        notes.skipped.append(
+            f"values under the masks of {len(names)} refitted tensors: they are not fitted again; run the recipe to "
+            "compare them"
+        )
+    return names
 
 
 def _sample(names: Collection[str], count: Tensors) -> list[str]:

@@ -99,10 +99,12 @@ def _float(bits: int) -> str:
 
 @dataclass(frozen=True)
 class How:
-    """top_k: whether masks keep the largest entries of the model, or of each tensor, or ("") neither."""
+    """top_k: whether masks keep the largest entries of the model, or of each tensor, or ("") neither. refitted: tensors
+    whose values under the masks are no mean, and not computed again."""
 
     scale: float
     top_k: Literal["model", "tensor", ""]
+    refitted: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -155,7 +157,12 @@ class ValueCheck:
                 scores = (values.float() - base.float()).abs()
                 self.extremes.setdefault(name, Extremes()).add(tensor, scores, kept)
         due = stitched(base, finetuned, self.how.scale, TORCH_DTYPE[info.dtype])
-        wrong.compare(self.merged.flat(tensor, first, count), due, first)
+        got = self.merged.flat(tensor, first, count)
+        if tensor in self.how.refitted:
+            got = got.clone()
+            for _, kept in finetuned:
+                got[kept] = due[kept]
+        wrong.compare(got, due, first)
         self.coordinates += count
         for reader in (self.merged, self.base, *self.finetuned.values()):
             reader.release(tensor, first, count)

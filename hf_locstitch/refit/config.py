@@ -1,0 +1,74 @@
+"""How values are refitted, as a recipe says it."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+
+from hf_locstitch.data.sets import LocalizationSet
+
+Stiffness = Annotated[
+    float,
+    Field(ge=0, allow_inf_nan=True),
+    PlainSerializer(lambda value: "inf" if math.isinf(value) else value, when_used="json"),
+]
+
+
+class Refit(BaseModel):
+    """data: unlabelled inputs of each finetune, by name or in order; the recipe's `data` unless given.
+
+    inputs: how many of each, of which the share `held_out` is not fitted to but judges the lambdas; each is cut to
+    `tokens`. batch: inputs that pass through the models together; results do not depend on it but for rounding.
+    lambdas: how much stiffer each weight is made than its inputs alone make it; "inf" is the plain stitch. With
+    several, the one whose outputs agree best with the finetuned models' on held-out inputs is taken.
+    ridge: in units of the mean squared input. steps: of conjugate gradients. device: "auto" takes the accelerator if
+    there is one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["refit"] = "refit"
+    data: dict[str, LocalizationSet] | tuple[LocalizationSet, ...] = ()
+    inputs: int = Field(default=256, ge=1)
+    held_out: float = Field(default=0.25, ge=0, lt=1)
+    tokens: int = Field(default=128, ge=1)
+    batch: int = Field(default=32, ge=1)
+    lambdas: tuple[Stiffness, ...] = Field(default=(0.0, 0.1, 1.0, 3.0, math.inf), min_length=1)
+    ridge: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    steps: int = Field(default=12, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> Refit:
+        if any(math.isnan(value) for value in self.lambdas) or len(set(self.lambdas)) < len(self.lambdas):
+            raise ValueError("lambdas must differ from one another and be numbers, or inf")
+        if len(self.lambdas) > 1 and self.counts(self.inputs)[1] == 0:
+            raise ValueError(
+                f"{len(self.lambdas)} lambdas are to be judged on held-out inputs, but of {self.inputs} inputs a share "
+                f"of {self.held_out:g} is none: raise inputs or held_out, or give one lambda"
+            )
+        return self
+
+    def counts(self, inputs: int) -> tuple[int, int]:
+        """How many of so many inputs are fitted to, and how many are held out."""
+        held_out = round(self.held_out * inputs)
+        return inputs - held_out, held_out
+
+    def dump(self) -> dict[str, Any]:
+        """What asks for the same, without its data."""
+        return self.model_dump(mode="json", exclude={"data"})
+
+    def describe(self) -> str:
+        lambdas = ", ".join(f"{value:g}" for value in self.lambdas)
+        fitted, held_out = self.counts(self.inputs)
+        judged = f", judged on {held_out} held out" if len(self.lambdas) > 1 else ""
+        return f"refit on {fitted} inputs each of at most {self.tokens} tokens, lambda of {lambdas}{judged}"
+
+
+def read_stitch(value: Any) -> Any:
+    """What `stitch:` may be: mean, refit, or the fields of a refit."""
+    if value == "mean" or (isinstance(value, dict) and value.get("method") == "mean" and len(value) == 1):
+        return None
+    return {} if value == "refit" else value

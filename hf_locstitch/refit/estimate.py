@@ -1,0 +1,113 @@
+"""What a refit will take, told from headers, configs and the recipe before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_locstitch.checkpoints.header import ITEM_BYTES
+
+if TYPE_CHECKING:
+    from hf_locstitch.plan import MergePlan
+
+FLOAT = 4  # bytes; all of a refit is float32
+WIDENINGS = 3  # a linear's outputs, the merged and the finetuned ones, and what is made of them, at once
+MOMENTS = 3  # beside each task's and each worker's Gram matrix: their sum, the system, and what solves it
+
+
+@dataclass(frozen=True)
+class RefitCost:
+    """Bytes, but for tokens and inputs (of all finetunes together, at most) and flops (of all lambdas).
+
+    weights: copies of the largest matrix, or of the experts of a layer in every model.
+    moments: Gram matrices and right-hand sides. states: what all inputs hold at a stop, in both models. values: the
+    refitted values of two lambdas, on the disk.
+    """
+
+    weights: int
+    moments: int
+    states: int
+    values: int
+    inputs: int
+    tokens: int
+    flops: float
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.moments + self.states
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "peak": self.peak}
+
+
+def refit_cost(plan: MergePlan) -> RefitCost | None:
+    """None where nothing is refitted."""
+    how = plan.recipe.stitch
+    if how is None:
+        return None
+    matrices = [info.shape for info in plan.localized if len(info.shape) == 2]
+    if not matrices:
+        return None
+    tasks = len(plan.finetuned)
+    inputs = tasks * how.inputs
+    tokens = sum(how.inputs * _length(plan, name) for name in plan.finetuned)
+    widest, largest = max(max(shape) for shape in matrices), max(math.prod(shape) for shape in matrices)
+    hidden = _hidden(plan, widest)
+    stacked = _stacked(plan)
+    elements = sum(math.prod(shape) for shape in matrices)
+    solve = sum(math.prod(shape) * min(shape) * how.steps for shape in matrices)
+    lambdas = sum(not math.isinf(value) for value in how.lambdas)
+    forward = 2 * elements * tokens
+    grams = 2 * tokens * sum(shape[1] * sum(shape) for shape in matrices)
+    share = min(1.0, tasks * plan.k / plan.n) if plan.n else 0.0
+    item = max(ITEM_BYTES[info.dtype] for info in plan.localized)
+    return RefitCost(
+        weights=FLOAT * ((3 + tasks) * stacked if stacked else 6 * largest),
+        moments=FLOAT * (tasks + MOMENTS + plan.settings.workers) * (widest**2 + largest),
+        states=FLOAT * 2 * tokens * (3 * hidden + WIDENINGS * widest),
+        values=math.ceil(2 * item * share * plan.n),
+        inputs=inputs,
+        tokens=tokens,
+        flops=float(lambdas * (3 * forward + grams + 2 * solve) + 2 * forward),
+    )
+
+
+def _length(plan: MergePlan, name: str) -> int:
+    """Tokens of one input of a finetune, at most; of an image, its patches."""
+    how = plan.recipe.stitch
+    assert how is not None
+    objective = plan.refit_data[name].asked.objective
+    config = plan.finetuned[name].config
+    vision = config.get("vision_config") or config
+    if "patch_size" in vision and "image_size" in vision and not isinstance(vision["image_size"], list):
+        return (int(vision["image_size"]) // int(vision["patch_size"])) ** 2 + 1
+    return min(how.tokens, int(getattr(objective, "max_length", how.tokens)))
+
+
+def _hidden(plan: MergePlan, widest: int) -> int:
+    """Width of the hidden states; at worst that of the widest linear."""
+    config = plan.base.config
+    sizes = {**config, **config.get("vision_config", {}), **config.get("text_config", {})}
+    return next((int(sizes[key]) for key in ("hidden_size", "n_embd", "d_model") if sizes.get(key)), widest)
+
+
+def _stacked(plan: MergePlan) -> int:
+    """Elements of the experts of one layer, where checkpoints hold experts, stacked or one by one."""
+    layers: dict[str, int] = {}
+    for info in plan.localized:
+        before, found, _ = info.name.partition(".experts.")
+        if found and len(info.shape) > 1:
+            layers[before] = layers.get(before, 0) + info.numel
+    return max(layers.values(), default=0)
+
+
+def describe(cost: RefitCost) -> str:
+    """For a person, one line."""
+    from hf_locstitch.cost import human
+
+    return (
+        f"refit      about {human(cost.peak)} of memory at most ({human(cost.weights)} one linear of the models, "
+        f"{human(cost.moments)} Gram matrices, {human(cost.states)} hidden states of {cost.inputs} inputs, at most "
+        f"{cost.tokens:,} tokens), {human(cost.values)} of disk; {cost.flops / 1e12:.3g} TFLOP"
+    )

@@ -1,0 +1,317 @@
+"""Forward passes that stop wherever a weight is multiplied with, so that many go through a model side by side.
+
+A pass runs in a thread of its own, of which only one step at a time is let go. What stands between the linears
+(norms, attention, activations, whatever the architecture does) is transformers' own code, and the order of the
+linears is the order in which it calls them. Weights are not in the model: a pass asks for each when it meets it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from hf_locstitch.chunks import for_each
+from hf_locstitch.errors import RequestError
+from hf_locstitch.refit.weights import Part, Weights, part_of
+
+LABELS = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "requires_grad", "layout", "is_sparse",
+                    "is_quantized", "is_nested", "is_mkldnn", "is_leaf", "grad", "names", "itemsize"})  # fmt: skip
+PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+
+
+class _Abandoned(BaseException):
+    """Ends the thread of a pass that nobody goes on with."""
+
+
+@dataclass(frozen=True)
+class LinearStop:
+    """x · weightᵀ + bias is due. x: [..., inputs]. weight: [outputs, inputs], or the transpose if `transposed`."""
+
+    weight: Part
+    bias: Part | None
+    transposed: bool
+    x: Tensor
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.weight.key
+
+
+@dataclass(frozen=True)
+class ExpertsStop:
+    """A module with stacked experts is about to run. hidden: [tokens, width]; index: its experts [tokens, chosen].
+
+    alone: runs one expert (by number) on tokens [m, width].
+    """
+
+    stacks: tuple[Part, ...]
+    hidden: Tensor
+    index: Tensor
+    alone: Callable[[int, Tensor], Tensor]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return tuple(part.key for part in self.stacks)
+
+
+class Pass:
+    """One forward pass. weights: of its model. work: makes it. stops: at these parameters it waits for `go_on`.
+
+    inside: which rows of a linear's input are no padding, bool [examples, tokens], any number of shapes.
+    """
+
+    _here = threading.local()
+
+    def __init__(self, weights: Weights, work: Callable[[], Any], stops: frozenset[str]) -> None:
+        self.weights, self.stops = weights, stops
+        self.inside: list[Tensor] = []
+        self.stop: LinearStop | ExpertsStop | None = None
+        self.result: Any = None
+        self._work, self._error = work, None
+        self._answer: Any = None
+        self._abandoned = False
+        self._go, self._arrived = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Run to the first stop, or to the end."""
+        self._thread.start()
+        self._await()
+
+    def go_on(self, answer: Any = None) -> None:
+        """Give what is due at the present stop and run to the next, or to the end."""
+        self._answer, self.stop = answer, None
+        self._go.release()
+        self._await()
+
+    def end(self) -> None:
+        """Leave it where it is."""
+        if self._thread.is_alive():
+            self._abandoned, self.stop = True, None
+            self._go.release()
+            self._thread.join()
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Numbers of the rows of a linear's input [..., inputs], flattened, that are no padding. Returns int64."""
+        kept = torch.ones(x.shape[:-1].numel(), dtype=torch.bool, device=x.device)
+        for inside in self.inside:
+            if x.shape[:-1] in (inside.shape, (inside.numel(),)):
+                kept &= inside.reshape(-1)
+        return kept.nonzero().flatten()
+
+    def ask(self, stop: LinearStop | ExpertsStop) -> Any:
+        """Called from within: wait for the answer."""
+        self.stop = stop
+        self._arrived.release()
+        self._go.acquire()
+        if self._abandoned:
+            raise _Abandoned
+        return self._answer
+
+    @contextmanager
+    def straight(self) -> Iterator[None]:
+        """Without stops."""
+        stops, self.stops = self.stops, frozenset()
+        try:
+            yield
+        finally:
+            self.stops = stops
+
+    @classmethod
+    def current(cls) -> Pass | None:
+        """The one whose thread this is."""
+        return getattr(cls._here, "value", None)
+
+    def _await(self) -> None:
+        self._arrived.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        Pass._here.value = self
+        try:
+            with torch.no_grad(), Lending(self):
+                self.result = self._work()
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.stop = None
+            self._arrived.release()
+
+
+class Lending(TorchFunctionMode):
+    """Gives torch's functions the weights that the model's parameters stand for."""
+
+    def __init__(self, passing: Pass) -> None:
+        super().__init__()
+        self._pass = passing
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if (linear := _as_linear(func, args, kwargs)) is not None:
+            return self._linear(linear)
+        if func is F.embedding and (table := part_of(_argument(args, kwargs, 1, "weight"))) is not None:
+            found = self._pass.weights.stored(table)
+            return func(args[0] if args else kwargs["input"], found, *args[2:], **_without(kwargs, "input", "weight"))\
+                .float()  # fmt: skip
+        if func is Tensor.__getitem__ and (part := part_of(args[0])) is not None and _is_number(args[1]):
+            return part.hole_of(int(args[1]))
+        if func.__name__ == "__get__" and getattr(func.__self__, "__name__", "") in LABELS:
+            return func(*args, **kwargs)
+        lent = tree_map(self._lend, (tuple(args), kwargs))
+        return func(*lent[0], **lent[1])
+
+    def _lend(self, value: Any) -> Any:
+        part = part_of(value)
+        return value if part is None else self._pass.weights.held(part)
+
+    def _linear(self, stop: LinearStop) -> Tensor:
+        here, weights = self._pass, self._pass.weights
+        if stop.weight.parameter in here.stops:
+            return here.ask(stop)
+        bias = None if stop.bias is None else weights.held(stop.bias)
+        return weights.product(stop.x, stop.weight, bias, stop.transposed)
+
+
+def _as_linear(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LinearStop | None:
+    """What a call multiplies, if it is a product with a weight."""
+    if func is F.linear:
+        weight, bias = part_of(_argument(args, kwargs, 1, "weight")), _argument(args, kwargs, 2, "bias")
+        x, transposed = _argument(args, kwargs, 0, "input"), False
+    elif func is torch.addmm and len(args) == 3 and not kwargs:
+        (bias, x), weight, transposed = args[:2], part_of(args[2]), True
+    elif func in PRODUCTS and len(args) == 2 and not kwargs:
+        x, weight, bias, transposed = args[0], part_of(args[1]), None, True
+    else:
+        return None
+    if weight is None or weight.dim != 2 or part_of(x) is not None or (bias is not None and part_of(bias) is None):
+        return None
+    return LinearStop(weight, part_of(bias), transposed, x)
+
+
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
+    return args[place] if place < len(args) else kwargs.get(name)
+
+
+def _without(kwargs: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in names}
+
+
+def _is_number(index: Any) -> bool:
+    return isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool)
+
+
+def watch(model: Any) -> frozenset[str]:
+    """Let passes through a model know of its padding, and stop before stacked experts, whose parameters are named."""
+    model.register_forward_pre_hook(_note_padding, with_kwargs=True)
+    found: set[str] = set()
+    for module in model.modules():
+        if stacks := _stacked_experts(module):
+            module.forward = _stopping(module.forward, stacks)
+            found |= {stack.parameter for stack in stacks}
+    return frozenset(found)
+
+
+def _stacked_experts(module: Any) -> tuple[Part, ...]:
+    """The parameters [experts, …, …] of a module that routes tokens to experts of its own, if it is one."""
+    own = [part for parameter in module.parameters(recurse=False) if (part := part_of(parameter)) is not None]
+    if not {"top_k_index", "top_k_weights"} <= set(inspect.signature(module.forward).parameters):
+        return ()
+    return tuple(part for part in own if part.dim == 3)
+
+
+def _note_padding(_: Any, __: Any, kwargs: Mapping[str, Any]) -> None:
+    here = Pass.current()
+    masks = [kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")]
+    if here is not None:
+        here.inside = [mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2]
+
+
+def _stopping(forward: Callable[..., Tensor], stacks: tuple[Part, ...]) -> Callable[..., Tensor]:
+    parameters = inspect.signature(forward)
+
+    def stopping(*args: Any, **kwargs: Any) -> Tensor:
+        here = Pass.current()
+        if here is None or not all(stack.parameter in here.stops for stack in stacks):
+            return forward(*args, **kwargs)
+        given = dict(parameters.bind(*args, **kwargs).arguments)
+        hidden, index = given.pop("hidden_states"), given.pop("top_k_index")
+        shares = given.pop("top_k_weights")
+
+        def alone(expert: int, tokens: Tensor) -> Tensor:
+            routed = torch.full((len(tokens), 1), expert, dtype=index.dtype, device=index.device)
+            return forward(tokens, routed, torch.ones(len(tokens), 1, dtype=shares.dtype, device=index.device), **given)
+
+        here.ask(ExpertsStop(stacks, hidden.reshape(-1, hidden.shape[-1]), index, alone))
+        with here.straight():
+            return forward(hidden, index, shares, **given)
+
+    return stopping
+
+
+@dataclass
+class Pair:
+    """The merged model and the finetuned one on the same inputs of a task (its number). fitted: else held out.
+
+    score: how far apart their outputs are, summed, and over how many rows.
+    """
+
+    task: int
+    fitted: bool
+    merged: Pass
+    finetuned: Pass
+    score: tuple[float, int] | None = None
+
+    @property
+    def passes(self) -> tuple[Pass, Pass]:
+        return self.merged, self.finetuned
+
+    @property
+    def stops(self) -> tuple[Any, Any]:
+        """Where both are."""
+        return self.merged.stop, self.finetuned.stop
+
+
+def lead(pairs: Sequence[Pair], visit: Callable[[Sequence[Pair]], None], workers: int) -> None:
+    """Take all passes from stop to stop until each has ended. visit: is to make them go on.
+
+    Raises RequestError if they are not at the same stop at the same time.
+    """
+    passes = [one for pair in pairs for one in pair.passes]
+    try:
+        for_each(Pass.start, passes, workers)
+        while any(one.stop is not None for one in passes):
+            running = [pair for pair in pairs if any(pair.stops)]
+            keys = [None if stop is None else stop.key for pair in running for stop in pair.stops]
+            if len(set(keys)) > 1:
+                one, other = list(dict.fromkeys(keys))[:2]
+                raise RequestError(
+                    "the order in which the model calls its linears depends on the input: one pass has come to "
+                    f"{_said(one)}, another to {_said(other)}. Such a model cannot be refitted as a whole: leave these "
+                    "tensors out with --exclude, or use --stitch mean."
+                )
+            visit(running)
+    finally:
+        for one in passes:
+            one.end()
+
+
+def _said(key: tuple[Any, ...] | None) -> str:
+    """The first name on disk in a key."""
+    while isinstance(key, tuple) and key:
+        key = key[0]
+    return "the end" if key is None else str(key)

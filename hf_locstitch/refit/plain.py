@@ -1,0 +1,93 @@
+"""The plain stitch, tensor by tensor in memory: where a refit starts from, and what it may change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+
+import numpy as np
+import torch
+
+from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
+from hf_locstitch.chunks import Chunk, chunks_of
+from hf_locstitch.kernels import Positions
+from hf_locstitch.localize.selection import Keeper
+from hf_locstitch.methods import Masked
+from hf_locstitch.plan import MergePlan
+from hf_locstitch.stitch import coverage
+
+
+class PlainStitch:
+    """readers: the inputs by name, mapped. selections: the settled masks. chunk: elements of one of their chunks."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        readers: Mapping[str, CheckpointReader],
+        selections: Mapping[str, Keeper],
+        chunk: int,
+    ) -> None:
+        self.base = readers["base"]
+        self._plan, self._selections = plan, selections
+        self._rest = next(readers[name] for name, checkpoint in plan.inputs.items() if checkpoint is plan.rest)
+        self._order = sorted(plan.finetuned, key=plan.origins.__getitem__)
+        self._dtypes = {t.name: TORCH_DTYPE[t.dtype] for shard in plan.shards for t in shard.tensors}
+        tensors = plan.localized
+        self._chunks: dict[str, list[Chunk]] = {info.name: [] for info in tensors}
+        for piece in chunks_of([info.numel for info in tensors], chunk):
+            self._chunks[tensors[piece.tensor].name].append(piece)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the output."""
+        return self._dtypes[name]
+
+    def is_localized(self, name: str) -> bool:
+        return name in self._chunks
+
+    def values(self, name: str) -> torch.Tensor:
+        """As it would be written, [*shape] in the output's dtype; a tensor that is not localized: uncopied."""
+        if name not in self._chunks:
+            info = self._rest.checkpoint.info(name)
+            return self._rest.flat(name, 0, info.numel).view(info.shape).to(self._dtypes.get(name))
+        info = self.base.checkpoint.info(name)
+        method = self._plan.method
+        assert isinstance(method, Masked)
+        pieces = [torch.empty(0, dtype=self._dtypes[name])]
+        for chunk in self._chunks[name]:
+            kept = {model: selection.kept(chunk) for model, selection in self._selections.items()}
+            pieces.append(
+                method.combine(
+                    self.base.flat(name, chunk.first, chunk.count),
+                    [kept[model] for model in self._order],
+                    coverage(chunk.count, list(kept.values())),
+                    scale=self._plan.recipe.scale,
+                    dtype=self._dtypes[name],
+                )
+            )
+        return torch.cat(pieces).view(info.shape)
+
+    def union(self, name: str) -> list[Positions]:
+        """Positions that some mask covers, ascending, of each chunk in turn, counted from its start."""
+        found = []
+        for chunk in self._chunks.get(name, ()):
+            kept = [selection.kept(chunk).ascending() for selection in self._selections.values()]
+            found.append(_union(kept))
+        return found
+
+    def cut(self, name: str, values: torch.Tensor) -> list[torch.Tensor]:
+        """The values [*shape] of a tensor that some mask covers, of each chunk in turn, in the output's dtype."""
+        flat = values.reshape(-1).to(self._dtypes[name])
+        chunks = zip(self._chunks[name], self.union(name), strict=True)
+        return [flat[torch.from_numpy(positions).long() + chunk.first] for chunk, positions in chunks]
+
+    def covered(self, name: str) -> torch.Tensor:
+        """bool [*shape]: where some mask covers. Nowhere for a tensor that is not localized."""
+        info = self.base.checkpoint.info(name)
+        covered = torch.zeros(info.numel, dtype=torch.bool)
+        for chunk, positions in zip(self._chunks.get(name, ()), self.union(name), strict=True):
+            covered[torch.from_numpy(positions).long() + chunk.first] = True
+        return covered.view(info.shape)
+
+
+def _union(positions: Sequence[Positions]) -> Positions:
+    return reduce(np.union1d, positions)

@@ -1,0 +1,175 @@
+"""From selected masks to refitted values: a fit at each lambda, of which the best is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_locstitch.errors import RequestError
+from hf_locstitch.inputs import Inputs
+from hf_locstitch.localize.open_subject import find_device
+from hf_locstitch.localize.selection import Keeper
+from hf_locstitch.plan import MergePlan
+from hf_locstitch.progress import Progress
+from hf_locstitch.refit.config import Refit
+from hf_locstitch.refit.fit import Fit, Seen
+from hf_locstitch.refit.plain import PlainStitch
+from hf_locstitch.refit.subject import RefitSubject, open_refit_subject
+from hf_locstitch.refit.values import Refitted, RefittedWriter, open_refitted
+
+JOURNAL = "refit.json"
+
+
+@dataclass
+class Journal:
+    """What is known so far. heading: of what. scores: disagreement by lambda ("inf" is the plain stitch), None where
+    nothing is held out. inputs: of each finetune, how many are fitted to and held out. kept: tensors that keep the
+    plain stitch, with the reason. notes: for people, by lambda.
+    """
+
+    heading: str
+    scores: dict[str, float | None] = field(default_factory=dict)
+    inputs: dict[str, dict[str, int]] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def best(self) -> str:
+        """The lambda with the least disagreement, of equals the first; the only one if there is no other."""
+        known = {name: math.inf if score is None else score for name, score in self.scores.items()}
+        return min(known, key=lambda name: known[name])
+
+
+def refit(
+    plan: MergePlan, inputs: Inputs, selections: Mapping[str, Keeper], folder: Path, progress: Progress
+) -> tuple[Refitted | None, dict[str, Any]]:
+    """The refitted values, None where the plain stitch is best, and what to record. Raises RequestError.
+
+    folder: for temporary files; what an earlier process finished there is taken up.
+    """
+    how = plan.recipe.stitch
+    assert how is not None
+    folder.mkdir(exist_ok=True)
+    journal = _read(folder, json.dumps({"chunk": plan.settings.chunk}))
+    opened: Refitting | None = None
+
+    def fit(name: str) -> None:
+        nonlocal opened
+        opened = opened or Refitting(plan, how, inputs, selections, folder, progress)
+        journal.scores[name] = opened.fit(float(name), journal)
+        for other in journal.scores.keys() - {journal.best}:
+            shutil.rmtree(folder / other, ignore_errors=True)
+        _write(folder, journal)
+
+    for stiffness in how.lambdas:
+        if f"{stiffness:g}" not in journal.scores:
+            fit(f"{stiffness:g}")
+    if journal.best != "inf" and open_refitted(folder / journal.best, journal.heading) is None:
+        fit(journal.best)
+    values = None if journal.best == "inf" else open_refitted(folder / journal.best, journal.heading)
+    return values, record(plan, how, journal, values)
+
+
+class Refitting:
+    """The models of every finetune and its inputs, opened for any number of fits."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        how: Refit,
+        inputs: Inputs,
+        selections: Mapping[str, Keeper],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        readers = inputs.fetch().readers
+        self._plan, self._how, self._folder, self._progress = plan, how, folder, progress
+        self._device = find_device(how)
+        self._plain = PlainStitch(plan, readers, selections, plan.settings.chunk)
+        self._subjects: list[RefitSubject] = [
+            open_refit_subject(how, name, self._plain, readers[name], data, folder, self._device)
+            for name, data in plan.refit_data.items()
+        ]
+        self._seen: Seen | None = None
+        self._untouched: float | None = None  # the plain stitch's disagreement
+
+    def fit(self, stiffness: float, journal: Journal) -> float | None:
+        """Write the values for one lambda under its name, and tell the journal. Returns the disagreement."""
+        if self._seen is None:
+            self._follow()
+        journal.inputs = {subject.name: subject.counts for subject in self._subjects}
+        if math.isinf(stiffness):
+            return self._untouched
+        assert self._seen is not None
+        writer = RefittedWriter(self._folder / f"{stiffness:g}")
+        with self._progress.bar(f"refitting, λ {stiffness:g}", len(self._seen.calls), " linears") as advance:
+            one = Fit(self._how, stiffness, self._subjects, self._plain, writer, self._seen, self._device,
+                      self._plan.settings.workers, advance)  # fmt: skip
+            score = one.run()
+        writer.finish(journal.heading)
+        journal.notes[f"{stiffness:g}"] = notes(one.tokens, stiffness, self._how)
+        journal.kept = {
+            info.name: "called more than once" if one.is_twice(info.name) else "not called as a linear by these inputs"
+            for info in self._plan.localized
+            if info.name not in writer.names and len(info.shape) > 1
+        }
+        return score
+
+    def _follow(self) -> None:
+        """See what calls what, in the plain stitch and the finetuned models."""
+        with self._progress.bar("following", 0, " linears") as advance:
+            first = Fit(self._how, math.inf, self._subjects, self._plain, None, None, self._device,
+                        self._plan.settings.workers, advance)  # fmt: skip
+            self._untouched, self._seen = first.run(), first.calls
+        if not any(first.refittable(key) for key in self._seen.calls):
+            raise RequestError(
+                "no localized tensor of this model is called as a linear, once a pass, by its inputs: there is nothing "
+                "to refit. Use --stitch mean, or check --include and the data's objective."
+            )
+
+
+def notes(tokens: Mapping[str, tuple[int, int]], stiffness: float, how: Refit) -> list[str]:
+    """What a person should know of the inputs. tokens: of each tensor, those of the task with fewest, and its width."""
+    short = {name: found for name, found in tokens.items() if found[0] < found[1]}
+    if not short:
+        return []
+    name, (fewest, width) = min(short.items(), key=lambda item: item[1][0] / item[1][1])
+    held = f"lambda {stiffness:g} and ridge {how.ridge:g} hold" if stiffness else f"only ridge {how.ridge:g} holds"
+    return [
+        f"{len(short)} of {len(tokens)} refitted matrices have more inputs than a task has tokens for them (the worst "
+        f"is {name}: {fewest} tokens for {width}); {held} the rest near the plain stitch. More or longer inputs help."
+    ]
+
+
+def record(plan: MergePlan, how: Refit, journal: Journal, values: Refitted | None) -> dict[str, Any]:
+    """What the manifest says of a refit."""
+    return {
+        **how.dump(),
+        "lambda": journal.best,
+        "disagreement": journal.scores,
+        "counts": journal.inputs,
+        "data": {name: found.pinned.dump() for name, found in plan.refit_data.items()},
+        "refitted": [] if values is None else sorted(values.names),
+        "kept_plain": {} if values is None else journal.kept,
+        "notes": [] if values is None else journal.notes[journal.best],
+    }
+
+
+def _read(folder: Path, heading: str) -> Journal:
+    """What an earlier process left under the same heading."""
+    try:
+        found = Journal(**json.loads((folder / JOURNAL).read_text()))
+    except (OSError, ValueError, TypeError):
+        return Journal(heading)
+    return found if found.heading == heading else Journal(heading)
+
+
+def _write(folder: Path, journal: Journal) -> None:
+    new = folder / f"{JOURNAL}.new"
+    new.write_text(json.dumps(asdict(journal)))
+    new.replace(folder / JOURNAL)

@@ -1,0 +1,163 @@
+"""Both models of a finetune without their weights, and its inputs: all that a refit needs of one task."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.data.features import Features
+from hf_locstitch.data.objectives import suggest
+from hf_locstitch.data.sets import OpenSet, read_rows
+from hf_locstitch.data.task import Objective, Task
+from hf_locstitch.errors import RecipeError, RequestError
+from hf_locstitch.localize.open_subject import link_files, load_processor
+from hf_locstitch.localize.subject import load_config
+from hf_locstitch.progress import no_bars_of_libraries
+from hf_locstitch.refit.config import Refit
+from hf_locstitch.refit.passes import Pass, watch
+from hf_locstitch.refit.plain import PlainStitch
+from hf_locstitch.refit.weights import Part, Weights, hollow
+
+
+@dataclass(frozen=True)
+class RefitSubject:
+    """model: its parameters are holes, which passes fill from `merged` or `finetuned`. parts: those holes by name.
+    stacks: names of those that hold the matrices of several experts.
+
+    batches: of inputs; fitted: how many of them, the first ones, are fitted to; the others are held out.
+    """
+
+    name: str
+    model: Any
+    parts: Mapping[str, Part]
+    stacks: frozenset[str]
+    merged: Weights
+    finetuned: Weights
+    task: Task
+    batches: Sequence[Sequence[Any]]
+    fitted: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Inputs that are fitted to, and held out."""
+        sizes = [len(batch) for batch in self.batches]
+        return {"fitted": sum(sizes[: self.fitted]), "held_out": sum(sizes[self.fitted :])}
+
+
+@no_bars_of_libraries()
+def open_refit_subject(
+    how: Refit,
+    name: str,
+    plain: PlainStitch,
+    finetuned: CheckpointReader,
+    data: OpenSet,
+    folder: Path,
+    device: torch.device,
+) -> RefitSubject:
+    """Raises RequestError."""
+    checkpoint, base = finetuned.checkpoint, plain.base.checkpoint
+    objective = shortened(objective_for(data, checkpoint), how.tokens)
+    folder_base = link_files(base, folder / f"{name}.base")
+    folder_finetuned = link_files(checkpoint, folder / f"{name}.finetuned")
+    model = empty_model(objective, load_config(folder_base if objective.base_config else folder_finetuned))
+    attach_conversions(model, list(base.tensors))
+    parts = hollow(model, list(base.tensors), device)
+    stacks = watch(model)
+    own = Weights(model, list(checkpoint.tensors), finetuned_reader(finetuned), device)
+    merged = Weights(
+        model, list(base.tensors), plain.values, device, own, lambda tensor: not plain.is_localized(tensor)
+    )
+    original = Weights(model, list(base.tensors), finetuned_reader(plain.base), device, own)
+    rows = read_inputs(data, how.inputs)
+    processor = load_processor(objective, folder_finetuned, folder_base)
+    preparing = Pass(original, lambda: objective.prepare(rows, processor, model), frozenset())
+    preparing.start()
+    task: Task = preparing.result
+    fitted, held_out = how.counts(len(task.examples))
+    if fitted == 0 or (held_out == 0 and len(how.lambdas) > 1):
+        raise RequestError(
+            f"{data.label} gives {len(task.examples)} inputs for {name}, of which {held_out} would be held out and "
+            f"{fitted} fitted to; at least one of each is needed. Name data with more, or set held_out."
+        )
+    batches = [task.examples[first : min(first + how.batch, fitted)] for first in range(0, fitted, how.batch)]
+    count = len(batches)
+    batches += [task.examples[first : first + how.batch] for first in range(fitted, len(task.examples), how.batch)]
+    return RefitSubject(name, model, parts, stacks, merged, own, task, batches, count)
+
+
+def objective_for(data: OpenSet, checkpoint: Checkpoint) -> Objective:
+    """As asked for, or as the architecture suggests; else last hidden states are compared."""
+    if data.asked.objective is not None:
+        return data.asked.objective
+    try:
+        return suggest(checkpoint.config, checkpoint.label)
+    except RecipeError:
+        if "vision_config" in checkpoint.config:
+            raise
+        return Features()
+
+
+def shortened(objective: Any, tokens: int) -> Any:
+    """The same objective on texts of at most so many tokens."""
+    length = getattr(objective, "max_length", tokens)
+    return objective if length <= tokens else objective.model_copy(update={"max_length": tokens})
+
+
+def read_inputs(data: OpenSet, count: int) -> list[dict[str, Any]]:
+    """Rows without their labels, which a refit does not look at: every one gets the first class."""
+
+    asked = replace(data, asked=data.asked.model_copy(update={"number": count}))
+    return [{**row, "label": 0} for row in read_rows(asked, labels=False)[:count]]
+
+
+def empty_model(objective: Objective, config: Any) -> Any:
+    """On the meta device but for its buffers, in evaluation mode."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    loader = getattr(transformers, objective.auto_class)
+    make = getattr(loader, "from_config", None) or loader._from_config
+    config.use_cache = False
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = make(config, dtype=torch.float32, experts_implementation="eager")
+    except (ValueError, OSError, KeyError) as error:
+        raise RequestError(
+            f"{objective.auto_class} cannot make the model ({' '.join(str(error).split())[:300]}). A refit needs a "
+            "model that transformers knows without code from the repo; use --stitch mean."
+        ) from error
+    model.tie_weights()
+    return model.eval()
+
+
+def attach_conversions(model: Any, disk: Collection[str]) -> None:
+    """What transformers would have noted had it loaded these tensors: names.py reverses it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict(keep_vars=True)
+    patterns = set()
+    for name in disk:
+        patterns.add(rename_source_key(name, renamings, converters, model.base_model_prefix, state)[1])
+    used = [entry for entry in renamings if entry.was_used()]
+    used += [entry for entry in converters if patterns & set(entry.source_patterns)]
+    model._weight_conversions = [entry for entry in mapping if entry in used]
+
+
+def finetuned_reader(reader: CheckpointReader) -> Any:
+    """A checkpoint's tensors by their names, [*shape]."""
+
+    def read(name: str) -> torch.Tensor:
+        info = reader.checkpoint.info(name)
+        return reader.flat(name, 0, info.numel).view(info.shape)
+
+    return read

@@ -1,0 +1,108 @@
+"""Passes through a model without weights: the outputs of the loaded model, whatever they stop at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from models import load
+from subjects import CASES, MODELS, pair
+from torch import Tensor
+
+from hf_locstitch.errors import RequestError
+from hf_locstitch.refit.passes import LinearStop, Pair, Pass, lead, watch
+from hf_locstitch.refit.subject import attach_conversions, empty_model
+from hf_locstitch.refit.weights import Part, Weights, hollow
+
+CPU = torch.device("cpu")
+
+
+def open_pass(folder: Path, kind: str, work: Callable[[Any], Any], stops: Callable[[Part], bool]) -> Pass:
+    objective = CASES[kind][1]
+    state = load(folder)
+    model = empty_model(objective, transformers.AutoConfig.from_pretrained(folder))
+    attach_conversions(model, list(state))
+    parts = hollow(model, list(state), CPU)
+    watch(model)
+    weights = Weights(model, list(state), state.__getitem__, CPU)
+    return Pass(weights, lambda: work(model), frozenset(name for name, part in parts.items() if stops(part)))
+
+
+def product(one: Pass) -> Tensor | None:
+    """What is due at a stop."""
+    stop = one.stop
+    if not isinstance(stop, LinearStop):
+        return None
+    weight = one.weights.load(stop.weight)
+    bias = None if stop.bias is None else one.weights.load(stop.bias)
+    return F.linear(stop.x, weight.T if stop.transposed else weight, bias)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "text"])
+@pytest.mark.parametrize("stopping", [False, True])
+def test_outputs_are_those_of_the_loaded_model(case: str, stopping: bool, tmp_path: Path) -> None:
+    kind, objective, rows, processor = CASES[case]
+    _, folder = pair(kind, tmp_path, torch.float32)
+    loaded = getattr(transformers, MODELS[kind][0]).from_pretrained(folder).eval()
+    with torch.no_grad():
+        task = objective.prepare(rows(), processor(), loaded)
+        due = task.outputs(loaded, task.examples)
+    stops_at = (lambda part: part.dim > 1) if stopping else (lambda part: False)
+    one = open_pass(folder, case, lambda model: task.outputs(model, task.examples), stops_at)
+    one.start()
+    stops = 0
+    while one.stop is not None:
+        stops += 1
+        one.go_on(product(one))
+    assert (stops > 7) == stopping
+    assert torch.allclose(one.result, due, atol=1e-5)
+
+
+def test_padding_is_left_out(tmp_path: Path) -> None:
+    kind, objective, rows, processor = CASES["causal-lm"]
+    _, folder = pair(kind, tmp_path, torch.float32)
+    task = objective.prepare([*rows(), {"text": "abc"}], processor(), None)
+    lengths = [len(ids) for ids, _ in task.examples]
+    assert len(set(lengths)) > 1
+    one = open_pass(folder, "causal-lm", lambda model: task.outputs(model, task.examples), lambda part: part.dim == 2)
+    one.start()
+    while one.stop is not None:
+        assert isinstance(one.stop, LinearStop)
+        x = one.stop.x
+        if x.dim() == 3 and x.shape[0] == len(lengths):
+            due = [row * x.shape[1] + at for row, length in enumerate(lengths) for at in range(length)]
+            assert one.rows(x).tolist() == due
+        one.go_on(product(one))
+
+
+def test_an_order_that_depends_on_the_input_is_refused(tmp_path: Path) -> None:
+    _, folder = pair("llama", tmp_path, torch.float32)
+
+    def work(layer: int) -> Callable[[Any], Tensor]:
+        return lambda model: model.model.layers[layer].mlp(torch.ones(1, 3, 32))
+
+    passes = [open_pass(folder, "causal-lm", work(layer), lambda part: part.dim == 2) for layer in (0, 1)]
+    with pytest.raises(
+        RequestError, match=r"order .* depends on the input.*layers.0.mlp.gate.*layers.1.mlp.gate.*mean"
+    ):
+        lead([Pair(0, True, *passes)], lambda _: None, 1)
+    assert not any(one._thread.is_alive() for one in passes)
+
+
+def test_an_error_in_a_pass_ends_all(tmp_path: Path) -> None:
+    _, folder = pair("llama", tmp_path, torch.float32)
+
+    def broken(model: Any) -> Tensor:
+        raise ValueError("broken")
+
+    ids = torch.tensor([[1, 2, 3]])
+    good = open_pass(folder, "causal-lm", lambda model: model(input_ids=ids).logits, lambda part: part.dim == 2)
+    bad = open_pass(folder, "causal-lm", broken, lambda part: part.dim == 2)
+    with pytest.raises(ValueError, match="broken"):
+        lead([Pair(0, True, good, bad)], lambda _: None, 1)
+    assert not good._thread.is_alive() and not bad._thread.is_alive()

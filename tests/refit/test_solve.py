@@ -1,0 +1,80 @@
+"""Masked least squares for one linear, against the closed form row by row."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_locstitch.refit.agreement import disagreement
+from hf_locstitch.refit.solve import solve_masked, system, with_ones
+
+
+def closed_form(tasks: list[tuple[Tensor, Tensor]], mask: Tensor, stiffness: float, ridge: float) -> Tensor:
+    """Row by row, the minimum over the weights in its mask. tasks: inputs [tokens, inputs], targets [tokens, outputs].
+
+    Each task counts alike: mean over its tokens of |x·δᵀ − r|², plus the two penalties on δ.
+    """
+    s = torch.stack([x.T @ x / len(x) for x, _ in tasks]).sum(0)
+    b = torch.stack([r.T @ x / len(x) for x, r in tasks]).sum(0)
+    penalty = stiffness * s.diagonal() + ridge * s.diagonal().mean()
+    solution = torch.zeros_like(mask, dtype=s.dtype)
+    for row, kept in enumerate(mask):
+        at = kept.nonzero().flatten()
+        solution[row, at] = torch.linalg.solve(s[at][:, at] + torch.diag(penalty[at]), b[row, at])
+    return solution
+
+
+@pytest.mark.parametrize("stiffness", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_is_the_closed_form(stiffness: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator, dtype=dtype)
+    tasks = [(draw(tokens, 8), draw(tokens, 700)) for tokens in (40, 90)]
+    mask = torch.rand(700, 8, generator=generator) < 0.4
+    mask[3] = False
+    gram = torch.stack([x.T @ x / len(x) for x, _ in tasks]).sum(0)
+    cross = torch.stack([r.T @ x / len(x) for x, r in tasks]).sum(0)
+    found = solve_masked(system(gram, stiffness, 0.01), cross, mask, steps=12)
+    due = closed_form(tasks, mask, stiffness, 0.01)
+    assert not found[~mask].any()
+    assert torch.allclose(found, due, atol=1e-5)
+    assert due.abs().max() > 0.01
+
+
+def test_by_hand() -> None:
+    """One output, two inputs of which one may change: S = [[2, 1], [1, 4]], B = [3, 5], λ = 0.5, no ridge."""
+    gram, cross = torch.tensor([[2.0, 1.0], [1.0, 4.0]]), torch.tensor([[3.0, 5.0]])
+    matrix = system(gram, 0.5, 0.0)
+    assert torch.equal(matrix, torch.tensor([[3.0, 1.0], [1.0, 6.0]]))
+    assert torch.allclose(solve_masked(matrix, cross, torch.tensor([[True, False]]), 3), torch.tensor([[1.0, 0.0]]))
+    both = solve_masked(matrix, cross, torch.tensor([[True, True]]), 3)
+    assert torch.allclose(both @ matrix, cross, atol=1e-5)
+    assert torch.allclose(torch.diag(system(gram, 0.0, 0.1)), torch.tensor([2.3, 4.3]))
+
+
+def test_a_bias_is_a_column_of_ones() -> None:
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert torch.equal(with_ones(x), torch.tensor([[1.0, 2.0, 1.0], [3.0, 4.0, 1.0]]))
+
+
+def test_few_steps_do_not_reach_the_solution_and_nothing_divides_by_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 30, generator=generator)
+    gram, cross = x.T @ x, torch.randn(4, 30, generator=generator)
+    mask = torch.ones(4, 30, dtype=torch.bool)
+    due = closed_form([(x, torch.zeros(100, 4))], mask, 0.0, 1e-6) * 0 + torch.linalg.solve(gram, cross.T).T
+    errors = [(solve_masked(gram, cross, mask, steps) - due).norm().item() for steps in (1, 4, 12, 60)]
+    assert errors[0] > errors[1] > errors[2] > errors[3] and torch.isfinite(torch.tensor(errors)).all()
+    assert not solve_masked(gram, torch.zeros(4, 30), mask, 5).any()
+
+
+def test_disagreement() -> None:
+    one, other = torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.tensor([[0.0, 0.0], [1.0, 3.0]])
+    assert disagreement(one, other, logits=True) == (0.0, 2)
+    ln3 = torch.tensor([[1.0986122886681098, 0.0]], dtype=torch.float64)  # probabilities 3/4 and 1/4
+    found, rows = disagreement(torch.zeros(1, 2), ln3, logits=True)
+    assert rows == 1 and found == pytest.approx(0.25)
+    assert disagreement(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0]]), logits=False) == (0.5, 1)
