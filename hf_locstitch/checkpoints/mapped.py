@@ -14,6 +14,7 @@ from hf_locstitch.checkpoints.reader import CheckpointReader
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 STRETCH = 1 << 22  # bytes; Python holds its lock while the kernel is told
+LAGGING = 16  # stretches that the slowest thread may be behind
 
 
 class MappedFile:
@@ -27,10 +28,14 @@ class MappedFile:
         return memoryview(self._map)[start:stop]
 
     def release(self, start: int, stop: int) -> None:
-        """Tell the kernel, so that resident memory stays small: of whole stretches, once their end is reached."""
-        first, last = start // STRETCH * STRETCH, stop // STRETCH * STRETCH
+        """Tell the kernel, so that resident memory stays small: of whole stretches, once their end is reached.
+
+        Those before are told of again: another thread may have come back to them.
+        """
+        first, last = start // STRETCH, stop // STRETCH
         if last > first and hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+            first = max(0, first - LAGGING)
+            self._map.madvise(mmap.MADV_DONTNEED, first * STRETCH, (last - first) * STRETCH)
 
 
 class MappedCheckpoint(CheckpointReader):
