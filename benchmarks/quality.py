@@ -87,8 +87,8 @@ class Testbed(Protocol):
 class Method:
     """One way to merge, as flags of `hf-locstitch merge`.
 
-    localizer: fields of one that looks at data, which no flag sets. data: the split that it looks at. scales: to be
-    tried, the best on validation stands for the method.
+    localizer: fields of one that looks at data, which no flag sets. data: the split that it, or a refit, looks at.
+    scales: to be tried, the best on validation stands for the method.
     """
 
     name: str
@@ -134,6 +134,14 @@ def with_data(densities: Sequence[float], kinds: Sequence[str]) -> list[Method]:
             fields, split = DATA_METHODS[name]
             made.append(Method(f"{name} {100 * density:g}%", localizer={**fields, "density": density}, data=split))
     return made
+
+
+def refits(densities: Sequence[float]) -> list[Method]:
+    """Values under the masks refitted, without labels, on the inputs that the experts were finetuned on."""
+    return [
+        Method(f"magnitude {100 * d:g}%, refit", ("--density", f"{d:g}", "--stitch", "refit"), data="train")
+        for d in densities
+    ]
 
 
 @dataclass
@@ -270,7 +278,7 @@ class Bench:
         return merge(self.base, self.experts.values(), flags, target, recipe)
 
     def write_recipe(self, method: Method) -> Path | None:
-        """The recipe of a localizer that looks at data, and its examples; None for one that does not."""
+        """The recipe of a method that looks at data, and its examples; None for one that does not."""
         if method.data is None:
             return None
         sets = {}
@@ -281,7 +289,8 @@ class Bench:
             role = "finetuning" if method.data == "train" else "held-out"
             sets[expert.name] = {"ref": str(file), "number": 64, "role": role, **fields}
         recipe = self.folder / f"{method.slug}.yaml"
-        content = {"localizer": {"micro_batch": 32, **method.localizer}, "data": sets}
+        localizer = {"localizer": {"micro_batch": 32, **method.localizer}} if method.localizer else {}
+        content = {**localizer, "data": sets}
         recipe.write_text(json.dumps(content))  # JSON is YAML
         return recipe
 
@@ -412,6 +421,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--with-data", nargs="*", default=[], choices=DATA_METHODS, metavar="NAME",
         help=f"also these localizers: {', '.join(DATA_METHODS)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--refits", type=float, nargs="*", default=[], metavar="F", help="also refitted merges at these densities"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep checkpoints here and reuse experts in it")
 
@@ -419,7 +431,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def asked_rows(args: argparse.Namespace, scales: Sequence[float] = SCALES) -> list[Method]:
     """The rows that the options of `add_options` ask for. scales: that task arithmetic is tuned over."""
     dataless = [*methods(args.densities), *(rivals(args.densities, scales) if args.rivals else [])]
-    return [*dataless, *with_data(args.densities, args.with_data)]
+    return [*dataless, *refits(args.refits), *with_data(args.densities, args.with_data)]
 
 
 def main() -> None:

@@ -38,6 +38,15 @@ def worker_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def keep_to_itself() -> None:
+    """Begins a thread that computes. What torch.set_num_threads said holds in it only once torch was asked: before,
+    a matrix product may be shared out, and then differ in its last digits from run to run.
+    """
+    import torch
+
+    torch.get_num_threads()
+
+
 def for_each(work: Callable[[Job], object], jobs: Iterable[Job], workers: int) -> None:
     """Call `work` on every job in `workers` threads, each taking the next one. The first failure stops the rest."""
     queue = iter(jobs)
@@ -55,7 +64,7 @@ def for_each(work: Callable[[Job], object], jobs: Iterable[Job], workers: int) -
         finally:
             stop.set()  # no job is left, or this one failed
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=keep_to_itself) as pool:
         running = [pool.submit(take_turns) for _ in range(workers)]
         try:
             for future in as_completed(running):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_locstitch.chunks import for_each
+from hf_locstitch.chunks import for_each, keep_to_itself
 from hf_locstitch.errors import RequestError
 from hf_locstitch.localize.names import Group, to_disk
 from hf_locstitch.plan import DTYPE_ON_DISK
@@ -423,6 +423,6 @@ def in_order(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> 
     """Results in the order of the items, a few of which are worked on at once."""
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=keep_to_itself) as pool:
         for first in range(0, len(items), workers):
             yield from pool.map(work, items[first : first + workers])

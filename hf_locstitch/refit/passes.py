@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from hf_locstitch.chunks import for_each
+from hf_locstitch.chunks import for_each, keep_to_itself
 from hf_locstitch.errors import RequestError
 from hf_locstitch.refit.weights import Part, Weights, part_of
 
@@ -139,6 +139,7 @@ class Pass:
 
     def _run(self) -> None:
         Pass._here.value = self
+        keep_to_itself()
         try:
             with torch.no_grad(), Lending(self):
                 self.result = self._work()

@@ -23,5 +23,5 @@ def test_peak_memory_is_the_weights_and_one_number_each(tmp_path: Path) -> None:
     assert found["saliency"]["parameters"] >= 100e6
     assert found["saliency"]["localizable"] >= 0.98 * found["saliency"]["parameters"]
     share = {way: result["peak"] / result["model"] for way, result in found.items()}
-    assert 2.0 <= share["saliency"] < 2.9
+    assert 2.0 <= share["saliency"] < 3.0
     assert share["plain saliency"] > share["saliency"] + 2
