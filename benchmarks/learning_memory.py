@@ -128,9 +128,10 @@ def measure(folder: Path, way: str) -> Measured:
     began = time.perf_counter()
     with Peak() as peak:
         parameters, localizable = passes()
-    item = torch.empty(0, dtype=config.dtype).element_size()
     seconds = time.perf_counter() - began
-    return Measured(peak.most - peak.before, item * parameters, parameters, localizable, seconds)
+    dtype = config.dtype
+    assert isinstance(dtype, torch.dtype)
+    return Measured(peak.most - peak.before, dtype.itemsize * parameters, parameters, localizable, seconds)
 
 
 def _ours(folder: Path, config: Any, examples: list[Any], fields: dict[str, Any]) -> tuple[int, int]:

@@ -64,7 +64,13 @@ class PlainStitch:
                     dtype=self._dtypes[name],
                 )
             )
+        self.release(name)
         return torch.cat(pieces).view(info.shape)
+
+    def release(self, name: str) -> None:
+        """Nobody needs to look at what was read of a tensor soon."""
+        reader = self.base if name in self._chunks else self._rest
+        reader.release(name, 0, reader.checkpoint.info(name).numel)
 
     def union(self, name: str) -> list[Positions]:
         """Positions that some mask covers, ascending, of each chunk in turn, counted from its start."""

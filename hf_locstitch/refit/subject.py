@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,12 @@ def open_refit_subject(
     attach_conversions(model, list(base.tensors))
     parts = hollow(model, list(base.tensors), device)
     stacks = watch(model)
-    own = Weights(model, list(checkpoint.tensors), finetuned_reader(finetuned), device)
+    own = Weights(model, list(checkpoint.tensors), reading(finetuned), device, release=releasing(finetuned))
     merged = Weights(
-        model, list(base.tensors), plain.values, device, own, lambda tensor: not plain.is_localized(tensor)
-    )
-    original = Weights(model, list(base.tensors), finetuned_reader(plain.base), device, own)
+        model, list(base.tensors), plain.values, device, own, lambda tensor: not plain.is_localized(tensor),
+        plain.release,
+    )  # fmt: skip
+    original = Weights(model, list(base.tensors), reading(plain.base), device, own)
     rows = read_inputs(data, how.inputs)
     processor = load_processor(objective, folder_finetuned, folder_base)
     preparing = Pass(original, lambda: objective.prepare(rows, processor, model), frozenset())
@@ -153,11 +154,15 @@ def attach_conversions(model: Any, disk: Collection[str]) -> None:
     model._weight_conversions = [entry for entry in mapping if entry in used]
 
 
-def finetuned_reader(reader: CheckpointReader) -> Any:
-    """A checkpoint's tensors by their names, [*shape]."""
+def reading(reader: CheckpointReader) -> Callable[[str], torch.Tensor]:
+    """A checkpoint's tensors by their names, [*shape], uncopied."""
 
     def read(name: str) -> torch.Tensor:
         info = reader.checkpoint.info(name)
         return reader.flat(name, 0, info.numel).view(info.shape)
 
     return read
+
+
+def releasing(reader: CheckpointReader) -> Callable[[str], None]:
+    return lambda name: reader.release(name, 0, reader.checkpoint.info(name).numel)

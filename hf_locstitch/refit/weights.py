@@ -83,7 +83,7 @@ class Weights:
     """float32 values of a model's parameters. read: a tensor on disk by its name, [*shape], in any dtype.
 
     spare: gives what this checkpoint lacks (a head that only the finetune has). mapped: whether reading a tensor
-    copies nothing.
+    copies nothing. release: is told of each tensor that was read and copied.
     """
 
     def __init__(
@@ -94,13 +94,14 @@ class Weights:
         device: torch.device,
         spare: Weights | None = None,
         mapped: Callable[[str], bool] = lambda _: True,
+        release: Callable[[str], object] = lambda _: None,
     ) -> None:
         self.groups: dict[str, Group] = {}
         for group in group_names(model, disk):
             for parameter in group.parameters:
                 self.groups.setdefault(parameter, group)
         self._model, self._read, self._device, self._spare = model, read, device, spare
-        self._mapped = mapped
+        self._mapped, self._release = mapped, release
         self._kept: dict[str, Tensor] = {}
         self._held: OrderedDict[str, Tensor] = OrderedDict()
         self.changed: dict[str, Tensor] = {}
@@ -143,6 +144,7 @@ class Weights:
         rows = max(1, PIECE // part.shape[1])
         weight = self._read(group.disk[0])
         pieces = [F.linear(x, piece.to(self._device).float()) for piece in weight.split(rows)]
+        self._release(group.disk[0])
         found = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         return found if bias is None else found + bias
 
@@ -153,8 +155,12 @@ class Weights:
         if group is None:  # in neither checkpoint: a pooler that nobody asks for, or it shows in the outputs
             return torch.full(part.shape, math.nan, device=self._device)
         if group.direct:
-            return self._read(group.disk[0]).to(self._device).float()
-        return from_disk(self._model, group, self._read)[part.parameter].to(self._device)
+            found = self._read(group.disk[0]).to(self._device).float()
+        else:
+            found = from_disk(self._model, group, self._read)[part.parameter].to(self._device)
+        for name in group.disk:
+            self._release(name)
+        return found
 
 
 def from_disk(model: Any, group: Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
