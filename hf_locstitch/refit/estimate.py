@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 FLOAT = 4  # bytes; all of a refit is float32
 WIDENINGS = 3  # a linear's outputs, the merged and the finetuned ones, and what is made of them, at once
+LIBRARIES = 170_000_000  # bytes: transformers and datasets, imported; measured
 MOMENTS = 3  # beside each task's and each worker's Gram matrix: their sum, the system, and what solves it
 
 
@@ -35,7 +36,7 @@ class RefitCost:
 
     @property
     def peak(self) -> int:
-        return self.weights + self.moments + self.states
+        return LIBRARIES + self.weights + self.moments + self.states
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "peak": self.peak}

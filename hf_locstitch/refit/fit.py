@@ -262,6 +262,7 @@ class Fit:
         if not any(task.tokens for task in moments):
             return torch.zeros_like(total_cross)
         matrix = system(total_gram, self.stiffness, self.how.ridge)
+        del total_gram  # as large as the system
         return solve_masked(matrix, total_cross, mask, self.how.steps)
 
     def _note_tokens(self, pairs: Sequence[Pair], moments: Sequence[Moments], width: int) -> None:

@@ -34,8 +34,9 @@ def with_ones(x: Tensor) -> Tensor:
 
 def system(gram: Tensor, stiffness: float, ridge: float) -> Tensor:
     """S + stiffness · diag S + ridge · mean(diag S) · I. gram: S [inputs, inputs]."""
-    diagonal = gram.diagonal()
-    return gram + torch.diag(stiffness * diagonal + ridge * diagonal.mean())
+    diagonal, matrix = gram.diagonal(), gram.clone()
+    matrix.diagonal().add_(stiffness * diagonal + ridge * diagonal.mean())
+    return matrix
 
 
 def solve_masked(matrix: Tensor, cross: Tensor, mask: Tensor, steps: int) -> Tensor:
