@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 FLOAT = 4  # bytes; all of a refit is float32
 WIDENINGS = 3  # a linear's outputs, the merged and the finetuned ones, and what is made of them, at once
-LIBRARIES = 170_000_000  # bytes: transformers and datasets, imported; measured
+LIBRARIES = 470_000_000  # bytes: transformers and datasets, and what the allocator keeps of threads; measured
+OUTPUTS = 3  # logits, those that are looked at, and their probabilities
 MOMENTS = 3  # beside each task's and each worker's Gram matrix: their sum, the system, and what solves it
 
 
@@ -22,13 +23,14 @@ class RefitCost:
     """Bytes, but for tokens and inputs (of all finetunes together, at most) and flops (of all lambdas).
 
     weights: copies of the largest matrix, or of the experts of a layer in every model.
-    moments: Gram matrices and right-hand sides. states: what all inputs hold at a stop, in both models. values: the
-    refitted values of two lambdas, on the disk.
+    moments: Gram matrices and right-hand sides. states: what all inputs hold at a stop, in both models. outputs: of
+    the batches that end at once. values: the refitted values of two lambdas, on the disk.
     """
 
     weights: int
     moments: int
     states: int
+    outputs: int
     values: int
     inputs: int
     tokens: int
@@ -36,7 +38,7 @@ class RefitCost:
 
     @property
     def peak(self) -> int:
-        return LIBRARIES + self.weights + self.moments + self.states
+        return LIBRARIES + self.weights + self.moments + self.states + self.outputs
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "peak": self.peak}
@@ -67,6 +69,7 @@ def refit_cost(plan: MergePlan) -> RefitCost | None:
         weights=FLOAT * ((3 + tasks) * stacked if stacked else 6 * largest),
         moments=FLOAT * (tasks + MOMENTS + plan.settings.workers) * (widest**2 + largest),
         states=FLOAT * 2 * tokens * (3 * hidden + WIDENINGS * widest),
+        outputs=FLOAT * 2 * OUTPUTS * plan.settings.workers * how.batch * _outputs(plan),
         values=math.ceil(2 * item * share * plan.n),
         inputs=inputs,
         tokens=tokens,
@@ -84,6 +87,13 @@ def _length(plan: MergePlan, name: str) -> int:
     if "patch_size" in vision and "image_size" in vision and not isinstance(vision["image_size"], list):
         return (int(vision["image_size"]) // int(vision["patch_size"])) ** 2 + 1
     return min(how.tokens, int(getattr(objective, "max_length", how.tokens)))
+
+
+def _outputs(plan: MergePlan) -> int:
+    """Numbers that a language model gives for one input: tokens times words. Others give few."""
+    config = plan.base.config
+    speaks = any("LM" in name for name in config.get("architectures") or ())
+    return max(_length(plan, name) for name in plan.finetuned) * int(config.get("vocab_size", 0)) if speaks else 0
 
 
 def _hidden(plan: MergePlan, widest: int) -> int:
@@ -110,5 +120,6 @@ def describe(cost: RefitCost) -> str:
     return (
         f"refit      about {human(cost.peak)} of memory at most ({human(cost.weights)} one linear of the models, "
         f"{human(cost.moments)} Gram matrices, {human(cost.states)} hidden states of {cost.inputs} inputs, at most "
-        f"{cost.tokens:,} tokens), {human(cost.values)} of disk; {cost.flops / 1e12:.3g} TFLOP"
+        f"{cost.tokens:,} tokens, {human(cost.outputs)} outputs), {human(cost.values)} of disk; "
+        f"{cost.flops / 1e12:.3g} TFLOP"
     )
