@@ -83,8 +83,7 @@ def _add_merge(commands: Any) -> None:
         help="merge finetuned models into their base",
         description=f"Merge finetuned models into their base. {REF}: a folder, org/name or org/name@revision.",
     )
-    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="a recipe; flags override it")
-    parser.add_argument("--base", metavar=REF, help="the pretrained model")
+    _add_recipe(parser)
     parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call them (default: last part of REF)")
     _add_target(parser)
@@ -98,10 +97,10 @@ def _add_merge(commands: Any) -> None:
         help="the values under the masks: the mean of the finetuned ones (default), or fitted, linear by linear, to "
         "what the finetuned models compute on unlabelled --data",
     )
-    how.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
+    _add_scale(how)
     how.add_argument("--rest-from", metavar="NAME", help="finetune that gives the other tensors (default: the base)")
     how.add_argument("--files-from", metavar="NAME", help="finetune that gives tokenizer and config")
-    how.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
+    _add_non_finite(how)
 
     output = parser.add_argument_group("output")
     _add_layout(output)
@@ -117,14 +116,13 @@ def _add_localize(commands: Any) -> None:
         description="Make a localized checkpoint: the mask of one finetuned model and its values there, a few per cent "
         f"of the model. `stitch` merges any of them. {REF}: a folder, org/name or org/name@revision.",
     )
-    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="a recipe; flags override it")
-    parser.add_argument("--base", metavar=REF, help="the pretrained model")
+    _add_recipe(parser)
     parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned model")  # one; the recipe tells
     parser.add_argument("--name", dest="names", nargs=1, metavar="NAME", help="what to call it (default: end of REF)")
     _add_target(parser)
     how = parser.add_argument_group("how to localize")
     _add_localizing(how)
-    how.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
+    _add_non_finite(how)
     _add_work(parser.add_argument_group("output"), device=True)
     _add_debug(parser)
 
@@ -137,18 +135,22 @@ def _add_stitch(commands: Any) -> None:
         description="Merge localized checkpoints into the base that they were localized against: the same weights as "
         f"one merge of the finetuned models. {REF}: a folder, org/name or org/name@revision.",
     )
-    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="a recipe; flags override it")
-    parser.add_argument("--base", metavar=REF, help="the pretrained model")
+    _add_recipe(parser)
     parser.add_argument("--localized", nargs="+", metavar=REF, help="the localized checkpoints")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call them (default: as they are called)")
     _add_target(parser)
     how = parser.add_argument_group("how to stitch")
-    how.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
-    how.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
+    _add_scale(how)
+    _add_non_finite(how)
     output = parser.add_argument_group("output")
     _add_layout(output)
     _add_work(output, device=False)
     _add_debug(parser)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="a recipe; flags override it")
+    parser.add_argument("--base", metavar=REF, help="the pretrained model")
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
@@ -176,6 +178,14 @@ def _add_localizing(how: Any) -> None:
     how.add_argument("--scope", choices=["model", "tensor"], help="top k over the model (default) or in each tensor")
     how.add_argument("--include", nargs="+", metavar="GLOB", help="localize these tensors (default: those of blocks)")
     how.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these tensors out")
+
+
+def _add_scale(how: Any) -> None:
+    how.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
+
+
+def _add_non_finite(how: Any) -> None:
+    how.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
 
 
 def _add_layout(output: Any) -> None:

@@ -45,8 +45,14 @@ def _compiled(loop: Loop) -> Loop:
 
 
 @_compiled
-def _flagged_places(flags: Counts, places: Positions) -> int:
-    """Where flags, 0 or 1, are set. flags: [a multiple of 8]; places: [≥ flags + 1], filled. Returns how many."""
+def _places(block: Any, least: int, flags: Counts, places: Positions) -> int:
+    """Where the numbers of a block [≤ BLOCK] are at least so large. places: [BLOCK + 1], filled. Returns how many.
+
+    flags: [BLOCK], overwritten.
+    """
+    for place in range(len(block)):
+        flags[place] = block[place] >= least
+    flags[len(block) :] = 0
     count = 0
     eights = flags.view(np.uint64)
     for eight in range(len(eights)):
@@ -68,16 +74,11 @@ def reaching(
     """
     count = open_ = 0
     largest = 0
-    flags = np.zeros(BLOCK, np.uint8)
+    flags = np.empty(BLOCK, np.uint8)
     places = np.empty(BLOCK + 1, np.int32)
     for start in range(0, len(scores), BLOCK):
         block = scores[start : start + BLOCK]
-        if len(block) < BLOCK:
-            flags[:] = 0
-        for place in range(len(block)):
-            flags[place] = block[place] >= low
-        found = _flagged_places(flags, places)
-        for at in range(found):
+        for at in range(_places(block, low, flags, places)):
             place = places[at]
             score = block[place]
             sure = score >= high
@@ -116,16 +117,10 @@ def count_up(times: Counts, positions: Positions) -> None:
 def more_than(times: Counts, least: int, positions: Positions) -> int:
     """Fill in where a count [n] is larger than `least`. positions: [≥ n + 1]. Returns how many there are."""
     count = 0
-    flags = np.zeros(BLOCK, np.uint8)
+    flags = np.empty(BLOCK, np.uint8)
     places = np.empty(BLOCK + 1, np.int32)
     for start in range(0, len(times), BLOCK):
-        block = times[start : start + BLOCK]
-        if len(block) < BLOCK:
-            flags[:] = 0
-        for place in range(len(block)):
-            flags[place] = block[place] > least
-        found = _flagged_places(flags, places)
-        for at in range(found):
+        for at in range(_places(times[start : start + BLOCK], least + 1, flags, places)):
             positions[count] = start + places[at]
             count += 1
     return count

@@ -95,6 +95,8 @@ class SafetensorsWriter:
             reached = self._wait_beyond(at)
             while at < reached:
                 piece = os.pread(self._fd, min(reached - at, PIECE), at)
+                if not piece:
+                    raise EOFError(f"the file ends at {at} of {self._size} bytes: somebody else has cut it")
                 digest.update(piece)
                 at += len(piece)
         return digest.hexdigest()
