@@ -33,6 +33,14 @@ def chunks_of(numels: Sequence[int], size: int = CHUNK) -> list[Chunk]:
     ]
 
 
+def chunks_by_name(names: Sequence[str], chunks: Iterable[Chunk]) -> dict[str, list[Chunk]]:
+    """The chunks of each tensor, in order. names: of the tensors that the chunks number."""
+    found: dict[str, list[Chunk]] = {name: [] for name in names}
+    for chunk in chunks:
+        found[names[chunk.tensor]].append(chunk)
+    return found
+
+
 def worker_count() -> int:
     """Threads that may run at once on this machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

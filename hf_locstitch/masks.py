@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from hf_locstitch import kernels
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
-from hf_locstitch.chunks import Chunk, for_each
+from hf_locstitch.chunks import chunks_by_name, for_each
 from hf_locstitch.errors import CheckpointError, IntegrityError
 from hf_locstitch.kernels import ESCAPE
 
@@ -88,10 +88,8 @@ def mask_metadata(plan: MergePlan, name: str, ones: int) -> dict[str, str]:
 
 def encode_masks(selection: Keeper, own: Collection[str], parts: Path, workers: int) -> dict[str, tuple[int, int]]:
     """Encode the tensors named in `own` into the file `parts`. Returns where each lies: (offset, bytes)."""
-    chunks: dict[str, list[Chunk]] = {name: [] for name in selection.names if name in own}
-    for chunk in selection.chunks:
-        if (name := selection.names[chunk.tensor]) in chunks:
-            chunks[name].append(chunk)
+    of_each = chunks_by_name(selection.names, selection.chunks)
+    chunks = {name: found for name, found in of_each.items() if name in own}
     places: dict[str, tuple[int, int]] = {}
     lock = threading.Lock()
     with parts.open("wb") as file:

@@ -15,7 +15,7 @@ import torch
 
 from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
-from hf_locstitch.chunks import Chunk, chunks_of, for_each
+from hf_locstitch.chunks import Chunk, chunks_by_name, chunks_of, for_each
 from hf_locstitch.localize.scan import check_finite
 from hf_locstitch.localize.selection import Keeper
 from hf_locstitch.methods import Dense, Masked
@@ -68,9 +68,8 @@ class Merger:
         # Sums add up in an order of the models' own, whatever the order in which they were given.
         self._order = sorted(plan.finetuned, key=plan.origins.__getitem__)
         tensors = plan.localized
-        self._chunks: dict[str, list[Chunk]] = {info.name: [] for info in tensors}
-        for piece in chunks_of([info.numel for info in tensors], chunk):
-            self._chunks[tensors[piece.tensor].name].append(piece)
+        pieces = chunks_of([info.numel for info in tensors], chunk)
+        self._chunks = chunks_by_name([info.name for info in tensors], pieces)
         self._lock = threading.Lock()
         self._overlap = Overlap.none(len(plan.finetuned))
 

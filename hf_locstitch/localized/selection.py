@@ -12,7 +12,7 @@ import torch
 
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import TORCH_DTYPE
-from hf_locstitch.chunks import Chunk, chunks_of, for_each
+from hf_locstitch.chunks import Chunk, chunks_by_name, chunks_of, for_each
 from hf_locstitch.errors import CheckpointError, IntegrityError
 from hf_locstitch.kernels import SURE
 from hf_locstitch.localize.candidates import Candidates
@@ -41,10 +41,8 @@ class GivenSelection:
 
     def read(self, own: Collection[str], workers: int, advance: Callable[[int], object]) -> None:
         """Lay out the tensors named in `own`. Raises CheckpointError if mask and values do not fit."""
-        chunks: dict[str, list[Chunk]] = {name: [] for name in self.names if name in own}
-        for chunk in self.chunks:
-            if (name := self.names[chunk.tensor]) in chunks:
-                chunks[name].append(chunk)
+        of_each = chunks_by_name(self.names, self.chunks)
+        chunks = {name: found for name, found in of_each.items() if name in own}
 
         def read(name: str) -> None:
             if not all(self._spill.done[chunk.index] for chunk in chunks[name]):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
-from hf_locstitch.chunks import Chunk, chunks_of
+from hf_locstitch.chunks import chunks_by_name, chunks_of
 from hf_locstitch.kernels import Positions
 from hf_locstitch.localize.selection import Keeper
 from hf_locstitch.methods import Masked
@@ -33,9 +33,8 @@ class PlainStitch:
         self._order = sorted(plan.finetuned, key=plan.origins.__getitem__)
         self._dtypes = {t.name: TORCH_DTYPE[t.dtype] for shard in plan.shards for t in shard.tensors}
         tensors = plan.localized
-        self._chunks: dict[str, list[Chunk]] = {info.name: [] for info in tensors}
-        for piece in chunks_of([info.numel for info in tensors], chunk):
-            self._chunks[tensors[piece.tensor].name].append(piece)
+        pieces = chunks_of([info.numel for info in tensors], chunk)
+        self._chunks = chunks_by_name([info.name for info in tensors], pieces)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the output."""
