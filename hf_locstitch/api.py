@@ -285,7 +285,7 @@ def _run(
     upload: Upload | None,
     publish: Callable[[Path], object] | None = None,
 ) -> Manifest:
-    with InputHashes(plan.inputs, processes.rank, processes.count) as hashes:  # begins while torch is imported
+    with InputHashes(plan.inputs, processes.rank, processes.count) as hashes:  # begins while libraries are imported
         from hf_locstitch.run import run
 
         return run(plan, out, progress, hashes, processes, upload, publish)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -50,9 +52,21 @@ def keep_to_itself() -> None:
     """Begins a thread that computes. What torch.set_num_threads said holds in it only once torch was asked: before,
     a matrix product may be shared out, and then differ in its last digits from run to run.
     """
+    if (torch := sys.modules.get("torch")) is not None:  # else nothing of it runs here
+        torch.get_num_threads()
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Our own threads share out the chunks; torch's, within each, would fight them: tenfold slower when busy."""
     import torch
 
-    torch.get_num_threads()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def for_each(work: Callable[[Job], object], jobs: Iterable[Job], workers: int) -> None:

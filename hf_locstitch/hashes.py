@@ -1,4 +1,4 @@
-"""The SHA-256 of every shard of the inputs, in the background. Needs no torch: it begins while torch is imported."""
+"""The SHA-256 of every shard of the inputs, in the background. It begins while libraries are imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loops over the elements of a chunk, compiled; numpy and torch pass over the memory once for each of their steps.
+"""Loops over the elements of a chunk, compiled; numpy passes over the memory once for each of its steps.
 
 Positions count from the chunk's start, ascending. Values come and go as their bits, in unsigned integers of their
 size: one loop for all dtypes. The interpreter is left free meanwhile, so threads run side by side.
@@ -12,7 +12,8 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 import numpy.typing as npt
-import torch
+
+from hf_locstitch.checkpoints.dtypes import DTYPE, Values
 
 BLOCK = 1 << 12  # elements looked at together; what is noted of them stays in the nearest cache
 SURE = 1 << 31  # flag of a position whose score lies above the bracket
@@ -24,15 +25,21 @@ Positions = npt.NDArray[np.int32]
 Flagged = npt.NDArray[np.uint32]
 Scores = npt.NDArray[np.int32]
 Counts = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Found = tuple[Flagged, Bits, Scores]  # positions, values, scores of candidates; see `reaching`
 
-UNSIGNED = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+# How a loop tells dtypes apart whose bits come in the same integers.
+F64, F32, F16, BF16 = range(4)
+KIND = {DTYPE["F64"]: F64, DTYPE["F32"]: F32, DTYPE["F16"]: F16, DTYPE["BF16"]: BF16}
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
-def bits(values: torch.Tensor) -> Bits:
+def bits(values: Values) -> Bits:
     """The same memory as unsigned integers. values: [n], any float."""
-    return values.view(UNSIGNED[values.element_size()]).numpy()
+    return values.view(UNSIGNED[values.itemsize])
 
 
 def _compiled(loop: Loop) -> Loop:
@@ -64,31 +71,104 @@ def _places(block: Any, least: int, flags: Counts, places: Positions) -> int:
 
 
 @_compiled
-def reaching(
-    scores: Scores, low: int, high: int, values: Bits, flagged: Flagged, chosen: Bits, inside: Scores
-) -> tuple[int, int, int]:
+def _widen(values: Bits, kind: int, wide: Floats) -> None:
+    """The numbers of a block [n] in float32. wide: [n], filled."""
+    bits = wide.view(np.uint32)
+    if kind == BF16:
+        for at in range(len(values)):
+            bits[at] = np.uint32(values[at]) << np.uint32(16)
+    elif kind == F16:
+        for at in range(len(values)):
+            bits[at] = (np.uint32(values[at]) & np.uint32(0x7FFF)) << np.uint32(13)
+        for at in range(len(values)):
+            wide[at] *= np.float32(2.0**112)  # by so much the exponents' biases differ; subnormals come right, too
+        for at in range(len(values)):
+            value = np.uint32(values[at])
+            infinite = np.uint32(0x7F800000) if value & np.uint32(0x7C00) == np.uint32(0x7C00) else np.uint32(0)
+            bits[at] |= infinite | (value & np.uint32(0x8000)) << np.uint32(16)
+    elif kind == F32:
+        for at in range(len(values)):
+            bits[at] = np.uint32(values[at])
+    else:
+        numbers = values.view(np.float64)
+        for at in range(len(numbers)):
+            wide[at] = np.float32(numbers[at])
+
+
+@_compiled
+def _sizes(
+    finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, wide: Floats, other: Floats, scores: Scores
+) -> None:
+    """Bits of |finetuned − base| in float32 for a block [n ≤ BLOCK]. wide, other: [BLOCK], overwritten; scores: [n]."""
+    _widen(finetuned, finetuned_kind, wide[: len(finetuned)])
+    _widen(base, base_kind, other[: len(base)])
+    for at in range(len(finetuned)):
+        wide[at] -= other[at]
+    differences = wide.view(np.int32)
+    for at in range(len(finetuned)):
+        scores[at] = differences[at] & np.int32(0x7FFFFFFF)
+
+
+@_compiled
+def sizes(finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, scores: Scores) -> None:
+    """Bits of |finetuned − base| in float32. All [n]; scores: filled; kinds: of KIND."""
+    wide, other = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    for start in range(0, len(finetuned), BLOCK):
+        end = start + BLOCK
+        _sizes(finetuned[start:end], finetuned_kind, base[start:end], base_kind, wide, other, scores[start:end])
+
+
+@_compiled
+def _take(
+    block: Scores, start: int, low: int, high: int, values: Bits, flags: Counts, places: Positions,
+    found: Found, counts: Ints,
+) -> None:  # fmt: skip
+    """Add the candidates of a block of scores, the first of which is number `start`. counts: as `reaching` returns."""
+    flagged, chosen, inside = found
+    count, open_, largest = counts
+    for at in range(_places(block, low, flags, places)):
+        place = places[at]
+        score = block[place]
+        sure = score >= high
+        flagged[count] = np.uint32(start + place) | (np.uint32(SURE) if sure else np.uint32(0))
+        chosen[count] = values[start + place]
+        inside[open_] = score
+        count += 1
+        open_ += np.int64(not sure)
+        largest = max(largest, np.int64(score))
+    counts[0], counts[1], counts[2] = count, open_, largest
+
+
+@_compiled
+def reaching(scores: Scores, low: int, high: int, values: Bits, found: Found) -> Ints:
     """Fill in the candidates: those of the scores [n] that are at least `low`.
 
-    flagged: their positions, flagged as SURE from `high` on. chosen: their values. inside: scores of those that are
-    not sure. All [≥ n + 1]. Returns how many there are, how many are not sure, and the largest score.
+    found: their positions, flagged as SURE from `high` on; their values; scores of those that are not sure. All
+    [≥ n + 1]. Returns how many there are, how many are not sure, and the largest score.
     """
-    count = open_ = 0
-    largest = 0
-    flags = np.empty(BLOCK, np.uint8)
-    places = np.empty(BLOCK + 1, np.int32)
+    counts = np.zeros(3, np.int64)
+    flags, places = np.empty(BLOCK, np.uint8), np.empty(BLOCK + 1, np.int32)
     for start in range(0, len(scores), BLOCK):
-        block = scores[start : start + BLOCK]
-        for at in range(_places(block, low, flags, places)):
-            place = places[at]
-            score = block[place]
-            sure = score >= high
-            flagged[count] = np.uint32(start + place) | (np.uint32(SURE) if sure else np.uint32(0))
-            chosen[count] = values[start + place]
-            inside[open_] = score
-            count += 1
-            open_ += np.int64(not sure)
-            largest = max(largest, np.int64(score))
-    return count, open_, int(largest)
+        _take(scores[start : start + BLOCK], start, low, high, values, flags, places, found, counts)
+    return counts
+
+
+@_compiled
+def candidates(
+    finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, low: int, high: int,
+    found: Found,
+) -> Ints:  # fmt: skip
+    """As `reaching`, of the scores that `sizes` finds: the memory is passed over once."""
+    counts = np.zeros(3, np.int64)
+    flags, places = np.empty(BLOCK, np.uint8), np.empty(BLOCK + 1, np.int32)
+    wide, other = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    scores = np.empty(BLOCK, np.int32)
+    for start in range(0, len(finetuned), BLOCK):
+        end = min(start + BLOCK, len(finetuned))
+        block = scores[: end - start]
+        _sizes(finetuned[start:end], finetuned_kind, base[start:end], base_kind, wide, other, block)
+        _take(block, start, low, high, finetuned, flags, places, found, counts)
+    return counts
 
 
 @_compiled

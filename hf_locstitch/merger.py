@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
+from hf_locstitch.checkpoints.dtypes import DTYPE, Values
+from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.chunks import Chunk, chunks_by_name, chunks_of, for_each
 from hf_locstitch.localize.scan import check_finite
@@ -37,6 +37,10 @@ class Overlap:
     @classmethod
     def none(cls, models: int) -> Overlap:
         return cls(np.zeros(models + 1, np.int64), np.zeros((models, models), np.int64))
+
+    def in_order(self, places: Sequence[int]) -> Overlap:
+        """Of the same models in another order. places: where each is now."""
+        return Overlap(self.covered, self.pairs[np.ix_(places, places)])
 
     def __add__(self, other: Overlap) -> Overlap:
         return Overlap(self.covered + other.covered, self.pairs + other.pairs)
@@ -67,6 +71,7 @@ class Merger:
         self.rest = next(reader for reader in inputs.values() if reader.checkpoint is plan.rest)
         # Sums add up in an order of the models' own, whatever the order in which they were given.
         self._order = sorted(plan.finetuned, key=plan.origins.__getitem__)
+        self._places = [self._order.index(name) for name in plan.finetuned]
         tensors = plan.localized
         pieces = chunks_of([info.numel for info in tensors], chunk)
         self._chunks = chunks_by_name([info.name for info in tensors], pieces)
@@ -110,28 +115,28 @@ class Merger:
         self._put(writer, tensor, chunk, merged)
         self.base.release(tensor.name, chunk.first, chunk.count)
 
-    def _merge_masked(self, method: Masked, tensor: PlannedTensor, chunk: Chunk) -> torch.Tensor:
-        kept = {name: selection.kept(chunk) for name, selection in self.selections.items()}
-        covered = coverage(chunk.count, list(kept.values()))
-        overlap = Overlap(*overlaps(covered, list(kept.values())))
+    def _merge_masked(self, method: Masked, tensor: PlannedTensor, chunk: Chunk) -> Values:
+        kept = [self.selections[name].kept(chunk) for name in self._order]
+        covered = coverage(chunk.count, kept)
+        overlap = Overlap(*overlaps(covered, kept)).in_order(self._places)
         with self._lock:
             self._overlap += overlap
         merged = method.combine(
-            self.base.flat(tensor.name, chunk.first, chunk.count),
-            [kept[name] for name in self._order],
+            self.base.values(tensor.name, chunk.first, chunk.count),
+            kept,
             covered,
             scale=self.plan.recipe.scale,
-            dtype=TORCH_DTYPE[tensor.dtype],
+            dtype=DTYPE[tensor.dtype],
         )
         if self.refitted is not None and tensor.name in self.refitted:
             number = chunk.index - self._chunks[tensor.name][0].index
-            merged[torch.from_numpy(np.flatnonzero(covered.times))] = self.refitted.chunk(tensor.name, number)
+            merged[np.flatnonzero(covered.times)] = self.refitted.chunk(tensor.name, number)
         return merged
 
-    def _merge_dense(self, method: Dense, tensor: PlannedTensor, chunk: Chunk) -> torch.Tensor:
+    def _merge_dense(self, method: Dense, tensor: PlannedTensor, chunk: Chunk) -> Values:
         base = self._checked(self.base, tensor.name, chunk)
         finetuned = [self._checked(self.inputs[name], tensor.name, chunk) for name in self._order]
-        dtype = TORCH_DTYPE[tensor.dtype]
+        dtype = DTYPE[tensor.dtype]
         merged = method.combine(base, finetuned, scale=self.plan.recipe.scale, dtype=dtype)
         for name in self._order:
             self.inputs[name].release(tensor.name, chunk.first, chunk.count)
@@ -142,7 +147,7 @@ class Merger:
         info = self.rest.checkpoint.info(tensor.name)
         if info.floating:
             values = self._checked(self.rest, tensor.name, chunk)
-            self._put(writer, tensor, chunk, values.to(TORCH_DTYPE[tensor.dtype]))
+            self._put(writer, tensor, chunk, values.astype(DTYPE[tensor.dtype], copy=False))
         else:
             item = info.nbytes // info.numel
             first = chunk.first * item
@@ -151,14 +156,14 @@ class Merger:
             self.advance(len(content))
         self.rest.release(tensor.name, chunk.first, chunk.count)
 
-    def _checked(self, model: CheckpointReader, name: str, chunk: Chunk) -> torch.Tensor:
+    def _checked(self, model: CheckpointReader, name: str, chunk: Chunk) -> Values:
         """A chunk of a model. Raises NonFiniteError."""
-        values = model.flat(name, chunk.first, chunk.count)
+        values = model.values(name, chunk.first, chunk.count)
         if not self.plan.recipe.allow_non_finite and not is_buffer(model.checkpoint.info(name)):
             check_finite(model, name, chunk, values)
         return values
 
-    def _put(self, writer: SafetensorsWriter, tensor: PlannedTensor, chunk: Chunk, values: torch.Tensor) -> None:
-        content = values.view(torch.uint8).numpy().data
-        writer.write(tensor.name, content, chunk.first * values.element_size())
+    def _put(self, writer: SafetensorsWriter, tensor: PlannedTensor, chunk: Chunk, values: Values) -> None:
+        content = values.view(np.uint8).data
+        writer.write(tensor.name, content, chunk.first * values.itemsize)
         self.advance(content.nbytes)

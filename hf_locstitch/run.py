@@ -7,12 +7,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from hf_locstitch import manifest
 from hf_locstitch.card import write_card
@@ -20,6 +20,7 @@ from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE
 from hf_locstitch.checkpoints.side_files import copy_side_files
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.checkpoints.writer import SafetensorsWriter, sync_file
+from hf_locstitch.chunks import one_torch_thread
 from hf_locstitch.figures.main import Survey, draw_merge, survey_merge
 from hf_locstitch.hashes import InputHashes
 from hf_locstitch.inputs import Inputs, OpenInputs
@@ -52,18 +53,24 @@ def run(
     upload: is given each shard as soon as it is finished. publish: is called with the finished folder instead of
     moving it to `out`.
     """
-    torch.set_num_threads(1)  # our own threads share out the chunks; torch's would fight them
     processes = processes or Processes()
     kind = Run
     if plan.target == "localized":
         from hf_locstitch.localized.run import LocalizeRun as kind  # a Run itself
-    with workplace(plan, out, None if publish else out, processes) as place:
+    threads = one_torch_thread() if _runs_models(plan) else nullcontext()
+    with threads, workplace(plan, out, None if publish else out, processes) as place:
         record = kind(plan, place, processes, progress, hashes, upload).run()
         if publish is not None and processes.first:
             publish(place.stage)
         if upload is not None:
             upload.pause()  # the files are about to move
         return record
+
+
+def _runs_models(plan: MergePlan) -> bool:
+    """Whether torch does some of the work; it takes longer to import than small models to merge."""
+    with_data = plan.localizes and isinstance(plan.localizer, WithData)
+    return with_data or plan.recipe.stitch is not None or plan.settings.device != "cpu"
 
 
 class Run:

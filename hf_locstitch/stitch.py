@@ -7,48 +7,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hf_locstitch import kernels
+from hf_locstitch.checkpoints.dtypes import Values
 from hf_locstitch.kernels import Positions, bits
 from hf_locstitch.localize.selection import Kept
+
+Found = tuple[Positions, Positions]  # of ascending positions, those that are wanted, and as the how manieth
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """times: how many masks cover each coordinate [n]. shared: positions that more than one covers, ascending."""
+    """How masks cover n coordinates. times: how many cover each [n]. shared: positions that more than one covers.
+
+    found: of each mask, where among its positions and its unchanged ones the shared are, and as the how manieth.
+    """
 
     times: kernels.Counts
     shared: Positions
+    found: Sequence[tuple[Found, Found]]
 
 
 def stitch(
-    base: torch.Tensor,
+    base: Values,
     kept: Sequence[Kept],
     covered: Coverage,
     *,
     scale: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+    dtype: np.dtype[Any] | None = None,
+) -> Values:
     """Put the kept values of each finetune into a copy of the base; returns [n] in `dtype`, the base's by default.
 
     base: [n], floating point; covered: by the masks. Uncovered: the base's value. Covered once: that finetune's
     value. Covered more often: their mean in float64, cast once. With scale ≠ 1: base + scale·(mean − base) in
     float32, cast once.
     """
-    merged = base.to(dtype or base.dtype, copy=True)
+    merged = base.astype(dtype or base.dtype)
     for one in kept:
-        kernels.put(bits(merged), one.positions, bits(one.values.to(merged.dtype)))
-    averaged = covered.shared if scale == 1.0 else _more_than(covered.times, 0)
+        kernels.put(bits(merged), one.positions, bits(one.values.astype(merged.dtype, copy=False)))
+    averaged, found = covered.shared, covered.found
+    if scale != 1.0:
+        averaged = _more_than(covered.times, 0)
+        found = _find_all(kept, averaged)
     if len(averaged):
-        mean = _mean(base, kept, averaged, covered.times)
+        mean = _mean(base, kept, found, covered.times[averaged])
         if scale != 1.0:
-            start = base[torch.from_numpy(averaged)].float()
-            mean = start + scale * (mean.float() - start)
-        kernels.put(bits(merged), averaged, bits(mean.to(merged.dtype)))
+            start = base[averaged].astype(np.float32)
+            mean = start + np.float32(scale) * (mean.astype(np.float32) - start)
+        kernels.put(bits(merged), averaged, bits(mean.astype(merged.dtype)))
     return merged
 
 
@@ -58,7 +69,8 @@ def coverage(n: int, kept: Sequence[Kept]) -> Coverage:
     for one in kept:
         kernels.count_up(times, one.positions)
         kernels.count_up(times, one.unchanged)
-    return Coverage(times, _more_than(times, 1))
+    shared = _more_than(times, 1)
+    return Coverage(times, shared, _find_all(kept, shared))
 
 
 def _more_than(times: kernels.Counts, least: int) -> Positions:
@@ -67,29 +79,27 @@ def _more_than(times: kernels.Counts, least: int) -> Positions:
     return positions[: kernels.more_than(times, least, positions)]
 
 
-def _mean(base: torch.Tensor, kept: Sequence[Kept], wanted: Positions, times: kernels.Counts) -> torch.Tensor:
-    """Mean of the finetuned values at the `wanted` positions, ascending. Returns float64 [len(wanted)]."""
+def _mean(
+    base: Values, kept: Sequence[Kept], found: Sequence[tuple[Found, Found]], times: kernels.Counts
+) -> npt.NDArray[np.float64]:
+    """Mean of the finetuned values at positions [m] where so many masks cover them. Returns [m]."""
     # −0 is the sum's neutral element, +0 is not: the mean of −0 and −0 is −0.
-    total = torch.full((len(wanted),), -0.0, dtype=torch.float64)
-    for one in kept:
-        taken, slots = _find(one.positions, wanted)
-        _add(total, slots, one.values, taken)
-        if len(one.unchanged):
-            taken, slots = _find(one.unchanged, wanted)
-            _add(total, slots, base, one.unchanged[taken])
-    return total / torch.from_numpy(times[wanted]).double()
+    total = np.full(len(times), -0.0)
+    for one, ((taken, slots), (unchanged, same)) in zip(kept, found, strict=True):
+        total[slots] += one.values[taken].astype(np.float64)
+        total[same] += base[one.unchanged[unchanged]].astype(np.float64)
+    return total / times
 
 
-def _find(positions: Positions, wanted: Positions) -> tuple[Positions, Positions]:
+def _find_all(kept: Sequence[Kept], wanted: Positions) -> list[tuple[Found, Found]]:
+    return [(_find(one.positions, wanted), _find(one.unchanged, wanted)) for one in kept]
+
+
+def _find(positions: Positions, wanted: Positions) -> Found:
     """Which of the positions are wanted, and as the how manieth; both ascending."""
     taken, slots = np.empty(len(positions), np.int32), np.empty(len(positions), np.int32)
     count = kernels.find(positions, wanted, taken, slots)
     return taken[:count], slots[:count]
-
-
-def _add(total: torch.Tensor, slots: Positions, values: torch.Tensor, places: Positions) -> None:
-    """total[slots] += values[places]; no slot comes twice."""
-    total.index_add_(0, torch.from_numpy(slots), values.index_select(0, torch.from_numpy(places)).double())
 
 
 def overlaps(covered: Coverage, kept: Sequence[Kept]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -97,16 +107,15 @@ def overlaps(covered: Coverage, kept: Sequence[Kept]) -> tuple[npt.NDArray[np.in
 
     Returns int64 [models + 1] and [models, models]; the diagonal holds each mask's ones.
     """
-    shared = covered.shared
-    members = np.zeros((len(kept), len(shared)), dtype=np.float32)
-    for row, one in zip(members, kept, strict=True):
-        for positions in (one.positions, one.unchanged):
-            row[_find(positions, shared)[1]] = 1
-    rows = torch.from_numpy(members)  # numpy's own product has threads that wait busily between two calls
-    pairs = (rows @ rows.T).round().long().numpy()
+    members = np.zeros((len(kept), len(covered.shared)), dtype=bool)
+    for row, both in zip(members, covered.found, strict=True):
+        for _, slots in both:
+            row[slots] = True
     ones = [len(one.positions) + len(one.unchanged) for one in kept]
-    np.fill_diagonal(pairs, ones)
-    counts = np.bincount(covered.times[shared], minlength=len(kept) + 1)
+    pairs = np.diag(np.array(ones, dtype=np.int64))
+    for i, j in combinations(range(len(kept)), 2):
+        pairs[i, j] = pairs[j, i] = np.count_nonzero(members[i] & members[j])
+    counts = np.bincount(covered.times[covered.shared], minlength=len(kept) + 1)
     counts[1] = sum(ones) - (counts * np.arange(len(counts))).sum()
     counts[0] = len(covered.times) - counts.sum()
     return counts, pairs

@@ -6,25 +6,25 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_locstitch.checkpoints.dtypes import DTYPE, Values
 from hf_locstitch.localize.selection import Kept
 from hf_locstitch.stitch import coverage, overlaps
 from hf_locstitch.stitch import stitch as stitch_covered
 
 
 def kept(positions: list[int], values: list[float], unchanged: tuple[int, ...] = ()) -> Kept:
-    return Kept(np.array(positions, dtype=np.int32), torch.tensor(values), np.array(unchanged, dtype=np.int32))
+    return Kept(np.array(positions, dtype=np.int32), np.array(values, np.float32), np.array(unchanged, dtype=np.int32))
 
 
-def stitch(base: torch.Tensor, models: list[Kept], scale: float = 1.0) -> torch.Tensor:
+def stitch(base: Values, models: list[Kept], scale: float = 1.0) -> Values:
     return stitch_covered(base, models, coverage(len(base), models), scale=scale)
 
 
 def test_by_hand() -> None:
-    base = torch.tensor([10.0, 20.0, 30.0, 40.0])
+    base = np.array([10.0, 20.0, 30.0, 40.0], np.float32)
     one, two = kept([0, 1], [1.0, 2.0]), kept([1, 3], [4.0, 8.0])
     assert stitch(base, [one, two]).tolist() == [1.0, 3.0, 30.0, 8.0]
     assert base.tolist() == [10.0, 20.0, 30.0, 40.0]
@@ -33,7 +33,7 @@ def test_by_hand() -> None:
 
 def test_a_coordinate_that_is_kept_unchanged_counts() -> None:
     """A finetune that kept the base's value there pulls the mean towards it."""
-    base = torch.tensor([10.0, 20.0])
+    base = np.array([10.0, 20.0], np.float32)
     assert stitch(base, [kept([0], [4.0]), kept([], [], (0, 1))]).tolist() == [7.0, 20.0]
     models = [kept([0], [4.0]), kept([], [], (0, 1))]
     times, pairs = overlaps(coverage(2, models), models)
@@ -41,22 +41,22 @@ def test_a_coordinate_that_is_kept_unchanged_counts() -> None:
 
 
 def test_scale() -> None:
-    base = torch.tensor([10.0, 20.0, 30.0])
+    base = np.array([10.0, 20.0, 30.0], np.float32)
     merged = stitch(base, [kept([0, 1], [0.0, 24.0]), kept([1], [26.0])], scale=0.5)
     assert merged.tolist() == [5.0, 22.5, 30.0]
 
 
 def test_the_mean_is_rounded_once() -> None:
-    base = torch.zeros(1, dtype=torch.bfloat16)
+    base = np.zeros(1, DTYPE["BF16"])
     values = [1.0, 1.0078125, 1.0078125]  # neighbours in bfloat16; their mean 1.0052… rounds to the upper one
     merged = stitch(base, [kept([0], [value]) for value in values])
     assert merged.item() == 1.0078125
 
 
 def test_minus_zero_stays() -> None:
-    base = torch.ones(2)
+    base = np.ones(2, np.float32)
     merged = stitch(base, [kept([0, 1], [-0.0, -0.0]), kept([1], [-0.0])])
-    assert torch.signbit(merged).all()
+    assert np.signbit(merged).all()
 
 
 @pytest.mark.parametrize("count", range(1, 6))
@@ -65,7 +65,7 @@ def test_weights_sum_to_one_where_covered(count: int) -> None:
     generator = np.random.default_rng(count)
     masks = [np.flatnonzero(generator.random(500) < 0.3) for _ in range(count)]
     ones = [kept(mask.tolist(), [1.0] * len(mask)) for mask in masks]
-    weights = stitch(torch.zeros(500), ones)
+    weights = stitch(np.zeros(500, np.float32), ones)
     covered = np.zeros(500)
     for mask in masks:
         covered[mask] = 1
@@ -77,5 +77,5 @@ def test_order_does_not_matter_to_the_sum(data: st.DataObject) -> None:
     count = data.draw(st.integers(2, 4))
     values = st.floats(-1e3, 1e3, width=32)
     models = [kept([0, 1], data.draw(st.lists(values, min_size=2, max_size=2))) for _ in range(count)]
-    results = [stitch(torch.zeros(2), list(order)) for order in itertools.permutations(models)]
-    assert all(torch.equal(result, results[0]) for result in results)
+    results = [stitch(np.zeros(2, np.float32), list(order)) for order in itertools.permutations(models)]
+    assert all(np.array_equal(result, results[0]) for result in results)

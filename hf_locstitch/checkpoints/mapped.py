@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import mmap
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
-
-# The maps are read-only and so is every use of their views; a filter local to the call is not thread-safe.
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 STRETCH = 1 << 22  # bytes; Python holds its lock while the kernel is told
 LAGGING = 16  # stretches that the slowest thread may be behind

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+import numpy as np
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.dtypes import DTYPE, Values
 from hf_locstitch.checkpoints.header import ITEM_BYTES, TensorInfo
 
-TORCH_DTYPE = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
+if TYPE_CHECKING:
+    import torch
 
 
 class TensorFile(Protocol):
@@ -29,13 +27,13 @@ class TensorFile(Protocol):
         ...
 
 
-def flat(file: TensorFile, info: TensorInfo, first: int, count: int) -> torch.Tensor:
-    """Elements first … first + count of a tensor, flattened. Returns [count] in the tensor's dtype."""
-    dtype = TORCH_DTYPE[info.dtype]
-    if count == 0:
-        return torch.empty(0, dtype=dtype)
+def read_values(file: TensorFile, info: TensorInfo, first: int, count: int) -> Values:
+    """Elements first … first + count of a tensor, flattened. Returns [count] in the tensor's dtype, read-only."""
+    dtype = DTYPE[info.dtype]
     start = info.start + first * dtype.itemsize
-    return torch.frombuffer(file.raw(start, start + count * dtype.itemsize), dtype=dtype)
+    raw = file.raw(start, start + count * dtype.itemsize) if count else b""
+    # Always read-only, or every compiled loop would be compiled twice.
+    return np.frombuffer(memoryview(raw).toreadonly(), dtype=dtype)
 
 
 class CheckpointReader:
@@ -45,10 +43,16 @@ class CheckpointReader:
         self.checkpoint = checkpoint
         self._files = files
 
-    def flat(self, name: str, first: int, count: int) -> torch.Tensor:
-        """Elements first … first + count of a tensor, flattened. Returns [count] in the tensor's dtype."""
+    def values(self, name: str, first: int, count: int) -> Values:
+        """Elements first … first + count of a tensor, flattened. Returns [count] in the tensor's dtype, read-only."""
         shard, info = self.checkpoint.tensors[name]
-        return flat(self._files[shard.file], info, first, count)
+        return read_values(self._files[shard.file], info, first, count)
+
+    def flat(self, name: str, first: int, count: int) -> torch.Tensor:
+        """The same as torch's."""
+        from hf_locstitch.checkpoints.tensors import as_tensor
+
+        return as_tensor(self.values(name, first, count))
 
     def raw(self, name: str, first: int, stop: int) -> memoryview:
         """Bytes first … stop of a tensor, of whatever dtype."""
@@ -61,8 +65,8 @@ class CheckpointReader:
         item = ITEM_BYTES[info.dtype]
         self._files[shard.file].release(info.start + first * item, info.start + (first + count) * item)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return TORCH_DTYPE[self.checkpoint.info(name).dtype]
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return DTYPE[self.checkpoint.info(name).dtype]
 
     def where(self, name: str) -> str:
         """For messages: the file that holds a tensor."""

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 import yaml
 
 from hf_locstitch.checkpoints.checkpoint import open_checkpoint, open_source
@@ -127,12 +126,10 @@ class AfterMerge:
                 "evaluate: needs the models on this machine. Drop --no-cache, or evaluate the merge later."
             )
         check_language_model(plan.files)
-        self.threads = torch.get_num_threads()  # the merge takes one for itself
         _ = self.session.manager  # raises for unknown tasks
 
     def run(self, out: Path, processes: Processes) -> EvaluationReport:
         """Evaluate the merge in `out` and write the results into it. Raises WorkError; the merge stays."""
-        torch.set_num_threads(self.threads)
         try:
             report = self.session.run(self._models(out), processes, localization_data(self.recipe.model_dump()))
             if processes.first:

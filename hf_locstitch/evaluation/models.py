@@ -114,7 +114,6 @@ def fetch(checkpoint: Checkpoint) -> Path:
 
 def make_average(refs: Sequence[str], out: Path) -> None:
     """refs: the base's, then the finetunes'."""
-    import torch
 
     from hf_locstitch.api import plan_merge
     from hf_locstitch.hashes import InputHashes
@@ -127,10 +126,8 @@ def make_average(refs: Sequence[str], out: Path) -> None:
     entries = [{"ref": ref, "name": f"parent-{number}"} for number, ref in enumerate(parents, start=1)]
     plan = plan_merge(make_recipe({"base": base, "finetuned": entries, "method": "average"}))
     check_disk(out, plan)
-    threads = torch.get_num_threads()  # the engine takes one for itself
     with InputHashes(plan.inputs) as hashes:
         run(plan, out, Progress(False), hashes)
-    torch.set_num_threads(threads)
 
 
 def input_refs(

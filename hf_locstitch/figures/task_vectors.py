@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from hf_locstitch.checkpoints.dtypes import Values
 from hf_locstitch.masks import Positions
 
 SAMPLE = 1 << 20  # values of one model that are looked at, about;
@@ -24,7 +24,7 @@ FILE = "task-vectors.json"
 class Reader(Protocol):
     """What checkpoints.mapped.MappedCheckpoint is."""
 
-    def flat(self, name: str, first: int, count: int) -> torch.Tensor: ...
+    def values(self, name: str, first: int, count: int) -> Values: ...
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ def sampled_values(
     reader: Reader, base: Reader, tensor: str, places: Sequence[tuple[int, int]]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """|task vector| and base at these places of a tensor, float32 [sampled]."""
-    start = [base.flat(tensor, first, count).float() for first, count in places]
-    moved = [reader.flat(tensor, first, count).float() for first, count in places]
-    size = [(one - other).abs() for one, other in zip(moved, start, strict=True)]
-    return torch.cat(size).numpy(), torch.cat(start).numpy()
+    start, moved = (
+        np.concatenate([one.values(tensor, first, count).astype(np.float32) for first, count in places])
+        for one in (base, reader)
+    )
+    return np.abs(moved - start), start
 
 
 def kept_among(parts: Iterable[Positions], places: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.bool_], int]:

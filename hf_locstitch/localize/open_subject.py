@@ -11,8 +11,9 @@ import torch
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
-from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
+from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.side_files import side_files
+from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.data.objectives import suggest
 from hf_locstitch.data.sets import OpenSet, read_rows
 from hf_locstitch.data.task import Objective, Task

@@ -12,14 +12,15 @@ from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.dtypes import DTYPE, Values, common_dtype
+from hf_locstitch.checkpoints.header import ITEM_BYTES, TensorInfo
 from hf_locstitch.checkpoints.pieces import Piece
-from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
+from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.chunks import Chunk, chunks_of, for_each
 from hf_locstitch.errors import NonFiniteError
+from hf_locstitch.kernels import bits
 from hf_locstitch.localize.bracket import (
     BINS,
     EVERYTHING,
@@ -146,8 +147,7 @@ class Scan:
         return selections
 
     def _selection(self, name: str, brackets: Sequence[Bracket], kind: str) -> Selection:
-        dtypes = {self._dtype(name, tensor) for tensor in self.names} or {torch.float32}
-        common = dtypes.pop() if len(dtypes) == 1 else torch.float64 if torch.float64 in dtypes else torch.float32
+        common = common_dtype({self.finetuned[name].info(tensor).dtype for tensor in self.names})
         spill = Spill(
             self.spill_folder / f"{name}.{self.processes.rank}-of-{self.processes.count}",
             len(self.chunks),
@@ -163,10 +163,10 @@ class Scan:
         self.advance(sum(self._nbytes(model, chunk) for model in selections if model not in todo))
         if not todo:
             return
-        original = inputs["base"].flat(name, chunk.first, chunk.count)
+        original = inputs["base"].values(name, chunk.first, chunk.count)
         self.finder.begin(original)
         for model, selection in todo.items():
-            finetuned = inputs[model].flat(name, chunk.first, chunk.count)
+            finetuned = inputs[model].values(name, chunk.first, chunk.count)
             bracket = selection.bracket(chunk)
             if self.known is None:
                 candidates, largest = self.finder.find(finetuned, bracket)
@@ -180,17 +180,14 @@ class Scan:
             self.advance(self._nbytes(model, chunk))
         inputs["base"].release(name, chunk.first, chunk.count)
 
-    def _dtype(self, model: str, tensor: str) -> torch.dtype:
-        return TORCH_DTYPE[self.finetuned[model].info(tensor).dtype]
-
     def _nbytes(self, model: str, chunk: Chunk) -> int:
-        return chunk.count * self._dtype(model, self.names[chunk.tensor]).itemsize
+        return chunk.count * ITEM_BYTES[self.finetuned[model].info(self.names[chunk.tensor]).dtype]
 
     def _raise_non_finite(self, inputs: Readers, model: str, chunk: Chunk) -> NoReturn:
         """Say which of the two models is at fault."""
         name = self.names[chunk.tensor]
         for reader in (inputs["base"], inputs[model]):
-            check_finite(reader, name, chunk, reader.flat(name, chunk.first, chunk.count))
+            check_finite(reader, name, chunk, reader.values(name, chunk.first, chunk.count))
         raise NonFiniteError(
             f"the difference between {inputs[model].where(name)} and the base overflows float32 in {name}. "
             "Leave the tensor out with --exclude."
@@ -204,10 +201,10 @@ class Scan:
 
         def count(chunk: Chunk) -> None:
             name = self.names[chunk.tensor]
-            self.cpu.begin(inputs["base"].flat(name, chunk.first, chunk.count))
+            base = inputs["base"].values(name, chunk.first, chunk.count)
             for row, model in zip(counts, models, strict=True):
                 if self.known is None:
-                    scores = self.cpu.scores(inputs[model].flat(name, chunk.first, chunk.count))
+                    scores = magnitude_scores(inputs[model].values(name, chunk.first, chunk.count), base)
                 else:
                     scores = self.known(name, chunk.first, chunk.count)
                 part = np.bincount(scores >> 16, minlength=BINS)
@@ -246,31 +243,26 @@ class Scan:
             if self.known is not None:
                 rows.append(self.known(info.name, first, SAMPLE_RUN))
                 continue
-            base = inputs["base"].flat(info.name, first, SAMPLE_RUN).float()
-            finetuned = inputs[model].flat(info.name, first, SAMPLE_RUN)
-            rows.append(magnitude_scores(finetuned, base, torch.empty(SAMPLE_RUN)))
+            base, finetuned = (inputs[one].values(info.name, first, SAMPLE_RUN) for one in ("base", model))
+            rows.append(magnitude_scores(finetuned, base))
         return np.stack(rows) if rows else None
 
 
-def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value [n] is NaN or infinite; several times faster than torch.isfinite for the narrow dtypes."""
-    if values.dtype == torch.float64:
-        return bool(torch.isfinite(values).all())
-    integer, infinity = {
-        torch.float32: (torch.int32, 0x7F800000),
-        torch.bfloat16: (torch.int16, 0x7F80),
-        torch.float16: (torch.int16, 0x7C00),
-    }[values.dtype]
-    bits = values.view(integer)
-    return len(bits) == 0 or int((bits & torch.iinfo(integer).max).max()) < infinity
+def all_finite(values: Values) -> bool:
+    """Whether no value [n] is NaN or infinite; several times faster than numpy's isfinite for the narrow dtypes."""
+    if values.dtype == np.float64:
+        return bool(np.isfinite(values).all())
+    infinity = {DTYPE["F32"]: 0x7F800000, DTYPE["BF16"]: 0x7F80, DTYPE["F16"]: 0x7C00}[values.dtype]
+    without_sign = bits(values) & np.iinfo(bits(values).dtype).max // 2
+    return len(values) == 0 or int(without_sign.max()) < infinity
 
 
-def check_finite(reader: CheckpointReader, name: str, chunk: Chunk, values: torch.Tensor) -> None:
+def check_finite(reader: CheckpointReader, name: str, chunk: Chunk, values: Values) -> None:
     """Raises NonFiniteError if the chunk's values [n] hold NaN or infinity."""
     if all_finite(values):
         return
-    first = int((~torch.isfinite(values)).nonzero()[0])
-    what = "NaN" if values[first].isnan() else "infinity"
+    first = int(np.flatnonzero(~np.isfinite(values))[0])
+    what = "NaN" if np.isnan(values[first]) else "infinity"
     raise NonFiniteError(
         f"{name} in {reader.where(name)} holds {what} at place {chunk.first + first} of its "
         f"{reader.checkpoint.info(name).numel}. The checkpoint is broken, or was saved in too narrow a dtype; "

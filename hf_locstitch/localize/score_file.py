@@ -9,11 +9,13 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from hf_locstitch.checkpoints.header import TensorInfo, header_length, parse_header
 from hf_locstitch.checkpoints.mapped import MappedFile
-from hf_locstitch.checkpoints.reader import flat
+from hf_locstitch.checkpoints.reader import read_values
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 
 LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
@@ -34,9 +36,9 @@ class ScoreFile:
         self.ones: int | None = json.loads(header.metadata["ones"])
         self.losses: list[float] = json.loads(header.metadata["losses"])
 
-    def flat(self, name: str, first: int, count: int) -> torch.Tensor:
-        """Scores of the elements first … first + count of a tensor. Returns float32 [count]."""
-        return flat(self._file, self._infos[name], first, count)
+    def bits(self, name: str, first: int, count: int) -> npt.NDArray[np.int32]:
+        """Scores of the elements first … first + count of a tensor, as their bits. Returns [count]."""
+        return read_values(self._file, self._infos[name], first, count).view(np.int32)
 
 
 def write_scores(

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
-import torch
 
 from hf_locstitch.inputs import Inputs
 from hf_locstitch.localize.learn import Room
@@ -16,7 +11,6 @@ from hf_locstitch.localize.mask import Mask
 from hf_locstitch.localize.saliency import Saliency
 from hf_locstitch.localize.scan import Scan
 from hf_locstitch.localize.score import score
-from hf_locstitch.localize.score_file import ScoreFile
 from hf_locstitch.localize.selection import Selection
 from hf_locstitch.plan import MergePlan
 from hf_locstitch.processes import Processes
@@ -51,11 +45,6 @@ def select_with_data(
             processes=processes,
             chunk=plan.settings.chunk,
             workers=plan.settings.workers,
-            known=partial(_bits, scores),
+            known=scores.bits,
         ).select(readers)
     return selections
-
-
-def _bits(scores: ScoreFile, name: str, first: int, count: int) -> npt.NDArray[np.int32]:
-    """What a scan selects by, from the file."""
-    return scores.flat(name, first, count).view(torch.int32).numpy()

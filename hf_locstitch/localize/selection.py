@@ -19,8 +19,8 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from hf_locstitch.checkpoints.dtypes import Values
 from hf_locstitch.chunks import Chunk, for_each
 from hf_locstitch.kernels import Bools, Positions
 from hf_locstitch.localize.bracket import ABOVE_ALL, BINS, Bracket, Ints, RisingBracket, histogram_bracket
@@ -50,7 +50,7 @@ class Kept:
     """
 
     positions: Positions
-    values: torch.Tensor
+    values: Values
     unchanged: Positions
 
     def ascending(self) -> Positions:

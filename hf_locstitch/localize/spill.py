@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hf_locstitch.kernels import Bools, bits
 from hf_locstitch.localize.candidates import Candidates
@@ -28,7 +27,9 @@ class Spill:
     each block checked first.
     """
 
-    def __init__(self, path: Path, chunks: int, dtype: torch.dtype, heading: str, trusted: Bools | None = None) -> None:
+    def __init__(
+        self, path: Path, chunks: int, dtype: np.dtype[Any], heading: str, trusted: Bools | None = None
+    ) -> None:
         """trusted: of which chunks [chunks] an earlier process's candidates are believed; all by default."""
         self._path, self.dtype, self._heading = path, dtype, heading.encode() + b"\n"
         self._lock = threading.Lock()
@@ -81,7 +82,7 @@ class Spill:
 
     def _write(self, file: FileIO, offset: int, index: int, kept: Candidates) -> bytes:
         """Returns the index's record."""
-        values = bits(kept.values.to(self.dtype))
+        values = bits(kept.values.astype(self.dtype, copy=False))
         crc = _write_parts(file.fileno(), offset, (kept.flagged, values, kept.scores))
         inside = len(kept.scores)
         sure = len(kept.flagged) - inside
@@ -117,11 +118,11 @@ class Spill:
         inside = int(self.open[index])
         count = int(self.sure[index]) + inside
         if count == 0:
-            return Candidates(np.empty(0, np.uint32), torch.empty(0, dtype=self.dtype), np.empty(0, np.int32))
+            return Candidates(np.empty(0, np.uint32), np.empty(0, self.dtype), np.empty(0, np.int32))
         raw = bytearray(os.pread(self._file.fileno(), self._size(count, inside), self._offsets[index]))
         return Candidates(
             np.frombuffer(raw, np.uint32, count),
-            torch.frombuffer(raw, dtype=self.dtype, count=count, offset=4 * count),
+            np.frombuffer(raw, self.dtype, count, 4 * count),
             np.frombuffer(raw, np.int32, offset=self._size(count, 0)),
         )
 

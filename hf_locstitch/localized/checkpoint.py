@@ -32,6 +32,7 @@ from hf_locstitch.verification.files import open_manifest
 if TYPE_CHECKING:
     import torch
 
+    from hf_locstitch.checkpoints.dtypes import Values
     from hf_locstitch.checkpoints.mapped import MappedFile
 
 VALUES_FORMAT = "hf-locstitch values 1"
@@ -104,10 +105,15 @@ class LocalizedCheckpoint:
 
         Returns [count] in the finetuned dtype. Raises KeyError.
         """
-        from hf_locstitch.checkpoints.reader import flat
+        from hf_locstitch.checkpoints.tensors import as_tensor
 
-        info = self._values[tensor]
-        return flat(self._files[1], info, first, info.numel - first if count is None else count)
+        return as_tensor(self.read(tensor, first, self._values[tensor].numel - first if count is None else count))
+
+    def read(self, tensor: str, first: int, count: int) -> Values:
+        """The same in numpy."""
+        from hf_locstitch.checkpoints.reader import read_values
+
+        return read_values(self._files[1], self._values[tensor], first, count)
 
     def mask(self, tensor: str) -> torch.Tensor:
         """Returns bool [*shape]. Raises IntegrityError, KeyError."""

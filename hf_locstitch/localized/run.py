@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from hf_locstitch.checkpoints.dtypes import Values
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.chunks import Chunk
@@ -46,9 +46,9 @@ class LocalizeRun(Run):
             inputs.opened({"base": pieces} if pieces else {}) as opened,
         ):
 
-            def base_of(tensor: str, chunk: Chunk) -> torch.Tensor:
+            def base_of(tensor: str, chunk: Chunk) -> Values:
                 base = opened.readers["base"]
-                values = base.flat(tensor, chunk.first, chunk.count).clone()
+                values = base.values(tensor, chunk.first, chunk.count).copy()
                 base.release(tensor, chunk.first, chunk.count)
                 return values
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from hf_locstitch.checkpoints.dtypes import common_dtype
 from hf_locstitch.checkpoints.header import TensorInfo
-from hf_locstitch.checkpoints.reader import TORCH_DTYPE
 from hf_locstitch.chunks import Chunk, chunks_by_name, chunks_of, for_each
 from hf_locstitch.errors import CheckpointError, IntegrityError
 from hf_locstitch.kernels import SURE
@@ -34,8 +32,7 @@ class GivenSelection:
         self.ones = given.ones
         self.names = [info.name for info in tensors]
         self.chunks = chunks_of([info.numel for info in tensors], chunk)
-        dtypes = [TORCH_DTYPE[given.stored(name).dtype] for name in self.names]
-        common = reduce(torch.promote_types, dtypes)  # holds every value of all of them
+        common = common_dtype({given.stored(name).dtype for name in self.names})
         self._given = given
         self._spill = Spill(spill, len(self.chunks), common, heading=json.dumps([chunk, str(common), "given"]))
 
@@ -55,7 +52,7 @@ class GivenSelection:
         first, stored = 0, self._given.stored(name).numel
         try:
             for chunk, positions in by_chunk(self._given.iter_positions(name), chunks):
-                values = self._given.values(name, first, min(len(positions), stored - first))
+                values = self._given.read(name, first, min(len(positions), stored - first))
                 first += len(positions)
                 if first > stored:
                     break

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from hf_locstitch.checkpoints.dtypes import DTYPE, Values
 from hf_locstitch.checkpoints.header import ITEM_BYTES
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.chunks import Chunk, for_each
@@ -55,17 +56,17 @@ def count_kept(selection: Keeper, own: Sequence[Chunk], workers: int) -> npt.NDA
     return counts
 
 
-def values_of(kept: Kept, base: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def values_of(kept: Kept, base: Values | None, dtype: np.dtype[Any]) -> Values:
     """Finetuned values of all that is kept of a chunk, in ascending order. Returns [ones] in `dtype`.
 
     base: the chunk [n]; None if no value is the base's.
     """
-    values = kept.values.to(dtype)
+    values = kept.values.astype(dtype, copy=False)
     if base is None:
         return values
     order = np.argsort(np.concatenate([kept.positions, kept.unchanged]), kind="stable")
-    same = base[torch.from_numpy(kept.unchanged)].to(dtype)
-    return torch.cat([values, same])[torch.from_numpy(order)]
+    same = base[kept.unchanged].astype(dtype, copy=False)
+    return np.concatenate([values, same])[order]
 
 
 def write_values(
@@ -73,20 +74,18 @@ def write_values(
     layout: Layout,
     selection: Keeper,
     own: Sequence[Chunk],
-    base_of: Callable[[str, Chunk], torch.Tensor],
+    base_of: Callable[[str, Chunk], Values],
     workers: int,
     advance: Callable[[int], object],
 ) -> None:
     """Put the values of the chunks `own` into a file laid out before. base_of: a chunk of a tensor of the base."""
-    from hf_locstitch.checkpoints.reader import TORCH_DTYPE
-
     starts = layout.starts
 
     def write(chunk: Chunk) -> None:
         name = layout.names[chunk.tensor]
         base = base_of(name, chunk) if layout.unchanged[chunk.index] else None
-        values = values_of(selection.kept(chunk), base, TORCH_DTYPE[layout.dtypes[name]]).contiguous()
-        writer.write(name, values.view(torch.uint8).numpy().data, int(starts[chunk.index]) * values.element_size())
+        values = values_of(selection.kept(chunk), base, DTYPE[layout.dtypes[name]])
+        writer.write(name, values.view(np.uint8).data, int(starts[chunk.index]) * values.itemsize)
         advance(values.nbytes)
 
     for_each(write, own, workers)

@@ -9,21 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
+    import numpy as np
 
+    from hf_locstitch.checkpoints.dtypes import Values
     from hf_locstitch.localize.selection import Kept
     from hf_locstitch.stitch import Coverage
 
 
 class CombineDense(Protocol):
-    def __call__(
-        self, base: torch.Tensor, finetuned: Sequence[torch.Tensor], *, scale: float, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def __call__(self, base: Values, finetuned: Sequence[Values], *, scale: float, dtype: np.dtype[Any]) -> Values:
         """base, finetuned: [n] of any floating dtype. Returns [n] in dtype."""
         ...
 
@@ -31,13 +30,13 @@ class CombineDense(Protocol):
 class CombineMasked(Protocol):
     def __call__(
         self,
-        base: torch.Tensor,
+        base: Values,
         kept: Sequence[Kept],
         covered: Coverage,
         *,
         scale: float,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
+        dtype: np.dtype[Any],
+    ) -> Values:
         """base: [n]; kept: what each mask keeps of it; covered: by the masks. Returns [n]."""
         ...
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.methods import Masked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
+    import numpy as np
 
+    from hf_locstitch.checkpoints.dtypes import Values
     from hf_locstitch.localize.selection import Kept
     from hf_locstitch.stitch import Coverage
 
 
-def combine(
-    base: torch.Tensor, kept: Sequence[Kept], covered: Coverage, *, scale: float, dtype: torch.dtype
-) -> torch.Tensor:
-    from hf_locstitch.stitch import stitch  # needs torch, which a plan does not
+def combine(base: Values, kept: Sequence[Kept], covered: Coverage, *, scale: float, dtype: np.dtype[Any]) -> Values:
+    from hf_locstitch.stitch import stitch  # needs what is slow to import, which a plan does not
 
     return stitch(base, kept, covered, scale=scale, dtype=dtype)
 

@@ -3,23 +3,27 @@ arXiv 2212.04089."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.methods import Dense
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
+    import numpy as np
+
+    from hf_locstitch.checkpoints.dtypes import Values
 
 
-def combine(base: torch.Tensor, finetuned: Sequence[torch.Tensor], *, scale: float, dtype: torch.dtype) -> torch.Tensor:
+def combine(base: Values, finetuned: Sequence[Values], *, scale: float, dtype: np.dtype[Any]) -> Values:
     """base + scale · Σ (finetuned − base), in float64."""
-    start = base.double()
+    start = base.astype("f8")
     total = start * -len(finetuned)
     for values in finetuned:
         total += values
-    return start.add_(total, alpha=scale).to(dtype)
+    total *= scale
+    total += start
+    return total.astype(dtype)
 
 
 METHOD = Dense("Task arithmetic", "https://arxiv.org/abs/2212.04089", combine)

@@ -3,7 +3,7 @@ arXiv 2306.01708. Trimming is the top k of |task vector|, over the whole model a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.methods import Masked
 
@@ -12,36 +12,37 @@ if TYPE_CHECKING:
 
     import numpy as np
     import numpy.typing as npt
-    import torch
 
+    from hf_locstitch.checkpoints.dtypes import Values
     from hf_locstitch.localize.selection import Kept
     from hf_locstitch.stitch import Coverage
 
 
-def combine(
-    base: torch.Tensor, kept: Sequence[Kept], covered: Coverage, *, scale: float, dtype: torch.dtype
-) -> torch.Tensor:
+def combine(base: Values, kept: Sequence[Kept], covered: Coverage, *, scale: float, dtype: np.dtype[Any]) -> Values:
     """base + scale · mean of the trimmed task vectors whose sign is that of their sum, in float64."""
     import numpy as np  # not needed to plan
 
     where = np.flatnonzero(covered.times)
-    start = base[where].double()
-    trimmed = [_trimmed(start, where, one, base) for one in kept]
-    elected = sum(trimmed[1:], start=trimmed[0]).sign()
-    update, agreeing = start.new_zeros(len(where)), start.new_zeros(len(where))
+    start = base[where].astype("f8")
+    trimmed = [_trimmed(where, one, base) for one in kept]
+    elected = np.sign(sum(trimmed[1:], start=trimmed[0]))
+    update, agreeing = np.zeros(len(where)), np.zeros(len(where))
     for task_vector in trimmed:
-        agrees = (task_vector.sign() == elected) & (elected != 0)
+        agrees = (np.sign(task_vector) == elected) & (elected != 0)
         update += task_vector * agrees
         agreeing += agrees
-    merged = base.to(dtype, copy=True)
-    merged[where] = start.add_(update.div_(agreeing.clamp_(min=1)), alpha=scale).to(dtype)
+    merged = base.astype(dtype)
+    merged[where] = (start + scale * update / np.maximum(agreeing, 1)).astype(dtype)
     return merged
 
 
-def _trimmed(start: torch.Tensor, where: npt.NDArray[np.int64], kept: Kept, base: torch.Tensor) -> torch.Tensor:
-    """The task vector at the places `where` some mask keeps one: 0 if this mask does not. Returns float64 [m]."""
-    task_vector = start.new_zeros(len(start))
-    task_vector[where.searchsorted(kept.positions)] = kept.values.double() - base[kept.positions].double()
+def _trimmed(where: npt.NDArray[np.int64], kept: Kept, base: Values) -> npt.NDArray[np.float64]:
+    """The task vector at the places `where` [m] some mask keeps one: 0 if this mask does not. Returns [m]."""
+    import numpy as np
+
+    task_vector = np.zeros(len(where))
+    change = kept.values.astype(np.float64) - base[kept.positions].astype(np.float64)
+    task_vector[where.searchsorted(kept.positions)] = change
     return task_vector
 
 

@@ -8,7 +8,9 @@ from functools import reduce
 import numpy as np
 import torch
 
-from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
+from hf_locstitch.checkpoints.dtypes import DTYPE
+from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.checkpoints.tensors import TORCH_DTYPE, as_tensor
 from hf_locstitch.chunks import chunks_by_name, chunks_of
 from hf_locstitch.kernels import Positions
 from hf_locstitch.localize.selection import Keeper
@@ -31,14 +33,14 @@ class PlainStitch:
         self._plan, self._selections = plan, selections
         self._rest = next(readers[name] for name, checkpoint in plan.inputs.items() if checkpoint is plan.rest)
         self._order = sorted(plan.finetuned, key=plan.origins.__getitem__)
-        self._dtypes = {t.name: TORCH_DTYPE[t.dtype] for shard in plan.shards for t in shard.tensors}
+        self._dtypes = {t.name: t.dtype for shard in plan.shards for t in shard.tensors}
         tensors = plan.localized
         pieces = chunks_of([info.numel for info in tensors], chunk)
         self._chunks = chunks_by_name([info.name for info in tensors], pieces)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the output."""
-        return self._dtypes[name]
+        return TORCH_DTYPE[self._dtypes[name]]
 
     def is_localized(self, name: str) -> bool:
         return name in self._chunks
@@ -47,24 +49,25 @@ class PlainStitch:
         """As it would be written, [*shape] in the output's dtype; a tensor that is not localized: uncopied."""
         if name not in self._chunks:
             info = self._rest.checkpoint.info(name)
-            return self._rest.flat(name, 0, info.numel).view(info.shape).to(self._dtypes.get(name))
+            return self._rest.flat(name, 0, info.numel).view(info.shape).to(TORCH_DTYPE.get(self._dtypes.get(name, "")))
         info = self.base.checkpoint.info(name)
         method = self._plan.method
         assert isinstance(method, Masked)
-        pieces = [torch.empty(0, dtype=self._dtypes[name])]
+        dtype = DTYPE[self._dtypes[name]]
+        pieces = [np.empty(0, dtype)]
         for chunk in self._chunks[name]:
-            kept = {model: selection.kept(chunk) for model, selection in self._selections.items()}
+            kept = [self._selections[model].kept(chunk) for model in self._order]
             pieces.append(
                 method.combine(
-                    self.base.flat(name, chunk.first, chunk.count),
-                    [kept[model] for model in self._order],
-                    coverage(chunk.count, list(kept.values())),
+                    self.base.values(name, chunk.first, chunk.count),
+                    kept,
+                    coverage(chunk.count, kept),
                     scale=self._plan.recipe.scale,
-                    dtype=self._dtypes[name],
+                    dtype=dtype,
                 )
             )
         self.release(name)
-        return torch.cat(pieces).view(info.shape)
+        return as_tensor(np.concatenate(pieces)).view(info.shape)
 
     def release(self, name: str) -> None:
         """Nobody needs to look at what was read of a tensor soon."""
@@ -81,7 +84,7 @@ class PlainStitch:
 
     def cut(self, name: str, values: torch.Tensor) -> list[torch.Tensor]:
         """The values [*shape] of a tensor that some mask covers, of each chunk in turn, in the output's dtype."""
-        flat = values.reshape(-1).to(self._dtypes[name])
+        flat = values.reshape(-1).to(self.dtype(name))
         chunks = zip(self._chunks[name], self.union(name), strict=True)
         return [flat[torch.from_numpy(positions).long() + chunk.first] for chunk, positions in chunks]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_locstitch.checkpoints.reader import TORCH_DTYPE
+from hf_locstitch.checkpoints.dtypes import DTYPE, Values
 from hf_locstitch.checkpoints.source import file_sha256
 
 INDEX = "index.json"
@@ -70,16 +70,14 @@ class Refitted:
             for entry in self._tensors.values()
         )
 
-    def chunk(self, name: str, number: int) -> torch.Tensor:
+    def chunk(self, name: str, number: int) -> Values:
         """The values under the masks in a tensor's chunk, by its number in the tensor."""
         entry = self._tensors[name]
-        dtype = TORCH_DTYPE[entry["dtype"]]
+        dtype = DTYPE[entry["dtype"]]
         first, last = entry["starts"][number : number + 2]
-        if first == last:
-            return torch.empty(0, dtype=dtype)
         with (self._folder / entry["file"]).open("rb") as handle:
             content = os.pread(handle.fileno(), (last - first) * dtype.itemsize, first * dtype.itemsize)
-        return torch.frombuffer(bytearray(content), dtype=dtype)
+        return np.frombuffer(content, dtype)
 
 
 def open_refitted(folder: Path, heading: str) -> Refitted | None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.localized.checkpoint import LocalizedCheckpoint
 from hf_locstitch.masks import Positions
 
@@ -27,7 +28,7 @@ class GraftReader(CheckpointReader):
         return self._given.positions(name)
 
     def flat(self, name: str, first: int, count: int) -> torch.Tensor:
-        graft = self._base.flat(name, first, count).to(self.dtype(name), copy=True)
+        graft = self._base.flat(name, first, count).to(TORCH_DTYPE[self.checkpoint.info(name).dtype], copy=True)
         positions = self._positions(name)
         begin, end = np.searchsorted(positions, [first, first + count]).tolist()
         graft[torch.from_numpy(positions[begin:end] - first)] = self._given.values(name, begin, end - begin)

@@ -14,6 +14,7 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source, read_ch
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
+from hf_locstitch.chunks import one_torch_thread
 from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
 from hf_locstitch.localized.checkpoint import LocalizedCheckpoint, read_localized
 from hf_locstitch.manifest import FILE, RECIPE_FILE, Manifest
@@ -33,7 +34,7 @@ from hf_locstitch.verification.masks import (
     tally,
 )
 from hf_locstitch.verification.report import Finding, Notes, VerifyReport
-from hf_locstitch.verification.values import How, ValueCheck, check_layout, one_thread
+from hf_locstitch.verification.values import How, ValueCheck, check_layout
 
 METHOD = "locstitch"  # whose values are computed again
 OTHERS = 2  # tensors of a sample that are not localized
@@ -165,7 +166,7 @@ def _localized(
     base, finetuned = opened["base"], opened[given.name]
     graft = GraftReader(given, base, finetuned)
     check = ValueCheck(graft, base, base, {given.name: finetuned}, masks, How(1.0, _top_k(record, notes)))
-    with progress.bar("values", sum(given.stored(name).nbytes for name in sample)) as advance, one_thread():
+    with progress.bar("values", sum(given.stored(name).nbytes for name in sample)) as advance, one_torch_thread():
         for name in sample:
             notes.findings += check.localized(name) if name in graft.checkpoint.tensors else _lacking(name, given)
             advance(given.stored(name).nbytes)
@@ -240,7 +241,7 @@ def _values(merge: Merge, places: Sequence[Place], tensors: Tensors, progress: P
         notes.skipped.append(f"values: {error}")
         return
     sizes = {name: merge.weights.info(name).nbytes for name in [*ours, *others]}
-    with progress.bar("values", sum(sizes.values())) as advance, one_thread():
+    with progress.bar("values", sum(sizes.values())) as advance, one_torch_thread():
         for name, size in sizes.items():
             notes.findings += check.localized(name) if name in merge.localized else check.other(name)
             advance(size)

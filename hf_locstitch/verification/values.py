@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +12,8 @@ import torch
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import FLOATING, TensorInfo
-from hf_locstitch.checkpoints.reader import TORCH_DTYPE, CheckpointReader
+from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.plan import DTYPE_ON_DISK
 from hf_locstitch.verification.masks import MaskFile, positions_of
 from hf_locstitch.verification.report import Finding
@@ -23,17 +23,6 @@ INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 ABOVE_ALL = 1 << 31  # larger than the bits of any float32 without sign
 
 Kept = tuple[torch.Tensor, torch.Tensor]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Pieces are too small to share out: several of torch's threads are slower than one, on a busy machine tenfold."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def stitched(base: torch.Tensor, finetuned: Sequence[Kept], scale: float, dtype: torch.dtype) -> torch.Tensor:

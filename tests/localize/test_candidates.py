@@ -14,9 +14,11 @@ from models import finetune, random_state, save
 from test_run import files_of
 
 from hf_locstitch import kernels, merge_from_hub
+from hf_locstitch.checkpoints.dtypes import DTYPE
+from hf_locstitch.checkpoints.tensors import as_values
 from hf_locstitch.kernels import SURE
 from hf_locstitch.localize.bracket import ABOVE_ALL, NON_FINITE, FixedBracket
-from hf_locstitch.localize.candidates import OnCpu, OnDevice
+from hf_locstitch.localize.candidates import OnCpu, OnDevice, magnitude_scores
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -31,8 +33,8 @@ def bracket(low: float, high: float) -> FixedBracket:
 
 def test_by_hand() -> None:
     finder = OnCpu(8)
-    finder.begin(torch.tensor([1.0, 2.0, 0.0, -1.0]))
-    finetuned = torch.tensor([1.5, 2.0, -0.0, -3.0])
+    finder.begin(np.array([1.0, 2.0, 0.0, -1.0], np.float32))
+    finetuned = np.array([1.5, 2.0, -0.0, -3.0], np.float32)
     found, largest = finder.find(finetuned, bracket(0.5, 1.0))
     assert found.positions.tolist() == [0, 3] and found.values.tolist() == [1.5, -3.0]
     assert found.sure.tolist() == [False, True] and found.scores.tolist() == bits(0.5) and largest == bits(2.0)[0]
@@ -50,16 +52,17 @@ def check(device: str, dtypes: Sequence[torch.dtype]) -> None:
             finetuned = (base.double() + 1e-2 * torch.randn(5000, generator=generator).double()).to(dtype)
             finetuned[::7] = base[::7].to(dtype)
             finetuned[3], finetuned[4] = float("nan"), float("inf")
+            ours, theirs = as_values(base), as_values(finetuned)
             cpu, other = OnCpu(5000), OnDevice(device)
-            cpu.begin(base)
-            other.begin(base)
+            cpu.begin(ours)
+            other.begin(ours)
             for low in [0, *bits(1e-3, 1e-2)]:
                 for high in [*bits(2e-2), ABOVE_ALL]:
                     (expected, _), (found, _) = (
-                        finder.find(finetuned, FixedBracket(low, high)) for finder in (cpu, other)
+                        finder.find(theirs, FixedBracket(low, high)) for finder in (cpu, other)
                     )
                     assert np.array_equal(expected.flagged, found.flagged) and len(found.flagged)
-                    assert torch.equal(expected.values.nan_to_num(7), found.values.nan_to_num(7))
+                    assert np.array_equal(kernels.bits(expected.values), kernels.bits(found.values))
                     known, scores = expected.scores, found.scores
                     finite = known <= NON_FINITE  # a NaN's own bits are nobody's promise
                     assert np.array_equal(known[finite], scores[finite]) and (scores[~finite] > NON_FINITE).all()
@@ -72,7 +75,7 @@ def test_reaching_at_any_length(scores: list[int], low: int, more: int) -> None:
     given_, values = np.array(scores, np.int32), np.arange(len(scores), dtype=np.uint16)
     high = low + more
     flagged, chosen, inside = (np.empty(len(scores) + 1, dtype) for dtype in (np.uint32, np.uint16, np.int32))
-    count, open_, largest = kernels.reaching(given_, low, high, values, flagged, chosen, inside)
+    count, open_, largest = kernels.reaching(given_, low, high, values, (flagged, chosen, inside))
     places = np.flatnonzero(given_ >= low)
     assert (flagged[:count] & (SURE - 1)).tolist() == places.tolist() == chosen[:count].tolist()
     assert (flagged[:count] >= SURE).tolist() == (given_[places] >= high).tolist()
@@ -97,3 +100,22 @@ def test_a_merge_on_a_gpu_has_the_same_bytes(tmp_path: Path, dtype: torch.dtype)
     for device in ("cpu", "cuda"):
         merge_from_hub(folders[0], folders[1:], out=tmp_path / device, device=device)
     assert files_of(tmp_path / "cpu") == files_of(tmp_path / "cuda")
+
+
+@pytest.mark.parametrize("base_dtype", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_sizes_of_every_number(dtype: str, base_dtype: str) -> None:
+    """Against numpy's own casts, over every bit pattern of the narrow dtypes."""
+    every = np.arange(1 << 16, dtype=np.uint16)
+    generator = np.random.default_rng(0)
+    patterns = {
+        2: every,
+        4: every.astype(np.uint32) << 16 | every[::-1],
+        8: generator.integers(0, 1 << 64, 1 << 16, np.uint64),
+    }
+    finetuned, base = (patterns[DTYPE[name].itemsize].view(DTYPE[name]) for name in (dtype, base_dtype))
+    for start in (base, np.zeros_like(base)):
+        with np.errstate(all="ignore"):
+            due = np.abs(finetuned.astype(np.float32) - start.astype(np.float32))
+        found = magnitude_scores(finetuned, start).view(np.float32)
+        assert np.array_equal(found, due, equal_nan=True) and not np.signbit(found).any()

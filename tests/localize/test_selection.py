@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_locstitch import Magnitude
+from hf_locstitch.checkpoints.dtypes import DTYPE
 from hf_locstitch.localize.bracket import BINS, NON_FINITE, histogram_bracket, sample_bracket
 from hf_locstitch.localize.candidates import differing, magnitude_scores
 from hf_locstitch.localize.magnitude import exact_share
@@ -82,17 +82,17 @@ def test_a_sample_that_tells_nothing_brackets_everything() -> None:
 
 
 def test_scores_are_the_bits_of_the_float32_difference() -> None:
-    base = torch.tensor([1.0, -2.0, 0.5])
-    finetuned = torch.tensor([1.5, -2.0, -0.5], dtype=torch.bfloat16)
-    scores = magnitude_scores(finetuned, base, torch.empty(5))
+    base = np.array([1.0, -2.0, 0.5], np.float32)
+    finetuned = np.array([1.5, -2.0, -0.5], DTYPE["BF16"])
+    scores = magnitude_scores(finetuned, base)
     assert scores.view(np.float32).tolist() == [0.5, 0.0, 1.0]
-    nan = magnitude_scores(torch.tensor([float("nan"), float("-inf")]), base[:2], torch.empty(2))
+    nan = magnitude_scores(np.array([np.nan, -np.inf], np.float32), base[:2])
     assert (nan >= NON_FINITE).all()
 
 
 def test_differing_bits_tells_zeros_apart() -> None:
-    base = torch.tensor([0.0, 0.0, 1.0])
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        finetuned = torch.tensor([0.0, -0.0, 1.0], dtype=dtype)
+    base = np.array([0.0, 0.0, 1.0], np.float32)
+    for dtype in ("F32", "BF16", "F64"):
+        finetuned = np.array([0.0, -0.0, 1.0], DTYPE[dtype])
         assert differing(finetuned, base).tolist() == [False, True, False]
-    assert differing(torch.tensor([1.0 + 1e-12], dtype=torch.float64), base[2:]).tolist() == [True]
+    assert differing(np.array([1.0 + 1e-12]), base[2:]).tolist() == [True]
