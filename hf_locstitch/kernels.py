@@ -25,7 +25,6 @@ Positions = npt.NDArray[np.int32]
 Flagged = npt.NDArray[np.uint32]
 Scores = npt.NDArray[np.int32]
 Counts = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Found = tuple[Flagged, Bits, Scores]  # positions, values, scores of candidates; see `reaching`
 
@@ -70,52 +69,37 @@ def _places(block: Any, least: int, flags: Counts, places: Positions) -> int:
     return count
 
 
-@_compiled
-def _widen(values: Bits, kind: int, wide: Floats) -> None:
-    """The numbers of a block [n] in float32. wide: [n], filled."""
-    bits = wide.view(np.uint32)
+@numba.njit(inline="always")  # else the choice between the kinds stays within the loops
+def _number(value: Any, kind: int) -> Any:
+    """What the bits of one element stand for, in float32."""
     if kind == BF16:
-        for at in range(len(values)):
-            bits[at] = np.uint32(values[at]) << np.uint32(16)
-    elif kind == F16:
-        for at in range(len(values)):
-            bits[at] = (np.uint32(values[at]) & np.uint32(0x7FFF)) << np.uint32(13)
-        for at in range(len(values)):
-            wide[at] *= np.float32(2.0**112)  # by so much the exponents' biases differ; subnormals come right, too
-        for at in range(len(values)):
-            value = np.uint32(values[at])
-            infinite = np.uint32(0x7F800000) if value & np.uint32(0x7C00) == np.uint32(0x7C00) else np.uint32(0)
-            bits[at] |= infinite | (value & np.uint32(0x8000)) << np.uint32(16)
-    elif kind == F32:
-        for at in range(len(values)):
-            bits[at] = np.uint32(values[at])
-    else:
-        numbers = values.view(np.float64)
-        for at in range(len(numbers)):
-            wide[at] = np.float32(numbers[at])
+        return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    if kind == F16:
+        bits = np.uint32(value)
+        size = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
+        # By so much the exponents' biases differ; subnormal numbers come right, too, infinity and NaN do not.
+        wide = np.float32(size * np.float32(2.0**112)).view(np.uint32)
+        full = np.uint32(0x7F800000) if bits & np.uint32(0x7C00) == np.uint32(0x7C00) else np.uint32(0)
+        return np.uint32(wide | full | (bits & np.uint32(0x8000)) << np.uint32(16)).view(np.float32)
+    if kind == F32:
+        return np.uint32(value).view(np.float32)
+    return np.float32(np.uint64(value).view(np.float64))
 
 
-@_compiled
-def _sizes(
-    finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, wide: Floats, other: Floats, scores: Scores
-) -> None:
-    """Bits of |finetuned − base| in float32 for a block [n ≤ BLOCK]. wide, other: [BLOCK], overwritten; scores: [n]."""
-    _widen(finetuned, finetuned_kind, wide[: len(finetuned)])
-    _widen(base, base_kind, other[: len(base)])
+@numba.njit(inline="always")
+def _sizes(finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, scores: Scores) -> None:
     for at in range(len(finetuned)):
-        wide[at] -= other[at]
-    differences = wide.view(np.int32)
-    for at in range(len(finetuned)):
-        scores[at] = differences[at] & np.int32(0x7FFFFFFF)
+        difference = np.float32(_number(finetuned[at], finetuned_kind) - _number(base[at], base_kind))
+        scores[at] = difference.view(np.int32) & np.int32(0x7FFFFFFF)
 
 
 @_compiled
 def sizes(finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, scores: Scores) -> None:
     """Bits of |finetuned − base| in float32. All [n]; scores: filled; kinds: of KIND."""
-    wide, other = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    for start in range(0, len(finetuned), BLOCK):
-        end = start + BLOCK
-        _sizes(finetuned[start:end], finetuned_kind, base[start:end], base_kind, wide, other, scores[start:end])
+    if finetuned_kind == BF16 and base_kind == BF16:  # what most models are: a loop without any choice
+        _sizes(finetuned, BF16, base, BF16, scores)
+    else:
+        _sizes(finetuned, finetuned_kind, base, base_kind, scores)
 
 
 @_compiled
@@ -127,14 +111,14 @@ def _take(
     flagged, chosen, inside = found
     count, open_, largest = counts
     for at in range(_places(block, low, flags, places)):
-        place = places[at]
+        place = np.uint32(places[at])
         score = block[place]
-        sure = score >= high
-        flagged[count] = np.uint32(start + place) | (np.uint32(SURE) if sure else np.uint32(0))
-        chosen[count] = values[start + place]
+        sure = np.uint32(score >= high)
+        flagged[count] = np.uint32(start) + place | sure << np.uint32(31)
+        chosen[count] = values[np.uint32(start) + place]
         inside[open_] = score
         count += 1
-        open_ += np.int64(not sure)
+        open_ += 1 - np.int64(sure)
         largest = max(largest, np.int64(score))
     counts[0], counts[1], counts[2] = count, open_, largest
 
@@ -161,12 +145,11 @@ def candidates(
     """As `reaching`, of the scores that `sizes` finds: the memory is passed over once."""
     counts = np.zeros(3, np.int64)
     flags, places = np.empty(BLOCK, np.uint8), np.empty(BLOCK + 1, np.int32)
-    wide, other = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     scores = np.empty(BLOCK, np.int32)
     for start in range(0, len(finetuned), BLOCK):
         end = min(start + BLOCK, len(finetuned))
         block = scores[: end - start]
-        _sizes(finetuned[start:end], finetuned_kind, base[start:end], base_kind, wide, other, block)
+        sizes(finetuned[start:end], finetuned_kind, base[start:end], base_kind, block)
         _take(block, start, low, high, finetuned, flags, places, found, counts)
     return counts
 
