@@ -9,8 +9,8 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from hf_locstitch.chunks import CHUNK, SMALLEST_CHUNK, worker_count
 from hf_locstitch.errors import RecipeError
 
-IMPORTS_BYTES = 330_000_000  # resident after importing torch and the Hub's client; measured
-CHUNK_BYTES_PER_ELEMENT = 40  # one worker's buffers, measured with a margin
+IMPORTS_BYTES = 200_000_000  # what the libraries take, those that draw figures among them; measured
+CHUNK_BYTES_PER_ELEMENT = 90  # one worker's buffers where masks keep nearly everything; measured
 
 BATCH = 4  # chunks for each worker between two looks at the size of temporary files
 COMPACT_FROM = 1.5  # a temporary file is tidied up when it has so many times the bytes still needed,
