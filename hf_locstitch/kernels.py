@@ -197,16 +197,20 @@ def put(target: Bits, positions: Positions, values: Bits) -> None:
 
 
 @_compiled
-def find(positions: Positions, wanted: Positions, taken: Positions, slots: Positions) -> int:
-    """Fill in which of the positions are `wanted`, and as the how manieth. Returns how many are."""
+def find(positions: Positions, times: Counts, least: int, wanted: Positions, taken: Positions, slots: Positions) -> int:
+    """Fill in which of the positions have a count larger than `least`, and as the how manieth of all that have.
+
+    wanted: those, of whatever origin; see `more_than`. taken, slots: [≥ positions + 1]. Returns how many there are.
+    """
     count = slot = 0
     for at in range(len(positions)):
-        while slot < len(wanted) and wanted[slot] < positions[at]:
+        taken[count] = at
+        count += np.int64(times[positions[at]] > least)
+    for at in range(count):
+        position = positions[taken[at]]
+        while wanted[slot] < position:
             slot += 1
-        if slot < len(wanted) and wanted[slot] == positions[at]:
-            taken[count] = at
-            slots[count] = slot
-            count += 1
+        slots[at] = slot
     return count
 
 

@@ -52,8 +52,7 @@ def stitch(
         kernels.put(bits(merged), one.positions, bits(one.values.astype(merged.dtype, copy=False)))
     averaged, found = covered.shared, covered.found
     if scale != 1.0:
-        averaged = _more_than(covered.times, 0)
-        found = _find_all(kept, averaged)
+        averaged, found = _find(kept, covered.times, 0)
     if len(averaged):
         mean = _mean(base, kept, found, covered.times[averaged])
         if scale != 1.0:
@@ -69,14 +68,20 @@ def coverage(n: int, kept: Sequence[Kept]) -> Coverage:
     for one in kept:
         kernels.count_up(times, one.positions)
         kernels.count_up(times, one.unchanged)
-    shared = _more_than(times, 1)
-    return Coverage(times, shared, _find_all(kept, shared))
+    return Coverage(times, *_find(kept, times, 1))
 
 
-def _more_than(times: kernels.Counts, least: int) -> Positions:
-    """Where more than so many masks cover a coordinate; ascending."""
-    positions = np.empty(len(times) + 1, np.int32)
-    return positions[: kernels.more_than(times, least, positions)]
+def _find(kept: Sequence[Kept], times: kernels.Counts, least: int) -> tuple[Positions, list[tuple[Found, Found]]]:
+    """Where more than so many masks cover a coordinate; ascending. And where among each mask's positions these are."""
+    wanted = np.empty(len(times) + 1, np.int32)
+    wanted = wanted[: kernels.more_than(times, least, wanted)]
+
+    def find(positions: Positions) -> Found:
+        taken, slots = np.empty(len(positions) + 1, np.int32), np.empty(len(positions) + 1, np.int32)
+        count = kernels.find(positions, times, least, wanted, taken, slots)
+        return taken[:count], slots[:count]
+
+    return wanted, [(find(one.positions), find(one.unchanged)) for one in kept]
 
 
 def _mean(
@@ -89,17 +94,6 @@ def _mean(
         total[slots] += one.values[taken].astype(np.float64)
         total[same] += base[one.unchanged[unchanged]].astype(np.float64)
     return total / times
-
-
-def _find_all(kept: Sequence[Kept], wanted: Positions) -> list[tuple[Found, Found]]:
-    return [(_find(one.positions, wanted), _find(one.unchanged, wanted)) for one in kept]
-
-
-def _find(positions: Positions, wanted: Positions) -> Found:
-    """Which of the positions are wanted, and as the how manieth; both ascending."""
-    taken, slots = np.empty(len(positions), np.int32), np.empty(len(positions), np.int32)
-    count = kernels.find(positions, wanted, taken, slots)
-    return taken[:count], slots[:count]
 
 
 def overlaps(covered: Coverage, kept: Sequence[Kept]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
