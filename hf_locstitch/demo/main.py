@@ -169,10 +169,10 @@ def _scores(repos: Sequence[str]) -> Scores:
     """Accuracy of models on the Hub at every skill."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_locstitch.demo.train import one_thread
+    from hf_locstitch.chunks import one_torch_thread
 
     scores: dict[str, dict[str, float]] = {}
-    with one_thread():
+    with one_torch_thread():
         for repo in repos:
             model = AutoModelForCausalLM.from_pretrained(repo)
             tokenizer = AutoTokenizer.from_pretrained(repo)

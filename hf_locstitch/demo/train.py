@@ -8,8 +8,7 @@ only, because embeddings, final norm and LM head are what a merge takes from the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from hf_locstitch.chunks import one_torch_thread
 from hf_locstitch.demo.skills import (
     COMMON,
     LENGTH,
@@ -112,18 +112,7 @@ def freeze_all_but_blocks(model: LlamaForCausalLM) -> None:
     model.model.layers.requires_grad_(True)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """So that a machine gives the same weights again; such small models gain little from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@one_thread()
+@one_torch_thread()  # so that a machine gives the same weights again; such small models gain little from more
 def train(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
