@@ -13,6 +13,7 @@ import torch
 from models import finetune, load, random_state, save
 
 from hf_locstitch import Magnitude, load_mask, merge_from_hub
+from hf_locstitch.checkpoints.dtypes import DTYPE, Values
 from hf_locstitch.figures import draw
 from hf_locstitch.figures.main import jaccard_matrix
 from hf_locstitch.figures.places import OUTSIDE, count_places, layer_and_kind, write_places
@@ -106,15 +107,15 @@ def test_odd_samples() -> None:
 
 
 class InMemory:
-    def __init__(self, **tensors: torch.Tensor) -> None:
+    def __init__(self, **tensors: Values) -> None:
         self.tensors = tensors
 
-    def flat(self, name: str, first: int, count: int) -> torch.Tensor:
-        return self.tensors[name].flatten()[first : first + count]
+    def values(self, name: str, first: int, count: int) -> Values:
+        return self.tensors[name][first : first + count]
 
 
 def test_sampled_values() -> None:
-    base, moved = InMemory(w=torch.arange(6.0)), InMemory(w=torch.arange(6.0).flip(0))
+    base, moved = InMemory(w=np.arange(6, dtype=DTYPE["BF16"])), InMemory(w=np.arange(6.0)[::-1])
     size, start = sampled_values(moved, base, "w", [(0, 2), (5, 1)])
     assert size.tolist() == [5, 3, 5] and start.tolist() == [0, 1, 5]
 
