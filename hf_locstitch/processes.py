@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+S = TypeVar("S")
 Counts = npt.NDArray[np.int64]
 
 
@@ -41,9 +42,16 @@ class Processes:
         """Every process's value, in order of rank."""
         return [value]
 
+    def share(self, work: Callable[[], T], say: Callable[[T], S]) -> tuple[T, list[S]]:
+        """Do `work` in every process and wait for all. Returns what came of it here, and what `say` makes of that in
+        each, in order of rank; the first error of any is raised in each.
+        """
+        result = work()
+        return result, [say(result)]
+
     def together(self, work: Callable[[], T]) -> T:
-        """Do `work` in every process and wait for all; the first error of any is raised in each."""
-        return work()
+        """The same, where nobody asks what came of it elsewhere."""
+        return self.share(work, lambda _: None)[0]
 
     def device(self, kind: str) -> str:
         """This process's device of a kind, "cpu" or "cuda", as torch names it."""
@@ -81,9 +89,10 @@ class DistributedProcesses(Processes):
     def add_up(self, values: Tensor) -> None:
         import torch
 
-        wide = values.to(self._state.device, torch.promote_types(values.dtype, torch.float32), copy=True)
+        wide = values.to(self._state.device, torch.promote_types(values.dtype, torch.float32)).contiguous()
         torch.distributed.all_reduce(wide)
-        values.copy_(wide)
+        if wide is not values:
+            values.copy_(wide)
 
     def gather(self, value: T) -> list[T]:
         import torch
@@ -92,17 +101,20 @@ class DistributedProcesses(Processes):
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def together(self, work: Callable[[], T]) -> T:
+    def share(self, work: Callable[[], T], say: Callable[[T], S]) -> tuple[T, list[S]]:
         error: BaseException | None = None
         result: Any = None
+        said: Any = None
         try:
             result = work()
+            said = say(result)
         except Exception as raised:
             error = raised
-        errors = [one for one in self.gather(_portable(error)) if one is not None]
+        found = self.gather((_portable(error), said))
+        errors = [one for one, _ in found if one is not None]
         if errors:
             raise errors[0] from error
-        return result
+        return result, [one for _, one in found]
 
     def end(self) -> None:
         import torch

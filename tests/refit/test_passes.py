@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from subjects import CASES, MODELS, pair
 from torch import Tensor
 
 from hf_locstitch.errors import RequestError
-from hf_locstitch.refit.passes import LinearStop, Pair, Pass, lead, watch
+from hf_locstitch.processes import Processes
+from hf_locstitch.refit.passes import LinearStop, Meeting, Pair, Pass, lead, watch
 from hf_locstitch.refit.subject import attach_conversions, empty_model
 from hf_locstitch.refit.weights import Part, Weights, hollow
 
@@ -80,6 +81,11 @@ def test_padding_is_left_out(tmp_path: Path) -> None:
         one.go_on(product(one))
 
 
+def stay(pairs: Sequence[Pair], meeting: Meeting) -> Callable[[], None]:
+    """Nothing goes on."""
+    return lambda: None
+
+
 def test_an_order_that_depends_on_the_input_is_refused(tmp_path: Path) -> None:
     _, folder = pair("llama", tmp_path, torch.float32)
 
@@ -90,7 +96,7 @@ def test_an_order_that_depends_on_the_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         RequestError, match=r"order .* depends on the input.*layers.0.mlp.gate.*layers.1.mlp.gate.*mean"
     ):
-        lead([Pair(0, True, *passes)], lambda _: None, 1)
+        lead([Pair(0, True, *passes)], stay, 1, Processes())
     assert not any(one._thread.is_alive() for one in passes)
 
 
@@ -104,5 +110,5 @@ def test_an_error_in_a_pass_ends_all(tmp_path: Path) -> None:
     good = open_pass(folder, "causal-lm", lambda model: model(input_ids=ids).logits, lambda part: part.dim == 2)
     bad = open_pass(folder, "causal-lm", broken, lambda part: part.dim == 2)
     with pytest.raises(ValueError, match="broken"):
-        lead([Pair(0, True, good, bad)], lambda _: None, 1)
+        lead([Pair(0, True, good, bad)], stay, 1, Processes())
     assert not good._thread.is_alive() and not bad._thread.is_alive()

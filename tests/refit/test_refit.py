@@ -20,7 +20,6 @@ from test_with_data import write_jsonl
 from hf_locstitch import Magnitude, RequestError, merge_from_hub
 from hf_locstitch.cli import main
 from hf_locstitch.demo.skills import make_tokenizer
-from hf_locstitch.processes import Processes
 from hf_locstitch.refit.fit import Fit
 from hf_locstitch.refit.values import RefittedWriter
 
@@ -227,14 +226,6 @@ def test_refused_before_anything_is_written(
     with pytest.raises(RequestError, match=said):
         merge_from_hub(folders[0], folders[1:], out=tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-
-
-def test_several_processes_are_refused(
-    folders: list[Path], data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hf_locstitch.processes.find_processes", lambda: Processes(0, 2))
-    with pytest.raises(RequestError, match="works in one process, not in 2"):
-        merge(folders, data, tmp_path / "out")
 
 
 def put(folder: Path, name: str, change: Callable[[torch.Tensor], object]) -> None:
