@@ -60,6 +60,11 @@ class Processes:
     def end(self) -> None:
         """Wait for all and part in good order; after an error the launcher ends the others."""
 
+    def leave(self) -> None:
+        """After an error that was raised in each, wait for all: the launcher ends those that are not done tidying up
+        when the first is gone.
+        """
+
     def on_first(self, work: Callable[[], None]) -> None:
         """Do `work` in the first process while the others wait; its error is raised in each."""
         self.together(lambda: work() if self.first else None)
@@ -74,6 +79,7 @@ class DistributedProcesses(Processes):
 
         self._state = PartialState(cpu=not torch.cuda.is_available())
         super().__init__(self._state.process_index, self._state.num_processes)
+        self._failed = False  # the last thing that was done together
 
     def sum(self, counts: Counts) -> Counts:
         import torch
@@ -112,9 +118,14 @@ class DistributedProcesses(Processes):
             error = raised
         found = self.gather((_portable(error), said))
         errors = [one for one, _ in found if one is not None]
+        self._failed = bool(errors)
         if errors:
             raise errors[0] from error
         return result, [one for _, one in found]
+
+    def leave(self) -> None:
+        if self._failed:
+            self.gather(None)
 
     def end(self) -> None:
         import torch

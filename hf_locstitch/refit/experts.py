@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from hf_locstitch.processes import Processes
-from hf_locstitch.refit.passes import Experts, ExpertsStop, Meeting, Pair, Pass, lead
+from hf_locstitch.refit.passes import Experts, ExpertsStop, Linear, Meeting, Pair, Pass, lead
 from hf_locstitch.refit.subject import RefitSubject
 
 
@@ -28,8 +29,13 @@ class StackedExperts:
 
         Every process goes through all experts, also through those that none of its tokens goes to.
         """
+
+        def visit(passes: Sequence[Pair], meeting: Meeting) -> Callable[[], object]:
+            assert isinstance(meeting.place, Linear)  # of any task: only this one's copies are in all processes
+            return self._at_linear(passes, Meeting(task, _among(experts, meeting.place)))
+
         for passes in self._processes.together(lambda: self._begin(pairs, task, experts)):
-            lead(passes, self._at_linear, self._workers, self._processes)
+            lead(passes, visit, self._workers, self._processes)
 
     def release(self, task: int) -> dict[str, Tensor]:
         """Let go of the copies. Returns the task's, which hold what was fitted, by parameter."""
@@ -66,6 +72,12 @@ class StackedExperts:
             for one, stop in zip(pair.passes, stops, strict=True)
         ]
         return Pair(pair.task, True, passes[0], passes[1])
+
+
+def _among(experts: Experts, linear: Linear) -> Linear:
+    """The same matrix as a part of these stacks."""
+    (stack,) = (stack for stack in experts.stacks if stack.key == linear.key[:-1])
+    return replace(linear, weight=stack.at(linear.key[-1]))
 
 
 def _stop(one: Pass) -> ExpertsStop:
