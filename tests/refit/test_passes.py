@@ -98,7 +98,7 @@ def test_an_order_that_depends_on_the_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         RequestError, match=r"order .* depends on the input.*layers.0.mlp.gate.*layers.1.mlp.gate.*mean"
     ):
-        lead([Pair(0, True, *passes)], stay, 1, Processes())
+        lead([Pair(0, True, passes[0], passes[1])], stay, 1, Processes())
     assert not any(one._thread.is_alive() for one in passes)
 
 
@@ -138,7 +138,12 @@ def lead_all(pairs: Sequence[Sequence[Pair]], visits: list[tuple[int, Any]]) -> 
     def run(rank: int) -> None:
         def visit(own: Sequence[Pair], meeting: Meeting) -> Callable[[], None]:
             visits.append((rank, meeting.place.key))
-            return lambda: [one.go_on(product(one)) for pair in own for one in pair.passes] and None
+
+            def go_on() -> None:
+                for one in (one for pair in own for one in pair.passes):
+                    one.go_on(product(one))
+
+            return go_on
 
         lead(pairs[rank], visit, 1, Threads(rank, shared))
 
