@@ -21,11 +21,12 @@ from hf_locstitch.chunks import for_each, keep_to_itself
 from hf_locstitch.errors import RequestError
 from hf_locstitch.localize.names import Group, to_disk
 from hf_locstitch.plan import DTYPE_ON_DISK
-from hf_locstitch.processes import Processes, divide
+from hf_locstitch.processes import Processes
 from hf_locstitch.refit.agreement import disagreement
 from hf_locstitch.refit.config import Refit
 from hf_locstitch.refit.experts import StackedExperts
-from hf_locstitch.refit.passes import Experts, Key, Linear, Meeting, Pair, Pass, lead, linear_stop
+from hf_locstitch.refit.jobs import make_pairs
+from hf_locstitch.refit.passes import Experts, Key, Linear, Meeting, Pair, lead, linear_stop
 from hf_locstitch.refit.plain import PlainStitch
 from hf_locstitch.refit.solve import Moments, solve_masked, system, with_ones
 from hf_locstitch.refit.subject import RefitSubject
@@ -35,7 +36,6 @@ from hf_locstitch.refit.weights import Part, from_disk
 NAME_ON_DISK = {getattr(torch, name): short for name, short in DTYPE_ON_DISK.items()} | {torch.float64: "F64"}
 Advance = Callable[[int], object]
 Score = tuple[int, int, float, int]  # a task, one of its batches, how far its outputs are apart, and its rows
-Job = tuple[int, int]  # a task, and one of its batches, by their numbers
 
 
 @dataclass
@@ -63,33 +63,6 @@ def stops_of(subject: RefitSubject, plain: PlainStitch) -> frozenset[str]:
         and (group := subject.merged.groups.get(name)) is not None
         and all(plain.is_localized(tensor) for tensor in group.disk)
     )
-
-
-def own_jobs(jobs: Sequence[Job], subjects: Sequence[RefitSubject], processes: Processes) -> list[Job]:
-    """Those of this process, in order. Fitted ones cost more than held-out ones, so each kind is shared out by itself;
-    neighbours stay together, for the fewer tasks a process has the less it reads.
-    """
-    own: list[Job] = []
-    for fitted in (True, False):
-        kind = [(task, number) for task, number in jobs if (number < subjects[task].fitted) == fitted]
-        owners = divide([len(subjects[task].batches[number]) for task, number in kind], processes.count)
-        own += [job for job, owner in zip(kind, owners, strict=True) if owner == processes.rank]
-    return sorted(own)
-
-
-def make_pair(subjects: Sequence[RefitSubject], stops: Sequence[frozenset[str]], job: Job) -> Pair:
-    """Both models on one batch of inputs."""
-    task, number = job
-    subject = subjects[task]
-    merged, finetuned = (
-        Pass(weights, _work(subject, subject.batches[number]), stops[task])
-        for weights in (subject.merged, subject.finetuned)
-    )
-    return Pair(task, number < subject.fitted, merged, finetuned, number=number)
-
-
-def _work(subject: RefitSubject, batch: Sequence[Any]) -> Callable[[], Tensor]:
-    return lambda: subject.task.outputs(subject.model, batch)
 
 
 @dataclass(frozen=True)
@@ -156,8 +129,7 @@ class Fit:
             jobs = [(task, number) for task, number in jobs if number >= self.subjects[task].fitted]
         elif self._writer is None:
             jobs = [(task, number) for task, number in jobs if number == 0]
-        own = own_jobs(jobs, self.subjects, self._processes)
-        pairs = [make_pair(self.subjects, self._stops, job) for job in own]
+        pairs = make_pairs(jobs, self.subjects, self._stops, self._processes)
         lead(pairs, self._visit, self._workers, self._processes)
         _, scores = self._processes.share(self._write_rest, lambda _: _scores(pairs))
         return _mean_over_tasks(scores, len(self.subjects)) if held_out else None

@@ -147,11 +147,15 @@ class Refitting:
             first = Fit(self._how, math.inf, self._subjects, self._plain, None, None, self._device,
                         self._plan.settings.workers, self._processes, advance)  # fmt: skip
             self._untouched, self._seen = first.run(), first.calls
-        if not any(first.refittable(key) for key in self._seen.calls):
-            raise RequestError(
-                "no localized tensor of this model is called as a linear, once a pass, by its inputs: there is nothing "
-                "to refit. Use --stitch mean, or check --include and the data's objective."
-            )
+        self._processes.together(lambda: _check_calls(first))
+
+
+def _check_calls(first: Fit) -> None:
+    if not any(first.refittable(key) for key in first.calls.calls):
+        raise RequestError(
+            "no localized tensor of this model is called as a linear, once a pass, by its inputs: there is nothing to "
+            "refit. Use --stitch mean, or check --include and the data's objective."
+        )
 
 
 def notes(tokens: Mapping[str, tuple[int, int]], stiffness: float, how: Refit) -> list[str]:

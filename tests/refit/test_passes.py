@@ -140,8 +140,9 @@ def lead_all(pairs: Sequence[Sequence[Pair]], visits: list[tuple[int, Any]]) -> 
             visits.append((rank, meeting.place.key))
 
             def go_on() -> None:
-                for one in (one for pair in own for one in pair.passes):
-                    one.go_on(product(one))
+                for two in own:
+                    for one in two.passes:
+                        one.go_on(product(one))
 
             return go_on
 

@@ -184,6 +184,10 @@ def test_the_command_records_and_repeats(
     assert "stitch     refit on 18 inputs each" in said and "refit      about" in said and "1.jsonl" in said
     assert main([*common, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["refitting"]["inputs"] == 48
+    with monkeypatch.context() as launched:
+        launched.setenv("WORLD_SIZE", "2")
+        assert main([*common, "--dry-run"]) == 0
+        assert "of memory at most in each of 2 processes" in capsys.readouterr().out
     assert main([*common, "--out", "out", "--quiet"]) == 0
     card = Path("out/README.md").read_text()
     assert "## Refitted values" in card and "0.jsonl" in card and "lambda 0.1" in card and str(tmp_path) not in card

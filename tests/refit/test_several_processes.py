@@ -75,7 +75,6 @@ def test_values_are_those_of_one_process(
     one, out = read_record(Path("one")), read_record(Path("out"))
     assert one["stitch"]["refitted"] and one["stitch"]["lambda"] != "inf"
     far = distance(Path("one"), Path("mean"))
-    print(kind, count, how, distance(Path("one"), Path("out")) / far)
     assert distance(Path("one"), Path("out")) < CLOSE * far
     scores = [record["stitch"].pop("disagreement") for record in (one, out)]
     assert scores[1] == pytest.approx(scores[0], rel=1e-4)
