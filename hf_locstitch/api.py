@@ -198,10 +198,6 @@ def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
             f"--no-cache works in one process, not in {processes.count}: processes share what lies in the cache. "
             "Drop --no-cache, or the launcher."
         )
-    if processes.count > 1 and recipe.stitch is not None:
-        raise RecipeError(
-            f"a refit works in one process, not in {processes.count}. Drop the launcher, or use --stitch mean."
-        )
     if recipe.push_to is not None:
         from hf_locstitch.publish import check_target
 

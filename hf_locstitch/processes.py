@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+S = TypeVar("S")
 Counts = npt.NDArray[np.int64]
 
 
@@ -41,9 +42,16 @@ class Processes:
         """Every process's value, in order of rank."""
         return [value]
 
+    def share(self, work: Callable[[], T], say: Callable[[T], S]) -> tuple[T, list[S]]:
+        """Do `work` in every process and wait for all. Returns what came of it here, and what `say` makes of that in
+        each, in order of rank; the first error of any is raised in each.
+        """
+        result = work()
+        return result, [say(result)]
+
     def together(self, work: Callable[[], T]) -> T:
-        """Do `work` in every process and wait for all; the first error of any is raised in each."""
-        return work()
+        """The same, where nobody asks what came of it elsewhere."""
+        return self.share(work, lambda _: None)[0]
 
     def device(self, kind: str) -> str:
         """This process's device of a kind, "cpu" or "cuda", as torch names it."""
@@ -51,6 +59,11 @@ class Processes:
 
     def end(self) -> None:
         """Wait for all and part in good order; after an error the launcher ends the others."""
+
+    def leave(self) -> None:
+        """After an error that was raised in each, wait for all: the launcher ends those that are not done tidying up
+        when the first is gone.
+        """
 
     def on_first(self, work: Callable[[], None]) -> None:
         """Do `work` in the first process while the others wait; its error is raised in each."""
@@ -66,6 +79,7 @@ class DistributedProcesses(Processes):
 
         self._state = PartialState(cpu=not torch.cuda.is_available())
         super().__init__(self._state.process_index, self._state.num_processes)
+        self._failed = False  # the last thing that was done together
 
     def sum(self, counts: Counts) -> Counts:
         import torch
@@ -81,9 +95,10 @@ class DistributedProcesses(Processes):
     def add_up(self, values: Tensor) -> None:
         import torch
 
-        wide = values.to(self._state.device, torch.promote_types(values.dtype, torch.float32), copy=True)
+        wide = values.to(self._state.device, torch.promote_types(values.dtype, torch.float32)).contiguous()
         torch.distributed.all_reduce(wide)
-        values.copy_(wide)
+        if wide is not values:
+            values.copy_(wide)
 
     def gather(self, value: T) -> list[T]:
         import torch
@@ -92,17 +107,25 @@ class DistributedProcesses(Processes):
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def together(self, work: Callable[[], T]) -> T:
+    def share(self, work: Callable[[], T], say: Callable[[T], S]) -> tuple[T, list[S]]:
         error: BaseException | None = None
         result: Any = None
+        said: Any = None
         try:
             result = work()
+            said = say(result)
         except Exception as raised:
             error = raised
-        errors = [one for one in self.gather(_portable(error)) if one is not None]
+        found = self.gather((_portable(error), said))
+        errors = [one for one, _ in found if one is not None]
+        self._failed = bool(errors)
         if errors:
             raise errors[0] from error
-        return result
+        return result, [one for _, one in found]
+
+    def leave(self) -> None:
+        if self._failed:
+            self.gather(None)
 
     def end(self) -> None:
         import torch

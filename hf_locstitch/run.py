@@ -205,8 +205,16 @@ class Run:
         if self.plan.recipe.stitch is None:
             return None, None
         from hf_locstitch.refit.refit import refit  # slow to import
+        from hf_locstitch.refit.written_mask import WrittenMask
 
-        return refit(self.plan, inputs, selections, self.place.spill / "refit", self.progress)
+        if self.processes.count > 1:  # each has selected in its own tensors only
+            masks, readers = self.place.stage / "masks", inputs.fetch().readers
+            selections = {
+                name: WrittenMask(masks / f"{name}.safetensors", part, readers[name])
+                for name, part in selections.items()
+            }
+        folder = self.place.spill / "refit"
+        return refit(self.plan, inputs, selections, folder, self.progress, self.own, self.processes)
 
     def write_masks(self, selections: Mapping[str, Keeper]) -> None:
         for name, selection in selections.items():

@@ -120,6 +120,7 @@ def workplace(plan: MergePlan, near: Path, out: Path | None, processes: Processe
     finally:
         for lock in locks:
             os.close(lock)
+        processes.leave()
 
 
 def _make(place: Workplace) -> int:

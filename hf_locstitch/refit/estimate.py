@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +16,17 @@ FLOAT = 4  # bytes; all of a refit is float32
 WIDENINGS = 3  # a linear's outputs, the merged and the finetuned ones, and what is made of them, at once
 LIBRARIES = 470_000_000  # bytes: transformers and datasets, and what the allocator keeps of threads; measured
 OUTPUTS = 3  # logits, those that are looked at, and their probabilities
-MOMENTS = 3  # beside each task's and each worker's Gram matrix: their sum, the system, and what solves it
+MOMENTS = 4  # beside each worker's Gram matrix: a task's, the sum over tasks, the system, and what solves it
 
 
 @dataclass(frozen=True)
 class RefitCost:
-    """Bytes, but for tokens and inputs (of all finetunes together, at most) and flops (of all lambdas).
+    """Bytes in each process, but for tokens and inputs (of all finetunes together, at most), flops (of all lambdas) and
+    values.
 
     weights: copies of the largest matrix, or of the experts of a layer in every model.
-    moments: Gram matrices and right-hand sides. states: what all inputs hold at a stop, in both models. outputs: of
-    the batches that end at once. values: the refitted values of two lambdas, on the disk.
+    moments: Gram matrices and right-hand sides. states: what a process's inputs hold at a stop, in both models.
+    outputs: of the batches that end at once. values: the refitted values of two lambdas, on the disk.
     """
 
     weights: int
@@ -35,6 +37,7 @@ class RefitCost:
     inputs: int
     tokens: int
     flops: float
+    processes: int = 1
 
     @property
     def peak(self) -> int:
@@ -55,6 +58,9 @@ def refit_cost(plan: MergePlan) -> RefitCost | None:
     tasks = len(plan.finetuned)
     inputs = tasks * how.inputs
     tokens = sum(how.inputs * _length(plan, name) for name in plan.finetuned)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batches = sum(math.ceil(count / how.batch) for count in how.counts(how.inputs)) * tasks
+    own = tokens * min(1.0, (math.ceil(batches / processes) + (processes > 1)) / batches)  # cut at whole batches
     widest, largest = max(max(shape) for shape in matrices), max(math.prod(shape) for shape in matrices)
     hidden = _hidden(plan, widest)
     stacked = _stacked(plan)
@@ -67,13 +73,14 @@ def refit_cost(plan: MergePlan) -> RefitCost | None:
     item = max(ITEM_BYTES[info.dtype] for info in plan.localized)
     return RefitCost(
         weights=FLOAT * ((3 + tasks) * stacked if stacked else 6 * largest),
-        moments=FLOAT * (tasks + MOMENTS + plan.settings.workers) * (widest**2 + largest),
-        states=FLOAT * 2 * tokens * (3 * hidden + WIDENINGS * widest),
+        moments=FLOAT * (MOMENTS + plan.settings.workers) * (widest**2 + largest),
+        states=math.ceil(FLOAT * 2 * own * (3 * hidden + WIDENINGS * widest)),
         outputs=FLOAT * 2 * OUTPUTS * plan.settings.workers * how.batch * _outputs(plan),
         values=math.ceil(2 * item * share * plan.n),
         inputs=inputs,
         tokens=tokens,
         flops=float(lambdas * (3 * forward + grams + 2 * solve) + 2 * forward),
+        processes=processes,
     )
 
 
@@ -117,8 +124,9 @@ def describe(cost: RefitCost) -> str:
     """For a person, one line."""
     from hf_locstitch.cost import human
 
+    each = f" in each of {cost.processes} processes" if cost.processes > 1 else ""
     return (
-        f"refit      about {human(cost.peak)} of memory at most ({human(cost.weights)} one linear of the models, "
+        f"refit      about {human(cost.peak)} of memory at most{each} ({human(cost.weights)} one linear of the models, "
         f"{human(cost.moments)} Gram matrices, {human(cost.states)} hidden states of {cost.inputs} inputs, at most "
         f"{cost.tokens:,} tokens, {human(cost.outputs)} outputs), {human(cost.values)} of disk; "
         f"{cost.flops / 1e12:.3g} TFLOP"

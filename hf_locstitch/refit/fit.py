@@ -21,9 +21,12 @@ from hf_locstitch.chunks import for_each, keep_to_itself
 from hf_locstitch.errors import RequestError
 from hf_locstitch.localize.names import Group, to_disk
 from hf_locstitch.plan import DTYPE_ON_DISK
+from hf_locstitch.processes import Processes
 from hf_locstitch.refit.agreement import disagreement
 from hf_locstitch.refit.config import Refit
-from hf_locstitch.refit.passes import ExpertsStop, LinearStop, Pair, Pass, lead
+from hf_locstitch.refit.experts import StackedExperts
+from hf_locstitch.refit.jobs import make_pairs
+from hf_locstitch.refit.passes import Experts, Key, Linear, Meeting, Pair, lead, linear_stop
 from hf_locstitch.refit.plain import PlainStitch
 from hf_locstitch.refit.solve import Moments, solve_masked, system, with_ones
 from hf_locstitch.refit.subject import RefitSubject
@@ -32,7 +35,7 @@ from hf_locstitch.refit.weights import Part, from_disk
 
 NAME_ON_DISK = {getattr(torch, name): short for name, short in DTYPE_ON_DISK.items()} | {torch.float64: "F64"}
 Advance = Callable[[int], object]
-Key = tuple[Any, ...]
+Score = tuple[int, int, float, int]  # a task, one of its batches, how far its outputs are apart, and its rows
 
 
 @dataclass
@@ -62,27 +65,33 @@ def stops_of(subject: RefitSubject, plain: PlainStitch) -> frozenset[str]:
     )
 
 
-def make_pairs(subjects: Sequence[RefitSubject], stops: Sequence[frozenset[str]], fitted: bool) -> list[Pair]:
-    """Both models on every batch of inputs, held-out ones and, if asked for, fitted ones."""
-    pairs = []
-    for task, subject in enumerate(subjects):
-        for number, batch in enumerate(subject.batches):
-            if number >= subject.fitted or fitted:
-                merged, finetuned = (
-                    Pass(weights, _work(subject, batch), stops[task]) for weights in (subject.merged, subject.finetuned)
-                )
-                pairs.append(Pair(task, number < subject.fitted, merged, finetuned))
-    return pairs
+@dataclass(frozen=True)
+class Work:
+    """What one process has of a linear that is to be fitted.
 
+    name: on disk. weight [outputs, inputs], bias [outputs]: the merged model's. mask: where they may change, the bias
+    in a last column; None: nowhere. rows: of each fitted pair's input, those that are no padding, by the pair's
+    number. tokens: of each task. known: whether the inputs are those of the linear before.
+    """
 
-def _work(subject: RefitSubject, batch: Sequence[Any]) -> Callable[[], Tensor]:
-    return lambda: subject.task.outputs(subject.model, batch)
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    rows: Mapping[int, Tensor]
+    tokens: Mapping[int, int]
+    known: bool
+
+    def tell(self) -> tuple[bool, Mapping[int, int]]:
+        """What the other processes need of it."""
+        return self.known, self.tokens
 
 
 class Fit:
     """stiffness: λ; infinite leaves every value as it is. seen: of an earlier Fit, None in the first.
 
-    writer: of the values; None where nothing changes.
+    writer: of the values; None where nothing changes. Every process has its share of the inputs and of each linear's
+    output rows, and all have the same values, bit for bit.
     """
 
     def __init__(
@@ -95,30 +104,40 @@ class Fit:
         seen: Seen | None,
         device: torch.device,
         workers: int,
+        processes: Processes,
         advance: Advance = lambda _: None,
     ) -> None:
         self.how, self.stiffness, self.subjects, self.plain = how, stiffness, subjects, plain
         self.seen, self.calls = seen, Seen()
         self.tokens: dict[str, tuple[int, int]] = {}  # tensor -> tokens of the task with fewest, input width
         self._writer, self._device, self._workers, self._advance = writer, device, workers, advance
+        self._processes = processes
         self._stops = [stops_of(subject, plain) for subject in subjects]
         self._pending: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._inputs: list[weakref.ref[Tensor]] = []
-        self._grams: list[Tensor] = []
+        self._gram: Tensor | None = None  # of those inputs, over all processes
         self._stacked_masks: dict[str, Tensor] = {}
+        self._experts = StackedExperts(subjects, self._at_linear, workers, processes)
 
     def run(self) -> float | None:
         """Returns the disagreement with the finetuned models on held-out inputs, the mean over tasks, if there are
         any. Raises RequestError.
         """
         held_out = all(subject.fitted < len(subject.batches) for subject in self.subjects)
-        pairs = make_pairs(self.subjects, self._stops, fitted=self._writer is not None or not held_out)
-        if self._writer is None and not held_out:
-            pairs = [next(pair for pair in pairs if pair.task == task) for task in range(len(self.subjects))]
-        lead(pairs, self._visit, self._workers)
+        jobs = [(task, number) for task, subject in enumerate(self.subjects) for number in range(len(subject.batches))]
+        if self._writer is None and held_out:
+            jobs = [(task, number) for task, number in jobs if number >= self.subjects[task].fitted]
+        elif self._writer is None:
+            jobs = [(task, number) for task, number in jobs if number == 0]
+        pairs = make_pairs(jobs, self.subjects, self._stops, self._processes)
+        lead(pairs, self._visit, self._workers, self._processes)
+        _, scores = self._processes.share(self._write_rest, lambda _: _scores(pairs))
+        return _mean_over_tasks(scores, len(self.subjects)) if held_out else None
+
+    def _write_rest(self) -> None:
+        """What is still to be written: parts of tensors whose other parts never change."""
         for pending in list(self._pending):
             self._write(pending)
-        return _mean_over_tasks(pairs) if held_out else None
 
     def refittable(self, key: Key) -> bool:
         """Whether a linear, or a module of experts, of the first task's model is called once a pass."""
@@ -128,59 +147,84 @@ class Fit:
         """Whether a tensor on disk is part of a linear that is called more than once a pass."""
         return any(name in disk for key in (self.seen or self.calls).twice for disk in _names_in(key))
 
-    def _visit(self, pairs: Sequence[Pair]) -> None:
-        stop = pairs[0].merged.stop
-        assert stop is not None
-        self.calls.calls[stop.key] += 1
+    def _visit(self, pairs: Sequence[Pair], meeting: Meeting) -> Callable[[], None]:
+        self.calls.calls[meeting.place.key] += 1
         self._advance(1)
-        if isinstance(stop, ExpertsStop):
-            self._at_experts(pairs, stop)
-        else:
-            self._at_linear(pairs)
+        if isinstance(meeting.place, Experts):
+            return self._at_experts(pairs, meeting, meeting.place)
+        return self._at_linear(pairs, meeting)
+
+    def _changes(self, key: Key) -> bool:
+        """Whether values are fitted there, the same in all processes."""
+        return self._writer is not None and not math.isinf(self.stiffness) and not (
+            self.seen and key in self.seen.twice
+        )  # fmt: skip
 
     # ---- one linear --------------------------------------------------------------------------------------------
 
-    def _at_linear(self, pairs: Sequence[Pair]) -> None:
-        first = _linear_stop(pairs[0].merged)
-        subject = self.subjects[pairs[0].task]
-        weight, bias = self._values(subject, first)
+    def _at_linear(self, pairs: Sequence[Pair], meeting: Meeting) -> Callable[[], None]:
+        linear = meeting.place
+        assert isinstance(linear, Linear)
+        subject = self.subjects[meeting.task]
         targets: dict[int, Tensor] = {}
-        if (mask := self._mask(subject, first)) is None:
-            self._compute_targets(pairs, targets)
-        else:
-            change = self._solve(pairs, weight, bias, mask, targets)
-            weight = self._take(pairs, first, weight, bias, change)
-            bias = weight[:, -1] if bias is not None else None
-            weight = weight[:, :-1] if bias is not None else weight
-        last = self.seen is not None and first.key == self.seen.last
+        work = change = None
+        if self._changes(linear.key):
+            work, told = self._processes.share(lambda: self._begin(pairs, subject, linear), Work.tell)
+            change = self._solve(pairs, work, told, targets)
+        last = self.seen is not None and linear.key == self.seen.last
 
-        def go_on(numbered: tuple[int, Pair]) -> None:
-            number, pair = numbered
-            stop = _linear_stop(pair.merged)
-            if last and pair.fitted:
-                for one in pair.passes:
-                    one.end()
-                return
-            pair.finetuned.go_on(targets[number])
-            pair.merged.go_on(F.linear(stop.x, weight, bias))
-            self._score(pair)
+        def go_on() -> None:
+            if work is None or change is None:
+                weight, bias = self._values(subject, linear) if work is None else (work.weight, work.bias)
+                self._compute_targets(pairs, targets)
+            else:
+                weight, bias = self._take(subject, linear, work, change)
 
-        for_each(go_on, enumerate(pairs), self._workers)
+            def one(numbered: tuple[int, Pair]) -> None:
+                number, pair = numbered
+                if last and pair.fitted:
+                    for passing in pair.passes:
+                        passing.end()
+                    return
+                pair.finetuned.go_on(targets[number])
+                pair.merged.go_on(F.linear(linear_stop(pair.merged).x, weight, bias))
+                self._score(pair)
 
-    def _values(self, subject: RefitSubject, stop: LinearStop) -> tuple[Tensor, Tensor | None]:
+            for_each(one, enumerate(pairs), self._workers)
+
+        return go_on
+
+    def _values(self, subject: RefitSubject, linear: Linear) -> tuple[Tensor, Tensor | None]:
         """Of the merged model as it is: weight [outputs, inputs] and bias [outputs]."""
-        weight = subject.merged.load(stop.weight)
-        bias = None if stop.bias is None else subject.merged.load(stop.bias)
-        return weight.T if stop.transposed else weight, bias
+        weight = subject.merged.load(linear.weight)
+        bias = None if linear.bias is None else subject.merged.load(linear.bias)
+        return weight.T if linear.transposed else weight, bias
 
-    def _mask(self, subject: RefitSubject, stop: LinearStop) -> Tensor | None:
+    def _begin(self, pairs: Sequence[Pair], subject: RefitSubject, linear: Linear) -> Work:
+        """What there is to fit, before any task is looked at."""
+        name = subject.merged.groups[linear.weight.parameter].disk[0]
+        weight, bias = self._values(subject, linear)
+        mask = self._mask(subject, linear)
+        if mask is None:
+            return Work(name, weight, bias, None, {}, {}, False)
+        inputs = [linear_stop(pair.merged).x for pair in pairs]
+        known = self._gram is not None and self._gram.shape[0] == mask.shape[1]
+        known = known and len(self._inputs) == len(inputs) and all(
+            ref() is x for ref, x in zip(self._inputs, inputs, strict=True)
+        )  # fmt: skip
+        self._inputs = [weakref.ref(x) for x in inputs]
+        rows = {number: pair.merged.rows(inputs[number]) for number, pair in enumerate(pairs) if pair.fitted}
+        tokens: Counter[int] = Counter()
+        for number, pair in enumerate(pairs):
+            tokens[pair.task] += len(rows.get(number, ()))
+        return Work(name, weight, bias, mask, rows, tokens, known)
+
+    def _mask(self, subject: RefitSubject, linear: Linear) -> Tensor | None:
         """Where a linear's values may change, bool [outputs, inputs], its bias in a last column; None: nowhere."""
-        if self._writer is None or math.isinf(self.stiffness) or (self.seen and stop.key in self.seen.twice):
-            return None
-        mask = self._covered(subject, stop.weight)
-        mask = mask.T if stop.transposed else mask
-        if stop.bias is not None:
-            own = self._covered(subject, stop.bias)
+        mask = self._covered(subject, linear.weight)
+        mask = mask.T if linear.transposed else mask
+        if linear.bias is not None:
+            own = self._covered(subject, linear.bias)
             mask = torch.cat([mask, own.unsqueeze(1)], dim=1)
         return mask if mask.any() else None
 
@@ -202,7 +246,7 @@ class Fit:
         for weight, bias, numbered in self._by_task(pairs):
 
             def work(one: tuple[int, Pair], weight: Tensor = weight, bias: Tensor | None = bias) -> None:
-                targets[one[0]] = F.linear(_linear_stop(one[1].finetuned).x, weight, bias)
+                targets[one[0]] = F.linear(linear_stop(one[1].finetuned).x, weight, bias)
 
             for_each(work, numbered, self._workers)
 
@@ -210,159 +254,151 @@ class Fit:
         """The finetuned model's weight and bias, and the numbered pairs, of one task after another."""
         for task, subject in enumerate(self.subjects):
             if numbered := [(number, pair) for number, pair in enumerate(pairs) if pair.task == task]:
-                stop = _linear_stop(numbered[0][1].finetuned)
+                stop = linear_stop(numbered[0][1].finetuned)
                 weight = subject.finetuned.load(stop.weight)
                 bias = None if stop.bias is None else subject.finetuned.load(stop.bias)
                 yield weight.T if stop.transposed else weight, bias, numbered
 
     def _solve(
-        self, pairs: Sequence[Pair], weight: Tensor, bias: Tensor | None, mask: Tensor, targets: dict[int, Tensor]
-    ) -> Tensor:
-        """The change of weight and bias, [outputs, inputs (+ 1)]. Also fills in the targets."""
-        inputs = [_linear_stop(pair.merged).x for pair in pairs]
-        known = len(self._inputs) == len(inputs) and all(
-            ref() is x for ref, x in zip(self._inputs, inputs, strict=True)
-        )
-        known = known and bool(self._grams) and self._grams[0].shape[0] == mask.shape[1]
-        grams, self._inputs = self._grams if known else [], [weakref.ref(x) for x in inputs]
-        total_gram = weight.new_zeros(mask.shape[1], mask.shape[1])
-        total_cross = weight.new_zeros(mask.shape)
-        moments: list[Moments] = []
-        for theirs, their_bias, numbered in self._by_task(pairs):
-            known_gram = grams[len(moments)] if known else None
-            task = Moments(torch.zeros_like(total_gram), torch.zeros_like(total_cross))
+        self,
+        pairs: Sequence[Pair],
+        work: Work,
+        told: Sequence[tuple[bool, Mapping[int, int]]],
+        targets: dict[int, Tensor],
+    ) -> Tensor | None:
+        """The change of weight and bias, [outputs, inputs (+ 1)], the same in all processes; None if there is none.
 
-            def work(
-                one: tuple[int, Pair], theirs: Tensor = theirs, their_bias: Tensor | None = their_bias,
-                gram: Tensor | None = known_gram,
-            ) -> tuple[Tensor, Tensor, int] | None:  # fmt: skip
+        told: of each process, whether it knows the Gram matrix already, and its tokens by task. Fills in the targets
+        where there is a change.
+        """
+        tokens: Counter[int] = Counter()
+        for _, found in told:
+            tokens.update(found)
+        if not any(tokens.values()):
+            return None
+        known = all(known for known, _ in told)
+        gram, cross = self._processes.together(lambda: self._moments(pairs, work, tokens, known, targets))
+        if gram is not None:
+            self._processes.add_up(gram)
+            self._gram = gram
+        self._processes.add_up(cross)
+        self._processes.together(lambda: self._solve_own_rows(cross, work.mask))
+        self._processes.add_up(cross)
+        self._note_tokens(work, tokens)
+        return cross
+
+    def _moments(
+        self, pairs: Sequence[Pair], work: Work, tokens: Mapping[int, int], known: bool, targets: dict[int, Tensor]
+    ) -> tuple[Tensor | None, Tensor]:
+        """This process's part of Σ XᵀX / N, unless that is known, and of Σ RᵀX / N, over tasks with N tokens each."""
+        weight, bias = work.weight, work.bias
+        width = weight.shape[1] + (bias is not None)
+        total_gram = None if known else weight.new_zeros(width, width)
+        total_cross = weight.new_zeros(len(weight), width)
+        for theirs, their_bias, numbered in self._by_task(pairs):
+            task = Moments(weight.new_zeros(()) if total_gram is None else torch.zeros_like(total_gram),
+                           torch.zeros_like(total_cross))  # fmt: skip
+
+            def moments(
+                one: tuple[int, Pair], theirs: Tensor = theirs, their_bias: Tensor | None = their_bias
+            ) -> tuple[Tensor, Tensor, int] | None:
                 number, pair = one
-                targets[number] = F.linear(_linear_stop(pair.finetuned).x, theirs, their_bias)
+                targets[number] = F.linear(linear_stop(pair.finetuned).x, theirs, their_bias)
                 if not pair.fitted:
                     return None
-                x = _linear_stop(pair.merged).x
-                rows = pair.merged.rows(x)
+                x, rows = linear_stop(pair.merged).x, work.rows[number]
                 own = x.reshape(-1, x.shape[-1])[rows]
                 rest = targets[number].reshape(-1, len(weight))[rows] - F.linear(own, weight, bias)
                 own = own if bias is None else with_ones(own)
-                return torch.zeros(()) if gram is not None else own.T @ own, rest.T @ own, len(rows)
+                return own.new_zeros(()) if known else own.T @ own, rest.T @ own, len(rows)
 
-            for found in in_order(work, numbered, self._workers):
+            for found in in_order(moments, numbered, self._workers):
                 if found is not None:
                     task.add(*found)
-            if known_gram is not None:
-                task.gram = known_gram
-            moments.append(task)
-            self._check(numbered[0][1], task)
-            if task.tokens:
-                total_gram += task.gram / task.tokens
-                total_cross += task.cross / task.tokens
-        self._grams = [task.gram for task in moments]
-        self._note_tokens(pairs, moments, weight.shape[1])
-        if not any(task.tokens for task in moments):
-            return torch.zeros_like(total_cross)
-        matrix = system(total_gram, self.stiffness, self.how.ridge)
-        del total_gram  # as large as the system
-        return solve_masked(matrix, total_cross, mask, self.how.steps)
+            pair = numbered[0][1]
+            self._check(pair, task)
+            if tokens[pair.task]:
+                total_cross += task.cross / tokens[pair.task]
+                if total_gram is not None:
+                    total_gram += task.gram / tokens[pair.task]
+        return total_gram, total_cross
 
-    def _note_tokens(self, pairs: Sequence[Pair], moments: Sequence[Moments], width: int) -> None:
-        subject, stop = self.subjects[pairs[0].task], _linear_stop(pairs[0].merged)
-        name = subject.merged.groups[stop.weight.parameter].disk[0]
-        fewest = min(task.tokens for task in moments)
-        self.tokens[name] = min(self.tokens.get(name, (fewest, width)), (fewest, width))
+    def _solve_own_rows(self, cross: Tensor, mask: Tensor | None) -> None:
+        """Put what this process's rows of the right-hand sides solve to in their place, and 0 in that of the others."""
+        assert mask is not None and self._gram is not None
+        rank, count = self._processes.rank, self._processes.count
+        own = slice(len(cross) * rank // count, len(cross) * (rank + 1) // count)
+        matrix = system(self._gram, self.stiffness, self.how.ridge)
+        change = solve_masked(matrix, cross[own], mask[own], self.how.steps)
+        cross.zero_()
+        cross[own] = change
+
+    def _note_tokens(self, work: Work, tokens: Mapping[int, int]) -> None:
+        name, found = work.name, (min(tokens.values()), work.weight.shape[1])
+        self.tokens[name] = min(self.tokens.get(name, found), found)
 
     def _check(self, pair: Pair, task: Moments) -> None:
         for values, model in ((task.gram, "the merged model"), (task.cross, "the finetuned model")):
             if not torch.isfinite(values).all():
-                subject, stop = self.subjects[pair.task], _linear_stop(pair.merged)
+                subject, stop = self.subjects[pair.task], linear_stop(pair.merged)
                 name = subject.merged.groups[stop.weight.parameter].disk[0]
                 raise RequestError(
                     f"on the inputs of {subject.name}, the activations of {model} at {name} hold NaN or infinity, so "
                     "nothing can be fitted to them. Check that checkpoint and those inputs, or use --stitch mean."
                 )
 
-    def _take(
-        self, pairs: Sequence[Pair], stop: LinearStop, weight: Tensor, bias: Tensor | None, change: Tensor
-    ) -> Tensor:
-        """Add the change, round as the output will be, and note what is new. Returns [outputs, inputs (+ 1)]."""
-        subject = self.subjects[pairs[0].task]
+    def _take(self, subject: RefitSubject, linear: Linear, work: Work, change: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Add the change, round as the output will be, and note what is new. Returns weight and bias."""
+        weight, bias = work.weight, work.bias
         whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], dim=1)
         whole = whole + change
         width = weight.shape[1]
-        new = self._rounded(subject, stop.weight, whole[:, :width])
-        self._note(subject, stop.weight, new.T if stop.transposed else new)
-        if bias is None or stop.bias is None:
-            return new
-        new_bias = self._rounded(subject, stop.bias, whole[:, width])
-        if self._covered(subject, stop.bias).any():
-            self._note(subject, stop.bias, new_bias)
-        return torch.cat([new, new_bias.unsqueeze(1)], dim=1)
+        new = self._rounded(subject, linear.weight, whole[:, :width])
+        self._note(subject, linear.weight, new.T if linear.transposed else new)
+        if linear.bias is None:
+            return new, None
+        new_bias = self._rounded(subject, linear.bias, whole[:, width])
+        if self._covered(subject, linear.bias).any():
+            self._note(subject, linear.bias, new_bias)
+        return new, new_bias
 
     def _rounded(self, subject: RefitSubject, part: Part, values: Tensor) -> Tensor:
         group = subject.merged.groups.get(part.parameter)
         return values if group is None else values.to(self.plain.dtype(group.disk[0])).float()
 
     def _note(self, subject: RefitSubject, part: Part, values: Tensor) -> None:
-        """Keep what is to be written, and write a group of parameters once it is whole."""
-        if part.index is not None:
+        """Keep what is to be written; experts of a stack where all see them."""
+        if part.index is None:
+            self._keep(subject.merged.groups[part.parameter], part.parameter, values)
+        else:
             subject.merged.changed[part.parameter][part.index] = values
-            return
-        group = subject.merged.groups[part.parameter]
-        pending = self._pending.setdefault(group.disk, {})
-        pending[part.parameter] = values
-        if len(pending) == len(group.parameters):
-            self._write(group.disk)
+
+    def _keep(self, group: Group, parameter: str, values: Tensor) -> None:
+        """Write a group of parameters once it is whole, if this process is to write any of it."""
+        assert self._writer is not None
+        if self._writer.writes(group.disk):
+            pending = self._pending.setdefault(group.disk, {})
+            pending[parameter] = values
+            if len(pending) == len(group.parameters):
+                self._write(group.disk)
 
     # ---- stacked experts ---------------------------------------------------------------------------------------
 
-    def _at_experts(self, pairs: Sequence[Pair], stop: ExpertsStop) -> None:
+    def _at_experts(self, pairs: Sequence[Pair], meeting: Meeting, experts: Experts) -> Callable[[], None]:
         """Each expert is fitted to the tokens that the merged model sends it, then all go on together."""
-        fitting = self._writer is not None and not math.isinf(self.stiffness)
-        if fitting and not (self.seen and stop.key in self.seen.twice):
-            fitted = [pair for pair in pairs if pair.fitted]
-            self._hold_stacks(pairs, stop)
-            for expert in range(stop.stacks[0].shape[0]):
-                if nested := [one for pair in fitted if (one := self._on_expert(pair, expert)) is not None]:
-                    lead(nested, self._at_linear, self._workers)
-        for_each(lambda pair: [one.go_on() for one in pair.passes], pairs, self._workers)
-        for pair in pairs:
-            self._score(pair)
-        self._release_stacks(pairs)
+        if self._changes(experts.key):
+            self._experts.fit(pairs, meeting.task, experts)
 
-    def _hold_stacks(self, pairs: Sequence[Pair], stop: ExpertsStop) -> None:
-        """One copy of the merged experts, which all tasks' models see."""
-        stops = {pair.task: pair.merged.stop for pair in pairs}
-        for number, stack in enumerate(stop.stacks):
-            values = self.subjects[pairs[0].task].merged.load(stack).clone()
-            for task, own in stops.items():
-                assert isinstance(own, ExpertsStop)
-                self.subjects[task].merged.changed[own.stacks[number].parameter] = values
+        def go_on() -> None:
+            for_each(lambda pair: [one.go_on() for one in pair.passes], pairs, self._workers)
+            for pair in pairs:
+                self._score(pair)
+            merged = self.subjects[meeting.task].merged
+            for parameter, values in self._experts.release(meeting.task).items():
+                self._keep(merged.groups[parameter], parameter, values)
+            self._stacked_masks.clear()
 
-    def _release_stacks(self, pairs: Sequence[Pair]) -> None:
-        for task in sorted({pair.task for pair in pairs}):
-            merged = self.subjects[task].merged
-            if task == pairs[0].task:
-                for parameter, values in merged.changed.items():
-                    pending = self._pending.setdefault(merged.groups[parameter].disk, {})
-                    pending[parameter] = values
-                for disk in {merged.groups[parameter].disk for parameter in merged.changed}:
-                    self._write(disk)
-            merged.changed.clear()
-        self._stacked_masks.clear()
-
-    def _on_expert(self, pair: Pair, expert: int) -> Pair | None:
-        """Passes of both models through one expert, on the tokens that the merged model sends there."""
-        merged, finetuned = pair.stops
-        assert isinstance(merged, ExpertsStop) and isinstance(finetuned, ExpertsStop)
-        rows = pair.merged.rows(merged.hidden)
-        rows = rows[(merged.index.reshape(len(merged.hidden), -1)[rows] == expert).any(1)]
-        if len(rows) == 0:
-            return None
-        passes = [
-            Pass(one.weights, lambda stop=stop: stop.alone(expert, stop.hidden[rows]), one.stops)
-            for one, stop in zip(pair.passes, (merged, finetuned), strict=True)
-        ]
-        return Pair(pair.task, True, passes[0], passes[1])
+        return go_on
 
     # ---- what comes of it --------------------------------------------------------------------------------------
 
@@ -392,15 +428,22 @@ class Fit:
             for name in group.parameters
         }
         for name, values in to_disk(subject.model, group, tensors).items():
-            self._writer.write(name, NAME_ON_DISK[self.plain.dtype(name)], self.plain.cut(name, values.cpu()))
+            if self._writer.writes([name]):
+                self._writer.write(name, NAME_ON_DISK[self.plain.dtype(name)], self.plain.cut(name, values.cpu()))
 
 
-def _mean_over_tasks(pairs: Sequence[Pair]) -> float:
+def _scores(pairs: Sequence[Pair]) -> list[Score]:
+    return [(pair.task, pair.number, *pair.score) for pair in pairs if pair.score is not None]
+
+
+def _mean_over_tasks(told: Sequence[Sequence[Score]], tasks: int) -> float:
+    """Of all processes' scores, added up in an order that does not depend on who has which."""
+    scores = sorted(score for found in told for score in found)
     means = []
-    for task in sorted({pair.task for pair in pairs}):
-        scores = [pair.score for pair in pairs if pair.task == task and pair.score is not None]
-        means.append(sum(found for found, _ in scores) / max(1, sum(rows for _, rows in scores)))
-    return sum(means) / len(means)
+    for task in range(tasks):
+        own = [(found, rows) for of, _, found, rows in scores if of == task]
+        means.append(sum(found for found, _ in own) / max(1, sum(rows for _, rows in own)))
+    return sum(means) / tasks
 
 
 def _names_in(key: Key) -> Iterator[Key]:
@@ -413,11 +456,6 @@ def _names_in(key: Key) -> Iterator[Key]:
 
 def _group_of(groups: Mapping[str, Group], disk: tuple[str, ...]) -> Group:
     return next(group for group in groups.values() if group.disk == disk)
-
-
-def _linear_stop(one: Pass) -> LinearStop:
-    assert isinstance(one.stop, LinearStop)
-    return one.stop
 
 
 def in_order(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:

@@ -11,7 +11,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ from torch.utils._pytree import tree_map
 
 from hf_locstitch.chunks import for_each, keep_to_itself
 from hf_locstitch.errors import RequestError
+from hf_locstitch.processes import Processes
 from hf_locstitch.refit.weights import Part, Weights, part_of
 
 LABELS = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "requires_grad", "layout", "is_sparse",
                     "is_quantized", "is_nested", "is_mkldnn", "is_leaf", "grad", "names", "itemsize"})  # fmt: skip
 PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+Key = tuple[Any, ...]
 
 
 class _Abandoned(BaseException):
@@ -34,34 +36,62 @@ class _Abandoned(BaseException):
 
 
 @dataclass(frozen=True)
-class LinearStop:
-    """x · weightᵀ + bias is due. x: [..., inputs]. weight: [outputs, inputs], or the transpose if `transposed`."""
+class Linear:
+    """weight: [outputs, inputs], or the transpose if `transposed`."""
 
     weight: Part
     bias: Part | None
     transposed: bool
-    x: Tensor
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> Key:
         return self.weight.key
 
 
 @dataclass(frozen=True)
-class ExpertsStop:
-    """A module with stacked experts is about to run. hidden: [tokens, width]; index: its experts [tokens, chosen].
+class LinearStop(Linear):
+    """x · weightᵀ + bias is due. x: [..., inputs]."""
+
+    x: Tensor
+
+    @property
+    def place(self) -> Linear:
+        return Linear(self.weight, self.bias, self.transposed)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A module with stacked experts."""
+
+    stacks: tuple[Part, ...]
+
+    @property
+    def key(self) -> Key:
+        return tuple(part.key for part in self.stacks)
+
+
+@dataclass(frozen=True)
+class ExpertsStop(Experts):
+    """It is about to run. hidden: [tokens, width]; index: its experts [tokens, chosen].
 
     alone: runs one expert (by number) on tokens [m, width].
     """
 
-    stacks: tuple[Part, ...]
     hidden: Tensor
     index: Tensor
     alone: Callable[[int, Tensor], Tensor]
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        return tuple(part.key for part in self.stacks)
+    def place(self) -> Experts:
+        return Experts(self.stacks)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the passes of all processes are: in the parts of one task's model. A process may have no pass there."""
+
+    task: int
+    place: Linear | Experts
 
 
 class Pass:
@@ -268,7 +298,7 @@ def _stopping(forward: Callable[..., Tensor], stacks: tuple[Part, ...]) -> Calla
 class Pair:
     """The merged model and the finetuned one on the same inputs of a task (its number). fitted: else held out.
 
-    score: how far apart their outputs are, summed, and over how many rows.
+    score: how far apart their outputs are, summed, and over how many rows. number: of the batch in its task.
     """
 
     task: int
@@ -276,6 +306,7 @@ class Pair:
     merged: Pass
     finetuned: Pass
     score: tuple[float, int] | None = None
+    number: int = field(default=0, kw_only=True)
 
     @property
     def passes(self) -> tuple[Pass, Pass]:
@@ -287,31 +318,62 @@ class Pair:
         return self.merged.stop, self.finetuned.stop
 
 
-def lead(pairs: Sequence[Pair], visit: Callable[[Sequence[Pair]], None], workers: int) -> None:
-    """Take all passes from stop to stop until each has ended. visit: is to make them go on.
+def linear_stop(one: Pass) -> LinearStop:
+    assert isinstance(one.stop, LinearStop)
+    return one.stop
 
+
+def lead(
+    pairs: Sequence[Pair],
+    visit: Callable[[Sequence[Pair], Meeting], Callable[[], object]],
+    workers: int,
+    processes: Processes,
+) -> None:
+    """Take all passes of all processes from stop to stop until each has ended. pairs: of this process, if any.
+
+    visit: is called in every process wherever they meet, also where none of its own pairs is; what it returns makes
+    those go on, and talks to no other process, so that an error in it can be told to all.
     Raises RequestError if they are not at the same stop at the same time.
     """
     passes = [one for pair in pairs for one in pair.passes]
+
+    def where(_: object) -> dict[Key | None, Meeting | None]:
+        return _places(pairs)
+
+    go_on: Callable[[], object] = lambda: for_each(Pass.start, passes, workers)  # noqa: E731
     try:
-        for_each(Pass.start, passes, workers)
-        while any(one.stop is not None for one in passes):
-            running = [pair for pair in pairs if any(pair.stops)]
-            keys = [None if stop is None else stop.key for pair in running for stop in pair.stops]
-            if len(set(keys)) > 1:
-                one, other = list(dict.fromkeys(keys))[:2]
+        while True:
+            _, told = processes.share(go_on, where)
+            del go_on  # with all that it holds
+            met = {key: meeting for found in reversed(told) for key, meeting in found.items()}
+            if not met:
+                return
+            if len(met) > 1:
+                one, other = list(dict.fromkeys(key for found in told for key in found))[:2]
                 raise RequestError(
                     "the order in which the model calls its linears depends on the input: one pass has come to "
                     f"{_said(one)}, another to {_said(other)}. Such a model cannot be refitted as a whole: leave these "
                     "tensors out with --exclude, or use --stitch mean."
                 )
-            visit(running)
+            (meeting,) = met.values()
+            assert meeting is not None
+            go_on = visit([pair for pair in pairs if any(pair.stops)], meeting)
     finally:
         for one in passes:
             one.end()
 
 
-def _said(key: tuple[Any, ...] | None) -> str:
+def _places(pairs: Sequence[Pair]) -> dict[Key | None, Meeting | None]:
+    """Where pairs are of which not both passes have ended, by their keys; one place if all is well."""
+    found: dict[Key | None, Meeting | None] = {}
+    for pair in pairs:
+        if any(pair.stops):
+            for stop in pair.stops:
+                found.setdefault(stop and stop.key, stop and Meeting(pair.task, stop.place))
+    return found
+
+
+def _said(key: Key | None) -> str:
     """The first name on disk in a key."""
     while isinstance(key, tuple) and key:
         key = key[0]

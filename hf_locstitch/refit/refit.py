@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from hf_locstitch.inputs import Inputs
 from hf_locstitch.localize.open_subject import find_device
 from hf_locstitch.localize.selection import Keeper
 from hf_locstitch.plan import MergePlan
+from hf_locstitch.processes import Processes
 from hf_locstitch.progress import Progress
 from hf_locstitch.refit.config import Refit
 from hf_locstitch.refit.fit import Fit, Seen
@@ -46,32 +47,46 @@ class Journal:
 
 
 def refit(
-    plan: MergePlan, inputs: Inputs, selections: Mapping[str, Keeper], folder: Path, progress: Progress
+    plan: MergePlan,
+    inputs: Inputs,
+    selections: Mapping[str, Keeper],
+    folder: Path,
+    progress: Progress,
+    own: Collection[str],
+    processes: Processes,
 ) -> tuple[Refitted | None, dict[str, Any]]:
     """The refitted values, None where the plain stitch is best, and what to record. Raises RequestError.
 
-    folder: for temporary files; what an earlier process finished there is taken up.
+    selections: whole masks, not only this process's part. folder: for temporary files, common to all processes; what
+    earlier ones finished there is taken up. own: the tensors whose values this process writes, and will read.
     """
     how = plan.recipe.stitch
     assert how is not None
-    folder.mkdir(exist_ok=True)
-    journal = _read(folder, json.dumps({"chunk": plan.settings.chunk}))
+    processes.on_first(lambda: folder.mkdir(exist_ok=True))
+    heading = json.dumps({"chunk": plan.settings.chunk})
+    journal = processes.gather(_read(folder, heading) if processes.first else Journal(heading))[0]
     opened: Refitting | None = None
 
     def fit(name: str) -> None:
         nonlocal opened
-        opened = opened or Refitting(plan, how, inputs, selections, folder, progress)
+        opened = opened or Refitting(plan, how, inputs, selections, folder, progress, own, processes)
         journal.scores[name] = opened.fit(float(name), journal)
+        processes.on_first(keep)
+
+    def keep() -> None:
         for other in journal.scores.keys() - {journal.best}:
             shutil.rmtree(folder / other, ignore_errors=True)
         _write(folder, journal)
 
+    def found(name: str) -> Refitted | None:
+        return open_refitted(folder / name, journal.heading, own, processes)
+
     for stiffness in how.lambdas:
         if f"{stiffness:g}" not in journal.scores:
             fit(f"{stiffness:g}")
-    if journal.best != "inf" and open_refitted(folder / journal.best, journal.heading) is None:
+    if journal.best != "inf" and found(journal.best) is None:
         fit(journal.best)
-    values = None if journal.best == "inf" else open_refitted(folder / journal.best, journal.heading)
+    values = None if journal.best == "inf" else found(journal.best)
     return values, record(plan, how, journal, values)
 
 
@@ -86,15 +101,21 @@ class Refitting:
         selections: Mapping[str, Keeper],
         folder: Path,
         progress: Progress,
+        own: Collection[str],
+        processes: Processes,
     ) -> None:
         readers = inputs.fetch().readers
         self._plan, self._how, self._folder, self._progress = plan, how, folder, progress
-        self._device = find_device(how)
+        self._own, self._processes = own, processes
+        self._device = processes.together(lambda: find_device(how))
         self._plain = PlainStitch(plan, readers, selections, plan.settings.chunk)
-        self._subjects: list[RefitSubject] = [
-            open_refit_subject(how, name, self._plain, readers[name], data, folder, self._device)
-            for name, data in plan.refit_data.items()
-        ]
+        models = folder / f"models.{processes.rank}"
+        self._subjects: list[RefitSubject] = processes.together(
+            lambda: [
+                open_refit_subject(how, name, self._plain, readers[name], data, models, self._device)
+                for name, data in plan.refit_data.items()
+            ]
+        )
         self._seen: Seen | None = None
         self._untouched: float | None = None  # the plain stitch's disagreement
 
@@ -106,10 +127,10 @@ class Refitting:
         if math.isinf(stiffness):
             return self._untouched
         assert self._seen is not None
-        writer = RefittedWriter(self._folder / f"{stiffness:g}")
+        writer = RefittedWriter(self._folder / f"{stiffness:g}", self._own, self._processes)
         with self._progress.bar(f"refitting, λ {stiffness:g}", len(self._seen.calls), " linears") as advance:
             one = Fit(self._how, stiffness, self._subjects, self._plain, writer, self._seen, self._device,
-                      self._plan.settings.workers, advance)  # fmt: skip
+                      self._plan.settings.workers, self._processes, advance)  # fmt: skip
             score = one.run()
         writer.finish(journal.heading)
         journal.notes[f"{stiffness:g}"] = notes(one.tokens, stiffness, self._how)
@@ -124,13 +145,17 @@ class Refitting:
         """See what calls what, in the plain stitch and the finetuned models."""
         with self._progress.bar("following", 0, " linears") as advance:
             first = Fit(self._how, math.inf, self._subjects, self._plain, None, None, self._device,
-                        self._plan.settings.workers, advance)  # fmt: skip
+                        self._plan.settings.workers, self._processes, advance)  # fmt: skip
             self._untouched, self._seen = first.run(), first.calls
-        if not any(first.refittable(key) for key in self._seen.calls):
-            raise RequestError(
-                "no localized tensor of this model is called as a linear, once a pass, by its inputs: there is nothing "
-                "to refit. Use --stitch mean, or check --include and the data's objective."
-            )
+        self._processes.together(lambda: _check_calls(first))
+
+
+def _check_calls(first: Fit) -> None:
+    if not any(first.refittable(key) for key in first.calls.calls):
+        raise RequestError(
+            "no localized tensor of this model is called as a linear, once a pass, by its inputs: there is nothing to "
+            "refit. Use --stitch mean, or check --include and the data's objective."
+        )
 
 
 def notes(tokens: Mapping[str, tuple[int, int]], stiffness: float, how: Refit) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,33 @@ import torch
 
 from hf_locstitch.checkpoints.dtypes import DTYPE, Values
 from hf_locstitch.checkpoints.source import file_sha256
+from hf_locstitch.processes import Processes
 
 INDEX = "index.json"
 
 
 class RefittedWriter:
-    """folder: is emptied. A tensor is written once; `finish` makes the whole readable."""
+    """folder: is emptied. own: the tensors that this process writes, each once; `finish` makes the whole readable.
 
-    def __init__(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self._folder = folder
+    Every process makes one, and finishes it.
+    """
+
+    def __init__(self, folder: Path, own: Collection[str], processes: Processes) -> None:
+        def lay_out() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+        processes.on_first(lay_out)
+        self._folder, self._own, self._processes = folder, own, processes
         self._tensors: dict[str, dict[str, Any]] = {}
+
+    def writes(self, names: Sequence[str]) -> bool:
+        """Whether any of these tensors is this process's."""
+        return any(name in self._own for name in names)
 
     def write(self, name: str, dtype: str, pieces: Sequence[torch.Tensor]) -> None:
         """pieces: the values of each chunk in turn, in the dtype, as named on disk."""
-        file = f"{len(self._tensors)}.bin"
+        file = f"{self._processes.rank}.{len(self._tensors)}.bin"
         with (self._folder / file).open("wb") as handle:
             for piece in pieces:
                 handle.write(piece.contiguous().view(torch.uint8).numpy().data)
@@ -39,22 +50,27 @@ class RefittedWriter:
 
     @property
     def names(self) -> set[str]:
+        """Of those that were written: by this process, and once it is finished by all."""
         return set(self._tensors)
 
     def finish(self, heading: str) -> None:
         """heading: what these values belong to."""
-        new = self._folder / f"{INDEX}.new"
-        new.write_text(json.dumps({"heading": heading, "tensors": self._tensors}))
-        new.replace(self._folder / INDEX)
+        self._tensors = {name: entry for told in self._processes.gather(self._tensors) for name, entry in told.items()}
+
+        def write() -> None:
+            new = self._folder / f"{INDEX}.new"
+            new.write_text(json.dumps({"heading": heading, "tensors": self._tensors}))
+            new.replace(self._folder / INDEX)
+
+        self._processes.on_first(write)
 
 
 class Refitted:
-    """What a RefittedWriter wrote. Safe to share between threads."""
+    """What RefittedWriters wrote. Safe to share between threads. index: what `finish` noted."""
 
-    def __init__(self, folder: Path) -> None:
-        fields = json.loads((folder / INDEX).read_text())
-        self.heading: str = fields["heading"]
-        self._folder, self._tensors = folder, fields["tensors"]
+    def __init__(self, folder: Path, index: Any) -> None:
+        self.heading: str = index["heading"]
+        self._folder, self._tensors = folder, index["tensors"]
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -63,11 +79,12 @@ class Refitted:
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def intact(self) -> bool:
-        """Whether every file holds what was written."""
+    def intact(self, own: Collection[str]) -> bool:
+        """Whether the files of these tensors hold what was written."""
         return all(
             (self._folder / entry["file"]).is_file() and file_sha256(self._folder / entry["file"]) == entry["sha256"]
-            for entry in self._tensors.values()
+            for name, entry in self._tensors.items()
+            if name in own
         )
 
     def chunk(self, name: str, number: int) -> Values:
@@ -80,10 +97,22 @@ class Refitted:
         return np.frombuffer(content, dtype)
 
 
-def open_refitted(folder: Path, heading: str) -> Refitted | None:
-    """What an earlier process finished under the same heading, if it is whole."""
+def open_refitted(folder: Path, heading: str, own: Collection[str], processes: Processes) -> Refitted | None:
+    """What earlier processes finished under the same heading, if it is whole. own: what this process looks at of it.
+
+    Every process calls it, and gets the same answer.
+    """
+    index = processes.gather(_read_index(folder) if processes.first else None)[0]
     try:
-        found = Refitted(folder)
+        found = Refitted(folder, index)
+        whole = found.heading == heading and found.intact(own)
     except (OSError, ValueError, KeyError, TypeError):
+        found, whole = None, False
+    return found if all(processes.gather(whole)) else None
+
+
+def _read_index(folder: Path) -> Any:
+    try:
+        return json.loads((folder / INDEX).read_text())
+    except (OSError, ValueError):
         return None
-    return found if found.heading == heading and found.intact() else None

@@ -33,12 +33,16 @@ class Part:
     def dim(self) -> int:
         return len(self.shape)
 
-    def hole_of(self, index: int) -> Tensor:
-        """What stands for one of its stacked tensors."""
+    def at(self, index: int) -> Part:
+        """One of its stacked tensors."""
         if self.index is not None:
             raise ValueError(f"{self.parameter} is indexed twice")
         number = index % self.shape[0]
-        return _hole(Part(self.parameter, number, self.shape[1:], (*self.key, number), self.device))
+        return Part(self.parameter, number, self.shape[1:], (*self.key, number), self.device)
+
+    def hole_of(self, index: int) -> Tensor:
+        """What stands for one of its stacked tensors."""
+        return _hole(self.at(index))
 
 
 def part_of(value: Any) -> Part | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from subjects import CASES, MODELS, pair
 from torch import Tensor
 
 from hf_locstitch.errors import RequestError
-from hf_locstitch.refit.passes import LinearStop, Pair, Pass, lead, watch
+from hf_locstitch.processes import DistributedProcesses, Processes
+from hf_locstitch.refit.passes import LinearStop, Meeting, Pair, Pass, lead, watch
 from hf_locstitch.refit.subject import attach_conversions, empty_model
 from hf_locstitch.refit.weights import Part, Weights, hollow
 
@@ -80,6 +83,11 @@ def test_padding_is_left_out(tmp_path: Path) -> None:
         one.go_on(product(one))
 
 
+def stay(pairs: Sequence[Pair], meeting: Meeting) -> Callable[[], None]:
+    """Nothing goes on."""
+    return lambda: None
+
+
 def test_an_order_that_depends_on_the_input_is_refused(tmp_path: Path) -> None:
     _, folder = pair("llama", tmp_path, torch.float32)
 
@@ -90,7 +98,7 @@ def test_an_order_that_depends_on_the_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         RequestError, match=r"order .* depends on the input.*layers.0.mlp.gate.*layers.1.mlp.gate.*mean"
     ):
-        lead([Pair(0, True, *passes)], lambda _: None, 1)
+        lead([Pair(0, True, passes[0], passes[1])], stay, 1, Processes())
     assert not any(one._thread.is_alive() for one in passes)
 
 
@@ -104,5 +112,76 @@ def test_an_error_in_a_pass_ends_all(tmp_path: Path) -> None:
     good = open_pass(folder, "causal-lm", lambda model: model(input_ids=ids).logits, lambda part: part.dim == 2)
     bad = open_pass(folder, "causal-lm", broken, lambda part: part.dim == 2)
     with pytest.raises(ValueError, match="broken"):
-        lead([Pair(0, True, good, bad)], lambda _: None, 1)
+        lead([Pair(0, True, good, bad)], stay, 1, Processes())
     assert not good._thread.is_alive() and not bad._thread.is_alive()
+
+
+class Threads(DistributedProcesses):
+    """Threads of this process that stand for processes. shared: a barrier, and what each says."""
+
+    def __init__(self, rank: int, shared: tuple[threading.Barrier, list[Any]]) -> None:
+        Processes.__init__(self, rank, len(shared[1]))
+        self._barrier, self._said = shared
+
+    def gather(self, value: Any) -> list[Any]:
+        self._said[self.rank] = value
+        self._barrier.wait(60)
+        found = list(self._said)
+        self._barrier.wait(60)
+        return found
+
+
+def lead_all(pairs: Sequence[Sequence[Pair]], visits: list[tuple[int, Any]]) -> list[Future[None]]:
+    """As many processes as there are lists of pairs. visits: of each, the keys of the places it is called at."""
+    shared = threading.Barrier(len(pairs)), [None] * len(pairs)
+
+    def run(rank: int) -> None:
+        def visit(own: Sequence[Pair], meeting: Meeting) -> Callable[[], None]:
+            visits.append((rank, meeting.place.key))
+
+            def go_on() -> None:
+                for two in own:
+                    for one in two.passes:
+                        one.go_on(product(one))
+
+            return go_on
+
+        lead(pairs[rank], visit, 1, Threads(rank, shared))
+
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        return [pool.submit(run, rank) for rank in range(len(pairs))]
+
+
+def test_processes_meet_at_every_stop(tmp_path: Path) -> None:
+    """Those that have passes, and those that have none."""
+    _, folder = pair("llama", tmp_path, torch.float32)
+    ids = torch.tensor([[1, 2, 3]])
+    passes = [open_pass(folder, "causal-lm", lambda model: model(input_ids=ids).logits, lambda part: part.dim == 2)
+              for _ in range(2)]  # fmt: skip
+    visits: list[tuple[int, Any]] = []
+    for done in lead_all([[], [Pair(0, True, passes[0], passes[1])], []], visits):
+        done.result()
+    keys = [[key for who, key in visits if who == rank] for rank in range(3)]
+    assert keys[0] == keys[1] == keys[2] and len(keys[0]) > 7
+    assert torch.equal(passes[0].result, passes[1].result)
+
+
+@pytest.mark.parametrize("kind", ["an error", "another order"])
+def test_what_goes_wrong_in_one_process_is_raised_in_each(kind: str, tmp_path: Path) -> None:
+    _, folder = pair("llama", tmp_path, torch.float32)
+
+    def work(layer: int) -> Callable[[Any], Tensor]:
+        return lambda model: model.model.layers[layer].mlp(torch.ones(1, 3, 32))
+
+    def broken(model: Any) -> Tensor:
+        work(0)(model)
+        raise OSError(5, "broken", "file")
+
+    works = [work(0), work(0), work(0), broken if kind == "an error" else work(1)]
+    passes = [open_pass(folder, "causal-lm", one, lambda part: part.dim == 2) for one in works]
+    pairs = [[Pair(0, True, passes[0], passes[1])], [Pair(1, True, passes[2], passes[3])]]
+    expected: Any = (OSError, "broken") if kind == "an error" else (RequestError, "order .* depends on the input")
+    for done in lead_all(pairs, []):
+        with pytest.raises(expected[0], match=expected[1]):
+            done.result()
+    assert not any(one._thread.is_alive() for one in passes)

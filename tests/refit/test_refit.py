@@ -20,7 +20,6 @@ from test_with_data import write_jsonl
 from hf_locstitch import Magnitude, RequestError, merge_from_hub
 from hf_locstitch.cli import main
 from hf_locstitch.demo.skills import make_tokenizer
-from hf_locstitch.processes import Processes
 from hf_locstitch.refit.fit import Fit
 from hf_locstitch.refit.values import RefittedWriter
 
@@ -185,6 +184,10 @@ def test_the_command_records_and_repeats(
     assert "stitch     refit on 18 inputs each" in said and "refit      about" in said and "1.jsonl" in said
     assert main([*common, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["refitting"]["inputs"] == 48
+    with monkeypatch.context() as launched:
+        launched.setenv("WORLD_SIZE", "2")
+        assert main([*common, "--dry-run"]) == 0
+        assert "of memory at most in each of 2 processes" in capsys.readouterr().out
     assert main([*common, "--out", "out", "--quiet"]) == 0
     card = Path("out/README.md").read_text()
     assert "## Refitted values" in card and "0.jsonl" in card and "lambda 0.1" in card and str(tmp_path) not in card
@@ -227,14 +230,6 @@ def test_refused_before_anything_is_written(
     with pytest.raises(RequestError, match=said):
         merge_from_hub(folders[0], folders[1:], out=tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-
-
-def test_several_processes_are_refused(
-    folders: list[Path], data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hf_locstitch.processes.find_processes", lambda: Processes(0, 2))
-    with pytest.raises(RequestError, match="works in one process, not in 2"):
-        merge(folders, data, tmp_path / "out")
 
 
 def put(folder: Path, name: str, change: Callable[[torch.Tensor], object]) -> None:

@@ -1,0 +1,44 @@
+"""Which batches of inputs a process takes through both models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_locstitch.processes import Processes, divide
+from hf_locstitch.refit.passes import Pair, Pass
+from hf_locstitch.refit.subject import RefitSubject
+
+Job = tuple[int, int]  # a task, and one of its batches, by their numbers
+
+
+def make_pairs(
+    jobs: Sequence[Job], subjects: Sequence[RefitSubject], stops: Sequence[frozenset[str]], processes: Processes
+) -> list[Pair]:
+    """This process's share of the jobs, in order; perhaps none. stops: of each task's model."""
+    return [_make_pair(job, subjects[job[0]], stops[job[0]]) for job in own_jobs(jobs, subjects, processes)]
+
+
+def own_jobs(jobs: Sequence[Job], subjects: Sequence[RefitSubject], processes: Processes) -> list[Job]:
+    """Fitted batches cost more than held-out ones, so each kind is shared out by itself. Neighbours stay together: the
+    fewer tasks a process has, the less it reads.
+    """
+    own: list[Job] = []
+    for fitted in (True, False):
+        kind = [(task, number) for task, number in jobs if (number < subjects[task].fitted) == fitted]
+        owners = divide([len(subjects[task].batches[number]) for task, number in kind], processes.count)
+        own += [job for job, owner in zip(kind, owners, strict=True) if owner == processes.rank]
+    return sorted(own)
+
+
+def _make_pair(job: Job, subject: RefitSubject, stops: frozenset[str]) -> Pair:
+    task, number = job
+    work = _work(subject, subject.batches[number])
+    merged, finetuned = (Pass(weights, work, stops) for weights in (subject.merged, subject.finetuned))
+    return Pair(task, number < subject.fitted, merged, finetuned, number=number)
+
+
+def _work(subject: RefitSubject, batch: Sequence[Any]) -> Callable[[], Tensor]:
+    return lambda: subject.task.outputs(subject.model, batch)
