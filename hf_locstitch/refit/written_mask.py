@@ -8,7 +8,6 @@ from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_locstitch.checkpoints.reader import CheckpointReader
@@ -44,7 +43,7 @@ class WrittenMask:
                 while len(self._held) > HELD:
                     self._held.popitem(last=False)
             positions = self._held[name][chunk.index]
-        values = self._finetuned.flat(name, chunk.first, chunk.count)[torch.from_numpy(positions).long()]
+        values = self._finetuned.values(name, chunk.first, chunk.count)[positions]
         self._finetuned.release(name, chunk.first, chunk.count)
         return Kept(positions, values, NONE)
 
