@@ -201,6 +201,8 @@ def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
     if processes.count > 1 and recipe.stitch is not None:
         raise RecipeError(
             f"a refit works in one process, not in {processes.count}. Drop the launcher, or use --stitch mean."
+            if plan.masked
+            else f"{plan.method.title} works in one process, not in {processes.count}. Drop the launcher."
         )
     if recipe.push_to is not None:
         from hf_locstitch.publish import check_target

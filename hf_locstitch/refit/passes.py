@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -287,7 +287,20 @@ class Pair:
         return self.merged.stop, self.finetuned.stop
 
 
-def lead(pairs: Sequence[Pair], visit: Callable[[Sequence[Pair]], None], workers: int) -> None:
+class SideBySide(Protocol):
+    """What is led together: a Pair, or a pass alone."""
+
+    @property
+    def passes(self) -> tuple[Pass, ...]: ...
+
+    @property
+    def stops(self) -> tuple[Any, ...]: ...
+
+
+Led = TypeVar("Led", bound=SideBySide)
+
+
+def lead(pairs: Sequence[Led], visit: Callable[[Sequence[Led]], None], workers: int) -> None:
     """Take all passes from stop to stop until each has ended. visit: is to make them go on.
 
     Raises RequestError if they are not at the same stop at the same time.

@@ -53,7 +53,7 @@ def refit(
     folder: for temporary files; what an earlier process finished there is taken up.
     """
     how = plan.recipe.stitch
-    assert how is not None
+    assert isinstance(how, Refit)
     folder.mkdir(exist_ok=True)
     journal = _read(folder, json.dumps({"chunk": plan.settings.chunk}))
     opened: Refitting | None = None
