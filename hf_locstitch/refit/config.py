@@ -54,12 +54,14 @@ class Refit(OnInputs):
     """held_out: the share of the inputs that is not fitted to but judges the lambdas.
 
     lambdas: how much stiffer each weight is made than its inputs alone make it; "inf" is the plain stitch. With
-    several, the one whose outputs agree best with the finetuned models' on held-out inputs is taken.
+    several, the best on held-out inputs is taken, as `judge` says: by "agreement" of the outputs with the finetuned
+    models', or, where inputs have labels, by "loss" or "accuracy" (of tokens, for a language model).
     ridge: in units of the mean squared input. steps: of conjugate gradients.
     """
 
     method: Literal["refit"] = "refit"
     held_out: float = Field(default=0.25, ge=0, lt=1)
+    judge: Literal["agreement", "loss", "accuracy"] = "agreement"
     lambdas: tuple[Stiffness, ...] = Field(default=(0.0, 0.1, 1.0, 3.0, math.inf), min_length=1)
     ridge: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     steps: int = Field(default=12, ge=1)
@@ -83,7 +85,7 @@ class Refit(OnInputs):
     def describe(self) -> str:
         lambdas = ", ".join(f"{value:g}" for value in self.lambdas)
         fitted, held_out = self.counts(self.inputs)
-        judged = f", judged on {held_out} held out" if len(self.lambdas) > 1 else ""
+        judged = f", judged by {self.judge} on {held_out} held out" if len(self.lambdas) > 1 else ""
         return f"refit on {fitted} inputs each of at most {self.tokens} tokens, lambda of {lambdas}{judged}"
 
 

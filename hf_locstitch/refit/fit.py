@@ -21,7 +21,7 @@ from hf_locstitch.chunks import for_each, keep_to_itself
 from hf_locstitch.errors import RequestError
 from hf_locstitch.localize.names import Group, to_disk
 from hf_locstitch.plan import DTYPE_ON_DISK
-from hf_locstitch.refit.agreement import disagreement
+from hf_locstitch.refit.agreement import judge
 from hf_locstitch.refit.config import Refit
 from hf_locstitch.refit.passes import ExpertsStop, LinearStop, Pair, Pass, lead
 from hf_locstitch.refit.plain import PlainStitch
@@ -71,7 +71,7 @@ def make_pairs(subjects: Sequence[RefitSubject], stops: Sequence[frozenset[str]]
                 merged, finetuned = (
                     Pass(weights, _work(subject, batch), stops[task]) for weights in (subject.merged, subject.finetuned)
                 )
-                pairs.append(Pair(task, number < subject.fitted, merged, finetuned))
+                pairs.append(Pair(task, number < subject.fitted, merged, finetuned, examples=batch))
     return pairs
 
 
@@ -108,8 +108,8 @@ class Fit:
         self._stacked_masks: dict[str, Tensor] = {}
 
     def run(self) -> float | None:
-        """Returns the disagreement with the finetuned models on held-out inputs, the mean over tasks, if there are
-        any. Raises RequestError.
+        """Returns how far from good the merged model is on held-out inputs, as `judge` has it, the mean over tasks, if
+        there are any. Raises RequestError.
         """
         held_out = all(subject.fitted < len(subject.batches) for subject in self.subjects)
         pairs = make_pairs(self.subjects, self._stops, fitted=self._writer is not None or not held_out)
@@ -367,7 +367,7 @@ class Fit:
     # ---- what comes of it --------------------------------------------------------------------------------------
 
     def _score(self, pair: Pair) -> None:
-        """Compare the outputs of a held-out pair that has ended, and forget them."""
+        """Judge the outputs of a held-out pair that has ended, and forget them."""
         if pair.fitted or any(pair.stops) or pair.merged.result is None:
             return
         merged, finetuned = pair.merged.result, pair.finetuned.result
@@ -379,7 +379,7 @@ class Fit:
                     f"on the inputs of {subject.name}, the outputs of {model} hold NaN or infinity. Check that "
                     "checkpoint and those inputs, or use --stitch mean."
                 )
-        pair.score = disagreement(merged, finetuned, subject.task.logits)
+        pair.score = judge(self.how.judge, merged, finetuned, subject.task, pair.examples)
 
     def _write(self, disk: tuple[str, ...]) -> None:
         """The values under the masks of the tensors that some parameters make up, with those that did not change."""

@@ -268,7 +268,8 @@ def _stopping(forward: Callable[..., Tensor], stacks: tuple[Part, ...]) -> Calla
 class Pair:
     """The merged model and the finetuned one on the same inputs of a task (its number). fitted: else held out.
 
-    score: how far apart their outputs are, summed, and over how many rows.
+    score: how far apart their outputs are, or how wrong the merged model's, summed, and over how many rows.
+    examples: the inputs.
     """
 
     task: int
@@ -276,6 +277,7 @@ class Pair:
     merged: Pass
     finetuned: Pass
     score: tuple[float, int] | None = None
+    examples: Sequence[Any] = ()
 
     @property
     def passes(self) -> tuple[Pass, Pass]:

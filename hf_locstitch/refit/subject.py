@@ -11,6 +11,7 @@ import torch
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.data.causal_lm import CausalLM
 from hf_locstitch.data.features import Features
 from hf_locstitch.data.objectives import suggest
 from hf_locstitch.data.sets import OpenSet, read_rows
@@ -83,7 +84,7 @@ def open_task(
     stacks = watch(model)
     own = Weights(model, list(checkpoint.tensors), reading(finetuned), device, release=releasing(finetuned))
     original = Weights(model, list(base.tensors), reading(base_reader), device, own)
-    rows = read_inputs(data, how.inputs)
+    rows = read_inputs(data, how.inputs, isinstance(how, Refit) and how.judge != "agreement")
     processor = load_processor(objective, folder_finetuned, folder_base)
     preparing = Pass(original, lambda: objective.prepare(rows, processor, model), frozenset())
     preparing.start()
@@ -136,11 +137,33 @@ def shortened(objective: Any, tokens: int) -> Any:
     return objective if length <= tokens else objective.model_copy(update={"max_length": tokens})
 
 
-def read_inputs(data: OpenSet, count: int) -> list[dict[str, Any]]:
-    """Rows without their labels, which a refit does not look at: every one gets the first class."""
-
+def read_inputs(data: OpenSet, count: int, labels: bool = False) -> list[dict[str, Any]]:
+    """Rows without their labels, unless these judge: every one gets the first class."""
     asked = replace(data, asked=data.asked.model_copy(update={"number": count}))
-    return [{**row, "label": 0} for row in read_rows(asked, labels=False)[:count]]
+    rows = read_rows(asked, labels=False)[:count]
+    return rows if labels else [{**row, "label": 0} for row in rows]
+
+
+def check_labels(how: Refit, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
+    """Raises RequestError unless there is something to judge by."""
+    for name, found in data.items():
+        objective = objective_for(found, finetuned[name])
+        if isinstance(objective, Features):
+            raise RequestError(
+                f"judge: {how.judge} asks what is right, but of {name} only hidden states are compared. Give its data "
+                "an objective with classes, or use judge: agreement."
+            )
+        if isinstance(objective, CausalLM):  # whose texts are the answers
+            continue
+        labels = [row.get("label") for row in read_inputs(found, how.inputs, labels=True)]
+        if bare := sum(
+            label is None or label == -1 for label in labels
+        ):  # -1: how data sets hide those of a test split
+            raise RequestError(
+                f"judge: {how.judge} asks what is right, but {bare} of the {len(labels)} inputs that {found.label} "
+                f"gives for {name} have no label. Name data with labels, map them with `columns`, or use "
+                "judge: agreement."
+            )
 
 
 def empty_model(objective: Objective, config: Any) -> Any:
