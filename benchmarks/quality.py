@@ -134,7 +134,9 @@ class Method:
 
 
 def methods(densities: Sequence[float]) -> list[Method]:
-    """The rows between the experts and the end of the table."""
+    """The rows between the experts and the end of the table; none at all without densities."""
+    if not densities:
+        return []
     average = Method("average", ("--density", "1"))
     return [average, *(Method(f"magnitude {100 * d:g}%", ("--density", f"{d:g}")) for d in densities)]
 

@@ -15,7 +15,8 @@ import yaml
 from families import family, read_record, write_texts
 from models import State, load, same_bits
 from safetensors.torch import save_file
-from subjects import build
+from subjects import build, masked_tokenizer
+from test_architectures import make
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -242,3 +243,22 @@ def test_refused_before_anything_is_written(
 def test_a_typo_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command(tmp_path, alhpa=0.1), "--out", str(tmp_path / "out")]) == 2
     assert "did you mean 'alpha'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "T5ForConditionalGeneration", "bert-classes"])
+def test_what_no_linear_multiplies_with_keeps_the_mean(kind: str, tmp_path: Path) -> None:
+    """Stacked experts, embeddings and tables of positions; all other matrices are fitted."""
+    model = make(kind) if kind.startswith("T5") else build(kind, torch.float32)
+    folders = family(model, tmp_path, masked_tokenizer())
+    for seed in range(2):
+        write_texts(tmp_path / f"{seed}.jsonl", seed=seed)
+    assert main([*command(tmp_path, batch=5), "--out", str(tmp_path / "out")]) == 0
+    record, merged = read_record(tmp_path / "out")["stitch"], load(tmp_path / "out")
+    mean = {name: (load(folders[1])[name] + load(folders[2])[name]) / 2 for name in merged}
+    for name in merged.keys() - set(record["refitted"]):
+        assert torch.allclose(merged[name], mean[name], atol=1e-6), name
+    kept = [name for name in record["kept_plain"] if ".experts." not in name]
+    assert all("embed" in name or "relative_attention_bias" in name or "shared" in name for name in kept), kept
+    assert any(".experts." in name for name in record["kept_plain"]) == (kind == "mixtral")
+    blocks = [name for name in record["refitted"] if name in merged and not torch.equal(merged[name], mean[name])]
+    assert len(blocks) > 5
