@@ -1,7 +1,8 @@
 """Localize-and-Stitch on tiny decoders that interfere: is the merge of three finetunes still good at all three skills?
 
     python benchmarks/decoder.py [--seed 0] [--densities 0.01 0.05 0.1 0.2] [--grafts] [--rivals]
-        [--with-data saliency mask ...] [--json FILE] [--work DIR]
+        [--with-data saliency mask ...] [--refits 0.1 1] [--judges loss accuracy] [--inputs 16 64 256 512] [--regmean]
+        [--finetune 3 10] [--json FILE] [--work DIR]
 
 Base, skills and training are the demo's (hf_locstitch/demo), in float32 and smaller: with hidden size 64 the Llama has
 166 thousand weights, a ninth of the demo's. Hidden sizes 64 and 96, 2 and 3 layers, SGD with 40 and 80 steps and AdamW
@@ -22,8 +23,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from quality import (
     loopback_hub,
 )
 
-from hf_locstitch.demo.skills import SKILLS, accuracy, examples, make_tokenizer
+from hf_locstitch.demo.skills import SKILLS, Example, accuracy, examples, make_tokenizer
 
 HIDDEN, PRETRAIN_STEPS, FINETUNE_STEPS = 64, 800, 80
 SCALES = (0.3, 0.4, 0.5, 0.7, 0.85, 1.0, 1.2)
@@ -65,20 +66,34 @@ class Decoders:
     def accuracy(self, model: Any, task: str, split: str) -> float:
         return accuracy(model, make_tokenizer(), task, examples=COUNTS[split], seed=SEEDS[split])
 
-    def localization_set(self, task: str, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def localization_set(
+        self, task: str, split: str, count: int | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         side = "train" if split == "train" else "heldout"
-        drawn = islice(examples([SKILLS[task]], seed=SEEDS[split], split=side), COUNTS["train"])
+        drawn = islice(examples([SKILLS[task]], seed=SEEDS[split], split=side), count or COUNTS["train"])
         return [{"prompt": one.prompt, "completion": one.answer} for one in drawn], {}
+
+    def finetune(self, model: Any, sets: Mapping[str, Sequence[dict[str, Any]]], epochs: int) -> None:
+        from hf_locstitch.demo.train import FINETUNE, fit
+
+        rows = [Example(row["prompt"], row["completion"]) for own in sets.values() for row in own]
+        shuffle = torch.Generator().manual_seed(0)
+        batches = [
+            [rows[place] for place in places.tolist()]
+            for _ in range(epochs)
+            for places in torch.randperm(len(rows), generator=shuffle).split(FINETUNE.batch)
+        ]
+        fit(model, make_tokenizer(), batches, replace(FINETUNE, steps=len(batches)))
 
 
 def make_experts(folder: Path, seed: int) -> None:
     """Write base and experts under the folder, unless they lie there and were made in the same way."""
-    from hf_locstitch.demo.train import Making, Schedule, train_models
+    from hf_locstitch.demo.train import FINETUNE, Making, Schedule, train_models
 
     how = Making(
         hidden=HIDDEN,
         pretrain=Schedule("adamw", lr=2e-3, steps=PRETRAIN_STEPS),
-        finetune=Schedule("sgd", lr=1e-2, steps=FINETUNE_STEPS),
+        finetune=replace(FINETUNE, steps=FINETUNE_STEPS),
         dtype="float32",
     )
     made_by = {"seed": seed, "threads": torch.get_num_threads(), "torch": torch.__version__, **asdict(how)}

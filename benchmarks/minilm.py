@@ -1,7 +1,8 @@
 """Localize-and-Stitch on real weights and real text: is the merge of five experts still good at all five tasks?
 
     python benchmarks/minilm.py [--seed 0] [--densities 0.01 0.05 0.1 0.2] [--grafts] [--rivals]
-        [--with-data saliency mask ...] [--json FILE] [--work DIR]
+        [--with-data saliency mask ...] [--refits 0.1 1] [--judges loss accuracy] [--inputs 16 64 256] [--regmean]
+        [--finetune 3] [--json FILE] [--work DIR]
 
 1. Five four-way tasks come out of Debian's package index (see minilm_tasks.py), 64 training examples a class.
 2. The base is a pretrained MiniLM. A task's head is what the base makes of a few words on each class, and stays as it
@@ -69,6 +70,15 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Of one task. head: float32 [classes, hidden]."""
+
+    head: Tensor
+    texts: Sequence[str]
+    labels: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Judge:
     """The testbed: all tasks of one seed, and the fixed head of each: float32 [classes, hidden]."""
 
@@ -76,6 +86,7 @@ class Judge:
     heads: Mapping[str, Tensor]
     tokenizer: PreTrainedTokenizerBase
     split: str
+    training: Training
 
     @property
     def names(self) -> Sequence[str]:
@@ -90,11 +101,28 @@ class Judge:
         logits = embed(model, self.tokenizer, examples.texts) @ self.heads[task].T
         return (logits.argmax(1) == torch.tensor(examples.labels)).float().mean().item()
 
-    def localization_set(self, task: str, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def localization_set(
+        self, task: str, split: str, count: int | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         examples: Split = getattr(self.tasks[task], split)
         rows = [{"text": text, "label": label} for text, label in zip(examples.texts, examples.labels, strict=True)]
         described = [c.description for c in self.tasks[task].task.classes]
         return rows, {"objective": {"kind": "text-zero-shot", "classes": described, "max_length": MAX_TOKENS}}
+
+    def finetune(self, model: PreTrainedModel, sets: Mapping[str, Sequence[dict[str, Any]]], epochs: int) -> None:
+        """A batch is of one task."""
+        torch.manual_seed(0)  # dropout
+        shuffle = torch.Generator().manual_seed(0)
+        batches = []
+        for _ in range(epochs):
+            drawn = []
+            for task, rows in sets.items():
+                for places in torch.randperm(len(rows), generator=shuffle).split(self.training.batch):
+                    own = [rows[place] for place in places.tolist()]
+                    drawn.append(Batch(self.heads[task], [r["text"] for r in own], [r["label"] for r in own]))
+            batches += [drawn[place] for place in torch.randperm(len(drawn), generator=shuffle).tolist()]
+        train(model.train(), self.tokenizer, batches, self.training)
+        model.eval()
 
 
 # ---- the encoder ------------------------------------------------------------------------------------------------
@@ -154,22 +182,32 @@ def finetune(
     encoder = copy.deepcopy(base).train()
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(bool(BLOCKS.search(name)))
-    blocks = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(blocks, lr=training.learning_rate, weight_decay=0.0)
-    labels = torch.tensor(examples.labels)
-    steps = training.epochs * -(-len(examples) // training.batch)
+    batches = [
+        Batch(head, [examples.texts[i] for i in rows.tolist()], [examples.labels[i] for i in rows.tolist()])
+        for _ in range(training.epochs)
+        for rows in torch.randperm(len(examples), generator=shuffle).split(training.batch)
+    ]
+    train(encoder, tokenizer, batches, training)
+    return encoder.requires_grad_(True).eval()
+
+
+def train(
+    encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Batch], training: Training
+) -> None:
+    """Train in place whatever requires a gradient, a step a batch."""
+    weights = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=0.0)
+    steps = len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
     )
-    for _ in range(training.epochs):
-        for rows in torch.randperm(len(examples), generator=shuffle).split(training.batch):
-            embeddings = encode(encoder, tokenizer, [examples.texts[i] for i in rows.tolist()])
-            loss = F.cross_entropy(embeddings @ head.T / training.temperature, labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return encoder.requires_grad_(True).eval()
+    for batch in batches:
+        embeddings = encode(encoder, tokenizer, batch.texts)
+        loss = F.cross_entropy(embeddings @ batch.head.T / training.temperature, torch.tensor(batch.labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
 
 
 def save(encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -216,7 +254,7 @@ def make_judge(settings: Settings, packages: Sequence[minilm_tasks.Package], see
     tokenizer = AutoTokenizer.from_pretrained(find_base())
     base = load_encoder(find_base())
     heads = {name: zero_shot_head(base, tokenizer, data.task) for name, data in tasks.items()}
-    return Judge(tasks, heads, tokenizer, settings.split)
+    return Judge(tasks, heads, tokenizer, settings.split, settings.training)
 
 
 def run_seed(settings: Settings, packages: Sequence[minilm_tasks.Package], seed: int) -> Result:

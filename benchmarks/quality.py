@@ -7,7 +7,7 @@ a seed.
 
 "average" is the merge at density 1: every mask is full, and the mean of the experts is all that is left. A graft is
 the base with one mask alone; it says what a mask holds before others interfere. Normalised accuracy is accuracy
-divided by the expert's.
+divided by the expert's. The time of a finetuned merge is that of the finetuning.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Protocol
 
 import torch
 
+from hf_locstitch.data.sets import choose
 from hf_locstitch.demo.hub import LoopbackHub
 
 # transformers and huggingface_hub read HF_* at import, so they are imported in functions, once the Hub is up.
@@ -36,6 +37,7 @@ from hf_locstitch.demo.hub import LoopbackHub
 DEFAULT_DENSITIES = (0.01, 0.05, 0.1, 0.2)
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 TIES_SCALES = (0.5, 1.0, 1.5)
+ALPHAS = (0.1, 0.5, 0.9, 1.0)  # of RegMean
 # Localizers with data: their fields, and the split of a task that they see.
 DATA_METHODS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "saliency": ({"method": "saliency"}, "train"),
@@ -75,8 +77,15 @@ class Testbed(Protocol):
         """Share of right answers."""
         ...
 
-    def localization_set(self, task: str, split: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Examples as rows, and what a recipe says of them."""
+    def localization_set(
+        self, task: str, split: str, count: int | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Examples as rows, and what a recipe says of them. count: at least so many, if there are; the testbed's own
+        number by default."""
+        ...
+
+    def finetune(self, model: Any, sets: Mapping[str, Sequence[dict[str, Any]]], epochs: int) -> None:
+        """Train a loaded model in place, all its weights, on rows of every task, with the experts' optimiser."""
         ...
 
 
@@ -88,7 +97,9 @@ class Method:
     """One way to merge, as flags of `hf-locstitch merge`.
 
     localizer: fields of one that looks at data, which no flag sets. data: the split that it, or a refit, looks at.
-    scales: to be tried, the best on validation stands for the method.
+    stitch: fields of a refit or RegMean. inputs: of each task, for these or for finetuning; the testbed's own number by
+    default. scales, alphas: to be tried, the best on validation stands for the method. epochs: of finetuning the
+    finished merge on labelled examples of all tasks.
     """
 
     name: str
@@ -96,11 +107,25 @@ class Method:
     localizer: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
     scales: tuple[float, ...] = ()
+    stitch: Mapping[str, Any] = field(default_factory=dict)
+    inputs: int | None = None
+    alphas: tuple[float, ...] = ()
+    epochs: int = 0
 
     @property
     def masked(self) -> bool:
-        """Whether it leaves masks that can be grafted alone."""
-        return "--method" not in self.flags and self.name != "average"
+        """Whether it leaves masks that can be grafted alone, and are not those of another row."""
+        return "--method" not in self.flags and self.flags[:2] != ("--density", "1") and not self.inputs
+
+    @property
+    def variants(self) -> list[Method]:
+        """One for each scale and alpha to be tried; itself if there is nothing to try."""
+        scaled = [replace(self, flags=(*self.flags, "--scale", f"{s:g}"), scales=()) for s in self.scales] or [self]
+        return [
+            replace(one, stitch={**one.stitch, "alpha": alpha}, alphas=())
+            for one in scaled
+            for alpha in self.alphas
+        ] or scaled  # fmt: skip
 
     @property
     def slug(self) -> str:
@@ -109,7 +134,9 @@ class Method:
 
 
 def methods(densities: Sequence[float]) -> list[Method]:
-    """The rows between the experts and the end of the table."""
+    """The rows between the experts and the end of the table; none at all without densities."""
+    if not densities:
+        return []
     average = Method("average", ("--density", "1"))
     return [average, *(Method(f"magnitude {100 * d:g}%", ("--density", f"{d:g}")) for d in densities)]
 
@@ -136,12 +163,34 @@ def with_data(densities: Sequence[float], kinds: Sequence[str]) -> list[Method]:
     return made
 
 
-def refits(densities: Sequence[float]) -> list[Method]:
-    """Values under the masks refitted, without labels, on the inputs that the experts were finetuned on."""
-    return [
-        Method(f"magnitude {100 * d:g}%, refit", ("--density", f"{d:g}", "--stitch", "refit"), data="train")
-        for d in densities
-    ]
+def refits(densities: Sequence[float], inputs: Sequence[int], judges: Sequence[str]) -> list[Method]:
+    """Values under the masks refitted, without labels, on the inputs that the experts were finetuned on.
+
+    inputs: also on so many of each task. judges: also with labels that judge the lambdas.
+    """
+    rows = []
+    for density in densities:
+        name = "refit of all" if density == 1 else f"magnitude {100 * density:g}%, refit"
+        row = Method(name, ("--density", f"{density:g}", "--stitch", "refit"), data="train")
+        rows += [row, *(replace(row, name=f"{name}, judged by {by}", stitch={"judge": by}) for by in judges)]
+        rows += [replace(row, name=f"{name}, {n} inputs", stitch={"inputs": n}, inputs=n) for n in inputs]
+    return rows
+
+
+def regmeans() -> list[Method]:
+    """RegMean on the inputs that the experts were finetuned on."""
+    return [Method("regmean, tuned", ("--method", "regmean"), data="train", alphas=ALPHAS)]
+
+
+def finetunings(epochs: Sequence[int], inputs: Sequence[int]) -> list[Method]:
+    """The plain merge finetuned further on the labelled examples whose inputs a refit sees: what labels and gradients
+    are worth. inputs: also on so many of each task."""
+    rows = []
+    for count in epochs:
+        name = f"magnitude 10%, finetuned, {count} {'epoch' if count == 1 else 'epochs'}"
+        row = Method(name, ("--density", "0.1"), epochs=count)
+        rows += [row, *(replace(row, name=f"{name}, {n} inputs", inputs=n) for n in inputs)]
+    return rows
 
 
 @dataclass
@@ -247,8 +296,31 @@ class Bench:
 
     def accuracies(self, model: Pushed, split: str | None = None) -> dict[str, float]:
         """Accuracy of one model at every task."""
-        loaded = self.bed.load(model.repo, model.commit)
+        return self.accuracies_of(self.bed.load(model.repo, model.commit), split)
+
+    def accuracies_of(self, loaded: Any, split: str | None = None) -> dict[str, float]:
+        """The same of one in memory."""
         return {task: self.bed.accuracy(loaded, task, split or self.bed.split) for task in self.bed.names}
+
+    def finetuned(self, merged: Pushed, method: Method) -> Any:
+        """A merge finetuned further, on the rows that a refit would draw."""
+        loaded = self.bed.load(merged.repo, merged.commit)
+        sets = {task: self.rows(task, "train", method.inputs)[0] for task in self.bed.names}
+        self.bed.finetune(loaded, sets, method.epochs)
+        return loaded
+
+    def rows(self, task: str, split: str, count: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Examples of a task, `count` of them, drawn as a refit draws its inputs, and what a recipe says of them."""
+        rows, fields = self.bed.localization_set(task, split, count)
+        if count is None:
+            return rows, fields
+        labels = [row["label"] for row in rows] if "label" in rows[0] else None
+        return [rows[place] for place in choose(labels, len(rows), count, 0)[:count]], fields
+
+    def suffices(self, method: Method) -> bool:
+        """Whether the tasks have as many examples as a method asks for."""
+        count = method.inputs or 0
+        return all(len(self.rows(task, "train", count)[0]) == count for task in self.bed.names) if count else True
 
     def graft(self, expert: Pushed, merged: Pushed) -> Any:
         """The base with one expert's values under its mask in a merge, and nothing of the others."""
@@ -264,18 +336,17 @@ class Bench:
         return model
 
     def merged(self, method: Method, target: str) -> Pushed:
-        """The merge, at the scale that is best on validation where the method has several."""
-        flags, recipe = list(method.flags), self.write_recipe(method)
-        if method.scales:
-            score: dict[float, float] = {}
-            own = {name: self.own(expert, name, "validation") for name, expert in self.experts.items()}
-            for scale in method.scales:
-                scaled = [*flags, "--scale", f"{scale:g}"]
-                tried = merge(self.base, self.experts.values(), scaled, f"{target}-{scale:g}", recipe)
-                found = self.accuracies(tried, "validation")
-                score[scale] = mean(found[name] / own[name] for name in found)
-            flags += ["--scale", f"{max(score, key=lambda scale: score[scale]):g}"]
-        return merge(self.base, self.experts.values(), flags, target, recipe)
+        """The merge, that of the variant that is best on validation where the method has several."""
+        variants = method.variants
+        if len(variants) == 1:
+            return merge(self.base, self.experts.values(), method.flags, target, self.write_recipe(method))
+        own = {name: self.own(expert, name, "validation") for name, expert in self.experts.items()}
+        tried: list[tuple[float, Pushed]] = []
+        for number, one in enumerate(variants):
+            made = merge(self.base, self.experts.values(), one.flags, f"{target}-{number}", self.write_recipe(one))
+            found = self.accuracies(made, "validation")
+            tried.append((mean(found[name] / own[name] for name in found), made))
+        return max(tried, key=lambda one: one[0])[1]
 
     def write_recipe(self, method: Method) -> Path | None:
         """The recipe of a method that looks at data, and its examples; None for one that does not."""
@@ -283,14 +354,16 @@ class Bench:
             return None
         sets = {}
         for task, expert in self.experts.items():
-            rows, fields = self.bed.localization_set(task, method.data)
-            file = self.folder / f"{task}.{method.data}.jsonl"
+            rows, fields = self.rows(task, method.data, method.inputs)
+            file = self.folder / f"{task}.{method.data}{method.inputs or ''}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
             role = "finetuning" if method.data == "train" else "held-out"
             sets[expert.name] = {"ref": str(file), "number": 64, "role": role, **fields}
         recipe = self.folder / f"{method.slug}.yaml"
         localizer = {"localizer": {"micro_batch": 32, **method.localizer}} if method.localizer else {}
-        content = {**localizer, "data": sets}
+        fitting = "regmean" if "regmean" in method.flags else "refit"
+        stitch = {"stitch": {"method": fitting, **method.stitch}} if method.stitch else {}
+        content = {**localizer, **stitch, "data": sets}
         recipe.write_text(json.dumps(content))  # JSON is YAML
         return recipe
 
@@ -309,13 +382,21 @@ def compare(bed: Testbed, rows: Sequence[Method], grafts: bool, folder: Path, re
         result.accuracy["base"] = bench.accuracies(base)
         result.accuracy["expert"] = {name: bench.own(expert, name) for name, expert in experts.items()}
     for method in rows:
+        if not bench.suffices(method):
+            print(f"left out: {method.name}, more than there are", file=sys.stderr)
+            continue
         began = time.perf_counter()
         with result.phase("merge", method.name):
             merged = bench.merged(method, f"{account}-{method.slug}")
+        loaded = bed.load(merged.repo, merged.commit)
+        if method.epochs:
+            began = time.perf_counter()
+            with result.phase("finetune", method.name):
+                loaded = bench.finetuned(merged, method)
         result.merge_seconds[method.name] = time.perf_counter() - began
         with result.phase("evaluate", method.name):
-            result.accuracy[method.name] = bench.accuracies(merged)
-        if grafts and method.masked:
+            result.accuracy[method.name] = bench.accuracies_of(loaded)
+        if grafts and method.masked and not method.epochs:
             with result.phase("evaluate", f"grafts of {method.name}"):
                 alone = {n: bed.accuracy(bench.graft(expert, merged), n, bed.split) for n, expert in experts.items()}
             result.accuracy[f"graft {method.name}"] = alone
@@ -356,9 +437,7 @@ def as_json(rows: Sequence[Method], results: Sequence[Result], **made_of: Any) -
     """All numbers, and what they depend on."""
     return {
         **made_of,
-        "methods": {
-            m.name: {"flags": m.flags, "localizer": dict(m.localizer), "data": m.data, "scales": m.scales} for m in rows
-        },
+        "methods": {m.name: {key: value for key, value in asdict(m).items() if key != "name"} for m in rows},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
@@ -413,7 +492,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What every benchmark of quality is told."""
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one run each (default: 0)")
     parser.add_argument(
-        "--densities", type=float, nargs="+", default=DEFAULT_DENSITIES, metavar="F", help="one merge each"
+        "--densities", type=float, nargs="*", default=DEFAULT_DENSITIES, metavar="F", help="one merge each"
     )
     parser.add_argument("--grafts", action="store_true", help="also the base with each mask alone")
     parser.add_argument("--rivals", action="store_true", help="also task arithmetic, TIES and scope tensor")
@@ -424,6 +503,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refits", type=float, nargs="*", default=[], metavar="F", help="also refitted merges at these densities"
     )
+    parser.add_argument(
+        "--inputs", type=int, nargs="*", default=[], metavar="N", help="these also on so many inputs of each task"
+    )
+    parser.add_argument(
+        "--judges", nargs="*", default=[], choices=["loss", "accuracy"], help="these also with lambda judged by labels"
+    )
+    parser.add_argument("--regmean", action="store_true", help="also RegMean, its alpha tuned")
+    parser.add_argument(
+        "--finetune", type=int, nargs="*", default=[], metavar="EPOCHS",
+        help="also the merge at 10 %% finetuned further on labelled examples; on --inputs N, too",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep checkpoints here and reuse experts in it")
 
@@ -431,7 +521,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def asked_rows(args: argparse.Namespace, scales: Sequence[float] = SCALES) -> list[Method]:
     """The rows that the options of `add_options` ask for. scales: that task arithmetic is tuned over."""
     dataless = [*methods(args.densities), *(rivals(args.densities, scales) if args.rivals else [])]
-    return [*dataless, *refits(args.refits), *with_data(args.densities, args.with_data)]
+    fitted = [*refits(args.refits, args.inputs, args.judges), *(regmeans() if args.regmean else [])]
+    finetuned = finetunings(args.finetune, args.inputs)
+    return [*dataless, *fitted, *finetuned, *with_data(args.densities, args.with_data)]
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hf_locstitch.localize.saliency import Saliency
     from hf_locstitch.localized.checkpoint import LocalizedCheckpoint, load_localized
     from hf_locstitch.masks import load_mask
-    from hf_locstitch.refit.config import Refit
+    from hf_locstitch.refit.config import Refit, RegMean
     from hf_locstitch.verification.main import verify
     from hf_locstitch.verification.report import VerifyReport
 
@@ -35,6 +35,7 @@ __all__ = [
     "Mask",
     "MergeResult",
     "Refit",
+    "RegMean",
     "RequestError",
     "Saliency",
     "VerifyReport",
@@ -59,6 +60,7 @@ _HOME = {
     "Mask": "localize.mask",
     "MergeResult": "api",
     "Refit": "refit.config",
+    "RegMean": "refit.config",
     "RequestError": "errors",
     "Saliency": "localize.saliency",
     "VerifyReport": "verification.report",

@@ -23,6 +23,7 @@ from hf_locstitch.localize.magnitude import Magnitude
 from hf_locstitch.plan import MergePlan, data_sets, finetuned_names, make_plan, refit_sets
 from hf_locstitch.progress import Progress, only_our_bars
 from hf_locstitch.recipe import Recipe, make_recipe
+from hf_locstitch.refit.config import Refit
 from hf_locstitch.settings import DEFAULT, Settings, make_settings
 
 if TYPE_CHECKING:
@@ -171,7 +172,13 @@ def plan_merge(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan:
         base, *finetuned = pool.map(open_checkpoint, refs)
     data = {name: open_set(asked) for name, asked in data_sets(recipe, names).items()}
     refit_data = {name: open_set(asked) for name, asked in refit_sets(recipe, names).items()}
-    return make_plan(recipe, base, dict(zip(names, finetuned, strict=True)), settings, data, refit_data)
+    models = dict(zip(names, finetuned, strict=True))
+    plan = make_plan(recipe, base, models, settings, data, refit_data)
+    if isinstance(recipe.stitch, Refit) and recipe.stitch.judge != "agreement":
+        from hf_locstitch.refit.subject import check_labels  # slow to import
+
+        check_labels(recipe.stitch, models, refit_data)
+    return plan
 
 
 def _plan_stitch(recipe: Recipe, settings: Settings) -> MergePlan:
@@ -198,6 +205,8 @@ def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
             f"--no-cache works in one process, not in {processes.count}: processes share what lies in the cache. "
             "Drop --no-cache, or the launcher."
         )
+    if processes.count > 1 and recipe.stitch is not None and not plan.masked:
+        raise RecipeError(f"{plan.method.title} works in one process, not in {processes.count}. Drop the launcher.")
     if recipe.push_to is not None:
         from hf_locstitch.publish import check_target
 

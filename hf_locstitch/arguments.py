@@ -121,7 +121,7 @@ def _add_localizing(how: Any) -> None:
         "--data",
         nargs="+",
         metavar="DATA",
-        help="data sets for saliency, mask and refit: alpaca, gsm8k, hotpotqa, a file, org/name",
+        help="data sets for saliency, mask, refit and regmean: alpaca, gsm8k, hotpotqa, a file, org/name",
     )
     how.add_argument(
         "--density",

@@ -21,7 +21,7 @@ from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import CheckpointError
 from hf_locstitch.plan import MergePlan
 from hf_locstitch.recipe import Finetuned, Input, dump_recipe
-from hf_locstitch.refit.config import Refit
+from hf_locstitch.refit.config import Fitting
 
 if TYPE_CHECKING:
     from hf_locstitch.merger import Overlap
@@ -63,8 +63,9 @@ class Manifest:
     """covered_by[c]: coordinates that c masks cover. overlap: pair -> coordinates in both, and their Jaccard index.
 
     k: ones of each mask; None where they differ. data: finetune -> its localization set, pinned.
-    stitch: of a refit, its settings, the lambda that was chosen and the disagreement with the finetuned models on
-    held-out inputs of each, its data, pinned, and the tensors that it refitted or left as they were; None for the mean.
+    stitch: of a refit, its settings, the lambda that was chosen and the score on held-out inputs of each (disagreement
+    with the finetuned models, loss or error, as `judge` says), its data, pinned, and the tensors that it refitted or
+    left as they were; of RegMean all that but the lambdas; None for the mean.
     localizer, masks, covered_by and overlap are empty for a method without masks; localizer also where masks were found
     in several ways. fingerprint: of recipe and inputs. localized: finetune -> the localized checkpoint through which
     it came. outputs: file -> size in bytes and sha256, of every file but the manifest itself.
@@ -217,7 +218,7 @@ def pinned_recipe(plan: MergePlan, files: FileHashes) -> str:
     return head + dump_recipe(recipe)
 
 
-def _pinned_stitch(plan: MergePlan) -> Refit | None:
+def _pinned_stitch(plan: MergePlan) -> Fitting | None:
     if plan.recipe.stitch is None:
         return None
     return plan.recipe.stitch.model_copy(

@@ -229,8 +229,9 @@ def make_plan(
     if data and not settings.cache:
         raise RecipeError("a localizer that looks at data loads whole models: it does not go with --no-cache.")
     if refit_data and not settings.cache:
+        what = "a refit" if recipe.method == "locstitch" else find_method(recipe.method).title
         raise RecipeError(
-            "a refit reads the finetunes again and again, a layer at a time: it does not go with --no-cache. Drop one "
+            f"{what} reads the finetunes again and again, a layer at a time: it does not go with --no-cache. Drop one "
             "of the two."
         )
     problems = unknown_globs(list(base.tensors), [*recipe.include, *recipe.exclude])
@@ -251,7 +252,7 @@ def make_plan(
         raise MismatchError(problems)
 
     warnings += licence_warning({"the base": base, **finetuned})
-    warnings += [*_leaks(recipe, data), *_leaks(recipe, refit_data, "refitted")]
+    warnings += [*_leaks(recipe, data), *_leaks(recipe, refit_data, "fitted")]
     rest = finetuned[recipe.rest_from] if recipe.rest_from else base
     files = finetuned[recipe.files_from] if recipe.files_from else rest
     shards = output_shards(recipe, base, rest, frozenset(chosen))
@@ -360,7 +361,7 @@ def dtype_warnings(name: str, dtypes: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _leaks(recipe: Recipe, data: Mapping[str, OpenSet], done: str = "localized") -> list[str]:
-    """Sets that finetunes are localized or refitted with, and that, by their names, the merge is also judged on."""
+    """Sets that finetunes are localized or fitted with, and that, by their names, the merge is also judged on."""
     tasks = [task.partition(":")[0] for task in recipe.evaluate.tasks] if recipe.evaluate else []
     return [
         f"{name} is {done} with {found.label}, and {task} is among the tasks it is judged on: held-out figures of "

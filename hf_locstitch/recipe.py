@@ -27,7 +27,7 @@ from hf_locstitch.localize.localizer import LOCALIZERS, Localizer
 from hf_locstitch.localize.magnitude import Magnitude
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.methods import Dense, Masked, find_method, method_names
-from hf_locstitch.refit.config import Refit, read_stitch
+from hf_locstitch.refit.config import FITTINGS, Fitting, Refit, RegMean, read_stitch
 
 WHERE = ("out", "push_to", "private")
 # What localized checkpoints have settled, or what takes whole models.
@@ -92,9 +92,10 @@ class Recipe(Strict):
     """How masks are found; the method's default if it has masks, nothing if it has none."""
     data: dict[str, LocalizationSet] | tuple[LocalizationSet, ...] = ()
     """A localization set for each finetune, by name or in order, for the localizers that look at data, and for a refit
-    that is given no other."""
-    stitch: Refit | None = None
-    """How the values under the masks are found: `mean` (None) of the finetuned ones, or a `refit` of them."""
+    or RegMean that is given no other."""
+    stitch: Fitting | None = None
+    """How the values under the masks are found: `mean` (None) of the finetuned ones, or a `refit` of them. With method
+    regmean: how that fits whole models."""
     scale: float = Field(default=1.0, allow_inf_nan=False)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -150,25 +151,33 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _data_suits_stitch(self) -> Recipe:
+        method = find_method(self.method)
+        if self.stitch is None and isinstance(method, Dense) and method.fitted:
+            object.__setattr__(self, "stitch", RegMean())
         if self.stitch is None or self.localized:
             return self
-        if self.method != "locstitch":
-            raise ValueError(f"stitch: refit goes with method locstitch, not with {self.method}")
+        due = "locstitch" if isinstance(self.stitch, Refit) else "regmean"
+        if self.method != due:
+            raise ValueError(f"stitch: {self.stitch.method} goes with method {due}, not with {self.method}")
+        what = "a refit" if isinstance(self.stitch, Refit) else method.title
         found = len(self.stitch.data or self.data)
         if found != len(self.finetuned):
             raise ValueError(
-                f"a refit looks at data: {len(self.finetuned)} sets of unlabelled inputs are needed, one for each "
+                f"{what} looks at data: {len(self.finetuned)} sets of unlabelled inputs are needed, one for each "
                 f"finetune, not {found}"
             )
         if self.allow_non_finite:
-            raise ValueError("allow_non_finite does not go with a refit: nothing can be fitted to what is no number")
+            raise ValueError(f"allow_non_finite does not go with {what}: nothing can be fitted to what is no number")
         return self
 
     @model_validator(mode="after")
     def _data_suits_localizer(self) -> Recipe:
         looks = isinstance(self.localizer, WithData)
         if self.data and not looks and (self.stitch is None or self.stitch.data):
-            raise ValueError("data is given, but only the localizers mask and saliency look at data, and stitch: refit")
+            raise ValueError(
+                "data is given, but only the localizers mask and saliency look at data, stitch: refit, and method "
+                "regmean"
+            )
         if looks and len(self.data) != len(self.finetuned):
             raise ValueError(
                 f"the localizer looks at data: {len(self.finetuned)} localization sets are needed, one for each "
@@ -240,8 +249,8 @@ def make_recipe(fields: Mapping[str, Any], where: str = "the request") -> Recipe
 
 def _fault(fault: Any) -> str:
     loc = [str(part) for part in fault["loc"]]
-    if len(loc) > 1 and loc[0] == "localizer":  # pydantic names the member of the union
-        loc = ["localizer", *loc[2:]]
+    if len(loc) > 1 and loc[0] in ("localizer", "stitch"):  # pydantic names the member of the union
+        loc = [loc[0], *loc[2:]]
     if fault["type"] == "extra_forbidden":
         known = _fields_at([str(part) for part in fault["loc"]][:-1])
         near = get_close_matches(loc[-1], known, n=1, cutoff=0.5)
@@ -261,7 +270,7 @@ def _fields_at(loc: list[str]) -> list[str]:
         "localized": Finetuned,
         "localizer": LOCALIZERS.get(loc[1] if len(loc) > 1 else "", Magnitude),
         "data": LocalizationSet,
-        "stitch": Refit,
+        "stitch": FITTINGS.get(loc[1] if len(loc) > 1 else "", Refit),
         "evaluate": Evaluate,
     }.get(loc[0] if loc else "", Recipe)
     return list(model.model_fields)

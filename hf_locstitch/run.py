@@ -35,6 +35,7 @@ from hf_locstitch.progress import Progress
 from hf_locstitch.workplace import ShardRecord, Workplace, fingerprint, workplace
 
 if TYPE_CHECKING:
+    from hf_locstitch.checkpoints.reader import CheckpointReader
     from hf_locstitch.publish import Upload
     from hf_locstitch.refit.values import Refitted
 
@@ -201,9 +202,13 @@ class Run:
         return self.processes.gather(found)[0]
 
     def refit(self, inputs: Inputs, selections: Mapping[str, Keeper]) -> tuple[Refitted | None, dict[str, Any] | None]:
-        """The values under the masks, if the recipe wants them fitted, and what to record of that."""
+        """The values under the masks, or of whole tensors, if they are to be fitted, and what to record of that."""
         if self.plan.recipe.stitch is None:
             return None, None
+        if not self.plan.masked:
+            from hf_locstitch.refit.regmean import regmean  # slow to import
+
+            return regmean(self.plan, inputs, self.place.spill / "regmean", self.own, self.processes, self.progress)
         from hf_locstitch.refit.refit import refit  # slow to import
         from hf_locstitch.refit.written_mask import WrittenMask
 
@@ -246,10 +251,10 @@ class Run:
         ):
             merger = Merger(
                 self.plan,
-                opened.readers,
+                self._standing_in(opened.readers),
                 selections,
                 self.own,
-                self.refitted,
+                self.refitted if self.plan.masked else None,
                 chunk=self.settings.chunk,
                 workers=self.settings.workers,
                 advance=advance,
@@ -271,6 +276,17 @@ class Run:
         for record in shards.values():
             total += Overlap(np.array(record.covered), np.array(record.pairs))
         return total, shards
+
+    def _standing_in(self, readers: Mapping[str, CheckpointReader]) -> Mapping[str, CheckpointReader]:
+        """With a dense method's fitted values in place of every finetuned model's own: their mean is the fitted."""
+        if self.plan.masked or self.refitted is None:
+            return readers
+        from hf_locstitch.refit.values import StandIn
+
+        return {
+            name: StandIn(reader, self.refitted) if name in self.plan.finetuned else reader
+            for name, reader in readers.items()
+        }
 
     def _await_room(self, hashed: Iterable[Future[ShardRecord]]) -> None:
         """Where shards go as soon as they are uploaded, one waits while the next is written, and no more."""

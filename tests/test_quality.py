@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from quality import markdown, methods, read_results, rivals, with_data
+from quality import Method, finetunings, markdown, methods, read_results, refits, regmeans, rivals, with_data
 
 
 def test_seeds_and_rows_of_several_files_make_one_table(tmp_path: Path) -> None:
@@ -36,3 +36,30 @@ def test_rows() -> None:
         ("mask, held out 5%", True, "mask-held-out-5"),
     ]
     assert len({row.slug for row in rows}) == len(rows)
+
+
+def test_rows_that_are_fitted_or_finetuned() -> None:
+    rows = [*refits([0.1, 1], [16], ["loss"]), *regmeans(), *finetunings([1, 3], [16])]
+    assert [(row.name, row.masked, row.inputs, dict(row.stitch)) for row in rows] == [
+        ("magnitude 10%, refit", True, None, {}),
+        ("magnitude 10%, refit, judged by loss", True, None, {"judge": "loss"}),
+        ("magnitude 10%, refit, 16 inputs", False, 16, {"inputs": 16}),
+        ("refit of all", False, None, {}),
+        ("refit of all, judged by loss", False, None, {"judge": "loss"}),
+        ("refit of all, 16 inputs", False, 16, {"inputs": 16}),
+        ("regmean, tuned", False, None, {}),
+        ("magnitude 10%, finetuned, 1 epoch", True, None, {}),
+        ("magnitude 10%, finetuned, 1 epoch, 16 inputs", False, 16, {}),
+        ("magnitude 10%, finetuned, 3 epochs", True, None, {}),
+        ("magnitude 10%, finetuned, 3 epochs, 16 inputs", False, 16, {}),
+    ]
+    assert len({row.slug for row in rows}) == len(rows)
+
+
+def test_what_a_row_tries() -> None:
+    (regmean,) = regmeans()
+    assert [one.stitch for one in regmean.variants] == [{"alpha": alpha} for alpha in (0.1, 0.5, 0.9, 1.0)]
+    arithmetic = Method("tuned", ("--method", "task-arithmetic"), scales=(0.3, 1.0))
+    assert [one.flags[2:] for one in arithmetic.variants] == [("--scale", "0.3"), ("--scale", "1")]
+    plain = Method("plain")
+    assert plain.variants == [plain]

@@ -50,6 +50,7 @@ class CausalLM(ObjectiveConfig):
             [_count(labels) for _, labels in encoded],
             lambda model, batch: answer_loss(model, batch, padding),
             lambda model, batch: answer_logits(model, batch, padding)[0],
+            targets=lambda batch: [label for _, labels in batch for label in labels[1:] if label != IGNORED],
         )
 
     def _encode(self, row: dict[str, Any], tokenizer: Any) -> Encoded:

@@ -39,7 +39,7 @@ def classes_task(examples: Sequence[tuple[Any, int]], outputs: Callable[[Any, Se
     def loss(model: Any, batch: Sequence[tuple[Any, int]]) -> Tensor:
         return class_loss(outputs(model, batch), [label for _, label in batch])
 
-    return Task(examples, [1] * len(examples), loss, outputs)
+    return Task(examples, [1] * len(examples), loss, outputs, targets=lambda batch: [label for _, label in batch])
 
 
 def label_ids(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[int]:

@@ -18,7 +18,7 @@ def no_outputs(model: Any, examples: Sequence[Any]) -> Tensor:
 class Task:
     """weights: units an example is averaged over: its answer's tokens, or 1. loss: (model, examples) -> their sum
     over those units, a scalar. outputs: (model, examples) -> what the loss is taken of, [units, numbers]; logits:
-    whether these are logits of classes or tokens.
+    whether these are logits of classes or tokens. targets: examples -> the right class or token of each unit, if known.
     """
 
     examples: Sequence[Any]
@@ -26,6 +26,7 @@ class Task:
     loss: Callable[[Any, Sequence[Any]], Tensor]
     outputs: Callable[[Any, Sequence[Any]], Tensor] = no_outputs
     logits: bool = True
+    targets: Callable[[Sequence[Any]], Sequence[int]] | None = None
 
 
 class Objective(Protocol):

@@ -8,7 +8,7 @@ only, because embeddings, final norm and LM head are what a merge takes from the
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -112,7 +112,6 @@ def freeze_all_but_blocks(model: LlamaForCausalLM) -> None:
     model.model.layers.requires_grad_(True)
 
 
-@one_torch_thread()  # so that a machine gives the same weights again; such small models gain little from more
 def train(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -122,14 +121,26 @@ def train(
     seed: int,
     progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Train in place whatever requires a gradient, on training exercises only; the loss is on the answers."""
+    """Train in place whatever requires a gradient, on training exercises only."""
+    stream = examples(tasks, seed=seed, split="train")
+    fit(model, tokenizer, (list(islice(stream, schedule.batch)) for _ in range(schedule.steps)), schedule, progress)
+
+
+@one_torch_thread()  # so that a machine gives the same weights again; such small models gain little from more
+def fit(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    batches: Iterable[Sequence[Example]],
+    schedule: Schedule,
+    progress: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Train in place whatever requires a gradient, a step a batch; the loss is on the answers."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = _optimizer(schedule, weights)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, schedule.steps))
-    stream = examples(tasks, seed=seed, split="train")
     model.train()
-    for step in range(1, schedule.steps + 1):
-        tokens, labels = encode(tokenizer, list(islice(stream, schedule.batch)))
+    for step, batch in enumerate(batches, start=1):
+        tokens, labels = encode(tokenizer, batch)
         loss = model(input_ids=tokens, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

@@ -21,7 +21,7 @@ from hf_locstitch.errors import RequestError
 from hf_locstitch.localize.subject import Subject, keep_no_activations, load_config, load_model, make_subject
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.progress import no_bars_of_libraries
-from hf_locstitch.refit.config import Refit
+from hf_locstitch.refit.config import OnInputs
 
 
 @no_bars_of_libraries()
@@ -66,7 +66,7 @@ def _dtype(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> torch.dtype
     return TORCH_DTYPE[counts.most_common(1)[0][0]]
 
 
-def find_device(how: WithData | Refit) -> torch.device:
+def find_device(how: WithData | OnInputs) -> torch.device:
     """Raises RequestError if there is no such device."""
     if how.device == "cpu" or (how.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

@@ -43,11 +43,15 @@ class CombineMasked(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """Combines whole tensors, all floating-point ones by default. paper: to cite."""
+    """Combines whole tensors, all floating-point ones by default. paper: to cite.
+
+    fitted: whether values fitted to data stand in for those of every model where that can be done (refit/regmean.py).
+    """
 
     title: str
     paper: str
     combine: CombineDense
+    fitted: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,27 @@
-"""How far a merged model's outputs are from a finetuned one's."""
+"""How good a merged model's outputs are: beside a finetuned one's, or against labels. Less is better, always."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from hf_locstitch.data.task import Task
+
+
+def judge(by: str, merged: Tensor, finetuned: Tensor, task: Task, examples: Sequence[Any]) -> tuple[float, int]:
+    """Summed over rows, and how many rows. by: "agreement", "loss" or "accuracy". merged, finetuned: the outputs
+    [rows, numbers] of both models for these examples of the task."""
+    if by == "agreement":
+        return disagreement(merged, finetuned, task.logits)
+    assert task.targets is not None
+    targets = torch.tensor(task.targets(examples), device=merged.device)
+    if by == "loss":
+        return F.cross_entropy(merged.double(), targets, reduction="sum").item(), len(targets)
+    return float((merged.argmax(-1) != targets).sum().item()), len(targets)
 
 
 def disagreement(merged: Tensor, finetuned: Tensor, logits: bool) -> tuple[float, int]:

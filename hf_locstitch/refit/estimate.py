@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.checkpoints.header import ITEM_BYTES
+from hf_locstitch.refit.config import RegMean
+from hf_locstitch.select import BLOCKS
 
 if TYPE_CHECKING:
     from hf_locstitch.plan import MergePlan
@@ -16,6 +18,7 @@ FLOAT = 4  # bytes; all of a refit is float32
 WIDENINGS = 3  # a linear's outputs, the merged and the finetuned ones, and what is made of them, at once
 LIBRARIES = 470_000_000  # bytes: transformers and datasets, and what the allocator keeps of threads; measured
 OUTPUTS = 3  # logits, those that are looked at, and their probabilities
+DOUBLES = 6  # float64 numbers, counted as float32, of each element of the system and of its right-hand side
 MOMENTS = 4  # beside each worker's Gram matrix: a task's, the sum over tasks, the system, and what solves it
 
 
@@ -50,6 +53,8 @@ class RefitCost:
 def refit_cost(plan: MergePlan) -> RefitCost | None:
     """None where nothing is refitted."""
     how = plan.recipe.stitch
+    if isinstance(how, RegMean):
+        return _regmean_cost(plan, how)
     if how is None:
         return None
     matrices = [info.shape for info in plan.localized if len(info.shape) == 2]
@@ -81,6 +86,29 @@ def refit_cost(plan: MergePlan) -> RefitCost | None:
         tokens=tokens,
         flops=float(lambdas * (3 * forward + grams + 2 * solve) + 2 * forward),
         processes=processes,
+    )
+
+
+def _regmean_cost(plan: MergePlan, how: RegMean) -> RefitCost | None:
+    """Only the finetuned models pass through, once, but for a batch that is followed before."""
+    shapes = {info.name: info.shape for info in plan.localized if len(info.shape) == 2}
+    if not shapes:
+        return None
+    # Inputs of a linear; an embedding has as many rows as there are words, and those are no inputs.
+    widths = {name: max(shape) if BLOCKS.search(name) else min(shape) for name, shape in shapes.items()}
+    tasks, widest = len(plan.finetuned), max(widths.values())
+    tokens = sum(how.inputs * _length(plan, name) for name in plan.finetuned)
+    largest, elements = (each(map(math.prod, shapes.values())) for each in (max, sum))
+    products = sum(math.prod(shape) + widths[name] ** 2 for name, shape in shapes.items())
+    return RefitCost(
+        weights=FLOAT * 6 * largest,
+        moments=FLOAT * ((tasks + MOMENTS + plan.settings.workers) * widest**2 + DOUBLES * (widest**2 + largest)),
+        states=FLOAT * tokens * (3 * _hidden(plan, widest) + WIDENINGS * widest),
+        outputs=FLOAT * OUTPUTS * plan.settings.workers * how.batch * _outputs(plan),
+        values=FLOAT * elements,
+        inputs=tasks * how.inputs,
+        tokens=tokens,
+        flops=float(2 * tokens * products + sum(width**3 for width in widths.values())),
     )
 
 
@@ -126,7 +154,7 @@ def describe(cost: RefitCost) -> str:
 
     each = f" in each of {cost.processes} processes" if cost.processes > 1 else ""
     return (
-        f"refit      about {human(cost.peak)} of memory at most{each} ({human(cost.weights)} one linear of the models, "
+        f"fitting    about {human(cost.peak)} of memory at most{each} ({human(cost.weights)} one linear of the models, "
         f"{human(cost.moments)} Gram matrices, {human(cost.states)} hidden states of {cost.inputs} inputs, at most "
         f"{cost.tokens:,} tokens, {human(cost.outputs)} outputs), {human(cost.values)} of disk; "
         f"{cost.flops / 1e12:.3g} TFLOP"

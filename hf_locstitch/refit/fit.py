@@ -22,7 +22,7 @@ from hf_locstitch.errors import RequestError
 from hf_locstitch.localize.names import Group, to_disk
 from hf_locstitch.plan import DTYPE_ON_DISK
 from hf_locstitch.processes import Processes
-from hf_locstitch.refit.agreement import disagreement
+from hf_locstitch.refit.agreement import judge
 from hf_locstitch.refit.config import Refit
 from hf_locstitch.refit.experts import StackedExperts
 from hf_locstitch.refit.jobs import make_pairs
@@ -120,8 +120,8 @@ class Fit:
         self._experts = StackedExperts(subjects, self._at_linear, workers, processes)
 
     def run(self) -> float | None:
-        """Returns the disagreement with the finetuned models on held-out inputs, the mean over tasks, if there are
-        any. Raises RequestError.
+        """Returns how far from good the merged model is on held-out inputs, as `judge` has it, the mean over tasks, if
+        there are any. Raises RequestError.
         """
         held_out = all(subject.fitted < len(subject.batches) for subject in self.subjects)
         jobs = [(task, number) for task, subject in enumerate(self.subjects) for number in range(len(subject.batches))]
@@ -403,7 +403,7 @@ class Fit:
     # ---- what comes of it --------------------------------------------------------------------------------------
 
     def _score(self, pair: Pair) -> None:
-        """Compare the outputs of a held-out pair that has ended, and forget them."""
+        """Judge the outputs of a held-out pair that has ended, and forget them."""
         if pair.fitted or any(pair.stops) or pair.merged.result is None:
             return
         merged, finetuned = pair.merged.result, pair.finetuned.result
@@ -415,7 +415,7 @@ class Fit:
                     f"on the inputs of {subject.name}, the outputs of {model} hold NaN or infinity. Check that "
                     "checkpoint and those inputs, or use --stitch mean."
                 )
-        pair.score = disagreement(merged, finetuned, subject.task.logits)
+        pair.score = judge(self.how.judge, merged, finetuned, subject.task, pair.examples)
 
     def _write(self, disk: tuple[str, ...]) -> None:
         """The values under the masks of the tensors that some parameters make up, with those that did not change."""

@@ -35,9 +35,10 @@ def own_jobs(jobs: Sequence[Job], subjects: Sequence[RefitSubject], processes: P
 
 def _make_pair(job: Job, subject: RefitSubject, stops: frozenset[str]) -> Pair:
     task, number = job
-    work = _work(subject, subject.batches[number])
+    batch = subject.batches[number]
+    work = _work(subject, batch)
     merged, finetuned = (Pass(weights, work, stops) for weights in (subject.merged, subject.finetuned))
-    return Pair(task, number < subject.fitted, merged, finetuned, number=number)
+    return Pair(task, number < subject.fitted, merged, finetuned, examples=batch, number=number)
 
 
 def _work(subject: RefitSubject, batch: Sequence[Any]) -> Callable[[], Tensor]:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -298,7 +298,8 @@ def _stopping(forward: Callable[..., Tensor], stacks: tuple[Part, ...]) -> Calla
 class Pair:
     """The merged model and the finetuned one on the same inputs of a task (its number). fitted: else held out.
 
-    score: how far apart their outputs are, summed, and over how many rows. number: of the batch in its task.
+    score: how far apart their outputs are, or how wrong the merged model's, summed, and over how many rows. number: of
+    the batch in its task. examples: its inputs.
     """
 
     task: int
@@ -307,6 +308,7 @@ class Pair:
     finetuned: Pass
     score: tuple[float, int] | None = None
     number: int = field(default=0, kw_only=True)
+    examples: Sequence[Any] = ()
 
     @property
     def passes(self) -> tuple[Pass, Pass]:
@@ -323,9 +325,25 @@ def linear_stop(one: Pass) -> LinearStop:
     return one.stop
 
 
+class SideBySide(Protocol):
+    """What is led together: a Pair, or a pass alone. task: whose model it is, by number."""
+
+    @property
+    def task(self) -> int: ...
+
+    @property
+    def passes(self) -> tuple[Pass, ...]: ...
+
+    @property
+    def stops(self) -> tuple[Any, ...]: ...
+
+
+Led = TypeVar("Led", bound=SideBySide)
+
+
 def lead(
-    pairs: Sequence[Pair],
-    visit: Callable[[Sequence[Pair], Meeting], Callable[[], object]],
+    pairs: Sequence[Led],
+    visit: Callable[[Sequence[Led], Meeting], Callable[[], object]],
     workers: int,
     processes: Processes,
 ) -> None:
@@ -363,7 +381,7 @@ def lead(
             one.end()
 
 
-def _places(pairs: Sequence[Pair]) -> dict[Key | None, Meeting | None]:
+def _places(pairs: Sequence[SideBySide]) -> dict[Key | None, Meeting | None]:
     """Where pairs are of which not both passes have ended, by their keys; one place if all is well."""
     found: dict[Key | None, Meeting | None] = {}
     for pair in pairs:

@@ -24,11 +24,16 @@ from hf_locstitch.refit.subject import RefitSubject, open_refit_subject
 from hf_locstitch.refit.values import Refitted, RefittedWriter, open_refitted
 
 JOURNAL = "refit.json"
+SCORES = {
+    "agreement": "disagreement",
+    "loss": "loss",
+    "accuracy": "error",
+}  # judge -> what there is less of in the best
 
 
 @dataclass
 class Journal:
-    """What is known so far. heading: of what. scores: disagreement by lambda ("inf" is the plain stitch), None where
+    """What is known so far. heading: of what. scores: by lambda ("inf" is the plain stitch), as SCORES says, None where
     nothing is held out. inputs: of each finetune, how many are fitted to and held out. kept: tensors that keep the
     plain stitch, with the reason. notes: for people, by lambda.
     """
@@ -41,7 +46,7 @@ class Journal:
 
     @property
     def best(self) -> str:
-        """The lambda with the least disagreement, of equals the first; the only one if there is no other."""
+        """The lambda with the least score, of equals the first; the only one if there is no other."""
         known = {name: math.inf if score is None else score for name, score in self.scores.items()}
         return min(known, key=lambda name: known[name])
 
@@ -61,7 +66,7 @@ def refit(
     earlier ones finished there is taken up. own: the tensors whose values this process writes, and will read.
     """
     how = plan.recipe.stitch
-    assert how is not None
+    assert isinstance(how, Refit)
     processes.on_first(lambda: folder.mkdir(exist_ok=True))
     heading = json.dumps({"chunk": plan.settings.chunk})
     journal = processes.gather(_read(folder, heading) if processes.first else Journal(heading))[0]
@@ -117,10 +122,10 @@ class Refitting:
             ]
         )
         self._seen: Seen | None = None
-        self._untouched: float | None = None  # the plain stitch's disagreement
+        self._untouched: float | None = None  # the plain stitch's score
 
     def fit(self, stiffness: float, journal: Journal) -> float | None:
-        """Write the values for one lambda under its name, and tell the journal. Returns the disagreement."""
+        """Write the values for one lambda under its name, and tell the journal. Returns its score."""
         if self._seen is None:
             self._follow()
         journal.inputs = {subject.name: subject.counts for subject in self._subjects}
@@ -176,7 +181,7 @@ def record(plan: MergePlan, how: Refit, journal: Journal, values: Refitted | Non
     return {
         **how.dump(),
         "lambda": journal.best,
-        "disagreement": journal.scores,
+        SCORES[how.judge]: journal.scores,
         "counts": journal.inputs,
         "data": {name: found.pinned.dump() for name, found in plan.refit_data.items()},
         "refitted": [] if values is None else sorted(values.names),

@@ -11,6 +11,7 @@ import torch
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.data.causal_lm import CausalLM
 from hf_locstitch.data.features import Features
 from hf_locstitch.data.objectives import suggest
 from hf_locstitch.data.sets import OpenSet, read_rows
@@ -19,7 +20,7 @@ from hf_locstitch.errors import RecipeError, RequestError
 from hf_locstitch.localize.open_subject import link_files, load_processor
 from hf_locstitch.localize.subject import load_config
 from hf_locstitch.progress import no_bars_of_libraries
-from hf_locstitch.refit.config import Refit
+from hf_locstitch.refit.config import OnInputs, Refit
 from hf_locstitch.refit.passes import Pass, watch
 from hf_locstitch.refit.plain import PlainStitch
 from hf_locstitch.refit.weights import Part, Weights, hollow
@@ -50,7 +51,46 @@ class RefitSubject:
         return {"fitted": sum(sizes[: self.fitted]), "held_out": sum(sizes[self.fitted :])}
 
 
+@dataclass(frozen=True)
+class OpenTask:
+    """One finetuned model, hollow, its weights, and its inputs, prepared. original: the base's weights."""
+
+    model: Any
+    parts: Mapping[str, Part]
+    stacks: frozenset[str]
+    finetuned: Weights
+    original: Weights
+    task: Task
+
+
 @no_bars_of_libraries()
+def open_task(
+    how: OnInputs,
+    name: str,
+    base_reader: CheckpointReader,
+    finetuned: CheckpointReader,
+    data: OpenSet,
+    folder: Path,
+    device: torch.device,
+) -> OpenTask:
+    """Raises RequestError."""
+    checkpoint, base = finetuned.checkpoint, base_reader.checkpoint
+    objective = shortened(objective_for(data, checkpoint), how.tokens)
+    folder_base = link_files(base, folder / f"{name}.base")
+    folder_finetuned = link_files(checkpoint, folder / f"{name}.finetuned")
+    model = empty_model(objective, load_config(folder_base if objective.base_config else folder_finetuned))
+    attach_conversions(model, list(base.tensors))
+    parts = hollow(model, list(base.tensors), device)
+    stacks = watch(model)
+    own = Weights(model, list(checkpoint.tensors), reading(finetuned), device, release=releasing(finetuned))
+    original = Weights(model, list(base.tensors), reading(base_reader), device, own)
+    rows = read_inputs(data, how.inputs, isinstance(how, Refit) and how.judge != "agreement")
+    processor = load_processor(objective, folder_finetuned, folder_base)
+    preparing = Pass(original, lambda: objective.prepare(rows, processor, model), frozenset())
+    preparing.start()
+    return OpenTask(model, parts, stacks, own, original, preparing.result)
+
+
 def open_refit_subject(
     how: Refit,
     name: str,
@@ -61,25 +101,12 @@ def open_refit_subject(
     device: torch.device,
 ) -> RefitSubject:
     """Raises RequestError."""
-    checkpoint, base = finetuned.checkpoint, plain.base.checkpoint
-    objective = shortened(objective_for(data, checkpoint), how.tokens)
-    folder_base = link_files(base, folder / f"{name}.base")
-    folder_finetuned = link_files(checkpoint, folder / f"{name}.finetuned")
-    model = empty_model(objective, load_config(folder_base if objective.base_config else folder_finetuned))
-    attach_conversions(model, list(base.tensors))
-    parts = hollow(model, list(base.tensors), device)
-    stacks = watch(model)
-    own = Weights(model, list(checkpoint.tensors), reading(finetuned), device, release=releasing(finetuned))
+    opened = open_task(how, name, plain.base, finetuned, data, folder, device)
+    model, task = opened.model, opened.task
     merged = Weights(
-        model, list(base.tensors), plain.values, device, own, lambda tensor: not plain.is_localized(tensor),
-        plain.release,
+        model, list(plain.base.checkpoint.tensors), plain.values, device, opened.finetuned,
+        lambda tensor: not plain.is_localized(tensor), plain.release,
     )  # fmt: skip
-    original = Weights(model, list(base.tensors), reading(plain.base), device, own)
-    rows = read_inputs(data, how.inputs)
-    processor = load_processor(objective, folder_finetuned, folder_base)
-    preparing = Pass(original, lambda: objective.prepare(rows, processor, model), frozenset())
-    preparing.start()
-    task: Task = preparing.result
     fitted, held_out = how.counts(len(task.examples))
     if fitted == 0 or (held_out == 0 and len(how.lambdas) > 1):
         raise RequestError(
@@ -89,7 +116,7 @@ def open_refit_subject(
     batches = [task.examples[first : min(first + how.batch, fitted)] for first in range(0, fitted, how.batch)]
     count = len(batches)
     batches += [task.examples[first : first + how.batch] for first in range(fitted, len(task.examples), how.batch)]
-    return RefitSubject(name, model, parts, stacks, merged, own, task, batches, count)
+    return RefitSubject(name, model, opened.parts, opened.stacks, merged, opened.finetuned, task, batches, count)
 
 
 def objective_for(data: OpenSet, checkpoint: Checkpoint) -> Objective:
@@ -110,11 +137,33 @@ def shortened(objective: Any, tokens: int) -> Any:
     return objective if length <= tokens else objective.model_copy(update={"max_length": tokens})
 
 
-def read_inputs(data: OpenSet, count: int) -> list[dict[str, Any]]:
-    """Rows without their labels, which a refit does not look at: every one gets the first class."""
-
+def read_inputs(data: OpenSet, count: int, labels: bool = False) -> list[dict[str, Any]]:
+    """Rows without their labels, unless these judge: every one gets the first class."""
     asked = replace(data, asked=data.asked.model_copy(update={"number": count}))
-    return [{**row, "label": 0} for row in read_rows(asked, labels=False)[:count]]
+    rows = read_rows(asked, labels=False)[:count]
+    return rows if labels else [{**row, "label": 0} for row in rows]
+
+
+def check_labels(how: Refit, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
+    """Raises RequestError unless there is something to judge by."""
+    for name, found in data.items():
+        objective = objective_for(found, finetuned[name])
+        if isinstance(objective, Features):
+            raise RequestError(
+                f"judge: {how.judge} asks what is right, but of {name} only hidden states are compared. Give its data "
+                "an objective with classes, or use judge: agreement."
+            )
+        if isinstance(objective, CausalLM):  # whose texts are the answers
+            continue
+        labels = [row.get("label") for row in read_inputs(found, how.inputs, labels=True)]
+        if bare := sum(
+            label is None or label == -1 for label in labels
+        ):  # -1: how data sets hide those of a test split
+            raise RequestError(
+                f"judge: {how.judge} asks what is right, but {bare} of the {len(labels)} inputs that {found.label} "
+                f"gives for {name} have no label. Name data with labels, map them with `columns`, or use "
+                "judge: agreement."
+            )
 
 
 def empty_model(objective: Objective, config: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Refitted values on the disk while a merge is under way: those under the masks, as they will be written."""
+"""Fitted values on the disk while a merge is under way: those under the masks, as they will be written, or whole
+tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from hf_locstitch.checkpoints.dtypes import DTYPE, Values
+from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.processes import Processes
 
@@ -89,12 +91,33 @@ class Refitted:
 
     def chunk(self, name: str, number: int) -> Values:
         """The values under the masks in a tensor's chunk, by its number in the tensor."""
+        first, last = self._tensors[name]["starts"][number : number + 2]
+        return self.values(name, first, last - first)
+
+    def values(self, name: str, first: int, count: int) -> Values:
+        """Of all that was written of a tensor, in the order of its chunks, the values first … first + count."""
         entry = self._tensors[name]
         dtype = DTYPE[entry["dtype"]]
-        first, last = entry["starts"][number : number + 2]
         with (self._folder / entry["file"]).open("rb") as handle:
-            content = os.pread(handle.fileno(), (last - first) * dtype.itemsize, first * dtype.itemsize)
+            content = os.pread(handle.fileno(), count * dtype.itemsize, first * dtype.itemsize)
         return np.frombuffer(content, dtype)
+
+
+class StandIn(CheckpointReader):
+    """A checkpoint some of whose tensors, whole, are fitted values instead."""
+
+    def __init__(self, reader: CheckpointReader, fitted: Refitted) -> None:
+        super().__init__(reader.checkpoint, {})
+        self._reader, self._fitted = reader, fitted
+
+    def values(self, name: str, first: int, count: int) -> Values:
+        return (self._fitted if name in self._fitted else self._reader).values(name, first, count)
+
+    def raw(self, name: str, first: int, stop: int) -> memoryview:
+        return self._reader.raw(name, first, stop)
+
+    def release(self, name: str, first: int, count: int) -> None:
+        self._reader.release(name, first, count)
 
 
 def open_refitted(folder: Path, heading: str, own: Collection[str], processes: Processes) -> Refitted | None:

@@ -12,7 +12,6 @@ from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
 from hf_locstitch.manifest import FILE, Manifest, weights_sha256
 from hf_locstitch.recipe import Recipe
-from hf_locstitch.refit.config import Refit
 from hf_locstitch.verification.report import Finding
 
 CARD = "README.md"  # people edit it, on the Hub in the browser
@@ -72,7 +71,8 @@ def check_recipe(recipe: Recipe, record: Manifest) -> Iterator[Finding]:
         done["localizer"] = record.localizer
     if recipe.stitch is not None or record.stitch is not None:
         asked["stitch"] = recipe.stitch.dump() if recipe.stitch else "mean"
-        done["stitch"] = {key: (record.stitch or {}).get(key) for key in Refit.model_fields if key != "data"}
+        fields = asked["stitch"] if recipe.stitch else ("method",)
+        done["stitch"] = {key: record.stitch.get(key) for key in fields} if record.stitch else "mean"
     inputs = [("base", recipe.base), *((entry.name, entry) for entry in recipe.entries)]
     asked["inputs"] = [(name, entry.ref, entry.sha256) for name, entry in inputs]
     taken = [record.localized.get(entry.name, entry) for entry in record.inputs]

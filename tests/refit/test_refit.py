@@ -181,7 +181,7 @@ def test_the_command_records_and_repeats(
     common += ["--data", *(f"./{Path(path).name}" for path in data)]
     assert main([*common, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "stitch     refit on 18 inputs each" in said and "refit      about" in said and "1.jsonl" in said
+    assert "stitch     refit on 18 inputs each" in said and "fitting    about" in said and "1.jsonl" in said
     assert main([*common, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["refitting"]["inputs"] == 48
     with monkeypatch.context() as launched:

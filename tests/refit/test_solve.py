@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from hf_locstitch.refit.agreement import disagreement
+from hf_locstitch.data.task import Task
+from hf_locstitch.refit.agreement import disagreement, judge
 from hf_locstitch.refit.solve import solve_masked, system, with_ones
 
 
@@ -78,3 +80,14 @@ def test_disagreement() -> None:
     found, rows = disagreement(torch.zeros(1, 2), ln3, logits=True)
     assert rows == 1 and found == pytest.approx(0.25)
     assert disagreement(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0]]), logits=False) == (0.5, 1)
+
+
+def test_loss_and_accuracy() -> None:
+    task = Task([], [], lambda *_: torch.zeros(()), targets=lambda examples: [label for _, label in examples])
+    ln3 = torch.tensor([[1.0986122886681098, 0.0], [0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    examples = [("a", 0), ("b", 1), ("c", 0)]
+    other = torch.full_like(ln3, torch.nan)  # the finetuned model is not asked
+    loss, rows = judge("loss", ln3, other, task, examples)
+    due = math.log(4 / 3) + math.log(2) + math.log(1 + math.e)
+    assert rows == 3 and loss == pytest.approx(due)
+    assert judge("accuracy", ln3, other, task, examples) == (2.0, 3)  # of equal logits the first is the answer
