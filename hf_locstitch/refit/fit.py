@@ -1,7 +1,8 @@
 """One refit at one stiffness: all inputs go through all models side by side, and each linear is fitted as it is met.
 
 What enters a linear comes from the merged model, all that lies before it refitted already; what should leave it is
-what leaves the same linear of the finetuned model on its own activations.
+what leaves the same linear of the finetuned model on its own activations. Where the model adds that to something at
+once (the residual stream), the sums are to agree: such a linear makes up for what those before it left undone.
 """
 
 from __future__ import annotations
@@ -37,13 +38,23 @@ Key = tuple[Any, ...]
 
 @dataclass
 class Seen:
-    """What following the models once tells. calls: how often each linear is called in a pass, in order."""
+    """What following the models once tells. calls: how often each linear is called in a pass, in order.
+
+    added, used: those whose product is added to another tensor, or used in any other way.
+    """
 
     calls: Counter[Key] = field(default_factory=Counter)
+    added: set[Key] = field(default_factory=set)
+    used: set[Key] = field(default_factory=set)
 
     @property
     def last(self) -> Key | None:
         return next(reversed(self.calls), None)
+
+    @property
+    def sums(self) -> frozenset[Key]:
+        """Those that can be fitted when their product is added, so that they make up for what it is added to."""
+        return frozenset(self.added - self.used)
 
     @property
     def twice(self) -> set[Key]:
@@ -62,14 +73,17 @@ def stops_of(subject: RefitSubject, plain: PlainStitch) -> frozenset[str]:
     )
 
 
-def make_pairs(subjects: Sequence[RefitSubject], stops: Sequence[frozenset[str]], fitted: bool) -> list[Pair]:
+def make_pairs(
+    subjects: Sequence[RefitSubject], stops: Sequence[frozenset[str]], fitted: bool, sums: frozenset[Key] = frozenset()
+) -> list[Pair]:
     """Both models on every batch of inputs, held-out ones and, if asked for, fitted ones."""
     pairs = []
     for task, subject in enumerate(subjects):
         for number, batch in enumerate(subject.batches):
             if number >= subject.fitted or fitted:
                 merged, finetuned = (
-                    Pass(weights, _work(subject, batch), stops[task]) for weights in (subject.merged, subject.finetuned)
+                    Pass(weights, _work(subject, batch), stops[task], sums)
+                    for weights in (subject.merged, subject.finetuned)
                 )
                 pairs.append(Pair(task, number < subject.fitted, merged, finetuned))
     return pairs
@@ -112,10 +126,14 @@ class Fit:
         any. Raises RequestError.
         """
         held_out = all(subject.fitted < len(subject.batches) for subject in self.subjects)
-        pairs = make_pairs(self.subjects, self._stops, fitted=self._writer is not None or not held_out)
+        fitted, sums = self._writer is not None or not held_out, self.seen.sums if self.seen else frozenset()
+        pairs = make_pairs(self.subjects, self._stops, fitted, sums)
         if self._writer is None and not held_out:
             pairs = [next(pair for pair in pairs if pair.task == task) for task in range(len(self.subjects))]
         lead(pairs, self._visit, self._workers)
+        for one in (one for pair in pairs for one in pair.passes):
+            self.calls.added |= one.added
+            self.calls.used |= one.used
         for pending in list(self._pending):
             self._write(pending)
         return _mean_over_tasks(pairs) if held_out else None
@@ -244,6 +262,7 @@ class Fit:
                 rows = pair.merged.rows(x)
                 own = x.reshape(-1, x.shape[-1])[rows]
                 rest = targets[number].reshape(-1, len(weight))[rows] - F.linear(own, weight, bias)
+                rest += _behind(pair, rows)
                 own = own if bias is None else with_ones(own)
                 return torch.zeros(()) if gram is not None else own.T @ own, rest.T @ own, len(rows)
 
@@ -418,6 +437,12 @@ def _group_of(groups: Mapping[str, Group], disk: tuple[str, ...]) -> Group:
 def _linear_stop(one: Pass) -> LinearStop:
     assert isinstance(one.stop, LinearStop)
     return one.stop
+
+
+def _behind(pair: Pair, rows: Tensor) -> Tensor | float:
+    """What the merged model lacks where a linear's product is added, [rows, outputs]: the linear makes up for it."""
+    merged, finetuned = (_linear_stop(one).residual for one in pair.passes)
+    return 0.0 if merged is None or finetuned is None else (finetuned - merged).reshape(-1, merged.shape[-1])[rows]
 
 
 def in_order(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
