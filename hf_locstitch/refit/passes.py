@@ -27,7 +27,7 @@ from hf_locstitch.refit.weights import Part, Weights, part_of
 
 LABELS = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "requires_grad", "layout", "is_sparse",
                     "is_quantized", "is_nested", "is_mkldnn", "is_leaf", "grad", "names", "itemsize"})  # fmt: skip
-SUMS = (torch.add, Tensor.add)
+SUMS, VIEWS = (torch.add, Tensor.add), (Tensor.view, Tensor.reshape)
 PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
@@ -198,8 +198,10 @@ class Lending(TorchFunctionMode):
             return found
         lent = tree_map(self._lend, (tuple(args), kwargs))
         found = func(*lent[0], **lent[1])
-        for value in tree_leaves((tuple(args), kwargs)):
-            if value is not found and (stop := product_of(value)) is not None:  # dropout gives back what it gets
+        for stop in filter(None, map(product_of, tree_leaves((tuple(args), kwargs)))):
+            if func in VIEWS:
+                found.locstitch_product = stop
+            elif product_of(found) is not stop:  # dropout gives back what it gets
                 self._pass.used.add(stop.key)
         return found
 
@@ -209,15 +211,16 @@ class Lending(TorchFunctionMode):
 
     def _sum(self, func: Any, one: Any, other: Any) -> Tensor | None:
         """Of a linear's product, which is asked for now if it is awaited, and another tensor; None of anything else."""
-        stops = [product_of(value) for value in (one, other)]
-        stop = stops[0] or stops[1]
-        if stop is None or None not in stops or getattr(one, "shape", None) != getattr(other, "shape", None):
+        first, second = product_of(one), product_of(other)
+        stop, product, residual = (first, one, other) if first else (second, other, one)
+        if stop is None or (first and second) or not isinstance(residual, Tensor) or part_of(residual) is not None:
+            return None
+        if product.shape != residual.shape:
             return None
         self._pass.added.add(stop.key)
-        residual = other if stops[0] else one
-        awaited = stop.key in self._pass.sums
-        product = self._pass.ask(replace(stop, residual=residual)) if awaited else (one if stops[0] else other)
-        return func(product, residual) if stops[0] else func(residual, product)
+        if stop.key in self._pass.sums:
+            product = self._pass.ask(replace(stop, residual=residual)).reshape(residual.shape)
+        return func(product, residual) if first else func(residual, product)
 
     def _linear(self, stop: LinearStop) -> Tensor:
         here, weights = self._pass, self._pass.weights
