@@ -35,7 +35,7 @@ class Refit(BaseModel):
     held_out: float = Field(default=0.25, ge=0, lt=1)
     tokens: int = Field(default=128, ge=1)
     batch: int = Field(default=32, ge=1)
-    lambdas: tuple[Stiffness, ...] = Field(default=(0.0, 0.1, 1.0, 3.0, math.inf), min_length=1)
+    lambdas: tuple[Stiffness, ...] = Field(default=(0.0, 0.1, 0.3, 1.0, math.inf), min_length=1)
     ridge: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     steps: int = Field(default=12, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
