@@ -226,7 +226,7 @@ class Lending(TorchFunctionMode):
         here, weights = self._pass, self._pass.weights
         if stop.weight.parameter in here.stops:
             product = stop.awaited() if stop.key in here.sums else here.ask(stop)
-            product.locstitch_product = stop
+            product.locstitch_product = stop  # pyright: ignore[reportAttributeAccessIssue]
             return product
         bias = None if stop.bias is None else weights.held(stop.bias)
         return weights.product(stop.x, stop.weight, bias, stop.transposed)
