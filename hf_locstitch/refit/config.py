@@ -62,7 +62,7 @@ class Refit(OnInputs):
     method: Literal["refit"] = "refit"
     held_out: float = Field(default=0.25, ge=0, lt=1)
     judge: Literal["agreement", "loss", "accuracy"] = "agreement"
-    lambdas: tuple[Stiffness, ...] = Field(default=(0.0, 0.1, 1.0, 3.0, math.inf), min_length=1)
+    lambdas: tuple[Stiffness, ...] = Field(default=(0.0, 0.1, 0.3, 1.0, math.inf), min_length=1)
     ridge: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     steps: int = Field(default=12, ge=1)
 

@@ -1,7 +1,8 @@
 """One refit at one stiffness: all inputs go through all models side by side, and each linear is fitted as it is met.
 
 What enters a linear comes from the merged model, all that lies before it refitted already; what should leave it is
-what leaves the same linear of the finetuned model on its own activations.
+what leaves the same linear of the finetuned model on its own activations. Where the model adds that to something at
+once (the residual stream), the sums are to agree: such a linear makes up for what those before it left undone.
 """
 
 from __future__ import annotations
@@ -40,13 +41,23 @@ Score = tuple[int, int, float, int]  # a task, one of its batches, how far its o
 
 @dataclass
 class Seen:
-    """What following the models once tells. calls: how often each linear is called in a pass, in order."""
+    """What following the models once tells. calls: how often each linear is called in a pass, in order.
+
+    added, used: those whose product is added to another tensor, or used in any other way.
+    """
 
     calls: Counter[Key] = field(default_factory=Counter)
+    added: set[Key] = field(default_factory=set)
+    used: set[Key] = field(default_factory=set)
 
     @property
     def last(self) -> Key | None:
         return next(reversed(self.calls), None)
+
+    @property
+    def sums(self) -> frozenset[Key]:
+        """Those that can be fitted when their product is added, so that they make up for what it is added to."""
+        return frozenset(self.added - self.used)
 
     @property
     def twice(self) -> set[Key]:
@@ -124,15 +135,19 @@ class Fit:
         there are any. Raises RequestError.
         """
         held_out = all(subject.fitted < len(subject.batches) for subject in self.subjects)
+        sums = self.seen.sums if self.seen else frozenset()
         jobs = [(task, number) for task, subject in enumerate(self.subjects) for number in range(len(subject.batches))]
         if self._writer is None and held_out:
             jobs = [(task, number) for task, number in jobs if number >= self.subjects[task].fitted]
         elif self._writer is None:
             jobs = [(task, number) for task, number in jobs if number == 0]
-        pairs = make_pairs(jobs, self.subjects, self._stops, self._processes)
+        pairs = make_pairs(jobs, self.subjects, self._stops, sums, self._processes)
         lead(pairs, self._visit, self._workers, self._processes)
-        _, scores = self._processes.share(self._write_rest, lambda _: _scores(pairs))
-        return _mean_over_tasks(scores, len(self.subjects)) if held_out else None
+        _, told = self._processes.share(self._write_rest, lambda _: (_scores(pairs), *_uses(pairs)))
+        for _, added, used in told:
+            self.calls.added |= added
+            self.calls.used |= used
+        return _mean_over_tasks([scores for scores, _, _ in told], len(self.subjects)) if held_out else None
 
     def _write_rest(self) -> None:
         """What is still to be written: parts of tensors whose other parts never change."""
@@ -309,6 +324,7 @@ class Fit:
                 x, rows = linear_stop(pair.merged).x, work.rows[number]
                 own = x.reshape(-1, x.shape[-1])[rows]
                 rest = targets[number].reshape(-1, len(weight))[rows] - F.linear(own, weight, bias)
+                rest += _behind(pair, rows)
                 own = own if bias is None else with_ones(own)
                 return own.new_zeros(()) if known else own.T @ own, rest.T @ own, len(rows)
 
@@ -456,6 +472,18 @@ def _names_in(key: Key) -> Iterator[Key]:
 
 def _group_of(groups: Mapping[str, Group], disk: tuple[str, ...]) -> Group:
     return next(group for group in groups.values() if group.disk == disk)
+
+
+def _uses(pairs: Sequence[Pair]) -> tuple[set[Key], set[Key]]:
+    """Linears whose product was added, and that were used in other ways."""
+    passes = [one for pair in pairs for one in pair.passes]
+    return set[Key]().union(*(one.added for one in passes)), set[Key]().union(*(one.used for one in passes))
+
+
+def _behind(pair: Pair, rows: Tensor) -> Tensor | float:
+    """What the merged model lacks where a linear's product is added, [rows, outputs]: the linear makes up for it."""
+    merged, finetuned = (linear_stop(one).residual for one in pair.passes)
+    return 0.0 if merged is None or finetuned is None else (finetuned - merged).reshape(-1, merged.shape[-1])[rows]
 
 
 def in_order(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:

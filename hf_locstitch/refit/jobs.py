@@ -8,17 +8,21 @@ from typing import Any
 from torch import Tensor
 
 from hf_locstitch.processes import Processes, divide
-from hf_locstitch.refit.passes import Pair, Pass
+from hf_locstitch.refit.passes import Key, Pair, Pass
 from hf_locstitch.refit.subject import RefitSubject
 
 Job = tuple[int, int]  # a task, and one of its batches, by their numbers
 
 
 def make_pairs(
-    jobs: Sequence[Job], subjects: Sequence[RefitSubject], stops: Sequence[frozenset[str]], processes: Processes
+    jobs: Sequence[Job],
+    subjects: Sequence[RefitSubject],
+    stops: Sequence[frozenset[str]],
+    sums: frozenset[Key],
+    processes: Processes,
 ) -> list[Pair]:
-    """This process's share of the jobs, in order; perhaps none. stops: of each task's model."""
-    return [_make_pair(job, subjects[job[0]], stops[job[0]]) for job in own_jobs(jobs, subjects, processes)]
+    """This process's share of the jobs, in order; perhaps none. stops: of each task's model. sums: see Pass."""
+    return [_make_pair(job, subjects[job[0]], stops[job[0]], sums) for job in own_jobs(jobs, subjects, processes)]
 
 
 def own_jobs(jobs: Sequence[Job], subjects: Sequence[RefitSubject], processes: Processes) -> list[Job]:
@@ -33,11 +37,11 @@ def own_jobs(jobs: Sequence[Job], subjects: Sequence[RefitSubject], processes: P
     return sorted(own)
 
 
-def _make_pair(job: Job, subject: RefitSubject, stops: frozenset[str]) -> Pair:
+def _make_pair(job: Job, subject: RefitSubject, stops: frozenset[str], sums: frozenset[Key]) -> Pair:
     task, number = job
     batch = subject.batches[number]
     work = _work(subject, batch)
-    merged, finetuned = (Pass(weights, work, stops) for weights in (subject.merged, subject.finetuned))
+    merged, finetuned = (Pass(weights, work, stops, sums) for weights in (subject.merged, subject.finetuned))
     return Pair(task, number < subject.fitted, merged, finetuned, examples=batch, number=number)
 
 

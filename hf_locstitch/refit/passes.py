@@ -8,17 +8,18 @@ linears is the order in which it calls them. Weights are not in the model: a pas
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_locstitch.chunks import for_each, keep_to_itself
 from hf_locstitch.errors import RequestError
@@ -27,6 +28,7 @@ from hf_locstitch.refit.weights import Part, Weights, part_of
 
 LABELS = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "requires_grad", "layout", "is_sparse",
                     "is_quantized", "is_nested", "is_mkldnn", "is_leaf", "grad", "names", "itemsize"})  # fmt: skip
+SUMS, VIEWS = (torch.add, Tensor.add), (Tensor.view, Tensor.reshape)
 PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 Key = tuple[Any, ...]
 
@@ -50,9 +52,18 @@ class Linear:
 
 @dataclass(frozen=True)
 class LinearStop(Linear):
-    """x · weightᵀ + bias is due. x: [..., inputs]."""
+    """x · weightᵀ + bias is due. x: [..., inputs].
+
+    residual: [..., outputs], what the model adds to it and does nothing else with it, if the pass looks for that.
+    """
 
     x: Tensor
+    residual: Tensor | None = None
+
+    def awaited(self) -> Tensor:
+        """What stands for the product until it is added: of its shape, and NaN, which shows if it is used as it is."""
+        outputs = self.weight.shape[1 if self.transposed else 0]
+        return self.x.new_full((), math.nan).expand(*self.x.shape[:-1], outputs)
 
     @property
     def place(self) -> Linear:
@@ -96,15 +107,25 @@ class Meeting:
 
 class Pass:
     """One forward pass. weights: of its model. work: makes it. stops: at these parameters it waits for `go_on`.
+    sums: keys of linears at which it waits no sooner than their product is added to something.
 
     inside: which rows of a linear's input are no padding, bool [examples, tokens], any number of shapes.
+    added, used: keys of the linears it stopped at whose product was added to another tensor, or used in any other way.
     """
 
     _here = threading.local()
 
-    def __init__(self, weights: Weights, work: Callable[[], Any], stops: frozenset[str]) -> None:
-        self.weights, self.stops = weights, stops
+    def __init__(
+        self,
+        weights: Weights,
+        work: Callable[[], Any],
+        stops: frozenset[str],
+        sums: frozenset[Key] = frozenset(),
+    ) -> None:
+        self.weights, self.stops, self.sums = weights, stops, sums
         self.inside: list[Tensor] = []
+        self.added: set[Key] = set()
+        self.used: set[Key] = set()
         self.stop: LinearStop | ExpertsStop | None = None
         self.result: Any = None
         self._work, self._error = work, None
@@ -203,19 +224,47 @@ class Lending(TorchFunctionMode):
             return part.hole_of(int(args[1]))
         if func.__name__ == "__get__" and getattr(func.__self__, "__name__", "") in LABELS:
             return func(*args, **kwargs)
+        if func in SUMS and len(args) == 2 and not kwargs and (found := self._sum(func, *args)) is not None:
+            return found
         lent = tree_map(self._lend, (tuple(args), kwargs))
-        return func(*lent[0], **lent[1])
+        found = func(*lent[0], **lent[1])
+        for stop in filter(None, map(product_of, tree_leaves((tuple(args), kwargs)))):
+            if func in VIEWS:
+                found.locstitch_product = stop
+            elif product_of(found) is not stop:  # dropout gives back what it gets
+                self._pass.used.add(stop.key)
+        return found
 
     def _lend(self, value: Any) -> Any:
         part = part_of(value)
         return value if part is None else self._pass.weights.held(part)
 
+    def _sum(self, func: Any, one: Any, other: Any) -> Tensor | None:
+        """Of a linear's product, which is asked for now if it is awaited, and another tensor; None of anything else."""
+        first, second = product_of(one), product_of(other)
+        stop, product, residual = (first, one, other) if first else (second, other, one)
+        if stop is None or (first and second) or not isinstance(residual, Tensor) or part_of(residual) is not None:
+            return None
+        if product.shape != residual.shape:
+            return None
+        self._pass.added.add(stop.key)
+        if stop.key in self._pass.sums:
+            product = self._pass.ask(replace(stop, residual=residual)).reshape(residual.shape)
+        return func(product, residual) if first else func(residual, product)
+
     def _linear(self, stop: LinearStop) -> Tensor:
         here, weights = self._pass, self._pass.weights
         if stop.weight.parameter in here.stops:
-            return here.ask(stop)
+            product = stop.awaited() if stop.key in here.sums else here.ask(stop)
+            product.locstitch_product = stop  # pyright: ignore[reportAttributeAccessIssue]
+            return product
         bias = None if stop.bias is None else weights.held(stop.bias)
         return weights.product(stop.x, stop.weight, bias, stop.transposed)
+
+
+def product_of(value: Any) -> LinearStop | None:
+    """The linear that a tensor is the product of, if it was stopped at, or will be."""
+    return value.__dict__.get("locstitch_product") if isinstance(value, Tensor) else None
 
 
 def _as_linear(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LinearStop | None:

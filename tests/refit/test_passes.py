@@ -66,6 +66,35 @@ def test_outputs_are_those_of_the_loaded_model(case: str, stopping: bool, tmp_pa
     assert torch.allclose(one.result, due, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["causal-lm", "masked-lm", "gpt2"])
+def test_waits_for_the_sum(case: str, tmp_path: Path) -> None:
+    """A linear whose product is added to the residual stream is asked for there; the outputs are the same."""
+    kind, objective, rows, processor = CASES[case]
+    _, folder = pair(kind, tmp_path, torch.float32)
+    loaded = getattr(transformers, MODELS[kind][0]).from_pretrained(folder).eval()
+    task = objective.prepare(rows(), processor(), loaded)
+    with torch.no_grad():
+        due = task.outputs(loaded, task.examples)
+    sums: frozenset[Any] = frozenset()
+    names: list[list[str]] = []
+    for _ in range(2):
+        one = open_pass(folder, case, lambda model: task.outputs(model, task.examples), lambda part: part.dim == 2)
+        one.sums = sums
+        one.start()
+        names.append([])
+        while one.stop is not None:
+            assert isinstance(one.stop, LinearStop)
+            assert (one.stop.residual is not None) == (one.stop.key in sums)
+            if one.stop.residual is not None:
+                assert torch.isfinite(one.stop.residual).all()
+                names[-1].append(one.stop.weight.parameter)
+            one.go_on(product(one))
+        assert torch.allclose(one.result, due, atol=1e-5)
+        sums = frozenset(one.added - one.used)
+    assert not names[0]
+    assert len(names[1]) == 2 * loaded.config.num_hidden_layers, names
+
+
 def test_padding_is_left_out(tmp_path: Path) -> None:
     kind, objective, rows, processor = CASES["causal-lm"]
     _, folder = pair(kind, tmp_path, torch.float32)

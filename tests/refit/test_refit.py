@@ -81,6 +81,33 @@ def test_everything_free_recovers_a_finetune(folders: list[Path], tmp_path: Path
     assert (logits["out"] - logits["ft0"]).abs().max() < 0.02 * far
 
 
+def test_a_linear_makes_up_for_what_came_before(folders: list[Path], tmp_path: Path) -> None:
+    """The last of two layers keeps the base's values but for one matrix, with more inputs than there are tokens."""
+    alone = "model.layers.1.mlp.down_proj.weight"
+    tuned = load(folders[1])
+    put(folders[0], alone, lambda tensor: tensor.copy_(tuned[alone]))
+    text = write_jsonl(tmp_path / "one.jsonl", [{"text": "abc"}])
+    merge_from_hub(
+        folders[0],
+        folders[1:2],
+        out=tmp_path / "out",
+        localizer=Magnitude(density=1),
+        include=[alone],
+        data=[str(text)],
+        stitch={**ONE, "inputs": 1, "lambdas": [0], "ridge": 1e-7, "steps": 100},
+    )
+    ids = make_tokenizer()("abc", return_tensors="pt")["input_ids"]
+    hidden = {}
+    for name in ("out", "base", "ft0"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        layer: Any = model.model.layers[-1]
+        layer.register_forward_hook(lambda _, __, output, name=name: hidden.__setitem__(name, output))
+        with torch.no_grad():
+            model(ids)
+    far = (hidden["base"] - hidden["ft0"]).abs().max()
+    assert (hidden["out"] - hidden["ft0"]).abs().max() < 0.05 * far
+
+
 def test_batches_and_order_do_not_matter(folders: list[Path], data: list[str], tmp_path: Path) -> None:
     merge(folders, data, tmp_path / "one")
     merge(folders, data, tmp_path / "batch", batch=24)
