@@ -16,6 +16,7 @@ from hf_locstitch.data.objectives import suggest
 from hf_locstitch.data.sets import OpenSet, read_rows
 from hf_locstitch.data.task import Objective, Task
 from hf_locstitch.errors import RecipeError, RequestError
+from hf_locstitch.localize.names import group_names
 from hf_locstitch.localize.open_subject import link_files, load_processor
 from hf_locstitch.localize.subject import load_config
 from hf_locstitch.progress import no_bars_of_libraries
@@ -71,10 +72,10 @@ def open_refit_subject(
     stacks = watch(model)
     own = Weights(model, list(checkpoint.tensors), reading(finetuned), device, release=releasing(finetuned))
     merged = Weights(
-        model, list(base.tensors), plain.values, device, own, lambda tensor: not plain.is_localized(tensor),
+        model, fitting(model, base), plain.values, device, own, lambda tensor: not plain.is_localized(tensor),
         plain.release,
     )  # fmt: skip
-    original = Weights(model, list(base.tensors), reading(plain.base), device, own)
+    original = Weights(model, fitting(model, base), reading(plain.base), device, own)
     rows = read_inputs(data, how.inputs)
     processor = load_processor(objective, folder_finetuned, folder_base)
     preparing = Pass(original, lambda: objective.prepare(rows, processor, model), frozenset())
@@ -90,6 +91,14 @@ def open_refit_subject(
     count = len(batches)
     batches += [task.examples[first : first + how.batch] for first in range(fitted, len(task.examples), how.batch)]
     return RefitSubject(name, model, parts, stacks, merged, own, task, batches, count)
+
+
+def fitting(model: Any, base: Checkpoint) -> list[str]:
+    """Names of the base's tensors, but for those of another size than the model's: a finetune's own head."""
+    numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    direct = [group for group in group_names(model, list(base.tensors)) if group.direct]
+    others = {one.disk[0] for one in direct if base.info(one.disk[0]).numel != numels[one.parameters[0]]}
+    return [name for name in base.tensors if name not in others]
 
 
 def objective_for(data: OpenSet, checkpoint: Checkpoint) -> Objective:
