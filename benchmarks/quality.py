@@ -18,8 +18,10 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -50,6 +52,7 @@ DATA_METHODS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "mask, official": ({"method": "mask", "preset": "official"}, "train"),
 }
 OWNER = "demo"
+WEIGHTS = "model.safetensors"
 
 
 class BenchmarkError(RuntimeError):
@@ -283,7 +286,7 @@ def merge(
 
 @dataclass(frozen=True)
 class Bench:
-    """One testbed whose base and experts are on the Hub. folder: for recipes and their examples."""
+    """One testbed whose base and experts are on the Hub. folder: where they lie, too, and for recipes and examples."""
 
     bed: Testbed
     base: Pushed
@@ -322,18 +325,22 @@ class Bench:
         count = method.inputs or 0
         return all(len(self.rows(task, "train", count)[0]) == count for task in self.bed.names) if count else True
 
-    def graft(self, expert: Pushed, merged: Pushed) -> Any:
-        """The base with one expert's values under its mask in a merge, and nothing of the others."""
+    def graft(self, task: str, merged: Pushed | Path) -> Any:
+        """The base with one expert's values under its mask in a merge, and nothing of the others.
+
+        Put together as tensors on disk, which is what masks are of; a model's parameters may have other names.
+        """
+        from safetensors.torch import load_file, save_file
+
         from hf_locstitch import load_mask
 
-        model = self.bed.load(self.base.repo, self.base.commit)
-        values = dict(self.bed.load(expert.repo, expert.commit).named_parameters())
-        mask = load_mask(str(merged), expert.name)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in mask:
-                    parameter.copy_(torch.where(mask[name], values[name], parameter))
-        return model
+        tensors, values = (load_file(self.folder / name / WEIGHTS) for name in ("base", task))
+        for name, kept in load_mask(str(merged), self.experts[task].name).items():
+            tensors[name] = torch.where(kept, values[name], tensors[name])
+        with tempfile.TemporaryDirectory() as grafted:
+            shutil.copytree(self.folder / "base", grafted, dirs_exist_ok=True)
+            save_file(tensors, Path(grafted, WEIGHTS), metadata={"format": "pt"})
+            return self.bed.load(grafted, "main")
 
     def merged(self, method: Method, target: str) -> Pushed:
         """The merge, that of the variant that is best on validation where the method has several."""
@@ -398,7 +405,7 @@ def compare(bed: Testbed, rows: Sequence[Method], grafts: bool, folder: Path, re
             result.accuracy[method.name] = bench.accuracies_of(loaded)
         if grafts and method.masked and not method.epochs:
             with result.phase("evaluate", f"grafts of {method.name}"):
-                alone = {n: bed.accuracy(bench.graft(expert, merged), n, bed.split) for n, expert in experts.items()}
+                alone = {name: bed.accuracy(bench.graft(name, merged), name, bed.split) for name in experts}
             result.accuracy[f"graft {method.name}"] = alone
 
 

@@ -1,11 +1,31 @@
-"""The table that the benchmarks of quality make of what they wrote."""
+"""The table that the benchmarks of quality make of what they wrote, and the images that one of them makes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from quality import Method, finetunings, markdown, methods, read_results, refits, regmeans, rivals, with_data
+import pytest
+import torch
+import vision
+from PIL import Image
+from quality import (
+    Bench,
+    Method,
+    Pushed,
+    finetunings,
+    markdown,
+    methods,
+    read_results,
+    refits,
+    regmeans,
+    rivals,
+    with_data,
+)
+
+from hf_locstitch import Saliency, merge_from_hub
+
+WITHIN = "vit.layers.0.mlp.fc1.weight"
 
 
 def test_seeds_and_rows_of_several_files_make_one_table(tmp_path: Path) -> None:
@@ -63,3 +83,51 @@ def test_what_a_row_tries() -> None:
     assert [one.flags[2:] for one in arithmetic.variants] == [("--scale", "0.3"), ("--scale", "1")]
     plain = Method("plain")
     assert plain.variants == [plain]
+
+
+def test_digits_in_a_merge_that_looks_at_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoImageProcessor
+
+    monkeypatch.setattr(vision, "COUNTS", dict.fromkeys(vision.COUNTS, 200))
+    few = vision.Training(steps=2, learning_rate=1e-3, batch=8)
+    how = vision.Making(hidden=16, layers=1, pretraining=few, finetuning=few)
+    heads = vision.make_models(tmp_path, how, seed=0)
+    made = (tmp_path / "turned" / "model.safetensors").stat().st_mtime_ns
+    again = vision.make_models(tmp_path, how, seed=0)
+    assert all(torch.equal(heads[name], again[name]) for name in vision.TASKS)
+    assert (tmp_path / "turned" / "model.safetensors").stat().st_mtime_ns == made
+
+    bed = vision.Digits(heads, 0, tmp_path)
+    rows, _ = bed.localization_set("turned", "train")
+    pixels, labels = vision.examples("turned", "train", 0)
+    assert [row["label"] for row in rows] == labels.tolist()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "base")
+    image = Image.open(tmp_path / rows[7]["image"]).convert("RGB")
+    read = torch.as_tensor(processor(images=image, return_tensors="pt")["pixel_values"])
+    assert torch.allclose(read, vision.to_input(pixels[7:8]))
+
+    trained = bed.load(str(tmp_path / "base"), "main")
+    before = trained.state_dict()[WITHIN].clone()
+    bed.finetune(trained, {"turned": rows}, 1)
+    assert not torch.equal(trained.state_dict()[WITHIN], before)
+
+    data = tmp_path / "turned.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    experts, out = [tmp_path / "turned"], tmp_path / "out"
+    merge_from_hub(tmp_path / "base", experts, out=out, localizer=Saliency(density=0.1), data=[str(data)])
+    # The graft of the only expert is the merge.
+    bench = Bench(bed, Pushed("base", ""), {"turned": Pushed("demo/turned", "")}, tmp_path)
+    grafted, merged = bench.graft("turned", out).state_dict(), bed.load(str(out), "main").state_dict()
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in grafted.items())
+    assert not torch.equal(grafted[WITHIN], bed.load(str(tmp_path / "base"), "main").state_dict()[WITHIN])
+
+
+def test_no_digit_is_in_two_splits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seen = {}
+    for split in vision.DIGITS:
+        drawn = vision.draw(split, 2000, generator, lambda digits: digits).pixels
+        corners = drawn.view(-1, 2, 8, 2, 8).transpose(2, 3).reshape(-1, 64)
+        seen[split] = {bytes(digit.tolist()) for digit in corners}
+    assert {split: len(digits) for split, digits in seen.items()} == vision.DIGITS
+    assert not seen["test"] & (seen["train"] | seen["validation"])

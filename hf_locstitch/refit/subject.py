@@ -17,6 +17,7 @@ from hf_locstitch.data.objectives import suggest
 from hf_locstitch.data.sets import OpenSet, read_rows
 from hf_locstitch.data.task import Objective, Task
 from hf_locstitch.errors import RecipeError, RequestError
+from hf_locstitch.localize.names import group_names
 from hf_locstitch.localize.open_subject import link_files, load_processor
 from hf_locstitch.localize.subject import load_config
 from hf_locstitch.progress import no_bars_of_libraries
@@ -83,7 +84,7 @@ def open_task(
     parts = hollow(model, list(base.tensors), device)
     stacks = watch(model)
     own = Weights(model, list(checkpoint.tensors), reading(finetuned), device, release=releasing(finetuned))
-    original = Weights(model, list(base.tensors), reading(base_reader), device, own)
+    original = Weights(model, fitting(model, base), reading(base_reader), device, own)
     rows = read_inputs(data, how.inputs, isinstance(how, Refit) and how.judge != "agreement")
     processor = load_processor(objective, folder_finetuned, folder_base)
     preparing = Pass(original, lambda: objective.prepare(rows, processor, model), frozenset())
@@ -104,7 +105,7 @@ def open_refit_subject(
     opened = open_task(how, name, plain.base, finetuned, data, folder, device)
     model, task = opened.model, opened.task
     merged = Weights(
-        model, list(plain.base.checkpoint.tensors), plain.values, device, opened.finetuned,
+        model, fitting(model, plain.base.checkpoint), plain.values, device, opened.finetuned,
         lambda tensor: not plain.is_localized(tensor), plain.release,
     )  # fmt: skip
     fitted, held_out = how.counts(len(task.examples))
@@ -117,6 +118,14 @@ def open_refit_subject(
     count = len(batches)
     batches += [task.examples[first : first + how.batch] for first in range(fitted, len(task.examples), how.batch)]
     return RefitSubject(name, model, opened.parts, opened.stacks, merged, opened.finetuned, task, batches, count)
+
+
+def fitting(model: Any, base: Checkpoint) -> list[str]:
+    """Names of the base's tensors, but for those of another size than the model's: a finetune's own head."""
+    numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    direct = [group for group in group_names(model, list(base.tensors)) if group.direct]
+    others = {one.disk[0] for one in direct if base.info(one.disk[0]).numel != numels[one.parameters[0]]}
+    return [name for name in base.tensors if name not in others]
 
 
 def objective_for(data: OpenSet, checkpoint: Checkpoint) -> Objective:

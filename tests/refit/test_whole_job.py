@@ -105,3 +105,18 @@ def test_pictures(kind: str, pictures: Path, tmp_path: Path) -> None:
     assert record["disagreement"][record["lambda"]] < record["disagreement"]["inf"]
     assert all(name.startswith("text_model.") for name in record["kept_plain"])
     assert (kind == "clip") == bool(record["kept_plain"])
+
+
+def test_finetunes_that_replaced_the_base_s_head_are_compared_under_their_own(pictures: Path, tmp_path: Path) -> None:
+    folders = family(build("vit", torch.float32), tmp_path)
+    for folder, labels in zip(folders, (5, 3, 2), strict=True):
+        model = transformers.ViTForImageClassification.from_pretrained(
+            folder, num_labels=labels, ignore_mismatched_sizes=True
+        )
+        model.save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "base")
+    data = [str(pictures)] * 2
+    merge_from_hub(folders[0], folders[1:], out=tmp_path / "mean", localizer=HOW)
+    merge_from_hub(folders[0], folders[1:], out=tmp_path / "out", localizer=HOW, data=data, stitch=SMALL)
+    record = check_merge(folders, tmp_path / "out", tmp_path / "mean")
+    assert record["disagreement"][record["lambda"]] < record["disagreement"]["inf"]
