@@ -19,7 +19,6 @@ from hf_locstitch.data.sets import open_set
 from hf_locstitch.errors import PublishError, RecipeError
 from hf_locstitch.hashes import InputHashes
 from hf_locstitch.localize.localizer import Localizer
-from hf_locstitch.localize.magnitude import Magnitude
 from hf_locstitch.plan import MergePlan, data_sets, finetuned_names, make_plan, refit_sets
 from hf_locstitch.progress import Progress, only_our_bars
 from hf_locstitch.recipe import Recipe, make_recipe
@@ -73,7 +72,7 @@ def merge_from_hub(
     *,
     out: str | Path | None = None,
     push_to: str | None = None,
-    localizer: Localizer = Magnitude(),  # noqa: B008 - frozen
+    localizer: Localizer | None = None,
     names: Sequence[str] | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
@@ -81,18 +80,19 @@ def merge_from_hub(
     show_progress: bool | None = None,
     **options: Any,
 ) -> MergeResult:
-    """Merge finetuned models into their base by Localize-and-Stitch.
+    """Merge finetuned models into their base, by Localize-and-Stitch unless a `method` is given.
 
     base, finetuned: folders, org/name or org/name@revision. At least one of out (a folder that does not exist yet)
-    and push_to (org/name) says where the result goes. names: what the masks are called; the refs' last parts by
-    default. cache: False streams the inputs and keeps none of them. max_memory: bytes, or such as "1GB".
-    device: where models are compared; the bytes are the same.
-    options: any further field of a recipe (stitch, data, scale, include, exclude, dtype, shard_size, private, …).
+    and push_to (org/name) says where the result goes. localizer: how masks are found; by magnitude, at the method's
+    density, by default. names: what the masks are called; the refs' last parts by default. cache: False streams the
+    inputs and keeps none of them. max_memory: bytes, or such as "1GB". device: where models are compared; the bytes are
+    the same. options: any further field of a recipe (method, stitch, data, scale, include, exclude, dtype, shard_size,
+    private, …).
     show_progress: None shows bars on a terminal only.
 
     Raises RequestError if that cannot be done, with nothing written, and WorkError if the work fails.
     """
-    fields = {"base": str(base), "finetuned": _entries(finetuned, names), "localizer": localizer}
+    fields = {"base": str(base), "finetuned": _entries(finetuned, names), **_given(localizer)}
     recipe = make_recipe({**fields, "out": out, "push_to": push_to, **options})
     return merge(recipe, plan_merge(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
 
@@ -103,7 +103,7 @@ def localize_from_hub(
     *,
     out: str | Path | None = None,
     push_to: str | None = None,
-    localizer: Localizer = Magnitude(),  # noqa: B008 - frozen
+    localizer: Localizer | None = None,
     name: str | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
@@ -116,7 +116,7 @@ def localize_from_hub(
     Arguments and errors are those of merge_from_hub; of the recipe's further fields data, include, exclude,
     allow_non_finite, figures and private may be given.
     """
-    fields = {"base": str(base), "finetuned": _entries([finetuned], name and [name]), "localizer": localizer}
+    fields = {"base": str(base), "finetuned": _entries([finetuned], name and [name]), **_given(localizer)}
     recipe = make_recipe({**fields, "out": out, "push_to": push_to, **options})
     return merge(recipe, plan_localize(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
 
@@ -142,6 +142,10 @@ def stitch_from_hub(
     fields = {"base": str(base), "localized": _entries(localized, names), "out": out, "push_to": push_to}
     recipe = make_recipe({**fields, **options})
     return merge(recipe, plan_merge(recipe, make_settings(cache, max_memory)), Progress(show_progress))
+
+
+def _given(localizer: Localizer | None) -> dict[str, Localizer]:
+    return {} if localizer is None else {"localizer": localizer}
 
 
 def _entries(refs: Sequence[str | Path], names: Sequence[str] | None) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ from models import SHAPES, State, finetune, load, random_state, same_bits
 from reference import reference_masks
 from test_run import merged
 
+from hf_locstitch import merge_from_hub
 from hf_locstitch.errors import NonFiniteError, RecipeError
 from hf_locstitch.methods import Dense, Masked, find_method, method_names
 from hf_locstitch.recipe import make_recipe
@@ -118,3 +119,12 @@ def test_every_method_names_its_paper() -> None:
     for name in method_names():
         method = find_method(name)
         assert isinstance(method, Dense | Masked) and method.paper.startswith("https://arxiv.org/abs/")
+
+
+@pytest.mark.parametrize("method", ["average", "ties"])
+def test_any_method_from_python(tmp_path: Path, method: str) -> None:
+    base, finetuned = models()
+    expected = load(merged(tmp_path, base, finetuned, method=method))
+    folders = [tmp_path / f"ft{i}" for i in range(len(finetuned))]
+    merge_from_hub(tmp_path / "base", folders, out=tmp_path / "python", method=method)
+    assert same_bits(load(tmp_path / "python"), expected)
