@@ -19,7 +19,8 @@ from hf_locstitch.chunks import Chunk, chunks_by_name, chunks_of, for_each
 from hf_locstitch.localize.scan import check_finite
 from hf_locstitch.localize.selection import Keeper
 from hf_locstitch.methods import Dense, Masked
-from hf_locstitch.plan import MergePlan, OutputShard, PlannedTensor
+from hf_locstitch.output import OutputShard, PlannedTensor
+from hf_locstitch.plan import MergePlan
 from hf_locstitch.select import is_buffer
 from hf_locstitch.stitch import coverage, overlaps
 

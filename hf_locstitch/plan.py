@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
-from hf_locstitch.checkpoints.header import FLOATING, ITEM_BYTES, TensorInfo
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.pieces import Piece, Pieces, byte_ranges
 from hf_locstitch.data.sets import LocalizationSet, OpenSet
 from hf_locstitch.errors import MismatchError, RecipeError
+from hf_locstitch.finetunes import differences, licence_warning, mismatches
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.methods import Dense, Masked, find_method
+from hf_locstitch.output import OutputShard, output_shards
 from hf_locstitch.recipe import Recipe
 from hf_locstitch.select import localizable, unknown_globs
 from hf_locstitch.settings import DEFAULT, Settings
@@ -27,34 +29,6 @@ if TYPE_CHECKING:
 Target = Literal["model", "localized"]
 
 ALL = ("*",)
-DTYPE_ON_DISK = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the output. dtype: on disk, of the output. localized: whether the method ranges over it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    localized: bool
-
-
-@dataclass(frozen=True)
-class OutputShard:
-    file: str
-    tensors: tuple[PlannedTensor, ...]
-    metadata: Mapping[str, str]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def entries(self) -> list[tuple[str, str, tuple[int, ...], int]]:
-        """Name, dtype, shape and bytes of each tensor, as a file's header has them."""
-        return [(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in self.tensors]
 
 
 @dataclass(frozen=True)
@@ -246,8 +220,9 @@ def make_plan(
         )
     warnings: list[str] = []
     for name, checkpoint in finetuned.items():
-        problems += _mismatches(recipe, base, checkpoint, chosen)
-        warnings += _differences(base, name, checkpoint, chosen)
+        theirs = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
+        problems += mismatches(base, checkpoint, chosen, theirs)
+        warnings += differences(base, name, checkpoint, chosen)
     if problems:
         raise MismatchError(problems)
 
@@ -276,90 +251,6 @@ def _unknown_name(field: str, value: str | None, names: list[str]) -> list[str]:
     return [f"{field} names {value!r}, which is none of the finetunes ({', '.join(names)}); did you mean {near[0]!r}?"]
 
 
-def _mismatches(recipe: Recipe, base: Checkpoint, other: Checkpoint, chosen: Sequence[str]) -> list[str]:
-    """What makes `other` no finetune of the base, as far as headers and configs tell."""
-    problems = []
-    if not _model_types(base) & _model_types(other) and other.config and base.config:
-        problems.append(
-            f"{other.label} is a {other.config.get('model_type')} model, "
-            f"the base {base.label} a {base.config.get('model_type')} model"
-        )
-    problems += _name_mismatches(recipe, base, other, chosen)
-    shared = [name for name in chosen if name in other.tensors]
-    shapes = [(name, other.info(name).shape, base.info(name).shape) for name in shared]
-    if wrong := [(name, got, due) for name, got, due in shapes if got != due]:
-        name, got, due = wrong[0]
-        problems.append(
-            f"{name} is {list(got)} in {other.label} but {list(due)} in the base {base.label}{more(len(wrong))}; "
-            "a finetune must share the base's shapes; leave tensors out with --exclude"
-        )
-    if packed := [name for name in shared if not other.info(name).floating]:
-        problems.append(
-            f"{packed[0]} is {other.info(packed[0]).dtype} in {other.label} "
-            f"but {base.info(packed[0]).dtype} in the base{more(len(packed))}: "
-            "quantized or packed weights cannot be compared; name the full checkpoint"
-        )
-    return problems
-
-
-def _model_types(checkpoint: Checkpoint) -> set[str | None]:
-    """The architecture and its parts: a CLIP vision tower may be merged into a CLIP model."""
-    parts = [part for part in checkpoint.config.values() if isinstance(part, dict)]
-    return {part.get("model_type") for part in (checkpoint.config, *parts)}
-
-
-def _name_mismatches(recipe: Recipe, base: Checkpoint, other: Checkpoint, chosen: Sequence[str]) -> list[str]:
-    theirs = localizable((info for _, info in other.tensors.values()), _default_include(recipe), recipe.exclude)
-    missing = [name for name in chosen if name not in other.tensors]
-    extra = [name for name in theirs if name not in base.tensors]
-    problems = []
-    if missing:
-        problems.append(f"{other.label} lacks {missing[0]}, which the base {base.label} has{more(len(missing))}")
-    if extra:
-        problems.append(f"{other.label} has {extra[0]}, which the base {base.label} lacks{more(len(extra))}")
-    if missing and extra and (prefix := _common_prefix(missing, extra)):
-        problems[-1] += f" (one side's names begin with {prefix!r}: save both models with the same class)"
-    return problems
-
-
-def _common_prefix(missing: Sequence[str], extra: Sequence[str]) -> str | None:
-    """The prefix that alone tells the two sets of names apart, if there is one."""
-    for longer, shorter in ((missing, extra), (extra, missing)):
-        for name in shorter:
-            match = next((other for other in longer if other.endswith("." + name)), None)
-            if match is not None:
-                return match.removesuffix(name)
-    return None
-
-
-def _differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence[str]) -> list[str]:
-    """What differs without hindering the merge: said, so that nobody wonders afterwards."""
-    localized = set(chosen)
-    unlike = [
-        f"{tensor} {list(other.info(tensor).shape)} (base {list(base.info(tensor).shape)})"
-        for tensor in base.tensors
-        if tensor not in localized and tensor in other.tensors and other.info(tensor).shape != base.info(tensor).shape
-    ]
-    unlike += [f"{tensor} (not in the base)" for tensor in other.tensors if tensor not in base.tensors]
-    unlike += [f"{t} (only in the base)" for t in base.tensors if t not in other.tensors and t not in localized]
-    warnings = []
-    if unlike:
-        shown = ", ".join(unlike[:3]) + more(min(len(unlike), len(unlike) - 2))
-        warnings.append(f"{name} differs outside the localized tensors: {shown}. The base's are kept.")
-    if all(t in other.tensors for t in chosen):
-        warnings += dtype_warnings(name, [(other.info(t).dtype, base.info(t).dtype) for t in chosen])
-    return warnings
-
-
-def dtype_warnings(name: str, dtypes: Iterable[tuple[str, str]]) -> list[str]:
-    """dtypes: of each localized tensor, in the finetune and in the base."""
-    return [
-        f"{name} is {theirs} where the base is {ours}: compared in float32, cast to {ours}."
-        for theirs, ours in sorted(set(dtypes))
-        if theirs != ours
-    ]
-
-
 def _leaks(recipe: Recipe, data: Mapping[str, OpenSet], done: str = "localized") -> list[str]:
     """Sets that finetunes are localized or fitted with, and that, by their names, the merge is also judged on."""
     tasks = [task.partition(":")[0] for task in recipe.evaluate.tasks] if recipe.evaluate else []
@@ -370,65 +261,3 @@ def _leaks(recipe: Recipe, data: Mapping[str, OpenSet], done: str = "localized")
         for task in tasks
         if found.repo is not None and found.repo.rpartition("/")[2].lower() in task.lower()
     ]
-
-
-def licence_warning(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-    licences = {name: str(checkpoint.card.get("license", "none named")) for name, checkpoint in checkpoints.items()}
-    if len(set(licences.values())) == 1:
-        return []
-    said = ", ".join(f"{name}: {licence}" for name, licence in licences.items())
-    return [f"the licences differ ({said}): a merge is bound by all of them."]
-
-
-def more(count: int) -> str:
-    """' (and 2 more)' for three in all."""
-    return f" (and {count - 1} more)" if count > 1 else ""
-
-
-def output_shards(
-    recipe: Recipe, base: Checkpoint, rest: Checkpoint, chosen: frozenset[str]
-) -> tuple[OutputShard, ...]:
-    """Names and order as in the checkpoint that gives the rest, unless a shard size is asked for."""
-    planned = [
-        [_planned(recipe, base, info, info.name in chosen) for info in shard.header.tensors] for shard in rest.shards
-    ]
-    metadata = dict(rest.shards[0].header.metadata) or {"format": "pt"}
-    if recipe.shard_size is None:
-        files = _standard_files(rest, len(planned))
-        return tuple(OutputShard(f, tuple(ts), metadata) for f, ts in zip(files, planned, strict=True))
-    groups = _pack([tensor for tensors in planned for tensor in tensors], int(recipe.shard_size))
-    return tuple(OutputShard(shard_name(i, len(groups)), tuple(group), metadata) for i, group in enumerate(groups))
-
-
-def _standard_files(rest: Checkpoint, count: int) -> list[str]:
-    """The shards' own names where transformers will find them, else standard ones."""
-    files = [shard.file for shard in rest.shards]
-    found = files == [SINGLE] or (INDEX in rest.source.files and SINGLE not in files)
-    return files if found else [shard_name(i, count) for i in range(count)]
-
-
-def shard_name(i: int, count: int) -> str:
-    """File name of shard i (from 0) of count."""
-    return SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _pack(tensors: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:
-    """Cut the sequence wherever the next tensor would pass `limit` bytes; a larger tensor stands alone."""
-    groups: list[list[PlannedTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
-    return groups
-
-
-def _planned(recipe: Recipe, base: Checkpoint, info: TensorInfo, localized: bool) -> PlannedTensor:
-    source = base.info(info.name) if localized else info
-    dtype, nbytes = source.dtype, source.nbytes
-    if recipe.dtype != "auto" and dtype in FLOATING:
-        dtype = DTYPE_ON_DISK[recipe.dtype]
-        nbytes = source.numel * ITEM_BYTES[dtype]
-    return PlannedTensor(info.name, dtype, source.shape, nbytes, localized)

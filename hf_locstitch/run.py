@@ -29,7 +29,8 @@ from hf_locstitch.localize.selection import Keeper
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.masks import assemble_mask, encode_masks, mask_metadata
 from hf_locstitch.merger import Merger, Overlap
-from hf_locstitch.plan import MergePlan, OutputShard
+from hf_locstitch.output import OutputShard
+from hf_locstitch.plan import MergePlan
 from hf_locstitch.processes import Processes, divide
 from hf_locstitch.progress import Progress
 from hf_locstitch.workplace import ShardRecord, Workplace, fingerprint, workplace

@@ -8,16 +8,10 @@ from dataclasses import replace
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import ITEM_BYTES, TensorInfo
 from hf_locstitch.errors import MismatchError, RecipeError
+from hf_locstitch.finetunes import dtype_warnings, licence_warning, more
 from hf_locstitch.localized.checkpoint import VALUES_FORMAT, LocalizedCheckpoint
-from hf_locstitch.plan import (
-    MergePlan,
-    OutputShard,
-    PlannedTensor,
-    dtype_warnings,
-    licence_warning,
-    more,
-    output_shards,
-)
+from hf_locstitch.output import OutputShard, PlannedTensor, output_shards
+from hf_locstitch.plan import MergePlan
 from hf_locstitch.recipe import Recipe
 from hf_locstitch.settings import Settings
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_locstitch.chunks import for_each, keep_to_itself
 from hf_locstitch.errors import RequestError
 from hf_locstitch.localize.names import Group, to_disk
-from hf_locstitch.plan import DTYPE_ON_DISK
+from hf_locstitch.output import DTYPE_ON_DISK
 from hf_locstitch.processes import Processes
 from hf_locstitch.refit.agreement import judge
 from hf_locstitch.refit.config import Refit

@@ -14,7 +14,7 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import FLOATING, TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
-from hf_locstitch.plan import DTYPE_ON_DISK
+from hf_locstitch.output import DTYPE_ON_DISK
 from hf_locstitch.verification.masks import MaskFile, positions_of
 from hf_locstitch.verification.report import Finding
 
