@@ -8,7 +8,7 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 
 
 def mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], theirs: Sequence[str]) -> list[str]:
-    """What makes `other` no finetune of the base. chosen, theirs: the localized tensors of the base and of the other."""
+    """What makes `other` no finetune of the base. chosen, theirs: localized tensors of the base and of the other."""
     problems = []
     if not _model_types(base) & _model_types(other) and other.config and base.config:
         problems.append(
