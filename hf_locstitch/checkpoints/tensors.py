@@ -18,15 +18,9 @@ TORCH_DTYPE = {
     "BOOL": torch.bool,
 }  # fmt: skip
 _TORCH = {DTYPE[name]: dtype for name, dtype in TORCH_DTYPE.items()}
-_NUMPY = {dtype: DTYPE[name] for name, dtype in TORCH_DTYPE.items()}
 
 
 def as_tensor(values: Values) -> torch.Tensor:
     """The same memory. values: [n]; if they are read-only, so is every use of the tensor."""
     dtype = _TORCH[values.dtype]
     return torch.frombuffer(values.view(np.uint8).data, dtype=dtype) if len(values) else torch.empty(0, dtype=dtype)
-
-
-def as_values(tensor: torch.Tensor) -> Values:
-    """The same memory. tensor: [n], on the CPU."""
-    return tensor.detach().contiguous().view(torch.uint8).numpy().view(_NUMPY[tensor.dtype])

@@ -14,8 +14,8 @@ from models import finetune, random_state, save
 from test_run import files_of
 
 from hf_locstitch import kernels, merge_from_hub
-from hf_locstitch.checkpoints.dtypes import DTYPE
-from hf_locstitch.checkpoints.tensors import as_values
+from hf_locstitch.checkpoints.dtypes import DTYPE, Values
+from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.kernels import SURE
 from hf_locstitch.localize.bracket import ABOVE_ALL, NON_FINITE, FixedBracket
 from hf_locstitch.localize.candidates import OnCpu, OnDevice, magnitude_scores
@@ -42,6 +42,11 @@ def test_by_hand() -> None:
     assert found.positions.tolist() == [3] and found.scores.tolist() == bits(2.0)
     found, _ = finder.find(finetuned, FixedBracket(0, ABOVE_ALL))  # −0 differs from 0 in a bit
     assert found.positions.tolist() == [0, 2, 3] and found.scores.tolist() == bits(0.5, 0.0, 2.0)
+
+
+def as_values(tensor: torch.Tensor) -> Values:
+    name = next(name for name, dtype in TORCH_DTYPE.items() if dtype == tensor.dtype)
+    return tensor.view(torch.uint8).numpy().view(DTYPE[name])
 
 
 def check(device: str, dtypes: Sequence[torch.dtype]) -> None:
