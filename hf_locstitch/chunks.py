@@ -15,6 +15,7 @@ CHUNK = 1 << 20  # elements; measured: smaller ones cost calls, larger ones cach
 SMALLEST_CHUNK = 1 << 14  # below this, calls cost more than arithmetic
 
 Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -93,3 +94,10 @@ def for_each(work: Callable[[Job], object], jobs: Iterable[Job], workers: int) -
                 future.result()
         finally:
             stop.set()
+
+
+def in_order(work: Callable[[Job], Result], items: Sequence[Job], workers: int) -> Iterator[Result]:
+    """Results in the order of the items, a few of which are worked on at once."""
+    with ThreadPoolExecutor(workers, initializer=keep_to_itself) as pool:
+        for first in range(0, len(items), workers):
+            yield from pool.map(work, items[first : first + workers])

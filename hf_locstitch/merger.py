@@ -70,8 +70,7 @@ class Merger:
         self.refitted = refitted
         self.base = inputs["base"]
         self.rest = next(reader for reader in inputs.values() if reader.checkpoint is plan.rest)
-        # Sums add up in an order of the models' own, whatever the order in which they were given.
-        self._order = sorted(plan.finetuned, key=plan.origins.__getitem__)
+        self._order = plan.order
         self._places = [self._order.index(name) for name in plan.finetuned]
         tensors = plan.localized
         pieces = chunks_of([info.numel for info in tensors], chunk)
@@ -94,7 +93,7 @@ class Merger:
     def _fill(self, shard: OutputShard, writer: SafetensorsWriter) -> Overlap:
         self._overlap = Overlap.none(len(self.plan.finetuned))
         for_each(lambda job: job(writer), self._jobs(shard), self.workers)
-        return self._overlap
+        return self._overlap.in_order(self._places)
 
     def _jobs(self, shard: OutputShard) -> Iterator[Callable[[SafetensorsWriter], None]]:
         for tensor in shard.tensors:
@@ -119,7 +118,7 @@ class Merger:
     def _merge_masked(self, method: Masked, tensor: PlannedTensor, chunk: Chunk) -> Values:
         kept = [self.selections[name].kept(chunk) for name in self._order]
         covered = coverage(chunk.count, kept)
-        overlap = Overlap(*overlaps(covered, kept)).in_order(self._places)
+        overlap = Overlap(*overlaps(covered, kept))
         with self._lock:
             self._overlap += overlap
         merged = method.combine(

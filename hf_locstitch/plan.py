@@ -126,6 +126,11 @@ class MergePlan:
         return {"base": self.base, **self.finetuned}
 
     @property
+    def order(self) -> list[str]:
+        """In which finetunes are added up: of the models' own, however they were given, as sums round."""
+        return sorted(self.finetuned, key=self.origins.__getitem__)
+
+    @property
     def scanned(self) -> Pieces:
         """What localizing reads."""
         pieces = [(info.name, 0, info.numel) for info in self.localized] if self.localizes else []

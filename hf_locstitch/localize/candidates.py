@@ -1,10 +1,10 @@
-"""Which elements of a chunk may be in a mask: those that reach a bracket. On the CPU or, with equal bits, a GPU."""
+"""Which elements of a chunk may be in a mask: those that reach a bracket. on_device.py finds the same on a GPU."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -12,9 +12,6 @@ from hf_locstitch import kernels
 from hf_locstitch.checkpoints.dtypes import Values
 from hf_locstitch.kernels import KIND, SURE, Bools, Flagged, Positions, Scores, bits
 from hf_locstitch.localize.bracket import Bracket
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class OnCpu:
         """What `find` gives where the scores [n] are known."""
         if bracket.low == 0:
             reach = differing(finetuned, self._local.base) | (scores != 0)
-            return _candidates(np.flatnonzero(reach), scores[reach], finetuned, bracket.high)
+            return candidates_at(np.flatnonzero(reach), scores[reach], finetuned, bracket.high)
         found = self._buffers(finetuned)
         counts = kernels.reaching(scores, bracket.low, bracket.high, bits(finetuned), found)
         return _cut(found, finetuned, counts)
@@ -120,45 +117,7 @@ def _cut(found: kernels.Found, finetuned: Values, counts: kernels.Ints) -> tuple
     return Candidates(flagged[:count], chosen[:count].view(finetuned.dtype), inside[:open_]), largest
 
 
-class OnDevice:
-    """The same on `device`. Every thread has a stream of its own: its copies overlap with others' arithmetic."""
-
-    def __init__(self, device: str) -> None:
-        import torch
-
-        self._device = torch.device(device)
-        self._local = threading.local()
-
-    def begin(self, base: Values) -> None:
-        with self._stream():
-            self._local.original = self._bring(base)
-
-    def find(self, finetuned: Values, bracket: Bracket) -> tuple[Candidates, int]:
-        import torch
-
-        with self._stream():
-            values, original = self._bring(finetuned), self._local.original
-            scores = (values.float() - original.float()).abs_().view(torch.int32)
-            reach = scores >= bracket.low if bracket.low else _differing(values, original) | (scores != 0)
-            positions = reach.nonzero().flatten()
-            return _candidates(positions.cpu().numpy(), scores[positions].cpu().numpy(), finetuned, bracket.high)
-
-    def _bring(self, values: Values) -> torch.Tensor:
-        from hf_locstitch.checkpoints.tensors import as_tensor
-
-        if self._device.type != "cuda":
-            return as_tensor(values).to(self._device)
-        return as_tensor(values).pin_memory().to(self._device, non_blocking=True)
-
-    def _stream(self) -> torch.cuda.StreamContext:
-        import torch
-
-        if self._device.type == "cuda" and not hasattr(self._local, "stream"):
-            self._local.stream = torch.cuda.Stream(self._device)
-        return torch.cuda.stream(getattr(self._local, "stream", None))
-
-
-def _candidates(positions: np.ndarray, scores: Scores, finetuned: Values, high: int) -> tuple[Candidates, int]:
+def candidates_at(positions: np.ndarray, scores: Scores, finetuned: Values, high: int) -> tuple[Candidates, int]:
     """Of those at `positions` [m], whose scores [m] reach the bracket; and the largest score."""
     sure = scores >= high
     flagged = positions.astype(np.uint32)
@@ -171,13 +130,3 @@ def differing(finetuned: Values, base: Values) -> Bools:
     if finetuned.dtype != base.dtype:
         finetuned, base = finetuned.astype(np.float64), base.astype(np.float64)
     return bits(finetuned) != bits(base)
-
-
-def _differing(finetuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """The same on a device."""
-    import torch
-
-    if finetuned.dtype != base.dtype:
-        finetuned, base = finetuned.double(), base.double()
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[base.element_size()]
-    return finetuned.view(integer) != base.view(integer)

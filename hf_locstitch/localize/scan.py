@@ -31,7 +31,7 @@ from hf_locstitch.localize.bracket import (
     histogram_bracket,
     sample_bracket,
 )
-from hf_locstitch.localize.candidates import Finder, OnCpu, OnDevice, magnitude_scores
+from hf_locstitch.localize.candidates import Finder, OnCpu, magnitude_scores
 from hf_locstitch.localize.selection import BracketMissed, Selection
 from hf_locstitch.localize.spill import Spill
 from hf_locstitch.processes import Processes
@@ -81,7 +81,7 @@ class Scan:
         self.processes = processes
         self._chunk = chunk
         self.cpu = OnCpu(chunk)
-        self.finder: Finder = self.cpu if device == "cpu" else OnDevice(device)
+        self.finder = self.cpu if device == "cpu" else _on_device(device)
 
     def select(self, inputs: Readers) -> dict[str, Selection]:
         """The mask of each finetuned model, whose files all lie on this machine. Raises NonFiniteError."""
@@ -246,6 +246,12 @@ class Scan:
             base, finetuned = (inputs[one].values(info.name, first, SAMPLE_RUN) for one in ("base", model))
             rows.append(magnitude_scores(finetuned, base))
         return np.stack(rows) if rows else None
+
+
+def _on_device(device: str) -> Finder:
+    from hf_locstitch.localize.on_device import OnDevice  # needs torch, which the CPU does not
+
+    return OnDevice(device)
 
 
 def all_finite(values: Values) -> bool:

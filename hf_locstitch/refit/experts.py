@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from hf_locstitch.processes import Processes
-from hf_locstitch.refit.passes import Experts, ExpertsStop, Linear, Meeting, Pair, Pass, lead
+from hf_locstitch.refit.lead import Meeting, Pair, lead
+from hf_locstitch.refit.passes import Experts, ExpertsStop, Linear, Pass
 from hf_locstitch.refit.subject import RefitSubject
 
 

@@ -12,13 +12,12 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_locstitch.chunks import for_each, keep_to_itself
+from hf_locstitch.chunks import for_each, in_order
 from hf_locstitch.errors import RequestError
 from hf_locstitch.localize.names import Group, to_disk
 from hf_locstitch.output import DTYPE_ON_DISK
@@ -27,7 +26,8 @@ from hf_locstitch.refit.agreement import judge
 from hf_locstitch.refit.config import Refit
 from hf_locstitch.refit.experts import StackedExperts
 from hf_locstitch.refit.jobs import make_pairs
-from hf_locstitch.refit.passes import Experts, Key, Linear, Meeting, Pair, lead, linear_stop
+from hf_locstitch.refit.lead import Meeting, Pair, lead
+from hf_locstitch.refit.passes import Experts, Key, Linear, linear_stop
 from hf_locstitch.refit.plain import PlainStitch
 from hf_locstitch.refit.solve import Moments, solve_masked, system, with_ones
 from hf_locstitch.refit.subject import RefitSubject
@@ -484,12 +484,3 @@ def _behind(pair: Pair, rows: Tensor) -> Tensor | float:
     """What the merged model lacks where a linear's product is added, [rows, outputs]: the linear makes up for it."""
     merged, finetuned = (linear_stop(one).residual for one in pair.passes)
     return 0.0 if merged is None or finetuned is None else (finetuned - merged).reshape(-1, merged.shape[-1])[rows]
-
-
-def in_order(work: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """Results in the order of the items, a few of which are worked on at once."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(workers, initializer=keep_to_itself) as pool:
-        for first in range(0, len(items), workers):
-            yield from pool.map(work, items[first : first + workers])

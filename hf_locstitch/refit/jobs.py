@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from hf_locstitch.processes import Processes, divide
-from hf_locstitch.refit.passes import Key, Pair, Pass
+from hf_locstitch.refit.lead import Pair
+from hf_locstitch.refit.passes import Key, Pass
 from hf_locstitch.refit.subject import RefitSubject
 
 Job = tuple[int, int]  # a task, and one of its batches, by their numbers

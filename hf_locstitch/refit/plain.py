@@ -32,7 +32,7 @@ class PlainStitch:
         self.base = readers["base"]
         self._plan, self._selections = plan, selections
         self._rest = next(readers[name] for name, checkpoint in plan.inputs.items() if checkpoint is plan.rest)
-        self._order = sorted(plan.finetuned, key=plan.origins.__getitem__)
+        self._order = plan.order
         self._dtypes = {t.name: t.dtype for shard in plan.shards for t in shard.tensors}
         tensors = plan.localized
         pieces = chunks_of([info.numel for info in tensors], chunk)

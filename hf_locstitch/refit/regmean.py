@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.chunks import in_order
 from hf_locstitch.errors import RequestError
 from hf_locstitch.inputs import Inputs
 from hf_locstitch.localize.names import to_disk
@@ -28,8 +29,8 @@ from hf_locstitch.plan import MergePlan
 from hf_locstitch.processes import Processes
 from hf_locstitch.progress import Progress
 from hf_locstitch.refit.config import RegMean
-from hf_locstitch.refit.fit import in_order
-from hf_locstitch.refit.passes import Key, LinearStop, Pass, lead, linear_stop
+from hf_locstitch.refit.lead import lead
+from hf_locstitch.refit.passes import Key, LinearStop, Pass, linear_stop
 from hf_locstitch.refit.subject import OpenTask, open_task
 from hf_locstitch.refit.values import Refitted, RefittedWriter, open_refitted
 from hf_locstitch.refit.weights import part_of
@@ -121,11 +122,11 @@ def regmean(
 def open_tasks(
     plan: MergePlan, how: RegMean, readers: Mapping[str, CheckpointReader], folder: Path
 ) -> dict[str, OpenTask]:
-    """By name, in an order of the models' own, so that sums do not depend on how they were given."""
+    """By name, in the order of adding."""
     device = find_device(how)
     return {
         name: open_task(how, name, readers["base"], readers[name], plan.refit_data[name], folder, device)
-        for name in sorted(plan.finetuned, key=plan.origins.__getitem__)
+        for name in plan.order
     }
 
 

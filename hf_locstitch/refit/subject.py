@@ -54,13 +54,13 @@ class RefitSubject:
 
 @dataclass(frozen=True)
 class OpenTask:
-    """One finetuned model, hollow, its weights, and its inputs, prepared. original: the base's weights."""
+    """One finetuned model, hollow, its weights, and its inputs, prepared. shared: the base's tensors that fit it."""
 
     model: Any
     parts: Mapping[str, Part]
     stacks: frozenset[str]
     finetuned: Weights
-    original: Weights
+    shared: Sequence[str]
     task: Task
 
 
@@ -84,12 +84,13 @@ def open_task(
     parts = hollow(model, list(base.tensors), device)
     stacks = watch(model)
     own = Weights(model, list(checkpoint.tensors), reading(finetuned), device, release=releasing(finetuned))
-    original = Weights(model, fitting(model, base), reading(base_reader), device, own)
+    shared = fitting(model, base)
+    original = Weights(model, shared, reading(base_reader), device, own)
     rows = read_inputs(data, how.inputs, isinstance(how, Refit) and how.judge != "agreement")
     processor = load_processor(objective, folder_finetuned, folder_base)
     preparing = Pass(original, lambda: objective.prepare(rows, processor, model), frozenset())
     preparing.start()
-    return OpenTask(model, parts, stacks, own, original, preparing.result)
+    return OpenTask(model, parts, stacks, own, shared, preparing.result)
 
 
 def open_refit_subject(
@@ -105,7 +106,7 @@ def open_refit_subject(
     opened = open_task(how, name, plain.base, finetuned, data, folder, device)
     model, task = opened.model, opened.task
     merged = Weights(
-        model, fitting(model, plain.base.checkpoint), plain.values, device, opened.finetuned,
+        model, opened.shared, plain.values, device, opened.finetuned,
         lambda tensor: not plain.is_localized(tensor), plain.release,
     )  # fmt: skip
     fitted, held_out = how.counts(len(task.examples))
@@ -165,9 +166,8 @@ def check_labels(how: Refit, finetuned: Mapping[str, Checkpoint], data: Mapping[
         if isinstance(objective, CausalLM):  # whose texts are the answers
             continue
         labels = [row.get("label") for row in read_inputs(found, how.inputs, labels=True)]
-        if bare := sum(
-            label is None or label == -1 for label in labels
-        ):  # -1: how data sets hide those of a test split
+        # −1 is how data sets hide those of a test split.
+        if bare := sum(label is None or label == -1 for label in labels):
             raise RequestError(
                 f"judge: {how.judge} asks what is right, but {bare} of the {len(labels)} inputs that {found.label} "
                 f"gives for {name} have no label. Name data with labels, map them with `columns`, or use "

@@ -18,7 +18,8 @@ from hf_locstitch.checkpoints.dtypes import DTYPE, Values
 from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.kernels import SURE
 from hf_locstitch.localize.bracket import ABOVE_ALL, NON_FINITE, FixedBracket
-from hf_locstitch.localize.candidates import OnCpu, OnDevice, magnitude_scores
+from hf_locstitch.localize.candidates import OnCpu, magnitude_scores
+from hf_locstitch.localize.on_device import OnDevice
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hf_locstitch.errors import RequestError
 from hf_locstitch.processes import DistributedProcesses, Processes
-from hf_locstitch.refit.passes import LinearStop, Meeting, Pair, Pass, lead, watch
+from hf_locstitch.refit.lead import Meeting, Pair, lead
+from hf_locstitch.refit.passes import LinearStop, Pass, watch
 from hf_locstitch.refit.subject import attach_conversions, empty_model
 from hf_locstitch.refit.weights import Part, Weights, hollow
 
