@@ -166,10 +166,13 @@ def with_data(densities: Sequence[float], kinds: Sequence[str]) -> list[Method]:
     return made
 
 
-def refits(densities: Sequence[float], inputs: Sequence[int], judges: Sequence[str]) -> list[Method]:
+def refits(
+    densities: Sequence[float], inputs: Sequence[int], judges: Sequence[str], kinds: Sequence[str]
+) -> list[Method]:
     """Values under the masks refitted, without labels, on the inputs that the experts were finetuned on.
 
-    inputs: also on so many of each task. judges: also with labels that judge the lambdas.
+    inputs: also on so many of each task. judges: also with labels that judge the lambdas. kinds: also under the masks
+    of these localizers.
     """
     rows = []
     for density in densities:
@@ -177,7 +180,8 @@ def refits(densities: Sequence[float], inputs: Sequence[int], judges: Sequence[s
         row = Method(name, ("--density", f"{density:g}", "--stitch", "refit"), data="train")
         rows += [row, *(replace(row, name=f"{name}, judged by {by}", stitch={"judge": by}) for by in judges)]
         rows += [replace(row, name=f"{name}, {n} inputs", stitch={"inputs": n}, inputs=n) for n in inputs]
-    return rows
+    learned = with_data(densities, kinds)
+    return rows + [replace(row, name=f"{row.name}, refit", flags=("--stitch", "refit")) for row in learned]
 
 
 def regmeans() -> list[Method]:
@@ -516,6 +520,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judges", nargs="*", default=[], choices=["loss", "accuracy"], help="these also with lambda judged by labels"
     )
+    parser.add_argument(
+        "--refit-under", nargs="*", default=[], choices=DATA_METHODS, metavar="NAME",
+        help="these also under the masks of these localizers",
+    )  # fmt: skip
     parser.add_argument("--regmean", action="store_true", help="also RegMean, its alpha tuned")
     parser.add_argument(
         "--finetune", type=int, nargs="*", default=[], metavar="EPOCHS",
@@ -528,7 +536,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def asked_rows(args: argparse.Namespace, scales: Sequence[float] = SCALES) -> list[Method]:
     """The rows that the options of `add_options` ask for. scales: that task arithmetic is tuned over."""
     dataless = [*methods(args.densities), *(rivals(args.densities, scales) if args.rivals else [])]
-    fitted = [*refits(args.refits, args.inputs, args.judges), *(regmeans() if args.regmean else [])]
+    fitted = [*refits(args.refits, args.inputs, args.judges, args.refit_under), *(regmeans() if args.regmean else [])]
     finetuned = finetunings(args.finetune, args.inputs)
     return [*dataless, *fitted, *finetuned, *with_data(args.densities, args.with_data)]
 
