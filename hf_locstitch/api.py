@@ -209,8 +209,6 @@ def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
             f"--no-cache works in one process, not in {processes.count}: processes share what lies in the cache. "
             "Drop --no-cache, or the launcher."
         )
-    if processes.count > 1 and recipe.stitch is not None and not plan.masked:
-        raise RecipeError(f"{plan.method.title} works in one process, not in {processes.count}. Drop the launcher.")
     if recipe.push_to is not None:
         from hf_locstitch.publish import check_target
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_locstitch.chunks import for_each, in_order
 from hf_locstitch.errors import RequestError
-from hf_locstitch.localize.names import Group, to_disk
+from hf_locstitch.localize.names import Group
 from hf_locstitch.output import DTYPE_ON_DISK
 from hf_locstitch.processes import Processes
 from hf_locstitch.refit.agreement import judge
@@ -28,6 +28,7 @@ from hf_locstitch.refit.experts import StackedExperts
 from hf_locstitch.refit.jobs import make_pairs
 from hf_locstitch.refit.lead import Meeting, Pair, lead
 from hf_locstitch.refit.passes import Experts, Key, Linear, linear_stop
+from hf_locstitch.refit.pending import Pending
 from hf_locstitch.refit.plain import PlainStitch
 from hf_locstitch.refit.solve import Moments, solve_masked, system, with_ones
 from hf_locstitch.refit.subject import RefitSubject
@@ -124,7 +125,7 @@ class Fit:
         self._writer, self._device, self._workers, self._advance = writer, device, workers, advance
         self._processes = processes
         self._stops = [stops_of(subject, plain) for subject in subjects]
-        self._pending: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._pending = Pending(subjects[0].model, writer.writes if writer else lambda _: False)
         self._inputs: list[weakref.ref[Tensor]] = []
         self._gram: Tensor | None = None  # of those inputs, over all processes
         self._stacked_masks: dict[str, Tensor] = {}
@@ -151,8 +152,9 @@ class Fit:
 
     def _write_rest(self) -> None:
         """What is still to be written: parts of tensors whose other parts never change."""
-        for pending in list(self._pending):
-            self._write(pending)
+        first = self.subjects[0]
+        for name, values in self._pending.rest(lambda parameter: first.merged.load(first.parts[parameter])):
+            self._write(name, values)
 
     def refittable(self, key: Key) -> bool:
         """Whether a linear, or a module of experts, of the first task's model is called once a pass."""
@@ -390,13 +392,9 @@ class Fit:
             subject.merged.changed[part.parameter][part.index] = values
 
     def _keep(self, group: Group, parameter: str, values: Tensor) -> None:
-        """Write a group of parameters once it is whole, if this process is to write any of it."""
-        assert self._writer is not None
-        if self._writer.writes(group.disk):
-            pending = self._pending.setdefault(group.disk, {})
-            pending[parameter] = values
-            if len(pending) == len(group.parameters):
-                self._write(group.disk)
+        """Write what this process is to write of a group of parameters, once it is whole."""
+        for name, whole in self._pending.keep(group, parameter, values).items():
+            self._write(name, whole)
 
     # ---- stacked experts ---------------------------------------------------------------------------------------
 
@@ -433,19 +431,10 @@ class Fit:
                 )
         pair.score = judge(self.how.judge, merged, finetuned, subject.task, pair.examples)
 
-    def _write(self, disk: tuple[str, ...]) -> None:
-        """The values under the masks of the tensors that some parameters make up, with those that did not change."""
+    def _write(self, name: str, values: Tensor) -> None:
+        """What the masks cover of a tensor on disk."""
         assert self._writer is not None
-        changed = self._pending.pop(disk)
-        subject = self.subjects[0]
-        group = _group_of(subject.merged.groups, disk)
-        tensors = {
-            name: changed[name] if name in changed else subject.merged.load(subject.parts[name])
-            for name in group.parameters
-        }
-        for name, values in to_disk(subject.model, group, tensors).items():
-            if self._writer.writes([name]):
-                self._writer.write(name, NAME_ON_DISK[self.plain.dtype(name)], self.plain.cut(name, values.cpu()))
+        self._writer.write(name, NAME_ON_DISK[self.plain.dtype(name)], self.plain.cut(name, values.cpu()))
 
 
 def _scores(pairs: Sequence[Pair]) -> list[Score]:
@@ -468,10 +457,6 @@ def _names_in(key: Key) -> Iterator[Key]:
     for part in key:
         if isinstance(part, tuple):
             yield from _names_in(part)
-
-
-def _group_of(groups: Mapping[str, Group], disk: tuple[str, ...]) -> Group:
-    return next(group for group in groups.values() if group.disk == disk)
 
 
 def _uses(pairs: Sequence[Pair]) -> tuple[set[Key], set[Key]]:

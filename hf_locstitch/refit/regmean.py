@@ -19,18 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.chunks import in_order
+from hf_locstitch.chunks import for_each, in_order
 from hf_locstitch.errors import RequestError
 from hf_locstitch.inputs import Inputs
-from hf_locstitch.localize.names import to_disk
 from hf_locstitch.localize.open_subject import find_device
 from hf_locstitch.plan import MergePlan
-from hf_locstitch.processes import Processes
+from hf_locstitch.processes import Processes, divide
 from hf_locstitch.progress import Progress
 from hf_locstitch.refit.config import RegMean
-from hf_locstitch.refit.lead import lead
-from hf_locstitch.refit.passes import Key, LinearStop, Pass, linear_stop
+from hf_locstitch.refit.lead import Meeting, lead
+from hf_locstitch.refit.passes import Key, Linear, LinearStop, Pass, linear_stop
+from hf_locstitch.refit.pending import Pending
 from hf_locstitch.refit.subject import OpenTask, open_task
 from hf_locstitch.refit.values import Refitted, RefittedWriter, open_refitted
 from hf_locstitch.refit.weights import part_of
@@ -70,6 +69,18 @@ def regression_mean(grams: Sequence[Tensor], weights: Callable[[int], Tensor], a
     return mean + torch.linalg.solve(total, cross, left=False)
 
 
+@dataclass
+class Sums:
+    """Over tokens of one model: XᵀX [inputs, inputs] of a linear's inputs, and their number."""
+
+    gram: Tensor
+    tokens: int
+
+    def add(self, other: Sums) -> None:
+        self.gram += other.gram
+        self.tokens += other.tokens
+
+
 # ---- the work -------------------------------------------------------------------------------------------------------
 
 
@@ -98,36 +109,47 @@ def regmean(
 ) -> tuple[Refitted, dict[str, Any]]:
     """The fitted tensors, and what to record. Raises RequestError.
 
-    folder: for temporary files; what an earlier process finished there is taken up. own, processes: all tensors, and
-    this process alone.
+    folder: for temporary files, common to all processes; what earlier ones finished there is taken up. own: the tensors
+    whose values this process writes, and will read.
     """
     how = plan.recipe.stitch
     assert isinstance(how, RegMean)
-    folder.mkdir(exist_ok=True)
-    readers = inputs.fetch().readers
-    tasks = open_tasks(plan, how, readers, folder)
+    processes.on_first(lambda: folder.mkdir(exist_ok=True))
     values = open_refitted(folder / "values", HEADING, own, processes)
     if values is None:
-        work = Work(plan, how, tasks, RefittedWriter(folder / "values", own, processes), processes)
-        with progress.bar("following", 0, " linears") as advance:
-            calls = work.follow(advance)
-        with progress.bar("averaging", sum(calls.values()), " linears") as advance:
-            work.run(calls, advance)
-        work.writer.finish(HEADING)
+        fit(plan, how, inputs, folder, own, processes, progress)
         values = open_refitted(folder / "values", HEADING, own, processes)
         assert values is not None
-    return values, record(plan, how, tasks, values)
+    return values, record(plan, how, values)
 
 
-def open_tasks(
-    plan: MergePlan, how: RegMean, readers: Mapping[str, CheckpointReader], folder: Path
-) -> dict[str, OpenTask]:
-    """By name, in the order of adding."""
-    device = find_device(how)
-    return {
-        name: open_task(how, name, readers["base"], readers[name], plan.refit_data[name], folder, device)
-        for name in plan.order
-    }
+def fit(
+    plan: MergePlan,
+    how: RegMean,
+    inputs: Inputs,
+    folder: Path,
+    own: Collection[str],
+    processes: Processes,
+    progress: Progress,
+) -> None:
+    """Write the values of all linears into the folder. Arguments as of `regmean`."""
+    readers = inputs.fetch().readers
+    models = folder / f"models.{processes.rank}"
+    device = processes.together(lambda: find_device(how))
+    tasks = processes.together(
+        lambda: {
+            name: open_task(how, name, readers["base"], readers[name], plan.refit_data[name], models, device)
+            for name in plan.order
+        }
+    )
+    writer = RefittedWriter(folder / "values", own, processes)
+    work = Work(plan, how, tasks, writer, processes)
+    with progress.bar("following", 0, " linears") as advance:
+        calls = work.follow(advance)
+    with progress.bar("averaging", sum(calls.values()), " linears") as advance:
+        work.run(calls, advance)
+    counts = {name: {"fitted": len(tasks[name].task.examples), "held_out": 0} for name in plan.refit_data}
+    writer.finish(HEADING, counts=counts)
 
 
 def stops_of(task: OpenTask, chosen: frozenset[str]) -> frozenset[str]:
@@ -145,7 +167,10 @@ def stops_of(task: OpenTask, chosen: frozenset[str]) -> frozenset[str]:
 
 
 class Work:
-    """All finetuned models side by side, each on its own inputs, from linear to linear."""
+    """All finetuned models side by side, each on its own inputs, from linear to linear.
+
+    Every process has its share of the inputs and of each linear's output rows, and all have the same sums.
+    """
 
     def __init__(
         self,
@@ -155,22 +180,22 @@ class Work:
         writer: RefittedWriter,
         processes: Processes,
     ) -> None:
-        self.writer, self._processes = writer, processes
-        self._how, self._batch, self._workers = how, how.batch, plan.settings.workers
+        self._writer, self._processes = writer, processes
+        self._how, self._workers = how, plan.settings.workers
         self._names, self._tasks = list(tasks), list(tasks.values())
         chosen = frozenset(info.name for info in plan.localized)
         self._stops = [stops_of(task, chosen) for task in self._tasks]
+        self._parts = [{part.key: part for part in task.parts.values()} for task in self._tasks]
         self._calls: Counter[Key] = Counter()
         self._due: Counter[Key] = Counter()
-        self._sums: dict[Key, list[tuple[Tensor | None, int]]] = {}
-        self._pending: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._sums: dict[Key, dict[int, Sums]] = {}
+        self._pending = Pending(self._tasks[0].model, writer.writes)
         self._advance: Callable[[int], object] = lambda _: None
 
     def follow(self, advance: Callable[[int], object]) -> Counter[Key]:
         """How often each linear is called in a pass: one batch of each task tells. Raises RequestError."""
         self._advance = advance
-        firsts = [self._alone(number, 0) for number in range(len(self._tasks))]
-        lead(firsts, lambda alones, _: partial(self._pass_by, alones), 1, self._processes)
+        lead(self._share(lambda batches: batches[:1]), self._pass_by, self._workers, self._processes)
         if not self._calls:
             raise RequestError(
                 "no merged tensor of this model is called as a linear by its inputs: there is nothing for RegMean to "
@@ -181,88 +206,111 @@ class Work:
     def run(self, calls: Counter[Key], advance: Callable[[int], object]) -> None:
         """Write every linear's values. calls: what following told."""
         self._due, self._calls, self._advance = calls, Counter(), advance
-        batches = [
-            self._alone(number, first)
-            for number, task in enumerate(self._tasks)
-            for first in range(0, len(task.task.examples), self._batch)
-        ]
-        lead(batches, lambda alones, _: partial(self._visit, alones), self._workers, self._processes)
+        lead(self._share(lambda batches: batches), self._visit, self._workers, self._processes)
 
-    def _alone(self, number: int, first: int) -> Alone:
+    def _share(self, choose: Callable[[list[Sequence[Any]]], list[Sequence[Any]]]) -> list[Alone]:
+        """This process's passes, of those batches that are chosen of each task's; perhaps none."""
+        size = self._how.batch
+        jobs: list[tuple[int, Sequence[Any]]] = []
+        for number, task in enumerate(self._tasks):
+            examples = task.task.examples
+            batches = [examples[first : first + size] for first in range(0, len(examples), size)]
+            jobs += [(number, batch) for batch in choose(batches)]
+        owners = divide([len(batch) for _, batch in jobs], self._processes.count)
+        rank = self._processes.rank
+        return [self._alone(*job) for job, owner in zip(jobs, owners, strict=True) if owner == rank]
+
+    def _alone(self, number: int, batch: Sequence[Any]) -> Alone:
         task = self._tasks[number]
-        batch = task.task.examples[first : first + self._batch]
         return Alone(number, Pass(task.finetuned, lambda: task.task.outputs(task.model, batch), self._stops[number]))
 
-    def _pass_by(self, alones: Sequence[Alone]) -> None:
-        self._calls[alones[0].stop.key] += 1
+    def _pass_by(self, alones: Sequence[Alone], meeting: Meeting) -> Callable[[], None]:
+        self._calls[meeting.place.key] += 1
         self._advance(1)
-        for one in alones:
-            weight, bias = self._values(one.task, one.stop)
-            one.run.go_on(F.linear(one.stop.x, weight, bias))
+        return partial(self._go_on, alones)
 
-    def _visit(self, alones: Sequence[Alone]) -> None:
-        """Take all passes over one call of a linear; after its last one, fit it."""
-        stop = alones[0].stop
-        self._calls[stop.key] += 1
-        self._advance(1)
-        sums = self._sums.setdefault(stop.key, [(None, 0)] * len(self._tasks))
-        stops = {one.task: one.stop for one in alones}
-        last = self._calls == self._due
-        for number in stops:
-            weight, bias = self._values(number, stops[number])
+    def _visit(self, alones: Sequence[Alone], meeting: Meeting) -> Callable[[], None]:
+        """Take in what all passes bring to one call of a linear; at the last one, fit it."""
+        linear = meeting.place
+        assert isinstance(linear, Linear)
+        go_on = self._pass_by(alones, meeting)
+        sums = self._sums.setdefault(linear.key, {})
+        self._processes.together(lambda: self._add(alones, sums))
+        if self._calls[linear.key] == self._due[linear.key]:
+            self._fit(linear, self._sums.pop(linear.key))
+        return go_on
 
-            def work(one: Alone, weight: Tensor = weight, bias: Tensor | None = bias) -> tuple[Tensor, int]:
-                x = one.stop.x
-                rows = one.run.rows(x)
-                own = x.reshape(-1, x.shape[-1])[rows]
-                if last:
-                    one.run.end()
-                else:
-                    one.run.go_on(F.linear(x, weight, bias))
-                return own.T @ own, len(rows)
+    def _add(self, alones: Sequence[Alone], sums: dict[int, Sums]) -> None:
+        def work(one: Alone) -> Sums:
+            x = one.stop.x
+            rows = one.run.rows(x)
+            own = x.reshape(-1, x.shape[-1])[rows]
+            return Sums(own.T @ own, len(rows))
 
-            for gram, tokens in in_order(work, [one for one in alones if one.task == number], self._workers):
-                before, count = sums[number]
-                sums[number] = gram if before is None else before.add_(gram), count + tokens
-        if self._calls[stop.key] == self._due[stop.key]:
-            self._fit(stops, self._sums.pop(stop.key))
+        for one, found in zip(alones, in_order(work, alones, self._workers), strict=True):
+            if one.task in sums:
+                sums[one.task].add(found)
+            else:
+                sums[one.task] = found
 
-    def _values(self, number: int, stop: LinearStop) -> tuple[Tensor, Tensor | None]:
-        weights = self._tasks[number].finetuned
-        weight = weights.load(stop.weight)
-        bias = None if stop.bias is None else weights.held(stop.bias)
-        return weight.T if stop.transposed else weight, bias
+    def _go_on(self, alones: Sequence[Alone]) -> None:
+        if self._calls == self._due:  # nothing is left to see
+            for one in alones:
+                one.run.end()
+            return
+        for number, task in enumerate(self._tasks):
+            if own := [one for one in alones if one.task == number]:
+                stop = own[0].stop
+                weight = self._weight(number, stop)
+                bias = None if stop.bias is None else task.finetuned.held(stop.bias)
+                for_each(lambda one: one.run.go_on(F.linear(one.stop.x, weight, bias)), own, self._workers)  # noqa: B023
 
-    def _fit(self, stops: Mapping[int, LinearStop], sums: Sequence[tuple[Tensor | None, int]]) -> None:
+    def _weight(self, number: int, linear: Linear) -> Tensor:
+        """[outputs, inputs], of the model of that number."""
+        weight = self._tasks[number].finetuned.load(self._parts[number][linear.key])
+        return weight.T if linear.transposed else weight
+
+    def _fit(self, linear: Linear, sums: Mapping[int, Sums]) -> None:
+        tokens = self._processes.gather({number: found.tokens for number, found in sums.items()})
+        inputs = linear.weight.shape[0 if linear.transposed else 1]
         grams = []
-        for number, (gram, tokens) in enumerate(sums):
-            assert gram is not None
-            group = self._tasks[number].finetuned.groups[stops[number].weight.parameter]
-            if not torch.isfinite(gram).all():
-                raise RequestError(
-                    f"on the inputs of {self._names[number]}, its activations at {group.disk[0]} hold NaN or infinity, "
-                    "so nothing can be fitted to them. Check that checkpoint and those inputs, or use --method average."
-                )
-            grams.append(gram / max(1, tokens))
-        found = regression_mean(grams, lambda number: self._values(number, stops[number])[0], self._how.alpha)
-        self._note(stops[0], (found.T if stops[0].transposed else found).float())
+        for number in range(len(self._tasks)):
+            gram = sums[number].gram if number in sums else torch.zeros(inputs, inputs, device=linear.weight.device)
+            self._processes.add_up(gram)
+            self._check(number, linear, gram)
+            grams.append(gram / max(1, sum(told.get(number, 0) for told in tokens)))
+        values = self._processes.together(lambda: self._own_rows(linear, grams))
+        self._processes.add_up(values)
+        self._processes.together(lambda: self._keep(linear, values.T if linear.transposed else values))
 
-    def _note(self, stop: LinearStop, values: Tensor) -> None:
-        """Write a group of parameters once it is whole."""
-        first = self._tasks[0]
-        group = first.finetuned.groups[stop.weight.parameter]
-        pending = self._pending.setdefault(group.disk, {})
-        pending[stop.weight.parameter] = values.cpu()
-        if len(pending) == len(group.parameters):
-            for name, whole in to_disk(first.model, group, self._pending.pop(group.disk)).items():
-                self.writer.write(name, "F32", [whole.reshape(-1)])
+    def _check(self, number: int, linear: Linear, gram: Tensor) -> None:
+        if not torch.isfinite(gram).all():
+            group = self._tasks[number].finetuned.groups[self._parts[number][linear.key].parameter]
+            raise RequestError(
+                f"on the inputs of {self._names[number]}, its activations at {group.disk[0]} hold NaN or infinity, "
+                "so nothing can be fitted to them. Check that checkpoint and those inputs, or use --method average."
+            )
+
+    def _own_rows(self, linear: Linear, grams: Sequence[Tensor]) -> Tensor:
+        """This process's rows of the solution, float32 [outputs, inputs], 0 in the others."""
+        rank, count = self._processes.rank, self._processes.count
+        values = torch.zeros_like(self._weight(0, linear))
+        own = slice(len(values) * rank // count, len(values) * (rank + 1) // count)
+        values[own] = regression_mean(grams, lambda number: self._weight(number, linear)[own], self._how.alpha).float()
+        return values
+
+    def _keep(self, linear: Linear, values: Tensor) -> None:
+        """Write what this process is to write of a group of parameters, once it is whole."""
+        group = self._tasks[0].finetuned.groups[self._parts[0][linear.key].parameter]
+        for name, whole in self._pending.keep(group, self._parts[0][linear.key].parameter, values.cpu()).items():
+            self._writer.write(name, "F32", [whole.reshape(-1)])
 
 
-def record(plan: MergePlan, how: RegMean, tasks: Mapping[str, OpenTask], values: Refitted) -> dict[str, Any]:
+def record(plan: MergePlan, how: RegMean, values: Refitted) -> dict[str, Any]:
     """What the manifest says."""
     return {
         **how.dump(),
-        "counts": {name: {"fitted": len(tasks[name].task.examples), "held_out": 0} for name in plan.refit_data},
+        "counts": values.notes["counts"],
         "data": {name: found.pinned.dump() for name, found in plan.refit_data.items()},
         "refitted": sorted(values.names),
         "kept_plain": {

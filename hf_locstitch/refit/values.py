@@ -55,13 +55,13 @@ class RefittedWriter:
         """Of those that were written: by this process, and once it is finished by all."""
         return set(self._tensors)
 
-    def finish(self, heading: str) -> None:
-        """heading: what these values belong to."""
+    def finish(self, heading: str, **notes: Any) -> None:
+        """heading: what these values belong to. notes: what else is to be known of them, as JSON has it."""
         self._tensors = {name: entry for told in self._processes.gather(self._tensors) for name, entry in told.items()}
 
         def write() -> None:
             new = self._folder / f"{INDEX}.new"
-            new.write_text(json.dumps({"heading": heading, "tensors": self._tensors}))
+            new.write_text(json.dumps({"heading": heading, "tensors": self._tensors, "notes": notes}))
             new.replace(self._folder / INDEX)
 
         self._processes.on_first(write)
@@ -72,6 +72,7 @@ class Refitted:
 
     def __init__(self, folder: Path, index: Any) -> None:
         self.heading: str = index["heading"]
+        self.notes: dict[str, Any] = index["notes"]
         self._folder, self._tensors = folder, index["tensors"]
 
     def __contains__(self, name: str) -> bool:

@@ -206,14 +206,14 @@ def test_a_killed_merge_takes_up_what_was_fitted(tmp_path: Path, monkeypatch: py
     prepare("llama", tmp_path)
     finish = RefittedWriter.finish
 
-    def cut(self: RefittedWriter, heading: str) -> None:
-        finish(self, heading)
+    def cut(self: RefittedWriter, heading: str, **notes: Any) -> None:
+        finish(self, heading, **notes)
         raise Killed
 
     monkeypatch.setattr(RefittedWriter, "finish", cut)
     with pytest.raises(Killed):
         main([*command(tmp_path), "--out", str(tmp_path / "out")])
-    monkeypatch.setattr(RefittedWriter, "finish", lambda *_: pytest.fail("fitted again"))
+    monkeypatch.setattr(RefittedWriter, "finish", lambda *_, **__: pytest.fail("fitted again"))
     assert main([*command(tmp_path), "--out", str(tmp_path / "out")]) == 0
     monkeypatch.undo()
     assert main([*command(tmp_path), "--out", str(tmp_path / "whole")]) == 0
