@@ -48,7 +48,7 @@ def estimate(plan: MergePlan) -> Cost:
             download += sum(missing.get(file, 0) for files in times for file in files)
     write = sum(shard.nbytes for shard in plan.shards)
     disk = _output(plan) + _spill(plan) + _masks(plan) + (0 if plan.settings.cache else _streams(plan))
-    disk += refitting.values if (refitting := refit_cost(plan)) else 0
+    disk += refitting.disk if (refitting := refit_cost(plan)) else 0
     memory = plan.settings.memory + (refitting.peak if refitting else 0)
     return Cost(read, download, write, disk, memory)
 

@@ -23,6 +23,7 @@ class OnInputs(BaseModel):
 
     inputs: how many of each; each is cut to `tokens`. batch: inputs that pass through the models together; results do
     not depend on it but for rounding. device: "auto" takes the accelerator if there is one.
+    states_on: where the hidden states of a batch lie while others pass: "cpu" is this machine's memory, "disk" files.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +33,7 @@ class OnInputs(BaseModel):
     tokens: int = Field(default=128, ge=1)
     batch: int = Field(default=32, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    states_on: Literal["device", "cpu", "disk"] = "device"
 
     def dump(self) -> dict[str, Any]:
         """What asks for the same, without its data."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.checkpoints.header import ITEM_BYTES
-from hf_locstitch.refit.config import RegMean
+from hf_locstitch.refit.config import OnInputs, RegMean
 from hf_locstitch.select import BLOCKS
 
 if TYPE_CHECKING:
@@ -28,15 +28,18 @@ class RefitCost:
     values.
 
     weights: copies of the largest matrix, or of the experts of a layer in every model.
-    moments: Gram matrices and right-hand sides. states: what a process's inputs hold at a stop, in both models.
-    outputs: of the batches that end at once. values: the refitted values of two lambdas, on the disk.
+    moments: Gram matrices and right-hand sides. states: what a process's inputs hold at a stop, in both models, on the
+    device; aside: in memory or on the disk, by what the recipe says. outputs: of the batches that end at once.
+    values: the refitted values of two lambdas, on the disk. disk: in all.
     """
 
     weights: int
     moments: int
     states: int
+    aside: int
     outputs: int
     values: int
+    disk: int
     inputs: int
     tokens: int
     flops: float
@@ -63,9 +66,6 @@ def refit_cost(plan: MergePlan) -> RefitCost | None:
     tasks = len(plan.finetuned)
     inputs = tasks * how.inputs
     tokens = sum(how.inputs * _length(plan, name) for name in plan.finetuned)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    batches = sum(math.ceil(count / how.batch) for count in how.counts(how.inputs)) * tasks
-    own = tokens * min(1.0, (math.ceil(batches / processes) + (processes > 1)) / batches)  # cut at whole batches
     widest, largest = max(max(shape) for shape in matrices), max(math.prod(shape) for shape in matrices)
     hidden = _hidden(plan, widest)
     stacked = _stacked(plan)
@@ -76,17 +76,42 @@ def refit_cost(plan: MergePlan) -> RefitCost | None:
     grams = 2 * tokens * sum(shape[1] * sum(shape) for shape in matrices)
     share = min(1.0, tasks * plan.k / plan.n) if plan.n else 0.0
     item = max(ITEM_BYTES[info.dtype] for info in plan.localized)
+    values = math.ceil(2 * item * share * plan.n)
+    batches = sum(math.ceil(count / how.batch) for count in how.counts(how.inputs)) * tasks
+    states, aside = _states(plan, how, batches, FLOAT * 2 * (3 * hidden + WIDENINGS * widest))
     return RefitCost(
         weights=FLOAT * ((3 + tasks) * stacked if stacked else 6 * largest),
         moments=FLOAT * (MOMENTS + plan.settings.workers) * (widest**2 + largest),
-        states=math.ceil(FLOAT * 2 * own * (3 * hidden + WIDENINGS * widest)),
+        states=states,
+        aside=aside,
         outputs=FLOAT * 2 * OUTPUTS * plan.settings.workers * how.batch * _outputs(plan),
-        values=math.ceil(2 * item * share * plan.n),
+        values=values,
+        disk=values + (_processes() * aside if how.states_on == "disk" else 0),
         inputs=inputs,
         tokens=tokens,
         flops=float(lambdas * (3 * forward + grams + 2 * solve) + 2 * forward),
-        processes=processes,
+        processes=_processes(),
     )
+
+
+def _states(plan: MergePlan, how: OnInputs, batches: int, token: int) -> tuple[int, int]:
+    """Bytes of hidden states in each process, on the device and elsewhere. batches: of all finetunes. token: bytes."""
+    lengths = [_length(plan, name) for name in plan.finetuned]
+    own = min(1.0, (math.ceil(batches / _processes()) + (_processes() > 1)) / batches)  # cut at whole batches
+    whole = math.ceil(own * sum(how.inputs * length for length in lengths) * token)
+    if how.states_on == "device" or (how.states_on == "cpu" and not _on_cuda(how)):
+        return whole, 0
+    return min(whole, plan.settings.workers * how.batch * max(lengths) * token), whole
+
+
+def _on_cuda(how: OnInputs) -> bool:
+    from hf_locstitch.localize.open_subject import find_device
+
+    return find_device(how).type == "cuda"
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _regmean_cost(plan: MergePlan, how: RegMean) -> RefitCost | None:
@@ -100,15 +125,20 @@ def _regmean_cost(plan: MergePlan, how: RegMean) -> RefitCost | None:
     tokens = sum(how.inputs * _length(plan, name) for name in plan.finetuned)
     largest, elements = (each(map(math.prod, shapes.values())) for each in (max, sum))
     products = sum(math.prod(shape) + widths[name] ** 2 for name, shape in shapes.items())
+    batches = tasks * math.ceil(how.inputs / how.batch)
+    states, aside = _states(plan, how, batches, FLOAT * (3 * _hidden(plan, widest) + WIDENINGS * widest))
     return RefitCost(
         weights=FLOAT * 6 * largest,
         moments=FLOAT * ((tasks + MOMENTS + plan.settings.workers) * widest**2 + DOUBLES * (widest**2 + largest)),
-        states=FLOAT * tokens * (3 * _hidden(plan, widest) + WIDENINGS * widest),
+        states=states,
+        aside=aside,
         outputs=FLOAT * OUTPUTS * plan.settings.workers * how.batch * _outputs(plan),
         values=FLOAT * elements,
+        disk=FLOAT * elements + (_processes() * aside if how.states_on == "disk" else 0),
         inputs=tasks * how.inputs,
         tokens=tokens,
         flops=float(2 * tokens * products + sum(width**3 for width in widths.values())),
+        processes=_processes(),
     )
 
 
@@ -153,9 +183,10 @@ def describe(cost: RefitCost) -> str:
     from hf_locstitch.cost import human
 
     each = f" in each of {cost.processes} processes" if cost.processes > 1 else ""
+    aside = f", {human(cost.aside)} of them put away" if cost.aside else ""
     return (
         f"fitting    about {human(cost.peak)} of memory at most{each} ({human(cost.weights)} one linear of the models, "
         f"{human(cost.moments)} Gram matrices, {human(cost.states)} hidden states of {cost.inputs} inputs, at most "
-        f"{cost.tokens:,} tokens, {human(cost.outputs)} outputs), {human(cost.values)} of disk; "
+        f"{cost.tokens:,} tokens{aside}, {human(cost.outputs)} outputs), {human(cost.disk)} of disk; "
         f"{cost.flops / 1e12:.3g} TFLOP"
     )

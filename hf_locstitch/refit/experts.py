@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_locstitch.processes import Processes
 from hf_locstitch.refit.lead import Meeting, Pair, lead
 from hf_locstitch.refit.passes import Experts, ExpertsStop, Linear, Pass
+from hf_locstitch.refit.states import MakeStates
 from hf_locstitch.refit.subject import RefitSubject
 
 
@@ -22,8 +23,10 @@ class StackedExperts:
         at_linear: Callable[[Sequence[Pair], Meeting], Callable[[], object]],
         workers: int,
         processes: Processes,
+        states: MakeStates,
     ) -> None:
-        self._subjects, self._at_linear, self._workers, self._processes = subjects, at_linear, workers, processes
+        self._subjects, self._at_linear = subjects, at_linear
+        self._workers, self._processes, self._states = workers, processes, states
 
     def fit(self, pairs: Sequence[Pair], task: int, experts: Experts) -> None:
         """pairs: of this process, which wait before the experts. experts: in the parts of the task's model.
@@ -48,9 +51,13 @@ class StackedExperts:
     def _begin(self, pairs: Sequence[Pair], task: int, experts: Experts) -> list[list[Pair]]:
         """Of each expert, passes through it alone, which have not started."""
         self._hold_stacks(pairs, task, experts)
-        fitted = [pair for pair in pairs if pair.fitted]
-        found = ([self._on_expert(pair, expert) for pair in fitted] for expert in range(experts.stacks[0].shape[0]))
-        return [[one for one in of_expert if one is not None] for of_expert in found]
+        found: list[list[Pair]] = [[] for _ in range(experts.stacks[0].shape[0])]
+        for pair in pairs:
+            for expert, rows in enumerate(_routed(pair, len(found)) if pair.fitted else ()):
+                if len(rows):
+                    merged, finetuned = (self._alone(one, expert, rows) for one in pair.passes)
+                    found[expert].append(Pair(pair.task, True, merged, finetuned))
+        return found
 
     def _hold_stacks(self, pairs: Sequence[Pair], task: int, experts: Experts) -> None:
         """One copy of the merged experts, which all tasks' models see."""
@@ -60,19 +67,25 @@ class StackedExperts:
             for other, own in stacks.items():
                 self._subjects[other].merged.changed[own[number].parameter] = values
 
-    def _on_expert(self, pair: Pair, expert: int) -> Pair | None:
-        """Passes of both models through one expert, on the tokens that the merged model sends there."""
-        merged = _stop(pair.merged)
-        rows = pair.merged.rows(merged.hidden)
-        rows = rows[(merged.index.reshape(len(merged.hidden), -1)[rows] == expert).any(1)]
-        if len(rows) == 0:
-            return None
-        stops = (merged, _stop(pair.finetuned))
-        passes = [
-            Pass(one.weights, lambda stop=stop: stop.alone(expert, stop.hidden[rows]), one.stops)
-            for one, stop in zip(pair.passes, stops, strict=True)
-        ]
-        return Pair(pair.task, True, passes[0], passes[1])
+    def _alone(self, one: Pass, expert: int, rows: Tensor) -> Pass:
+        """From the tokens that a pass which waits before the experts has in these rows."""
+
+        def work() -> Tensor:
+            stop = _stop(one)
+            with one.at_hand():
+                tokens = stop.hidden[rows]
+            return stop.alone(expert, tokens)
+
+        return Pass(one.weights, work, one.stops, states=self._states())
+
+
+def _routed(pair: Pair, experts: int) -> list[Tensor]:
+    """The rows of a pair's tokens, but for padding, that the merged model sends to each of so many experts."""
+    stop = _stop(pair.merged)
+    with pair.merged.at_hand():
+        rows = pair.merged.rows(stop.hidden)
+        index = stop.index.reshape(len(stop.hidden), -1)[rows]
+        return [rows[(index == expert).any(1)] for expert in range(experts)]
 
 
 def _among(experts: Experts, linear: Linear) -> Linear:

@@ -8,16 +8,15 @@ once (the residual stream), the sums are to agree: such a linear makes up for wh
 from __future__ import annotations
 
 import math
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_locstitch.chunks import for_each, in_order
+from hf_locstitch.chunks import for_each
 from hf_locstitch.errors import RequestError
 from hf_locstitch.localize.names import Group
 from hf_locstitch.output import DTYPE_ON_DISK
@@ -27,10 +26,11 @@ from hf_locstitch.refit.config import Refit
 from hf_locstitch.refit.experts import StackedExperts
 from hf_locstitch.refit.jobs import make_pairs
 from hf_locstitch.refit.lead import Meeting, Pair, lead
+from hf_locstitch.refit.least_squares import LeastSquares, Problem, Target, Targets
 from hf_locstitch.refit.passes import Experts, Key, Linear, linear_stop
 from hf_locstitch.refit.pending import Pending
 from hf_locstitch.refit.plain import PlainStitch
-from hf_locstitch.refit.solve import Moments, solve_masked, system, with_ones
+from hf_locstitch.refit.states import MakeStates
 from hf_locstitch.refit.subject import RefitSubject
 from hf_locstitch.refit.values import RefittedWriter
 from hf_locstitch.refit.weights import Part, from_disk
@@ -77,28 +77,6 @@ def stops_of(subject: RefitSubject, plain: PlainStitch) -> frozenset[str]:
     )
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one process has of a linear that is to be fitted.
-
-    name: on disk. weight [outputs, inputs], bias [outputs]: the merged model's. mask: where they may change, the bias
-    in a last column; None: nowhere. rows: of each fitted pair's input, those that are no padding, by the pair's
-    number. tokens: of each task. known: whether the inputs are those of the linear before.
-    """
-
-    name: str
-    weight: Tensor
-    bias: Tensor | None
-    mask: Tensor | None
-    rows: Mapping[int, Tensor]
-    tokens: Mapping[int, int]
-    known: bool
-
-    def tell(self) -> tuple[bool, Mapping[int, int]]:
-        """What the other processes need of it."""
-        return self.known, self.tokens
-
-
 class Fit:
     """stiffness: λ; infinite leaves every value as it is. seen: of an earlier Fit, None in the first.
 
@@ -117,19 +95,18 @@ class Fit:
         device: torch.device,
         workers: int,
         processes: Processes,
+        states: MakeStates,
         advance: Advance = lambda _: None,
     ) -> None:
         self.how, self.stiffness, self.subjects, self.plain = how, stiffness, subjects, plain
         self.seen, self.calls = seen, Seen()
-        self.tokens: dict[str, tuple[int, int]] = {}  # tensor -> tokens of the task with fewest, input width
         self._writer, self._device, self._workers, self._advance = writer, device, workers, advance
-        self._processes = processes
+        self._processes, self._states = processes, states
         self._stops = [stops_of(subject, plain) for subject in subjects]
         self._pending = Pending(subjects[0].model, writer.writes if writer else lambda _: False)
-        self._inputs: list[weakref.ref[Tensor]] = []
-        self._gram: Tensor | None = None  # of those inputs, over all processes
+        self.least_squares = LeastSquares(how, stiffness, subjects, workers, processes)
         self._stacked_masks: dict[str, Tensor] = {}
-        self._experts = StackedExperts(subjects, self._at_linear, workers, processes)
+        self._experts = StackedExperts(subjects, self._at_linear, workers, processes, states)
 
     def run(self) -> float | None:
         """Returns how far from good the merged model is on held-out inputs, as `judge` has it, the mean over tasks, if
@@ -142,7 +119,7 @@ class Fit:
             jobs = [(task, number) for task, number in jobs if number >= self.subjects[task].fitted]
         elif self._writer is None:
             jobs = [(task, number) for task, number in jobs if number == 0]
-        pairs = make_pairs(jobs, self.subjects, self._stops, sums, self._processes)
+        pairs = make_pairs(jobs, self.subjects, self._stops, sums, self._processes, self._states)
         lead(pairs, self._visit, self._workers, self._processes)
         _, told = self._processes.share(self._write_rest, lambda _: (_scores(pairs), *_uses(pairs)))
         for _, added, used in told:
@@ -183,31 +160,33 @@ class Fit:
         linear = meeting.place
         assert isinstance(linear, Linear)
         subject = self.subjects[meeting.task]
-        targets: dict[int, Tensor] = {}
-        work = change = None
+        targets = Targets(self.subjects, pairs)
+        problem = change = None
         if self._changes(linear.key):
-            work, told = self._processes.share(lambda: self._begin(pairs, subject, linear), Work.tell)
-            change = self._solve(pairs, work, told, targets)
+            problem, told = self._processes.share(lambda: self._problem(pairs, subject, linear), Problem.tell)
+            change = self.least_squares.solve(pairs, problem, told, targets)
         last = self.seen is not None and linear.key == self.seen.last
 
         def go_on() -> None:
-            if work is None or change is None:
-                weight, bias = self._values(subject, linear) if work is None else (work.weight, work.bias)
-                self._compute_targets(pairs, targets)
+            if problem is None or change is None:
+                weight, bias = self._values(subject, linear) if problem is None else (problem.weight, problem.bias)
             else:
-                weight, bias = self._take(subject, linear, work, change)
+                weight, bias = self._take(subject, linear, problem, change)
+            for numbered, target in targets.to_go_on():
 
-            def one(numbered: tuple[int, Pair]) -> None:
-                number, pair = numbered
-                if last and pair.fitted:
-                    for passing in pair.passes:
-                        passing.end()
-                    return
-                pair.finetuned.go_on(targets[number])
-                pair.merged.go_on(F.linear(linear_stop(pair.merged).x, weight, bias))
-                self._score(pair)
+                def one(number: int, target: Target = target) -> None:
+                    pair = pairs[number]
+                    if last and pair.fitted:
+                        for passing in pair.passes:
+                            passing.end()
+                        return
+                    pair.finetuned.take_back()
+                    pair.finetuned.go_on(target(number))
+                    pair.merged.take_back()
+                    pair.merged.go_on(F.linear(linear_stop(pair.merged).x, weight, bias))
+                    self._score(pair)
 
-            for_each(one, enumerate(pairs), self._workers)
+                for_each(one, numbered, self._workers)
 
         return go_on
 
@@ -217,24 +196,9 @@ class Fit:
         bias = None if linear.bias is None else subject.merged.load(linear.bias)
         return weight.T if linear.transposed else weight, bias
 
-    def _begin(self, pairs: Sequence[Pair], subject: RefitSubject, linear: Linear) -> Work:
-        """What there is to fit, before any task is looked at."""
+    def _problem(self, pairs: Sequence[Pair], subject: RefitSubject, linear: Linear) -> Problem:
         name = subject.merged.groups[linear.weight.parameter].disk[0]
-        weight, bias = self._values(subject, linear)
-        mask = self._mask(subject, linear)
-        if mask is None:
-            return Work(name, weight, bias, None, {}, {}, False)
-        inputs = [linear_stop(pair.merged).x for pair in pairs]
-        known = self._gram is not None and self._gram.shape[0] == mask.shape[1]
-        known = known and len(self._inputs) == len(inputs) and all(
-            ref() is x for ref, x in zip(self._inputs, inputs, strict=True)
-        )  # fmt: skip
-        self._inputs = [weakref.ref(x) for x in inputs]
-        rows = {number: pair.merged.rows(inputs[number]) for number, pair in enumerate(pairs) if pair.fitted}
-        tokens: Counter[int] = Counter()
-        for number, pair in enumerate(pairs):
-            tokens[pair.task] += len(rows.get(number, ()))
-        return Work(name, weight, bias, mask, rows, tokens, known)
+        return self.least_squares.begin(pairs, name, *self._values(subject, linear), self._mask(subject, linear))
 
     def _mask(self, subject: RefitSubject, linear: Linear) -> Tensor | None:
         """Where a linear's values may change, bool [outputs, inputs], its bias in a last column; None: nowhere."""
@@ -258,116 +222,11 @@ class Fit:
                 self._stacked_masks[part.parameter] = whole
         return whole if part.index is None else whole[part.index]
 
-    def _compute_targets(self, pairs: Sequence[Pair], targets: dict[int, Tensor]) -> None:
-        """What leaves the linear in the finetuned models, by the number of the pair."""
-        for weight, bias, numbered in self._by_task(pairs):
-
-            def work(one: tuple[int, Pair], weight: Tensor = weight, bias: Tensor | None = bias) -> None:
-                targets[one[0]] = F.linear(linear_stop(one[1].finetuned).x, weight, bias)
-
-            for_each(work, numbered, self._workers)
-
-    def _by_task(self, pairs: Sequence[Pair]) -> Iterator[tuple[Tensor, Tensor | None, list[tuple[int, Pair]]]]:
-        """The finetuned model's weight and bias, and the numbered pairs, of one task after another."""
-        for task, subject in enumerate(self.subjects):
-            if numbered := [(number, pair) for number, pair in enumerate(pairs) if pair.task == task]:
-                stop = linear_stop(numbered[0][1].finetuned)
-                weight = subject.finetuned.load(stop.weight)
-                bias = None if stop.bias is None else subject.finetuned.load(stop.bias)
-                yield weight.T if stop.transposed else weight, bias, numbered
-
-    def _solve(
-        self,
-        pairs: Sequence[Pair],
-        work: Work,
-        told: Sequence[tuple[bool, Mapping[int, int]]],
-        targets: dict[int, Tensor],
-    ) -> Tensor | None:
-        """The change of weight and bias, [outputs, inputs (+ 1)], the same in all processes; None if there is none.
-
-        told: of each process, whether it knows the Gram matrix already, and its tokens by task. Fills in the targets
-        where there is a change.
-        """
-        tokens: Counter[int] = Counter()
-        for _, found in told:
-            tokens.update(found)
-        if not any(tokens.values()):
-            return None
-        known = all(known for known, _ in told)
-        gram, cross = self._processes.together(lambda: self._moments(pairs, work, tokens, known, targets))
-        if gram is not None:
-            self._processes.add_up(gram)
-            self._gram = gram
-        self._processes.add_up(cross)
-        self._processes.together(lambda: self._solve_own_rows(cross, work.mask))
-        self._processes.add_up(cross)
-        self._note_tokens(work, tokens)
-        return cross
-
-    def _moments(
-        self, pairs: Sequence[Pair], work: Work, tokens: Mapping[int, int], known: bool, targets: dict[int, Tensor]
-    ) -> tuple[Tensor | None, Tensor]:
-        """This process's part of Σ XᵀX / N, unless that is known, and of Σ RᵀX / N, over tasks with N tokens each."""
-        weight, bias = work.weight, work.bias
-        width = weight.shape[1] + (bias is not None)
-        total_gram = None if known else weight.new_zeros(width, width)
-        total_cross = weight.new_zeros(len(weight), width)
-        for theirs, their_bias, numbered in self._by_task(pairs):
-            task = Moments(weight.new_zeros(()) if total_gram is None else torch.zeros_like(total_gram),
-                           torch.zeros_like(total_cross))  # fmt: skip
-
-            def moments(
-                one: tuple[int, Pair], theirs: Tensor = theirs, their_bias: Tensor | None = their_bias
-            ) -> tuple[Tensor, Tensor, int] | None:
-                number, pair = one
-                targets[number] = F.linear(linear_stop(pair.finetuned).x, theirs, their_bias)
-                if not pair.fitted:
-                    return None
-                x, rows = linear_stop(pair.merged).x, work.rows[number]
-                own = x.reshape(-1, x.shape[-1])[rows]
-                rest = targets[number].reshape(-1, len(weight))[rows] - F.linear(own, weight, bias)
-                rest += _behind(pair, rows)
-                own = own if bias is None else with_ones(own)
-                return own.new_zeros(()) if known else own.T @ own, rest.T @ own, len(rows)
-
-            for found in in_order(moments, numbered, self._workers):
-                if found is not None:
-                    task.add(*found)
-            pair = numbered[0][1]
-            self._check(pair, task)
-            if tokens[pair.task]:
-                total_cross += task.cross / tokens[pair.task]
-                if total_gram is not None:
-                    total_gram += task.gram / tokens[pair.task]
-        return total_gram, total_cross
-
-    def _solve_own_rows(self, cross: Tensor, mask: Tensor | None) -> None:
-        """Put what this process's rows of the right-hand sides solve to in their place, and 0 in that of the others."""
-        assert mask is not None and self._gram is not None
-        rank, count = self._processes.rank, self._processes.count
-        own = slice(len(cross) * rank // count, len(cross) * (rank + 1) // count)
-        matrix = system(self._gram, self.stiffness, self.how.ridge)
-        change = solve_masked(matrix, cross[own], mask[own], self.how.steps)
-        cross.zero_()
-        cross[own] = change
-
-    def _note_tokens(self, work: Work, tokens: Mapping[int, int]) -> None:
-        name, found = work.name, (min(tokens.values()), work.weight.shape[1])
-        self.tokens[name] = min(self.tokens.get(name, found), found)
-
-    def _check(self, pair: Pair, task: Moments) -> None:
-        for values, model in ((task.gram, "the merged model"), (task.cross, "the finetuned model")):
-            if not torch.isfinite(values).all():
-                subject, stop = self.subjects[pair.task], linear_stop(pair.merged)
-                name = subject.merged.groups[stop.weight.parameter].disk[0]
-                raise RequestError(
-                    f"on the inputs of {subject.name}, the activations of {model} at {name} hold NaN or infinity, so "
-                    "nothing can be fitted to them. Check that checkpoint and those inputs, or use --stitch mean."
-                )
-
-    def _take(self, subject: RefitSubject, linear: Linear, work: Work, change: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _take(
+        self, subject: RefitSubject, linear: Linear, problem: Problem, change: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Add the change, round as the output will be, and note what is new. Returns weight and bias."""
-        weight, bias = work.weight, work.bias
+        weight, bias = problem.weight, problem.bias
         whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], dim=1)
         whole = whole + change
         width = weight.shape[1]
@@ -463,9 +322,3 @@ def _uses(pairs: Sequence[Pair]) -> tuple[set[Key], set[Key]]:
     """Linears whose product was added, and that were used in other ways."""
     passes = [one for pair in pairs for one in pair.passes]
     return set[Key]().union(*(one.added for one in passes)), set[Key]().union(*(one.used for one in passes))
-
-
-def _behind(pair: Pair, rows: Tensor) -> Tensor | float:
-    """What the merged model lacks where a linear's product is added, [rows, outputs]: the linear makes up for it."""
-    merged, finetuned = (linear_stop(one).residual for one in pair.passes)
-    return 0.0 if merged is None or finetuned is None else (finetuned - merged).reshape(-1, merged.shape[-1])[rows]

@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_locstitch.processes import Processes, divide
 from hf_locstitch.refit.lead import Pair
 from hf_locstitch.refit.passes import Key, Pass
+from hf_locstitch.refit.states import MakeStates
 from hf_locstitch.refit.subject import RefitSubject
 
 Job = tuple[int, int]  # a task, and one of its batches, by their numbers
@@ -21,9 +22,11 @@ def make_pairs(
     stops: Sequence[frozenset[str]],
     sums: frozenset[Key],
     processes: Processes,
+    states: MakeStates,
 ) -> list[Pair]:
-    """This process's share of the jobs, in order; perhaps none. stops: of each task's model. sums: see Pass."""
-    return [_make_pair(job, subjects[job[0]], stops[job[0]], sums) for job in own_jobs(jobs, subjects, processes)]
+    """This process's share of the jobs, in order; perhaps none. stops: of each task's model. sums, states: see Pass."""
+    own = own_jobs(jobs, subjects, processes)
+    return [_make_pair(job, subjects[job[0]], stops[job[0]], sums, states) for job in own]
 
 
 def own_jobs(jobs: Sequence[Job], subjects: Sequence[RefitSubject], processes: Processes) -> list[Job]:
@@ -38,11 +41,13 @@ def own_jobs(jobs: Sequence[Job], subjects: Sequence[RefitSubject], processes: P
     return sorted(own)
 
 
-def _make_pair(job: Job, subject: RefitSubject, stops: frozenset[str], sums: frozenset[Key]) -> Pair:
+def _make_pair(
+    job: Job, subject: RefitSubject, stops: frozenset[str], sums: frozenset[Key], states: MakeStates
+) -> Pair:
     task, number = job
     batch = subject.batches[number]
     work = _work(subject, batch)
-    merged, finetuned = (Pass(weights, work, stops, sums) for weights in (subject.merged, subject.finetuned))
+    merged, finetuned = (Pass(weights, work, stops, sums, states()) for weights in (subject.merged, subject.finetuned))
     return Pair(task, number < subject.fitted, merged, finetuned, examples=batch, number=number)
 
 

@@ -11,7 +11,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_locstitch.chunks import keep_to_itself
+from hf_locstitch.refit.states import States
 from hf_locstitch.refit.weights import Part, Weights, part_of
 
 LABELS = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "requires_grad", "layout", "is_sparse",
@@ -99,6 +100,8 @@ class Pass:
     """One forward pass. weights: of its model. work: makes it. stops: at these parameters it waits for `go_on`.
     sums: keys of linears at which it waits no sooner than their product is added to something.
 
+    states: where it puts what it holds while it waits; None: it keeps it.
+
     inside: which rows of a linear's input are no padding, bool [examples, tokens], any number of shapes.
     added, used: keys of the linears it stopped at whose product was added to another tensor, or used in any other way.
     """
@@ -111,8 +114,9 @@ class Pass:
         work: Callable[[], Any],
         stops: frozenset[str],
         sums: frozenset[Key] = frozenset(),
+        states: States | None = None,
     ) -> None:
-        self.weights, self.stops, self.sums = weights, stops, sums
+        self.weights, self.stops, self.sums, self.states = weights, stops, sums, states
         self.inside: list[Tensor] = []
         self.added: set[Key] = set()
         self.used: set[Key] = set()
@@ -131,6 +135,7 @@ class Pass:
 
     def go_on(self, answer: Any = None) -> None:
         """Give what is due at the present stop and run to the next, or to the end."""
+        self.take_back()
         self._answer, self.stop = answer, None
         self._go.release()
         self._await()
@@ -141,6 +146,16 @@ class Pass:
             self._abandoned, self.stop = True, None
             self._go.release()
             self._thread.join()
+
+    def take_back(self) -> None:
+        """Have all that it holds on the device again, as `go_on` does anyway."""
+        if self.states is not None:
+            self.states.take_back()
+
+    def at_hand(self) -> AbstractContextManager[None]:
+        """While inside, the tensors of its stop may be read, and `rows` asked for; they may always be told apart."""
+        held = [value for value in vars(self.stop).values() if isinstance(value, Tensor)] if self.stop else []
+        return self.states.at_hand([*held, *self.inside]) if self.states is not None else nullcontext()
 
     def rows(self, x: Tensor) -> Tensor:
         """Numbers of the rows of a linear's input [..., inputs], flattened, that are no padding. Returns int64."""
@@ -157,7 +172,10 @@ class Pass:
         self._go.acquire()
         if self._abandoned:
             raise _Abandoned
-        return self._answer
+        answer, self._answer = self._answer, None
+        if self.states is not None:
+            self.states.note(answer, ())
+        return answer
 
     @contextmanager
     def straight(self) -> Iterator[None]:
@@ -177,6 +195,8 @@ class Pass:
         self._arrived.acquire()
         if self._error is not None:
             raise self._error
+        if self.states is not None and self.stop is not None:
+            self.states.put_away()
 
     def _run(self) -> None:
         Pass._here.value = self
@@ -208,21 +228,26 @@ class Lending(TorchFunctionMode):
             return self._linear(linear)
         if func is F.embedding and (table := part_of(_argument(args, kwargs, 1, "weight"))) is not None:
             found = self._pass.weights.stored(table)
-            return func(args[0] if args else kwargs["input"], found, *args[2:], **_without(kwargs, "input", "weight"))\
-                .float()  # fmt: skip
+            rest = _without(kwargs, "input", "weight")
+            return self._made(func(args[0] if args else kwargs["input"], found, *args[2:], **rest).float())
         if func is Tensor.__getitem__ and (part := part_of(args[0])) is not None and _is_number(args[1]):
             return part.hole_of(int(args[1]))
         if func.__name__ == "__get__" and getattr(func.__self__, "__name__", "") in LABELS:
             return func(*args, **kwargs)
         if func in SUMS and len(args) == 2 and not kwargs and (found := self._sum(func, *args)) is not None:
-            return found
+            return self._made(found)
         lent = tree_map(self._lend, (tuple(args), kwargs))
-        found = func(*lent[0], **lent[1])
+        found = self._made(func(*lent[0], **lent[1]), lent)
         for stop in filter(None, map(product_of, tree_leaves((tuple(args), kwargs)))):
             if func in VIEWS:
                 found.locstitch_product = stop
             elif product_of(found) is not stop:  # dropout gives back what it gets
                 self._pass.used.add(stop.key)
+        return found
+
+    def _made(self, found: Any, given: Any = ()) -> Any:
+        if self._pass.states is not None:
+            self._pass.states.note(found, given)
         return found
 
     def _lend(self, value: Any) -> Any:
@@ -249,7 +274,7 @@ class Lending(TorchFunctionMode):
             product.locstitch_product = stop  # pyright: ignore[reportAttributeAccessIssue]
             return product
         bias = None if stop.bias is None else weights.held(stop.bias)
-        return weights.product(stop.x, stop.weight, bias, stop.transposed)
+        return self._made(weights.product(stop.x, stop.weight, bias, stop.transposed))
 
 
 def product_of(value: Any) -> LinearStop | None:

@@ -18,8 +18,9 @@ from hf_locstitch.plan import MergePlan
 from hf_locstitch.processes import Processes
 from hf_locstitch.progress import Progress
 from hf_locstitch.refit.config import Refit
-from hf_locstitch.refit.fit import Fit, Seen
+from hf_locstitch.refit.fit import Advance, Fit, Seen
 from hf_locstitch.refit.plain import PlainStitch
+from hf_locstitch.refit.states import making_states
 from hf_locstitch.refit.subject import RefitSubject, open_refit_subject
 from hf_locstitch.refit.values import Refitted, RefittedWriter, open_refitted
 
@@ -134,11 +135,9 @@ class Refitting:
         assert self._seen is not None
         writer = RefittedWriter(self._folder / f"{stiffness:g}", self._own, self._processes)
         with self._progress.bar(f"refitting, λ {stiffness:g}", len(self._seen.calls), " linears") as advance:
-            one = Fit(self._how, stiffness, self._subjects, self._plain, writer, self._seen, self._device,
-                      self._plan.settings.workers, self._processes, advance)  # fmt: skip
-            score = one.run()
+            one, score = self._run(stiffness, writer, self._seen, advance)
         writer.finish(journal.heading)
-        journal.notes[f"{stiffness:g}"] = notes(one.tokens, stiffness, self._how)
+        journal.notes[f"{stiffness:g}"] = notes(one.least_squares.tokens, stiffness, self._how)
         journal.kept = {
             info.name: "called more than once" if one.is_twice(info.name) else "not called as a linear by these inputs"
             for info in self._plan.localized
@@ -149,10 +148,19 @@ class Refitting:
     def _follow(self) -> None:
         """See what calls what, in the plain stitch and the finetuned models."""
         with self._progress.bar("following", 0, " linears") as advance:
-            first = Fit(self._how, math.inf, self._subjects, self._plain, None, None, self._device,
-                        self._plan.settings.workers, self._processes, advance)  # fmt: skip
-            self._untouched, self._seen = first.run(), first.calls
+            first, self._untouched = self._run(math.inf, None, None, advance)
+            self._seen = first.calls
         self._processes.together(lambda: _check_calls(first))
+
+    def _run(
+        self, stiffness: float, writer: RefittedWriter | None, seen: Seen | None, advance: Advance
+    ) -> tuple[Fit, float | None]:
+        """A fit that has run, and its score."""
+        folder = self._folder / f"states.{self._processes.rank}"
+        with making_states(self._how.states_on, self._device, folder) as states:
+            fit = Fit(self._how, stiffness, self._subjects, self._plain, writer, seen, self._device,
+                      self._plan.settings.workers, self._processes, states, advance)  # fmt: skip
+            return fit, fit.run()
 
 
 def _check_calls(first: Fit) -> None:

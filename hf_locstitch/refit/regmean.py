@@ -30,6 +30,7 @@ from hf_locstitch.refit.config import RegMean
 from hf_locstitch.refit.lead import Meeting, lead
 from hf_locstitch.refit.passes import Key, Linear, LinearStop, Pass, linear_stop
 from hf_locstitch.refit.pending import Pending
+from hf_locstitch.refit.states import MakeStates, making_states
 from hf_locstitch.refit.subject import OpenTask, open_task
 from hf_locstitch.refit.values import Refitted, RefittedWriter, open_refitted
 from hf_locstitch.refit.weights import part_of
@@ -143,11 +144,12 @@ def fit(
         }
     )
     writer = RefittedWriter(folder / "values", own, processes)
-    work = Work(plan, how, tasks, writer, processes)
-    with progress.bar("following", 0, " linears") as advance:
-        calls = work.follow(advance)
-    with progress.bar("averaging", sum(calls.values()), " linears") as advance:
-        work.run(calls, advance)
+    with making_states(how.states_on, device, folder / f"states.{processes.rank}") as states:
+        work = Work(plan, how, tasks, writer, processes, states)
+        with progress.bar("following", 0, " linears") as advance:
+            calls = work.follow(advance)
+        with progress.bar("averaging", sum(calls.values()), " linears") as advance:
+            work.run(calls, advance)
     counts = {name: {"fitted": len(tasks[name].task.examples), "held_out": 0} for name in plan.refit_data}
     writer.finish(HEADING, counts=counts)
 
@@ -179,8 +181,9 @@ class Work:
         tasks: Mapping[str, OpenTask],
         writer: RefittedWriter,
         processes: Processes,
+        states: MakeStates,
     ) -> None:
-        self._writer, self._processes = writer, processes
+        self._writer, self._processes, self._states = writer, processes, states
         self._how, self._workers = how, plan.settings.workers
         self._names, self._tasks = list(tasks), list(tasks.values())
         chosen = frozenset(info.name for info in plan.localized)
@@ -221,8 +224,9 @@ class Work:
         return [self._alone(*job) for job, owner in zip(jobs, owners, strict=True) if owner == rank]
 
     def _alone(self, number: int, batch: Sequence[Any]) -> Alone:
-        task = self._tasks[number]
-        return Alone(number, Pass(task.finetuned, lambda: task.task.outputs(task.model, batch), self._stops[number]))
+        task, stops = self._tasks[number], self._stops[number]
+        work = partial(task.task.outputs, task.model, batch)
+        return Alone(number, Pass(task.finetuned, work, stops, states=self._states()))
 
     def _pass_by(self, alones: Sequence[Alone], meeting: Meeting) -> Callable[[], None]:
         self._calls[meeting.place.key] += 1
@@ -243,8 +247,9 @@ class Work:
     def _add(self, alones: Sequence[Alone], sums: dict[int, Sums]) -> None:
         def work(one: Alone) -> Sums:
             x = one.stop.x
-            rows = one.run.rows(x)
-            own = x.reshape(-1, x.shape[-1])[rows]
+            with one.run.at_hand():
+                rows = one.run.rows(x)
+                own = x.reshape(-1, x.shape[-1])[rows]
             return Sums(own.T @ own, len(rows))
 
         for one, found in zip(alones, in_order(work, alones, self._workers), strict=True):
@@ -263,7 +268,7 @@ class Work:
                 stop = own[0].stop
                 weight = self._weight(number, stop)
                 bias = None if stop.bias is None else task.finetuned.held(stop.bias)
-                for_each(lambda one: one.run.go_on(F.linear(one.stop.x, weight, bias)), own, self._workers)  # noqa: B023
+                for_each(partial(_multiply, weight, bias), own, self._workers)
 
     def _weight(self, number: int, linear: Linear) -> Tensor:
         """[outputs, inputs], of the model of that number."""
@@ -304,6 +309,11 @@ class Work:
         group = self._tasks[0].finetuned.groups[self._parts[0][linear.key].parameter]
         for name, whole in self._pending.keep(group, self._parts[0][linear.key].parameter, values.cpu()).items():
             self._writer.write(name, "F32", [whole.reshape(-1)])
+
+
+def _multiply(weight: Tensor, bias: Tensor | None, one: Alone) -> None:
+    one.run.take_back()
+    one.run.go_on(F.linear(one.stop.x, weight, bias))
 
 
 def record(plan: MergePlan, how: RegMean, values: Refitted) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from hf_locstitch.errors import RequestError
 from hf_locstitch.processes import DistributedProcesses, Processes
+from hf_locstitch.refit import states
 from hf_locstitch.refit.lead import Meeting, Pair, lead
 from hf_locstitch.refit.passes import LinearStop, Pass, watch
+from hf_locstitch.refit.states import InFile, InMemory, Shelf, States
 from hf_locstitch.refit.subject import attach_conversions, empty_model
 from hf_locstitch.refit.weights import Part, Weights, hollow
 
@@ -64,6 +66,34 @@ def test_outputs_are_those_of_the_loaded_model(case: str, stopping: bool, tmp_pa
         stops += 1
         one.go_on(product(one))
     assert (stops > 7) == stopping
+    assert torch.allclose(one.result, due, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["causal-lm", "gpt2", "mixtral", "masked-lm", "image-classification"])
+@pytest.mark.parametrize("shelf", [InFile, InMemory])
+def test_holds_nothing_while_it_waits(
+    case: str, shelf: Callable[..., Shelf], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "SMALLEST", 1)
+    kind, objective, rows, processor = CASES[case]
+    _, folder = pair(kind, tmp_path, torch.float32)
+    loaded = getattr(transformers, MODELS[kind][0]).from_pretrained(folder).eval()
+    with torch.no_grad():
+        task = objective.prepare(rows(), processor(), loaded)
+        due = task.outputs(loaded, task.examples)
+    one = open_pass(folder, case, lambda model: task.outputs(model, task.examples), lambda part: part.dim > 1)
+    one.states = States(shelf(*([tmp_path / "states"] if shelf is InFile else [])))
+    one.start()
+    empty = 0
+    while one.stop is not None:
+        if isinstance(one.stop, LinearStop):
+            own = "locstitch_own" in one.stop.x.__dict__  # else it is an input of the model
+            assert (one.stop.x.untyped_storage().nbytes() == 0) == own
+            empty += own
+        with one.at_hand():
+            answer = product(one)
+        one.go_on(answer)
+    assert empty > 7
     assert torch.allclose(one.result, due, atol=1e-5)
 
 
