@@ -60,6 +60,7 @@ def distance(one: Path, other: Path) -> float:
     [
         ("llama", 2, {}),
         ("llama", 3, {}),
+        ("llama", 2, {"states_on": "disk"}),
         ("mixtral", 2, {}),
         ("mixtral", 3, {"inputs": 2, "held_out": 0.5, "tokens": 2}),
     ],

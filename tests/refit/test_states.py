@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_what_nobody_uses_is_not_kept(tmp_path: Path) -> None:
     assert (tmp_path / "states").stat().st_size == other.nbytes
 
 
-def write_recipe(root: Path, kind: str, method: str, states_on: str) -> None:
+def write_recipe(root: Path, method: str, states_on: str) -> None:
     """For the models and texts that lie there."""
     fields: dict[str, Any] = {
         "base": "./base",
@@ -94,7 +95,7 @@ def prepare(root: Path, kind: str, method: str) -> None:
     for seed in range(2):
         write_texts(root / f"{seed}.jsonl", seed=seed)
     for states_on in ("device", "disk"):
-        write_recipe(root, kind, method, states_on)
+        write_recipe(root, method, states_on)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,23 @@ def test_the_same_bytes_as_on_the_device(
     record = read_record(Path("disk"))["stitch"]
     assert record["refitted"] and record["states_on"] == "disk"
     assert not list(tmp_path.glob(".disk*"))
+
+
+@pytest.mark.parametrize("method", ["refit", "regmean"])
+def test_the_dry_run_tells_where_they_lie(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(tmp_path, "llama", method)
+    monkeypatch.chdir(tmp_path)
+    told = {}
+    for states_on in ("device", "disk"):
+        assert main(["merge", f"{states_on}.yaml", "--dry-run", "--json"]) == 0
+        told[states_on] = json.loads(capsys.readouterr().out)["refitting"]
+    device, disk = told["device"], told["disk"]
+    assert device["aside"] == 0 and disk["aside"] == device["states"] > disk["states"]
+    assert disk["disk"] == device["disk"] + disk["aside"] and disk["peak"] < device["peak"]
+    assert main(["merge", "disk.yaml", "--dry-run"]) == 0
+    assert "of them put away" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_said_and_the_merge_goes_on_later(
