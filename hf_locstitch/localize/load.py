@@ -57,7 +57,7 @@ def find_load(plan: MergePlan, how: WithData, name: str) -> Load:
     return Load(
         examples=asked.number * _classes(objective, checkpoint.config),
         tokens=tokens,
-        activations=tokens * _activations(objective, config, how.checkpointing, item),
+        activations=tokens * token_activations(objective, config, how.checkpointing, item),
         number=STATE_BYTES[how.state_dtype] * plan.n,
     )
 
@@ -95,8 +95,10 @@ def _tokens(objective: AnyObjective, config: Mapping[str, Any]) -> int:
     return getattr(objective, "max_length", 512)
 
 
-def _activations(objective: AnyObjective, config: Mapping[str, Any], checkpointing: bool, item: int) -> int:
-    """Bytes of a token; 0 where the config tells no sizes."""
+def token_activations(objective: AnyObjective, config: Mapping[str, Any], checkpointing: bool, item: int) -> int:
+    """Bytes of activations that a token leaves for the backward pass, in a dtype of `item` bytes; 0 where the config
+    tells no sizes.
+    """
     width, layers = _size(config, "hidden_size", "n_embd"), _size(config, "num_hidden_layers", "n_layer")
     mlp = _size(config, "moe_intermediate_size", "intermediate_size", "n_inner") or 4 * width
     layer = WIDTH_BYTES * width + MLP_BYTES * mlp * (_size(config, "num_experts_per_tok") or 1)
