@@ -11,8 +11,8 @@ MICRO_BATCH = 8  # examples, unless the recipe or the memory of a mask says else
 
 class WithData(BaseModel):
     """micro_batch: examples that pass through the model together; results do not depend on it but for rounding. One
-    that holds the whole set spares `mask` a second number for every parameter: "auto" has it so where activations
-    cost less than that number, as estimated from headers and configs alone, and is 8 else.
+    that holds the whole set spares `mask` a second number for every parameter: "auto" has it so where the
+    activations of examples beyond 8 cost less than that number, as told from headers and configs, and is 8 else.
 
     state_dtype: of the numbers kept for every localizable parameter; bfloat16 is rounded at random. state_on: where
     they lie, "disk" is a file that is mapped. checkpointing: activations are computed twice and not kept.
