@@ -8,6 +8,7 @@ back). Ways:
 
   saliency, mask            the package's, as it comes
   ... checkpointing, ...    with settings that save memory
+  mask, micro-batches       in two of them, though the whole set would take less
   plain saliency            both models loaded as usual, task vectors of all parameters, loss.backward(), |g·τ|
 
 In units of the model: 1.00 is the bytes of its parameters in their dtype on disk.
@@ -27,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-BATCH, TOKENS = 4, 64
+BATCH, TOKENS = 8, 32
 WAYS: dict[str, dict[str, Any] | None] = {
     "plain saliency": None,
     "saliency": {"method": "saliency"},
@@ -35,19 +36,18 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "saliency, state on disk": {"method": "saliency", "state_on": "disk"},
     "saliency, checkpointing": {"method": "saliency", "checkpointing": True},
     "mask": {"method": "mask", "epochs": 2},
-    "mask, bfloat16 state": {"method": "mask", "epochs": 2, "state_dtype": "bfloat16"},
-    "mask, whole set": {"method": "mask", "epochs": 2, "micro_batch": 2 * BATCH},
-    "mask, whole set, checkpointing": {
+    "mask, checkpointing": {"method": "mask", "epochs": 2, "checkpointing": True},
+    "mask, checkpointing, bfloat16 state": {
         "method": "mask",
         "epochs": 2,
-        "micro_batch": 2 * BATCH,
         "checkpointing": True,
+        "state_dtype": "bfloat16",
     },
-    "mask, whole set, checkpointing, bfloat16 state": {
+    "mask, micro-batches": {"method": "mask", "epochs": 2, "micro_batch": BATCH},
+    "mask, micro-batches, bfloat16 state": {
         "method": "mask",
         "epochs": 2,
-        "micro_batch": 2 * BATCH,
-        "checkpointing": True,
+        "micro_batch": BATCH,
         "state_dtype": "bfloat16",
     },
 }
@@ -141,6 +141,7 @@ def _ours(folder: Path, config: Any, examples: list[Any], fields: dict[str, Any]
     from hf_locstitch.data.causal_lm import CausalLM, answer_loss
     from hf_locstitch.data.task import Task
     from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores
+    from hf_locstitch.localize.load import STATE_BYTES, Load, settled, token_activations
     from hf_locstitch.localize.mask import Mask
     from hf_locstitch.localize.saliency import Saliency
     from hf_locstitch.localize.subject import keep_no_activations, load_model, make_subject
@@ -157,15 +158,16 @@ def _ours(folder: Path, config: Any, examples: list[Any], fields: dict[str, Any]
     del base
     task = Task(examples, [TOKENS - 1] * len(examples), lambda model, batch: answer_loss(model, batch, 0))
     room = Room(folder, Processes())
-    fields = {"micro_batch": BATCH, **fields}
     if fields.get("checkpointing"):
         keep_no_activations(subject.model)
     if fields["method"] == "saliency":
         saliency_scores(Saliency(**fields), subject, task, room)
     else:
-        learn_mask(Mask(**fields), subject, task, room)
-    sizes = [parameter.numel() for parameter in subject.model.parameters()]
-    return sum(sizes), sum(place.base.numel() for place in subject.places.values())
+        how = Mask(**fields)
+        each = TOKENS * token_activations(CausalLM(), config.to_dict(), how.checkpointing, config.dtype.itemsize)
+        load = Load(len(examples), TOKENS, each, STATE_BYTES[how.state_dtype] * subject.size)
+        learn_mask(settled(how, load, 1), subject, task, room)
+    return sum(parameter.numel() for parameter in subject.model.parameters()), subject.size
 
 
 def _plain(folder: Path, examples: list[Any]) -> tuple[int, int]:

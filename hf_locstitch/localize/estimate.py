@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.checkpoints.header import ITEM_BYTES
-from hf_locstitch.data.classification import ImageClassification, SequenceClassification
-from hf_locstitch.data.objectives import suggest
+from hf_locstitch.localize.load import find_load, settled
 from hf_locstitch.localize.mask import Mask
 from hf_locstitch.localize.with_data import WithData
 
 if TYPE_CHECKING:
     import torch
 
-    from hf_locstitch.data.sets import OpenSet
     from hf_locstitch.plan import MergePlan
 
-STATE_BYTES = {"float32": 4, "bfloat16": 2}
-# Bytes of activations a token, layer and hidden unit, in a 16-bit dtype: Korthikanti et al., "Reducing Activation
-# Recomputation in Large Transformer Models", 2022 (34, and the layer's input alone, 2, where it is computed again).
-ACTIVATION_BYTES, INPUT_BYTES = 34, 2
 RATE_SIZE = 1024  # rows of the square matrices whose product is timed
 
 
@@ -31,9 +24,8 @@ RATE_SIZE = 1024  # rows of the square matrices whose product is timed
 class LearningCost:
     """Bytes on the device, but for `elsewhere` (memory or files of this machine). flops: of one pass over a set.
 
-    numbers: kept for an element. unsplit: the micro_batch that would keep one less, if any would, with
-    unsplit_passes. tokens: of a set, at most. free: bytes that the device has now. activations: 0 where the config
-    tells no sizes.
+    examples: of the set that takes most, at most; micro_batch: as settled for it. numbers: kept for a parameter.
+    tokens: of a set, at most. free: bytes that the device has now. activations: 0 where the config tells no sizes.
     """
 
     device: str
@@ -43,8 +35,8 @@ class LearningCost:
     activations: int
     elsewhere: int
     numbers: int
-    unsplit: int | None
-    unsplit_passes: int
+    examples: int
+    micro_batch: int
     free: int
     tokens: int
     flops: int
@@ -65,76 +57,46 @@ class LearningCost:
 
 def learning_cost(plan: MergePlan) -> LearningCost | None:
     """None for a localizer that looks at no data. Times a product of matrices on the device."""
-    how = plan.localizer if plan.localizes else None
-    if not isinstance(how, WithData):
+    asked = plan.localizer if plan.localizes else None
+    if not isinstance(asked, WithData):
         return None
     from hf_locstitch.localize.open_subject import find_device
 
-    device = find_device(how)
-    infos = [info for _, info in plan.base.tensors.values()]
+    device = find_device(asked)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    loads = [find_load(plan, asked, name) for name in plan.data]
+    ways = [(settled(asked, load, processes), load) for load in loads]
+    how, most = max(ways, key=lambda way: way[1].activated(way[0]) + way[1].numbers(way[0], processes) * way[1].number)
     item = max((ITEM_BYTES[info.dtype] for info in plan.localized), default=4)
-    largest = max((info.numel for info in plan.localized), default=0)
-    sets = list(plan.data.values())
-    length = max((getattr(found.asked.objective, "max_length", 512) for found in sets), default=512)
-    examples = [
-        found.asked.number * _classes(found, checkpoint.config)
-        for found, checkpoint in zip(sets, plan.finetuned.values(), strict=True)
-    ]
-    most = max(examples, default=0)
-    split = _split(how, most)
-    could = split and not _split(how.model_copy(update={"micro_batch": most}), most)
-    numbers = 2 if split else 1
-    state = numbers * STATE_BYTES[how.state_dtype] * plan.n
-    tokens = most * length
-    parameters = sum(info.numel for info in infos)
-    flops = (8 if how.checkpointing else 6) * parameters * tokens
+    parameters = sum(info.numel for _, info in plan.base.tensors.values())
+    numbers = most.numbers(how, processes)
+    state = numbers * most.number
+    tokens = max(load.examples * load.tokens for load in loads)
+    flops = (8 if asked.checkpointing else 6) * parameters * tokens
     return LearningCost(
         device=str(device),
         weights=item * parameters,
-        state=state if how.state_on == "device" else 0,
-        gradients=largest * (item + 3 * 4),  # a gradient, and the float32 copies that it is added up with
-        activations=_activations(plan.base.config, how, min(how.micro_batch, most) * length, item),
-        elsewhere=0 if how.state_on == "device" else state,
+        state=state if asked.state_on == "device" else 0,
+        # A gradient, and the float32 copies that it is added up with.
+        gradients=max((info.numel for info in plan.localized), default=0) * (item + 3 * 4),
+        activations=most.activated(how),
+        elsewhere=0 if asked.state_on == "device" else state,
         numbers=numbers,
-        unsplit=most if could else None,
-        unsplit_passes=len(plan.finetuned) * _passes(how, False),
+        examples=most.examples,
+        micro_batch=min(how.together, most.examples),
         free=_free(device),
         tokens=tokens,
         flops=flops,
-        passes=len(plan.finetuned) * _passes(how, split),
+        passes=sum(_passes(way, load.numbers(way, processes)) for way, load in ways),
         seconds=flops / _rate(device, item),
     )
 
 
-def _split(how: WithData, examples: int) -> bool:
-    """Whether the gradients of so many examples must be added up before a mask can learn from them."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return isinstance(how, Mask) and not how.comes_whole(how.batches(examples), processes)
-
-
-def _passes(how: WithData, split: bool) -> int:
+def _passes(how: WithData, numbers: int) -> int:
     """Over the set of one finetune."""
     if isinstance(how, Mask):
-        return how.epochs * (1 if split or not how.relative_lr else 2)
+        return how.epochs * (2 if numbers == 1 and how.relative_lr else 1)
     return len(getattr(how, "at", (0,)))
-
-
-def _classes(found: OpenSet, config: Mapping[str, Any]) -> int:
-    """How many classes the examples are drawn from, each so many; 1 where there are no labels."""
-    objective = found.asked.objective or suggest(config, found.label)
-    names = getattr(objective, "classes", None) or getattr(objective, "label_words", None)
-    classifies = isinstance(objective, SequenceClassification | ImageClassification)
-    return len(names or (config.get("id2label") or (0, 1) if classifies else (0,)))
-
-
-def _activations(config: Mapping[str, Any], how: WithData, tokens: int, item: int) -> int:
-    sizes = {**config, **config.get("vision_config", {}), **config.get("text_config", {})}
-    hidden, layers = sizes.get("hidden_size", sizes.get("n_embd")), sizes.get("num_hidden_layers", sizes.get("n_layer"))
-    if not hidden or not layers:
-        return 0
-    kept = INPUT_BYTES * layers + ACTIVATION_BYTES if how.checkpointing else ACTIVATION_BYTES * layers
-    logits = 2 * 4 * sizes.get("vocab_size", 0)  # of answers only, and their gradient; at most every token
-    return tokens * (hidden * kept * item // 2 + logits)
 
 
 def _free(device: torch.device) -> int:
@@ -173,11 +135,11 @@ def describe(cost: LearningCost) -> str:
     if not cost.fits:
         verdict += ": it may not fit; set micro_batch: 1, checkpointing: true, or state_on: cpu"
     elsewhere = f", {human(cost.elsewhere)} scores elsewhere" if cost.elsewhere else ""
-    saving = ""
-    if cost.unsplit:
-        saving = f"; micro_batch: {cost.unsplit} would halve the scores, with {cost.unsplit_passes} passes"
+    whole = cost.micro_batch == cost.examples
+    together = f"all {cost.examples} examples in one micro-batch" if whole else f"micro-batches of {cost.micro_batch}"
     return (
         f"localizing about {human(cost.peak)} ({', '.join(parts)}{elsewhere}) {verdict}; "
+        f"{cost.numbers} {'number' if cost.numbers == 1 else 'numbers'} a parameter, {together}, "
         f"{cost.passes} {'pass' if cost.passes == 1 else 'passes'} of at most {cost.flops / 1e12:.3g} TFLOP, "
-        f"about {cost.seconds:.2g} s each at the speed of a plain product of matrices{saving}"
+        f"about {cost.seconds:.2g} s each at the speed of a plain product of matrices"
     )

@@ -33,7 +33,7 @@ class Room:
 
 def saliency_scores(how: Saliency, subject: Subject, task: Task, room: Room) -> State:
     """|ḡ·τ| of every element, ḡ the gradient of the mean loss, averaged over the points `how.at`."""
-    batches = list(micro_batches(task, how.micro_batch))
+    batches = list(micro_batches(task, how.together))
     total, rounding = _state(how, subject, room, "gradient"), Rounding(how.seed)
     for point in how.at:
         for place in subject.places.values():
@@ -52,7 +52,7 @@ def learn_mask(how: Mask, subject: Subject, task: Task, room: Room) -> tuple[Sta
     passes, since its length depends on all of them. Else they are added up first, in a second number an element.
     """
     official = how.preset == "official"
-    batches = list(micro_batches(task, how.micro_batch, how.batch if official else None))
+    batches = list(micro_batches(task, how.together, how.batch if official else None))
     rounding = Rounding(how.seed)
     scores = start_scores(how, subject, room)
     gradients: Gradients = Passing(work := Work(subject, task, batches, room.processes, room.advance))

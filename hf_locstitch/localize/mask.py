@@ -59,8 +59,13 @@ class Mask(WithData):
         n = sum(numels)
         return self.started(n) if self.density is None else exact_share(self.density, n)
 
+    @property
+    def together(self) -> int:
+        """As WithData.together; those of the `official` preset end with its batches."""
+        return min(super().together, self.batch) if self.preset == "official" else super().together
+
     def batches(self, examples: int) -> int:
-        """As WithData.batches; those of the `official` preset end with its batches."""
+        """As WithData.batches, of the `official` preset in each of its batches."""
         size = min(self.batch, examples) if self.preset == "official" else examples
         full, rest = divmod(examples, size) if size else (0, 0)
         return full * super().batches(size) + super().batches(rest)

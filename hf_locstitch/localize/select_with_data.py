@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hf_locstitch.inputs import Inputs
 from hf_locstitch.localize.learn import Room
+from hf_locstitch.localize.load import find_load, settled
 from hf_locstitch.localize.mask import Mask
 from hf_locstitch.localize.saliency import Saliency
 from hf_locstitch.localize.scan import Scan
@@ -26,11 +27,12 @@ def select_with_data(
     progress: Progress,
 ) -> dict[str, Selection]:
     """The mask of each finetune, one after another. Raises RequestError or WorkError."""
-    how = plan.localizer
-    assert isinstance(how, Mask | Saliency)
+    asked = plan.localizer
+    assert isinstance(asked, Mask | Saliency)
     readers = inputs.fetch().readers
     selections: dict[str, Selection] = {}
     for name, data in plan.data.items():
+        how = settled(asked, find_load(plan, asked, name), processes.count)
         with progress.bar(f"{how.method} {name}", 0, " examples") as advance:  # how many there are shows only later
             room = Room(spill, processes, advance)
             scores = score(how, name, readers["base"], readers[name], plan.localized, data, room)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MICRO_BATCH = 8  # examples, unless the recipe or the memory of a mask says else
 
 
 class WithData(BaseModel):
     """micro_batch: examples that pass through the model together; results do not depend on it but for rounding. One
-    that holds the whole set spares `mask` a second number for every parameter.
+    that holds the whole set spares `mask` a second number for every parameter: "auto" has it so where the
+    activations of examples beyond 8 cost less than that number, as told from headers and configs, and is 8 else.
 
     state_dtype: of the numbers kept for every localizable parameter; bfloat16 is rounded at random. state_on: where
     they lie, "disk" is a file that is mapped. checkpointing: activations are computed twice and not kept.
@@ -19,7 +22,7 @@ class WithData(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    micro_batch: int = Field(default=8, ge=1)
+    micro_batch: int | Literal["auto"] = "auto"
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     state_on: Literal["device", "cpu", "disk"] = "device"
     checkpointing: bool = False
@@ -37,9 +40,21 @@ class WithData(BaseModel):
             )
         return value
 
+    @field_validator("micro_batch", mode="before")
+    @classmethod
+    def _is_a_count(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError('it should be "auto" or a whole number of examples, 1 or more')
+        return value
+
+    @property
+    def together(self) -> int:
+        """Examples in a micro-batch; of "auto", where nothing has settled it."""
+        return MICRO_BATCH if self.micro_batch == "auto" else self.micro_batch
+
     def batches(self, examples: int) -> int:
         """Into how many micro-batches so many examples fall."""
-        return -(-examples // self.micro_batch)
+        return -(-examples // self.together)
 
     def comes_whole(self, batches: int, processes: int) -> bool:
         """Whether the backward pass of one micro-batch makes the gradient of all of them."""
