@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_locstitch import manifest
+from hf_locstitch.allocator import freed_memory_goes_back
 from hf_locstitch.card import write_card
 from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE
 from hf_locstitch.checkpoints.side_files import copy_side_files
@@ -59,8 +60,11 @@ def run(
     kind = Run
     if plan.target == "localized":
         from hf_locstitch.localized.run import LocalizeRun as kind  # a Run itself
-    threads = one_torch_thread() if _runs_models(plan) else nullcontext()
-    with threads, workplace(plan, out, None if publish else out, processes) as place:
+    with ExitStack() as stack:
+        if _runs_models(plan):
+            stack.enter_context(one_torch_thread())
+            stack.enter_context(freed_memory_goes_back())
+        place = stack.enter_context(workplace(plan, out, None if publish else out, processes))
         record = kind(plan, place, processes, progress, hashes, upload).run()
         if publish is not None and processes.first:
             publish(place.stage)
