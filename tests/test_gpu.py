@@ -1,4 +1,4 @@
-"""Localizing with data on a CUDA device: the scores of the CPU, and what a model of 8 B parameters takes.
+"""Localizing with data and refits on a CUDA device: as on the CPU, and what a model of 8 B parameters takes.
 
 Opt-in: python -m pytest -m gpu tests/test_gpu.py -s
 """
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import HOW, family, write_texts
 from models import load
-from subjects import pair
+from subjects import build, pair
 from test_architectures import blocks
 
+from hf_locstitch import merge_from_hub
 from hf_locstitch.data.causal_lm import CausalLM, answer_loss
 from hf_locstitch.data.task import Task
 from hf_locstitch.demo.skills import make_tokenizer
@@ -29,6 +31,7 @@ from hf_locstitch.localize.subject import (
     make_subject,
 )
 from hf_locstitch.processes import Processes
+from hf_locstitch.refit import states
 
 pytestmark = pytest.mark.gpu
 ROWS = [{"prompt": f"reverse {word}=", "completion": word[::-1]} for word in ("40718", "12345", "99990", "31415")]
@@ -55,6 +58,32 @@ def test_the_device_scores_as_the_cpu_does(kind: str, on: str, tmp_path: Path) -
     for name, score in expected.tensors.items():
         assert found.tensors[name].device.type == ("cuda" if on == "device" else "cpu")
         torch.testing.assert_close(found.tensors[name].cpu(), score, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("states_on", ["device", "cpu", "disk"])
+@pytest.mark.parametrize("method", ["refit", "regmean"])
+def test_the_device_refits_as_the_cpu_does(
+    method: str, states_on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for rounding, which is far below what a refit changes."""
+    monkeypatch.setattr(states, "SMALLEST", 1)
+    folders = family(build("llama", torch.float32), tmp_path)
+    data = [str(write_texts(tmp_path / f"{seed}.jsonl", seed=seed)) for seed in range(2)]
+    merged = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        stitch = {"method": method, "inputs": 24, "batch": 5, "device": device, "states_on": states_on}
+        if method == "refit":
+            stitch |= {"lambdas": [1.0], "held_out": 0.0}
+        merge_from_hub(
+            folders[0], folders[1:], out=out, data=data, stitch=stitch,
+            **({"localizer": HOW} if method == "refit" else {"method": "regmean"}),
+        )  # fmt: skip
+        merged[device] = load(out)
+    base = load(folders[0])
+    largest = max((merged["cpu"][name] - base[name]).abs().max().item() for name in base)
+    for name, values in merged["cpu"].items():
+        assert (merged["cuda"][name] - values).abs().max().item() < 1e-3 * largest, name
 
 
 def test_eight_billion_parameters_fit_48_gb(tmp_path: Path) -> None:
