@@ -16,6 +16,7 @@ from models import load
 from subjects import CASES, MODELS, pair
 from torch import Tensor
 
+from hf_locstitch.data.task import Task
 from hf_locstitch.errors import RequestError
 from hf_locstitch.processes import DistributedProcesses, Processes
 from hf_locstitch.refit import states
@@ -49,15 +50,20 @@ def product(one: Pass) -> Tensor | None:
     return F.linear(stop.x, weight.T if stop.transposed else weight, bias)
 
 
+def loaded_case(case: str, root: Path) -> tuple[Path, Task, Tensor, Any]:
+    """The folder of a case's finetune, its task, what the loaded model gives, and its config."""
+    kind, objective, rows, processor = CASES[case]
+    _, folder = pair(kind, root, torch.float32)
+    model = getattr(transformers, MODELS[kind][0]).from_pretrained(folder).eval()
+    with torch.no_grad():
+        task = objective.prepare(rows(), processor(), model)
+        return folder, task, task.outputs(model, task.examples), model.config
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case != "text"])
 @pytest.mark.parametrize("stopping", [False, True])
 def test_outputs_are_those_of_the_loaded_model(case: str, stopping: bool, tmp_path: Path) -> None:
-    kind, objective, rows, processor = CASES[case]
-    _, folder = pair(kind, tmp_path, torch.float32)
-    loaded = getattr(transformers, MODELS[kind][0]).from_pretrained(folder).eval()
-    with torch.no_grad():
-        task = objective.prepare(rows(), processor(), loaded)
-        due = task.outputs(loaded, task.examples)
+    folder, task, due, _ = loaded_case(case, tmp_path)
     stops_at = (lambda part: part.dim > 1) if stopping else (lambda part: False)
     one = open_pass(folder, case, lambda model: task.outputs(model, task.examples), stops_at)
     one.start()
@@ -75,12 +81,7 @@ def test_holds_nothing_while_it_waits(
     case: str, shelf: Callable[..., Shelf], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(states, "SMALLEST", 1)
-    kind, objective, rows, processor = CASES[case]
-    _, folder = pair(kind, tmp_path, torch.float32)
-    loaded = getattr(transformers, MODELS[kind][0]).from_pretrained(folder).eval()
-    with torch.no_grad():
-        task = objective.prepare(rows(), processor(), loaded)
-        due = task.outputs(loaded, task.examples)
+    folder, task, due, _ = loaded_case(case, tmp_path)
     one = open_pass(folder, case, lambda model: task.outputs(model, task.examples), lambda part: part.dim > 1)
     one.states = States(shelf(*([tmp_path / "states"] if shelf is InFile else [])))
     one.start()
@@ -100,12 +101,7 @@ def test_holds_nothing_while_it_waits(
 @pytest.mark.parametrize("case", ["causal-lm", "masked-lm", "gpt2"])
 def test_waits_for_the_sum(case: str, tmp_path: Path) -> None:
     """A linear whose product is added to the residual stream is asked for there; the outputs are the same."""
-    kind, objective, rows, processor = CASES[case]
-    _, folder = pair(kind, tmp_path, torch.float32)
-    loaded = getattr(transformers, MODELS[kind][0]).from_pretrained(folder).eval()
-    task = objective.prepare(rows(), processor(), loaded)
-    with torch.no_grad():
-        due = task.outputs(loaded, task.examples)
+    folder, task, due, config = loaded_case(case, tmp_path)
     sums: frozenset[Any] = frozenset()
     names: list[list[str]] = []
     for _ in range(2):
@@ -123,7 +119,7 @@ def test_waits_for_the_sum(case: str, tmp_path: Path) -> None:
         assert torch.allclose(one.result, due, atol=1e-5)
         sums = frozenset(one.added - one.used)
     assert not names[0]
-    assert len(names[1]) == 2 * loaded.config.num_hidden_layers, names
+    assert len(names[1]) == 2 * config.num_hidden_layers, names
 
 
 def test_padding_is_left_out(tmp_path: Path) -> None:
