@@ -59,7 +59,7 @@ def test_rows() -> None:
 
 
 def test_rows_that_are_fitted_or_finetuned() -> None:
-    rows = [*refits([0.1, 1], [16], ["loss"]), *regmeans(), *finetunings([1, 3], [16])]
+    rows = [*refits([0.1, 1], [16], ["loss"], ["saliency"]), *regmeans(), *finetunings([1, 3], [16])]
     assert [(row.name, row.masked, row.inputs, dict(row.stitch)) for row in rows] == [
         ("magnitude 10%, refit", True, None, {}),
         ("magnitude 10%, refit, judged by loss", True, None, {"judge": "loss"}),
@@ -67,6 +67,7 @@ def test_rows_that_are_fitted_or_finetuned() -> None:
         ("refit of all", False, None, {}),
         ("refit of all, judged by loss", False, None, {"judge": "loss"}),
         ("refit of all, 16 inputs", False, 16, {"inputs": 16}),
+        ("saliency 10%, refit", True, None, {}),
         ("regmean, tuned", False, None, {}),
         ("magnitude 10%, finetuned, 1 epoch", True, None, {}),
         ("magnitude 10%, finetuned, 1 epoch, 16 inputs", False, 16, {}),
