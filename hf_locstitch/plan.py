@@ -233,6 +233,7 @@ def make_plan(
 
     warnings += licence_warning({"the base": base, **finetuned})
     warnings += [*_leaks(recipe, data), *_leaks(recipe, refit_data, "fitted")]
+    warnings += recipe.stitch.warnings() if recipe.stitch else []
     rest = finetuned[recipe.rest_from] if recipe.rest_from else base
     files = finetuned[recipe.files_from] if recipe.files_from else rest
     shards = output_shards(recipe, base, rest, frozenset(chosen))

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_valida
 
 from hf_locstitch.data.sets import LocalizationSet
 
+ENOUGH = 32  # held-out inputs of a finetune that tell one lambda from another; measured, docs/quality.md
 Stiffness = Annotated[
     float,
     Field(ge=0, allow_inf_nan=True),
@@ -38,6 +39,10 @@ class OnInputs(BaseModel):
     def dump(self) -> dict[str, Any]:
         """What asks for the same, without its data."""
         return self.model_dump(mode="json", exclude={"data"})
+
+    def warnings(self) -> list[str]:
+        """What a person should know before the work starts."""
+        return []
 
 
 class RegMean(OnInputs):
@@ -83,6 +88,16 @@ class Refit(OnInputs):
         """How many of so many inputs are fitted to, and how many are held out."""
         held_out = round(self.held_out * inputs)
         return inputs - held_out, held_out
+
+    def warnings(self) -> list[str]:
+        """Where the choice of lambda would rest on little."""
+        held_out = self.counts(self.inputs)[1]
+        if len(self.lambdas) == 1 or held_out >= ENOUGH:
+            return []
+        return [
+            f"lambda is chosen on {held_out} held-out inputs of each finetune: with fewer than {ENOUGH} a refit may be "
+            "worse than the mean elsewhere. Raise inputs or held_out, or name one lambda."
+        ]
 
     def describe(self) -> str:
         lambdas = ", ".join(f"{value:g}" for value in self.lambdas)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from subjects import build
 from test_with_data import write_jsonl
 
-from hf_locstitch import Magnitude, RequestError, merge_from_hub
+from hf_locstitch import Magnitude, Refit, RequestError, merge_from_hub
 from hf_locstitch.cli import main
 from hf_locstitch.demo.skills import make_tokenizer
 from hf_locstitch.refit.fit import Fit
@@ -178,6 +178,12 @@ def test_a_killed_refit_goes_on(
     assert read_record(tmp_path / "out")["stitch"] == read_record(tmp_path / "expected")["stitch"]
 
 
+def test_few_held_out_inputs_are_warned_of() -> None:
+    assert not Refit().warnings() and not Refit(inputs=128).warnings()
+    assert "on 16 held-out inputs" in Refit(inputs=64).warnings()[0]
+    assert not Refit(inputs=64, lambdas=(1.0,)).warnings()
+
+
 def test_bfloat16_is_rounded_once(tmp_path: Path, data: list[str]) -> None:
     folders = family(build("llama", torch.bfloat16), tmp_path)
     merge(folders, data, tmp_path / "out")
@@ -209,6 +215,7 @@ def test_the_command_records_and_repeats(
     assert main([*common, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "stitch     refit on 18 inputs each" in said and "fitting    about" in said and "1.jsonl" in said
+    assert "warning    lambda is chosen on 6 held-out inputs of each finetune" in said
     assert main([*common, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["refitting"]["inputs"] == 48
     with monkeypatch.context() as launched:
