@@ -51,21 +51,23 @@ def solve_masked(matrix: Tensor, cross: Tensor, mask: Tensor, steps: int) -> Ten
 
 
 def _solve_rows(matrix: Tensor, cross: Tensor, mask: Tensor, steps: int) -> Tensor:
+    """In tensors that are made once: new ones at every step would cost as much as the products."""
     kept = mask.to(matrix.dtype)
     inverse = 1 / matrix.diagonal()
     solution = torch.zeros_like(cross)
     residual = cross * kept
     scaled = residual * inverse
-    direction = scaled
-    power = (residual * scaled).sum(1, keepdim=True)
+    direction = scaled.clone()
+    image, product = torch.empty_like(cross), torch.empty_like(cross)
+    power = torch.mul(residual, scaled, out=product).sum(1, keepdim=True)
     for _ in range(steps):
-        image = (direction @ matrix) * kept
-        step = _ratio(power, (direction * image).sum(1, keepdim=True))
-        solution = solution + step * direction
-        residual = residual - step * image
-        scaled = residual * inverse
-        before, power = power, (residual * scaled).sum(1, keepdim=True)
-        direction = scaled + _ratio(power, before) * direction
+        torch.mm(direction, matrix, out=image).mul_(kept)
+        step = _ratio(power, torch.mul(direction, image, out=product).sum(1, keepdim=True))
+        solution.add_(torch.mul(direction, step, out=product))
+        residual.sub_(image.mul_(step))
+        torch.mul(residual, inverse, out=scaled)
+        before, power = power, torch.mul(residual, scaled, out=product).sum(1, keepdim=True)
+        direction.mul_(_ratio(power, before)).add_(scaled)
     return solution
 
 
