@@ -32,7 +32,7 @@ bench-quality: $(READY)  ## merges of real weights on real text, and of decoders
 bench-speed: $(READY)  ## time and memory beside the floor and the peers, and the same values as theirs
 	$(BIN)/python benchmarks/learning_memory.py
 	$(BIN)/python benchmarks/refit_memory.py
-	$(BIN)/python benchmarks/speed.py --markdown docs/benchmarks.md
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/parity.py
 
 bench-faults: $(READY)  ## merges killed at random moments
