@@ -31,6 +31,10 @@ class Processes:
         """Whether this is the process that speaks, creates folders and publishes."""
         return self.rank == 0
 
+    def own(self, number: int) -> slice:
+        """This process's part of so many things: parts are next to one another and about equal."""
+        return slice(number * self.rank // self.count, number * (self.rank + 1) // self.count)
+
     def sum(self, counts: Counts) -> Counts:
         """Elementwise over all processes, exactly. counts: int64 of one shape everywhere."""
         return counts
@@ -145,9 +149,14 @@ def _portable(error: BaseException | None) -> Exception | None:
     return error if isinstance(error, WorkError) else WorkError(f"{type(error).__name__}: {error}")
 
 
+def launched() -> int:
+    """How many processes a launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def find_processes() -> Processes:
     """Those of the launcher, if there is one."""
-    return DistributedProcesses() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Processes()
+    return DistributedProcesses() if launched() > 1 else Processes()
 
 
 def divide(sizes: Sequence[int], count: int) -> list[int]:

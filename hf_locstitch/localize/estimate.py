@@ -11,6 +11,7 @@ from hf_locstitch.checkpoints.header import ITEM_BYTES
 from hf_locstitch.localize.load import find_load, settled
 from hf_locstitch.localize.mask import Mask
 from hf_locstitch.localize.with_data import WithData
+from hf_locstitch.processes import launched
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ def learning_cost(plan: MergePlan) -> LearningCost | None:
     from hf_locstitch.localize.open_subject import find_device
 
     device = find_device(asked)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = launched()
     loads = [find_load(plan, asked, name) for name in plan.data]
     ways = [(settled(asked, load, processes), load) for load in loads]
     how, most = max(ways, key=lambda way: way[1].activated(way[0]) + way[1].numbers(way[0], processes) * way[1].number)

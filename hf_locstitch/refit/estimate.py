@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.checkpoints.header import ITEM_BYTES
+from hf_locstitch.processes import launched
 from hf_locstitch.refit.config import OnInputs, RegMean
 from hf_locstitch.select import BLOCKS
 
@@ -86,18 +86,18 @@ def refit_cost(plan: MergePlan) -> RefitCost | None:
         aside=aside,
         outputs=FLOAT * 2 * OUTPUTS * plan.settings.workers * how.batch * _outputs(plan),
         values=values,
-        disk=values + (_processes() * aside if how.states_on == "disk" else 0),
+        disk=values + (launched() * aside if how.states_on == "disk" else 0),
         inputs=inputs,
         tokens=tokens,
         flops=float(lambdas * (3 * forward + grams + 2 * solve) + 2 * forward),
-        processes=_processes(),
+        processes=launched(),
     )
 
 
 def _states(plan: MergePlan, how: OnInputs, batches: int, token: int) -> tuple[int, int]:
     """Bytes of hidden states in each process, on the device and elsewhere. batches: of all finetunes. token: bytes."""
     lengths = [_length(plan, name) for name in plan.finetuned]
-    own = min(1.0, (math.ceil(batches / _processes()) + (_processes() > 1)) / batches)  # cut at whole batches
+    own = min(1.0, (math.ceil(batches / launched()) + (launched() > 1)) / batches)  # cut at whole batches
     whole = math.ceil(own * sum(how.inputs * length for length in lengths) * token)
     if how.states_on == "device" or (how.states_on == "cpu" and not _on_cuda(how)):
         return whole, 0
@@ -108,10 +108,6 @@ def _on_cuda(how: OnInputs) -> bool:
     from hf_locstitch.localize.open_subject import find_device
 
     return find_device(how).type == "cuda"
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _regmean_cost(plan: MergePlan, how: RegMean) -> RefitCost | None:
@@ -134,11 +130,11 @@ def _regmean_cost(plan: MergePlan, how: RegMean) -> RefitCost | None:
         aside=aside,
         outputs=FLOAT * OUTPUTS * plan.settings.workers * how.batch * _outputs(plan),
         values=FLOAT * elements,
-        disk=FLOAT * elements + (_processes() * aside if how.states_on == "disk" else 0),
+        disk=FLOAT * elements + (launched() * aside if how.states_on == "disk" else 0),
         inputs=tasks * how.inputs,
         tokens=tokens,
         flops=float(2 * tokens * products + sum(width**3 for width in widths.values())),
-        processes=_processes(),
+        processes=launched(),
     )
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_locstitch.chunks import for_each
@@ -27,7 +26,7 @@ from hf_locstitch.refit.experts import StackedExperts
 from hf_locstitch.refit.jobs import make_pairs
 from hf_locstitch.refit.lead import Meeting, Pair, lead
 from hf_locstitch.refit.least_squares import LeastSquares, Problem, Target, Targets
-from hf_locstitch.refit.passes import Experts, Key, Linear, linear_stop
+from hf_locstitch.refit.passes import Experts, Key, Linear
 from hf_locstitch.refit.pending import Pending
 from hf_locstitch.refit.plain import PlainStitch
 from hf_locstitch.refit.states import MakeStates
@@ -169,7 +168,7 @@ class Fit:
 
         def go_on() -> None:
             if problem is None or change is None:
-                weight, bias = self._values(subject, linear) if problem is None else (problem.weight, problem.bias)
+                weight, bias = linear.load(subject.merged) if problem is None else (problem.weight, problem.bias)
             else:
                 weight, bias = self._take(subject, linear, problem, change)
             for numbered, target in targets.to_go_on():
@@ -182,23 +181,16 @@ class Fit:
                         return
                     pair.finetuned.take_back()
                     pair.finetuned.go_on(target(number))
-                    pair.merged.take_back()
-                    pair.merged.go_on(F.linear(linear_stop(pair.merged).x, weight, bias))
+                    pair.merged.multiply(weight, bias)
                     self._score(pair)
 
                 for_each(one, numbered, self._workers)
 
         return go_on
 
-    def _values(self, subject: RefitSubject, linear: Linear) -> tuple[Tensor, Tensor | None]:
-        """Of the merged model as it is: weight [outputs, inputs] and bias [outputs]."""
-        weight = subject.merged.load(linear.weight)
-        bias = None if linear.bias is None else subject.merged.load(linear.bias)
-        return weight.T if linear.transposed else weight, bias
-
     def _problem(self, pairs: Sequence[Pair], subject: RefitSubject, linear: Linear) -> Problem:
         name = subject.merged.groups[linear.weight.parameter].disk[0]
-        return self.least_squares.begin(pairs, name, *self._values(subject, linear), self._mask(subject, linear))
+        return self.least_squares.begin(pairs, name, *linear.load(subject.merged), self._mask(subject, linear))
 
     def _mask(self, subject: RefitSubject, linear: Linear) -> Tensor | None:
         """Where a linear's values may change, bool [outputs, inputs], its bias in a last column; None: nowhere."""

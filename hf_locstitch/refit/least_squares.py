@@ -79,9 +79,7 @@ class Targets:
         for task, subject in enumerate(self._subjects):
             if numbers := [number for number in among if self._pairs[number].task == task]:
                 stop = linear_stop(self._pairs[numbers[0]].finetuned)
-                weight = subject.finetuned.load(stop.weight)
-                bias = None if stop.bias is None else subject.finetuned.load(stop.bias)
-                yield numbers, self._product(weight.T if stop.transposed else weight, bias)
+                yield numbers, self._product(*stop.load(subject.finetuned))
 
     def _product(self, weight: Tensor, bias: Tensor | None) -> Target:
         return lambda number: F.linear(linear_stop(self._pairs[number].finetuned).x, weight, bias)
@@ -184,8 +182,7 @@ class LeastSquares:
     def _solve_own_rows(self, cross: Tensor, mask: Tensor | None) -> None:
         """Put what this process's rows of the right-hand sides solve to in their place, and 0 in that of the others."""
         assert mask is not None and self._gram is not None
-        rank, count = self._processes.rank, self._processes.count
-        own = slice(len(cross) * rank // count, len(cross) * (rank + 1) // count)
+        own = self._processes.own(len(cross))
         matrix = system(self._gram, self._stiffness, self._how.ridge)
         change = solve_masked(matrix, cross[own], mask[own], self._how.steps)
         cross.zero_()

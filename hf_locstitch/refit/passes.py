@@ -48,6 +48,12 @@ class Linear:
     def key(self) -> Key:
         return self.weight.key
 
+    def load(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
+        """Weight [outputs, inputs] and bias [outputs], read afresh. weights: of a model whose parts these are."""
+        weight = weights.load(self.weight)
+        bias = None if self.bias is None else weights.load(self.bias)
+        return weight.T if self.transposed else weight, bias
+
 
 @dataclass(frozen=True)
 class LinearStop(Linear):
@@ -139,6 +145,11 @@ class Pass:
         self._answer, self.stop = answer, None
         self._go.release()
         self._await()
+
+    def multiply(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Go on with what such a linear makes of the input that it waits with. weight: [outputs, inputs]."""
+        self.take_back()
+        self.go_on(F.linear(linear_stop(self).x, weight, bias))
 
     def end(self) -> None:
         """Leave it where it is."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_locstitch.chunks import for_each, in_order
@@ -265,10 +264,8 @@ class Work:
             return
         for number, task in enumerate(self._tasks):
             if own := [one for one in alones if one.task == number]:
-                stop = own[0].stop
-                weight = self._weight(number, stop)
-                bias = None if stop.bias is None else task.finetuned.held(stop.bias)
-                for_each(partial(_multiply, weight, bias), own, self._workers)
+                weight, bias = own[0].stop.load(task.finetuned)
+                for_each(lambda one, weight=weight, bias=bias: one.run.multiply(weight, bias), own, self._workers)
 
     def _weight(self, number: int, linear: Linear) -> Tensor:
         """[outputs, inputs], of the model of that number."""
@@ -298,9 +295,8 @@ class Work:
 
     def _own_rows(self, linear: Linear, grams: Sequence[Tensor]) -> Tensor:
         """This process's rows of the solution, float32 [outputs, inputs], 0 in the others."""
-        rank, count = self._processes.rank, self._processes.count
         values = torch.zeros_like(self._weight(0, linear))
-        own = slice(len(values) * rank // count, len(values) * (rank + 1) // count)
+        own = self._processes.own(len(values))
         values[own] = regression_mean(grams, lambda number: self._weight(number, linear)[own], self._how.alpha).float()
         return values
 
@@ -309,11 +305,6 @@ class Work:
         group = self._tasks[0].finetuned.groups[self._parts[0][linear.key].parameter]
         for name, whole in self._pending.keep(group, self._parts[0][linear.key].parameter, values.cpu()).items():
             self._writer.write(name, "F32", [whole.reshape(-1)])
-
-
-def _multiply(weight: Tensor, bias: Tensor | None, one: Alone) -> None:
-    one.run.take_back()
-    one.run.go_on(F.linear(one.stop.x, weight, bias))
 
 
 def record(plan: MergePlan, how: RegMean, values: Refitted) -> dict[str, Any]:

@@ -8,6 +8,7 @@ what the pass itself has made is touched; weights and buffers belong to others.
 from __future__ import annotations
 
 import ctypes
+import errno
 import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,8 @@ class InFile(Shelf):
         content = into if into.device.type == "cpu" else torch.empty(len(into), dtype=torch.uint8)
         with self._path.open("rb") as file:
             file.seek(self._starts[number])
-            file.readinto(_memory(content))
+            if file.readinto(_memory(content)) < len(content):
+                raise OSError(errno.EIO, "it was cut short while a refit needed it", str(self._path))
         if content is not into:
             into.copy_(content)
 

@@ -75,6 +75,17 @@ def test_what_nobody_uses_is_not_kept(tmp_path: Path) -> None:
     assert (tmp_path / "states").stat().st_size == other.nbytes
 
 
+def test_a_file_that_was_cut_is_an_error(tmp_path: Path) -> None:
+    """And not a wrong model."""
+    states = States(InFile(tmp_path / "states"))
+    one = torch.ones(1000)
+    states.note(one, ())
+    states.put_away()
+    (tmp_path / "states").write_bytes((tmp_path / "states").read_bytes()[:-4])
+    with pytest.raises(OSError, match="cut short"):
+        states.take_back()
+
+
 def write_recipe(root: Path, method: str, states_on: str) -> None:
     """For the models and texts that lie there."""
     fields: dict[str, Any] = {
