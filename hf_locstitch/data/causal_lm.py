@@ -124,6 +124,8 @@ def answer_logits(model: Any, batch: Sequence[Encoded], padding: int) -> tuple[T
     tokens."""
     import torch
 
+    from hf_locstitch.data.logits import logits_at
+
     longest = max(len(ids) for ids, _ in batch)
     tokens = torch.full((len(batch), longest), padding)
     labels = torch.full((len(batch), longest), IGNORED)
@@ -132,7 +134,9 @@ def answer_logits(model: Any, batch: Sequence[Encoded], padding: int) -> tuple[T
         tokens[row, : len(ids)], labels[row, : len(ids)] = torch.tensor(ids), torch.tensor(wanted)
         inside[row, : len(ids)] = 1
     device = model.device
-    logits = model(input_ids=tokens.to(device), attention_mask=inside.to(device), use_cache=False).logits[:, :-1]
-    wanted = labels[:, 1:].to(device)
-    chosen = logits[wanted != IGNORED]  # [labelled tokens, vocabulary]
-    return chosen.to(torch.promote_types(chosen.dtype, torch.float32)), wanted[wanted != IGNORED]
+    due = labels[:, 1:] != IGNORED
+    before = torch.nn.functional.pad(due, (0, 1)).to(device)  # the tokens that these follow
+    logits = logits_at(
+        model, before, input_ids=tokens.to(device), attention_mask=inside.to(device), use_cache=False
+    )  # fmt: skip
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, 1:][due].to(device)

@@ -41,14 +41,15 @@ class MaskedLM(ObjectiveConfig):
         return "AutoModelForMaskedLM"
 
     def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:
+        from hf_locstitch.data.logits import logits_at
+
         words = [self._token(word, processor) for word in self.label_words]
         labels = label_ids(rows, self.label_words)
         examples = [(self._encode(row, processor), label) for row, label in zip(rows, labels, strict=True)]
 
         def outputs(model: Any, batch: Sequence[tuple[list[int], int]]) -> Any:
             tokens = processor.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(model.device)
-            logits = model(**tokens).logits  # [examples, tokens, vocabulary]
-            return logits[tokens["input_ids"] == processor.mask_token_id][:, words]
+            return logits_at(model, tokens["input_ids"] == processor.mask_token_id, **tokens)[:, words]
 
         return classes_task(examples, outputs)
 

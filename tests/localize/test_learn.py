@@ -40,6 +40,9 @@ def autograd(subject: Subject, task: Task, scores: Tensors, penalty: float) -> T
         def __call__(self, **inputs: object) -> object:
             return torch.func.functional_call(model, weights, args=(), kwargs=inputs, tie_weights=True)
 
+        def get_output_embeddings(self) -> None:
+            """It makes the logits of all tokens."""
+
         def get_image_features(self, **inputs: object) -> object:
             class Call(torch.nn.Module):
                 def __init__(self) -> None:
