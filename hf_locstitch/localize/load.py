@@ -3,11 +3,12 @@ micro-batch. The same whenever it is asked, on whatever machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_locstitch.checkpoints.header import ITEM_BYTES
+from hf_locstitch.checkpoints.sizes import LAYERS, MLP, WIDTH, find_patches, find_size
 from hf_locstitch.data.causal_lm import CausalLM
 from hf_locstitch.data.classification import ImageClassification, SequenceClassification
 from hf_locstitch.data.masked_lm import MaskedLM
@@ -88,10 +89,8 @@ def _classes(objective: AnyObjective, config: Mapping[str, Any]) -> int:
 
 def _tokens(objective: AnyObjective, config: Mapping[str, Any]) -> int:
     """Of an example, at most."""
-    if isinstance(objective, ImageClassification | ClipZeroShot):
-        image, patch = (_size(config, name, within=["vision_config"]) for name in ("image_size", "patch_size"))
-        if image and patch:
-            return (image // patch) ** 2 + 1
+    if isinstance(objective, ImageClassification | ClipZeroShot) and (patches := find_patches(config)):
+        return patches
     return getattr(objective, "max_length", 512)
 
 
@@ -99,17 +98,10 @@ def token_activations(objective: AnyObjective, config: Mapping[str, Any], checkp
     """Bytes of activations that a token leaves for the backward pass, in a dtype of `item` bytes; 0 where the config
     tells no sizes.
     """
-    width, layers = _size(config, "hidden_size", "n_embd"), _size(config, "num_hidden_layers", "n_layer")
-    mlp = _size(config, "moe_intermediate_size", "intermediate_size", "n_inner") or 4 * width
-    layer = WIDTH_BYTES * width + MLP_BYTES * mlp * (_size(config, "num_experts_per_tok") or 1)
+    width, layers = find_size(config, *WIDTH), find_size(config, *LAYERS)
+    mlp = find_size(config, *MLP) or 4 * width
+    layer = WIDTH_BYTES * width + MLP_BYTES * mlp * (find_size(config, "num_experts_per_tok") or 1)
     kept = INPUT_BYTES * width * layers + layer if checkpointing else layer * layers
     # Of answers only, and their gradient; at most every token.
-    logits = 2 * 4 * _size(config, "vocab_size") if isinstance(objective, CausalLM | MaskedLM) else 0
+    logits = 2 * 4 * find_size(config, "vocab_size") if isinstance(objective, CausalLM | MaskedLM) else 0
     return kept * item // 2 + logits if width and layers else 0
-
-
-def _size(config: Mapping[str, Any], *names: str, within: Sequence[str] = ("text_config", "vision_config")) -> int:
-    """The first of these that a part of the config gives, or the config itself; 0 if none does."""
-    parts = [*(config.get(part) or {} for part in within), config]
-    found = (part.get(name) for name in names for part in parts)
-    return next((value for value in found if isinstance(value, int) and value > 0), 0)

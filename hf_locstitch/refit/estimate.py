@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.checkpoints.header import ITEM_BYTES
+from hf_locstitch.checkpoints.sizes import WIDTH, find_patches, find_size
 from hf_locstitch.processes import launched
 from hf_locstitch.refit.config import OnInputs, RegMean
 from hf_locstitch.select import BLOCKS
@@ -29,8 +30,8 @@ class RefitCost:
 
     weights: copies of the largest matrix, or of the experts of a layer in every model.
     moments: Gram matrices and right-hand sides. states: what a process's inputs hold at a stop, in both models, on the
-    device; aside: in memory or on the disk, by what the recipe says. outputs: of the batches that end at once.
-    values: the refitted values of two lambdas, on the disk. disk: in all.
+    device; aside: in memory or on the disk, as `states_on` says. outputs: of the batches that end at once.
+    values: the refitted values of two lambdas, on the disk.
     """
 
     weights: int
@@ -39,7 +40,7 @@ class RefitCost:
     aside: int
     outputs: int
     values: int
-    disk: int
+    states_on: str
     inputs: int
     tokens: int
     flops: float
@@ -49,8 +50,13 @@ class RefitCost:
     def peak(self) -> int:
         return LIBRARIES + self.weights + self.moments + self.states + self.outputs
 
+    @property
+    def disk(self) -> int:
+        """Bytes of all processes together."""
+        return self.values + (self.processes * self.aside if self.states_on == "disk" else 0)
+
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "peak": self.peak}
+        return {**asdict(self), "peak": self.peak, "disk": self.disk}
 
 
 def refit_cost(plan: MergePlan) -> RefitCost | None:
@@ -67,7 +73,6 @@ def refit_cost(plan: MergePlan) -> RefitCost | None:
     inputs = tasks * how.inputs
     tokens = sum(how.inputs * _length(plan, name) for name in plan.finetuned)
     widest, largest = max(max(shape) for shape in matrices), max(math.prod(shape) for shape in matrices)
-    hidden = _hidden(plan, widest)
     stacked = _stacked(plan)
     elements = sum(math.prod(shape) for shape in matrices)
     solve = sum(math.prod(shape) * min(shape) * how.steps for shape in matrices)
@@ -78,7 +83,7 @@ def refit_cost(plan: MergePlan) -> RefitCost | None:
     item = max(ITEM_BYTES[info.dtype] for info in plan.localized)
     values = math.ceil(2 * item * share * plan.n)
     batches = sum(math.ceil(count / how.batch) for count in how.counts(how.inputs)) * tasks
-    states, aside = _states(plan, how, batches, FLOAT * 2 * (3 * hidden + WIDENINGS * widest))
+    states, aside = _states(plan, how, batches, widest, models=2)
     return RefitCost(
         weights=FLOAT * ((3 + tasks) * stacked if stacked else 6 * largest),
         moments=FLOAT * (MOMENTS + plan.settings.workers) * (widest**2 + largest),
@@ -86,7 +91,7 @@ def refit_cost(plan: MergePlan) -> RefitCost | None:
         aside=aside,
         outputs=FLOAT * 2 * OUTPUTS * plan.settings.workers * how.batch * _outputs(plan),
         values=values,
-        disk=values + (launched() * aside if how.states_on == "disk" else 0),
+        states_on=how.states_on,
         inputs=inputs,
         tokens=tokens,
         flops=float(lambdas * (3 * forward + grams + 2 * solve) + 2 * forward),
@@ -94,8 +99,11 @@ def refit_cost(plan: MergePlan) -> RefitCost | None:
     )
 
 
-def _states(plan: MergePlan, how: OnInputs, batches: int, token: int) -> tuple[int, int]:
-    """Bytes of hidden states in each process, on the device and elsewhere. batches: of all finetunes. token: bytes."""
+def _states(plan: MergePlan, how: OnInputs, batches: int, widest: int, models: int) -> tuple[int, int]:
+    """Bytes of hidden states in each process, on the device and elsewhere. batches: of all finetunes. widest: of the
+    linears. models: that an input passes through."""
+    hidden = find_size(plan.base.config, *WIDTH) or widest
+    token = FLOAT * models * (3 * hidden + WIDENINGS * widest)
     lengths = [_length(plan, name) for name in plan.finetuned]
     own = min(1.0, (math.ceil(batches / launched()) + (launched() > 1)) / batches)  # cut at whole batches
     whole = math.ceil(own * sum(how.inputs * length for length in lengths) * token)
@@ -122,7 +130,7 @@ def _regmean_cost(plan: MergePlan, how: RegMean) -> RefitCost | None:
     largest, elements = (each(map(math.prod, shapes.values())) for each in (max, sum))
     products = sum(math.prod(shape) + widths[name] ** 2 for name, shape in shapes.items())
     batches = tasks * math.ceil(how.inputs / how.batch)
-    states, aside = _states(plan, how, batches, FLOAT * (3 * _hidden(plan, widest) + WIDENINGS * widest))
+    states, aside = _states(plan, how, batches, widest, models=1)
     return RefitCost(
         weights=FLOAT * 6 * largest,
         moments=FLOAT * ((tasks + MOMENTS + plan.settings.workers) * widest**2 + DOUBLES * (widest**2 + largest)),
@@ -130,7 +138,7 @@ def _regmean_cost(plan: MergePlan, how: RegMean) -> RefitCost | None:
         aside=aside,
         outputs=FLOAT * OUTPUTS * plan.settings.workers * how.batch * _outputs(plan),
         values=FLOAT * elements,
-        disk=FLOAT * elements + (launched() * aside if how.states_on == "disk" else 0),
+        states_on=how.states_on,
         inputs=tasks * how.inputs,
         tokens=tokens,
         flops=float(2 * tokens * products + sum(width**3 for width in widths.values())),
@@ -143,10 +151,8 @@ def _length(plan: MergePlan, name: str) -> int:
     how = plan.recipe.stitch
     assert how is not None
     objective = plan.refit_data[name].asked.objective
-    config = plan.finetuned[name].config
-    vision = config.get("vision_config") or config
-    if "patch_size" in vision and "image_size" in vision and not isinstance(vision["image_size"], list):
-        return (int(vision["image_size"]) // int(vision["patch_size"])) ** 2 + 1
+    if patches := find_patches(plan.finetuned[name].config):
+        return patches
     return min(how.tokens, int(getattr(objective, "max_length", how.tokens)))
 
 
@@ -154,14 +160,7 @@ def _outputs(plan: MergePlan) -> int:
     """Numbers that a language model gives for one input: tokens times words. Others give few."""
     config = plan.base.config
     speaks = any("LM" in name for name in config.get("architectures") or ())
-    return max(_length(plan, name) for name in plan.finetuned) * int(config.get("vocab_size", 0)) if speaks else 0
-
-
-def _hidden(plan: MergePlan, widest: int) -> int:
-    """Width of the hidden states; at worst that of the widest linear."""
-    config = plan.base.config
-    sizes = {**config, **config.get("vision_config", {}), **config.get("text_config", {})}
-    return next((int(sizes[key]) for key in ("hidden_size", "n_embd", "d_model") if sizes.get(key)), widest)
+    return max(_length(plan, name) for name in plan.finetuned) * find_size(config, "vocab_size") if speaks else 0
 
 
 def _stacked(plan: MergePlan) -> int:

@@ -88,7 +88,8 @@ def reference(folders: list[Path], texts: list[list[str]], alpha: float) -> Stat
                 model(**make_tokenizer()(text, return_tensors="pt", return_token_type_ids=False))
         transposed |= {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
         for name, parts in kept.items():
-            x = torch.cat(parts).double()
+            # The last token of a text predicts nothing.
+            x = torch.cat([part[:-1] for part in parts] if name == "lm_head.weight" else parts).double()
             grams.setdefault(name, []).append(x.T @ x / len(x))
     for name in grams.keys() & merged.keys():
         wide = [gram * alpha + torch.diag(gram.diagonal()) * (1 - alpha) for gram in grams[name]]
