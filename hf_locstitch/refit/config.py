@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_valida
 from hf_locstitch.data.sets import LocalizationSet
 
 ENOUGH = 32  # held-out inputs of a finetune that tell one lambda from another; measured, docs/quality.md
+JUDGED = 1 << 26  # numbers of the outputs of a held-out batch, at most: logits can be far more than hidden states
 Stiffness = Annotated[
     float,
     Field(ge=0, allow_inf_nan=True),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_locstitch.checkpoints.header import ITEM_BYTES
 from hf_locstitch.checkpoints.sizes import WIDTH, find_patches, find_size
 from hf_locstitch.processes import launched
-from hf_locstitch.refit.config import OnInputs, RegMean
+from hf_locstitch.refit.config import JUDGED, OnInputs, RegMean
 from hf_locstitch.select import BLOCKS
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FLOAT = 4  # bytes; all of a refit is float32
 WIDENINGS = 3  # a linear's outputs, the merged and the finetuned ones, and what is made of them, at once
 LIBRARIES = 470_000_000  # bytes: transformers and datasets, and what the allocator keeps of threads; measured
-OUTPUTS = 3  # logits, those that are looked at, and their probabilities
+OUTPUTS = 2  # logits, and what is made of them
 DOUBLES = 6  # float64 numbers, counted as float32, of each element of the system and of its right-hand side
 MOMENTS = 4  # beside each worker's Gram matrix: a task's, the sum over tasks, the system, and what solves it
 
@@ -89,7 +89,7 @@ def refit_cost(plan: MergePlan) -> RefitCost | None:
         moments=FLOAT * (MOMENTS + plan.settings.workers) * (widest**2 + largest),
         states=states,
         aside=aside,
-        outputs=FLOAT * 2 * OUTPUTS * plan.settings.workers * how.batch * _outputs(plan),
+        outputs=2 * _outputs(plan, how),
         values=values,
         states_on=how.states_on,
         inputs=inputs,
@@ -136,7 +136,7 @@ def _regmean_cost(plan: MergePlan, how: RegMean) -> RefitCost | None:
         moments=FLOAT * ((tasks + MOMENTS + plan.settings.workers) * widest**2 + DOUBLES * (widest**2 + largest)),
         states=states,
         aside=aside,
-        outputs=FLOAT * OUTPUTS * plan.settings.workers * how.batch * _outputs(plan),
+        outputs=_outputs(plan, how),
         values=FLOAT * elements,
         states_on=how.states_on,
         inputs=tasks * how.inputs,
@@ -156,11 +156,13 @@ def _length(plan: MergePlan, name: str) -> int:
     return min(how.tokens, int(getattr(objective, "max_length", how.tokens)))
 
 
-def _outputs(plan: MergePlan) -> int:
-    """Numbers that a language model gives for one input: tokens times words. Others give few."""
+def _outputs(plan: MergePlan, how: OnInputs) -> int:
+    """Bytes of what a language model gives for the batches that end at once: tokens times words. Others give little."""
     config = plan.base.config
-    speaks = any("LM" in name for name in config.get("architectures") or ())
-    return max(_length(plan, name) for name in plan.finetuned) * find_size(config, "vocab_size") if speaks else 0
+    if not any("LM" in name for name in config.get("architectures") or ()):
+        return 0
+    one = max(_length(plan, name) for name in plan.finetuned) * find_size(config, "vocab_size")
+    return FLOAT * OUTPUTS * plan.settings.workers * min(how.batch * one, max(one, JUDGED))
 
 
 def _stacked(plan: MergePlan) -> int:

@@ -30,7 +30,7 @@ from hf_locstitch.refit.lead import Meeting, lead
 from hf_locstitch.refit.passes import Key, Linear, LinearStop, Pass, linear_stop
 from hf_locstitch.refit.pending import Pending
 from hf_locstitch.refit.states import MakeStates, making_states
-from hf_locstitch.refit.subject import OpenTask, open_task
+from hf_locstitch.refit.subject import OpenTask, batched, open_task
 from hf_locstitch.refit.values import Refitted, RefittedWriter, open_refitted
 from hf_locstitch.refit.weights import part_of
 
@@ -197,7 +197,7 @@ class Work:
     def follow(self, advance: Callable[[int], object]) -> Counter[Key]:
         """How often each linear is called in a pass: one batch of each task tells. Raises RequestError."""
         self._advance = advance
-        lead(self._share(lambda batches: batches[:1]), self._pass_by, self._workers, self._processes)
+        lead(self._share(self._first), self._pass_by, self._workers, self._processes)
         if not self._calls:
             raise RequestError(
                 "no merged tensor of this model is called as a linear by its inputs: there is nothing for RegMean to "
@@ -208,16 +208,20 @@ class Work:
     def run(self, calls: Counter[Key], advance: Callable[[int], object]) -> None:
         """Write every linear's values. calls: what following told."""
         self._due, self._calls, self._advance = calls, Counter(), advance
-        lead(self._share(lambda batches: batches), self._visit, self._workers, self._processes)
+        lead(self._share(self._all), self._visit, self._workers, self._processes)
 
-    def _share(self, choose: Callable[[list[Sequence[Any]]], list[Sequence[Any]]]) -> list[Alone]:
+    def _first(self, task: OpenTask) -> Sequence[Sequence[Any]]:
+        """A batch that may come to its outputs."""
+        return batched(task.task.examples, task.task.weights, self._how.batch, task.units)[:1]
+
+    def _all(self, task: OpenTask) -> Sequence[Sequence[Any]]:
+        """Batches that end at their last linear."""
+        examples, size = task.task.examples, self._how.batch
+        return [examples[first : first + size] for first in range(0, len(examples), size)]
+
+    def _share(self, choose: Callable[[OpenTask], Sequence[Sequence[Any]]]) -> list[Alone]:
         """This process's passes, of those batches that are chosen of each task's; perhaps none."""
-        size = self._how.batch
-        jobs: list[tuple[int, Sequence[Any]]] = []
-        for number, task in enumerate(self._tasks):
-            examples = task.task.examples
-            batches = [examples[first : first + size] for first in range(0, len(examples), size)]
-            jobs += [(number, batch) for batch in choose(batches)]
+        jobs = [(number, batch) for number, task in enumerate(self._tasks) for batch in choose(task)]
         owners = divide([len(batch) for _, batch in jobs], self._processes.count)
         rank = self._processes.rank
         return [self._alone(*job) for job, owner in zip(jobs, owners, strict=True) if owner == rank]

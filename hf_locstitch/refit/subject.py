@@ -21,7 +21,7 @@ from hf_locstitch.localize.names import group_names
 from hf_locstitch.localize.open_subject import link_files, load_processor
 from hf_locstitch.localize.subject import load_config
 from hf_locstitch.progress import no_bars_of_libraries
-from hf_locstitch.refit.config import OnInputs, Refit
+from hf_locstitch.refit.config import JUDGED, OnInputs, Refit
 from hf_locstitch.refit.passes import Pass, watch
 from hf_locstitch.refit.plain import PlainStitch
 from hf_locstitch.refit.weights import Part, Weights, hollow
@@ -62,6 +62,11 @@ class OpenTask:
     finetuned: Weights
     shared: Sequence[str]
     task: Task
+
+    @property
+    def units(self) -> int:
+        """How many answers' tokens, or examples, have outputs of JUDGED numbers."""
+        return JUDGED // getattr(self.model.get_output_embeddings(), "out_features", 1)
 
 
 @no_bars_of_libraries()
@@ -117,8 +122,21 @@ def open_refit_subject(
         )
     batches = [task.examples[first : min(first + how.batch, fitted)] for first in range(0, fitted, how.batch)]
     count = len(batches)
-    batches += [task.examples[first : first + how.batch] for first in range(fitted, len(task.examples), how.batch)]
+    batches += batched(task.examples[fitted:], task.weights[fitted:], how.batch, opened.units)
     return RefitSubject(name, model, opened.parts, opened.stacks, merged, opened.finetuned, task, batches, count)
+
+
+def batched(examples: Sequence[Any], weights: Sequence[int], size: int, most: int) -> list[list[Any]]:
+    """Neighbours together: up to `size` examples, and of a weight of `most` in all unless one alone has more."""
+    found: list[list[Any]] = []
+    total = 0
+    for example, weight in zip(examples, weights, strict=True):
+        if not found or len(found[-1]) == size or total + weight > most:
+            found.append([])
+            total = 0
+        found[-1].append(example)
+        total += weight
+    return found
 
 
 def fitting(model: Any, base: Checkpoint) -> list[str]:

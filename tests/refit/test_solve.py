@@ -7,11 +7,15 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_locstitch.data.task import Task
+from hf_locstitch.refit import agreement
 from hf_locstitch.refit.agreement import disagreement, judge
 from hf_locstitch.refit.solve import solve_masked, system, with_ones
+from hf_locstitch.refit.subject import batched
 
 
 def closed_form(tasks: list[tuple[Tensor, Tensor]], mask: Tensor, stiffness: float, ridge: float) -> Tensor:
@@ -75,11 +79,10 @@ def test_few_steps_do_not_reach_the_solution_and_nothing_divides_by_zero() -> No
 
 def test_disagreement() -> None:
     one, other = torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.tensor([[0.0, 0.0], [1.0, 3.0]])
-    assert disagreement(one, other, logits=True) == (0.0, 2)
+    assert disagreement(one, other, logits=True) == 0
     ln3 = torch.tensor([[1.0986122886681098, 0.0]], dtype=torch.float64)  # probabilities 3/4 and 1/4
-    found, rows = disagreement(torch.zeros(1, 2), ln3, logits=True)
-    assert rows == 1 and found == pytest.approx(0.25)
-    assert disagreement(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0]]), logits=False) == (0.5, 1)
+    assert disagreement(torch.zeros(1, 2), ln3, logits=True) == pytest.approx(0.25)
+    assert disagreement(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0]]), logits=False) == 0.5
 
 
 def test_loss_and_accuracy() -> None:
@@ -91,3 +94,26 @@ def test_loss_and_accuracy() -> None:
     due = math.log(4 / 3) + math.log(2) + math.log(1 + math.e)
     assert rows == 3 and loss == pytest.approx(due)
     assert judge("accuracy", ln3, other, task, examples) == (2.0, 3)  # of equal logits the first is the answer
+
+
+@pytest.mark.parametrize("by", ["agreement", "loss", "accuracy"])
+def test_outputs_are_judged_a_few_rows_at_a_time(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task([], [], lambda *_: torch.zeros(()), targets=lambda examples: examples)
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(50, 7, generator=generator) for _ in range(2))
+    right = torch.randint(0, 7, (50,), generator=generator).tolist()
+    whole = judge(by, one, other, task, right)
+    monkeypatch.setattr(agreement, "SLICE", 20)  # two rows
+    found = judge(by, one, other, task, right)
+    assert found == (pytest.approx(whole[0], rel=1e-12), 50) and whole[1] == 50
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 5), st.integers(1, 20))
+def test_batches_hold_all_in_order_and_no_more_than_they_may(weights: list[int], size: int, most: int) -> None:
+    found = batched(list(range(len(weights))), weights, size, most)
+    assert [number for batch in found for number in batch] == list(range(len(weights)))
+    for batch, after in zip(found, [*found[1:], None], strict=True):
+        total = sum(weights[number] for number in batch)
+        assert 1 <= len(batch) <= size and (total <= most or len(batch) == 1)
+        if after is not None:  # the next one had no place
+            assert len(batch) == size or total + weights[after[0]] > most
