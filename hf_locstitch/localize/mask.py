@@ -14,7 +14,8 @@ from hf_locstitch.localize.with_data import WithData
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # Ours: steps measured in logits, so that they suit any model and loss. It starts near the base, where what a
-        # sparse graft needs shows, and not in the middle, where every weight is half finetuned.
+        # sparse graft needs shows, and not in the middle, where every weight is half finetuned. docs/quality.md has
+        # what other starts come to.
         "default": {"epochs": 5, "lr": 4.0, "relative_lr": True, "penalty": 0.0, "start": (-3.0, -2.0)},
         # The paper's text.
         "paper": {"epochs": 10, "lr": 1e7, "relative_lr": False, "penalty": 1e-5, "start": (0.0, 3.0)},

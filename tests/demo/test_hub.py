@@ -1340,3 +1340,17 @@ configs:
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "['easy', 'hard']"
     assert all(r.status in (200, 206, 404) for r in hub.requests)
+
+
+def test_the_log_is_in_the_order_in_which_requests_began(hub: LoopbackHub) -> None:
+    """Not in that of their ends: a slow answer comes before what was asked meanwhile."""
+    seed(hub)
+    hub.fail(Fault("stall", "config.json", "GET", after_bytes=1, seconds=0.5))
+    path = "/demo/base/resolve/main/config.json"
+    slow = threading.Thread(target=raw, args=(hub, "GET", path))
+    slow.start()
+    while hub.faults:  # taken by the slow one
+        time.sleep(0.001)
+    raw(hub, "HEAD", path)
+    slow.join()
+    assert [request.method for request in hub.requests] == ["GET", "HEAD"]

@@ -98,8 +98,8 @@ class LoopbackHub:
 
     @property
     def requests(self) -> list[Request]:
-        """The log: one entry for every request that ended, also one that was cut. The list is live: clear it
-        at will. Reading it waits a moment for requests that are about to end."""
+        """The log: one entry for every request that ended, also one that was cut, in the order in which they
+        began. The list is live: clear it at will. Reading it waits a moment for requests that are about to end."""
         if self._server is not None:
             self._server.settle(1.0)
         return self._log

@@ -53,7 +53,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """What the log keeps of a request. status: 0 if the connection ended before a status was sent."""
+    """What the log keeps of a request. status: 0 if the connection ended before a status was sent. number: in the order
+    in which requests began.
+    """
 
     method: str
     path: str
@@ -64,6 +66,7 @@ class Request:
     sent: int
     received: int
     fault: FaultKind | None = None
+    number: int = 0
 
 
 class Faults:

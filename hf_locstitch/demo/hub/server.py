@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import logging
 import socket
 import struct
@@ -17,6 +19,7 @@ from hf_locstitch.demo.hub.git import Refusal
 from hf_locstitch.demo.hub.wire import Answer, Body, Call, Dropped, refusal
 
 logger = logging.getLogger(__name__)
+NUMBERS = itertools.count()  # of requests, also of a Hub that was started again
 
 
 class Server(ThreadingHTTPServer):
@@ -96,6 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         self._body = Body(self.rfile, self.headers)
         with self.server.idle:
             self.server.active += 1
+            self._number = next(NUMBERS)
         try:
             self._exchange()
         except Dropped:
@@ -119,9 +123,10 @@ class Handler(BaseHTTPRequestHandler):
             self._sent,
             self._body.received,
             self._fault,
+            self._number,
         )
         with self.server.idle:
-            self.server.log.append(entry)
+            bisect.insort(self.server.log, entry, key=lambda one: one.number)
             self.server.active -= 1
             self.server.idle.notify_all()
 
