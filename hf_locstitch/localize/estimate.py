@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -101,11 +100,12 @@ def _passes(how: WithData, numbers: int) -> int:
 
 
 def _free(device: torch.device) -> int:
+    import psutil
     import torch
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available  # what the page cache would give back counts
 
 
 def _rate(device: torch.device, item: int) -> float:

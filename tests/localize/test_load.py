@@ -165,3 +165,22 @@ def test_each_finetune_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         base, finetuned, out=tmp_path / "out", localizer=how, data=[examples(tmp_path, 40), examples(tmp_path, 10)]
     )
     assert seen == [8, 10]
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells it there")
+def test_memory_that_is_free_counts_what_caches_would_give_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, first = finetunes(tmp_path, count=1)
+    data = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    how = ["merge", "--base", str(base), "--ft", str(first), "--localizer", "saliency", "--data", str(data)]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    found = planned(how, capsys)["free"]
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    assert found == pytest.approx(int(told["MemAvailable"].split()[0]) * 1024, rel=0.2)
+
+    class Little:
+        available = 1000
+
+    monkeypatch.setattr("psutil.virtual_memory", Little)
+    assert not planned(how, capsys)["fits"]
