@@ -136,7 +136,5 @@ def answer_logits(model: Any, batch: Sequence[Encoded], padding: int) -> tuple[T
     device = model.device
     due = labels[:, 1:] != IGNORED
     before = torch.nn.functional.pad(due, (0, 1)).to(device)  # the tokens that these follow
-    logits = logits_at(
-        model, before, input_ids=tokens.to(device), attention_mask=inside.to(device), use_cache=False
-    )  # fmt: skip
+    logits = logits_at(model, before, input_ids=tokens.to(device), attention_mask=inside.to(device), use_cache=False)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, 1:][due].to(device)

@@ -8,6 +8,7 @@ the inputs leave open is the plain mean, too.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -197,7 +198,9 @@ class Work:
     def follow(self, advance: Callable[[int], object]) -> Counter[Key]:
         """How often each linear is called in a pass: one batch of each task tells. Raises RequestError."""
         self._advance = advance
-        lead(self._share(self._first), self._pass_by, self._workers, self._processes)
+        lead(
+            self._share(lambda task: self._batches(task, task.units)[:1]), self._pass_by, self._workers, self._processes
+        )
         if not self._calls:
             raise RequestError(
                 "no merged tensor of this model is called as a linear by its inputs: there is nothing for RegMean to "
@@ -208,16 +211,11 @@ class Work:
     def run(self, calls: Counter[Key], advance: Callable[[int], object]) -> None:
         """Write every linear's values. calls: what following told."""
         self._due, self._calls, self._advance = calls, Counter(), advance
-        lead(self._share(self._all), self._visit, self._workers, self._processes)
+        lead(self._share(self._batches), self._visit, self._workers, self._processes)
 
-    def _first(self, task: OpenTask) -> Sequence[Sequence[Any]]:
-        """A batch that may come to its outputs."""
-        return batched(task.task.examples, task.task.weights, self._how.batch, task.units)[:1]
-
-    def _all(self, task: OpenTask) -> Sequence[Sequence[Any]]:
-        """Batches that end at their last linear."""
-        examples, size = task.task.examples, self._how.batch
-        return [examples[first : first + size] for first in range(0, len(examples), size)]
+    def _batches(self, task: OpenTask, most: float = math.inf) -> list[list[Any]]:
+        """most: answers' tokens, or examples, of a batch that may come to its outputs."""
+        return batched(task.task, 0, len(task.task.examples), self._how.batch, most)
 
     def _share(self, choose: Callable[[OpenTask], Sequence[Sequence[Any]]]) -> list[Alone]:
         """This process's passes, of those batches that are chosen of each task's; perhaps none."""

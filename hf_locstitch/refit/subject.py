@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,17 +121,19 @@ def open_refit_subject(
             f"{data.label} gives {len(task.examples)} inputs for {name}, of which {held_out} would be held out and "
             f"{fitted} fitted to; at least one of each is needed. Name data with more, or set held_out."
         )
-    batches = [task.examples[first : min(first + how.batch, fitted)] for first in range(0, fitted, how.batch)]
+    # A pass that follows the model comes to its outputs, too: a held-out one, or else a fitted one.
+    batches = batched(task, 0, fitted, how.batch, opened.units if held_out == 0 else math.inf)
     count = len(batches)
-    batches += batched(task.examples[fitted:], task.weights[fitted:], how.batch, opened.units)
+    batches += batched(task, fitted, len(task.examples), how.batch, opened.units)
     return RefitSubject(name, model, opened.parts, opened.stacks, merged, opened.finetuned, task, batches, count)
 
 
-def batched(examples: Sequence[Any], weights: Sequence[int], size: int, most: int) -> list[list[Any]]:
-    """Neighbours together: up to `size` examples, and of a weight of `most` in all unless one alone has more."""
+def batched(task: Task, first: int, last: int, size: int, most: float = math.inf) -> list[list[Any]]:
+    """Examples first … last − 1, neighbours together: up to `size`, and of a weight of `most` in all unless one alone
+    has more."""
     found: list[list[Any]] = []
     total = 0
-    for example, weight in zip(examples, weights, strict=True):
+    for example, weight in zip(task.examples[first:last], task.weights[first:last], strict=True):
         if not found or len(found[-1]) == size or total + weight > most:
             found.append([])
             total = 0

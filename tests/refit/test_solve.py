@@ -110,7 +110,8 @@ def test_outputs_are_judged_a_few_rows_at_a_time(by: str, monkeypatch: pytest.Mo
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 5), st.integers(1, 20))
 def test_batches_hold_all_in_order_and_no_more_than_they_may(weights: list[int], size: int, most: int) -> None:
-    found = batched(list(range(len(weights))), weights, size, most)
+    count = len(weights)
+    found = batched(Task(range(count), weights, lambda *_: torch.zeros(())), 0, count, size, most)
     assert [number for batch in found for number in batch] == list(range(len(weights)))
     for batch, after in zip(found, [*found[1:], None], strict=True):
         total = sum(weights[number] for number in batch)
