@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo.skills import SKILLS, Example, accuracy, examples, make_tokenizer
 from quality import (
     BenchmarkError,
     Method,
@@ -42,8 +43,6 @@ from quality import (
     format_times,
     loopback_hub,
 )
-
-from hf_locstitch.demo.skills import SKILLS, Example, accuracy, examples, make_tokenizer
 
 HIDDEN, PRETRAIN_STEPS, FINETUNE_STEPS = 64, 800, 80
 SCALES = (0.3, 0.4, 0.5, 0.7, 0.85, 1.0, 1.2)
@@ -74,7 +73,7 @@ class Decoders:
         return [{"prompt": one.prompt, "completion": one.answer} for one in drawn], {}
 
     def finetune(self, model: Any, sets: Mapping[str, Sequence[dict[str, Any]]], epochs: int) -> None:
-        from hf_locstitch.demo.train import FINETUNE, fit
+        from demo.train import FINETUNE, fit
 
         rows = [Example(row["prompt"], row["completion"]) for own in sets.values() for row in own]
         shuffle = torch.Generator().manual_seed(0)
@@ -88,7 +87,7 @@ class Decoders:
 
 def make_experts(folder: Path, seed: int) -> None:
     """Write base and experts under the folder, unless they lie there and were made in the same way."""
-    from hf_locstitch.demo.train import FINETUNE, Making, Schedule, train_models
+    from demo.train import FINETUNE, Making, Schedule, train_models
 
     how = Making(
         hidden=HIDDEN,

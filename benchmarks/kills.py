@@ -27,7 +27,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from synthetic import shape_of, write_models
 
-from hf_locstitch.demo.hub import LoopbackHub
+from loopback_hub import LoopbackHub
 
 NOT_COMPARED = {"locstitch.json", ".gitattributes"}  # the first tells the time
 

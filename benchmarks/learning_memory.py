@@ -115,7 +115,7 @@ def measure(folder: Path, way: str) -> Measured:
     import torch
     from transformers import AutoConfig
 
-    from hf_locstitch.allocator import freed_memory_goes_back
+    from hf_locstitch.runtime.allocator import freed_memory_goes_back
 
     torch.set_num_threads(1)
     config = AutoConfig.from_pretrained(folder / "base")
@@ -140,15 +140,16 @@ def _ours(folder: Path, config: Any, examples: list[Any], fields: dict[str, Any]
     import torch
     from safetensors import safe_open
 
-    from hf_locstitch.data.causal_lm import CausalLM, answer_loss
-    from hf_locstitch.data.task import Task
+    from hf_locstitch.checkpoints.localizable import BLOCKS
+    from hf_locstitch.localize.activation_memory import STATE_BYTES, Load, settled, token_activations
+    from hf_locstitch.localize.grafted_model import keep_no_activations, make_subject
     from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores
-    from hf_locstitch.localize.load import STATE_BYTES, Load, settled, token_activations
-    from hf_locstitch.localize.mask import Mask
-    from hf_locstitch.localize.saliency import Saliency
-    from hf_locstitch.localize.subject import keep_no_activations, load_model, make_subject
-    from hf_locstitch.processes import Processes
-    from hf_locstitch.select import BLOCKS
+    from hf_locstitch.localize.localizers.mask import Mask
+    from hf_locstitch.localize.localizers.saliency import Saliency
+    from hf_locstitch.runtime.processes import Processes
+    from hf_locstitch.tasks.loading import load_model
+    from hf_locstitch.tasks.objectives.causal_lm import CausalLM, answer_loss
+    from hf_locstitch.tasks.task import Task
 
     finetuned, _ = load_model(folder / "ft", CausalLM(), config, config.dtype)
     base, absent = load_model(folder / "base", CausalLM(), config, config.dtype)
@@ -176,8 +177,8 @@ def _plain(folder: Path, examples: list[Any]) -> tuple[int, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hf_locstitch.data.causal_lm import answer_loss
-    from hf_locstitch.select import BLOCKS
+    from hf_locstitch.checkpoints.localizable import BLOCKS
+    from hf_locstitch.tasks.objectives.causal_lm import answer_loss
 
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto").eval()
     finetuned = AutoModelForCausalLM.from_pretrained(folder / "ft", dtype="auto").eval()

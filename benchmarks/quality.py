@@ -31,8 +31,8 @@ from typing import Any, Protocol
 
 import torch
 
-from hf_locstitch.data.sets import choose
-from hf_locstitch.demo.hub import LoopbackHub
+from hf_locstitch.tasks.sets import choose
+from loopback_hub import LoopbackHub
 
 # transformers and huggingface_hub read HF_* at import, so they are imported in functions, once the Hub is up.
 

@@ -29,7 +29,7 @@ DENSITY = 0.1
 # The command, and at its end what torch has had on the GPU at most.
 COMMAND = """
 import sys, torch
-from hf_locstitch.cli import main
+from hf_locstitch.cli.main import main
 status = main(sys.argv[1:])
 print("on the GPU", torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0, file=sys.stderr)
 sys.exit(status)

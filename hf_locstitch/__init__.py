@@ -9,22 +9,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hf_locstitch._version import __version__
-
 if TYPE_CHECKING:
-    from hf_locstitch.api import MergeResult, localize_from_hub, merge_from_hub, stitch_from_hub
+    from hf_locstitch.api import MergeResult, localize_from_hub, merge_from_hub, plan_merge, stitch_from_hub
+    from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, load_localized
+    from hf_locstitch.artifacts.mask_file import load_mask
     from hf_locstitch.errors import LocstitchError, RequestError, WorkError
-    from hf_locstitch.evaluation.main import evaluate
+    from hf_locstitch.evaluation.evaluate import evaluate
     from hf_locstitch.evaluation.report import EvaluationReport
-    from hf_locstitch.inspection import Inspection, inspect
-    from hf_locstitch.localize.magnitude import Magnitude
-    from hf_locstitch.localize.mask import Mask
-    from hf_locstitch.localize.saliency import Saliency
-    from hf_locstitch.localized.checkpoint import LocalizedCheckpoint, load_localized
-    from hf_locstitch.masks import load_mask
-    from hf_locstitch.refit.config import Refit, RegMean
-    from hf_locstitch.verification.main import verify
-    from hf_locstitch.verification.report import VerifyReport
+    from hf_locstitch.inspection.inspect import Inspection, inspect
+    from hf_locstitch.inspection.verification.report import VerifyReport
+    from hf_locstitch.inspection.verification.verify import verify
+    from hf_locstitch.localize.localizers.magnitude import Magnitude
+    from hf_locstitch.localize.localizers.mask import Mask
+    from hf_locstitch.localize.localizers.saliency import Saliency
+    from hf_locstitch.runtime.version import __version__
+    from hf_locstitch.stitch.methods.regmean import RegMean
+    from hf_locstitch.stitch.stitchers.refit import Refit
 
 __all__ = [
     "EvaluationReport",
@@ -47,32 +47,35 @@ __all__ = [
     "load_mask",
     "localize_from_hub",
     "merge_from_hub",
+    "plan_merge",
     "stitch_from_hub",
     "verify",
 ]
 
 _HOME = {
     "EvaluationReport": "evaluation.report",
-    "Inspection": "inspection",
-    "LocalizedCheckpoint": "localized.checkpoint",
+    "Inspection": "inspection.inspect",
+    "LocalizedCheckpoint": "artifacts.localized_checkpoint",
     "LocstitchError": "errors",
-    "Magnitude": "localize.magnitude",
-    "Mask": "localize.mask",
+    "Magnitude": "localize.localizers.magnitude",
+    "Mask": "localize.localizers.mask",
     "MergeResult": "api",
-    "Refit": "refit.config",
-    "RegMean": "refit.config",
+    "Refit": "stitch.stitchers.refit",
+    "RegMean": "stitch.methods.regmean",
     "RequestError": "errors",
-    "Saliency": "localize.saliency",
-    "VerifyReport": "verification.report",
+    "Saliency": "localize.localizers.saliency",
+    "VerifyReport": "inspection.verification.report",
     "WorkError": "errors",
-    "evaluate": "evaluation.main",
-    "inspect": "inspection",
-    "load_localized": "localized.checkpoint",
-    "load_mask": "masks",
+    "__version__": "runtime.version",
+    "evaluate": "evaluation.evaluate",
+    "inspect": "inspection.inspect",
+    "load_localized": "artifacts.localized_checkpoint",
+    "load_mask": "artifacts.mask_file",
     "localize_from_hub": "api",
     "merge_from_hub": "api",
+    "plan_merge": "api",
     "stitch_from_hub": "api",
-    "verify": "verification.main",
+    "verify": "inspection.verification.verify",
 }
 
 
@@ -81,3 +84,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

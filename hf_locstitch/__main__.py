@@ -2,6 +2,6 @@
 
 import sys
 
-from hf_locstitch.cli import main
+from hf_locstitch.cli.main import main
 
 sys.exit(main())

@@ -1,43 +1,47 @@
-"""The same from Python: `merge_from_hub`, `localize_from_hub`, `stitch_from_hub`, and what they return.
+"""The package from Python: `merge_from_hub`, `localize_from_hub`, `stitch_from_hub`, and what they return.
 
 The command line is a thin layer over this.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_locstitch.checkpoints.checkpoint import open_checkpoint
-from hf_locstitch.checkpoints.ref import parse_ref
-from hf_locstitch.data.sets import open_set
-from hf_locstitch.errors import PublishError, RecipeError
-from hf_locstitch.hashes import InputHashes
+from hf_locstitch.engine.execute import AfterRun, Finished, execute
+from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.localizer import Localizer
-from hf_locstitch.plan import MergePlan, data_sets, finetuned_names, make_plan, refit_sets
-from hf_locstitch.progress import Progress, only_our_bars
-from hf_locstitch.recipe import Recipe, make_recipe
-from hf_locstitch.refit.config import Refit
-from hf_locstitch.settings import DEFAULT, Settings, make_settings
+from hf_locstitch.plan.planning import make_localize_plan, make_plan
+from hf_locstitch.plan.plans import MergePlan, ModelPlan, Plan, StitchPlan
+from hf_locstitch.plan.recipe import Recipe, load_recipe, make_recipe
+from hf_locstitch.runtime.progress import Progress
+from hf_locstitch.runtime.settings import make_settings
+from hf_locstitch.stitch.fitting import Stitcher
+from hf_locstitch.stitch.method import Method
 
 if TYPE_CHECKING:
-    from hf_locstitch.evaluation.main import AfterMerge
+    from hf_locstitch.artifacts.manifest import Manifest
     from hf_locstitch.evaluation.report import EvaluationReport
-    from hf_locstitch.manifest import Manifest
-    from hf_locstitch.processes import Processes
-    from hf_locstitch.publish import Published, Upload
+    from hf_locstitch.runtime.processes import Processes
+
+Ref = str | Path  # a folder, org/name or org/name@revision
+Device = Literal["cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Data = Mapping[str, Any] | Sequence[Any] | str  # localization sets, by the finetunes' names or in their order
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """out: the folder, None if it was only pushed. url, commit: of the pushed repo, None if it was not.
+    """What a merge, a localization or a stitch came to.
 
-    evaluation: if the recipe asked for one.
+    Attributes:
+        out: The folder; None if it was only pushed.
+        url: Of the pushed repo; None if it was not pushed.
+        commit: Of the pushed repo, 40 hex digits.
+        manifest: The record, as in locstitch.json.
+        evaluation: The scores, if the recipe asked for any.
     """
 
     out: Path | None
@@ -47,6 +51,7 @@ class MergeResult:
     evaluation: EvaluationReport | None = None
 
     def as_json(self) -> dict[str, Any]:
+        """Plain values, for `json.dumps`."""
         return {
             "out": None if self.out is None else str(self.out),
             "url": self.url,
@@ -67,251 +72,237 @@ class MergeResult:
 
 
 def merge_from_hub(
-    base: str | Path,
-    finetuned: Sequence[str | Path],
+    base: Ref,
+    finetuned: Ref | Sequence[Ref],
     *,
-    out: str | Path | None = None,
+    out: Ref | None = None,
     push_to: str | None = None,
-    localizer: Localizer | None = None,
+    private: bool | None = None,
     names: Sequence[str] | None = None,
+    method: str | Mapping[str, Any] | Method | None = None,
+    localizer: Localizer | Mapping[str, Any] | None = None,
+    data: Data | None = None,
+    stitch: Literal["mean", "refit"] | Mapping[str, Any] | Stitcher | None = None,
+    scale: float | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    rest_from: str | None = None,
+    files_from: str | None = None,
+    dtype: Dtype | None = None,
+    shard_size: int | str | None = None,
+    allow_non_finite: bool | None = None,
+    figures: bool | None = None,
+    evaluate: Mapping[str, Any] | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: Device = "cpu",
     show_progress: bool | None = None,
-    **options: Any,
 ) -> MergeResult:
     """Merge finetuned models into their base, by Localize-and-Stitch unless a `method` is given.
 
-    base, finetuned: folders, org/name or org/name@revision. At least one of out (a folder that does not exist yet)
-    and push_to (org/name) says where the result goes. localizer: how masks are found; by magnitude, at the method's
-    density, by default. names: what the masks are called; the refs' last parts by default. cache: False streams the
-    inputs and keeps none of them. max_memory: bytes, or such as "1GB". device: where models are compared; the bytes are
-    the same. options: any further field of a recipe (method, stitch, data, scale, include, exclude, dtype, shard_size,
-    private, …).
-    show_progress: None shows bars on a terminal only.
+    Args:
+        base: The pretrained model: a folder, org/name or org/name@revision.
+        finetuned: One or several models finetuned from it, likewise.
+        out: A folder that does not exist yet. At least one of `out` and `push_to` is needed.
+        push_to: A repo, org/name, that gets the merge in one commit.
+        private: Whether a new repo is private.
+        names: What the masks are called; the refs' last parts by default.
+        method: "locstitch" (default), "average", "task-arithmetic", "ties", "dare", "regmean", or its settings with
+            its `name`.
+        localizer: How masks are found; by magnitude, at the method's density, by default.
+        data: A localization set for each finetune, for localizers that look at data, a refit and RegMean.
+        stitch: How values under masks are found: their mean (default), or a refit on unlabelled inputs.
+        scale: Factor on the stitched task vectors; 1 by default.
+        include: Globs of the tensors that are localized; those of the transformer blocks by default.
+        exclude: Globs of tensors that are left out.
+        rest_from: Name of the finetune that gives the tensors that are not localized; the base by default.
+        files_from: Name of the finetune that gives config and tokenizer; as `rest_from` by default.
+        dtype: Of the output; the base's by default.
+        shard_size: Largest file in bytes, or such as "5GB"; the base's division by default.
+        allow_non_finite: Let NaN and infinity through.
+        figures: Whether a merge with masks draws them; it does by default.
+        evaluate: What the merge is evaluated on, as in a recipe: `{"suite": "quick"}`.
+        cache: False streams the inputs and keeps none of them.
+        max_memory: Bytes, or such as "1GB".
+        device: Where models are compared; the bytes are the same.
+        show_progress: None shows bars on a terminal only.
 
-    Raises RequestError if that cannot be done, with nothing written, and WorkError if the work fails.
+    Returns:
+        Where the merge is, and its record.
+
+    Raises:
+        RequestError: If that cannot be done; nothing was written.
+        WorkError: If the work fails; the same call goes on from there.
+
+    Example:
+        >>> result = merge_from_hub("org/base", ["org/math", "org/code"], out="merged", localizer=Magnitude(density=0.05))
+        >>> result.manifest.masks["math"].real_density
+        0.05
+
+    Source: https://arxiv.org/abs/2408.13656
     """
-    fields = {"base": str(base), "finetuned": _entries(finetuned, names), **_given(localizer)}
-    recipe = make_recipe({**fields, "out": out, "push_to": push_to, **options})
-    return merge(recipe, plan_merge(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
+    recipe = _recipe(
+        base=base, finetuned=_entries(finetuned, names), out=out, push_to=push_to, private=private, method=method,
+        localizer=localizer, data=data, stitch=stitch, scale=scale, include=include, exclude=exclude,
+        rest_from=rest_from, files_from=files_from, dtype=dtype, shard_size=shard_size,
+        allow_non_finite=allow_non_finite, figures=figures, evaluate=evaluate,
+    )  # fmt: skip
+    return carry_out(make_plan(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
 
 
 def localize_from_hub(
-    base: str | Path,
-    finetuned: str | Path,
+    base: Ref,
+    finetuned: Ref,
     *,
-    out: str | Path | None = None,
+    out: Ref | None = None,
     push_to: str | None = None,
-    localizer: Localizer | None = None,
+    private: bool | None = None,
     name: str | None = None,
+    localizer: Localizer | Mapping[str, Any] | None = None,
+    data: Data | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    allow_non_finite: bool | None = None,
+    figures: bool | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: Device = "cpu",
     show_progress: bool | None = None,
-    **options: Any,
 ) -> MergeResult:
     """Cut one finetuned model down to its mask and the values under it: a localized checkpoint.
 
-    Arguments and errors are those of merge_from_hub; of the recipe's further fields data, include, exclude,
-    allow_non_finite, figures and private may be given.
+    Args:
+        base: The pretrained model: a folder, org/name or org/name@revision.
+        finetuned: The finetuned model, likewise.
+        name: What its mask is called; the ref's last part by default.
+        out, push_to, private, localizer, data, include, exclude, allow_non_finite, figures, cache, max_memory, device,
+            show_progress: As of `merge_from_hub`.
+
+    Returns:
+        Where the localized checkpoint is, and its record.
+
+    Raises:
+        RequestError: If that cannot be done; nothing was written.
+        WorkError: If the work fails; the same call goes on from there.
+
+    Example:
+        >>> localize_from_hub("org/base", "org/math", push_to="me/math-localized")
     """
-    fields = {"base": str(base), "finetuned": _entries([finetuned], name and [name]), **_given(localizer)}
-    recipe = make_recipe({**fields, "out": out, "push_to": push_to, **options})
-    return merge(recipe, plan_localize(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
+    recipe = _recipe(
+        base=base, finetuned=_entries(finetuned, None if name is None else [name]), out=out, push_to=push_to,
+        private=private, localizer=localizer, data=data, include=include, exclude=exclude,
+        allow_non_finite=allow_non_finite, figures=figures,
+    )  # fmt: skip
+    return carry_out(make_localize_plan(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
 
 
 def stitch_from_hub(
-    base: str | Path,
-    localized: Sequence[str | Path],
+    base: Ref,
+    localized: Ref | Sequence[Ref],
     *,
-    out: str | Path | None = None,
+    out: Ref | None = None,
     push_to: str | None = None,
+    private: bool | None = None,
     names: Sequence[str] | None = None,
+    scale: float | None = None,
+    dtype: Dtype | None = None,
+    shard_size: int | str | None = None,
+    allow_non_finite: bool | None = None,
+    figures: bool | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
     show_progress: bool | None = None,
-    **options: Any,
 ) -> MergeResult:
     """Merge localized checkpoints into the base that they were localized against.
 
     The weights are, bit for bit, those of one merge of the same finetuned models with the same settings.
-    names: what the masks are called; as they were by default. Other arguments and errors are those of merge_from_hub;
-    of the recipe's further fields scale, dtype, shard_size, allow_non_finite, figures and private may be given.
+
+    Args:
+        base: The pretrained model: a folder, org/name or org/name@revision.
+        localized: One or several localized checkpoints, likewise.
+        names: What the masks are called; as they were by default.
+        out, push_to, private, scale, dtype, shard_size, allow_non_finite, figures, cache, max_memory, show_progress: As
+            of `merge_from_hub`.
+
+    Returns:
+        Where the merge is, and its record.
+
+    Raises:
+        RequestError: If that cannot be done; nothing was written.
+        WorkError: If the work fails; the same call goes on from there.
+
+    Example:
+        >>> stitch_from_hub("org/base", ["me/math-localized", "me/code-localized"], out="merged")
     """
-    fields = {"base": str(base), "localized": _entries(localized, names), "out": out, "push_to": push_to}
-    recipe = make_recipe({**fields, **options})
-    return merge(recipe, plan_merge(recipe, make_settings(cache, max_memory)), Progress(show_progress))
+    recipe = _recipe(
+        base=base, localized=_entries(localized, names), out=out, push_to=push_to, private=private, scale=scale,
+        dtype=dtype, shard_size=shard_size, allow_non_finite=allow_non_finite, figures=figures,
+    )  # fmt: skip
+    return carry_out(make_plan(recipe, make_settings(cache, max_memory)), Progress(show_progress))
 
 
-def _given(localizer: Localizer | None) -> dict[str, Localizer]:
-    return {} if localizer is None else {"localizer": localizer}
+def plan_merge(
+    recipe: Recipe | Mapping[str, Any] | Ref,
+    *,
+    cache: bool = True,
+    max_memory: int | str | None = None,
+    device: Device = "cpu",
+) -> MergePlan | StitchPlan:
+    """Pin every revision, read every header, and say what a merge would do. Reads no weight and writes nothing.
+
+    Args:
+        recipe: A recipe, its fields, or the path of a YAML file.
+        cache, max_memory, device: As of `merge_from_hub`.
+
+    Returns:
+        The plan: plain data. `hf_locstitch.plan.describe.format_plan` prints it.
+
+    Raises:
+        RequestError: With all that is wrong.
+
+    Example:
+        >>> plan = plan_merge({"base": "org/base", "finetuned": ["org/math", "org/code"]})
+        >>> plan.k
+        321200947
+    """
+    if isinstance(recipe, str | Path):
+        recipe = make_recipe(load_recipe(Path(recipe)), where=str(recipe))
+    elif not isinstance(recipe, Recipe):
+        recipe = make_recipe(recipe)
+    return make_plan(recipe, make_settings(cache, max_memory, device))
 
 
-def _entries(refs: Sequence[str | Path], names: Sequence[str] | None) -> list[dict[str, str]]:
+def carry_out(plan: Plan, progress: Progress) -> MergeResult:
+    """Do what a plan says, publish it, and evaluate it if its recipe asks for that. Raises as merge_from_hub."""
+    reports: list[EvaluationReport] = []
+
+    def prepare() -> AfterRun | None:
+        if plan.recipe.evaluate is None or not isinstance(plan, ModelPlan):
+            return None
+        from hf_locstitch.evaluation.evaluate import AfterMerge
+
+        judge = AfterMerge(plan)
+
+        def after(out: Path, processes: Processes) -> None:
+            reports.append(judge.run(out, processes))
+
+        return after
+
+    done: Finished = execute(plan, progress, prepare)
+    return MergeResult(done.out, done.url, done.commit, done.manifest, reports[0] if reports else None)
+
+
+def _recipe(**fields: Any) -> Recipe:
+    """Of the arguments that were given."""
+    return make_recipe({name: value for name, value in fields.items() if value is not None})
+
+
+def _entries(refs: Ref | Sequence[Ref], names: Sequence[str] | None) -> list[dict[str, str]]:
     """As a recipe has them. Raises RecipeError unless there is a name for each, or none."""
-    entries = [{"ref": str(ref)} for ref in refs]
+    listed = [refs] if isinstance(refs, str | Path) else list(refs)
+    entries = [{"ref": str(ref)} for ref in listed]
     if names is None:
         return entries
     if len(names) != len(entries):
         raise RecipeError(f"{len(names)} names are given for {len(entries)} finetunes. Give one each.")
     return [{**entry, "name": name} for entry, name in zip(entries, names, strict=True)]
-
-
-def plan_localize(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan:
-    """As plan_merge, for a localized checkpoint of the recipe's one finetune."""
-    from hf_locstitch.localized.plan import check_localizable, localize_plan
-
-    check_localizable(recipe)
-    return localize_plan(plan_merge(recipe, settings))
-
-
-def plan_merge(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan:
-    """Pin every revision, read every header, and plan. Raises RequestError with all that is wrong."""
-    if recipe.localized:
-        return _plan_stitch(recipe, settings)
-    refs = [parse_ref(entry.ref) for entry in (recipe.base, *recipe.finetuned)]
-    names = finetuned_names(recipe, [ref.name for ref in refs[1:]])
-    with only_our_bars(), ThreadPoolExecutor(min(8, len(refs))) as pool:
-        base, *finetuned = pool.map(open_checkpoint, refs)
-    data = {name: open_set(asked) for name, asked in data_sets(recipe, names).items()}
-    refit_data = {name: open_set(asked) for name, asked in refit_sets(recipe, names).items()}
-    models = dict(zip(names, finetuned, strict=True))
-    plan = make_plan(recipe, base, models, settings, data, refit_data)
-    if isinstance(recipe.stitch, Refit) and recipe.stitch.judge != "agreement":
-        from hf_locstitch.refit.subject import check_labels  # slow to import
-
-        check_labels(recipe.stitch, models, refit_data)
-    return plan
-
-
-def _plan_stitch(recipe: Recipe, settings: Settings) -> MergePlan:
-    from hf_locstitch.localized.checkpoint import open_localized
-    from hf_locstitch.localized.plan import stitch_plan
-
-    refs = [parse_ref(entry.ref) for entry in recipe.localized]
-    with only_our_bars(), ThreadPoolExecutor(min(8, len(refs) + 1)) as pool:
-        base = pool.submit(open_checkpoint, parse_ref(recipe.base.ref))
-        localized = list(pool.map(open_localized, refs))
-        names = finetuned_names(recipe, [one.name for one in localized])
-        return stitch_plan(recipe, base.result(), dict(zip(names, localized, strict=True)), settings)
-
-
-def merge(recipe: Recipe, plan: MergePlan, progress: Progress) -> MergeResult:
-    """Carry out a plan and publish what comes of it. Raises as merge_from_hub."""
-    from hf_locstitch.processes import find_processes
-
-    if recipe.out is None and recipe.push_to is None:
-        raise RecipeError("nothing says where the merge goes: give --out DIR, --push-to ORG/NAME, or both.")
-    processes = find_processes()
-    if processes.count > 1 and not plan.settings.cache:
-        raise RecipeError(
-            f"--no-cache works in one process, not in {processes.count}: processes share what lies in the cache. "
-            "Drop --no-cache, or the launcher."
-        )
-    if recipe.push_to is not None:
-        from hf_locstitch.publish import check_target
-
-        check_target(recipe.push_to)
-    with only_our_bars():
-        if recipe.out is not None:
-            return _merge_into(recipe.out, recipe, plan, progress, processes)
-        if recipe.evaluate is None:
-            return _merge_and_push(recipe, plan, progress, processes)
-        scratch = _scratch(recipe)
-        result = _merge_into(scratch / "merged", recipe, plan, progress, processes)
-        if processes.first:
-            shutil.rmtree(scratch, ignore_errors=True)
-        return replace(result, out=None)
-
-
-def _judge(recipe: Recipe, plan: MergePlan) -> AfterMerge | None:
-    """The evaluation that the recipe asks for, if any. Raises RequestError."""
-    if recipe.evaluate is None:
-        return None
-    from hf_locstitch.evaluation.main import AfterMerge
-
-    return AfterMerge(recipe, plan)
-
-
-def _scratch(recipe: Recipe) -> Path:
-    """Where a merge lies that is only pushed: found again by the same command if this one is cut short."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HOME) / "hf-locstitch" / str(recipe.push_to).replace("/", "--")
-
-
-def _merge_into(out: Path, recipe: Recipe, plan: MergePlan, progress: Progress, processes: Processes) -> MergeResult:
-    from hf_locstitch.places import check_disk, check_out
-
-    record = check_out(out, plan)
-    if record is None:
-        check_disk(out, plan)
-    judge = _judge(recipe, plan)
-    with _upload(recipe, processes) as upload:
-        record = record or _run(plan, out, progress, processes, upload)
-        report = judge.run(out, processes) if judge else None
-        processes.end()
-        if upload is None:
-            return MergeResult(out, None, None, record, report)
-        try:
-            published = upload.commit(out, _message(plan), progress)
-        except PublishError as error:
-            raise PublishError(
-                f"the merge is complete in {out}, but {error} Or upload it by hand: hf upload {recipe.push_to} {out}"
-            ) from error
-    return MergeResult(out, published.url, published.commit, record, report)
-
-
-def _merge_and_push(recipe: Recipe, plan: MergePlan, progress: Progress, processes: Processes) -> MergeResult:
-    """Nothing stays on this machine; what a failure leaves is found again by the same command."""
-    from hf_locstitch.places import check_disk
-
-    scratch = _scratch(recipe)
-    check_disk(scratch, plan)
-    published: list[Published] = []
-    with _upload(recipe, processes, discard=not plan.settings.cache) as upload:
-
-        def publish(folder: Path) -> None:
-            assert upload is not None
-            published.append(upload.commit(folder, _message(plan), progress))
-
-        record = _run(plan, scratch / "merged", progress, processes, upload, publish)
-        processes.end()
-    if not published:
-        return MergeResult(None, None, None, record)
-    shutil.rmtree(scratch, ignore_errors=True)
-    return MergeResult(None, published[0].url, published[0].commit, record)
-
-
-def _run(
-    plan: MergePlan,
-    out: Path,
-    progress: Progress,
-    processes: Processes,
-    upload: Upload | None,
-    publish: Callable[[Path], object] | None = None,
-) -> Manifest:
-    with InputHashes(plan.inputs, processes.rank, processes.count) as hashes:  # begins while libraries are imported
-        from hf_locstitch.run import run
-
-        return run(plan, out, progress, hashes, processes, upload, publish)
-
-
-@contextmanager
-def _upload(recipe: Recipe, processes: Processes, discard: bool = False) -> Iterator[Upload | None]:
-    """In the process that publishes, if anything is to be published."""
-    if recipe.push_to is None or not processes.first:
-        yield None
-        return
-    from hf_locstitch.publish import Upload
-
-    upload = Upload(recipe.push_to, private=recipe.private, discard=discard)
-    try:
-        yield upload
-    finally:
-        upload.close()
-
-
-def _message(plan: MergePlan) -> str:
-    return f"{plan.command.capitalize()} {', '.join(plan.finetuned)} with hf-locstitch"

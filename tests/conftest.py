@@ -26,7 +26,7 @@ os.environ.update(
 from hypothesis import settings  # noqa: E402
 from models import State, random_state, save  # noqa: E402
 
-from hf_locstitch.demo.hub import LoopbackHub  # noqa: E402
+from loopback_hub import LoopbackHub  # noqa: E402
 
 # The first call of a compiled loop takes seconds.
 settings.register_profile("compiled", deadline=None)
@@ -71,4 +71,4 @@ def base(tmp_path: Path) -> State:
 def figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merges draw no figures, which would take most of their time, except in tests that are about them."""
     if not request.node.get_closest_marker("figures"):
-        monkeypatch.setattr("hf_locstitch.run.survey_merge", lambda *_: None)
+        monkeypatch.setattr("hf_locstitch.engine.run.survey_merge", lambda *_: None)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo.skills import make_tokenizer
 from test_with_data import write_jsonl
 
 from hf_locstitch import Magnitude
-from hf_locstitch.demo.skills import make_tokenizer
-from hf_locstitch.select import BLOCKS
+from hf_locstitch.checkpoints.localizable import BLOCKS
 
 HOW = Magnitude(density=0.3)
 SMALL: dict[str, Any] = {"inputs": 24, "held_out": 0.25, "batch": 5}

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_locstitch.demo.hub import LoopbackHub
+from loopback_hub import LoopbackHub
 
 WORDS = ("<unk>", "<s>", "</s>", "A", "B", "C", "D", "alpha", "beta", "gamma", "delta")
 LOGIT = 3.0  # of a favoured word; all others have 0

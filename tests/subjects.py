@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 import transformers
+from demo.skills import make_tokenizer
 from models import State, load
 from test_architectures import MOE, TEXT, VISION, blocks
 
-from hf_locstitch.data.causal_lm import CausalLM
-from hf_locstitch.data.classification import ImageClassification, SequenceClassification
-from hf_locstitch.data.config import class_loss
-from hf_locstitch.data.masked_lm import MaskedLM
-from hf_locstitch.data.task import Task
-from hf_locstitch.data.zero_shot import ClipZeroShot, TextZeroShot
-from hf_locstitch.demo.skills import make_tokenizer
-from hf_locstitch.localize.subject import Subject, load_config, load_model, make_subject
+from hf_locstitch.localize.grafted_model import Subject, make_subject
+from hf_locstitch.tasks.loading import load_config, load_model
+from hf_locstitch.tasks.objective import class_loss
+from hf_locstitch.tasks.objectives.causal_lm import CausalLM
+from hf_locstitch.tasks.objectives.clip_zero_shot import ClipZeroShot
+from hf_locstitch.tasks.objectives.image_classification import ImageClassification
+from hf_locstitch.tasks.objectives.masked_lm import MaskedLM
+from hf_locstitch.tasks.objectives.sequence_classification import SequenceClassification
+from hf_locstitch.tasks.objectives.text_zero_shot import TextZeroShot
+from hf_locstitch.tasks.task import Task
 
 VOCABULARY = len(make_tokenizer())
 TOKENS = {**TEXT, "vocab_size": VOCABULARY, "pad_token_id": 0}

@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import contextlib, ctypes, sys
 import torch
-from hf_locstitch.allocator import freed_memory_goes_back
+from hf_locstitch.runtime.allocator import freed_memory_goes_back
 
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in

@@ -13,8 +13,8 @@ from reference import reference_masks, reference_stitch
 
 from hf_locstitch import Magnitude, merge_from_hub
 from hf_locstitch.checkpoints.header import TensorInfo
-from hf_locstitch.demo.hub import LoopbackHub
-from hf_locstitch.select import localizable
+from hf_locstitch.checkpoints.localizable import localizable
+from loopback_hub import LoopbackHub
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 40}  # fmt: skip

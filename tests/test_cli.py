@@ -16,8 +16,8 @@ import torch
 from models import State, finetune, load, same_bits, save
 from safetensors.torch import save_file
 
-from hf_locstitch.cli import main
-from hf_locstitch.demo.hub import LoopbackHub
+from hf_locstitch.cli.main import main
+from loopback_hub import LoopbackHub
 
 Run = Callable[..., tuple[int, str, str]]
 

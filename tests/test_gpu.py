@@ -10,28 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo.skills import make_tokenizer
 from families import HOW, family, write_texts
 from models import load
 from subjects import build, pair
 from test_architectures import blocks
 
 from hf_locstitch import merge_from_hub
-from hf_locstitch.data.causal_lm import CausalLM, answer_loss
-from hf_locstitch.data.task import Task
-from hf_locstitch.demo.skills import make_tokenizer
+from hf_locstitch.localize.grafted_model import Place, Subject, keep_no_activations, make_subject
 from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores
-from hf_locstitch.localize.mask import Mask
-from hf_locstitch.localize.saliency import Saliency
-from hf_locstitch.localize.subject import (
-    Place,
-    Subject,
-    keep_no_activations,
-    load_config,
-    load_model,
-    make_subject,
-)
-from hf_locstitch.processes import Processes
-from hf_locstitch.refit import states
+from hf_locstitch.localize.localizers.mask import Mask
+from hf_locstitch.localize.localizers.saliency import Saliency
+from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.stitch.refit import states
+from hf_locstitch.tasks.loading import load_config, load_model
+from hf_locstitch.tasks.objectives.causal_lm import CausalLM, answer_loss
+from hf_locstitch.tasks.task import Task
 
 pytestmark = pytest.mark.gpu
 ROWS = [{"prompt": f"reverse {word}=", "completion": word[::-1]} for word in ("40718", "12345", "99990", "31415")]

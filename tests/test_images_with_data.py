@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from demo.skills import make_tokenizer
 from models import load
 from PIL import Image
 from subjects import build
 
 from hf_locstitch import Saliency, load_mask, merge_from_hub
-from hf_locstitch.demo.skills import make_tokenizer
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import torch
 from models import State, finetune, save
 
 from hf_locstitch import Magnitude, inspect, load_mask, merge_from_hub
-from hf_locstitch.cli import main
-from hf_locstitch.demo.hub import LoopbackHub
+from hf_locstitch.cli.main import main
 from hf_locstitch.errors import CheckpointError, IntegrityError
+from loopback_hub import LoopbackHub
 
 Make = Callable[..., Path]
 

@@ -14,8 +14,8 @@ from models import finetune, random_state, save
 from safetensors.torch import save_file
 
 from hf_locstitch import Magnitude, load_mask, merge_from_hub
+from hf_locstitch.artifacts.mask_file import decode_positions, encode_positions, iter_positions
 from hf_locstitch.errors import CheckpointError, IntegrityError
-from hf_locstitch.masks import decode_positions, encode_positions, iter_positions
 
 
 @given(st.sets(st.integers(0, 5000), max_size=60), st.integers(0, 60))

@@ -13,9 +13,9 @@ from test_run import merged
 
 from hf_locstitch import merge_from_hub
 from hf_locstitch.errors import NonFiniteError, RecipeError
-from hf_locstitch.methods import Dense, Masked, find_method, method_names
-from hf_locstitch.recipe import make_recipe
-from hf_locstitch.settings import Settings
+from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.runtime.settings import Settings
+from hf_locstitch.stitch import Dense, Masked, find_method, method_names
 
 NAMES = list(SHAPES)
 WITHOUT_DATA = [name for name in method_names() if not getattr(find_method(name), "fitted", False)]

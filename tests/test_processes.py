@@ -12,7 +12,7 @@ import torch
 from models import finetune, random_state, save, save_sharded
 from test_run import files_of
 
-from hf_locstitch.processes import divide
+from hf_locstitch.runtime.processes import divide
 
 SHAPES = {f"layers.{i}.w": (40, 30 + i) for i in range(9)} | {"embed.w": (50, 30), "layers.9.empty": (0, 3)}
 

@@ -13,8 +13,8 @@ from models import finetune, load, random_state, same_bits, save
 
 from hf_locstitch import Magnitude, load_mask, merge_from_hub
 from hf_locstitch.checkpoints import hub_client
-from hf_locstitch.demo.hub import Fault, LoopbackHub
 from hf_locstitch.errors import PublishError
+from loopback_hub import Fault, LoopbackHub
 
 CARD = "---\nlicense: apache-2.0\npipeline_tag: text-generation\n---\n# parent\n"
 

@@ -17,10 +17,10 @@ from models import finetune, random_state, save, save_sharded
 from test_run import files_of
 
 from hf_locstitch import Magnitude, merge_from_hub
+from hf_locstitch.engine.shard_writer import Merger
+from hf_locstitch.engine.work_dir import Workplace
 from hf_locstitch.errors import OutputError, WorkError
 from hf_locstitch.localize import scan
-from hf_locstitch.merger import Merger
-from hf_locstitch.workplace import Workplace
 
 SHAPES = {f"layers.{i}.w": (120, 90) for i in range(6)} | {"embed.w": (50, 90)}
 

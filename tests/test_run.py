@@ -15,14 +15,14 @@ from reference import reference_masks, reference_stitch
 
 from hf_locstitch import Magnitude, load_mask, merge_from_hub
 from hf_locstitch.api import plan_merge
+from hf_locstitch.checkpoints.hashes import InputHashes
+from hf_locstitch.engine.run import run
 from hf_locstitch.errors import NonFiniteError
-from hf_locstitch.hashes import InputHashes
 from hf_locstitch.localize.bracket import FixedBracket
-from hf_locstitch.plan import MergePlan
-from hf_locstitch.progress import Progress
-from hf_locstitch.recipe import make_recipe
-from hf_locstitch.run import run
-from hf_locstitch.settings import Settings
+from hf_locstitch.plan.plans import MergePlan
+from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.runtime.progress import Progress
+from hf_locstitch.runtime.settings import Settings
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 N = sum(torch.Size(SHAPES[name]).numel() for name in BLOCK_NAMES)
@@ -323,7 +323,7 @@ def test_the_pinned_recipe_gives_the_same_bytes(tmp_path: Path, monkeypatch: pyt
     out = merged(tmp_path, base, [finetune(base, 1), finetune(base, 2)], localizer={"density": 0.2}, scale=0.7)
     recipe = (out / "locstitch.yaml").read_text()
     assert str(tmp_path) not in recipe
-    from hf_locstitch.cli import main
+    from hf_locstitch.cli.main import main
 
     monkeypatch.chdir(tmp_path)  # local inputs are named without their path
     assert main(["merge", str(out / "locstitch.yaml"), "--out", "again"]) == 0

@@ -11,7 +11,7 @@ from test_run import files_of
 
 from hf_locstitch import merge_from_hub
 from hf_locstitch.errors import RecipeError
-from hf_locstitch.settings import CHUNK_BYTES_PER_ELEMENT, IMPORTS_BYTES, Settings, make_settings
+from hf_locstitch.runtime.settings import CHUNK_BYTES_PER_ELEMENT, IMPORTS_BYTES, Settings, make_settings
 
 
 def test_memory_is_shared_out_over_threads_and_then_chunks() -> None:

@@ -9,17 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_locstitch.checkpoints.dtypes import DTYPE, Values
-from hf_locstitch.localize.selection import Kept
-from hf_locstitch.stitch import coverage, overlaps
-from hf_locstitch.stitch import stitch as stitch_covered
+from hf_locstitch.artifacts.mask_source import MaskedValues
+from hf_locstitch.runtime.dtypes import DTYPE, Values
+from hf_locstitch.stitch.mean import coverage, overlaps
+from hf_locstitch.stitch.mean import stitch as stitch_covered
 
 
-def kept(positions: list[int], values: list[float], unchanged: tuple[int, ...] = ()) -> Kept:
-    return Kept(np.array(positions, dtype=np.int32), np.array(values, np.float32), np.array(unchanged, dtype=np.int32))
+def kept(positions: list[int], values: list[float], unchanged: tuple[int, ...] = ()) -> MaskedValues:
+    return MaskedValues(
+        np.array(positions, dtype=np.int32), np.array(values, np.float32), np.array(unchanged, dtype=np.int32)
+    )
 
 
-def stitch(base: Values, models: list[Kept], scale: float = 1.0) -> Values:
+def stitch(base: Values, models: list[MaskedValues], scale: float = 1.0) -> Values:
     return stitch_covered(base, models, coverage(len(base), models), scale=scale)
 
 

@@ -20,19 +20,19 @@ from test_run import carry_out, files_of
 
 from hf_locstitch.api import merge, plan_merge
 from hf_locstitch.checkpoints import hub_client
+from hf_locstitch.checkpoints.byte_ranges import byte_ranges, most_held
 from hf_locstitch.checkpoints.checkpoint import open_checkpoint
-from hf_locstitch.checkpoints.feed import PassingFeed
+from hf_locstitch.checkpoints.download import PassingFeed
 from hf_locstitch.checkpoints.hub import HubSource
-from hf_locstitch.checkpoints.pieces import byte_ranges, most_held
 from hf_locstitch.checkpoints.ref import Ref
-from hf_locstitch.cost import estimate
-from hf_locstitch.demo.hub import Fault, LoopbackHub
+from hf_locstitch.engine.shard_writer import Merger
 from hf_locstitch.errors import DownloadError, IntegrityError, RecipeError, WorkError
 from hf_locstitch.localize.scan import Scan
-from hf_locstitch.merger import Merger
-from hf_locstitch.progress import Progress
-from hf_locstitch.recipe import make_recipe
-from hf_locstitch.settings import Settings
+from hf_locstitch.plan.cost import estimate
+from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.runtime.progress import Progress
+from hf_locstitch.runtime.settings import Settings
+from loopback_hub import Fault, LoopbackHub
 
 SHAPES = {"embed.w": (200, 300)} | {f"layers.{i}.w": (300, 400) for i in range(6)} | {"head.w": (200, 300)}
 SIZE = 2 * sum(a * b for a, b in SHAPES.values())
@@ -43,9 +43,9 @@ CACHING = Settings(chunk=8192, workers=2)
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_client, "LONGEST_WAIT", 0.01)
-    for module in ("hf_locstitch.localize.selection", "hf_locstitch.cost"):
+    for module in ("hf_locstitch.localize.selection", "hf_locstitch.plan.cost"):
         monkeypatch.setattr(f"{module}.COMPACT_SLACK", 0)
-    for module in ("hf_locstitch.localize.scan", "hf_locstitch.cost"):
+    for module in ("hf_locstitch.localize.scan", "hf_locstitch.plan.cost"):
         monkeypatch.setattr(f"{module}.BATCH", 1)
 
 

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_locstitch import VerifyReport, load_mask, merge_from_hub, verify
-from hf_locstitch.cli import main
-from hf_locstitch.demo.hub import LoopbackHub
+from hf_locstitch.artifacts.mask_file import encode_positions
+from hf_locstitch.cli.main import main
 from hf_locstitch.errors import CheckpointError
-from hf_locstitch.masks import encode_positions
+from loopback_hub import LoopbackHub
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -122,7 +122,7 @@ def test_good_merges_hold(
     folders = [tmp_path / f"ft{i}" for i in range(3)]
     merge_from_hub(tmp_path / "base", folders, out=tmp_path / "out", show_progress=False, **fields)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_locstitch.verification.values.PIECE", 7)
+    monkeypatch.setattr("hf_locstitch.inspection.verification.values.PIECE", 7)
     report = verify("out", tensors="all")
     assert found(report) == [] and not report.skipped
     assert report.checked.tensors == report.checked.of_tensors == len(base)

@@ -10,6 +10,7 @@ from uuid import uuid4
 import pytest
 import torch
 import yaml
+from demo.skills import make_tokenizer
 from huggingface_hub import HfApi, ModelCard
 from models import load
 from safetensors.torch import save_file
@@ -17,15 +18,14 @@ from subjects import CASES, build, pair, prepare
 from test_architectures import blocks
 
 from hf_locstitch import LocstitchError, Magnitude, Mask, RequestError, Saliency, load_mask, merge_from_hub
-from hf_locstitch.cli import main
-from hf_locstitch.data.sets import LocalizationSet, open_set, read_rows
-from hf_locstitch.demo.hub import LoopbackHub
-from hf_locstitch.demo.skills import make_tokenizer
+from hf_locstitch.cli.main import main
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize import select_with_data as module
+from hf_locstitch.localize.density import exact_share
 from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores
-from hf_locstitch.localize.magnitude import exact_share
-from hf_locstitch.processes import Processes
+from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.tasks.sets import LocalizationSet, open_set, read_rows
+from loopback_hub import LoopbackHub
 
 WORDS = ["copy cable=cable", "reverse 40718=81704", "swap CABLE=ACLBE", "rotate cable=ablec", "next 12345=23456"]
 ROWS = [{"prompt": text.split("=")[0] + "=", "completion": text.split("=")[1]} for text in WORDS]

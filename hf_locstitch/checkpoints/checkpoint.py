@@ -15,6 +15,7 @@ from hf_locstitch.checkpoints.header import Header, TensorInfo, header_length, p
 from hf_locstitch.checkpoints.ref import Ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
+from hf_locstitch.runtime.human import some
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -145,7 +146,7 @@ def _weight_files(source: Source) -> list[str]:
         weight_map = read_json(source, INDEX).get("weight_map") or {}
         shards = sorted(set(weight_map.values()))
         if absent := [shard for shard in shards if shard not in files]:
-            raise CheckpointError(f"{source.label} lacks {_some(absent)}, which its {INDEX} names. Fetch it again.")
+            raise CheckpointError(f"{source.label} lacks {some(absent)}, which its {INDEX} names. Fetch it again.")
         if shards:
             return shards
     if "adapter_config.json" in files:
@@ -167,17 +168,17 @@ def _raise_no_weights(source: Source, loose: list[str]) -> NoReturn:
         )
     if loose:
         raise CheckpointError(
-            f"{source.label} has {len(loose)} safetensors files ({_some(loose)}) but neither {SINGLE} nor {INDEX}, "
+            f"{source.label} has {len(loose)} safetensors files ({some(loose)}) but neither {SINGLE} nor {INDEX}, "
             "so which of them make up the model is unknown. Save the model again with save_pretrained()."
         )
     if gguf := [file for file in source.files if file.endswith(".gguf")]:
         raise CheckpointError(
-            f"{source.label} holds GGUF weights only ({_some(gguf)}), which are quantized. "
+            f"{source.label} holds GGUF weights only ({some(gguf)}), which are quantized. "
             "Name the safetensors checkpoint they were made from."
         )
     if unsafe := [file for file in source.files if file.endswith(UNSAFE_SUFFIXES)]:
         raise CheckpointError(
-            f"{source.label} holds no safetensors, only {_some(unsafe)}; such files can run code when loaded "
+            f"{source.label} holds no safetensors, only {some(unsafe)}; such files can run code when loaded "
             f"and are never opened. {REMEDY_UNSAFE}."
         )
     raise CheckpointError(f"{source.label} holds no weights (no {SINGLE}, no {INDEX}). Check the name.")
@@ -189,10 +190,5 @@ def _check_index(source: Source, tensors: Mapping[str, tuple[Shard, TensorInfo]]
     weight_map = read_json(source, INDEX)["weight_map"]
     if absent := [name for name in weight_map if name not in tensors]:
         raise CheckpointError(
-            f"{source.label}: {INDEX} names {len(absent)} tensors that no shard holds ({_some(absent)}). "
-            "Fetch it again."
+            f"{source.label}: {INDEX} names {len(absent)} tensors that no shard holds ({some(absent)}). Fetch it again."
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -14,17 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_locstitch.errors import CheckpointError
+from hf_locstitch.runtime.dtypes import FLOATING, ITEM_BYTES
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
-ITEM_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1,
-    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-    "C64": 8,
-}  # fmt: skip
-FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor as it is to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,13 @@ def _check_contiguous(tensors: list[TensorInfo], data_start: int, file_size: int
         )
 
 
-def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
-    """Prefix and JSON of a file that holds `tensors` (name, dtype, shape, bytes) in this order, padded to 8 bytes."""
+def encode_header(tensors: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Prefix and JSON of a file that holds these tensors in this order, padded to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
-    for name, dtype, shape, nbytes in tensors:
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
-        at += nbytes
+    for spec in tensors:
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
+        at += spec.nbytes
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     return struct.pack("<Q", len(raw)) + raw

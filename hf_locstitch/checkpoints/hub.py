@@ -38,6 +38,7 @@ from hf_locstitch.checkpoints.hub_client import (
 )
 from hf_locstitch.checkpoints.source import Advance, FileInfo, Source, file_sha256
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
+from hf_locstitch.runtime.files import write_all
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -279,13 +280,6 @@ def _fresh(response: Any, known: int) -> Iterator[bytes]:
         fresh, skip = piece[skip:], max(0, skip - len(piece))
         if fresh:
             yield fresh
-
-
-def write_all(file: RawIOBase, content: bytes) -> None:
-    """A raw file may take less than it is given."""
-    view = memoryview(content)
-    while view:
-        view = view[file.write(view) or 0 :]
 
 
 def hash_of_open(file: RawIOBase) -> _Hash:

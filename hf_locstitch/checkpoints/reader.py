@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.checkpoints.dtypes import DTYPE, Values
-from hf_locstitch.checkpoints.header import ITEM_BYTES, TensorInfo
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.runtime.dtypes import DTYPE, ITEM_BYTES, Values
 
 if TYPE_CHECKING:
     import torch

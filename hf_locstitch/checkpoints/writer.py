@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from hf_locstitch.checkpoints.header import encode_header
+from hf_locstitch.checkpoints.header import TensorSpec, encode_header
 
 PIECE = 1 << 20  # bytes hashed at once
 
 
 class SafetensorsWriter:
-    """A file for `tensors` (name, dtype, shape, bytes) in this order. Threads may write different places at once.
+    """A file for these tensors in this order. Threads may write different places at once.
 
     Nothing is written twice.
 
@@ -31,7 +31,7 @@ class SafetensorsWriter:
     def __init__(
         self,
         path: Path,
-        tensors: Iterable[tuple[str, str, tuple[int, ...], int]],
+        tensors: Iterable[TensorSpec],
         metadata: Mapping[str, str],
         *,
         new: bool = True,
@@ -42,9 +42,9 @@ class SafetensorsWriter:
         header = encode_header(tensors, metadata)
         self._starts: dict[str, int] = {}
         at = len(header)
-        for name, _, _, nbytes in tensors:
-            self._starts[name] = at
-            at += nbytes
+        for spec in tensors:
+            self._starts[spec.name] = at
+            at += spec.nbytes
         self._size = at
         self._reached = len(header)  # all before it is written,
         self._beyond: dict[int, int] = {}  # and these stretches behind it: where each starts and ends
@@ -124,9 +124,3 @@ class SafetensorsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def sync_file(path: Path) -> None:
-    """Until all that was written to it is on the disk."""
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.errors import CheckpointError, WorkError
+from hf_locstitch.evaluation.lm_eval_tasks import explaining_data
 from hf_locstitch.evaluation.scores import Score, TaskResult, common
-from hf_locstitch.evaluation.tasks import TaskSpec, explaining_data
+from hf_locstitch.tasks.benchmarks import TaskSpec
+from hf_locstitch.tasks.leaks import texts_of
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -166,6 +168,14 @@ def groups_of(task: Task | Group) -> list[Group]:
 def leaves_of(task: Task | Group) -> list[Task]:
     """The task itself, or a group's tasks at any depth."""
     return list(task.get_all_tasks()) if hasattr(task, "get_all_tasks") else [task]  # type: ignore[union-attr,list-item]
+
+
+def texts_by_task(tasks: Sequence[Task | Group]) -> dict[str, frozenset[str]]:
+    """Every text in the examples of each task and group that has a score, for the leak rule."""
+    found = {leaf.task_name: frozenset(texts_of(list(leaf.eval_docs))) for task in tasks for leaf in leaves_of(task)}
+    for group in (group for task in tasks for group in groups_of(task)):
+        found[group.name] = frozenset().union(*(found[leaf.task_name] for leaf in leaves_of(group)))
+    return found
 
 
 def _scored(task: Task | Group, results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:

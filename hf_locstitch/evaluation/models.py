@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from hf_locstitch._version import __version__
+from hf_locstitch.artifacts.manifest import open_manifest
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source, read_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.side_files import side_files
 from hf_locstitch.errors import CheckpointError, LocstitchError, RecipeError
-from hf_locstitch.verification.files import open_manifest
-from hf_locstitch.verification.inputs import input_places
+from hf_locstitch.inspection.verification.inputs import input_places
+from hf_locstitch.runtime.version import __version__
 
 Role = Literal["model", "base", "finetuned", "average"]
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -114,20 +114,17 @@ def fetch(checkpoint: Checkpoint) -> Path:
 
 def make_average(refs: Sequence[str], out: Path) -> None:
     """refs: the base's, then the finetunes'."""
-
-    from hf_locstitch.api import plan_merge
-    from hf_locstitch.hashes import InputHashes
-    from hf_locstitch.places import check_disk
-    from hf_locstitch.progress import Progress
-    from hf_locstitch.recipe import make_recipe
-    from hf_locstitch.run import run
+    from hf_locstitch.engine.execute import make
+    from hf_locstitch.engine.preflight import check_disk
+    from hf_locstitch.plan.planning import make_plan
+    from hf_locstitch.plan.recipe import make_recipe
+    from hf_locstitch.runtime.progress import Progress
 
     base, *parents = refs
     entries = [{"ref": ref, "name": f"parent-{number}"} for number, ref in enumerate(parents, start=1)]
-    plan = plan_merge(make_recipe({"base": base, "finetuned": entries, "method": "average"}))
+    plan = make_plan(make_recipe({"base": base, "finetuned": entries, "method": "average"}))
     check_disk(out, plan)
-    with InputHashes(plan.inputs) as hashes:
-        run(plan, out, Progress(False), hashes)
+    make(plan, out, Progress(False))
 
 
 def input_refs(

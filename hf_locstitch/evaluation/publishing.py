@@ -14,13 +14,14 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from hf_locstitch.artifacts.manifest import FILE, parse_manifest, to_json
 from hf_locstitch.checkpoints.checkpoint import open_source
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import OutputError
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, markdown
 from hf_locstitch.evaluation.scores import TaskResult
-from hf_locstitch.manifest import FILE
+from hf_locstitch.runtime.files import write_atomically
 
 CARD = "README.md"
 ENTRIES = ".eval_results"
@@ -34,7 +35,7 @@ def check_writable(ref: str) -> None:
     """Raises OutputError unless the results can be written where `ref` is."""
     parsed = parse_ref(ref)
     if parsed.folder is None:
-        from hf_locstitch.publish import check_target
+        from hf_locstitch.report.publish import check_target
 
         check_target(str(parsed.repo))
     elif not parsed.folder.is_dir():
@@ -50,7 +51,7 @@ def write_results(report: EvaluationReport, ref: str) -> EvaluationReport:
     if parsed.folder is not None:
         written = record_in(report, parsed.folder, parsed.name)
         return replace(report, figures=tuple(str(path) for path in written))
-    from hf_locstitch.publish import publish_files
+    from hf_locstitch.report.publish import publish_files
 
     source = open_source(parse_ref(report.subject.ref))
     with tempfile.TemporaryDirectory(prefix="hf-locstitch-results-") as folder:
@@ -69,7 +70,7 @@ def record_in(report: EvaluationReport, folder: Path, title: str) -> list[Path]:
 
     title: the model's name in the card's metadata. Returns the pictures.
     """
-    from hf_locstitch.figures.main import draw_evaluation
+    from hf_locstitch.evaluation.figure import draw_evaluation
 
     pictures = draw_evaluation(report, folder / "figures")
     (folder / SCORES).write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -199,10 +200,10 @@ def _where(model: ModelScores) -> str:
 
 def _tell_manifest(folder: Path, paths: Sequence[Path]) -> None:
     """The files' sizes and hashes, so that `verify` finds what it expects."""
-    fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    record = parse_manifest((folder / FILE).read_bytes(), str(folder / FILE))
+    outputs = dict(record.outputs)
     for path in paths:
-        name = path.relative_to(folder).as_posix()
-        fields["outputs"][name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-    fields["outputs"] = dict(sorted(fields["outputs"].items()))
-    fields["bytes"] = {**fields["bytes"], "written": sum(entry["size"] for entry in fields["outputs"].values())}
-    (folder / FILE).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        outputs[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    written = sum(entry["size"] for entry in outputs.values())
+    record = replace(record, outputs=dict(sorted(outputs.items())), bytes={**record.bytes, "written": written})
+    write_atomically(folder / FILE, to_json(record))

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_locstitch.evaluation.cache import cache_folder, cache_key, read_cached, write_cached
-from hf_locstitch.evaluation.leaks import leaks
+from hf_locstitch.evaluation.lm_eval_tasks import digest_of, load_task, open_manager
 from hf_locstitch.evaluation.models import Model
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores
 from hf_locstitch.evaluation.scores import TaskResult
-from hf_locstitch.evaluation.tasks import TaskSpec, chosen_tasks, digest_of, load_task, open_manager
-from hf_locstitch.processes import Processes
+from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.tasks.benchmarks import TaskSpec, chosen_tasks
+from hf_locstitch.tasks.leaks import JudgedTask, UsedData, leaks
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -71,10 +72,8 @@ class Session:
         facts |= {"chat_template": self.settings.chat_template, "task_files": self._digest}
         return cache_key({**facts, "lm_eval": version("lm_eval")})
 
-    def run(
-        self, models: Sequence[Model], processes: Processes, localized_with: Sequence[str] = ()
-    ) -> EvaluationReport:
-        """Every task on every model. localized_with: data sets that masks were found with.
+    def run(self, models: Sequence[Model], processes: Processes, used: Sequence[UsedData] = ()) -> EvaluationReport:
+        """Every task on every model. used: data sets that the models were made with.
 
         Raises RequestError or WorkError; what was measured by then is kept.
         """
@@ -94,11 +93,26 @@ class Session:
             )
             for model in models
         )
-        evaluated = {result.task: result.dataset for model in scored for result in model.results}
-        warnings = leaks(evaluated, localized_with)
+        warnings = leaks(self._judged(scored, used), used)
         if self.limit is not None:
             warnings.append(f"only the first {self.limit} examples of each task were evaluated: rough figures")
         return EvaluationReport(scored, tuple(map(str, self.specs)), self.limit, tuple(warnings), self.flags)
+
+    def _judged(self, scored: Sequence[ModelScores], used: Sequence[UsedData]) -> list[JudgedTask]:
+        """The tasks that were run; with their examples' texts where a file may hold the same."""
+        results = {result.task: result for model in scored for result in model.results}
+        texts: Mapping[str, frozenset[str]] = {}
+        if any(data.prompts for data in used):
+            from hf_locstitch.evaluation.harness import quietly, texts_by_task
+
+            with quietly(self.settings.show_progress):
+                texts = texts_by_task([task for spec in self.specs for task in self._load(spec)])
+        return [JudgedTask(name, one.dataset, one.config, texts.get(name)) for name, one in results.items()]
+
+    def _load(self, spec: TaskSpec) -> list[Task | Group]:
+        if spec not in self._tasks:
+            self._tasks[spec] = load_task(self.manager, spec)
+        return self._tasks[spec]
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -125,8 +139,7 @@ class Session:
         chosen = self.settings
         with quietly(chosen.show_progress):
             for spec in missing:
-                if spec not in self._tasks:
-                    self._tasks[spec] = load_task(self.manager, spec)
+                self._load(spec)
             with model.folder() as folder:
                 lm = load_model(folder, model.ref, chosen.batch_size)
                 for spec, key in missing.items():

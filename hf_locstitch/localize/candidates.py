@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from hf_locstitch import kernels
-from hf_locstitch.checkpoints.dtypes import Values
-from hf_locstitch.kernels import KIND, SURE, Bools, Flagged, Positions, Scores, bits
 from hf_locstitch.localize.bracket import Bracket
+from hf_locstitch.runtime import kernels
+from hf_locstitch.runtime.dtypes import Values
+from hf_locstitch.runtime.kernels import KIND, SURE, Bools, Flagged, Positions, Scores, bits
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The gradient of a set's loss, place by place: used up as it appears where that can be, else added up first."""
+"""The gradient of a set's loss, parameter by parameter: used up as it appears where that can be, else added up first."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_locstitch.data.task import MicroBatch, Task
+from hf_locstitch.localize.grafted_model import GraftedModel, MaskedParameter
 from hf_locstitch.localize.passes import Advance, Rounding, State, add_gradients, pass_over
-from hf_locstitch.localize.subject import Place, Subject
-from hf_locstitch.processes import Processes
+from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.tasks.task import MicroBatch, Task
 
-Use = Callable[[Place, Tensor], None]
+Use = Callable[[MaskedParameter, Tensor], None]
 
 
 @dataclass(frozen=True)
 class Work:
     """What a pass needs. batches: micro-batches of the whole set, the same in all processes."""
 
-    subject: Subject
+    grafted: GraftedModel
     task: Task
     batches: Sequence[MicroBatch]
     processes: Processes
@@ -36,7 +36,7 @@ class Gradients(Protocol):
         ...
 
     def feed(self, use: Use) -> float:
-        """Give `use` every place once, with its gradient [*its shape]; return the loss. Raises as pass_over."""
+        """Give `use` every parameter once, with its gradient [*its shape]; return the loss. Raises as pass_over."""
         ...
 
 
@@ -50,15 +50,15 @@ class Passing(Gradients):
         pass
 
     def feed(self, use: Use) -> float:
-        work, left = self.work, dict(self.work.subject.places)
+        work, left = self.work, dict(self.work.grafted.parameters)
 
-        def take(place: Place, gradient: Tensor) -> None:
-            del left[place.name]
-            use(place, gradient)
+        def take(masked: MaskedParameter, gradient: Tensor) -> None:
+            del left[masked.name]
+            use(masked, gradient)
 
-        loss = pass_over(work.subject, work.task, work.batches, take, work.processes, work.advance)
-        for place in left.values():  # no example has come by, as with an expert that none was sent to
-            use(place, torch.zeros((), device=place.device).expand(place.shape))
+        loss = pass_over(work.grafted, work.task, work.batches, take, work.processes, work.advance)
+        for masked in left.values():  # no example has come by, as with an expert that none was sent to
+            use(masked, torch.zeros((), device=masked.device).expand(masked.shape))
         return loss
 
 
@@ -75,10 +75,10 @@ class AddedUp(Gradients):
         work = self.work
         self.total.clear()
         self.loss = add_gradients(
-            work.subject, work.task, work.batches, self.total, self.rounding, work.processes, work.advance
+            work.grafted, work.task, work.batches, self.total, self.rounding, work.processes, work.advance
         )
 
     def feed(self, use: Use) -> float:
-        for place in self.work.subject.places.values():
-            use(place, self.total[place])
+        for masked in self.work.grafted.parameters.values():
+            use(masked, self.total[masked])
         return self.loss

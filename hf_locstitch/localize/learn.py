@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_locstitch.data.task import Task, micro_batches
 from hf_locstitch.localize.gradients import AddedUp, Gradients, Passing, Work
-from hf_locstitch.localize.mask import Mask
+from hf_locstitch.localize.grafted_model import GraftedModel, MaskedParameter
+from hf_locstitch.localize.kth_largest import Keys, Sizes, TopK, kth_largest, pieces, sortable
+from hf_locstitch.localize.localizers.mask import Mask
+from hf_locstitch.localize.localizers.saliency import Saliency
 from hf_locstitch.localize.passes import Advance, Rounding, State, add_gradients
-from hf_locstitch.localize.ranking import Keys, Sizes, TopK, kth_largest, pieces, sortable
-from hf_locstitch.localize.saliency import Saliency
-from hf_locstitch.localize.subject import Place, Subject
 from hf_locstitch.localize.updates import add_rounding, official_step, saliency, score_gradient, softened
 from hf_locstitch.localize.with_data import WithData
-from hf_locstitch.processes import Processes
+from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.tasks.task import Task, micro_batches
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,39 @@ class Room:
     advance: Advance = lambda _: None
 
 
-def saliency_scores(how: Saliency, subject: Subject, task: Task, room: Room) -> State:
+@dataclass(frozen=True)
+class Learned:
+    """state: what ranks the elements. losses: seen on the way. ones: how many the mask keeps, where the state decides it.
+
+    ranks: whether only the order of the numbers counts, so that equal ones go by |τ|; else they are scores, not negative.
+    """
+
+    state: State
+    losses: list[float]
+    ones: int | None = None
+    ranks: bool = False
+
+
+def count_positive(grafted: GraftedModel, state: State) -> int:
+    """How many numbers of the state are above 0, over all processes."""
+    return sum(int((tensor > 0).sum()) for _, tensor in grafted.to_disk(state.__getitem__))
+
+
+def saliency_scores(how: Saliency, grafted: GraftedModel, task: Task, room: Room) -> State:
     """|ḡ·τ| of every element, ḡ the gradient of the mean loss, averaged over the points `how.at`."""
     batches = list(micro_batches(task, how.together))
-    total, rounding = _state(how, subject, room, "gradient"), Rounding(how.seed)
+    total, rounding = _state(how, grafted, room, "gradient"), Rounding(how.seed)
     for point in how.at:
-        for place in subject.places.values():
-            place.graft(point)
-        add_gradients(subject, task, batches, total, rounding, room.processes, room.advance)
-    for place in subject.places.values():
-        for kept, gradient, task_vector in _aligned(place, total, total[place]):
+        for masked in grafted.parameters.values():
+            masked.graft(point)
+        add_gradients(grafted, task, batches, total, rounding, room.processes, room.advance)
+    for masked in grafted.parameters.values():
+        for kept, gradient, task_vector in _aligned(masked, total, total[masked]):
             kept.copy_(saliency(gradient, task_vector) / len(how.at))
     return total
 
 
-def learn_mask(how: Mask, subject: Subject, task: Task, room: Room) -> tuple[State, list[float]]:
+def learn_mask(how: Mask, grafted: GraftedModel, task: Task, room: Room) -> tuple[State, list[float]]:
     """S of every element, and the loss before every step. One step an epoch, from the gradient over the whole set.
 
     Where gradients come whole, each changes S as it appears and S is all that is kept; a relative step then takes two
@@ -54,53 +72,53 @@ def learn_mask(how: Mask, subject: Subject, task: Task, room: Room) -> tuple[Sta
     official = how.preset == "official"
     batches = list(micro_batches(task, how.together, how.batch if official else None))
     rounding = Rounding(how.seed)
-    scores = start_scores(how, subject, room)
-    gradients: Gradients = Passing(work := Work(subject, task, batches, room.processes, room.advance))
+    scores = start_scores(how, grafted, room)
+    gradients: Gradients = Passing(work := Work(grafted, task, batches, room.processes, room.advance))
     if not how.comes_whole(len(batches), room.processes.count):
-        gradients = AddedUp(work, _state(how, subject, room, "gradient"), rounding)
+        gradients = AddedUp(work, _state(how, grafted, room, "gradient"), rounding)
     losses, lr = [], how.lr
     for _ in range(how.epochs):
-        for place in subject.places.values():
-            place.graft(torch.sigmoid(_wide(piece)).to(place.device) for piece in pieces(scores[place]))
+        for masked in grafted.parameters.values():
+            masked.graft(torch.sigmoid(_wide(piece)).to(masked.device) for piece in pieces(scores[masked]))
         gradients.renew()
         if how.relative_lr:
-            lr = how.lr / unit_step(how, subject, scores, gradients, room.processes)
+            lr = how.lr / unit_step(how, grafted, scores, gradients, room.processes)
         losses.append(gradients.feed(partial(_step, how, scores, lr, rounding)))
     return scores, losses
 
 
-def start_scores(how: Mask, subject: Subject, room: Room) -> State:
+def start_scores(how: Mask, grafted: GraftedModel, room: Room) -> State:
     """S before the first step: how.start[1] for the largest |τ|, how.start[0] elsewhere."""
-    scores = _state(how, subject, room, "scores")
+    scores = _state(how, grafted, room, "scores")
 
     def magnitudes() -> Iterable[Keys]:
-        return (sortable(piece) for place in subject.places.values() for piece in pieces(_magnitudes(place)))
+        return (sortable(piece) for masked in grafted.parameters.values() for piece in pieces(_magnitudes(masked)))
 
-    top = TopK(kth_largest(magnitudes, how.started(subject.size)))
+    top = TopK(kth_largest(magnitudes, how.started(grafted.size)))
     outside, inside = how.start
-    for place in subject.places.values():
-        kept = [torch.from_numpy(top.keep(sortable(piece))) for piece in pieces(_magnitudes(place))]
-        chosen = torch.cat(kept).view(place.base.shape) if kept else torch.zeros(place.base.shape, dtype=torch.bool)
-        scores[place].copy_(torch.where(place.part(chosen), inside, outside))
+    for masked in grafted.parameters.values():
+        kept = [torch.from_numpy(top.keep(sortable(piece))) for piece in pieces(_magnitudes(masked))]
+        chosen = torch.cat(kept).view(masked.base.shape) if kept else torch.zeros(masked.base.shape, dtype=torch.bool)
+        scores[masked].copy_(torch.where(masked.part(chosen), inside, outside))
     return scores
 
 
-def unit_step(how: Mask, subject: Subject, scores: State, gradients: Gradients, processes: Processes) -> float:
+def unit_step(how: Mask, grafted: GraftedModel, scores: State, gradients: Gradients, processes: Processes) -> float:
     """The k-th largest |∂loss/∂S|: divided by it, the k-th most changed element moves by one."""
     sizes = Sizes()
 
-    def measure(place: Place, gradient: Tensor) -> None:
-        for score, part, task_vector in _aligned(place, scores, gradient):
+    def measure(masked: MaskedParameter, gradient: Tensor) -> None:
+        for score, part, task_vector in _aligned(masked, scores, gradient):
             sizes.add(score_gradient(part, task_vector, _wide(score), 0.0))
 
     gradients.feed(measure)
     # Where parameters are not shared out every process has measured all of them.
-    unit = sizes.kth_largest(max(1, how.started(subject.size)), processes.sum if subject.sharded else None)
+    unit = sizes.kth_largest(max(1, how.started(grafted.size)), processes.sum if grafted.sharded else None)
     return max(unit, torch.finfo(torch.float32).tiny)
 
 
-def _step(how: Mask, scores: State, lr: float, rounding: Rounding, place: Place, gradient: Tensor) -> None:
-    for score, part, task_vector in _aligned(place, scores, gradient):
+def _step(how: Mask, scores: State, lr: float, rounding: Rounding, masked: MaskedParameter, gradient: Tensor) -> None:
+    for score, part, task_vector in _aligned(masked, scores, gradient):
         wide = _wide(score)
         if how.preset == "official":
             change = official_step(wide, part, task_vector, lr, how.penalty) - wide
@@ -111,23 +129,23 @@ def _step(how: Mask, scores: State, lr: float, rounding: Rounding, place: Place,
         add_rounding(score, change, rounding.on(score.device))
 
 
-def _aligned(place: Place, state: State, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _aligned(masked: MaskedParameter, state: State, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Pieces of the state's tensor, and of gradient and task vector in the latter's dtype, on the state's device."""
-    device = state[place].device
-    parts = zip(pieces(state[place]), pieces(gradient), place.task_vector_pieces(device), strict=True)
+    device = state[masked].device
+    parts = zip(pieces(state[masked]), pieces(gradient), masked.task_vector_pieces(device), strict=True)
     for kept, part, task_vector in parts:
         yield kept, part.to(device, task_vector.dtype), task_vector
 
 
-def _state(how: WithData, subject: Subject, room: Room, name: str) -> State:
-    return State(subject.places, how.state_dtype, how.state_on, room.folder, f"{name}.{room.processes.rank}")
+def _state(how: WithData, grafted: GraftedModel, room: Room, name: str) -> State:
+    return State(grafted.parameters, how.state_dtype, how.state_on, room.folder, f"{name}.{room.processes.rank}")
 
 
 def _wide(scores: Tensor) -> Tensor:
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
-def _magnitudes(place: Place) -> Tensor:
+def _magnitudes(masked: MaskedParameter) -> Tensor:
     """|τ| of the whole parameter, on the CPU."""
-    wide = torch.promote_types(place.base.dtype, torch.float32)
-    return (place.finetuned.to(wide) - place.base.to(wide)).abs_()
+    wide = torch.promote_types(masked.base.dtype, torch.float32)
+    return (masked.finetuned.to(wide) - masked.base.to(wide)).abs_()

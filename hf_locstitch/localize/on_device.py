@@ -6,10 +6,10 @@ import threading
 
 import torch
 
-from hf_locstitch.checkpoints.dtypes import Values
 from hf_locstitch.checkpoints.tensors import as_tensor
 from hf_locstitch.localize.bracket import Bracket
 from hf_locstitch.localize.candidates import Candidates, candidates_at
+from hf_locstitch.runtime.dtypes import Values
 
 
 class OnDevice:

@@ -10,40 +10,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_locstitch.data.task import MicroBatch, Task
 from hf_locstitch.errors import RequestError, WorkError
-from hf_locstitch.localize.ranking import pieces
-from hf_locstitch.localize.subject import Place, Subject, own_rows
+from hf_locstitch.localize.grafted_model import GraftedModel, MaskedParameter, own_rows
+from hf_locstitch.localize.kth_largest import pieces
 from hf_locstitch.localize.updates import add_rounding
-from hf_locstitch.processes import Processes
+from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.tasks.task import MicroBatch, Task
 
 Advance = Callable[[int], object]
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class State:
-    """One number for every element of every place: tensors of their shapes, in memory or in a mapped file.
+    """One number for every element of every parameter: tensors of their shapes, in memory or in a mapped file.
 
     on: "device" is each parameter's own.
     """
 
-    def __init__(self, places: Mapping[str, Place], dtype: str, on: str, folder: Path, name: str) -> None:
+    def __init__(self, parameters: Mapping[str, MaskedParameter], dtype: str, on: str, folder: Path, name: str) -> None:
         self.tensors: dict[str, Tensor] = {}
-        for number, (key, place) in enumerate(places.items()):
-            shape = place.shape
-            narrow = STATE_DTYPES[dtype]
-            kind = torch.float64 if place.base.dtype == torch.float64 else narrow
+        for number, (key, masked) in enumerate(parameters.items()):
+            shape = masked.shape
+            narrow: torch.dtype = getattr(torch, dtype)
+            kind = torch.float64 if masked.base.dtype == torch.float64 else narrow
             if on == "disk":
                 file = folder / f"{name}.{number}"
                 flat = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=kind)
                 file.unlink()  # the mapping keeps it; nothing is left behind, however the process ends
                 self.tensors[key] = flat.zero_().view(shape)
             else:
-                device = place.device if on == "device" else torch.device("cpu")
+                device = masked.device if on == "device" else torch.device("cpu")
                 self.tensors[key] = torch.zeros(shape, dtype=kind, device=device)
 
-    def __getitem__(self, place: Place) -> Tensor:
-        return self.tensors[place.name]
+    def __getitem__(self, masked: MaskedParameter) -> Tensor:
+        return self.tensors[masked.name]
 
     def clear(self) -> None:
         for tensor in self.tensors.values():
@@ -68,18 +67,20 @@ class Rounding:
 
 
 @contextmanager
-def consuming(places: Iterable[Place], consume: Callable[[Place, Tensor], None]) -> Iterator[None]:
-    """While inside, `consume` gets the gradient of each place as soon as it is whole; then it is freed."""
+def consuming(
+    parameters: Iterable[MaskedParameter], consume: Callable[[MaskedParameter, Tensor], None]
+) -> Iterator[None]:
+    """While inside, `consume` gets the gradient of each parameter as soon as it is whole; then it is freed."""
 
-    def hook(place: Place) -> Callable[[Tensor], None]:
+    def hook(masked: MaskedParameter) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             if gradient is not None:
-                consume(place, own_rows(gradient))
+                consume(masked, own_rows(gradient))
 
         return take
 
-    handles = [place.parameter.register_post_accumulate_grad_hook(hook(place)) for place in places]
+    handles = [masked.parameter.register_post_accumulate_grad_hook(hook(masked)) for masked in parameters]
     try:
         yield
     finally:
@@ -88,7 +89,7 @@ def consuming(places: Iterable[Place], consume: Callable[[Place, Tensor], None])
 
 
 def add_gradients(
-    subject: Subject,
+    grafted: GraftedModel,
     task: Task,
     batches: Sequence[MicroBatch],
     total: State,
@@ -101,15 +102,15 @@ def add_gradients(
     total: the same in all processes, before and after. Raises RequestError if the loss is not finite, WorkError if
     memory runs out.
     """
-    alone = processes.count == 1 or subject.sharded
+    alone = processes.count == 1 or grafted.sharded
     if not alone and not processes.first:
         total.clear()  # it is in the first one's sum
 
-    def consume(place: Place, gradient: Tensor) -> None:
-        into = total[place]
+    def consume(masked: MaskedParameter, gradient: Tensor) -> None:
+        into = total[masked]
         add_rounding(into, gradient.to(into.device), rounding.on(into.device))
 
-    loss = pass_over(subject, task, batches, consume, processes, advance)
+    loss = pass_over(grafted, task, batches, consume, processes, advance)
     for tensor in () if alone else total.tensors.values():
         for piece in pieces(tensor):
             processes.add_up(piece)
@@ -117,29 +118,29 @@ def add_gradients(
 
 
 def pass_over(
-    subject: Subject,
+    grafted: GraftedModel,
     task: Task,
     batches: Sequence[MicroBatch],
-    consume: Callable[[Place, Tensor], None],
+    consume: Callable[[MaskedParameter, Tensor], None],
     processes: Processes,
     advance: Advance = lambda _: None,
 ) -> float:
     """Forward and backward passes over this process's share of the batches; returns the loss of all of them.
 
-    consume: gets the gradient of a place in one micro-batch, on the place's device; of its own rows, over all
+    consume: gets the gradient of a parameter in one micro-batch, on its device; of its own rows, over all
     processes, where parameters are shared out. Raises as add_gradients.
     """
     own = batches[processes.rank :: processes.count]
-    if subject.sharded:  # every process takes part in every pass, and gradients come averaged over the processes
+    if grafted.sharded:  # every process takes part in every pass, and gradients come averaged over the processes
         own = [MicroBatch(batch.examples, batch.factor * processes.count) for batch in own]
         idle = -(-len(batches) // processes.count) - len(own)
         own += [MicroBatch(batches[0].examples, 0.0)] * idle
 
     def work() -> Tensor:
         loss = torch.zeros((), dtype=torch.float64)
-        with consuming(subject.places.values(), consume), memory_guard():
+        with consuming(grafted.parameters.values(), consume), memory_guard():
             for batch in own:
-                part = task.loss(subject.model, batch.examples) * batch.factor
+                part = task.loss(grafted.model, batch.examples) * batch.factor
                 loss += part.detach().cpu()
                 part.backward()
                 advance(len(batch.examples))
@@ -147,7 +148,7 @@ def pass_over(
 
     loss = processes.together(work)
     processes.add_up(loss)
-    if subject.sharded:
+    if grafted.sharded:
         loss /= processes.count
     if not torch.isfinite(loss):
         raise RequestError(

@@ -13,14 +13,12 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from hf_locstitch.checkpoints.byte_ranges import Piece
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.checkpoints.dtypes import DTYPE, Values, common_dtype
-from hf_locstitch.checkpoints.header import ITEM_BYTES, TensorInfo
-from hf_locstitch.checkpoints.pieces import Piece
+from hf_locstitch.checkpoints.finite import check_finite
+from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.chunks import Chunk, chunks_of, for_each
 from hf_locstitch.errors import NonFiniteError
-from hf_locstitch.kernels import bits
 from hf_locstitch.localize.bracket import (
     BINS,
     EVERYTHING,
@@ -34,8 +32,10 @@ from hf_locstitch.localize.bracket import (
 from hf_locstitch.localize.candidates import Finder, OnCpu, magnitude_scores
 from hf_locstitch.localize.selection import BracketMissed, Selection
 from hf_locstitch.localize.spill import Spill
-from hf_locstitch.processes import Processes
-from hf_locstitch.settings import BATCH
+from hf_locstitch.runtime.chunks import Chunk, chunks_of, for_each
+from hf_locstitch.runtime.dtypes import ITEM_BYTES, Values, common_dtype
+from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.runtime.settings import BATCH
 
 SAMPLE = 1 << 20  # elements of one model that the brackets are estimated from
 SMALLEST_SAMPLE = 1 << 16  # of one group of tensors; smaller groups are kept whole
@@ -43,7 +43,8 @@ SAMPLE_RUN = 1 << 11  # neighbours sampled together: few places of a file are vi
 
 Group = tuple[Sequence[int], int]
 Readers = Mapping[str, CheckpointReader]  # "base" and the finetuned models
-Known = Callable[[str, int, int], npt.NDArray[np.int32]]  # tensor, first element, count -> scores as bits
+# tensor, first element, finetuned and base values [n] -> scores as bits [n]
+ScoreBits = Callable[[str, int, Values, Values], npt.NDArray[np.int32]]
 
 
 class Scan:
@@ -51,7 +52,7 @@ class Scan:
 
     own: the names of those that this process scans; every process makes the same calls.
     trusted: whether what an earlier process kept of (model, tensor) may be used.
-    known: the scores of the one finetuned model, where they are not the magnitudes of its task vector.
+    scores: where they are not the magnitudes of task vectors.
     """
 
     def __init__(
@@ -69,12 +70,12 @@ class Scan:
         device: str = "cpu",
         trusted: Callable[[str, str], bool] = lambda model, tensor: True,
         allow_non_finite: bool = False,
-        known: Known | None = None,
+        scores: ScoreBits | None = None,
         advance: Callable[[int], object] = lambda _: None,
     ) -> None:
         self.base, self.finetuned, self.tensors, self.groups = base, finetuned, tensors, groups
         self.spill_folder, self.workers, self.advance = spill_folder, workers, advance
-        self.trusted, self.allow_non_finite, self.known = trusted, allow_non_finite, known
+        self.trusted, self.allow_non_finite, self._own_scores = trusted, allow_non_finite, scores
         self.names = [info.name for info in tensors]
         self.chunks = chunks_of([info.numel for info in tensors], chunk)
         self.own_chunks = [chunk for chunk in self.chunks if self.names[chunk.tensor] in own]
@@ -168,11 +169,12 @@ class Scan:
         for model, selection in todo.items():
             finetuned = inputs[model].values(name, chunk.first, chunk.count)
             bracket = selection.bracket(chunk)
-            if self.known is None:
+            if self._own_scores is None:
                 candidates, largest = self.finder.find(finetuned, bracket)
             else:
-                known = self.known(name, chunk.first, chunk.count)
-                candidates, largest = self.cpu.reaching(known, finetuned, bracket)
+                self.cpu.begin(original)
+                scores = self._own_scores(name, chunk.first, finetuned, original)
+                candidates, largest = self.cpu.reaching(scores, finetuned, bracket)
             selection.offer(chunk, candidates)
             if largest >= NON_FINITE and not self.allow_non_finite:
                 self._raise_non_finite(inputs, model, chunk)
@@ -203,10 +205,7 @@ class Scan:
             name = self.names[chunk.tensor]
             base = inputs["base"].values(name, chunk.first, chunk.count)
             for row, model in zip(counts, models, strict=True):
-                if self.known is None:
-                    scores = magnitude_scores(inputs[model].values(name, chunk.first, chunk.count), base)
-                else:
-                    scores = self.known(name, chunk.first, chunk.count)
+                scores = self._scores(name, chunk.first, inputs[model].values(name, chunk.first, chunk.count), base)
                 part = np.bincount(scores >> 16, minlength=BINS)
                 with lock:
                     row[groups_of[chunk.tensor]] += part
@@ -240,37 +239,15 @@ class Scan:
             if info.numel < SAMPLE_RUN:
                 continue
             first = min(int(place - ends[at]) + info.numel, info.numel - SAMPLE_RUN)
-            if self.known is not None:
-                rows.append(self.known(info.name, first, SAMPLE_RUN))
-                continue
             base, finetuned = (inputs[one].values(info.name, first, SAMPLE_RUN) for one in ("base", model))
-            rows.append(magnitude_scores(finetuned, base))
+            rows.append(self._scores(info.name, first, finetuned, base))
         return np.stack(rows) if rows else None
+
+    def _scores(self, name: str, first: int, finetuned: Values, base: Values) -> npt.NDArray[np.int32]:
+        return self._own_scores(name, first, finetuned, base) if self._own_scores else magnitude_scores(finetuned, base)
 
 
 def _on_device(device: str) -> Finder:
     from hf_locstitch.localize.on_device import OnDevice  # needs torch, which the CPU does not
 
     return OnDevice(device)
-
-
-def all_finite(values: Values) -> bool:
-    """Whether no value [n] is NaN or infinite; several times faster than numpy's isfinite for the narrow dtypes."""
-    if values.dtype == np.float64:
-        return bool(np.isfinite(values).all())
-    infinity = {DTYPE["F32"]: 0x7F800000, DTYPE["BF16"]: 0x7F80, DTYPE["F16"]: 0x7C00}[values.dtype]
-    without_sign = bits(values) & np.iinfo(bits(values).dtype).max // 2
-    return len(values) == 0 or int(without_sign.max()) < infinity
-
-
-def check_finite(reader: CheckpointReader, name: str, chunk: Chunk, values: Values) -> None:
-    """Raises NonFiniteError if the chunk's values [n] hold NaN or infinity."""
-    if all_finite(values):
-        return
-    first = int(np.flatnonzero(~np.isfinite(values))[0])
-    what = "NaN" if np.isnan(values[first]) else "infinity"
-    raise NonFiniteError(
-        f"{name} in {reader.where(name)} holds {what} at place {chunk.first + first} of its "
-        f"{reader.checkpoint.info(name).numel}. The checkpoint is broken, or was saved in too narrow a dtype; "
-        "--allow-non-finite lets such values through."
-    )

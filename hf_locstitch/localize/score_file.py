@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_locstitch.checkpoints.header import TensorInfo, header_length, parse_header
+from hf_locstitch.checkpoints.header import TensorInfo, TensorSpec, header_length, parse_header
 from hf_locstitch.checkpoints.mapped import MappedFile
 from hf_locstitch.checkpoints.reader import read_values
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
+from hf_locstitch.runtime.files import replacing
 
 LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
 
@@ -51,11 +52,9 @@ def write_scores(
 ) -> ScoreFile:
     """pieces: (tensor's name, first element, scores float32 [count]), covering every element once."""
     metadata = {"ones": json.dumps(ones), "losses": json.dumps(list(losses))}
-    entries = [(info.name, "F32", info.shape, 4 * info.numel) for info in tensors]
-    new = path.with_suffix(".new")
-    with SafetensorsWriter(new, entries, metadata) as writer:
+    entries = [TensorSpec(info.name, "F32", info.shape, 4 * info.numel) for info in tensors]
+    with replacing(path) as new, SafetensorsWriter(new, entries, metadata) as writer:
         for name, first, scores in pieces:
             writer.write(name, scores.contiguous().view(torch.uint8).numpy().data, 4 * first)
             advance(len(scores))
-    new.replace(path)
     return ScoreFile(path)

@@ -15,19 +15,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hf_locstitch.checkpoints.dtypes import Values
-from hf_locstitch.chunks import Chunk, for_each
-from hf_locstitch.kernels import Bools, Positions
+from hf_locstitch.artifacts.mask_source import MaskedValues
 from hf_locstitch.localize.bracket import ABOVE_ALL, BINS, Bracket, Ints, RisingBracket, histogram_bracket
 from hf_locstitch.localize.candidates import Candidates
 from hf_locstitch.localize.spill import Spill
-from hf_locstitch.processes import Processes
-from hf_locstitch.settings import COMPACT_FROM, COMPACT_SLACK
+from hf_locstitch.runtime.chunks import Chunk, for_each
+from hf_locstitch.runtime.kernels import Bools
+from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.runtime.settings import COMPACT_FROM, COMPACT_SLACK
 
 COUNTED = 1 << 17  # scores counted together: fewer would take less time than the empty bins
 
@@ -39,42 +38,6 @@ def evenly(first: int, count: int, keep: int, total: int) -> Bools:
     # Only the remainder of first·keep matters; Python's integers hold the product, int64 might not.
     steps = (first * keep) % total + keep * np.arange(count + 1, dtype=np.int64)
     return np.diff(steps // total) > 0
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What one mask keeps of one chunk.
-
-    positions: [m], ascending, from the chunk's start; values: [m] in the finetuned dtype. unchanged: [u] further
-    positions, where the finetuned value is the base's, bit for bit.
-    """
-
-    positions: Positions
-    values: Values
-    unchanged: Positions
-
-    def ascending(self) -> Positions:
-        """All positions, sorted."""
-        if not len(self.unchanged):
-            return self.positions
-        return np.sort(np.concatenate([self.positions, self.unchanged]), kind="stable")  # merges sorted runs
-
-
-class Keeper(Protocol):
-    """A settled mask with its finetuned values, read chunk by chunk. chunks: of the localized tensors `names`."""
-
-    @property
-    def names(self) -> Sequence[str]: ...
-
-    @property
-    def chunks(self) -> Sequence[Chunk]: ...
-
-    @property
-    def ones(self) -> int: ...
-
-    def kept(self, chunk: Chunk) -> Kept: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -218,7 +181,7 @@ class Selection:
         indices = [chunk.index for chunk in ordered]
         self._tie_starts[indices] = np.cumsum(ties[indices]) - ties[indices]
 
-    def kept(self, chunk: Chunk) -> Kept:
+    def kept(self, chunk: Chunk) -> MaskedValues:
         """The mask and the finetuned values in one chunk."""
         threshold = self._thresholds[self._group_of[chunk.tensor]]
         found = self._spill.read(chunk.index)
@@ -240,4 +203,4 @@ class Selection:
                 in_spill = np.isin(inside, chosen)
                 keep |= in_spill
                 unchanged = np.setdiff1d(chosen, inside[in_spill], assume_unique=True)
-        return Kept(*found.among(keep), unchanged)
+        return MaskedValues(*found.among(keep), unchanged)

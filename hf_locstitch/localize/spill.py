@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hf_locstitch.kernels import Bools, bits
 from hf_locstitch.localize.candidates import Candidates
+from hf_locstitch.runtime.kernels import Bools, bits
 
 RECORD = struct.Struct("<QQQQQ")  # chunk, offset, sure, inside, CRC-32 of the block
 

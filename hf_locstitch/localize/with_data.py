@@ -1,15 +1,25 @@
-"""What every localizer that looks at data has in common: how it uses the machine."""
+"""What every localizer that looks at data has in common: how it uses the machine, and the way from data to masks."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from hf_locstitch.localize.localizer import Cost, LocalizeJob, Localizer, Localizing
+
+if TYPE_CHECKING:
+    from hf_locstitch.artifacts.mask_source import MaskSource
+    from hf_locstitch.localize.grafted_model import GraftedModel
+    from hf_locstitch.localize.learn import Learned, Room
+    from hf_locstitch.tasks.task import Task
 
 MICRO_BATCH = 8  # examples, unless the recipe or the memory of a mask says else
 
 
-class WithData(BaseModel):
+class WithData(Localizer):
     """micro_batch: examples that pass through the model together; results do not depend on it but for rounding. One
     that holds the whole set spares `mask` a second number for every parameter: "auto" has it so where the
     activations of examples beyond 8 cost less than that number, as told from headers and configs, and is 8 else.
@@ -20,7 +30,7 @@ class WithData(BaseModel):
     sharded: parameters are shared out over the processes (FSDP2), for models larger than one device.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    needs_data: ClassVar[bool] = True
 
     micro_batch: int | Literal["auto"] = "auto"
     state_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -59,3 +69,25 @@ class WithData(BaseModel):
     def comes_whole(self, batches: int, processes: int) -> bool:
         """Whether the backward pass of one micro-batch makes the gradient of all of them."""
         return batches <= processes if self.sharded else batches == processes == 1
+
+    def numbers(self, examples: int, processes: int) -> int:
+        """Kept for a parameter while it learns from so many examples."""
+        return 1
+
+    @abstractmethod
+    def passes(self, numbers: int) -> int:
+        """Over the set of one finetune, where so many numbers are kept for a parameter."""
+
+    @abstractmethod
+    def learn(self, grafted: GraftedModel, task: Task, room: Room) -> Learned:
+        """A number for every localizable element: the larger, the sooner a mask keeps it. Raises as pass_over."""
+
+    def cost(self, localizing: Localizing) -> Cost | None:
+        from hf_locstitch.localize.cost import learning_cost  # reads objectives, slow to import
+
+        return learning_cost(self, localizing)
+
+    def find_masks(self, job: LocalizeJob) -> Mapping[str, MaskSource]:
+        from hf_locstitch.localize.search_with_data import find_with_data  # slow to import
+
+        return find_with_data(self, job)

@@ -15,8 +15,8 @@ from hf_locstitch.checkpoints import hub_client
 from hf_locstitch.checkpoints.checkpoint import open_checkpoint
 from hf_locstitch.checkpoints.hub import HubSource
 from hf_locstitch.checkpoints.ref import Ref, parse_ref
-from hf_locstitch.demo.hub import Fault, LoopbackHub
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
+from loopback_hub import Fault, LoopbackHub
 
 FILE = "model.safetensors"
 SIZE = 3_000_000

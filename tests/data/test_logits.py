@@ -11,7 +11,7 @@ import transformers
 from subjects import LLAMA, build
 from test_architectures import TEXT
 
-from hf_locstitch.data.logits import logits_at
+from hf_locstitch.tasks.logits import logits_at
 
 HEADS: dict[str, Any] = {
     "soft-capped": ("Gemma2ForCausalLM", "Gemma2Config", {**LLAMA, "head_dim": 8, "final_logit_softcapping": 0.5}),

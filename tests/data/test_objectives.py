@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from demo.skills import make_tokenizer
 from subjects import build, masked_tokenizer
 
-from hf_locstitch.data.causal_lm import ALPACA, IGNORED, CausalLM
-from hf_locstitch.data.config import label_ids
-from hf_locstitch.data.masked_lm import MaskedLM
-from hf_locstitch.data.objectives import suggest
-from hf_locstitch.demo.skills import make_tokenizer
 from hf_locstitch.errors import RecipeError, RequestError
+from hf_locstitch.tasks.objective import label_ids
+from hf_locstitch.tasks.objectives import suggest
+from hf_locstitch.tasks.objectives.causal_lm import ALPACA, IGNORED, CausalLM
+from hf_locstitch.tasks.objectives.masked_lm import MaskedLM
 
 CHAT = (
     "{% for m in messages %}{{ '<s>' if m['role'] == 'user' else '=' }}{{ m['content'] }}{{ '</s>' }}{% endfor %}"

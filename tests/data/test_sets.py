@@ -12,12 +12,12 @@ from uuid import uuid4
 
 import pytest
 
-from hf_locstitch.data.sets import LocalizationSet, OpenSet, choose, open_set, read_rows
-from hf_locstitch.data.surrogates import SURROGATES
-from hf_locstitch.demo.hub import LoopbackHub
 from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
-from hf_locstitch.plan import _leaks
-from hf_locstitch.recipe import make_recipe
+from hf_locstitch.plan.plans import _leaks
+from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, choose, open_set, read_rows
+from hf_locstitch.tasks.surrogates import SURROGATES
+from loopback_hub import LoopbackHub
 
 TWENTY = [{"text": f"text {i}", "label": i % 3} for i in range(20)]
 
@@ -126,7 +126,7 @@ from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[1])
 from test_sets import push
 from huggingface_hub import HfApi
-from hf_locstitch.data.sets import LocalizationSet, open_set, read_rows
+from hf_locstitch.tasks.sets import LocalizationSet, open_set, read_rows
 row = json.loads(sys.argv[2])
 sha = push("{org}/{repo}", [row, {{**row, "question" if "question" in row else "instruction": "other"}}],
            Path({str(tmp_path)!r}), {known.config!r}, HfApi())

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from datasets import load_dataset
+from demo import train as training
+from demo.benchmark import DATASET, add_benchmark
+from demo.main import _page
+from demo.skills import SKILLS, Task, is_heldout, make_tokenizer
 
 from hf_locstitch import evaluate
-from hf_locstitch.demo import train as training
-from hf_locstitch.demo.benchmark import DATASET, add_benchmark
-from hf_locstitch.demo.hub import LoopbackHub
-from hf_locstitch.demo.main import _page
-from hf_locstitch.demo.skills import SKILLS, Task, is_heldout, make_tokenizer
+from loopback_hub import LoopbackHub
 
 
 def test_skills_through_lm_eval(home_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

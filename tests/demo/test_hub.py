@@ -34,7 +34,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile, RepoFolder
 
-from hf_locstitch.demo.hub import Fault, LoopbackHub, Refusal
+from loopback_hub import Fault, LoopbackHub, Refusal
 
 WEIGHTS = bytes(range(256)) * 40
 USERS = {"hf_loopback": "demo", "hf_ann": "ann", "hf_eve": "eve"}

@@ -6,11 +6,9 @@ from typing import Literal
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-from hf_locstitch.demo import train as training
-from hf_locstitch.demo.main import _table
-from hf_locstitch.demo.skills import (
+from demo import train as training
+from demo.main import _table
+from demo.skills import (
     COMMON,
     LENGTH,
     OPERATIONS,
@@ -23,6 +21,7 @@ from hf_locstitch.demo.skills import (
     is_heldout,
     make_tokenizer,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 TOKENIZER = make_tokenizer()
 

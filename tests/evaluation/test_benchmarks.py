@@ -12,8 +12,8 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from language_models import LOGIT, WORDS, add_arc, add_mmlu, add_truthfulqa, favouring
 
-from hf_locstitch.cli import main
-from hf_locstitch.demo.hub import LoopbackHub
+from hf_locstitch.cli.main import main
+from loopback_hub import LoopbackHub
 
 MASS = math.exp(LOGIT)  # of a favoured word, every other having 1
 

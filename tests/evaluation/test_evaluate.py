@@ -19,11 +19,11 @@ from language_models import add_benchmark, favouring, local_task
 from models import finetune, random_state, save
 
 from hf_locstitch import evaluate, merge_from_hub
-from hf_locstitch.cli import main
-from hf_locstitch.demo.hub import Fault, LoopbackHub
+from hf_locstitch.cli.main import main
 from hf_locstitch.errors import PublishError, TaskError, WorkError
 from hf_locstitch.evaluation import harness
 from hf_locstitch.evaluation.cache import cache_folder
+from loopback_hub import Fault, LoopbackHub
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hf_locstitch.evaluation.leaks import leaks, localization_data
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, markdown
 from hf_locstitch.evaluation.scores import Score, TaskResult, compare, difference_stderr, kept_share
+from hf_locstitch.tasks.leaks import leaks, localization_data
 
 
 def score(value: float, stderr: float | None = None, *, higher: bool = True) -> Score:

@@ -13,11 +13,10 @@ import torch
 from models import finetune, load, random_state, save
 
 from hf_locstitch import Magnitude, load_mask, merge_from_hub
-from hf_locstitch.checkpoints.dtypes import DTYPE, Values
-from hf_locstitch.figures import draw
-from hf_locstitch.figures.main import jaccard_matrix
-from hf_locstitch.figures.places import OUTSIDE, count_places, layer_and_kind, write_places
-from hf_locstitch.figures.task_vectors import (
+from hf_locstitch.report.figures import draw
+from hf_locstitch.report.figures.mask_layout import OUTSIDE, count_places, layer_and_kind, write_places
+from hf_locstitch.report.figures.survey import jaccard_matrix
+from hf_locstitch.report.figures.task_vectors import (
     Sample,
     kept_among,
     log_edges,
@@ -26,6 +25,7 @@ from hf_locstitch.figures.task_vectors import (
     sampled_values,
     summarize,
 )
+from hf_locstitch.runtime.dtypes import DTYPE, Values
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from models import finetune, random_state, save
 from test_run import files_of
 
 from hf_locstitch import kernels, merge_from_hub
-from hf_locstitch.checkpoints.dtypes import DTYPE, Values
 from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
-from hf_locstitch.kernels import SURE
 from hf_locstitch.localize.bracket import ABOVE_ALL, NON_FINITE, FixedBracket
 from hf_locstitch.localize.candidates import OnCpu, magnitude_scores
 from hf_locstitch.localize.on_device import OnDevice
+from hf_locstitch.runtime.dtypes import DTYPE, Values
+from hf_locstitch.runtime.kernels import SURE
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

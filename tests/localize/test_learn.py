@@ -9,15 +9,15 @@ import pytest
 import torch
 from subjects import CASES, pair, prepare
 
-from hf_locstitch.data.task import Task, micro_batches
 from hf_locstitch.errors import RequestError, WorkError
+from hf_locstitch.localize.grafted_model import Subject, keep_no_activations
 from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores, start_scores
-from hf_locstitch.localize.mask import Mask
+from hf_locstitch.localize.localizers.mask import Mask
+from hf_locstitch.localize.localizers.saliency import Saliency
 from hf_locstitch.localize.passes import State
-from hf_locstitch.localize.saliency import Saliency
-from hf_locstitch.localize.subject import Subject, keep_no_activations
 from hf_locstitch.localize.updates import add_rounding, official_step, score_gradient
-from hf_locstitch.processes import Processes
+from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.tasks.task import Task, micro_batches
 
 Tensors = dict[str, torch.Tensor]
 

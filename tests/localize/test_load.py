@@ -14,13 +14,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from hf_locstitch import Mask, Saliency, load_mask, merge_from_hub
-from hf_locstitch.cli import main
-from hf_locstitch.data.causal_lm import CausalLM
-from hf_locstitch.data.zero_shot import TextZeroShot
+from hf_locstitch.cli.main import main
 from hf_locstitch.localize import select_with_data as module
+from hf_locstitch.localize.activation_memory import Load, settled, token_activations
 from hf_locstitch.localize.learn import State
-from hf_locstitch.localize.load import Load, settled, token_activations
 from hf_locstitch.localize.with_data import WithData
+from hf_locstitch.tasks.objectives.causal_lm import CausalLM
+from hf_locstitch.tasks.objectives.text_zero_shot import TextZeroShot
 
 CHEAP = Load(examples=64, tokens=4, activations=10, number=1000)  # 56 examples more are 560 bytes, a number 1000
 DEAR = Load(examples=64, tokens=4, activations=20, number=1000)

@@ -12,7 +12,7 @@ from subjects import CASES, pair, prepare
 from test_architectures import blocks, family
 
 from hf_locstitch.errors import MismatchError, RequestError
-from hf_locstitch.localize.names import Group, check, chosen_groups, group_names, to_disk
+from hf_locstitch.tasks.parameter_names import Group, check, chosen_groups, group_names, to_disk
 
 
 @pytest.mark.parametrize("kind", ["T5ForConditionalGeneration", "Qwen3MoeForCausalLM", "MixtralForCausalLM",

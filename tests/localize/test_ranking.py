@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_locstitch.localize.ranking import Sizes, TopK, kth_largest, sortable
+from hf_locstitch.localize.kth_largest import Sizes, TopK, kth_largest, sortable
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50), st.data())

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_locstitch import Magnitude
-from hf_locstitch.checkpoints.dtypes import DTYPE
 from hf_locstitch.localize.bracket import BINS, NON_FINITE, histogram_bracket, sample_bracket
 from hf_locstitch.localize.candidates import differing, magnitude_scores
-from hf_locstitch.localize.magnitude import exact_share
+from hf_locstitch.localize.density import exact_share
 from hf_locstitch.localize.selection import evenly
+from hf_locstitch.runtime.dtypes import DTYPE
 
 
 def test_evenly_by_hand() -> None:

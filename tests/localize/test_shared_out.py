@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo.skills import make_tokenizer
 from models import load
 from subjects import CASES, open_subject, pair, prepare
 from test_architectures import blocks
 
-from hf_locstitch.data.causal_lm import CausalLM
-from hf_locstitch.demo.skills import make_tokenizer
+from hf_locstitch.localize.grafted_model import Place, is_shared_out, make_subject
 from hf_locstitch.localize.learn import Room, learn_mask
-from hf_locstitch.localize.mask import Mask
+from hf_locstitch.localize.localizers.mask import Mask
 from hf_locstitch.localize.passes import consuming
-from hf_locstitch.localize.subject import Place, is_shared_out, load_config, load_model, make_subject
-from hf_locstitch.processes import Processes
+from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.tasks.loading import load_config, load_model
+from hf_locstitch.tasks.objectives.causal_lm import CausalLM
 
 
 @pytest.fixture

@@ -20,14 +20,14 @@ from hf_locstitch import Magnitude, load_localized, load_mask, merge_from_hub
 from hf_locstitch import localize_from_hub as localize
 from hf_locstitch import stitch_from_hub as stitch
 from hf_locstitch.api import plan_localize, plan_merge
+from hf_locstitch.checkpoints.hashes import InputHashes
+from hf_locstitch.engine.run import run
+from hf_locstitch.engine.shard_writer import Merger
 from hf_locstitch.errors import CheckpointError, MismatchError, NonFiniteError, RecipeError, WorkError
-from hf_locstitch.hashes import InputHashes
-from hf_locstitch.localized.selection import GivenSelection, by_chunk
-from hf_locstitch.merger import Merger
-from hf_locstitch.progress import Progress
-from hf_locstitch.recipe import make_recipe
-from hf_locstitch.run import run
-from hf_locstitch.settings import Settings
+from hf_locstitch.localize.localized_masks import LocalizedMask, by_chunk
+from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.runtime.progress import Progress
+from hf_locstitch.runtime.settings import Settings
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -181,7 +181,7 @@ def test_densities_and_names_of_their_own(tmp_path: Path) -> None:
 def test_the_pinned_recipes_make_the_same_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hf_locstitch.cli import main
+    from hf_locstitch.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     base = random_state(0)
@@ -255,7 +255,7 @@ def test_a_mask_and_values_that_do_not_fit(localized: Path) -> None:
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
-    from hf_locstitch.masks import encode_positions
+    from hf_locstitch.artifacts.mask_file import encode_positions
 
     path = localized / "loc0" / "masks" / "ft0.safetensors"
     one = load_localized(localized / "loc0")
@@ -322,7 +322,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it, nothing is cleaned up for it."""
 
 
-@pytest.mark.parametrize(("owner", "method"), [(GivenSelection, "_read"), (Merger, "write")])
+@pytest.mark.parametrize(("owner", "method"), [(LocalizedMask, "_read"), (Merger, "write")])
 def test_a_cut_stitch_goes_on(localized: Path, monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> None:
     """What was read and written before is not read and written again."""
     refs, original, calls = [localized / "loc0", localized / "loc1"], getattr(owner, method), []
@@ -368,7 +368,7 @@ def test_a_full_disk_while_localizing(localized: Path, monkeypatch: pytest.Monke
 def test_positions_by_chunk(ones: set[int], cuts: list[int], size: int) -> None:
     import numpy as np
 
-    from hf_locstitch.chunks import chunks_of
+    from hf_locstitch.runtime.chunks import chunks_of
 
     positions = np.array(sorted(ones), dtype=np.int64)
     parts = np.split(positions, sorted(min(cut, len(positions)) for cut in cuts))

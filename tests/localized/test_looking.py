@@ -23,9 +23,9 @@ from hf_locstitch import (
     stitch_from_hub,
     verify,
 )
-from hf_locstitch.cli import main
-from hf_locstitch.demo.hub import LoopbackHub
+from hf_locstitch.cli.main import main
 from hf_locstitch.errors import CheckpointError, IntegrityError, MismatchError, RecipeError
+from loopback_hub import LoopbackHub
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from demo.skills import make_tokenizer
 from families import family, read_record, write_texts
 from models import State, load
 from subjects import build
 
 from hf_locstitch import load_mask
-from hf_locstitch.cli import main
-from hf_locstitch.demo.skills import make_tokenizer
+from hf_locstitch.cli.main import main
 
 STIFFNESS, RIDGE = 0.1, 0.01
 FIRST = "model.layers.0.self_attn.q_proj.weight"

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from demo.skills import make_tokenizer
 from families import HOW, family, read_record, write_texts
 from subjects import build, masked_tokenizer
 from test_with_data import write_jsonl
 from torch.nn.functional import cross_entropy
 
 from hf_locstitch import RequestError, merge_from_hub
-from hf_locstitch.data.causal_lm import CausalLM, answer_logits
-from hf_locstitch.demo.skills import make_tokenizer
+from hf_locstitch.tasks.objectives.causal_lm import CausalLM, answer_logits
 
 HELD: dict[str, Any] = {"inputs": 24, "held_out": 0.25, "batch": 5, "tokens": 32}
 

@@ -16,15 +16,15 @@ from models import load
 from subjects import CASES, MODELS, pair
 from torch import Tensor
 
-from hf_locstitch.data.task import Task
 from hf_locstitch.errors import RequestError
-from hf_locstitch.processes import DistributedProcesses, Processes
-from hf_locstitch.refit import states
-from hf_locstitch.refit.lead import Meeting, Pair, lead
-from hf_locstitch.refit.passes import LinearStop, Pass, watch
-from hf_locstitch.refit.states import InFile, InMemory, Shelf, States
-from hf_locstitch.refit.subject import attach_conversions, empty_model
-from hf_locstitch.refit.weights import Part, Weights, hollow
+from hf_locstitch.runtime.processes import DistributedProcesses, Processes
+from hf_locstitch.stitch.refit import states
+from hf_locstitch.stitch.refit.lockstep import LockstepStop, Pair, lockstep
+from hf_locstitch.stitch.refit.models import attach_conversions, empty_model
+from hf_locstitch.stitch.refit.passes import LinearStop, Pass, watch
+from hf_locstitch.stitch.refit.states import InFile, InMemory, Shelf, States
+from hf_locstitch.stitch.refit.weights import Part, Weights, hollow
+from hf_locstitch.tasks.task import Task
 
 CPU = torch.device("cpu")
 
@@ -139,7 +139,7 @@ def test_padding_is_left_out(tmp_path: Path) -> None:
         one.go_on(product(one))
 
 
-def stay(pairs: Sequence[Pair], meeting: Meeting) -> Callable[[], None]:
+def stay(pairs: Sequence[Pair], meeting: LockstepStop) -> Callable[[], None]:
     """Nothing goes on."""
     return lambda: None
 
@@ -154,7 +154,7 @@ def test_an_order_that_depends_on_the_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         RequestError, match=r"order .* depends on the input.*layers.0.mlp.gate.*layers.1.mlp.gate.*mean"
     ):
-        lead([Pair(0, True, passes[0], passes[1])], stay, 1, Processes())
+        lockstep([Pair(0, True, passes[0], passes[1])], stay, 1, Processes())
     assert not any(one._thread.is_alive() for one in passes)
 
 
@@ -168,7 +168,7 @@ def test_an_error_in_a_pass_ends_all(tmp_path: Path) -> None:
     good = open_pass(folder, "causal-lm", lambda model: model(input_ids=ids).logits, lambda part: part.dim == 2)
     bad = open_pass(folder, "causal-lm", broken, lambda part: part.dim == 2)
     with pytest.raises(ValueError, match="broken"):
-        lead([Pair(0, True, good, bad)], stay, 1, Processes())
+        lockstep([Pair(0, True, good, bad)], stay, 1, Processes())
     assert not good._thread.is_alive() and not bad._thread.is_alive()
 
 
@@ -192,7 +192,7 @@ def lead_all(pairs: Sequence[Sequence[Pair]], visits: list[tuple[int, Any]]) -> 
     shared = threading.Barrier(len(pairs)), [None] * len(pairs)
 
     def run(rank: int) -> None:
-        def visit(own: Sequence[Pair], meeting: Meeting) -> Callable[[], None]:
+        def visit(own: Sequence[Pair], meeting: LockstepStop) -> Callable[[], None]:
             visits.append((rank, meeting.place.key))
 
             def go_on() -> None:
@@ -202,7 +202,7 @@ def lead_all(pairs: Sequence[Sequence[Pair]], visits: list[tuple[int, Any]]) -> 
 
             return go_on
 
-        lead(pairs[rank], visit, 1, Threads(rank, shared))
+        lockstep(pairs[rank], visit, 1, Threads(rank, shared))
 
     with ThreadPoolExecutor(len(pairs)) as pool:
         return [pool.submit(run, rank) for rank in range(len(pairs))]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from demo.skills import make_tokenizer
 from families import HOW, SMALL, family, read_record, write_texts
 from models import load, same_bits
 from safetensors.torch import save_file
@@ -18,10 +19,9 @@ from subjects import build
 from test_with_data import write_jsonl
 
 from hf_locstitch import Magnitude, Refit, RequestError, merge_from_hub
-from hf_locstitch.cli import main
-from hf_locstitch.demo.skills import make_tokenizer
-from hf_locstitch.refit.fit import Fit
-from hf_locstitch.refit.values import RefittedWriter
+from hf_locstitch.cli.main import main
+from hf_locstitch.stitch.refit.fit import Fit
+from hf_locstitch.stitch.refit.fitted_values import FittedWriter
 
 ONE: dict[str, Any] = {**SMALL, "held_out": 0, "lambdas": [0.1]}
 
@@ -55,7 +55,7 @@ def test_an_infinite_lambda_is_the_plain_stitch(folders: list[Path], data: list[
 
 
 def test_everything_free_recovers_a_finetune(folders: list[Path], tmp_path: Path) -> None:
-    """Full masks, no stiffness, more tokens than inputs: linears that begin at the base end at the finetune's."""
+    """Full masks, no lambda_, more tokens than inputs: linears that begin at the base end at the finetune's."""
     state, tuned = load(folders[0]), load(folders[1])
     linears = {
         name: tuned[name] if tensor.dim() == 2 and ".layers." in name else tensor for name, tensor in state.items()
@@ -133,7 +133,7 @@ def test_the_best_lambda_is_shipped(
     def told(self: Fit) -> float | None:
         found = run(self)
         writers.append([path.name for path in (self._writer._folder.parent).iterdir()] if self._writer else [])
-        return scores.get(self.stiffness, found and 9.0)
+        return scores.get(self.lambda_, found and 9.0)
 
     monkeypatch.setattr(Fit, "run", told)
     merge(folders, data, tmp_path / "out", held_out=0.25, lambdas=[0.0, 1.0, 3.0, "inf"])
@@ -153,24 +153,24 @@ def test_a_killed_refit_goes_on(
 ) -> None:
     grid: dict[str, Any] = {"held_out": 0.25, "lambdas": [0.1, 1.0, "inf"]}
     merge(folders, data, tmp_path / "expected", **grid)
-    write, run = RefittedWriter.write, Fit.run
+    write, run = FittedWriter.write, Fit.run
     done: list[float] = []
 
-    def cut(self: RefittedWriter, name: str, *args: Any) -> None:
+    def cut(self: FittedWriter, name: str, *args: Any) -> None:
         if self._folder.name == "1" and len(self.names) == 5:
             raise Killed
         write(self, name, *args)
 
     def count(self: Fit) -> float | None:
-        done.append(self.stiffness)
+        done.append(self.lambda_)
         return run(self)
 
-    monkeypatch.setattr(RefittedWriter, "write", cut)
+    monkeypatch.setattr(FittedWriter, "write", cut)
     monkeypatch.setattr(Fit, "run", count)
     with pytest.raises(Killed):
         merge(folders, data, tmp_path / "out", **grid)
     assert done == [float("inf"), 0.1, 1.0] and not (tmp_path / "out").exists()
-    monkeypatch.setattr(RefittedWriter, "write", write)
+    monkeypatch.setattr(FittedWriter, "write", write)
     done.clear()
     merge(folders, data, tmp_path / "out", **grid)
     assert 0.1 not in done

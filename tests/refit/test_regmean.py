@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from demo.skills import make_tokenizer
 from families import family, read_record, write_texts
 from models import State, load, same_bits
 from safetensors.torch import save_file
@@ -20,10 +21,9 @@ from test_architectures import make
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_locstitch.cli import main
-from hf_locstitch.demo.skills import make_tokenizer
-from hf_locstitch.refit.regmean import regression_mean, shrink
-from hf_locstitch.refit.values import RefittedWriter
+from hf_locstitch.cli.main import main
+from hf_locstitch.stitch.refit.fitted_values import FittedWriter
+from hf_locstitch.stitch.refit.regression_mean import regression_mean, shrink
 
 
 def test_a_linear_toy_by_hand() -> None:
@@ -205,16 +205,16 @@ class Killed(BaseException):
 
 def test_a_killed_merge_takes_up_what_was_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare("llama", tmp_path)
-    finish = RefittedWriter.finish
+    finish = FittedWriter.finish
 
-    def cut(self: RefittedWriter, heading: str, **notes: Any) -> None:
+    def cut(self: FittedWriter, heading: str, **notes: Any) -> None:
         finish(self, heading, **notes)
         raise Killed
 
-    monkeypatch.setattr(RefittedWriter, "finish", cut)
+    monkeypatch.setattr(FittedWriter, "finish", cut)
     with pytest.raises(Killed):
         main([*command(tmp_path), "--out", str(tmp_path / "out")])
-    monkeypatch.setattr(RefittedWriter, "finish", lambda *_, **__: pytest.fail("fitted again"))
+    monkeypatch.setattr(FittedWriter, "finish", lambda *_, **__: pytest.fail("fitted again"))
     assert main([*command(tmp_path), "--out", str(tmp_path / "out")]) == 0
     monkeypatch.undo()
     assert main([*command(tmp_path), "--out", str(tmp_path / "whole")]) == 0

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from subjects import build
 from test_processes import launch
 
-from hf_locstitch.cli import main
-from hf_locstitch.refit.values import RefittedWriter
+from hf_locstitch.cli.main import main
+from hf_locstitch.stitch.refit.fitted_values import FittedWriter
 
 CLOSE = 1e-4  # of the largest change that the refit makes to the plain stitch
 GRID = [1.0, 3.0, "inf"]  # less, and conjugate gradients make more of a last digit: batches of another size would, too
@@ -135,14 +135,14 @@ def test_two_go_on_where_one_was_killed(tmp_path: Path, monkeypatch: pytest.Monk
     write_family(tmp_path, "llama", lambdas=GRID)
     merge("recipe", "one")
     assert read_record(Path("one"))["stitch"]["lambda"] == "1"
-    write = RefittedWriter.write
+    write = FittedWriter.write
 
-    def cut(self: RefittedWriter, name: str, *args: Any) -> None:
+    def cut(self: FittedWriter, name: str, *args: Any) -> None:
         if self._folder.name == "3" and len(self.names) == 5:
             raise Killed
         write(self, name, *args)
 
-    monkeypatch.setattr(RefittedWriter, "write", cut)
+    monkeypatch.setattr(FittedWriter, "write", cut)
     with pytest.raises(Killed):
         merge("recipe", "out")
     (journal,) = tmp_path.glob(".out*/spill/refit/refit.json")

@@ -11,21 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_locstitch.data.task import Task
-from hf_locstitch.refit import agreement
-from hf_locstitch.refit.agreement import disagreement, judge
-from hf_locstitch.refit.solve import solve_masked, system, with_ones
-from hf_locstitch.refit.subject import batched
+from hf_locstitch.stitch.refit import agreement
+from hf_locstitch.stitch.refit.agreement import disagreement, judge
+from hf_locstitch.stitch.refit.models import batched
+from hf_locstitch.stitch.refit.solve import solve_masked, system, with_ones
+from hf_locstitch.tasks.task import Task
 
 
-def closed_form(tasks: list[tuple[Tensor, Tensor]], mask: Tensor, stiffness: float, ridge: float) -> Tensor:
+def closed_form(tasks: list[tuple[Tensor, Tensor]], mask: Tensor, lambda_: float, ridge: float) -> Tensor:
     """Row by row, the minimum over the weights in its mask. tasks: inputs [tokens, inputs], targets [tokens, outputs].
 
     Each task counts alike: mean over its tokens of |x·δᵀ − r|², plus the two penalties on δ.
     """
     s = torch.stack([x.T @ x / len(x) for x, _ in tasks]).sum(0)
     b = torch.stack([r.T @ x / len(x) for x, r in tasks]).sum(0)
-    penalty = stiffness * s.diagonal() + ridge * s.diagonal().mean()
+    penalty = lambda_ * s.diagonal() + ridge * s.diagonal().mean()
     solution = torch.zeros_like(mask, dtype=s.dtype)
     for row, kept in enumerate(mask):
         at = kept.nonzero().flatten()
@@ -33,9 +33,9 @@ def closed_form(tasks: list[tuple[Tensor, Tensor]], mask: Tensor, stiffness: flo
     return solution
 
 
-@pytest.mark.parametrize("stiffness", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("lambda_", [0.0, 0.1, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_is_the_closed_form(stiffness: float, dtype: torch.dtype) -> None:
+def test_is_the_closed_form(lambda_: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=generator, dtype=dtype)
     tasks = [(draw(tokens, 8), draw(tokens, 700)) for tokens in (40, 90)]
@@ -43,8 +43,8 @@ def test_is_the_closed_form(stiffness: float, dtype: torch.dtype) -> None:
     mask[3] = False
     gram = torch.stack([x.T @ x / len(x) for x, _ in tasks]).sum(0)
     cross = torch.stack([r.T @ x / len(x) for x, r in tasks]).sum(0)
-    found = solve_masked(system(gram, stiffness, 0.01), cross, mask, steps=12)
-    due = closed_form(tasks, mask, stiffness, 0.01)
+    found = solve_masked(system(gram, lambda_, 0.01), cross, mask, steps=12)
+    due = closed_form(tasks, mask, lambda_, 0.01)
     assert not found[~mask].any()
     assert torch.allclose(found, due, atol=1e-5)
     assert due.abs().max() > 0.01

@@ -16,9 +16,9 @@ from models import load, same_bits
 from subjects import build, masked_tokenizer
 from torch import Tensor
 
-from hf_locstitch.cli import main
-from hf_locstitch.refit import states as module
-from hf_locstitch.refit.states import InFile, InMemory, Shelf, States
+from hf_locstitch.cli.main import main
+from hf_locstitch.stitch.refit import states as module
+from hf_locstitch.stitch.refit.states import InFile, InMemory, Shelf, States
 
 
 @pytest.fixture(autouse=True)

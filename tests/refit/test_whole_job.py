@@ -1,4 +1,4 @@
-"""Refitted stitching through the whole job: from a recipe to the merge, its record and its card."""
+"""FittedValues stitching through the whole job: from a recipe to the merge, its record and its card."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from demo.skills import make_tokenizer
 from families import HOW, SMALL, family, read_record, write_texts
 from models import State, load
 from PIL import Image
@@ -16,7 +17,6 @@ from test_architectures import make
 from test_with_data import write_jsonl
 
 from hf_locstitch import load_mask, merge_from_hub
-from hf_locstitch.demo.skills import make_tokenizer
 
 
 def union_of_masks(out: Path, names: list[str], state: State) -> State:

@@ -7,9 +7,9 @@ from importlib.abc import MetaPathFinder
 
 class _Slowly(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name == "hf_locstitch.run":
+        if name == "hf_locstitch.engine.run":
+            from hf_locstitch.engine.shard_writer import Merger
             from hf_locstitch.localize import scan
-            from hf_locstitch.merger import Merger
 
             for owner, method in ((scan.Scan, "_offer"), (Merger, "_merge")):
                 setattr(owner, method, _slow(getattr(owner, method)))

@@ -1,0 +1,1 @@
+"""What a merge leaves behind: manifest, mask files, localized checkpoints, and how masks overlap."""

@@ -1,0 +1,200 @@
+"""A localized checkpoint as files: masks/NAME.safetensors, values/NAME.safetensors and the manifest.
+
+Each localized tensor has its finetuned values under its own name: [ones], in ascending flat order, in the finetuned
+dtype. So nothing is lost: where the mask is one, the finetuned bits are there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_locstitch.artifacts.manifest import FILE, InputRecord, Manifest, open_manifest
+from hf_locstitch.artifacts.mask_file import FORMAT as MASK_FORMAT
+from hf_locstitch.artifacts.mask_file import MaskFile, Positions
+from hf_locstitch.artifacts.values_file import FORMAT as VALUES_FORMAT
+from hf_locstitch.checkpoints.checkpoint import Checkpoint, Shard, open_source, read_card, read_shard
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.ref import Ref, parse_ref
+from hf_locstitch.checkpoints.source import Source
+from hf_locstitch.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hf_locstitch.checkpoints.mapped import MappedFile
+    from hf_locstitch.runtime.dtypes import Values
+
+
+@dataclass(frozen=True)
+class LocalizedCheckpoint:
+    """One finetune cut down to its mask and the values under it.
+
+    shapes: of the localized tensors, by their names on disk. ones: of the mask, among N elements. base, finetuned:
+    what it was made from, pinned. The tensors' contents are read when they are asked for, from files that are fetched
+    then; `verify` checks them against the manifest's hashes.
+    """
+
+    source: Source = field(repr=False)
+    record: Manifest = field(repr=False)
+    shards: tuple[Shard, Shard] = field(repr=False)
+    """Of the mask and of the values."""
+    localizer: Mapping[str, Any]
+    """How the mask was found: the settings, as recorded."""
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        return self.source.label
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.record.masks))
+
+    @property
+    def ones(self) -> int:
+        return self.record.masks[self.name].ones
+
+    @property
+    def N(self) -> int:
+        return self.record.N
+
+    @property
+    def density(self) -> float:
+        """ones / N."""
+        return self.record.masks[self.name].real_density
+
+    @property
+    def base(self) -> InputRecord:
+        return next(entry for entry in self.record.inputs if entry.role == "base")
+
+    @property
+    def finetuned(self) -> InputRecord:
+        return next(entry for entry in self.record.inputs if entry.role != "base")
+
+    def positions(self, tensor: str) -> Positions:
+        """Ascending flat indices of the mask's ones. Returns int64 [ones]. Raises IntegrityError, KeyError."""
+        return self._mask.positions(tensor)
+
+    def iter_positions(self, tensor: str) -> Iterator[Positions]:
+        """As positions, a part at a time."""
+        return self._mask.iter_positions(tensor)
+
+    def values(self, tensor: str, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """Finetuned values at the ones, or `count` of them from number `first` on.
+
+        Returns [count] in the finetuned dtype. Raises KeyError.
+        """
+        from hf_locstitch.checkpoints.tensors import as_tensor
+
+        return as_tensor(self.read(tensor, first, self._values[tensor].numel - first if count is None else count))
+
+    def read(self, tensor: str, first: int, count: int) -> Values:
+        """The same in numpy."""
+        from hf_locstitch.checkpoints.reader import read_values
+
+        return read_values(self._values_file, self._values[tensor], first, count)
+
+    def mask(self, tensor: str) -> torch.Tensor:
+        """Returns bool [*shape]. Raises IntegrityError, KeyError."""
+        return self._mask.mask(tensor)
+
+    def stored(self, tensor: str) -> TensorInfo:
+        """Of a tensor's values: dtype, and how many there are."""
+        return self._values[tensor]
+
+    def as_checkpoint(self) -> Checkpoint:
+        """Its two files, to fetch and hash; their tensors are none of a model."""
+        return Checkpoint(self.source, self.shards, {}, read_card(self.source), {})
+
+    @cached_property
+    def _mask(self) -> MaskFile:
+        file = self.shards[0].file
+        return MaskFile(self.source.fetch(file), f"{self.label}/{file}")
+
+    @cached_property
+    def _values(self) -> dict[str, TensorInfo]:
+        return {info.name: info for info in self.shards[1].header.tensors}
+
+    @cached_property
+    def _values_file(self) -> MappedFile:
+        from hf_locstitch.checkpoints.mapped import MappedFile
+
+        return MappedFile(self.source.fetch(self.shards[1].file))
+
+
+def load_localized(ref: str | Path) -> LocalizedCheckpoint:
+    """Open a localized checkpoint: a folder, org/name or org/name@revision. Only its small files are fetched yet.
+
+    Raises CheckpointError if it is none, or its headers show damage.
+    """
+    return open_localized(parse_ref(str(ref)))
+
+
+def open_localized(ref: Ref) -> LocalizedCheckpoint:
+    """As load_localized."""
+    source = open_source(ref)
+    if FILE not in source.files:
+        raise CheckpointError(
+            f"{source.label} has no {FILE}, so it is no localized checkpoint. Make one of a finetuned model: "
+            "hf-locstitch localize."
+        )
+    record = open_manifest(source)
+    if not record.is_localized:
+        raise CheckpointError(
+            f"{source.label} is a merged model, not a localized checkpoint. Name what hf-locstitch localize made."
+        )
+    return read_localized(source, record)
+
+
+def read_localized(source: Source, record: Manifest) -> LocalizedCheckpoint:
+    """record: of a localized checkpoint. Raises CheckpointError."""
+    try:
+        ((_, entry),) = record.masks.items()
+        files = entry.file, str(entry.values)
+        _check_sizes(source, record, files)
+        mask, values = (read_shard(source, file) for file in files)
+        shapes = {name: tuple(shape) for name, shape in json.loads(mask.header.metadata["shapes"]).items()}
+        found = LocalizedCheckpoint(source, record, (mask, values), dict(record.localizer or {}), shapes)
+        _check_headers(found)
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        what = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+        raise CheckpointError(
+            f"the localized checkpoint {source.label} is damaged ({what}). Fetch it again."
+        ) from error
+    return found
+
+
+def _check_sizes(source: Source, record: Manifest, files: tuple[str, str]) -> None:
+    """What the list of files tells. Raises ValueError."""
+    for file in files:
+        if file not in source.files:
+            raise ValueError(f"it lacks {file}, which its manifest lists")
+        found, due = source.files[file], record.outputs[file]
+        if found.size != due["size"]:
+            raise ValueError(f"{file} has {found.size} bytes, its manifest says {due['size']}")
+        if found.sha256 not in (None, due["sha256"]):
+            raise ValueError(f"{file} has sha256 {found.sha256}, its manifest says {due['sha256']}")
+
+
+def _check_headers(one: LocalizedCheckpoint) -> None:
+    """Raises ValueError."""
+    for shard, due in zip(one.shards, (MASK_FORMAT, VALUES_FORMAT), strict=True):
+        if (form := shard.header.metadata.get("format")) != due:
+            raise ValueError(f"{shard.file} is of format {form!r}, not {due!r}")
+        if unlike := sorted({info.name for info in shard.header.tensors} ^ one.shapes.keys()):
+            raise ValueError(f"{shard.file} and the shapes of the mask disagree on {unlike[0]}")
+    for name, shape in one.shapes.items():
+        info = one.stored(name)
+        if not info.floating or info.numel > math.prod(shape):
+            raise ValueError(f"{one.shards[1].file} holds {name} as {info.dtype} {list(info.shape)} of {list(shape)}")
+    if (count := sum(one.stored(name).numel for name in one.shapes)) != one.ones:
+        raise ValueError(f"{one.shards[1].file} holds {count} values under a mask of {one.ones} ones")
+    if (n := sum(map(math.prod, one.shapes.values()))) != one.N:
+        raise ValueError(f"its mask ranges over {n} elements, its manifest says N = {one.N}")
+    _ = one.base, one.finetuned

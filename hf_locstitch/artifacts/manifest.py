@@ -1,0 +1,123 @@
+"""The record of a merge, locstitch.json: its types, and the one way to read it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from hf_locstitch.checkpoints.source import Source, file_sha256
+from hf_locstitch.errors import CheckpointError
+
+FILE = "locstitch.json"
+RECIPE_FILE = "locstitch.yaml"  # what makes the same again
+
+
+@dataclass(frozen=True)
+class InputRecord:
+    """ref: org/name@commit, or ./folder for a local one, whose path is nobody's business. files: shard -> sha256."""
+
+    role: str
+    name: str
+    ref: str
+    commit: str | None
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class MaskRecord:
+    """density: what was asked for; real_density = ones / N.
+
+    values: file of the finetuned values under the mask, in a localized checkpoint; a model holds them itself.
+    """
+
+    file: str
+    ones: int
+    density: float | None
+    real_density: float
+    values: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """covered_by[c]: coordinates that c masks cover. overlap: pair -> coordinates in both, and their Jaccard index.
+
+    k: ones of each mask; None where they differ. data: finetune -> its localization set, pinned.
+    stitch: of a refit, its settings, the lambda that was chosen and the score on held-out inputs of each (disagreement
+    with the finetuned models, loss or error, as `judge` says), its data, pinned, and the tensors that it refitted or
+    left as they were; of RegMean all that but the lambdas; None for the mean.
+    localizer, masks, covered_by and overlap are empty for a method without masks; localizer also where masks were found
+    in several ways. fingerprint: of recipe and inputs. localized: finetune -> the localized checkpoint through which
+    it came. outputs: file -> size in bytes and sha256, of every file but the manifest itself.
+    """
+
+    hf_locstitch: str
+    method: str
+    localizer: dict[str, Any] | None
+    scale: float
+    inputs: list[InputRecord]
+    N: int
+    k: int | None
+    masks: dict[str, MaskRecord]
+    covered_by: list[int]
+    overlap: list[dict[str, Any]]
+    warnings: list[str]
+    versions: dict[str, str]
+    fingerprint: str
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    localized: dict[str, InputRecord] = field(default_factory=dict)
+    stitch: dict[str, Any] | None = None
+
+    @property
+    def is_localized(self) -> bool:
+        """Whether this is the record of a localized checkpoint, not of a model."""
+        return any(mask.values for mask in self.masks.values())
+
+
+def open_manifest(source: Source) -> Manifest:
+    """Raises CheckpointError if the source is no merge."""
+    if FILE not in source.files:
+        raise CheckpointError(
+            f"{source.label} has no {FILE}, so it is no merge made by hf-locstitch. Name the folder or repo of a merge "
+            "or of a localized checkpoint."
+        )
+    return parse_manifest(source.fetch(FILE).read_bytes(), f"{source.label}/{FILE}")
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Raises CheckpointError naming `where`."""
+    try:
+        return TypeAdapter(Manifest).validate_json(content)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        at = ".".join(str(part) for part in fault["loc"]) or "the whole file"
+        raise CheckpointError(
+            f"{where} is no manifest that this version reads ({at}: {fault['msg']}). Fetch it again."
+        ) from error
+
+
+def is_intact(record: Manifest, folder: Path) -> bool:
+    """Whether every file that the record names is in `folder` with its size and hash."""
+    return all(
+        (folder / name).is_file()
+        and (folder / name).stat().st_size == entry["size"]
+        and file_sha256(folder / name) == entry["sha256"]
+        for name, entry in record.outputs.items()
+    )
+
+
+def to_json(record: Manifest) -> str:
+    return json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n"
+
+
+def weights_sha256(files: Mapping[str, str]) -> str:
+    """One hash for a checkpoint's weights: of its shards' names and hashes."""
+    return hashlib.sha256("".join(f"{file} {digest}\n" for file, digest in sorted(files.items())).encode()).hexdigest()

@@ -1,0 +1,215 @@
+"""Masks as files: one safetensors file a finetune, at about the entropy of a mask.
+
+Each localized tensor is stored under its own name as uint8: the gaps between its ones in flat order (a byte each,
+255 meaning "255 zeros more"), deflated with Huffman coding alone. The metadata holds the shapes.
+Measured at density 5 %: 0.289 bits an element (entropy 0.286; packed bits take 1).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_locstitch.artifacts.mask_source import MaskSource
+from hf_locstitch.checkpoints.header import TensorInfo, TensorSpec
+from hf_locstitch.checkpoints.writer import SafetensorsWriter
+from hf_locstitch.errors import CheckpointError, IntegrityError
+from hf_locstitch.runtime import kernels
+from hf_locstitch.runtime.chunks import chunks_by_name, for_each
+from hf_locstitch.runtime.kernels import ESCAPE
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = "hf-locstitch mask 1"
+
+Positions = npt.NDArray[np.int64]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def encode_positions(pieces: Iterable[tuple[int, kernels.Positions]]) -> bytes:
+    """Ascending flat indices, as stored. pieces: first index of each, and how far behind it the ones lie."""
+    deflate = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_HUFFMAN_ONLY)
+    coded, last = [], -1
+    for first, positions in pieces:
+        if len(positions):
+            span = first + int(positions[-1]) - last
+            content = np.empty(len(positions) + span // ESCAPE, np.uint8)
+            count = kernels.gaps(positions, last - first, content)
+            last = first + int(positions[-1])
+            coded.append(deflate.compress(content[:count].data))
+    return b"".join(coded) + deflate.flush() if coded else b""
+
+
+def iter_positions(coded: bytes, piece: int = 1 << 20) -> Iterator[Positions]:
+    """As decode_positions, a part at a time: of `piece` bytes of gaps. Raises zlib.error if the end is missing."""
+    if not coded:
+        return
+    inflate, rest, total, count = zlib.decompressobj(), coded, 0, 0
+    while not inflate.eof:
+        content = np.frombuffer(inflate.decompress(rest, piece), dtype=np.uint8)
+        rest = inflate.unconsumed_tail
+        if not len(content) and not rest and not inflate.eof:
+            raise zlib.error("incomplete")
+        ends = np.flatnonzero(content != ESCAPE)
+        yield np.cumsum(content, dtype=np.int64)[ends] + total + count + np.arange(len(ends))
+        total, count = total + int(content.sum(dtype=np.int64)), count + len(ends)
+
+
+def decode_positions(coded: bytes) -> Positions:
+    """Ascending flat indices. Returns int64 [ones]. Raises zlib.error."""
+    return np.concatenate([np.empty(0, np.int64), *iter_positions(coded)])
+
+
+def mask_metadata(
+    name: str, base: str, finetuned: str, localizer: Mapping[str, Any], ones: int, tensors: Sequence[TensorInfo]
+) -> dict[str, str]:
+    """What a mask file says about itself; safetensors metadata are texts. base, finetuned: pinned."""
+    return {
+        "format": FORMAT,
+        "name": name,
+        "base": base,
+        "finetuned": finetuned,
+        "localizer": json.dumps(localizer),
+        "N": str(sum(info.numel for info in tensors)),
+        "ones": str(ones),
+        "shapes": json.dumps({info.name: info.shape for info in tensors}, separators=(",", ":")),
+    }
+
+
+def encode_masks(selection: MaskSource, own: Collection[str], parts: Path, workers: int) -> dict[str, tuple[int, int]]:
+    """Encode the tensors named in `own` into the file `parts`. Returns where each lies: (offset, bytes)."""
+    of_each = chunks_by_name(selection.names, selection.chunks)
+    chunks = {name: found for name, found in of_each.items() if name in own}
+    places: dict[str, tuple[int, int]] = {}
+    lock = threading.Lock()
+    with parts.open("wb") as file:
+
+        def encode(name: str) -> None:
+            coded = encode_positions((chunk.first, selection.kept(chunk).ascending()) for chunk in chunks[name])
+            with lock:
+                places[name] = file.tell(), len(coded)
+                file.write(coded)
+
+        for_each(encode, chunks, workers)
+    return places
+
+
+def assemble_mask(
+    path: Path,
+    tensors: Sequence[TensorInfo],
+    encoded: Sequence[tuple[Path, Mapping[str, tuple[int, int]]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Lay the mask file out from what each process encoded; the sizes are known only now."""
+    found = {name: (parts, *place) for parts, places in encoded for name, place in places.items()}
+    sizes = {info.name: found[info.name][2] for info in tensors}
+    entries = [TensorSpec(name, "U8", (size,), size) for name, size in sizes.items()]
+    with SafetensorsWriter(path, entries, metadata) as writer:
+        for name, (parts, offset, size) in found.items():
+            with parts.open("rb") as file:
+                file.seek(offset)
+                writer.write(name, file.read(size))
+
+
+class ForeignMask(CheckpointError):
+    """A file that is no mask of hf-locstitch. fault: what it is instead."""
+
+    def __init__(self, file: str, fault: str) -> None:
+        super().__init__(f"{file} is no mask of hf-locstitch ({fault}). Name another file.")
+        self.file, self.fault = file, fault
+
+
+class DamagedMask(IntegrityError):
+    """fault: what is wrong with the file."""
+
+    def __init__(self, file: str, fault: str) -> None:
+        super().__init__(f"the mask {file} is damaged ({fault}). Fetch it again.")
+        self.file, self.fault = file, f"damaged ({fault})"
+
+
+class MaskFile:
+    """A mask whose tensors are decoded when they are asked for. shapes: of the localized tensors.
+
+    label: what errors call it, the path by default. Raises ForeignMask, DamagedMask. Safe to share between threads.
+    """
+
+    def __init__(self, path: Path, label: str | None = None) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.label = label or str(path)
+        try:
+            self._file = safe_open(path, framework="np")
+            metadata = self._file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ForeignMask(self.label, f"format {metadata.get('format')!r}, due {FORMAT!r}")
+            self.shapes: Shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+            stored = set(self._file.keys())
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+            raise DamagedMask(self.label, str(error)) from error
+        if stored != self.shapes.keys():
+            at = min(stored ^ self.shapes.keys())
+            raise DamagedMask(self.label, f"its metadata and its tensors disagree on {at}")
+
+    def iter_positions(self, tensor: str) -> Iterator[Positions]:
+        """Ascending flat indices of a tensor's ones, a part at a time. Raises KeyError for a tensor it lacks."""
+        from safetensors import SafetensorError
+
+        numel = math.prod(self.shapes[tensor])
+        try:
+            for part in iter_positions(self._file.get_tensor(tensor).tobytes()):
+                if len(part) and part[-1] >= numel:
+                    raise ValueError(f"a one at {part[-1]} of {numel} elements")
+                yield part
+        except (SafetensorError, zlib.error, ValueError) as error:
+            raise DamagedMask(self.label, f"in {tensor}: {error}") from error
+
+    def positions(self, tensor: str) -> Positions:
+        """All of them. Returns int64 [ones]."""
+        return np.concatenate([np.empty(0, np.int64), *self.iter_positions(tensor)])
+
+    def mask(self, tensor: str) -> torch.Tensor:
+        """Returns bool [*shape]."""
+        import torch
+
+        mask = torch.zeros(math.prod(self.shapes[tensor]), dtype=torch.bool)
+        mask[torch.from_numpy(self.positions(tensor))] = True
+        return mask.reshape(self.shapes[tensor])
+
+
+def load_mask(ref: str | Path, name: str | None = None) -> dict[str, torch.Tensor]:
+    """The mask of one finetune: tensor name on disk -> bool tensor of that tensor's shape.
+
+    ref: a mask file; or a localized checkpoint or merged model (a folder, org/name or org/name@revision), together
+    with the finetune's name if it has several masks.
+    Raises CheckpointError if there is no such mask, IntegrityError if the file is damaged.
+    """
+    path = Path(ref)
+    if name is not None or not path.is_file():
+        path = _mask_in(str(ref), name)
+    mask = MaskFile(path)
+    return {tensor: mask.mask(tensor) for tensor in mask.shapes}
+
+
+def _mask_in(ref: str, name: str | None) -> Path:
+    from hf_locstitch.checkpoints.checkpoint import open_source
+    from hf_locstitch.checkpoints.ref import parse_ref
+
+    source = open_source(parse_ref(ref))
+    names = sorted(Path(file).stem for file in source.files if file.startswith("masks/"))
+    if name is None and len(names) == 1:
+        name = names[0]
+    if name not in names:
+        raise CheckpointError(
+            f"{source.label} has no mask {name!r}: "
+            + (f"it has {', '.join(names)}. Name one of them." if names else "it was not made by hf-locstitch.")
+        )
+    return source.fetch(f"masks/{name}.safetensors")

@@ -1,0 +1,54 @@
+"""Which bytes of a checkpoint's files a pass over pieces of its tensors reads, as pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.runtime.dtypes import ITEM_BYTES
+
+Range = tuple[int, int]  # bytes start … stop of a file
+Piece = tuple[str, int, int]  # tensor, its elements first … first + count
+Pieces = Mapping[str, Sequence[Piece]]  # input -> what is read of it, in this order
+
+
+def byte_ranges(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> dict[str, list[Range]]:
+    """Where pieces lie: file, in the order of the first need -> ranges, ascending, neighbours joined."""
+    found: dict[str, list[Range]] = {}
+    for name, first, count in pieces:
+        shard, info = checkpoint.tensors[name]
+        start = info.start + first * ITEM_BYTES[info.dtype]
+        found.setdefault(shard.file, []).append((start, start + count * ITEM_BYTES[info.dtype]))
+    return {file: _joined(ranges) for file, ranges in found.items()}
+
+
+def _joined(ranges: Iterable[Range]) -> list[Range]:
+    joined: list[Range] = []
+    for start, stop in sorted(ranges):
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        if stop > start:
+            joined.append((start, stop))
+    return joined
+
+
+def most_held(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> int:
+    """Bytes that lie on the disk at most when pieces are read in this order from files that come in file order.
+
+    A piece that lies before others of its file but is needed after them waits for its turn.
+    """
+    needs = byte_ranges(checkpoint, pieces)
+    starts: dict[str, int] = {}  # of each file in the sequence of all needed bytes
+    total = 0
+    for file, ranges in needs.items():
+        starts[file] = total
+        total += sum(stop - start for start, stop in ranges)
+    most = front = released = 0
+    for name, first, count in pieces:
+        shard, info = checkpoint.tensors[name]
+        stop = info.start + (first + count) * ITEM_BYTES[info.dtype]
+        before = sum(min(last, stop) - start for start, last in needs[shard.file] if start < stop)
+        front = max(front, starts[shard.file] + before)
+        most = max(most, front - released)
+        released += count * ITEM_BYTES[info.dtype]
+    return most

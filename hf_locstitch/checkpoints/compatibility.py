@@ -1,0 +1,99 @@
+"""Whether models are finetunes of a base, as far as headers and configs tell, and what else to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.runtime.human import more
+
+
+def mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], theirs: Sequence[str]) -> list[str]:
+    """What makes `other` no finetune of the base. chosen, theirs: localized tensors of the base and of the other."""
+    problems = []
+    if not _model_types(base) & _model_types(other) and other.config and base.config:
+        problems.append(
+            f"{other.label} is a {other.config.get('model_type')} model, "
+            f"the base {base.label} a {base.config.get('model_type')} model"
+        )
+    problems += _name_mismatches(base, other, chosen, theirs)
+    shared = [name for name in chosen if name in other.tensors]
+    shapes = [(name, other.info(name).shape, base.info(name).shape) for name in shared]
+    if wrong := [(name, got, due) for name, got, due in shapes if got != due]:
+        name, got, due = wrong[0]
+        problems.append(
+            f"{name} is {list(got)} in {other.label} but {list(due)} in the base {base.label}{more(len(wrong))}; "
+            "a finetune must share the base's shapes; leave tensors out with --exclude"
+        )
+    if packed := [name for name in shared if not other.info(name).floating]:
+        problems.append(
+            f"{packed[0]} is {other.info(packed[0]).dtype} in {other.label} "
+            f"but {base.info(packed[0]).dtype} in the base{more(len(packed))}: "
+            "quantized or packed weights cannot be compared; name the full checkpoint"
+        )
+    return problems
+
+
+def _model_types(checkpoint: Checkpoint) -> set[str | None]:
+    """The architecture and its parts: a CLIP vision tower may be merged into a CLIP model."""
+    parts = [part for part in checkpoint.config.values() if isinstance(part, dict)]
+    return {part.get("model_type") for part in (checkpoint.config, *parts)}
+
+
+def _name_mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], theirs: Sequence[str]) -> list[str]:
+    missing = [name for name in chosen if name not in other.tensors]
+    extra = [name for name in theirs if name not in base.tensors]
+    problems = []
+    if missing:
+        problems.append(f"{other.label} lacks {missing[0]}, which the base {base.label} has{more(len(missing))}")
+    if extra:
+        problems.append(f"{other.label} has {extra[0]}, which the base {base.label} lacks{more(len(extra))}")
+    if missing and extra and (prefix := _common_prefix(missing, extra)):
+        problems[-1] += f" (one side's names begin with {prefix!r}: save both models with the same class)"
+    return problems
+
+
+def _common_prefix(missing: Sequence[str], extra: Sequence[str]) -> str | None:
+    """The prefix that alone tells the two sets of names apart, if there is one."""
+    for longer, shorter in ((missing, extra), (extra, missing)):
+        for name in shorter:
+            match = next((other for other in longer if other.endswith("." + name)), None)
+            if match is not None:
+                return match.removesuffix(name)
+    return None
+
+
+def differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence[str]) -> list[str]:
+    """What differs without hindering the merge: said, so that nobody wonders afterwards."""
+    localized = set(chosen)
+    unlike = [
+        f"{tensor} {list(other.info(tensor).shape)} (base {list(base.info(tensor).shape)})"
+        for tensor in base.tensors
+        if tensor not in localized and tensor in other.tensors and other.info(tensor).shape != base.info(tensor).shape
+    ]
+    unlike += [f"{tensor} (not in the base)" for tensor in other.tensors if tensor not in base.tensors]
+    unlike += [f"{t} (only in the base)" for t in base.tensors if t not in other.tensors and t not in localized]
+    warnings = []
+    if unlike:
+        shown = ", ".join(unlike[:3]) + more(min(len(unlike), len(unlike) - 2))
+        warnings.append(f"{name} differs outside the localized tensors: {shown}. The base's are kept.")
+    if all(t in other.tensors for t in chosen):
+        warnings += dtype_warnings(name, [(other.info(t).dtype, base.info(t).dtype) for t in chosen])
+    return warnings
+
+
+def dtype_warnings(name: str, dtypes: Iterable[tuple[str, str]]) -> list[str]:
+    """dtypes: of each localized tensor, in the finetune and in the base."""
+    return [
+        f"{name} is {theirs} where the base is {ours}: compared in float32, cast to {ours}."
+        for theirs, ours in sorted(set(dtypes))
+        if theirs != ours
+    ]
+
+
+def licence_warning(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    licences = {name: str(checkpoint.card.get("license", "none named")) for name, checkpoint in checkpoints.items()}
+    if len(set(licences.values())) == 1:
+        return []
+    said = ", ".join(f"{name}: {licence}" for name, licence in licences.items())
+    return [f"the licences differ ({said}): a merge is bound by all of them."]

@@ -1,0 +1,212 @@
+"""Files of a Hub repo while they come: a thread brings one after the other, readers wait for the bytes they need.
+
+Nothing that was read counts before its file has come whole and as the Hub promised: see `Feed.verify`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from hf_locstitch.checkpoints.byte_ranges import Range
+from hf_locstitch.checkpoints.hub import HubSource
+from hf_locstitch.checkpoints.source import Advance
+from hf_locstitch.errors import IntegrityError
+from hf_locstitch.runtime.files import punch_hole
+
+
+class _Stopped(Exception):
+    """The merge has ended; no more bytes are wanted."""
+
+
+class Feed(ABC):
+    """files: those to bring, in order; on_verified hears of each that proved right. Readers may be many threads."""
+
+    def __init__(
+        self, source: HubSource, files: Sequence[str], advance: Advance, on_verified: Callable[[str], object]
+    ) -> None:
+        self.source, self.files, self.advance, self._on_verified = source, list(files), advance, on_verified
+        self._changed = threading.Condition()
+        self._arrived = dict.fromkeys(self.files, 0)
+        self._fds: dict[str, int] = {}
+        self._awaited: list[tuple[str, int]] = []  # files, and up to where readers wait for them
+        self._verified: set[str] = set()
+        self._error: BaseException | None = None
+        self._read_out = False  # nothing will be read any more
+        self._closed = False
+        self._thread = threading.Thread(target=self._bring_all, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def read(self, file: str, start: int, stop: int) -> bytearray:
+        """Bytes start … stop, once they are there. Raises what the download raised."""
+        content = bytearray(stop - start)
+        with self._changed:
+            self._awaited.append((file, stop))
+            self._changed.notify_all()
+            self._wait(lambda: self._arrived[file] >= stop)
+            self._awaited.remove((file, stop))
+        if os.preadv(self._fds[file], [content], start) != len(content):
+            raise IntegrityError(f"{file} of {self.source.label} became shorter while it was read. Start again.")
+        return content
+
+    def release(self, file: str, start: int, stop: int) -> None:
+        """These bytes will not be read again."""
+        del file, start, stop  # what is cached stays
+
+    def verify(self, files: Iterable[str] | None = None) -> None:
+        """Wait until files have come whole and proved right; raises IntegrityError if one did not.
+
+        Without files it is all of them, and nothing will be read any more.
+        """
+        wanted = set(self.files if files is None else files) & set(self.files)
+        with self._changed:
+            self._read_out |= files is None
+            self._changed.notify_all()
+            self._wait(lambda: wanted <= self._verified)
+
+    def close(self) -> None:
+        """Stop the download and give back what it holds."""
+        with self._changed:
+            self._closed = True
+            self._error = self._error or _Stopped()
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout=1)
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        self._changed.wait_for(lambda: ready() or self._error is not None)
+        if not ready():
+            assert self._error is not None
+            raise self._error
+
+    def _bring_all(self) -> None:
+        try:
+            for file in self.files:
+                self._bring(file)
+                self._on_verified(file)
+                with self._changed:
+                    self._verified.add(file)
+                    self._changed.notify_all()
+        except _Stopped:
+            pass
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    @abstractmethod
+    def _bring(self, file: str) -> None:
+        """Fetch a file, telling `_tell` how far it has come, and check it."""
+
+    def _tell(self, file: str, fd: int, upto: int) -> None:
+        """Bytes … upto of a file can be read from fd, which may be closed afterwards."""
+        with self._changed:
+            if self._closed:
+                raise _Stopped
+            if file not in self._fds:
+                self._fds[file] = os.dup(fd)
+            self._arrived[file] = upto
+            self._changed.notify_all()
+
+
+class CachingFeed(Feed):
+    """Into the user's Hub cache, as fast as they come."""
+
+    def _bring(self, file: str) -> None:
+        path = self.source.fetch(file, self.advance, lambda fd, upto: self._tell(file, fd, upto))
+        with path.open("rb") as whole:
+            self._tell(file, whole.fileno(), self.source.files[file].size)
+
+
+class PassingFeed(Feed):
+    """Through nameless files in `folder` that hold what is still to be read, and nothing of the rest.
+
+    needs: what will be read and released, file by file in the order of the first need; ranges ascending. kept: what
+    is read at some later time. window: bytes of needs to run ahead of the readers; one that waits lets more through.
+    """
+
+    def __init__(
+        self,
+        source: HubSource,
+        needs: Mapping[str, Sequence[Range]],
+        kept: Mapping[str, Sequence[Range]],
+        folder: Path,
+        window: int,
+        advance: Advance,
+        on_verified: Callable[[str], object],
+    ) -> None:
+        super().__init__(source, list({**needs, **kept}), advance, on_verified)
+        self._needs, self._kept, self._folder, self._window = needs, kept, folder, window
+        self._ahead = 0  # bytes that came and were not released
+
+    def release(self, file: str, start: int, stop: int) -> None:
+        punch_hole(self._fds[file], start, stop)
+        with self._changed:
+            self._ahead -= stop - start
+            self._changed.notify_all()
+
+    def _bring(self, file: str) -> None:
+        if self.source.files[file].sha256 is None:  # small, and no LFS file: the client fetches it at one go
+            with self.source.fetch(file, self.advance).open("rb") as whole:
+                self._tell(file, whole.fileno(), self.source.files[file].size)
+            return
+        digest, at = hashlib.sha256(), 0
+        needs, kept = list(self._needs.get(file, ())), list(self._kept.get(file, ()))
+        with tempfile.TemporaryFile(dir=self._folder, buffering=0) as out:
+            for piece in self.source.stream(file):
+                digest.update(piece)
+                _write_ranges(out.fileno(), piece, at, kept)
+                written = _write_ranges(out.fileno(), piece, at, needs)
+                at += len(piece)
+                self.advance(len(piece))
+                self._tell(file, out.fileno(), at)
+                self._hold_back(written)
+        if digest.hexdigest() != self.source.files[file].sha256:
+            raise self.source.damaged(file, f"sha256 {digest.hexdigest()}")
+
+    def _hold_back(self, written: int) -> None:
+        with self._changed:
+            self._ahead += written
+            self._changed.wait_for(lambda: self._ahead <= self._window or self._closed or self._is_awaited())
+
+    def _is_awaited(self) -> bool:
+        return self._read_out or any(self._arrived[file] < stop for file, stop in self._awaited)
+
+
+def _write_ranges(fd: int, piece: bytes, at: int, ranges: list[Range]) -> int:
+    """Write what of the piece, which begins at byte `at`, lies in the ranges; drops those passed. Bytes written."""
+    view, end, written = memoryview(piece), at + len(piece), 0
+    while ranges and ranges[0][0] < end:
+        start, stop = ranges[0]
+        part = view[max(start, at) - at : stop - at]
+        offset = max(start, at)
+        while part:
+            count = os.pwrite(fd, part, offset)
+            part, offset, written = part[count:], offset + count, written + count
+        if stop > end:
+            break
+        ranges.pop(0)
+    return written
+
+
+class ArrivingFile:
+    """A reader.TensorFile on its way: reading waits for it."""
+
+    def __init__(self, feed: Feed, file: str) -> None:
+        self._feed, self._file = feed, file
+
+    def raw(self, start: int, stop: int) -> memoryview:
+        return memoryview(self._feed.read(self._file, start, stop))
+
+    def release(self, start: int, stop: int) -> None:
+        self._feed.release(self._file, start, stop)

@@ -1,0 +1,33 @@
+"""Whether a checkpoint's values are numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.errors import NonFiniteError
+from hf_locstitch.runtime.chunks import Chunk
+from hf_locstitch.runtime.dtypes import DTYPE, Values
+from hf_locstitch.runtime.kernels import bits
+
+
+def all_finite(values: Values) -> bool:
+    """Whether no value [n] is NaN or infinite; several times faster than numpy's isfinite for the narrow dtypes."""
+    if values.dtype == np.float64:
+        return bool(np.isfinite(values).all())
+    infinity = {DTYPE["F32"]: 0x7F800000, DTYPE["BF16"]: 0x7F80, DTYPE["F16"]: 0x7C00}[values.dtype]
+    without_sign = bits(values) & np.iinfo(bits(values).dtype).max // 2
+    return len(values) == 0 or int(without_sign.max()) < infinity
+
+
+def check_finite(reader: CheckpointReader, name: str, chunk: Chunk, values: Values) -> None:
+    """Raises NonFiniteError if the chunk's values [n] hold NaN or infinity."""
+    if all_finite(values):
+        return
+    first = int(np.flatnonzero(~np.isfinite(values))[0])
+    what = "NaN" if np.isnan(values[first]) else "infinity"
+    raise NonFiniteError(
+        f"{name} in {reader.where(name)} holds {what} at place {chunk.first + first} of its "
+        f"{reader.checkpoint.info(name).numel}. The checkpoint is broken, or was saved in too narrow a dtype; "
+        "--allow-non-finite lets such values through."
+    )

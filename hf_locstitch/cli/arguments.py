@@ -1,0 +1,277 @@
+"""The command line's words: every sub-command with its flags. What they do is cli.py's."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_locstitch.localize.localizers import LOCALIZERS
+from hf_locstitch.runtime.version import __version__
+from hf_locstitch.stitch.methods import METHODS
+from hf_locstitch.stitch.stitchers import MEAN, STITCHERS
+
+REF = "REF"  # a folder, org/name or org/name@revision
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parsed arguments name the sub-command as `command`."""
+    parser = argparse.ArgumentParser(
+        prog="hf-locstitch", description="Merge finetuned models by Localize-and-Stitch.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"hf-locstitch {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_merge(commands)
+    _add_localize(commands)
+    _add_stitch(commands)
+    _add_verify(commands)
+    _add_inspect(commands)
+    _add_evaluate(commands)
+    return parser
+
+
+def _add_merge(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "merge",
+        help="merge finetuned models into their base",
+        description=f"Merge finetuned models into their base. {REF}: a folder, org/name or org/name@revision.",
+    )
+    _add_recipe(parser)
+    parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call them (default: last part of REF)")
+    _add_target(parser)
+
+    how = parser.add_argument_group("how to merge")
+    how.add_argument("--method", choices=METHODS.names(), help="default: locstitch")
+    _add_localizing(how)
+    how.add_argument(
+        "--stitch",
+        choices=[MEAN, *STITCHERS.names()],
+        help="the values under the masks: the mean of the finetuned ones (default), or fitted, linear by linear, to "
+        "what the finetuned models compute on unlabelled --data",
+    )
+    _add_scale(how)
+    how.add_argument("--rest-from", metavar="NAME", help="finetune that gives the other tensors (default: the base)")
+    how.add_argument("--files-from", metavar="NAME", help="finetune that gives tokenizer and config")
+    _add_non_finite(how)
+
+    output = parser.add_argument_group("output")
+    _add_layout(output)
+    _add_work(output, device=True)
+    _add_debug(parser)
+
+
+def _add_localize(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "localize",
+        help="cut a finetuned model down to its mask and the values under it",
+        description="Make a localized checkpoint: the mask of one finetuned model and its values there, a few per cent "
+        f"of the model. `stitch` merges any of them. {REF}: a folder, org/name or org/name@revision.",
+    )
+    _add_recipe(parser)
+    parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned model")  # one; the recipe tells
+    parser.add_argument("--name", dest="names", nargs=1, metavar="NAME", help="what to call it (default: end of REF)")
+    _add_target(parser)
+    how = parser.add_argument_group("how to localize")
+    _add_localizing(how)
+    _add_non_finite(how)
+    _add_work(parser.add_argument_group("output"), device=True)
+    _add_debug(parser)
+
+
+def _add_stitch(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "stitch",
+        help="merge localized checkpoints into their base",
+        description="Merge localized checkpoints into the base that they were localized against: the same weights as "
+        f"one merge of the finetuned models. {REF}: a folder, org/name or org/name@revision.",
+    )
+    _add_recipe(parser)
+    parser.add_argument("--localized", nargs="+", metavar=REF, help="the localized checkpoints")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call them (default: as they are called)")
+    _add_target(parser)
+    how = parser.add_argument_group("how to stitch")
+    _add_scale(how)
+    _add_non_finite(how)
+    output = parser.add_argument_group("output")
+    _add_layout(output)
+    _add_work(output, device=False)
+    _add_debug(parser)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="a recipe; flags override it")
+    parser.add_argument("--base", metavar=REF, help="the pretrained model")
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the result here")
+    parser.add_argument("--push-to", metavar="ORG/NAME", help="push it to this repo, in one commit")
+    parser.add_argument("--private", action="store_true", default=None, help="make the repo private if it is new")
+
+
+def _add_localizing(how: Any) -> None:
+    how.add_argument("--localizer", choices=LOCALIZERS.names(), help="how masks are found (default: magnitude)")
+    how.add_argument(
+        "--data",
+        nargs="+",
+        metavar="DATA",
+        help="data sets for saliency, mask, refit and regmean: alpaca, gsm8k, hotpotqa, a file, org/name",
+    )
+    how.add_argument(
+        "--density",
+        type=float,
+        metavar="F",
+        help="share of weights each mask keeps (default: 0.1; mask: 0.01; ties: 0.2)",
+    )
+    how.add_argument("--scope", choices=["model", "tensor"], help="top k over the model (default) or in each tensor")
+    how.add_argument("--include", nargs="+", metavar="GLOB", help="localize these tensors (default: those of blocks)")
+    how.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these tensors out")
+
+
+def _add_scale(how: Any) -> None:
+    how.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
+
+
+def _add_non_finite(how: Any) -> None:
+    how.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
+
+
+def _add_layout(output: Any) -> None:
+    output.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the base's")
+    output.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB (default: the base's division)")
+
+
+def _add_work(output: Any, device: bool) -> None:
+    output.add_argument(
+        "--no-cache", action="store_true", help="stream: no model stays on this machine, nor in the cache"
+    )
+    output.add_argument("--max-memory", metavar="SIZE", help="such as 1GB: fewer threads and smaller chunks if need be")
+    if device:
+        output.add_argument(
+            "--device", choices=["cpu", "cuda"], default="cpu", help="where models are compared (default: cpu)"
+        )
+    output.add_argument("--no-figures", dest="figures", action="store_false", default=None, help="draw none")
+    output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    output.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "verify",
+        help="check a merge or a localized checkpoint: files, masks, values",
+        description="Read a merge or a localized checkpoint back: its files against the manifest, its masks against "
+        f"the densities, its values against the inputs. {REF}: a folder, org/name or org/name@revision. Only reads.",
+    )
+    parser.add_argument("ref", metavar=REF, help="the merge or localized checkpoint")
+    parser.add_argument("--base", metavar=REF, help="the base, if not where the manifest names it")
+    parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge")
+    parser.add_argument(
+        "--tensors", type=_count_or("all"), default=8, metavar="all|N", help="tensors computed again (default: 8)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    parser.add_argument("--quiet", action="store_true", help="only what does not hold, and no progress bars")
+    _add_debug(parser)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "inspect",
+        help="what a merge is made of: densities, overlaps, where its masks lie, what looks odd",
+        description="Look at a merge, or at localized checkpoints, without making one: densities, overlaps, where the "
+        f"masks lie, norms, what looks odd. {REF}: a folder, org/name or org/name@revision. Reads small files only, "
+        "unless --inputs is given.",
+    )
+    parser.add_argument("refs", nargs="+", metavar=REF, help="the merge, or one or several localized checkpoints")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw its figures into this folder")
+    parser.add_argument("--inputs", action="store_true", help="sample the inputs, too (default: what the merge noted)")
+    parser.add_argument("--base", metavar=REF, help="the base, if not where the manifest names it; implies --inputs")
+    parser.add_argument(
+        "--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge; likewise"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    _add_debug(parser)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "evaluate",
+        help="score models side by side with lm-eval",
+        description=f"Score language models side by side with lm-eval. {REF}: a folder, org/name or org/name@revision. "
+        "What was measured before on the same content is not measured again. Several GPUs share the examples under "
+        "`accelerate launch -m hf_locstitch evaluate ...`.",
+    )
+    parser.add_argument("refs", nargs="+", metavar=REF, help="the models; the first is the one that is judged")
+    what = parser.add_argument_group("what")
+    what.add_argument(
+        "--suite",
+        choices=["paper", "quick"],
+        help="paper: mmlu:5 arc_easy:0 arc_challenge:25 truthfulqa_mc1:0 truthfulqa_mc2:0; quick: 100 examples each of "
+        "arc_easy:0 arc_challenge:0 truthfulqa_mc1:0",
+    )
+    what.add_argument(
+        "--tasks", nargs="+", default=[], metavar="NAME[:SHOTS]", help="any of lm-eval's tasks and groups"
+    )
+    what.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of further task files")
+    what.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
+
+    beside = parser.add_argument_group("beside what")
+    beside.add_argument(
+        "--parents", action="store_true", help="also the base and the finetunes of the first REF, a merge"
+    )
+    beside.add_argument("--average", action="store_true", help="also their plain average, made on the fly")
+    beside.add_argument("--base", metavar=REF, help="the base to compare with (default: as the merge's manifest says)")
+    beside.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models to compare with; likewise")
+
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--batch-size",
+        type=_count_or("auto"),
+        default="auto",
+        metavar="auto|N",
+        help="auto: the largest that fits (default)",
+    )
+    how.add_argument("--chat-template", action="store_true", help="put prompts into the model's chat template")
+    how.add_argument("--no-cache", dest="cache", action="store_false", help="measure again what was measured before")
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--push",
+        action="store_true",
+        help="write the scores into the page of the first REF: a folder, or a repo in one commit",
+    )
+    output.add_argument("--track", choices=["trackio", "wandb"], help="log the scores there, too")
+    output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    output.add_argument("--quiet", action="store_true", help="no progress bars")
+    _add_debug(parser)
+
+
+def _count_or(word: str) -> Callable[[str], int | str]:
+    """A flag's type: a number from 1 on, or the word itself."""
+
+    def parse(text: str) -> int | str:
+        if text == word:
+            return text
+        if not text.isdecimal() or int(text) == 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {word!r} nor a number from 1 on")
+        return int(text)
+
+    return parse
+
+
+def _add_command(commands: Any, name: str, *, help: str, description: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
+    parser.set_defaults(command=name)
+    return parser
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -1,0 +1,203 @@
+"""The command line: one sub-command, one function of its name. Heavy imports wait until one needs them."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_locstitch.cli.arguments import build_parser
+from hf_locstitch.errors import LocstitchError, RecipeError
+
+if TYPE_CHECKING:
+    from hf_locstitch.plan.plans import Plan
+    from hf_locstitch.plan.recipe import Recipe
+    from hf_locstitch.runtime.settings import Settings
+
+# Flags whose destination is a recipe's field of the same name.
+FIELDS = ("method", "stitch", "scale", "include", "exclude", "rest_from", "files_from", "dtype", "shard_size",
+          "allow_non_finite", "figures", "out", "push_to", "private")  # fmt: skip
+# Flags that say how to localize, with the names that they have there.
+LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0 done, 2 the request is wrong, 1 the work failed."""
+    args = build_parser().parse_args(argv)
+    gc.set_threshold(100_000, 20, 20)  # or a small merge spends a twelfth of its time among the libraries' objects
+    try:
+        return COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left half done.", 130)
+    except LocstitchError as error:
+        if args.debug:
+            traceback.print_exc()
+        return _fail(str(error), error.exit_status)
+    except Exception as error:
+        if args.debug:
+            raise
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        return _fail(f"{type(error).__name__}: {error}{where}. --debug shows where it comes from.", 1)
+
+
+def _speaks() -> bool:
+    """Whether this process prints: under a launcher only the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fail(message: str, status: int) -> int:
+    if not _speaks():
+        return status
+    print(f"hf-locstitch: error: {message}", file=sys.stderr)
+    return status
+
+
+def merge(args: argparse.Namespace) -> int:
+    """hf-locstitch merge"""
+    from hf_locstitch.plan.planning import make_plan
+
+    return _carry_out(args, make_plan)
+
+
+def localize(args: argparse.Namespace) -> int:
+    """hf-locstitch localize"""
+    from hf_locstitch.plan.planning import make_localize_plan
+
+    return _carry_out(args, make_localize_plan)
+
+
+def stitch(args: argparse.Namespace) -> int:
+    """hf-locstitch stitch"""
+    from hf_locstitch.plan.planning import make_plan
+
+    return _carry_out(args, make_plan)
+
+
+def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan]) -> int:
+    """Plan, say so, work, and say what came of it."""
+    from hf_locstitch.plan.describe import format_plan, plan_json
+    from hf_locstitch.plan.recipe import make_recipe
+    from hf_locstitch.runtime.progress import Progress
+    from hf_locstitch.runtime.settings import make_settings
+
+    recipe = make_recipe(_fields(args), where=str(args.recipe or "the command"))
+    if not args.dry_run and recipe.out is None and recipe.push_to is None:
+        raise RecipeError("no output given: use --out DIR, --push-to ORG/NAME, or both.")
+    device = getattr(args, "device", "cpu")
+    plan = make(recipe, make_settings(cache=not args.no_cache, max_memory=args.max_memory, device=device))
+    quiet = args.quiet or not _speaks()
+    if args.dry_run:
+        print(json.dumps(plan_json(plan), indent=2) if args.json else format_plan(plan))
+        return 0
+    if not quiet:
+        print(format_plan(plan), file=sys.stderr)
+    from hf_locstitch.api import carry_out
+
+    result = carry_out(plan, Progress(False if quiet else None))
+    if not _speaks():
+        return 0
+    if args.json:
+        print(json.dumps(result.as_json(), indent=2))
+    else:
+        print(result.describe(), file=sys.stderr)
+    return 0
+
+
+def _fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's fields, overridden by the flags that this sub-command has and that were given."""
+    from hf_locstitch.plan.recipe import load_recipe
+
+    fields = load_recipe(args.recipe) if args.recipe is not None else {}
+    flags = {key: value for key, value in vars(args).items() if value is not None}
+    if "base" in flags:
+        fields["base"] = args.base
+    for flag, field in (("ft", "finetuned"), ("localized", "localized")):
+        if flag in flags:
+            fields[field] = [{"ref": ref} for ref in flags[flag]]
+    if args.command == "stitch" and not fields.get("localized"):
+        raise RecipeError("nothing says what to stitch: give --localized REF..., what hf-locstitch localize made.")
+    if "names" in flags:
+        field = "localized" if fields.get("localized") else "finetuned"
+        entries = fields.get(field) or []
+        if len(args.names) != len(entries):
+            raise RecipeError(f"--names gives {len(args.names)} names for {len(entries)} finetunes. Give one each.")
+        entries = [{"ref": entry} if isinstance(entry, str) else entry for entry in entries]
+        fields[field] = [{**entry, "name": name} for entry, name in zip(entries, args.names, strict=True)]
+    if "data" in flags:
+        fields["data"] = args.data
+    if "density" in flags and (own := _with_density(flags.get("method", fields.get("method")), flags["density"])):
+        flags["method"] = own
+        del flags["density"]
+    given = {key: flags[flag] for flag, key in LOCALIZER.items() if flag in flags}
+    if given:
+        fields["localizer"] = {**(fields.get("localizer") or {}), **given}
+    if flags.get("stitch") == "refit" and isinstance(fields.get("stitch"), dict):
+        del flags["stitch"]  # the recipe says how
+    return {**fields, **{field: flags[field] for field in FIELDS if field in flags}}
+
+
+def _with_density(method: Any, density: float) -> dict[str, Any] | None:
+    """A method, as a recipe has it, with this density; None if density is not its own, but its localizer's."""
+    from hf_locstitch.stitch.methods import METHODS
+
+    fields = {"name": method} if isinstance(method, str) else method
+    if not isinstance(fields, dict) or fields.get("name") not in METHODS.names():
+        return None
+    own = "density" in METHODS.find(fields["name"]).model_fields
+    return {**fields, "density": density} if own else None
+
+
+def verify(args: argparse.Namespace) -> int:
+    """hf-locstitch verify"""
+    from hf_locstitch.inspection.verification.verify import verify as check
+
+    show = False if args.quiet else None
+    report = check(args.ref, base=args.base, finetuned=args.ft, tensors=args.tensors, show_progress=show)
+    if args.json:
+        print(json.dumps(report.as_json(), indent=2))
+    elif text := report.describe(quiet=args.quiet):
+        print(text, file=sys.stderr)
+    return 0 if report.ok else 1
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """hf-locstitch inspect"""
+    from hf_locstitch.inspection.inspect import inspect as look
+
+    found = look(*args.refs, figures=args.figures, base=args.base, finetuned=args.ft, inputs=args.inputs)
+    print(json.dumps(found.as_json(), indent=2, ensure_ascii=False) if args.json else found.describe())
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """hf-locstitch evaluate"""
+    from hf_locstitch.evaluation.evaluate import evaluate as score
+
+    report = score(
+        args.refs,
+        tasks=args.tasks,
+        suite=args.suite,
+        include_path=args.include_path,
+        limit=args.limit,
+        batch_size=None if args.batch_size == "auto" else args.batch_size,
+        chat_template=args.chat_template,
+        base=args.base,
+        finetuned=args.ft,
+        parents=args.parents,
+        average=args.average,
+        push=args.push,
+        track=args.track,
+        cache=args.cache,
+        show_progress=not args.quiet and sys.stderr.isatty(),
+    )
+    if _speaks():
+        print(json.dumps(report.as_json(), indent=2, ensure_ascii=False) if args.json else report.describe())
+    return 0
+
+
+COMMANDS = {command.__name__: command for command in (merge, localize, stitch, verify, inspect, evaluate)}

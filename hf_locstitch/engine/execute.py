@@ -1,0 +1,184 @@
+"""From a plan to a finished folder, a pushed repo, or both."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_locstitch.artifacts.manifest import Manifest
+from hf_locstitch.checkpoints.hashes import InputHashes
+from hf_locstitch.engine.preflight import check_disk, check_out
+from hf_locstitch.errors import PublishError, RecipeError
+from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
+from hf_locstitch.runtime.processes import Processes, find_processes
+from hf_locstitch.runtime.progress import Progress, hide_library_bars
+
+if TYPE_CHECKING:
+    from hf_locstitch.report.publish import Published, Upload
+
+AfterRun = Callable[[Path, Processes], None]  # is told of the finished folder, in every process
+
+
+@dataclass(frozen=True)
+class Finished:
+    """out: the folder, None if it was only pushed. url, commit: of the pushed repo, None if it was not."""
+
+    out: Path | None
+    url: str | None
+    commit: str | None
+    manifest: Manifest
+
+
+def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | None] = lambda: None) -> Finished:
+    """Carry out a plan and publish what comes of it.
+
+    prepare: is called before the work starts, and what it returns after it, before the upload's commit.
+    Raises RequestError if that cannot be done, with nothing written, and WorkError if the work fails.
+    """
+    recipe = plan.recipe
+    if recipe.out is None and recipe.push_to is None:
+        raise RecipeError("no output given: use --out DIR, --push-to ORG/NAME, or both.")
+    processes = find_processes()
+    if processes.count > 1 and not plan.settings.cache:
+        raise RecipeError(
+            f"--no-cache works in one process, not in {processes.count}: processes share what lies in the cache. "
+            "Drop --no-cache, or the launcher."
+        )
+    if recipe.push_to is not None:
+        from hf_locstitch.report.publish import check_target
+
+        check_target(recipe.push_to)
+    with hide_library_bars():
+        if recipe.out is not None:
+            return _into(recipe.out, plan, progress, processes, prepare)
+        if recipe.evaluate is None:
+            return _to_hub(plan, progress, processes)
+        scratch = _scratch(plan)
+        done = _into(scratch / "merged", plan, progress, processes, prepare)
+        if processes.first:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return Finished(None, done.url, done.commit, done.manifest)
+
+
+def _scratch(plan: Plan) -> Path:
+    """Where a merge lies that is only pushed: found again by the same command if this one is cut short."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "hf-locstitch" / str(plan.recipe.push_to).replace("/", "--")
+
+
+def _into(
+    out: Path, plan: Plan, progress: Progress, processes: Processes, prepare: Callable[[], AfterRun | None]
+) -> Finished:
+    record = check_out(out, plan)
+    if record is None:
+        check_disk(out, plan)
+    after = prepare()
+    with _upload(plan, processes) as upload:
+        record = record or make(plan, out, progress, processes, upload)
+        if after is not None:
+            after(out, processes)
+        processes.end()
+        if upload is None:
+            return Finished(out, None, None, record)
+        try:
+            published = upload.commit(out, _message(plan), progress)
+        except PublishError as error:
+            push_to = plan.recipe.push_to
+            raise PublishError(
+                f"the merge is complete in {out}, but {error} Or upload it by hand: hf upload {push_to} {out}"
+            ) from error
+    return Finished(out, published.url, published.commit, record)
+
+
+def _to_hub(plan: Plan, progress: Progress, processes: Processes) -> Finished:
+    """Nothing stays on this machine; what a failure leaves is found again by the same command."""
+    scratch = _scratch(plan)
+    check_disk(scratch, plan)
+    published: list[Published] = []
+    with _upload(plan, processes, discard=not plan.settings.cache) as upload:
+
+        def publish(folder: Path) -> None:
+            assert upload is not None
+            published.append(upload.commit(folder, _message(plan), progress))
+
+        record = make(plan, scratch / "merged", progress, processes, upload, publish)
+        processes.end()
+    if not published:
+        return Finished(None, None, None, record)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return Finished(None, published[0].url, published[0].commit, record)
+
+
+def make(
+    plan: Plan,
+    out: Path,
+    progress: Progress,
+    processes: Processes | None = None,
+    upload: Upload | None = None,
+    publish: Callable[[Path], object] | None = None,
+) -> Manifest:
+    """Make the folder `out`. Raises RequestError, or WorkError after which the same call goes on.
+
+    upload: is given each shard as soon as it is finished. publish: is called with the finished folder instead of
+    moving it to `out`.
+    """
+    processes = processes or Processes()
+    with InputHashes(plan.inputs, processes.rank, processes.count) as hashes:  # begins while libraries are imported
+        from hf_locstitch.engine.work_dir import open_work_dir
+
+        with ExitStack() as stack:
+            if _runs_models(plan):
+                from hf_locstitch.runtime.allocator import freed_memory_goes_back
+                from hf_locstitch.runtime.chunks import one_torch_thread
+
+                stack.enter_context(one_torch_thread())
+                stack.enter_context(freed_memory_goes_back())
+            work = stack.enter_context(open_work_dir(plan, out, None if publish else out, processes))
+            if isinstance(plan, LocalizePlan):
+                from hf_locstitch.engine.localize_run import LocalizeRun
+
+                run = LocalizeRun(plan, work, processes, progress, hashes, upload)
+            else:
+                from hf_locstitch.engine.model_run import MergeRun, StitchRun
+
+                if isinstance(plan, StitchPlan):
+                    run = StitchRun(plan, work, processes, progress, hashes, upload)
+                else:
+                    assert isinstance(plan, MergePlan)
+                    run = MergeRun(plan, work, processes, progress, hashes, upload)
+            record = run.run()
+            if publish is not None and processes.first:
+                publish(work.stage)
+            if upload is not None:
+                upload.pause()  # the files are about to move
+            return record
+
+
+def _runs_models(plan: Plan) -> bool:
+    """Whether torch does some of the work; it takes longer to import than small models to merge."""
+    with_data = isinstance(plan, MergePlan | LocalizePlan) and plan.masked and plan.localizer.needs_data
+    return with_data or plan.recipe.fitting is not None or plan.settings.device != "cpu"
+
+
+@contextmanager
+def _upload(plan: Plan, processes: Processes, discard: bool = False) -> Iterator[Upload | None]:
+    """In the process that publishes, if anything is to be published."""
+    if plan.recipe.push_to is None or not processes.first:
+        yield None
+        return
+    from hf_locstitch.report.publish import Upload
+
+    upload = Upload(plan.recipe.push_to, private=plan.recipe.private, discard=discard)
+    try:
+        yield upload
+    finally:
+        upload.close()
+
+
+def _message(plan: Plan) -> str:
+    return f"{plan.command.capitalize()} {', '.join(plan.finetuned)} with hf-locstitch"

@@ -1,0 +1,129 @@
+"""The inputs of a merge, opened for a pass: mapped where their files are on this machine, else read as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_locstitch.checkpoints.byte_ranges import Pieces, Range, byte_ranges
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.folder import FolderSource
+from hf_locstitch.checkpoints.mapped import MappedCheckpoint
+from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.plan.plans import Plan
+from hf_locstitch.runtime.progress import Advance, Progress
+
+if TYPE_CHECKING:
+    from hf_locstitch.checkpoints.download import Feed
+
+Ranges = Mapping[str, Sequence[Range]]  # file -> what of it
+
+
+class OpenInputs:
+    """readers: by the plan's names of inputs. feeds: of those that are still on their way."""
+
+    def __init__(self, readers: Mapping[str, CheckpointReader], feeds: Mapping[str, Feed]) -> None:
+        self.readers, self._feeds = readers, feeds
+
+    def verify(self, tensors: Iterable[str] | None = None) -> None:
+        """Wait until every file, or only those that hold some tensors, proved right. Raises IntegrityError."""
+        names = None if tensors is None else list(tensors)
+        for name, feed in self._feeds.items():
+            places = self.readers[name].checkpoint.tensors
+            feed.verify(None if names is None else {places[tensor][0].file for tensor in names if tensor in places})
+
+
+class Inputs:
+    """Of one merge. folder: for temporary files. verified: told of (input, file) when all its bytes proved right."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        progress: Progress,
+        folder: Path,
+        verified: Callable[[Iterable[tuple[str, str]]], None],
+    ) -> None:
+        self._plan, self._progress, self._folder, self._verified = plan, progress, folder, verified
+        self._kept: dict[str, CheckpointReader] = {}
+        self._whole: OpenInputs | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Inputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def all_here(self) -> bool:
+        """Whether every file that is read is on this machine by now."""
+        inputs = self._plan.inputs
+        return all(inputs[name].source.cached(file) for name, files in self._plan.needed.items() for file in files)
+
+    def fetch(self) -> OpenInputs:
+        """All of them whole, on this machine, for any number of passes."""
+        if self._whole is None:
+            inputs, needed = self._plan.inputs, self._plan.needed
+            with self._progress.bar("fetching", self._size(needed)) as advance:
+                paths = {name: self._paths(name, files, advance) for name, files in needed.items()}
+            self._whole = OpenInputs({name: MappedCheckpoint(inputs[name], paths[name]) for name in inputs}, {})
+        return self._whole
+
+    @contextmanager
+    def opened(self, pieces: Pieces, kept: Pieces | None = None) -> Iterator[OpenInputs]:
+        """For one pass over `pieces`. kept: what a later pass will read of inputs other than its own."""
+        if self.all_here:
+            yield self.fetch()
+            return
+        inputs, kept = self._plan.inputs, kept or {}
+        names = [name for name in {**pieces, **kept} if name not in self._kept]
+        wanted = {name: byte_ranges(inputs[name], pieces.get(name, ())) for name in names}
+        later = {name: byte_ranges(inputs[name], kept.get(name, ())) for name in names}
+        readers, feeds = dict(self._kept), {}
+        files = {name: [*{**wanted[name], **later[name]}] for name in names}
+        with ExitStack() as stack:
+            advance = stack.enter_context(self._progress.bar("fetching", self._size(files)))
+            for name in names:
+                if isinstance(inputs[name].source, FolderSource):
+                    paths = self._paths(name, files[name], advance)
+                    readers[name] = MappedCheckpoint(inputs[name], paths)
+                else:
+                    feeds[name] = self._feed(name, wanted[name], later[name], advance)
+                    (self._stack if name in kept else stack).callback(feeds[name].close)
+                    readers[name] = _arriving(inputs[name], feeds[name])
+                if name in kept:
+                    self._kept[name] = readers[name]
+            yield OpenInputs(readers, feeds)
+
+    def _size(self, files: Mapping[str, Sequence[str]]) -> int:
+        sources = {name: self._plan.inputs[name].source for name in files}
+        return sum(sources[name].files[file].size for name in files for file in files[name])
+
+    def _paths(self, name: str, files: Sequence[str], advance: Advance) -> dict[str, Path]:
+        paths = {file: self._plan.inputs[name].source.fetch(file, advance) for file in files}
+        self._verified((name, file) for file in files)
+        return paths
+
+    def _feed(self, name: str, wanted: Ranges, later: Ranges, advance: Advance) -> Feed:
+        """A started one."""
+        from hf_locstitch.checkpoints.download import CachingFeed, PassingFeed
+
+        source, settings = self._plan.inputs[name].source, self._plan.settings
+
+        def verified(file: str) -> None:
+            self._verified([(name, file)])
+
+        if settings.cache:
+            feed = CachingFeed(source, [*{**wanted, **later}], advance, verified)  # pyright: ignore[reportArgumentType]
+        else:
+            feed = PassingFeed(source, wanted, later, self._folder, settings.window, advance, verified)  # pyright: ignore[reportArgumentType]
+        feed.start()
+        return feed
+
+
+def _arriving(checkpoint: Checkpoint, feed: Feed) -> CheckpointReader:
+    from hf_locstitch.checkpoints.download import ArrivingFile
+
+    return CheckpointReader(checkpoint, {file: ArrivingFile(feed, file) for file in feed.files})

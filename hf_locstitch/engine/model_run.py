@@ -1,0 +1,207 @@
+"""Runs that end in a model: a merge of finetunes, or a stitch of localized checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from hf_locstitch.artifacts.mask_source import MaskSource
+from hf_locstitch.artifacts.overlap import Overlap
+from hf_locstitch.artifacts.written_mask import WrittenMask
+from hf_locstitch.checkpoints.byte_ranges import Pieces
+from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE
+from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.checkpoints.side_files import copy_side_files
+from hf_locstitch.checkpoints.source import file_sha256
+from hf_locstitch.checkpoints.writer import SafetensorsWriter
+from hf_locstitch.engine.inputs import Inputs, OpenInputs
+from hf_locstitch.engine.record import check_pins
+from hf_locstitch.engine.run import Run, localize
+from hf_locstitch.engine.shard_writer import ShardWriter
+from hf_locstitch.engine.work_dir import ShardRecord
+from hf_locstitch.localize.localized_masks import LocalizedMask
+from hf_locstitch.plan.layout import OutputShard
+from hf_locstitch.plan.plans import MergePlan, ModelPlan, StitchPlan
+from hf_locstitch.runtime.files import sync_file
+from hf_locstitch.stitch.fitting import FitJob
+from hf_locstitch.stitch.view import StitchView
+
+if TYPE_CHECKING:
+    from hf_locstitch.stitch.refit.fitted_values import FittedValues
+
+AnyModelPlan = TypeVar("AnyModelPlan", bound=ModelPlan)
+
+
+class ModelRun(Run[AnyModelPlan]):
+    fitted: FittedValues | None = None
+
+    def view(
+        self,
+        readers: Mapping[str, CheckpointReader],
+        masks: Mapping[str, MaskSource],
+        fitted: FittedValues | None = None,
+    ) -> StitchView:
+        """What is written, of inputs that are open."""
+        plan = self.plan
+        return StitchView(
+            method=plan.recipe.method,
+            scale=plan.recipe.scale,
+            base=readers["base"],
+            unmasked=next(reader for reader in readers.values() if reader.checkpoint is plan.unmasked_from),
+            finetuned=[] if plan.masked else [readers[name] for name in plan.order],
+            masks=[masks[name] for name in plan.order] if plan.masked else [],
+            dtypes={tensor.name: tensor.dtype for shard in plan.shards for tensor in shard.tensors},
+            tensors=plan.mask_tensors,
+            chunk=self.settings.chunk,
+            allow_non_finite=plan.recipe.allow_non_finite,
+            fitted=fitted,
+        )
+
+    def read_later(self) -> Pieces:
+        return self.plan.written_from(self._unfinished())
+
+    def _unfinished(self) -> list[OutputShard]:
+        return [shard for shard in self.plan.shards if self._finished[shard.file] is None]
+
+    @cached_property
+    def _finished(self) -> dict[str, ShardRecord | None]:
+        """What earlier processes made of each shard of the output."""
+        found = {shard.file: self.work.finished(shard.file) for shard in self.plan.shards} if self.first else {}
+        return self.processes.gather(found)[0]
+
+    def write_shards(
+        self, inputs: Inputs, masks: Mapping[str, MaskSource], background: ThreadPoolExecutor
+    ) -> tuple[Overlap, dict[str, ShardRecord]]:
+        plan = self.plan
+        hashed: dict[str, Future[ShardRecord]] = {}
+        noted: list[Future[None]] = []
+        todo = self._unfinished()
+        with (
+            self.progress.bar("merging", sum(shard.nbytes for shard in plan.shards)) as advance,
+            ThreadPoolExecutor(1) as journal,
+            inputs.opened(plan.written_from(todo)) as opened,
+        ):
+            view = self.view(opened.readers, masks, self.fitted)
+            order = [plan.order.index(name) for name in plan.finetuned]
+            writer = ShardWriter(view, self.own, order, workers=self.settings.workers, advance=advance)
+            for shard in plan.shards:
+                if shard in todo:
+                    self._await_room(hashed.values())
+                    overlap, sha256 = self._write_shard(writer, shard)
+                    if self.first:
+                        hashed[shard.file] = background.submit(self._finish_shard, shard, overlap, sha256)
+                        noted.append(journal.submit(self._note, shard, hashed[shard.file], opened))
+                else:
+                    advance(shard.nbytes)
+            self.processes.together(lambda: [future.result() for future in noted])
+            done = {file: future.result() for file, future in hashed.items()}
+        records = {**self._finished, **self.processes.gather(done)[0]}
+        shards = {file: record for file, record in records.items() if record is not None}
+        total = Overlap.none(len(plan.finetuned))
+        for record in shards.values():
+            total += Overlap(np.array(record.covered), np.array(record.pairs))
+        return total, shards
+
+    def _await_room(self, hashed: Iterable[Future[ShardRecord]]) -> None:
+        """Where shards go as soon as they are uploaded, one waits while the next is written, and no more."""
+        if self.first and self.upload is not None and self.upload.discard:
+            for future in hashed:
+                future.result()
+            self.upload.wait(1)
+
+    def _write_shard(self, writer: ShardWriter, shard: OutputShard) -> tuple[Overlap, str | None]:
+        """How the masks overlap in it, and its SHA-256 where one process writes it all."""
+        path = self.work.stage / shard.file
+        self.processes.on_first(lambda: SafetensorsWriter(path, shard.tensors, shard.metadata).close())
+        if self.processes.count == 1:
+            return writer.write(shard, path)
+        own = self.processes.together(lambda: writer.write_part(shard, path))
+        return Overlap(self.processes.sum(own.covered), self.processes.sum(own.pairs)), None
+
+    def _finish_shard(self, shard: OutputShard, overlap: Overlap, sha256: str | None) -> ShardRecord:
+        """Let a written shard go up as soon as it is on the disk: nobody sees it before the commit."""
+        path = self.work.stage / shard.file
+        sync_file(path)
+        record = ShardRecord(
+            sha256 or file_sha256(path), path.stat().st_size, overlap.covered.tolist(), overlap.pairs.tolist()
+        )
+        if self.upload is not None:
+            self.upload.add(self.work.stage, shard.file)
+        return record
+
+    def _note(self, shard: OutputShard, hashed: Future[ShardRecord], opened: OpenInputs) -> None:
+        """Journal a shard once all that was read for it proved right."""
+        record = hashed.result()
+        opened.verify(tensor.name for tensor in shard.tensors)
+        self.work.record(shard.file, record)
+
+    def write_side_files(self) -> None:
+        write_index(self.plan, self.work.stage)
+        copy_side_files(self.plan.files.source, self.work.stage, self.plan.recipe.dtype)
+
+
+class MergeRun(ModelRun[MergePlan]):
+    def find_masks(self, inputs: Inputs) -> Mapping[str, MaskSource]:
+        return localize(self, inputs) if self.plan.masked else {}
+
+    def fit(self, inputs: Inputs, masks: Mapping[str, MaskSource]) -> dict[str, Any] | None:
+        plan, fitting = self.plan, self.plan.recipe.fitting
+        if fitting is None:
+            return None
+        readers = inputs.fetch().readers
+        if self.processes.count > 1:  # each has selected in its own tensors only
+            folder = self.work.stage / "masks"
+            masks = {
+                name: WrittenMask(folder / f"{name}.safetensors", part, readers[name]) for name, part in masks.items()
+            }
+        job = FitJob(
+            view=self.view(readers, masks),
+            readers=readers,
+            order=plan.order,
+            tensors=plan.mask_tensors,
+            data=plan.fit_data,
+            own=self.own,
+            folder=self.work.spill / "fit",
+            settings=plan.settings,
+            processes=self.processes,
+            progress=self.progress,
+        )
+        self.fitted, record = fitting.fit(job)
+        return record
+
+
+class StitchRun(ModelRun[StitchPlan]):
+    def find_masks(self, inputs: Inputs) -> Mapping[str, MaskSource]:
+        """Those that the localized checkpoints hold, with their values."""
+        check_pins(self.plan, self.files)  # before anything is made of them
+        localized, settings = self.plan.localized_inputs, self.settings
+        masks: dict[str, LocalizedMask] = {}
+        suffix = f"{self.processes.rank}-of-{self.processes.count}"
+        with self.progress.bar("reading", sum(one.shards[1].size for one in localized.values())) as advance:
+            for name, one in localized.items():
+                spill = self.work.spill / f"{name}.{suffix}"
+                masks[name] = LocalizedMask(one, self.plan.mask_tensors, spill, settings.chunk)
+                self.processes.together(lambda mask=masks[name]: mask.read(self.own, settings.workers, advance))
+        return masks
+
+
+def write_index(plan: ModelPlan, stage: Path) -> None:
+    """The index of several shards, as transformers reads it."""
+    if [shard.file for shard in plan.shards] == [SINGLE]:
+        return
+    tensors = {tensor.name: (shard.file, tensor) for shard in plan.shards for tensor in shard.tensors}
+    index = {
+        "metadata": {
+            "total_size": sum(tensor.nbytes for _, tensor in tensors.values()),
+            "total_parameters": sum(math.prod(tensor.shape) for _, tensor in tensors.values()),
+        },
+        "weight_map": {name: file for name, (file, _) in sorted(tensors.items())},
+    }
+    (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,45 @@
+"""What is looked at before the work: whether the output may go where it is asked to, and whether it fits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from hf_locstitch.artifacts.manifest import FILE, Manifest, is_intact, parse_manifest
+from hf_locstitch.engine.work_dir import fingerprint
+from hf_locstitch.errors import CheckpointError, OutputError
+from hf_locstitch.plan.cost import estimate, files_here
+from hf_locstitch.plan.plans import Plan
+from hf_locstitch.runtime.human import human
+
+
+def check_out(out: Path, plan: Plan) -> Manifest | None:
+    """The record of this very merge if `out` holds it complete. Raises OutputError if it holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    record = _read_manifest(out)
+    if record is None or record.fingerprint != fingerprint(plan) or not is_intact(record, out):
+        raise OutputError(f"{out} exists and is not an empty folder; nothing is overwritten. Name another --out.")
+    return record
+
+
+def _read_manifest(folder: Path) -> Manifest | None:
+    """None if there is none that this version reads."""
+    try:
+        return parse_manifest((folder / FILE).read_bytes(), str(folder / FILE))
+    except (OSError, CheckpointError):
+        return None
+
+
+def check_disk(folder: Path, plan: Plan) -> None:
+    """Raises OutputError if the output and its temporary files will not fit beside `folder`."""
+    free, needed = shutil.disk_usage(_existing(folder)).free, estimate(plan, files_here(plan)).disk
+    if free < needed:
+        raise OutputError(
+            f"{folder} needs up to {human(needed)} of disk, of which {human(free)} are free. "
+            "Free some, or name an --out elsewhere."
+        )
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() else _existing(folder.absolute().parent)

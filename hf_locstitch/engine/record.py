@@ -1,0 +1,144 @@
+"""The record of a merge while it is made: the manifest, and the recipe that makes the same again."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
+from hf_locstitch.artifacts.manifest import InputRecord, Manifest, MaskRecord, weights_sha256
+from hf_locstitch.artifacts.overlap import Overlap
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.source import file_sha256
+from hf_locstitch.errors import CheckpointError
+from hf_locstitch.plan.plans import LocalizePlan, Plan, StitchPlan
+from hf_locstitch.plan.recipe import Finetuned, Input, dump_recipe
+from hf_locstitch.runtime.version import __version__
+
+LIBRARIES = ("torch", "safetensors", "huggingface_hub", "numpy")
+
+FileHashes = Mapping[str, Mapping[str, str]]  # input -> shard -> sha256
+
+
+def make_manifest(
+    plan: Plan, files: FileHashes, overlap: Overlap, fingerprint: str, stitch: dict[str, Any] | None = None
+) -> Manifest:
+    """The record without what is known only at the end: the output's files and the time."""
+    localized = _localized_inputs(plan)
+    return Manifest(
+        hf_locstitch=__version__,
+        method=plan.recipe.method.name,
+        localizer=plan.common_localizer,
+        scale=plan.recipe.scale,
+        inputs=[_input_record(plan, name, checkpoint, files[name]) for name, checkpoint in plan.inputs.items()],
+        localized={name: _record("localized", name, plan.inputs[name], files[name]) for name in localized},
+        N=plan.n,
+        k=plan.k if plan.exact_k else None,
+        masks=_mask_records(plan, overlap) if plan.masked else {},
+        covered_by=[plan.n - int(overlap.covered[1:].sum()), *overlap.covered[1:].tolist()] if plan.masked else [],
+        overlap=overlap.pair_records(list(plan.finetuned)) if plan.masked else [],
+        warnings=list(plan.warnings),
+        versions={"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
+        fingerprint=fingerprint,
+        data={name: found.pinned.dump() for name, found in plan.data.items()}
+        | {name: data for name, one in localized.items() for data in one.record.data.values()},
+        stitch=stitch,
+    )
+
+
+def _mask_records(plan: Plan, overlap: Overlap) -> dict[str, MaskRecord]:
+    ones = dict(zip(plan.finetuned, overlap.pairs.diagonal().tolist(), strict=True))
+    return {
+        name: MaskRecord(
+            f"masks/{name}.safetensors",
+            count,
+            plan.localizers[name].density,
+            count / plan.n if plan.n else 0.0,
+            f"values/{name}.safetensors" if isinstance(plan, LocalizePlan) else None,
+        )
+        for name, count in ones.items()
+    }
+
+
+def _input_record(plan: Plan, name: str, checkpoint: Checkpoint, files: Mapping[str, str]) -> InputRecord:
+    localized = _localized_inputs(plan)
+    if name in localized:  # the model itself, as its localized checkpoint recorded it
+        return replace(localized[name].finetuned, name=name)
+    return _record("base" if checkpoint is plan.base else "finetuned", name, checkpoint, files)
+
+
+def _record(role: str, name: str, checkpoint: Checkpoint, files: Mapping[str, str]) -> InputRecord:
+    return InputRecord(role, name, checkpoint.source.pinned, checkpoint.source.commit, dict(files))
+
+
+def finish(record: Manifest, stage: Path, known: Mapping[str, tuple[int, str]], seconds: float) -> Manifest:
+    """The record with the output's files. known: file -> size and SHA-256, where they were found before."""
+    found = {path.relative_to(stage).as_posix(): path for path in stage.rglob("*") if path.is_file()}
+    outputs = {}
+    for name in sorted({*found, *known}):
+        size, sha256 = known.get(name) or (found[name].stat().st_size, file_sha256(found[name]))
+        outputs[name] = {"size": size, "sha256": sha256}
+    written = {"written": sum(entry["size"] for entry in outputs.values())}
+    return replace(record, outputs=outputs, bytes=written, seconds=round(seconds, 3))
+
+
+def pinned_recipe(plan: Plan, files: FileHashes) -> str:
+    """YAML that makes the same again: repos at their commits, local folders by the hash of their weights."""
+
+    def pin(name: str, checkpoint: Checkpoint) -> dict[str, str]:
+        pinned = {"ref": checkpoint.source.pinned}
+        return pinned if checkpoint.source.commit else {**pinned, "sha256": weights_sha256(files[name])}
+
+    recipe = plan.recipe.model_copy(
+        update={
+            "base": Input(**pin("base", plan.base)),
+            "localized" if isinstance(plan, StitchPlan) else "finetuned": tuple(
+                Finetuned(**pin(name, checkpoint), name=name) for name, checkpoint in plan.finetuned.items()
+            ),
+            "data": {name: found.pinned for name, found in plan.data.items()} or (),
+            **_pinned_fitting(plan),
+        }
+    )
+    head = f"# What made this; run it again: hf-locstitch {plan.command} locstitch.yaml --out DIR\n"
+    return head + dump_recipe(recipe)
+
+
+def _pinned_fitting(plan: Plan) -> dict[str, Any]:
+    """How values are fitted, with the very inputs."""
+    recipe = plan.recipe
+    pinned = {"data": {name: found.pinned for name, found in plan.fit_data.items()}}
+    if recipe.stitch is not None:
+        return {"stitch": recipe.stitch.model_copy(update=pinned)}
+    return {"method": recipe.method.model_copy(update=pinned)} if recipe.fitting is not None else {}
+
+
+def _localized_inputs(plan: Plan) -> Mapping[str, LocalizedCheckpoint]:
+    return plan.localized_inputs if isinstance(plan, StitchPlan) else {}
+
+
+def check_pins(plan: Plan, files: FileHashes) -> None:
+    """Raises CheckpointError if an input's weights are not those that the recipe asks for, or that were localized."""
+    for name, entry in zip(plan.inputs, (plan.recipe.base, *plan.recipe.entries), strict=True):
+        got = weights_sha256(files[name])
+        if entry.sha256 not in (None, got):
+            raise CheckpointError(
+                f"the weights of {plan.inputs[name].label} have sha256 {got}, but the recipe asks for {entry.sha256}: "
+                "it was made from other weights. Name the right checkpoint, or drop sha256 from the recipe."
+            )
+    for name, one in _localized_inputs(plan).items():
+        for file, got in files[name].items():
+            if got != (due := one.record.outputs[file]["sha256"]):
+                raise CheckpointError(
+                    f"{one.label}/{file} is damaged: it has sha256 {got}, its manifest says {due}. Fetch it again."
+                )
+        if unlike := [file for file, due in one.base.files.items() if files["base"].get(file) != due]:
+            got = files["base"].get(unlike[0], "absent")
+            raise CheckpointError(
+                f"{one.label} was localized against {one.base.ref}, whose {unlike[0]} has sha256 "
+                f"{one.base.files[unlike[0]]}; in the base {plan.base.label} it is {got}. Name the base that it was "
+                "localized against."
+            )

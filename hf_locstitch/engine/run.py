@@ -1,0 +1,184 @@
+"""What every run shares: it finds masks, writes them and the shards, and then everything beside them.
+
+OUT appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from hf_locstitch.artifacts.manifest import FILE, RECIPE_FILE, Manifest, to_json
+from hf_locstitch.artifacts.mask_file import assemble_mask, encode_masks, mask_metadata
+from hf_locstitch.artifacts.mask_source import MaskSource
+from hf_locstitch.artifacts.overlap import Overlap
+from hf_locstitch.checkpoints.byte_ranges import Pieces
+from hf_locstitch.checkpoints.hashes import InputHashes
+from hf_locstitch.engine.inputs import Inputs
+from hf_locstitch.engine.record import FileHashes, check_pins, finish, make_manifest, pinned_recipe
+from hf_locstitch.engine.work_dir import ShardRecord, WorkDir, fingerprint
+from hf_locstitch.localize.localizer import LocalizeJob
+from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan
+from hf_locstitch.report.card import write_card
+from hf_locstitch.report.figures.survey import Survey, draw_merge, survey_merge
+from hf_locstitch.runtime.processes import Processes, divide
+from hf_locstitch.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from hf_locstitch.report.publish import Upload
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+class Run(ABC, Generic[AnyPlan]):
+    """One plan carried out in one process. Every process makes the same calls in the same order."""
+
+    def __init__(
+        self,
+        plan: AnyPlan,
+        work: WorkDir,
+        processes: Processes,
+        progress: Progress,
+        hashes: InputHashes,
+        upload: Upload | None = None,
+    ) -> None:
+        self.plan, self.work, self.processes, self.hashes, self.upload = plan, work, processes, hashes, upload
+        self.progress = progress if processes.first else Progress(False)
+        self.settings = plan.settings
+        tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
+        owners = divide([tensor.nbytes for tensor in tensors], processes.count)
+        self.own = {t.name for t, owner in zip(tensors, owners, strict=True) if owner == processes.rank}
+        self.verified_before = processes.gather(work.verified())[0]
+
+    @abstractmethod
+    def find_masks(self, inputs: Inputs) -> Mapping[str, MaskSource]:
+        """The mask of each finetune, by name; none for a method without masks."""
+
+    @abstractmethod
+    def write_shards(
+        self, inputs: Inputs, masks: Mapping[str, MaskSource], background: ThreadPoolExecutor
+    ) -> tuple[Overlap, dict[str, ShardRecord]]:
+        """The output's shards. Returns how the masks overlap, and what is known of each shard."""
+
+    def read_later(self) -> Pieces:
+        """What writing the shards will read, beside the masks."""
+        return {}
+
+    def fit(self, inputs: Inputs, masks: Mapping[str, MaskSource]) -> dict[str, Any] | None:
+        """Fit values before shards are written, and return what to record of it; None where nothing is fitted."""
+        return None
+
+    def write_side_files(self) -> None:
+        """What makes a model of its shards."""
+
+    def run(self) -> Manifest:
+        began = time.monotonic()
+        note = self.work.note_verified if self.first else lambda _: None
+        with Inputs(self.plan, self.progress, self.work.spill, note) as inputs, ThreadPoolExecutor(2) as background:
+            if self.processes.count > 1:
+                self.processes.together(inputs.fetch)
+            masks = self.find_masks(inputs)
+            with ThreadPoolExecutor(1) as aside:
+                written = aside.submit(self._write_masks, masks)
+                if self.processes.count > 1:  # all talk to each other in the same order
+                    written.result()
+                surveyed = aside.submit(self._survey, written)
+                stitch = self.fit(inputs, masks)
+                overlap, shards = self.write_shards(inputs, masks, background)
+                found = surveyed.result()
+            for mask in masks.values():
+                mask.close()
+        files = self.files
+        records: list[Manifest] = []
+        self.processes.on_first(lambda: records.append(self._finish(files, overlap, shards, found, stitch, began)))
+        return self.processes.gather(records[0] if records else None)[0]  # type: ignore[return-value]
+
+    @property
+    def first(self) -> bool:
+        return self.processes.first
+
+    def _survey(self, written: Future[None]) -> Survey | None:
+        """What the figures show of masks and inputs."""
+        written.result()
+        return survey_merge(self.plan, self.work.stage) if self.first else None
+
+    @cached_property
+    def files(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of every shard of every input."""
+        own = self.processes.together(self.hashes.wait)
+        files: dict[str, dict[str, str]] = {name: {} for name in self.plan.inputs}
+        for results in self.processes.gather(own):
+            for name, file, digest in results:
+                files[name][file] = digest
+        return files
+
+    def _write_masks(self, masks: Mapping[str, MaskSource]) -> None:
+        for name, mask in masks.items():
+            parts = self.work.spill / f"{name}.mask-{self.processes.rank}"
+            encode = self.processes.together(
+                lambda mask=mask, parts=parts: encode_masks(mask, self.own, parts, self.settings.workers)
+            )
+            places = self.processes.gather((parts, encode))
+            self.processes.on_first(lambda name=name, ones=mask.ones, places=places: self._assemble(name, ones, places))
+
+    def _assemble(self, name: str, ones: int, places: list[tuple[Path, dict[str, tuple[int, int]]]]) -> None:
+        plan, folder = self.plan, self.work.stage / "masks"
+        folder.mkdir(exist_ok=True)
+        localizer = plan.localizers[name].model_dump(mode="json")
+        metadata = mask_metadata(name, plan.base.source.pinned, plan.origins[name], localizer, ones, plan.mask_tensors)
+        assemble_mask(folder / f"{name}.safetensors", plan.mask_tensors, places, metadata)
+
+    def _finish(
+        self,
+        files: FileHashes,
+        overlap: Overlap,
+        shards: Mapping[str, ShardRecord],
+        found: Survey | None,
+        stitch: dict[str, Any] | None,
+        began: float,
+    ) -> Manifest:
+        """Everything beside weights and masks."""
+        plan, stage = self.plan, self.work.stage
+        check_pins(plan, files)
+        self.write_side_files()
+        record = make_manifest(plan, files, overlap, fingerprint(plan), stitch)
+        (stage / RECIPE_FILE).write_text(pinned_recipe(plan, files), encoding="utf-8")
+        figures = draw_merge(record, found, stage)
+        write_card(plan, record, stage / "README.md", figures)
+        known = {file: (shard.size, shard.sha256) for file, shard in shards.items()}
+        record = finish(record, stage, known, time.monotonic() - began)
+        (stage / FILE).write_text(to_json(record), encoding="utf-8")
+        return record
+
+
+def localize(run: Run[MergePlan] | Run[LocalizePlan], inputs: Inputs) -> Mapping[str, MaskSource]:
+    """The masks that a plan's localizer finds."""
+    plan = run.plan
+
+    def trusted(model: str, tensor: str) -> bool:
+        """Whether what an earlier process took from the files that hold this tensor was right."""
+        files = ((name, plan.inputs[name].tensors[tensor][0].file) for name in ("base", model))
+        return all(file in run.verified_before for file in files)
+
+    job = LocalizeJob(
+        base=plan.base,
+        finetuned=plan.finetuned,
+        tensors=plan.mask_tensors,
+        groups=plan.groups,
+        data=plan.data,
+        inputs=inputs,
+        own=run.own,
+        folder=run.work.spill,
+        settings=plan.settings,
+        processes=run.processes,
+        progress=run.progress,
+        kept={name: pieces for name, pieces in run.read_later().items() if name != "base"},
+        trusted=trusted,
+        allow_non_finite=plan.recipe.allow_non_finite,
+    )
+    return plan.localizer.find_masks(job)

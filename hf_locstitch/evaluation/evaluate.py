@@ -1,0 +1,176 @@
+"""`evaluate`: models and tasks in, a report out; and the same for a merge that has just been made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from hf_locstitch.artifacts.manifest import RECIPE_FILE
+from hf_locstitch.checkpoints.checkpoint import open_checkpoint, open_source
+from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.errors import LocstitchError, RecipeError, WorkError
+from hf_locstitch.evaluation.models import (
+    Model,
+    average_model,
+    check_language_model,
+    content_of,
+    gather_models,
+    with_own_names,
+)
+from hf_locstitch.evaluation.report import EvaluationReport
+from hf_locstitch.evaluation.session import Session, Settings
+from hf_locstitch.plan.plans import ModelPlan
+from hf_locstitch.plan.recipe import load_recipe, make_recipe
+from hf_locstitch.runtime.processes import Processes, find_processes
+from hf_locstitch.tasks.leaks import UsedData, used_open_set
+
+
+def evaluate(
+    refs: Sequence[str | Path] | str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    suite: Literal["paper", "quick"] | None = None,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    chat_template: bool = False,
+    base: str | Path | None = None,
+    finetuned: Sequence[str | Path] | None = None,
+    parents: bool = False,
+    average: bool = False,
+    push: bool = False,
+    track: Literal["trackio", "wandb"] | None = None,
+    cache: bool = True,
+    show_progress: bool = False,
+) -> EvaluationReport:
+    """Run lm-eval's tasks on models side by side.
+
+    refs: one or more folders, org/name or org/name@revision; the first is the subject. tasks: NAME or NAME:SHOTS.
+    suite: a bundle of tasks. include_path: a folder of further task files. limit: examples a task, all by default.
+    batch_size: the largest that fits by default. base, finetuned: to compare with. parents: also evaluate the inputs
+    of the first ref, a merge, as its manifest names them. average: also evaluate the inputs' plain average. push:
+    write the results into the card of the first ref, a folder or, in one commit, a repo. track: log them, too.
+    cache: whether scores measured before are used.
+
+    Raises RequestError if that cannot be done and WorkError if the work fails; what was measured by then is kept.
+    """
+    listed = [str(refs)] if isinstance(refs, (str, Path)) else [str(ref) for ref in refs]
+    include = None if include_path is None else Path(include_path)
+    session = Session(Settings(tasks, suite, include, limit, batch_size, chat_template, cache, show_progress))
+    if track is not None:
+        from hf_locstitch.evaluation.tracking import find_tracker
+
+        find_tracker(track)
+    models = gather_models(
+        listed,
+        base=None if base is None else str(base),
+        finetuned=None if finetuned is None else [str(ref) for ref in finetuned],
+        parents=parents,
+        average=average,
+    )
+    if push:
+        from hf_locstitch.evaluation.publishing import check_writable
+
+        check_writable(listed[0])
+    processes = find_processes()
+    report = session.run(models, processes, _data_of(listed[0]))
+    processes.end()
+    if processes.first and push:
+        from hf_locstitch.evaluation.publishing import write_results
+
+        report = write_results(report, listed[0])
+    if processes.first and track is not None:
+        from hf_locstitch.evaluation.tracking import log_report
+
+        log_report(report, track)
+    return report
+
+
+def _data_of(ref: str) -> list[UsedData]:
+    """The data sets that a merge was made with, as its recipe says; none for another model."""
+    source = open_source(parse_ref(ref))
+    if RECIPE_FILE not in source.files:
+        return []
+    try:
+        return make_recipe(load_recipe(source.fetch(RECIPE_FILE)), RECIPE_FILE).used_data
+    except RecipeError:
+        return []  # of another version
+
+
+class AfterMerge:
+    """The evaluation that a recipe asks for. Made before the merge, so that what is wrong with it is said in time."""
+
+    def __init__(self, plan: ModelPlan, show_progress: bool = False) -> None:
+        """Raises RequestError."""
+        asked = plan.recipe.evaluate
+        assert asked is not None
+        self.recipe, self.plan, self.asked = plan.recipe, plan, asked
+        self.session = Session(
+            Settings(
+                asked.tasks,
+                asked.suite,
+                asked.include_path,
+                asked.limit,
+                asked.batch_size,
+                asked.chat_template,
+                show_progress=show_progress,
+            )
+        )
+        if not plan.settings.cache:
+            raise RecipeError(
+                "evaluate: needs the models on this machine. Drop --no-cache, or evaluate the merge later."
+            )
+        check_language_model(plan.files)
+        _ = self.session.manager  # raises for unknown tasks
+
+    def run(self, out: Path, processes: Processes) -> EvaluationReport:
+        """Evaluate the merge in `out` and write the results into it. Raises WorkError; the merge stays."""
+        try:
+            report = self.session.run(self._models(out), processes, self._used())
+            if processes.first:
+                report = self._write(report, out)
+            return report
+        except LocstitchError as error:
+            raise WorkError(
+                f"the merge is complete in {out}, its evaluation is not: {error} The same command goes on from there."
+            ) from error
+
+    def _used(self) -> list[UsedData]:
+        """The data sets that the merge was made with."""
+        return [
+            *(used_open_set(found, "masks were found") for found in self.plan.data.values()),
+            *(used_open_set(found, "values were fitted") for found in self.plan.fit_data.values()),
+        ]
+
+    def _models(self, out: Path) -> list[Model]:
+        plan = self.plan
+        merged = open_checkpoint(parse_ref(str(out.absolute())))
+        ref = self.recipe.push_to or merged.source.pinned
+        subject = Model(ref.rsplit("/", 1)[-1], "model", ref, content_of(merged), merged)
+        if not self.asked.parents and not self.asked.average:
+            return [subject]
+        inputs = {
+            name: Model(
+                name,
+                "base" if checkpoint is plan.base else "finetuned",
+                checkpoint.source.pinned,
+                content_of(checkpoint),
+                checkpoint,
+            )
+            for name, checkpoint in plan.inputs.items()
+        }
+        models = list(inputs.values())
+        if self.asked.average:
+            entries = (self.recipe.base, *self.recipe.finetuned)
+            refs = [e.ref if m.checkpoint and m.checkpoint.source.commit is None else m.ref
+                    for m, e in zip(models, entries, strict=True)]  # fmt: skip
+            models.append(average_model(models[0], models[1:], refs))
+        return with_own_names([*models, subject])
+
+    def _write(self, report: EvaluationReport, out: Path) -> EvaluationReport:
+        from hf_locstitch.evaluation.publishing import record_in
+
+        title = (self.recipe.push_to or out.absolute().name).rsplit("/", 1)[-1]
+        return replace(report, figures=tuple(str(path) for path in record_in(report, out, title)))

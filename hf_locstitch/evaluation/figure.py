@@ -1,0 +1,53 @@
+"""The scores as a picture."""
+
+from __future__ import annotations
+
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_locstitch.evaluation.report import EvaluationReport
+from hf_locstitch.report.figures.draw import COLOURS, INK, MARKERS, NOTHING, PAGE, new_figure, save, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STEM = "scores"
+
+
+def draw_evaluation(report: EvaluationReport, folder: Path) -> list[Path]:
+    """The scores, as PNG and SVG; the data are the report's, which whoever publishes it writes beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return save(draw_scores(report), folder / STEM)
+
+
+@styled
+def draw_scores(report: EvaluationReport) -> Figure:
+    """The main metric of each task, one marker a model, with standard errors."""
+    results = report.models[0].results
+    models = report.models
+    figure = new_figure(PAGE, 1.5 + len(results) * max(0.42, 0.13 * len(models)))
+    axes = figure.subplots()
+    offsets = np.linspace(-0.32, 0.32, len(models)) if len(models) > 1 else [0.0]
+    marks = zip(models, offsets, islice(cycle(COLOURS), len(models)), cycle(MARKERS), strict=False)
+    for model, offset, colour, marker in marks:
+        found = [(place, model.score(r.task, r.main.metric)) for place, r in enumerate(results)]
+        points = [(place + offset, score.value, score.stderr or 0.0) for place, score in found if score is not None]
+        if not points:
+            continue
+        heights, values, errors = zip(*points, strict=True)
+        judged = model is report.subject
+        axes.errorbar(
+            values, heights, xerr=errors, fmt=marker, color=colour, markersize=7 if judged else 5, capsize=2,
+            elinewidth=1, markeredgecolor=INK if judged else colour, label=model.name, zorder=3 if judged else 2,
+        )  # fmt: skip
+    axes.set_yticks(range(len(results)), [f"{r.title}\n{r.main.metric}" for r in results])
+    axes.set_ylim(len(results) - 0.45, -0.55)
+    axes.grid(axis="x", color=NOTHING, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("score, with its standard error")
+    axes.set_title("Scores by lm-eval")
+    figure.legend(loc="outside lower center", ncols=min(6, len(models)), frameon=False)
+    return figure

@@ -1,0 +1,69 @@
+"""The checkpoints that a merge was made from, as its manifest names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hf_locstitch.artifacts.manifest import InputRecord, Manifest
+from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hf_locstitch.checkpoints.mapped import MappedCheckpoint
+from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.errors import LocstitchError, RecipeError
+from hf_locstitch.inspection.verification.report import Finding
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an input is looked for. asked: by a person, not by the manifest."""
+
+    name: str
+    ref: str
+    asked: bool
+
+
+def input_places(record: Manifest, base: str | None, finetuned: Sequence[str] | None) -> list[Place]:
+    """One for each input. Raises RecipeError unless there are as many refs as finetunes."""
+    names = [entry.name for entry in record.inputs if entry.role != "base"]
+    if finetuned is not None and len(finetuned) != len(names):
+        raise RecipeError(
+            f"{len(finetuned)} finetunes are given, but the merge was made from {len(names)} "
+            f"({', '.join(names)}). Give one each, in this order."
+        )
+    asked = dict(zip(names, finetuned or (), strict=False))
+    if base is not None:
+        asked |= {entry.name: base for entry in record.inputs if entry.role == "base"}
+    return [Place(entry.name, asked.get(entry.name, entry.ref), entry.name in asked) for entry in record.inputs]
+
+
+def open_inputs(places: Sequence[Place]) -> tuple[dict[str, Checkpoint], list[str]]:
+    """The inputs that can be had, and why the others cannot. Raises CheckpointError for one that a person asked for."""
+    opened, reasons = {}, []
+    for place in places:
+        try:
+            opened[place.name] = open_checkpoint(parse_ref(place.ref))
+        except LocstitchError as error:
+            if place.asked:
+                raise
+            reasons.append(f"{place.name}: {error}")
+    return opened, reasons
+
+
+def check_hashes(entry: InputRecord, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """The shards are those of the merge. A repo's own statement is believed: what is fetched is checked against it."""
+    source = checkpoint.source
+    found = {s.file: source.files[s.file].sha256 or source.sha256(s.file) for s in checkpoint.shards}
+    for file in sorted(entry.files.keys() | found.keys()):
+        got, due = found.get(file, "absent"), entry.files.get(file, "absent")
+        if got != due:
+            where = f"{entry.name} ({checkpoint.label}/{file})"
+            yield Finding("inputs", where, "sha256", got, f"{due} as in locstitch.json")
+
+
+def fetch_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> MappedCheckpoint:
+    """The checkpoint, of which only the shards that hold the tensors `names` are fetched and opened."""
+    needed = {checkpoint.tensors[name][0].file for name in names if name in checkpoint.tensors}
+    shards = tuple(shard for shard in checkpoint.shards if shard.file in needed)
+    return MappedCheckpoint(
+        replace(checkpoint, shards=shards), {shard.file: checkpoint.source.fetch(shard.file) for shard in shards}
+    )

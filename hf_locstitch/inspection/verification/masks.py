@@ -1,0 +1,135 @@
+"""The masks of a merge, one tensor at a time: what they cover, counted again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from hf_locstitch.artifacts.manifest import Manifest
+from hf_locstitch.artifacts.mask_file import DamagedMask, ForeignMask, MaskFile, Positions, Shapes
+from hf_locstitch.artifacts.overlap import jaccard
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.source import Source
+from hf_locstitch.inspection.verification.report import Finding
+from hf_locstitch.localize.density import exact_share
+
+
+def mask_finding(error: DamagedMask | ForeignMask) -> Finding:
+    return Finding("masks", error.file, "the file", error.fault, "a mask of hf-locstitch")
+
+
+def open_masks(source: Source, record: Manifest) -> tuple[dict[str, MaskFile], list[Finding]]:
+    """The masks that can be read, and a finding for each that cannot."""
+    masks: dict[str, MaskFile] = {}
+    findings = []
+    for name, entry in record.masks.items():
+        if entry.file not in source.files:
+            findings.append(Finding("masks", entry.file, "the file", "absent", "a mask of hf-locstitch"))
+            continue
+        try:
+            masks[name] = MaskFile(source.fetch(entry.file), entry.file)
+        except (DamagedMask, ForeignMask) as error:
+            findings.append(mask_finding(error))
+    return masks, findings
+
+
+def check_tensors(masks: Mapping[str, MaskFile], localized: Sequence[TensorInfo]) -> Iterator[Finding]:
+    """Each mask covers just the localized tensors, in their shapes."""
+    shapes = {info.name: info.shape for info in localized}
+    for mask in masks.values():
+        for tensor in sorted(shapes.keys() | mask.shapes.keys()):
+            found, due = mask.shapes.get(tensor), shapes.get(tensor)
+            if found != due:
+                yield Finding("masks", mask.label, f"the shape of {tensor}", _shape(found), _shape(due))
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+@dataclass(frozen=True)
+class Tally:
+    """ones: of each mask in each tensor. covered: coordinates that c masks cover [masks + 1]. both: of each pair."""
+
+    ones: Mapping[str, Mapping[str, int]]
+    covered: list[int]
+    both: Mapping[tuple[str, str], int]
+
+
+def tally(masks: Mapping[str, MaskFile], shapes: Shapes) -> Tally:
+    """Count the ones of all masks, a tensor at a time. Raises DamagedMask."""
+    ones: dict[str, dict[str, int]] = {name: {} for name in masks}
+    both = dict.fromkeys(combinations(masks, 2), 0)
+    covered = np.zeros(len(masks) + 1, dtype=np.int64)
+    for tensor, shape in shapes.items():
+        places = positions_of(masks, tensor)
+        times = np.zeros(math.prod(shape), dtype=np.uint8)
+        for i, (name, found) in enumerate(places.items()):
+            ones[name][tensor] = len(found)
+            member = np.zeros(len(times), dtype=bool)
+            member[found] = True
+            times += member
+            for other in list(places)[i + 1 :]:
+                both[name, other] += int(np.count_nonzero(member[places[other]]))
+        covered[1:] += [np.count_nonzero(times == count) for count in range(1, len(covered))]
+        covered[0] += len(times) - np.count_nonzero(times)
+    return Tally(ones, covered.tolist(), both)
+
+
+def positions_of(masks: Mapping[str, MaskFile], tensor: str) -> dict[str, Positions]:
+    """Of every mask, in one tensor. Raises DamagedMask."""
+    return {name: mask.positions(tensor) for name, mask in masks.items()}
+
+
+def check_counts(record: Manifest, counts: Tally) -> Iterator[Finding]:
+    """Ones, coverage and overlaps are those of the manifest."""
+    for name, entry in record.masks.items():
+        ones = sum(counts.ones[name].values())
+        if ones != entry.ones:
+            yield Finding("masks", entry.file, "number of ones", ones, entry.ones)
+    if counts.covered != record.covered_by:
+        due = f"{record.covered_by} (covered_by in locstitch.json)"
+        yield Finding("masks", "masks", "coordinates covered by 0, 1, … masks", str(counts.covered), due)
+    listed = {tuple(entry["masks"]): entry for entry in record.overlap}
+    for pair, both in counts.both.items():
+        found = both, jaccard(both, *(sum(counts.ones[name].values()) for name in pair))
+        entry = listed.get(pair, {})
+        if found != (due := (entry.get("both"), entry.get("jaccard"))):
+            where = " and ".join(f"masks/{name}" for name in pair)
+            yield Finding("masks", where, "overlap (both, jaccard)", str(found), f"{due} as in locstitch.json")
+
+
+def check_shares(record: Manifest, counts: Tally, localized: Sequence[TensorInfo]) -> Iterator[Finding]:
+    """N, k and densities of a merge by Localize-and-Stitch belong together."""
+    n = sum(info.numel for info in localized)
+    if n != record.N:
+        yield Finding("masks", "locstitch.json", "N", record.N, f"{n}, the elements of the localized tensors")
+    localizer = dict(record.localizer or {})
+    density = localizer.get("density")
+    for name, entry in record.masks.items():
+        if entry.density != density and density is not None:
+            yield Finding("masks", "locstitch.json", f"density of mask {name}", str(entry.density), str(density))
+        if record.k is not None and entry.ones != record.k:
+            yield Finding("masks", "locstitch.json", f"number of ones of mask {name}", entry.ones, f"k = {record.k}")
+        real = entry.ones / n if n else 0.0
+        if entry.real_density != real:
+            yield Finding("masks", "locstitch.json", f"real density of mask {name}", str(entry.real_density), str(real))
+    if density is not None and record.k is not None:
+        yield from _check_k(record, counts, localized, float(density), localizer.get("scope") == "tensor")
+
+
+def _check_k(
+    record: Manifest, counts: Tally, localized: Sequence[TensorInfo], density: float, per_tensor: bool
+) -> Iterator[Finding]:
+    shares = {info.name: exact_share(density, info.numel) for info in localized}
+    k = sum(shares.values()) if per_tensor else exact_share(density, sum(info.numel for info in localized))
+    if record.k != k:
+        yield Finding("masks", "locstitch.json", f"k at density {density}", str(record.k), k)
+    for name, ones in counts.ones.items() if per_tensor else ():
+        for tensor, share in shares.items():
+            if ones[tensor] != share:
+                yield Finding("masks", f"masks/{name}", f"number of ones in {tensor}", ones[tensor], share)

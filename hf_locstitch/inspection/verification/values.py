@@ -1,0 +1,239 @@
+"""The values of a merge against its inputs: computed again straight from masks and inputs, chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from hf_locstitch.artifacts.mask_file import MaskFile
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
+from hf_locstitch.inspection.verification.masks import positions_of
+from hf_locstitch.inspection.verification.report import Finding
+from hf_locstitch.runtime.dtypes import FLOATING, ON_DISK
+
+PIECE = 1 << 18  # elements looked at together
+INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+ABOVE_ALL = 1 << 31  # larger than the bits of any float32 without sign
+
+Kept = tuple[torch.Tensor, torch.Tensor]
+
+
+def stitched(base: torch.Tensor, finetuned: Sequence[Kept], scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """The merged values [n]. base: [n]; finetuned: values [n] and kept places [m] of each, in the order of adding.
+
+    Source: arXiv 2408.13656, section 3.3: the mean of the finetuned values where masks cover, else the base's.
+    """
+    merged = base.to(dtype, copy=True)
+    times = torch.zeros(len(base), dtype=torch.uint8)
+    total = torch.full((len(base),), -0.0, dtype=torch.float64)  # −0 adds nothing, not even a sign
+    for values, places in finetuned:
+        times[places] += 1
+        total[places] += values[places].double()
+        merged[places] = values[places].to(dtype)
+    averaged = times > (1 if scale == 1.0 else 0)
+    mean = total[averaged] / times[averaged]
+    if scale != 1.0:
+        start = base[averaged].float()
+        mean = start + scale * (mean.float() - start)
+    merged[averaged] = mean.to(dtype)
+    return merged
+
+
+def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Places where two tensors [n] of one dtype differ in any bit; a NaN is a NaN. Returns int64 [d]."""
+    integer = INTEGER[one.element_size()]
+    unlike = one.view(integer) != other.view(integer)
+    if one.is_floating_point():
+        unlike &= ~(one.isnan() & other.isnan())
+    return unlike.nonzero().flatten()
+
+
+@dataclass
+class Extremes:
+    """The smallest |task vector| that a mask keeps and the largest that it leaves, as float32 bits, and where."""
+
+    kept: int = ABOVE_ALL
+    left: int = -1
+    kept_in: str = ""
+    left_in: str = ""
+
+    def add(self, tensor: str, scores: torch.Tensor, places: torch.Tensor) -> None:
+        """scores: float32 [n], not negative, overwritten; places: the kept ones [m]. NaN counts as the largest."""
+        bits = scores.view(torch.int32)
+        kept = int(bits[places].min()) if len(places) else ABOVE_ALL
+        bits[places] = -1
+        left = int(bits.max())
+        if kept < self.kept:
+            self.kept, self.kept_in = kept, tensor
+        if left > self.left:
+            self.left, self.left_in = left, tensor
+
+    def check(self, mask: str) -> Iterator[Finding]:
+        if self.left > self.kept:
+            what = f"the largest |task vector| left out (in {self.left_in})"
+            due = f"at most {_float(self.kept)}, the smallest that is kept (in {self.kept_in})"
+            yield Finding("values", mask, what, _float(self.left), due)
+
+
+def _float(bits: int) -> str:
+    return f"{torch.tensor([bits], dtype=torch.int32).view(torch.float32).item():.9g}"
+
+
+@dataclass(frozen=True)
+class How:
+    """top_k: whether masks keep the largest entries of the model, or of each tensor, or ("") neither. refitted: tensors
+    whose values under the masks are no mean, and not computed again."""
+
+    scale: float
+    top_k: Literal["model", "tensor", ""]
+    refitted: frozenset[str] = frozenset()
+
+
+@dataclass
+class ValueCheck:
+    """merged, base, rest: opened. finetuned: in the order of adding, with the masks of the same names.
+
+    rest: the checkpoint of the tensors that are not localized.
+    """
+
+    merged: CheckpointReader
+    base: CheckpointReader
+    rest: CheckpointReader
+    finetuned: Mapping[str, CheckpointReader]
+    masks: Mapping[str, MaskFile]
+    how: How
+    coordinates: int = 0
+    extremes: dict[str, Extremes] = field(default_factory=dict)
+
+    def localized(self, tensor: str) -> Iterator[Finding]:
+        """Values under the masks, and that these keep the largest. Raises DamagedMask."""
+        inputs = {"base": self.base, **self.finetuned}
+        shape = self.merged.checkpoint.info(tensor).shape
+        if unlike := list(_unlike_inputs(tensor, shape, inputs)):
+            yield from unlike
+            return
+        places = {name: torch.from_numpy(found) for name, found in positions_of(self.masks, tensor).items()}
+        wrong = Differences(tensor, self.merged.where(tensor), shape)
+        for first in range(0, math.prod(shape), PIECE):
+            self._piece(tensor, first, places, wrong)
+        yield from wrong.findings()
+        if self.how.top_k == "tensor":
+            yield from self.kept_the_largest()
+            self.extremes.clear()
+
+    def kept_the_largest(self) -> Iterator[Finding]:
+        """Over the tensors looked at so far that compete with one another."""
+        for name, extremes in self.extremes.items():
+            yield from extremes.check(self.masks[name].label)
+
+    def _piece(self, tensor: str, first: int, places: Mapping[str, torch.Tensor], wrong: Differences) -> None:
+        info = self.merged.checkpoint.info(tensor)
+        count = min(PIECE, info.numel - first)
+        base = self.base.flat(tensor, first, count)
+        finetuned: list[Kept] = []
+        for name, reader in self.finetuned.items():
+            begin, end = np.searchsorted(places[name].numpy(), [first, first + count])
+            values, kept = reader.flat(tensor, first, count), places[name][begin:end] - first
+            finetuned.append((values, kept))
+            if self.how.top_k:
+                scores = (values.float() - base.float()).abs()
+                self.extremes.setdefault(name, Extremes()).add(tensor, scores, kept)
+        due = stitched(base, finetuned, self.how.scale, TORCH_DTYPE[info.dtype])
+        got = self.merged.flat(tensor, first, count)
+        if tensor in self.how.refitted:
+            got = got.clone()
+            for _, kept in finetuned:
+                got[kept] = due[kept]
+        wrong.compare(got, due, first)
+        self.coordinates += count
+        for reader in (self.merged, self.base, *self.finetuned.values()):
+            reader.release(tensor, first, count)
+
+    def other(self, tensor: str) -> Iterator[Finding]:
+        """A tensor that is not localized has the bytes of `rest`, cast where another dtype was asked for."""
+        got, due = self.merged.checkpoint.info(tensor), self.rest.checkpoint.info(tensor)
+        wrong = Differences(tensor, self.merged.where(tensor), got.shape)
+        for first in range(0, got.numel, PIECE):
+            count = min(PIECE, got.numel - first)
+            if got.floating:
+                values = self.rest.flat(tensor, first, count).to(TORCH_DTYPE[got.dtype])
+                wrong.compare(self.merged.flat(tensor, first, count), values, first)
+            else:
+                item = got.nbytes // got.numel
+                wrong.compare(
+                    _raw(self.merged, got, first, count, item), _raw(self.rest, due, first, count, item), first
+                )
+            self.coordinates += count
+            for reader in (self.merged, self.rest):
+                reader.release(tensor, first, count)
+        yield from wrong.findings()
+
+
+def _raw(reader: CheckpointReader, info: TensorInfo, first: int, count: int, item: int) -> torch.Tensor:
+    """Elements of whatever dtype, each as one integer [count], or as their bytes where there is no such integer."""
+    raw = torch.frombuffer(reader.raw(info.name, first * item, (first + count) * item), dtype=torch.uint8)
+    return raw.clone().view(INTEGER[item]) if item in INTEGER else raw
+
+
+@dataclass
+class Differences:
+    """How many values of a tensor are wrong, and the first of them."""
+
+    tensor: str
+    file: str
+    shape: tuple[int, ...]
+    count: int = 0
+    first: tuple[int, str, str] | None = None
+
+    def compare(self, got: torch.Tensor, due: torch.Tensor, start: int) -> None:
+        """got, due: [n], of which the first lies at `start`."""
+        places = differing(got, due)
+        if len(places) and self.first is None:
+            at = int(places[0])
+            self.first = start + at, repr(got[at].item()), repr(due[at].item())
+        self.count += len(places)
+
+    def findings(self) -> Iterator[Finding]:
+        if self.first is not None:
+            at, got, due = self.first
+            index = [int(i) for i in np.unravel_index(at, self.shape)]
+            which = f"{self.count} of {math.prod(self.shape)} values are wrong in {self.file}; the one"
+            yield Finding("values", self.tensor, f"{which} at {index}", got, due)
+
+
+def _unlike_inputs(tensor: str, shape: tuple[int, ...], inputs: Mapping[str, CheckpointReader]) -> Iterator[Finding]:
+    for name, reader in inputs.items():
+        if tensor not in reader.checkpoint.tensors:
+            yield Finding(
+                "values", tensor, f"the tensor of {name} ({reader.checkpoint.label})", "absent", str(list(shape))
+            )
+        elif (got := reader.checkpoint.info(tensor)).shape != shape or not got.floating:
+            found = f"{got.dtype} {list(got.shape)}"
+            due = f"floating-point {list(shape)}, as in the merge"
+            yield Finding("values", tensor, f"the tensor of {name} ({reader.checkpoint.label})", found, due)
+
+
+def check_layout(
+    merged: Checkpoint, base: Checkpoint, rest: Checkpoint, localized: frozenset[str], dtype: str
+) -> Iterator[Finding]:
+    """Names, dtypes and shapes of all tensors, from the headers."""
+    for name in sorted(merged.tensors.keys() | rest.tensors.keys()):
+        source = base if name in localized else rest
+        found = _kind(merged.info(name)) if name in merged.tensors else "absent"
+        due = _kind(source.info(name), dtype) if name in source.tensors else "absent"
+        if found != due:
+            yield Finding("values", name, "the tensor in the merge", found, f"{due} as in {source.label}")
+
+
+def _kind(info: TensorInfo, dtype: str = "auto") -> str:
+    """dtype: that the recipe asks for."""
+    cast = info.dtype in FLOATING and dtype != "auto"
+    return f"{ON_DISK[dtype] if cast else info.dtype} {list(info.shape)}"

@@ -1,0 +1,291 @@
+"""`verify`: files against the manifest, masks against densities, values against inputs. Only reads.
+
+Of a localized checkpoint the values are those under its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, read_localized
+from hf_locstitch.artifacts.manifest import FILE, RECIPE_FILE, Manifest, open_manifest
+from hf_locstitch.artifacts.mask_file import DamagedMask, MaskFile
+from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source, read_checkpoint
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.localizable import localizable
+from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.checkpoints.source import Source
+from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
+from hf_locstitch.inspection.verification.files import check_files, check_recipe
+from hf_locstitch.inspection.verification.inputs import Place, check_hashes, fetch_tensors, input_places, open_inputs
+from hf_locstitch.inspection.verification.localized import GraftReader
+from hf_locstitch.inspection.verification.masks import (
+    check_counts,
+    check_shares,
+    check_tensors,
+    mask_finding,
+    open_masks,
+    tally,
+)
+from hf_locstitch.inspection.verification.report import Finding, Notes, VerifyReport
+from hf_locstitch.inspection.verification.values import How, ValueCheck, check_layout
+from hf_locstitch.plan.recipe import Recipe, load_recipe, make_recipe
+from hf_locstitch.runtime.chunks import one_torch_thread
+from hf_locstitch.runtime.progress import Progress
+
+METHOD = "locstitch"  # whose values are computed again
+OTHERS = 2  # tensors of a sample that are not localized
+SEED = 0
+
+Tensors = int | Literal["all"]
+
+
+def verify(
+    ref: str | Path,
+    *,
+    base: str | Path | None = None,
+    finetuned: Sequence[str | Path] | None = None,
+    tensors: Tensors = 8,
+    show_progress: bool | None = None,
+) -> VerifyReport:
+    """Read a merge or a localized checkpoint back; check its files, its masks and, for Localize-and-Stitch, its values.
+
+    ref: a folder, org/name or org/name@revision. base, finetuned: where the inputs are, if not where the manifest
+    names them; local ones are looked for in the working directory. tensors: how many localized tensors are computed
+    again (and two others), "all" for every tensor. show_progress: None shows bars on a terminal only.
+
+    Raises CheckpointError if `ref` is neither. What does not hold is no exception but a finding of the report.
+    """
+    source = open_source(parse_ref(str(ref)))
+    record = open_manifest(source)
+    places = input_places(
+        record, None if base is None else str(base), None if finetuned is None else [str(one) for one in finetuned]
+    )
+    notes, progress = Notes(), Progress(show_progress)
+    _files(source, record, progress, notes)
+    if record.is_localized:
+        _localized(source, record, places, tensors, progress, notes)
+    elif record.method == METHOD:
+        if merge := _read_merge(source, record, notes):
+            _values(merge, places, tensors, progress, notes)
+    else:
+        _foreign_masks(source, record, notes)
+        notes.skipped.append(f"values: only those of method {METHOD} are computed again, this one is {record.method}")
+    return VerifyReport(source.pinned, record.method, notes.checked, tuple(notes.skipped), tuple(notes.findings))
+
+
+def _files(source: Source, record: Manifest, progress: Progress, notes: Notes) -> None:
+    total = sum(entry.get("size", 0) for entry in record.outputs.values())
+    with progress.bar("files", total) as advance:
+        notes.findings += check_files(source, record, advance)
+    notes.count(files=len(record.outputs), bytes=total)
+
+
+def _foreign_masks(source: Source, record: Manifest, notes: Notes) -> None:
+    """Masks of another method may range over other tensors: over whatever the first of them does."""
+    if not record.masks:
+        notes.skipped.append("masks: the manifest lists none")
+        return
+    if (merged := _weights(source, notes)) is None:
+        return
+    masks, damaged = open_masks(source, record)
+    shapes = next(iter(masks.values())).shapes if masks else {}
+    ranged = [merged.info(name) for name in shapes if name in merged.tensors]
+    _masks(record, masks, damaged, ranged, notes)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge by Localize-and-Stitch of which recipe, headers and masks can be read. localized: tensors by name."""
+
+    record: Manifest
+    recipe: Recipe
+    weights: Checkpoint
+    localized: frozenset[str]
+    masks: Mapping[str, MaskFile]
+
+    @property
+    def rest(self) -> str:
+        """The input that gives the tensors that are not localized."""
+        return self.recipe.rest_from or "base"
+
+
+def _read_merge(source: Source, record: Manifest, notes: Notes) -> Merge | None:
+    """Check recipe and masks. None, with the reason noted, if values cannot be computed from them."""
+    weights, recipe = _weights(source, notes), _recipe(source, record, notes)
+    if weights is None or recipe is None:
+        notes.skipped.append("masks and values: the weights or the recipe cannot be read")
+        return None
+    masks, damaged = open_masks(source, record)
+    if recipe.localized and masks:  # which tensors were localized is not said again
+        chosen = [name for name in next(iter(masks.values())).shapes if name in weights.tensors]
+    else:
+        chosen = localizable((info for _, info in weights.tensors.values()), recipe.include, recipe.exclude)
+    if not _masks(record, masks, damaged, [weights.info(name) for name in chosen], notes):
+        notes.skipped.append("values: the masks cannot be used")
+        return None
+    merge = Merge(record, recipe, weights, frozenset(chosen), masks)
+    inputs, due = sorted(entry.name for entry in record.inputs), sorted(["base", *masks])
+    if inputs != due or merge.rest not in due:
+        notes.findings.append(Finding("recipe", FILE, "the list of inputs", ", ".join(inputs), ", ".join(due)))
+        notes.skipped.append("values: inputs and masks do not belong together")
+        return None
+    return merge
+
+
+def _localized(
+    source: Source, record: Manifest, places: Sequence[Place], tensors: Tensors, progress: Progress, notes: Notes
+) -> None:
+    """Mask and values of a localized checkpoint."""
+    _recipe(source, record, notes)
+    try:
+        given = read_localized(source, record)
+    except CheckpointError as error:
+        notes.findings.append(Finding("files", source.label, "the localized checkpoint", str(error), "readable"))
+        return
+    masks, damaged = open_masks(source, record)
+    ranged = [TensorInfo(name, given.stored(name).dtype, shape, 0, 0) for name, shape in given.shapes.items()]
+    if not _masks(record, masks, damaged, ranged, notes):
+        notes.skipped.append("values: the mask cannot be used")
+        return
+    inputs, reasons = open_inputs(places)
+    if reasons:
+        notes.skipped.append(f"values: {'; '.join(reasons)} --base REF and --ft REF... say where the inputs are.")
+        return
+    sample = _sample(given.shapes, tensors)
+    try:
+        for entry in record.inputs:
+            notes.findings += check_hashes(entry, inputs[entry.name])
+        opened = {name: fetch_tensors(checkpoint, sample) for name, checkpoint in inputs.items()}
+    except LocstitchError as error:
+        notes.skipped.append(f"values: {error}")
+        return
+    base, finetuned = opened["base"], opened[given.name]
+    graft = GraftReader(given, base, finetuned)
+    check = ValueCheck(graft, base, base, {given.name: finetuned}, masks, How(1.0, _top_k(record, notes)))
+    with progress.bar("values", sum(given.stored(name).nbytes for name in sample)) as advance, one_torch_thread():
+        for name in sample:
+            notes.findings += check.localized(name) if name in graft.checkpoint.tensors else _lacking(name, given)
+            advance(given.stored(name).nbytes)
+    notes.findings += check.kept_the_largest()
+    notes.count(inputs=len(inputs), tensors=len(sample), of_tensors=len(given.shapes), coordinates=check.coordinates)
+
+
+def _lacking(name: str, given: LocalizedCheckpoint) -> Iterator[Finding]:
+    yield Finding("values", name, f"the tensor of {given.finetuned.ref}", "absent", str(list(given.shapes[name])))
+
+
+def _weights(source: Source, notes: Notes) -> Checkpoint | None:
+    """The merged model's headers."""
+    try:
+        return read_checkpoint(source)
+    except RequestError as error:
+        notes.findings.append(Finding("files", source.label, "the model", f"unreadable ({error})", "readable"))
+        return None
+
+
+def _recipe(source: Source, record: Manifest, notes: Notes) -> Recipe | None:
+    if RECIPE_FILE not in source.files:
+        return None  # a finding already
+    try:
+        recipe = make_recipe(load_recipe(source.fetch(RECIPE_FILE)), where=RECIPE_FILE)
+    except RequestError as error:
+        notes.findings.append(Finding("recipe", RECIPE_FILE, "the recipe", f"unreadable ({error})", "readable"))
+        return None
+    notes.findings += check_recipe(recipe, record)
+    return recipe
+
+
+def _masks(
+    record: Manifest,
+    masks: Mapping[str, MaskFile],
+    damaged: Sequence[Finding],
+    ranged: Sequence[TensorInfo],
+    notes: Notes,
+) -> bool:
+    """Whether the masks, over the tensors `ranged`, are fit to compute with; their counts are findings alone."""
+    unfit = [*damaged, *check_tensors(masks, ranged)]
+    notes.findings += unfit
+    if unfit:
+        return False
+    try:
+        counts = tally(masks, {info.name: info.shape for info in ranged})
+    except DamagedMask as error:
+        notes.findings.append(mask_finding(error))
+        return False
+    notes.findings += check_counts(record, counts)
+    if record.method == METHOD:
+        notes.findings += check_shares(record, counts, ranged)
+    notes.count(masks=len(masks), mask_elements=sum(info.numel for info in ranged))
+    return True
+
+
+def _values(merge: Merge, places: Sequence[Place], tensors: Tensors, progress: Progress, notes: Notes) -> None:
+    inputs, reasons = open_inputs(places)
+    if reasons:
+        notes.skipped.append(f"values: {'; '.join(reasons)} --base REF and --ft REF... say where the inputs are.")
+        return
+    layout = list(check_layout(merge.weights, inputs["base"], inputs[merge.rest], merge.localized, merge.recipe.dtype))
+    notes.findings += layout
+    sound = merge.weights.tensors.keys() - {finding.where for finding in layout}
+    ours = _sample(sound & merge.localized, tensors)
+    others = _sample(sound - merge.localized, tensors if tensors == "all" else OTHERS)
+    try:
+        for entry in merge.record.inputs:
+            notes.findings += check_hashes(entry, inputs[entry.name])
+        check = _value_check(merge, inputs, [*ours, *others], notes)
+    except LocstitchError as error:
+        notes.skipped.append(f"values: {error}")
+        return
+    sizes = {name: merge.weights.info(name).nbytes for name in [*ours, *others]}
+    with progress.bar("values", sum(sizes.values())) as advance, one_torch_thread():
+        for name, size in sizes.items():
+            notes.findings += check.localized(name) if name in merge.localized else check.other(name)
+            advance(size)
+    notes.findings += check.kept_the_largest()
+    notes.count(
+        inputs=len(inputs), tensors=len(sizes), of_tensors=len(merge.weights.tensors), coordinates=check.coordinates
+    )
+
+
+def _value_check(merge: Merge, inputs: Mapping[str, Checkpoint], tensors: Sequence[str], notes: Notes) -> ValueCheck:
+    """With those files open, fetched if need be, that hold the tensors."""
+    opened = {name: fetch_tensors(checkpoint, tensors) for name, checkpoint in inputs.items()}
+    refs = {entry.name: entry.ref for entry in merge.record.inputs}
+    order = sorted(merge.masks, key=lambda name: refs[name])  # the engine's own, whatever order was given
+    return ValueCheck(
+        fetch_tensors(merge.weights, tensors),
+        opened["base"],
+        opened[merge.rest],
+        {name: opened[name] for name in order},
+        merge.masks,
+        How(merge.recipe.scale, _top_k(merge.record, notes), _refitted(merge.record, notes)),
+    )
+
+
+def _top_k(record: Manifest, notes: Notes) -> Literal["model", "tensor", ""]:
+    """Among which entries a mask keeps the largest; "" where that is not how masks were found."""
+    if record.localizer is not None and record.localizer.get("method") == "magnitude":
+        return "tensor" if record.localizer.get("scope") == "tensor" else "model"
+    notes.skipped.append("top k: how these masks were found is not computed again")
+    return ""
+
+
+def _refitted(record: Manifest, notes: Notes) -> frozenset[str]:
+    """Tensors whose values under the masks are no mean of the finetuned ones."""
+    names = frozenset((record.stitch or {}).get("refitted", ()))
+    if names:
+        notes.skipped.append(
+            f"values under the masks of {len(names)} refitted tensors: they are not fitted again; run the recipe to "
+            "compare them"
+        )
+    return names
+
+
+def _sample(names: Collection[str], count: Tensors) -> list[str]:
+    """The same ones every time, sorted."""
+    ordered = sorted(names)
+    return ordered if count == "all" or count >= len(ordered) else sorted(Random(SEED).sample(ordered, count))

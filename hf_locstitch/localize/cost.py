@@ -1,0 +1,115 @@
+"""What localizing with data will take, told from headers and configs before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_locstitch.localize.activation_memory import find_load, settled
+from hf_locstitch.localize.localizer import Localizing
+from hf_locstitch.localize.with_data import WithData
+from hf_locstitch.runtime.dtypes import ITEM_BYTES
+from hf_locstitch.runtime.human import human
+from hf_locstitch.runtime.processes import launched
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LearningCost:
+    """Bytes on the device, but for `elsewhere` (memory or files of this machine). flops: of one pass over a set.
+
+    examples: of the set that takes most, at most; micro_batch: as settled for it. numbers: kept for a parameter.
+    tokens: of a set, at most. memory: bytes that the device has. activations: 0 where the config tells no sizes.
+    """
+
+    device: str
+    weights: int
+    state: int
+    gradients: int
+    activations: int
+    elsewhere: int
+    numbers: int
+    examples: int
+    micro_batch: int
+    memory: int
+    tokens: int
+    flops: int
+    passes: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.state + self.gradients + self.activations
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.memory
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "peak": self.peak, "fits": self.fits}
+
+    def describe(self) -> str:
+        parts = [
+            f"{human(self.weights)} weights",
+            f"{human(self.state)} scores",
+            f"{human(self.gradients)} gradients",
+            f"up to {human(self.activations)} activations" if self.activations else "activations of unknown size",
+        ]
+        verdict = f"of {human(self.memory)} on {self.device}"
+        if not self.fits:
+            verdict += ": it may not fit; set micro_batch: 1, checkpointing: true, or state_on: cpu"
+        elsewhere = f", {human(self.elsewhere)} scores elsewhere" if self.elsewhere else ""
+        whole = self.micro_batch == self.examples
+        together = (
+            f"all {self.examples} examples in one micro-batch" if whole else f"micro-batches of {self.micro_batch}"
+        )
+        return (
+            f"localizing about {human(self.peak)} ({', '.join(parts)}{elsewhere}) {verdict}; "
+            f"{self.numbers} {'number' if self.numbers == 1 else 'numbers'} a parameter, {together}, "
+            f"{self.passes} {'pass' if self.passes == 1 else 'passes'} of at most {self.flops / 1e12:.3g} TFLOP"
+        )
+
+
+def learning_cost(asked: WithData, localizing: Localizing) -> LearningCost:
+    """Raises RecipeError where an objective needs to be told, RequestError if there is no such device."""
+    from hf_locstitch.tasks.loading import find_device  # imports torch
+
+    device, processes, tensors = find_device(asked.device), launched(), localizing.mask_tensors
+    loads = [
+        find_load(asked, data, localizing.finetuned[name], localizing.base, tensors)
+        for name, data in localizing.data.items()
+    ]
+    ways = [(settled(asked, load, processes), load) for load in loads]
+    numbers = [way.numbers(load.examples, processes) for way, load in ways]
+    held = [load.activated(way) + count * load.number for (way, load), count in zip(ways, numbers, strict=True)]
+    largest = held.index(max(held))
+    (how, most), kept = ways[largest], numbers[largest]
+    item = max((ITEM_BYTES[info.dtype] for info in tensors), default=4)
+    parameters = sum(info.numel for _, info in localizing.base.tensors.values())
+    tokens = max(load.examples * load.tokens for load in loads)
+    return LearningCost(
+        device=str(device),
+        weights=item * parameters,
+        state=kept * most.number if asked.state_on == "device" else 0,
+        # A gradient, and the float32 copies that it is added up with.
+        gradients=max((info.numel for info in tensors), default=0) * (item + 3 * 4),
+        activations=most.activated(how),
+        elsewhere=0 if asked.state_on == "device" else kept * most.number,
+        numbers=kept,
+        examples=most.examples,
+        micro_batch=min(how.together, most.examples),
+        memory=_memory(device),
+        tokens=tokens,
+        flops=(8 if asked.checkpointing else 6) * parameters * tokens,
+        passes=sum(way.passes(count) for (way, _), count in zip(ways, numbers, strict=True)),
+    )
+
+
+def _memory(device: torch.device) -> int:
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total

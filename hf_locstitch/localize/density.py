@@ -1,0 +1,39 @@
+"""Densities: which part of the elements a mask keeps, to the last element."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, Literal
+
+from pydantic import Field
+
+from hf_locstitch.localize.localizer import Group, Localizer
+
+
+class TopShare(Localizer):
+    """A localizer whose masks keep a fixed share of the elements.
+
+    density: share of the localizable elements that a mask keeps, 0 … 1. scope: "model" takes the top k over all
+    localizable tensors together (the paper's), "tensor" inside each.
+    """
+
+    method: Any = None
+    density: float = Field(default=0.1, ge=0, le=1, allow_inf_nan=False)
+    scope: Literal["model", "tensor"] = "model"
+
+    def groups(self, numels: Sequence[int]) -> list[Group]:
+        if self.scope == "model":
+            return [(list(range(len(numels))), exact_share(self.density, sum(numels)))]
+        return [([tensor], exact_share(self.density, numel)) for tensor, numel in enumerate(numels)]
+
+    @property
+    def where(self) -> str:
+        """The scope, for people."""
+        return "over the whole model" if self.scope == "model" else "inside each tensor"
+
+
+def exact_share(density: float, n: int) -> int:
+    """⌊density·n⌋ for the decimal that was written: 0.29 of 100 is 29, though 0.29 * 100 < 29 in floating point."""
+    return math.floor(Fraction(repr(density)) * n)

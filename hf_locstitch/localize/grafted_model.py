@@ -1,0 +1,190 @@
+"""One finetune over its base, as transformers loads them, ready for forward and backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_locstitch.errors import RequestError
+from hf_locstitch.localize.kth_largest import pieces
+from hf_locstitch.localize.updates import interpolate
+from hf_locstitch.tasks.parameter_names import Group, check, chosen_groups, group_names, to_disk
+
+OnDisk = Callable[[str], Tensor]
+
+
+def is_shared_out(parameter: Any) -> bool:
+    """Whether processes hold rows of it, as FSDP2 has them."""
+    return hasattr(parameter, "device_mesh")
+
+
+def own_rows(tensor: Any) -> Tensor:
+    """What this process holds of a tensor that may be shared out."""
+    return tensor.to_local() if is_shared_out(tensor) else tensor
+
+
+@dataclass(frozen=True)
+class MaskedParameter:
+    """A parameter that is localized. base, finetuned: its values, on the CPU, views of the mapped files where that
+    is possible; nothing writes into them.
+
+    Where parameters are shared out over processes (FSDP2), each holds rows of its own: its part.
+    """
+
+    name: str
+    parameter: Any
+    base: Tensor
+    finetuned: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of this process's part."""
+        return self.part(self.base).shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's rows of something of the parameter's shape; all of them unless it is shared out."""
+        if not is_shared_out(self.parameter):
+            return whole
+        rows = whole.chunk(self.parameter.device_mesh.size())
+        rank = self.parameter.device_mesh.get_local_rank()
+        return rows[rank] if rank < len(rows) else whole[:0]
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The inverse of `part`; every process calls it."""
+        if not is_shared_out(self.parameter):
+            return part
+        from torch.distributed.tensor import DTensor
+
+        mesh, placements = self.parameter.device_mesh, self.parameter.placements
+        shape, stride = self.parameter.shape, self.parameter.stride()
+        local = part.to(self.device)
+        return DTensor.from_local(local, mesh, placements, shape=shape, stride=stride).full_tensor()
+
+    def task_vector_pieces(self, device: torch.device) -> Iterator[Tensor]:
+        """finetuned − base of this process's part, in float32 (float64 if stored so), in step with `pieces`."""
+        wide = torch.promote_types(self.base.dtype, torch.float32)
+        for finetuned, base in zip(pieces(self.part(self.finetuned)), pieces(self.part(self.base)), strict=True):
+            yield finetuned.to(device, wide) - base.to(device, wide)
+
+    def graft(self, share: Iterable[Tensor] | float) -> None:
+        """Set the parameter to base + share·τ, always from the untouched base.
+
+        share: of this process's part, in step with `pieces`, on the parameter's device; or a number for all.
+        """
+        values = own_rows(self.parameter).detach()
+        mapped = values.data_ptr() == self.base.data_ptr()  # still the file's, which nothing writes into
+        if not is_shared_out(self.parameter) and (mapped or not values.is_contiguous()):
+            values = self.parameter.data = torch.empty_like(values, memory_format=torch.contiguous_format)
+        shares = repeat(share) if isinstance(share, float | int) else share
+        flat = (pieces(values), pieces(self.part(self.base)), pieces(self.part(self.finetuned)))
+        for piece, base, finetuned, part in zip(*flat, shares, strict=False):
+            piece.copy_(interpolate(base.to(self.device), finetuned.to(self.device), part))
+
+
+@dataclass(frozen=True)
+class GraftedModel:
+    """model: with the base's weights where the base has them, else the finetune's (a head that only it has).
+
+    parameters: by the parameter's name, sorted. groups: those of them, with the tensors on disk.
+    """
+
+    model: Any
+    parameters: Mapping[str, MaskedParameter]
+    groups: tuple[Group, ...]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are shared out over the processes (FSDP2)."""
+        return any(is_shared_out(masked.parameter) for masked in self.parameters.values())
+
+    @property
+    def size(self) -> int:
+        """How many elements are localized, in all processes."""
+        return sum(masked.base.numel() for masked in self.parameters.values())
+
+    def to_disk(self, of: Callable[[MaskedParameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Parts of each parameter, whole and under the names on disk, one group of parameters in memory at a time."""
+        for group in self.groups:
+            tensors = {name: self.parameters[name].whole(of(self.parameters[name])) for name in group.parameters}
+            yield from to_disk(self.model, group, tensors).items()
+
+
+def make_grafted_model(
+    finetuned: Any,
+    base: Any,
+    absent: Collection[str],
+    names: Collection[str],
+    localized: Collection[str],
+    on_disk: OnDisk,
+    device: torch.device,
+    where: str,
+    sharded: bool = False,
+) -> GraftedModel:
+    """Set the finetuned model up for passes; the base model is not needed afterwards.
+
+    absent: parameters that the base lacks. names: of the finetune's tensors on disk, some of which are `localized`.
+    on_disk: those tensors, [*shape]. sharded: parameters are shared out over the processes.
+    Raises MismatchError or RequestError if parameters and tensors on disk do not correspond.
+    """
+    groups = chosen_groups(group_names(finetuned, names), localized, where)
+    originals = dict(base.named_parameters())
+    wanted = {name for group in groups for name in group.parameters}
+    if missing := sorted(wanted & set(absent)):
+        raise RequestError(f"{missing[0]} of {where} is not in the base. Leave it out with --exclude.")
+    values = {name: parameter.data for name, parameter in finetuned.named_parameters() if name in wanted}
+    check(finetuned, groups, values, on_disk)
+    for name, parameter in finetuned.named_parameters():
+        parameter.requires_grad_(name in wanted)
+        if name not in absent and name in originals and originals[name].shape == parameter.shape:
+            parameter.data = originals[name].data
+    dtype = next((originals[name].dtype for name in sorted(wanted)), torch.float32)
+    finetuned.to(dtype=dtype)
+    if sharded:
+        share_out(finetuned, device)
+    else:
+        finetuned.to(device=device)
+    parameters = dict(finetuned.named_parameters())
+    chosen = {
+        name: MaskedParameter(name, parameters[name], originals[name].data, values[name]) for name in sorted(wanted)
+    }
+    return GraftedModel(finetuned, chosen, tuple(groups))
+
+
+def share_out(model: Any, device: torch.device) -> None:
+    """FSDP2: each process keeps some rows of every parameter; a layer is whole only while it is at work."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def keep_no_activations(model: Any) -> None:
+    """Activation checkpointing in a model that stays in evaluation mode: only its layers believe they train."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise RequestError(f"{type(model).__name__} cannot checkpoint activations. Leave `checkpointing` out.")
+    if hasattr(model, "activation_checkpointing_enable"):  # the newer name
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+            for name in ("dropout", "activation_dropout", "attention_dropout", "hidden_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)

@@ -1,0 +1,63 @@
+"""Both models of a finetune, loaded by transformers, and its examples: all that a pass needs, from open checkpoints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
+from hf_locstitch.localize.grafted_model import GraftedModel, keep_no_activations, make_grafted_model
+from hf_locstitch.localize.with_data import WithData
+from hf_locstitch.runtime.progress import hide_all_library_bars
+from hf_locstitch.tasks.loading import find_device, link_files, load_config, load_model, load_processor
+from hf_locstitch.tasks.objectives import suggest
+from hf_locstitch.tasks.sets import OpenSet, read_rows
+from hf_locstitch.tasks.task import Task
+
+
+@hide_all_library_bars()
+def open_grafted_model(
+    how: WithData,
+    name: str,
+    base: CheckpointReader,
+    finetuned: CheckpointReader,
+    tensors: Sequence[TensorInfo],
+    data: OpenSet,
+    folder: Path,
+) -> tuple[GraftedModel, Task]:
+    """Both models loaded by transformers, and the examples prepared for them."""
+    checkpoint = finetuned.checkpoint
+    objective = data.asked.objective or suggest(checkpoint.config, checkpoint.label)
+    folder_base = link_files(base.checkpoint, folder / f"{name}.base")
+    folder_finetuned = link_files(checkpoint, folder / f"{name}.finetuned")
+    config = load_config(folder_base if objective.base_config else folder_finetuned)
+    model, _ = load_model(folder_finetuned, objective, config, _dtype(checkpoint, tensors))
+    original, absent = load_model(folder_base, objective, config, _dtype(base.checkpoint, tensors))
+    processor = load_processor(objective, folder_finetuned, folder_base)
+    task = objective.prepare(read_rows(data), processor, original)
+    localized = [info.name for info in tensors]
+
+    def on_disk(tensor: str) -> torch.Tensor:
+        info = checkpoint.info(tensor)
+        return finetuned.flat(tensor, 0, info.numel).view(info.shape)
+
+    device, where = find_device(how.device), checkpoint.label
+    grafted = make_grafted_model(model, original, absent, list(checkpoint.tensors), localized, on_disk, device, where,
+                                 how.sharded)  # fmt: skip
+    if how.checkpointing:
+        keep_no_activations(grafted.model)
+    return grafted, task
+
+
+def _dtype(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> torch.dtype:
+    """That of most localized elements on disk."""
+    counts: Counter[str] = Counter()
+    for info in tensors:
+        counts[checkpoint.info(info.name).dtype] += info.numel
+    return TORCH_DTYPE[counts.most_common(1)[0][0]]

@@ -1,1 +1,0 @@
-"""Localized checkpoints: one finetune cut down to its mask and the values under it, to be stitched later."""

@@ -1,0 +1,128 @@
+"""What the work of a plan will take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_locstitch.checkpoints.byte_ranges import Piece, byte_ranges, most_held
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.localize.localizer import Cost as LocalizingCost
+from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
+from hf_locstitch.runtime.dtypes import ITEM_BYTES
+from hf_locstitch.runtime.settings import BATCH, COMPACT_FROM, COMPACT_SLACK
+from hf_locstitch.stitch.refit.cost import FitCost
+
+Here = frozenset[tuple[str, str]]  # (input, file) on this machine
+SPILL_BYTES = 8  # position and |task vector| of one candidate; its value comes on top
+SPILL_MARGIN = 1.25  # candidates kept per coordinate chosen; the bound is set from a sample
+RISING_MARGIN = 1.05  # the same where the bound rises while files come, after tidying up; a bin of scores is .8 % wide
+
+
+@dataclass(frozen=True)
+class Cost:
+    """All in bytes. download: what is not in the cache yet. disk: output and temporary files, at their most."""
+
+    read: int
+    download: int
+    write: int
+    disk: int
+    memory: int
+
+
+def estimate(plan: Plan, here: Here) -> Cost:
+    """What the work will take at most; the spill is a guess that assumes no great ties at the threshold."""
+    needed = plan.needed
+    passes = [plan.scanned, plan.written_from(plan.shards)]
+    stored = plan.localized_inputs if isinstance(plan, StitchPlan) else {}
+    read = download = 0
+    for name, checkpoint in plan.inputs.items():
+        sizes = {shard.file: shard.size for shard in checkpoint.shards if shard.file in needed[name]}
+        missing = {file: size for file, size in sizes.items() if (name, file) not in here}
+        times = [list(byte_ranges(checkpoint, pieces.get(name, ()))) for pieces in passes]
+        read += sum(sizes[file] for files in ([sizes] if name in stored else times) for file in files)
+        if plan.settings.cache or name != "base":
+            download += sum(missing.values())
+        else:
+            download += sum(missing.get(file, 0) for files in times for file in files)
+    write = sum(shard.nbytes for shard in plan.shards)
+    disk = _output(plan) + _spill(plan, here) + _masks(plan) + (0 if plan.settings.cache else _streams(plan, here))
+    fitting = fit_cost(plan)
+    disk += fitting.disk if fitting else 0
+    return Cost(read, download, write, disk, plan.settings.memory + (fitting.peak if fitting else 0))
+
+
+def files_here(plan: Plan) -> Here:
+    """What of the files that are read is on this machine by now."""
+    sources = {name: checkpoint.source for name, checkpoint in plan.inputs.items()}
+    return frozenset(
+        (name, file) for name, files in plan.needed.items() for file in files if sources[name].cached(file) is not None
+    )
+
+
+def fit_cost(plan: Plan) -> FitCost | None:
+    """Of fitting values; None where none are."""
+    fitting = plan.recipe.fitting
+    return fitting.cost(plan) if fitting is not None and isinstance(plan, MergePlan) else None
+
+
+def localizing_cost(plan: Plan) -> LocalizingCost | None:
+    """Of finding masks, beyond reading the models; None where it takes nothing else."""
+    return plan.localizer.cost(plan) if isinstance(plan, MergePlan | LocalizePlan) and plan.masked else None
+
+
+def _output(plan: Plan) -> int:
+    """Finished shards are given up as soon as they are uploaded where nothing else is to keep them."""
+    sizes = sorted(shard.nbytes for shard in plan.shards)
+    return sum(sizes if plan.settings.cache or plan.recipe.out is not None else sizes[-3:])
+
+
+def _spill(plan: Plan, here: Here) -> int:
+    if isinstance(plan, StitchPlan):
+        return sum(4 * one.ones + one.shards[1].size for one in plan.localized_inputs.values())
+    if not plan.masked:
+        return 0
+    all_here = all((name, file) in here for name, files in plan.needed.items() for file in files)
+    streamed = not plan.settings.cache or not all_here
+    value = max(
+        (ITEM_BYTES[c.info(t).dtype] for c in plan.finetuned.values() for t in c.tensors if c.info(t).floating),
+        default=4,
+    )
+    size = SPILL_BYTES + value
+    if not streamed:
+        return len(plan.finetuned) * min(plan.n, math.ceil(plan.k * SPILL_MARGIN)) * size
+    live = min(plan.n, math.ceil(plan.k * RISING_MARGIN)) * size
+    batch = BATCH * plan.settings.workers * plan.settings.chunk * size
+    most = min(COMPACT_FROM * live + COMPACT_SLACK + batch, plan.n * size)
+    return math.ceil(len(plan.finetuned) * most + live)  # one at a time is copied while it is tidied up
+
+
+def _masks(plan: Plan) -> int:
+    return len(plan.finetuned) * math.ceil(mask_bits(plan.k / plan.n) * plan.n / 8) if plan.masked and plan.n else 0
+
+
+def _streams(plan: Plan, here: Here) -> int:
+    """Bytes that have come and are still to be read, in the pass that holds most of them."""
+    scanned, written = plan.scanned, plan.written_from(plan.shards)
+    passes = [sum(_held(plan, here, name, pieces[name]) for name in pieces) for pieces in (scanned, written)]
+    kept = [_bytes(plan.inputs[name], written[name]) for name in written if scanned and name != "base"]
+    return max(passes) + sum(kept)
+
+
+def _held(plan: Plan, here: Here, name: str, pieces: Sequence[Piece]) -> int:
+    checkpoint = plan.inputs[name]
+    if all((name, file) in here for file in byte_ranges(checkpoint, pieces)):
+        return 0
+    return min(most_held(checkpoint, pieces) + plan.settings.window, _bytes(checkpoint, pieces))
+
+
+def _bytes(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> int:
+    return sum(count * ITEM_BYTES[checkpoint.info(name).dtype] for name, _, count in pieces)
+
+
+def mask_bits(density: float) -> float:
+    """Bits per element that a stored mask takes, about: the entropy, never above 1."""
+    if density in (0.0, 1.0):
+        return 0.0 if density == 0.0 else 1.0
+    return min(1.0, -density * math.log2(density) - (1 - density) * math.log2(1 - density)) * 1.02

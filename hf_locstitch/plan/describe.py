@@ -1,0 +1,67 @@
+"""A plan as people and programs read it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from hf_locstitch.plan.cost import estimate, files_here, fit_cost, localizing_cost
+from hf_locstitch.plan.plans import ModelPlan, Plan, StitchPlan
+from hf_locstitch.runtime.human import human
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain JSON values, for --dry-run --json."""
+    cost = estimate(plan, files_here(plan))
+    return {
+        "base": plan.base.source.pinned,
+        "finetuned": {name: checkpoint.source.pinned for name, checkpoint in plan.finetuned.items()},
+        "method": plan.recipe.method.name,
+        "localizer": plan.common_localizer,
+        "data": {name: found.pinned.dump() for name, found in plan.data.items()},
+        "scale": plan.recipe.scale,
+        "N": plan.n,
+        "k": plan.k,
+        "localized": [tensor.name for shard in plan.shards for tensor in shard.tensors if tensor.localized],
+        "kept_from_base": [t.name for shard in plan.shards for t in shard.tensors if not t.localized],
+        "shards": {shard.file: shard.nbytes for shard in plan.shards},
+        "bytes": asdict(cost),
+        "localizing": localizing.as_json() if (localizing := localizing_cost(plan)) else None,
+        "stitch": plan.recipe.fitting.as_record() if plan.recipe.fitting else "mean",
+        "refit_data": {name: found.pinned.dump() for name, found in plan.fit_data.items()},
+        "refitting": fitting.as_json() if (fitting := fit_cost(plan)) else None,
+        "warnings": list(plan.warnings),
+    }
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan for a person to read."""
+    cost = estimate(plan, files_here(plan))
+    localized = sum(tensor.localized for shard in plan.shards for tensor in shard.tensors)
+    kept = sum(len(shard.tensors) for shard in plan.shards) - localized
+    share = 100 * plan.k / plan.n if plan.n else 0.0
+    stitches = isinstance(plan, StitchPlan)
+    kind = "localized" if stitches else "finetuned"
+    keeps = "k =" if plan.exact_k else "up to" if stitches else "about"
+    wide = max(len(name) for name in plan.finetuned)
+    lines = [
+        f"base       {plan.base.label}",
+        *(f"{kind:<9}  {name:<{wide}}  {checkpoint.label}" for name, checkpoint in plan.finetuned.items()),
+        f"method     {plan.recipe.method.describe()}"
+        + (f", scale {plan.recipe.scale:g}" if plan.recipe.scale != 1 else ""),
+        *(f"localizer  {how}" for how in dict.fromkeys(one.describe() for one in plan.localizers.values())),
+        *(f"data       {name:<{wide}}  {found.describe()}" for name, found in plan.data.items()),
+        *([f"stitch     {plan.recipe.stitch.describe()}"] if plan.recipe.stitch else []),
+        *(f"inputs     {name:<{wide}}  {found.label}, {found.asked.split}" for name, found in plan.fit_data.items()),
+        f"{'merged' if isinstance(plan, ModelPlan) else 'masked'}     N = {plan.n:,} elements in {localized} tensors"
+        + (f"; each mask keeps {keeps} {plan.k:,} ({share:.4g} %)" if plan.masked else "")
+        + (f"; {kept} tensors kept from {plan.unmasked_from.label}" if isinstance(plan, ModelPlan) else ""),
+        f"output     {len(plan.shards)} {'shard' if len(plan.shards) == 1 else 'shards'}, {human(cost.write)}"
+        f" ({', '.join(sorted({t.dtype for s in plan.shards for t in s.tensors}))})",
+        f"cost       read {human(cost.read)} (to download: {human(cost.download)}), "
+        f"disk up to {human(cost.disk)}, memory about {human(cost.memory)}",
+        *([localizing.describe()] if (localizing := localizing_cost(plan)) else []),
+        *([fitting.describe()] if (fitting := fit_cost(plan)) else []),
+        *(f"warning    {warning}" for warning in plan.warnings),
+    ]
+    return "\n".join(lines)

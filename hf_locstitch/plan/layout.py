@@ -1,0 +1,84 @@
+"""The files of the output: which tensors of which dtype lie where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
+from hf_locstitch.checkpoints.header import TensorInfo, TensorSpec
+from hf_locstitch.plan.recipe import Recipe
+from hf_locstitch.runtime.dtypes import FLOATING, ITEM_BYTES, ON_DISK
+
+
+@dataclass(frozen=True)
+class PlannedTensor(TensorSpec):
+    """One tensor of the output. localized: whether the method ranges over it."""
+
+    localized: bool
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def output_shards(
+    recipe: Recipe, base: Checkpoint, rest: Checkpoint, chosen: frozenset[str]
+) -> tuple[OutputShard, ...]:
+    """Names and order as in the checkpoint that gives the rest, unless a shard size is asked for."""
+    planned = [
+        [_planned(recipe, base, info, info.name in chosen) for info in shard.header.tensors] for shard in rest.shards
+    ]
+    metadata = dict(rest.shards[0].header.metadata) or {"format": "pt"}
+    if recipe.shard_size is None:
+        files = _standard_files(rest, len(planned))
+        return tuple(OutputShard(f, tuple(ts), metadata) for f, ts in zip(files, planned, strict=True))
+    groups = _pack([tensor for tensors in planned for tensor in tensors], int(recipe.shard_size))
+    return tuple(OutputShard(shard_name(i, len(groups)), tuple(group), metadata) for i, group in enumerate(groups))
+
+
+def _standard_files(rest: Checkpoint, count: int) -> list[str]:
+    """The shards' own names where transformers will find them, else standard ones."""
+    files = [shard.file for shard in rest.shards]
+    found = files == [SINGLE] or (INDEX in rest.source.files and SINGLE not in files)
+    return files if found else [shard_name(i, count) for i in range(count)]
+
+
+def shard_name(i: int, count: int) -> str:
+    """File name of shard i (from 0) of count."""
+    return SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _pack(tensors: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:
+    """Cut the sequence wherever the next tensor would pass `limit` bytes; a larger tensor stands alone."""
+    groups: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    return groups
+
+
+def _planned(recipe: Recipe, base: Checkpoint, info: TensorInfo, localized: bool) -> PlannedTensor:
+    source = base.info(info.name) if localized else info
+    dtype, nbytes = source.dtype, source.nbytes
+    if recipe.dtype != "auto" and dtype in FLOATING:
+        dtype = ON_DISK[recipe.dtype]
+        nbytes = source.numel * ITEM_BYTES[dtype]
+    return PlannedTensor(info.name, dtype, source.shape, nbytes, localized)
+
+
+def guessed(info: TensorInfo, share: float) -> PlannedTensor:
+    """How many values of a tensor a mask keeps shows only when it is found."""
+    ones = round(share * info.numel)
+    return PlannedTensor(info.name, info.dtype, (ones,), ones * ITEM_BYTES[info.dtype], localized=True)

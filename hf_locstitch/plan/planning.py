@@ -1,0 +1,296 @@
+"""From a recipe to a plan: pin every revision, read every header, and say all that is wrong at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
+from types import MappingProxyType
+
+from pydantic import ValidationError
+
+from hf_locstitch.artifacts.fit import localized_mismatches, unlike
+from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, open_localized
+from hf_locstitch.artifacts.values_file import values_metadata
+from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hf_locstitch.checkpoints.compatibility import differences, dtype_warnings, licence_warning, mismatches
+from hf_locstitch.checkpoints.localizable import localizable, unknown_globs
+from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
+from hf_locstitch.localize.localizer import Localizer
+from hf_locstitch.localize.localizers import LOCALIZERS
+from hf_locstitch.plan.layout import OutputShard, guessed, output_shards
+from hf_locstitch.plan.plans import LocalizePlan, MergePlan, StitchPlan
+from hf_locstitch.plan.recipe import Recipe
+from hf_locstitch.runtime.progress import hide_library_bars
+from hf_locstitch.runtime.settings import DEFAULT, Settings
+from hf_locstitch.tasks.benchmarks import chosen_tasks
+from hf_locstitch.tasks.leaks import JudgedTask, leaks
+from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, open_set
+
+ALL = ("*",)
+# Fields of a recipe that say something about a merged model.
+OF_MODELS = ("scale", "rest_from", "files_from", "dtype", "shard_size", "evaluate")
+NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
+
+
+def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | StitchPlan:
+    """The plan of a recipe that ends in a model. Raises RequestError with all that is wrong."""
+    if recipe.localized:
+        return _open_and_stitch(recipe, settings)
+    base, finetuned, data, fit_data = _open_inputs(recipe)
+    plan = merge_plan(recipe, base, finetuned, settings, data, fit_data)
+    if recipe.fitting is not None:
+        recipe.fitting.check(finetuned, fit_data)
+    return plan
+
+
+def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> LocalizePlan:
+    """The plan for a localized checkpoint of the recipe's one finetune. Raises as make_plan."""
+    _check_localizable(recipe)
+    base, finetuned, data, _ = _open_inputs(recipe)
+    return localize_plan(recipe, base, finetuned, settings, data)
+
+
+def _open_inputs(
+    recipe: Recipe,
+) -> tuple[Checkpoint, dict[str, Checkpoint], dict[str, OpenSet], dict[str, OpenSet]]:
+    """The base, the finetunes, the localization sets and the inputs to fit to, by name."""
+    refs = [parse_ref(entry.ref) for entry in (recipe.base, *recipe.finetuned)]
+    names = finetuned_names(recipe, [ref.name for ref in refs[1:]])
+    with hide_library_bars(), ThreadPoolExecutor(min(8, len(refs))) as pool:
+        base, *finetuned = pool.map(open_checkpoint, refs)
+    looks = recipe.localizer is not None and recipe.localizer.needs_data
+    data = {name: open_set(asked) for name, asked in _by_name(recipe.data if looks else (), names).items()}
+    fit_data = {name: open_set(asked) for name, asked in _by_name(recipe.fit_sets, names).items()}
+    return base, dict(zip(names, finetuned, strict=True)), data, fit_data
+
+
+def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
+    refs = [parse_ref(entry.ref) for entry in recipe.localized]
+    with hide_library_bars(), ThreadPoolExecutor(min(8, len(refs) + 1)) as pool:
+        base = pool.submit(open_checkpoint, parse_ref(recipe.base.ref))
+        localized = list(pool.map(open_localized, refs))
+        names = finetuned_names(recipe, [one.name for one in localized])
+        return stitch_plan(recipe, base.result(), dict(zip(names, localized, strict=True)), settings)
+
+
+def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
+    """The finetunes' names. Raises RecipeError if two are alike."""
+    names = [entry.name or default for entry, default in zip(recipe.entries, defaults, strict=True)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(
+            f"two finetunes are named {twice[0]!r} ({', '.join(names)}); each names a mask file. Set --names."
+        )
+    if "base" in names:
+        raise RecipeError("a finetune is named 'base', which is what the base is called. Set --names.")
+    return names
+
+
+def _by_name(
+    sets: Mapping[str, LocalizationSet] | Sequence[LocalizationSet], names: Sequence[str]
+) -> dict[str, LocalizationSet]:
+    """The set of each finetune. Raises RecipeError if the recipe names others."""
+    if not isinstance(sets, Mapping):
+        return dict(zip(names, sets, strict=False))
+    if unknown := sorted(set(sets) - set(names)):
+        raise RecipeError(f"data is given for {unknown[0]!r}, which is none of the finetunes ({', '.join(names)}).")
+    return {name: sets[name] for name in names if name in sets}
+
+
+def merge_plan(
+    recipe: Recipe,
+    base: Checkpoint,
+    finetuned: Mapping[str, Checkpoint],
+    settings: Settings = DEFAULT,
+    data: Mapping[str, OpenSet] = NO_SETS,
+    fit_data: Mapping[str, OpenSet] = NO_SETS,
+) -> MergePlan:
+    """Plan the merge. Raises MismatchError with all that the headers show to be wrong."""
+    chosen, warnings = _check_inputs(recipe, base, finetuned, settings, data, fit_data)
+    unmasked_from = finetuned[recipe.rest_from] if recipe.rest_from else base
+    localizer, numels = recipe.localizer, [base.info(name).numel for name in chosen]
+    n = sum(numels)
+    return MergePlan(
+        recipe=recipe,
+        settings=settings,
+        inputs={"base": base, **finetuned},
+        shards=output_shards(recipe, base, unmasked_from, frozenset(chosen)),
+        mask_tensors=tuple(base.info(name) for name in chosen),
+        n=n,
+        k=localizer.kept(numels) if localizer else n,
+        exact_k=localizer is None or localizer.density is not None,
+        localizers={} if localizer is None else dict.fromkeys(finetuned, localizer),
+        origins={name: checkpoint.source.pinned for name, checkpoint in finetuned.items()},
+        order=tuple(sorted(finetuned, key=lambda name: finetuned[name].source.pinned)),
+        scanned=_whole(base, chosen, finetuned) if localizer else {},
+        warnings=warnings,
+        unmasked_from=unmasked_from,
+        files=finetuned[recipe.files_from] if recipe.files_from else unmasked_from,
+        groups=tuple(localizer.groups(numels)) if localizer else (),
+        data=data,
+        fit_data=fit_data,
+    )
+
+
+def localize_plan(
+    recipe: Recipe,
+    base: Checkpoint,
+    finetuned: Mapping[str, Checkpoint],
+    settings: Settings = DEFAULT,
+    data: Mapping[str, OpenSet] = NO_SETS,
+) -> LocalizePlan:
+    """finetuned: one. Raises as merge_plan."""
+    chosen, warnings = _check_inputs(recipe, base, finetuned, settings, data, NO_SETS)
+    ((name, checkpoint),) = finetuned.items()
+    localizer, numels = recipe.localizer, [base.info(tensor).numel for tensor in chosen]
+    assert localizer is not None
+    n, k = sum(numels), localizer.kept(numels)
+    tensors = tuple(guessed(checkpoint.info(tensor), k / n if n else 0.0) for tensor in chosen)
+    metadata = values_metadata(name, base.source.pinned, checkpoint.source.pinned)
+    return LocalizePlan(
+        recipe=recipe,
+        settings=settings,
+        inputs={"base": base, **finetuned},
+        shards=(OutputShard(f"values/{name}.safetensors", tensors, metadata),),
+        mask_tensors=tuple(base.info(tensor) for tensor in chosen),
+        n=n,
+        k=k,
+        exact_k=localizer.density is not None,
+        localizers={name: localizer},
+        origins={name: checkpoint.source.pinned},
+        order=(name,),
+        scanned=_whole(base, chosen, finetuned),
+        warnings=warnings,
+        groups=tuple(localizer.groups(numels)),
+        data=data,
+    )
+
+
+def stitch_plan(
+    recipe: Recipe, base: Checkpoint, localized: Mapping[str, LocalizedCheckpoint], settings: Settings = DEFAULT
+) -> StitchPlan:
+    """Plan the merge of localized checkpoints. Raises MismatchError with all that the headers show to be wrong."""
+    problems = [problem for one in localized.values() for problem in localized_mismatches(base, one)]
+    problems += unlike(list(localized.values()))
+    if problems:
+        raise MismatchError(problems)
+    shapes = next(iter(localized.values())).shapes
+    chosen = [name for name in base.tensors if name in shapes]
+    warnings = [
+        warning
+        for name, one in localized.items()
+        for warning in dtype_warnings(name, [(one.stored(tensor).dtype, base.info(tensor).dtype) for tensor in chosen])
+    ]
+    files = {name: one.as_checkpoint() for name, one in localized.items()}
+    origins = {name: one.finetuned.ref for name, one in localized.items()}
+    ones = [one.ones for one in localized.values()]
+    return StitchPlan(
+        recipe=recipe,
+        settings=settings,
+        inputs={"base": base, **files},
+        shards=output_shards(recipe, base, base, frozenset(chosen)),
+        mask_tensors=tuple(base.info(name) for name in chosen),
+        n=sum(base.info(name).numel for name in chosen),
+        k=max(ones),
+        exact_k=len(set(ones)) == 1,
+        localizers={name: _recorded_localizer(one) for name, one in localized.items()},
+        origins=origins,
+        order=tuple(sorted(localized, key=origins.__getitem__)),
+        scanned={},
+        warnings=(*warnings, *licence_warning({"the base": base, **files})),
+        unmasked_from=base,
+        files=base,
+        localized_inputs=localized,
+    )
+
+
+def _recorded_localizer(one: LocalizedCheckpoint) -> Localizer:
+    """How its mask was found. Raises CheckpointError if the record tells of no localizer that there is here."""
+    try:
+        return LOCALIZERS.find(str(one.localizer.get("method"))).model_validate(one.localizer)
+    except (KeyError, ValidationError) as error:
+        said = error.args[0] if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"the localized checkpoint {one.label} was made by a localizer that is not here, or is damaged: "
+            f"{' '.join(said.split())}. Install the package that brings the localizer, or fetch the checkpoint again."
+        ) from error
+
+
+def _whole(
+    base: Checkpoint, chosen: Iterable[str], finetuned: Mapping[str, Checkpoint]
+) -> dict[str, list[tuple[str, int, int]]]:
+    """Every element of the chosen tensors, of every input."""
+    pieces = [(name, 0, base.info(name).numel) for name in chosen]
+    return dict.fromkeys(["base", *finetuned], pieces) if pieces else {}
+
+
+def _check_inputs(
+    recipe: Recipe,
+    base: Checkpoint,
+    finetuned: Mapping[str, Checkpoint],
+    settings: Settings,
+    data: Mapping[str, OpenSet],
+    fit_data: Mapping[str, OpenSet],
+) -> tuple[list[str], tuple[str, ...]]:
+    """The tensors that the method ranges over, and what is to be said. Raises RecipeError, MismatchError."""
+    if data and not settings.cache:
+        raise RecipeError("a localizer that looks at data loads whole models: it does not go with --no-cache.")
+    if fit_data and not settings.cache:
+        assert recipe.fitting is not None
+        raise RecipeError(
+            f"{recipe.fitting.called} reads the finetunes again and again, a layer at a time: it does not go with "
+            "--no-cache. Drop one of the two."
+        )
+    problems = unknown_globs(list(base.tensors), [*recipe.include, *recipe.exclude])
+    for asked in ("rest_from", "files_from"):
+        problems += _unknown_name(asked, getattr(recipe, asked), list(finetuned))
+    # Without globs: blocks, told from their names, or all tensors, as the method has it.
+    include = recipe.include or (() if recipe.method.blocks_only else ALL)
+    chosen = localizable((info for _, info in base.tensors.values()), include, recipe.exclude)
+    if not chosen:
+        problems.append(
+            f"no tensor of {base.label} is localizable (names are such as {', '.join(list(base.tensors)[:3])}); "
+            "say which are with --include"
+        )
+    warnings: list[str] = []
+    for name, checkpoint in finetuned.items():
+        theirs = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
+        problems += mismatches(base, checkpoint, chosen, theirs)
+        warnings += differences(base, name, checkpoint, chosen)
+    if problems:
+        raise MismatchError(problems)
+    warnings += licence_warning({"the base": base, **finetuned})
+    warnings += leaks(list(_judged(recipe)), recipe.used_data)
+    warnings += recipe.fitting.warnings() if recipe.fitting else []
+    wanted = set(chosen)
+    return [name for name in base.tensors if name in wanted], tuple(warnings)
+
+
+def _judged(recipe: Recipe) -> Iterator[JudgedTask]:
+    """The tasks that the merge will be judged on; where their data sets come from only lm-eval knows."""
+    if recipe.evaluate is not None:
+        for spec in chosen_tasks(recipe.evaluate.tasks, recipe.evaluate.suite, recipe.evaluate.limit)[0]:
+            yield JudgedTask(spec.name)
+
+
+def _unknown_name(field: str, value: str | None, names: list[str]) -> list[str]:
+    if value is None or value in names:
+        return []
+    near = get_close_matches(value, names, n=1, cutoff=0.0)
+    return [f"{field} names {value!r}, which is none of the finetunes ({', '.join(names)}); did you mean {near[0]!r}?"]
+
+
+def _check_localizable(recipe: Recipe) -> None:
+    """Raises RecipeError if a recipe asks for more than one finetune's mask and values."""
+    if recipe.localized or len(recipe.finetuned) != 1:
+        given = "localized checkpoints" if recipe.localized else f"{len(recipe.finetuned)} finetunes"
+        raise RecipeError(
+            f"a localized checkpoint is made of one finetune, not of {given}. Localize one after another."
+        )
+    if recipe.method.name != "locstitch":
+        raise RecipeError(f"masks are found for method locstitch, not for {recipe.method.name}. Leave --method out.")
+    if recipe.stitch is not None:
+        raise RecipeError("a refit fits the values of all finetunes together: it goes with merge. Leave stitch out.")
+    if given := [field for field in OF_MODELS if getattr(recipe, field) != Recipe.model_fields[field].default]:
+        raise RecipeError(f"{', '.join(given)} cannot be said of a localized checkpoint. Say it when it is stitched.")

@@ -1,0 +1,141 @@
+"""Plans: all that is to be done, as plain data from a recipe and headers. None reads a weight or asks the disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
+from hf_locstitch.checkpoints.byte_ranges import Piece, Pieces, byte_ranges
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.localize.localizer import Group, Localizer
+from hf_locstitch.plan.layout import OutputShard
+from hf_locstitch.plan.recipe import Recipe
+from hf_locstitch.runtime.settings import Settings
+from hf_locstitch.tasks.sets import OpenSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all plans say.
+
+    inputs: "base", and by name the finetunes; of a stitch their localized checkpoints' files, none of whose tensors is a
+    model's. mask_tensors: those that the method ranges over, as the base holds them, in its order; n: their elements
+    (N). k: coordinates that each mask keeps, n without masks; exact_k: else k is a guess, or the largest of several.
+    localizers: how each mask is found, or was; origins: the finetuned model that each belongs to, pinned. order: in which
+    finetunes are added up: of the models' own, however they were given, as sums round. scanned: what finding masks reads.
+    """
+
+    recipe: Recipe
+    settings: Settings
+    inputs: Mapping[str, Checkpoint]
+    shards: tuple[OutputShard, ...]
+    mask_tensors: tuple[TensorInfo, ...]
+    n: int
+    k: int
+    exact_k: bool
+    localizers: Mapping[str, Localizer]
+    origins: Mapping[str, str]
+    order: tuple[str, ...]
+    scanned: Pieces
+    warnings: tuple[str, ...]
+    data: Mapping[str, OpenSet] = field(default_factory=dict)
+    """The localization set of each finetune, for localizers that look at data."""
+    fit_data: Mapping[str, OpenSet] = field(default_factory=dict)
+    """The unlabelled inputs of each finetune, where values are fitted."""
+    command: ClassVar[str]
+    """The sub-command that carries out such a plan."""
+
+    @property
+    def base(self) -> Checkpoint:
+        return self.inputs["base"]
+
+    @property
+    def finetuned(self) -> dict[str, Checkpoint]:
+        return {name: checkpoint for name, checkpoint in self.inputs.items() if name != "base"}
+
+    @property
+    def masked(self) -> bool:
+        """Whether there are masks."""
+        return bool(self.localizers)
+
+    @property
+    def common_localizer(self) -> dict[str, Any] | None:
+        """How all masks are found, as JSON; None if they differ, or there are none."""
+        settings = [localizer.model_dump(mode="json") for localizer in self.localizers.values()]
+        return settings[0] if settings and all(one == settings[0] for one in settings) else None
+
+    def written_from(self, shards: Sequence[OutputShard]) -> Pieces:
+        """What writing these shards reads, besides what finding masks kept."""
+        return {}
+
+    @property
+    def needed(self) -> dict[str, list[str]]:
+        """The files of each input that are read at all."""
+        passes = [self.scanned, self.written_from(self.shards)]
+        return {
+            name: list(byte_ranges(checkpoint, [piece for pieces in passes for piece in pieces.get(name, ())]))
+            for name, checkpoint in self.inputs.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalizePlan(Plan):
+    """From one finetune to a localized checkpoint, which has one shard, of values, whose sizes are a guess.
+
+    groups: which of mask_tensors (by number) compete with one another, and how many elements each group keeps.
+    """
+
+    groups: tuple[Group, ...]
+    command: ClassVar[str] = "localize"
+
+    @property
+    def localizer(self) -> Localizer:
+        return next(iter(self.localizers.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPlan(Plan):
+    """A plan that ends in a model. unmasked_from: the checkpoint of the tensors that are not merged. files: that of
+    config, tokenizer and the like."""
+
+    unmasked_from: Checkpoint
+    files: Checkpoint
+
+    def written_from(self, shards: Sequence[OutputShard]) -> Pieces:
+        pieces: dict[str, list[Piece]] = {}
+        unmasked = next(name for name, checkpoint in self.inputs.items() if checkpoint is self.unmasked_from)
+        for tensor in (tensor for shard in shards for tensor in shard.tensors):
+            merged = ["base"] if self.masked else list(self.inputs)
+            for name in merged if tensor.localized else [unmasked]:
+                pieces.setdefault(name, []).append((tensor.name, 0, math.prod(tensor.shape)))
+        return pieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan(ModelPlan):
+    """From finetunes to a model. groups: as of LocalizePlan, none for a method without masks."""
+
+    groups: tuple[Group, ...]
+    command: ClassVar[str] = "merge"
+
+    @property
+    def localizer(self) -> Localizer:
+        """Of a plan with masks."""
+        return next(iter(self.localizers.values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StitchPlan(ModelPlan):
+    """From localized checkpoints to a model."""
+
+    localized_inputs: Mapping[str, LocalizedCheckpoint]
+    command: ClassVar[str] = "stitch"
+
+    @property
+    def needed(self) -> dict[str, list[str]]:
+        stored = {name: [shard.file for shard in one.shards] for name, one in self.localized_inputs.items()}
+        return {**super().needed, **stored}

@@ -1,0 +1,372 @@
+"""What is asked for: the fields of a YAML recipe, of the command line's flags and of `merge_from_hub`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from hf_locstitch.checkpoints.ref import REPO_ID
+from hf_locstitch.errors import RecipeError
+from hf_locstitch.localize.localizer import Localizer
+from hf_locstitch.localize.localizers import LOCALIZERS
+from hf_locstitch.runtime.registry import Registry
+from hf_locstitch.stitch.fitting import OnInputs, Stitcher
+from hf_locstitch.stitch.method import MaskedMethod, Method
+from hf_locstitch.stitch.methods import METHODS
+from hf_locstitch.stitch.stitchers import MEAN, STITCHERS
+from hf_locstitch.tasks.leaks import UsedData, used_set
+from hf_locstitch.tasks.sets import LocalizationSet
+
+if TYPE_CHECKING:
+    AnyLocalizer: TypeAlias = Localizer
+    AnyMethod: TypeAlias = Method
+    AnyStitcher: TypeAlias = Stitcher
+else:  # one of those that there are, by name
+    AnyLocalizer, AnyMethod, AnyStitcher = LOCALIZERS.union("method"), METHODS.union("name"), STITCHERS.union("method")
+
+LOG = logging.getLogger("hf_locstitch")
+WHERE = ("out", "push_to", "private")
+# What localized checkpoints have settled, or what takes whole models.
+SETTLED = ("localizer", "data", "stitch", "include", "exclude", "rest_from", "files_from", "evaluate")
+NAME_PATTERN = r"^[A-Za-z0-9][\w.-]*$"  # becomes a file name: masks/NAME.safetensors
+
+
+UNIONS: Mapping[str, Registry[Any]] = {"localizer": LOCALIZERS, "method": METHODS, "stitch": STITCHERS}
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Input(Strict):
+    """A checkpoint. ref: a folder, org/name or org/name@revision. sha256: what its weights must be, if given."""
+
+    ref: str = Field(min_length=1)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"ref": str(value)} if isinstance(value, str | Path) else value
+
+
+class Finetuned(Input):
+    """name: what masks, tables and the card call it; the last part of ref by default."""
+
+    name: str | None = Field(default=None, pattern=NAME_PATTERN)
+
+
+class Evaluate(Strict):
+    """lm-eval's tasks for the finished merge, its base, its finetunes and their plain average.
+
+    tasks: NAME or NAME:SHOTS. suite: a bundle of tasks. limit: examples a task, all by default. batch_size: the largest
+    that fits by default. include_path: a folder of further task files.
+    """
+
+    tasks: tuple[str, ...] = ()
+    suite: Literal["paper", "quick"] | None = None
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    include_path: Path | None = None
+    chat_template: bool = False
+    parents: bool = True
+    average: bool = False
+
+    @model_validator(mode="after")
+    def _names_tasks(self) -> Evaluate:
+        if not self.tasks and self.suite is None:
+            raise ValueError("names neither tasks nor a suite")
+        return self
+
+
+class Recipe(Strict):
+    """One merge. Every field but `base` and one of `finetuned` and `localized` has a default."""
+
+    base: Input
+    localized: tuple[Finetuned, ...] = Field(default=(), max_length=64)
+    """Localized checkpoints, which hold masks and values already, in place of `finetuned`."""
+    finetuned: tuple[Finetuned, ...] = Field(default=(), max_length=64)
+    method: AnyMethod = Field(default_factory=lambda: METHODS.find("locstitch")())
+    """By name, or its fields: `{name: regmean, alpha: 0.5}`."""
+    localizer: AnyLocalizer | None = None
+    """How masks are found; the method's default if it has masks, nothing if it has none."""
+    data: dict[str, LocalizationSet] | tuple[LocalizationSet, ...] = ()
+    """A localization set for each finetune, by name or in order, for the localizers that look at data, and for a refit
+    or RegMean that is given no other."""
+    stitch: AnyStitcher | None = None
+    """How the values under the masks are found: `mean` (None) of the finetuned ones, or a `refit` of them."""
+    scale: float = Field(default=1.0, allow_inf_nan=False)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rest_from: str | None = None
+    """Name of the finetune that gives the tensors that are not localized; the base by default."""
+    files_from: str | None = None
+    """Name of the finetune that gives config, tokenizer and the like; as `rest_from` by default."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    shard_size: ByteSize | None = Field(default=None, gt=0)
+    """Largest output file in bytes ("5GB"); the base's own division by default."""
+    allow_non_finite: bool = False
+    figures: bool = True
+    """Whether a merge with masks draws them."""
+    evaluate: Evaluate | None = None
+    """What the finished merge is evaluated on; nothing by default."""
+    out: Path | None = None
+    push_to: str | None = None
+    private: bool = False
+
+    @property
+    def fitting(self) -> OnInputs | None:
+        """How values are fitted to inputs, if they are."""
+        return self.stitch or (self.method if isinstance(self.method, OnInputs) else None)
+
+    @property
+    def fit_sets(self) -> Mapping[str, LocalizationSet] | Sequence[LocalizationSet]:
+        """The inputs that values are fitted to."""
+        return (self.fitting.data or self.data) if self.fitting else ()
+
+    @property
+    def used_data(self) -> list[UsedData]:
+        """What masks are found with and values fitted to: no test of the merge."""
+        localized = self.data if self.localizer is not None and self.localizer.needs_data else ()
+        return [
+            *(used_set(asked, "masks were found") for asked in _each(localized)),
+            *(used_set(asked, "values were fitted") for asked in _each(self.fit_sets)),
+        ]
+
+    @property
+    def entries(self) -> tuple[Finetuned, ...]:
+        """What is merged into the base."""
+        return self.finetuned or self.localized
+
+    @field_validator("finetuned")
+    @classmethod
+    def _something_to_merge(cls, value: tuple[Finetuned, ...], info: ValidationInfo) -> tuple[Finetuned, ...]:
+        localized = info.data.get("localized")
+        if localized == () and not value:
+            raise PydanticCustomError("missing", "Field required")
+        if localized and value:
+            raise ValueError("finetuned models and localized checkpoints do not go into one merge; localize them all")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_spellings(cls, value: Any) -> Any:
+        """regmean's own settings stood under `stitch` once."""
+        stitch = value.get("stitch") if isinstance(value, dict) else None
+        own = {"method": stitch} if isinstance(stitch, str) else stitch
+        if not isinstance(own, dict) or own.get("method") != "regmean":
+            return value
+        LOG.warning("stitch: {method: regmean, …} is the old spelling of method: {name: regmean, …}; write that.")
+        method = value.get("method", "regmean")
+        if method not in ("regmean", {"name": "regmean"}):
+            raise ValueError(f"stitch: regmean goes with method regmean, not with {method}")
+        settings = {key: setting for key, setting in own.items() if key != "method"}
+        return {**value, "method": {"name": "regmean", **settings}, "stitch": None}
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_by_name(cls, value: Any) -> Any:
+        value = {"name": value} if isinstance(value, str) else value
+        if isinstance(value, dict) and value.get("name") not in METHODS.names():
+            name = str(value.get("name"))
+            raise ValueError(f"unknown method {name!r} ({METHODS.hint(name)})")
+        return value
+
+    @field_serializer("method")
+    def _dump_method(self, value: Method) -> Any:
+        return value.dump()
+
+    @field_validator("localizer", mode="before")
+    @classmethod
+    def _default_localizer(cls, value: Any) -> Any:
+        value = {"method": "magnitude", **value} if isinstance(value, dict) else value
+        if isinstance(value, dict) and value["method"] not in LOCALIZERS.names():
+            raise ValueError(f"unknown localizer {value['method']!r} ({LOCALIZERS.hint(str(value['method']))})")
+        return value
+
+    @field_validator("stitch", mode="before")
+    @classmethod
+    def _stitch_by_name(cls, value: Any) -> Any:
+        value = {"method": value} if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            return value
+        value = {"method": "refit", **value}
+        if value["method"] == MEAN and len(value) == 1:
+            return None
+        if value["method"] not in STITCHERS.names():
+            name = str(value["method"])
+            raise ValueError(f"unknown stitch {name!r} (known are {', '.join([MEAN, *STITCHERS.names()])})")
+        return value
+
+    @model_validator(mode="after")
+    def _data_suits_fitting(self) -> Recipe:
+        fitting = self.fitting
+        if fitting is None or self.localized:
+            return self
+        if self.stitch is not None and self.method.name != "locstitch":
+            raise ValueError(f"stitch: {self.stitch.method} goes with method locstitch, not with {self.method.name}")
+        found = len(self.fit_sets)
+        if found != len(self.finetuned):
+            raise ValueError(
+                f"{fitting.called} looks at data: {len(self.finetuned)} sets of unlabelled inputs are needed, one for each "
+                f"finetune, not {found}"
+            )
+        if self.allow_non_finite:
+            raise ValueError(
+                f"allow_non_finite does not go with {fitting.called}: nothing can be fitted to what is no number"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _data_suits_localizer(self) -> Recipe:
+        looks = self.localizer is not None and self.localizer.needs_data
+        if self.data and not looks and (self.fitting is None or self.fitting.data):
+            raise ValueError(
+                "data is given, but only the localizers mask and saliency look at data, stitch: refit, and method "
+                "regmean"
+            )
+        if looks and len(self.data) != len(self.finetuned):
+            raise ValueError(
+                f"the localizer looks at data: {len(self.finetuned)} localization sets are needed, one for each "
+                f"finetune, not {len(self.data)}"
+            )
+        if looks and self.allow_non_finite:
+            raise ValueError(
+                "allow_non_finite does not go with a localizer that looks at data: no loss would be a number"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _localized_settle_the_rest(self) -> Recipe:
+        if self.localized and self.method.name != "locstitch":
+            raise ValueError(f"localized checkpoints are merged by method locstitch, not {self.method.name}")
+        given = [field for field in SETTLED if getattr(self, field)]
+        if self.localized and given:
+            raise ValueError(f"{', '.join(given)} cannot be said of localized checkpoints: it takes whole models")
+        return self
+
+    @model_validator(mode="after")
+    def _localizer_suits_method(self) -> Recipe:
+        if self.localized:
+            return self
+        if not isinstance(self.method, MaskedMethod):
+            if self.localizer is not None:
+                raise ValueError(f"{self.method.name} uses whole models: it takes no localizer, density or scope")
+            return self
+        magnitude = LOCALIZERS.find("magnitude")
+        localizer = self.localizer or magnitude()
+        if type(localizer) is magnitude and "density" not in localizer.model_fields_set:
+            given = localizer.model_dump(exclude={"density"})
+            object.__setattr__(self, "localizer", magnitude(density=self.method.default_density, **given))
+        return self
+
+    @field_validator("push_to")
+    @classmethod
+    def _is_repo_id(cls, value: str | None) -> str | None:
+        if value is not None and ("/" not in value or not REPO_ID.fullmatch(value)):
+            raise ValueError("must be org/name")
+        return value
+
+    @model_validator(mode="after")
+    def _private_needs_push(self) -> Recipe:
+        if self.private and self.push_to is None:
+            raise ValueError("private says who may see the pushed repo: it needs push_to")
+        return self
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The fields of a YAML recipe, not yet validated. Raises RecipeError if it is no mapping."""
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}. Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{path} should hold fields such as `base:` and `finetuned:`, not {type(fields).__name__}.")
+    return fields
+
+
+def make_recipe(fields: Mapping[str, Any], where: str = "the request") -> Recipe:
+    """Validate. Raises RecipeError with every fault at once; an unknown key is answered with the nearest one."""
+    try:
+        return Recipe.model_validate(dict(fields))
+    except ValidationError as error:
+        faults = [_fault(fault) for fault in error.errors(include_url=False)]
+        raise RecipeError(f"{where} is wrong: " + "; ".join(faults) + ".") from error
+
+
+def _fault(fault: Any) -> str:
+    loc = [str(part) for part in fault["loc"]]
+    if len(loc) > 1 and loc[0] in UNIONS and loc[1] in UNIONS[loc[0]].names():  # pydantic names the union's member
+        loc = [loc[0], *loc[2:]]
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at([str(part) for part in fault["loc"]][:-1])
+        near = get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"unknown key {'.'.join(loc)!r} ({hint})"
+    if fault["type"] == "missing":
+        return f"{'.'.join(loc)!r} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(loc)}: {message}, not {fault['input']!r}" if loc else message
+
+
+def _fields_at(loc: list[str]) -> list[str]:
+    """The keys that are known where an unknown one stood."""
+    if loc and loc[0] in UNIONS:
+        registry = UNIONS[loc[0]]
+        named = [registry.find(loc[1])] if len(loc) > 1 and loc[1] in registry.names() else registry.all()
+        return [field for one in named for field in one.model_fields]
+    model: type[BaseModel] = {
+        "base": Input,
+        "finetuned": Finetuned,
+        "localized": Finetuned,
+        "data": LocalizationSet,
+        "evaluate": Evaluate,
+    }.get(loc[0] if loc else "", Recipe)
+    return list(model.model_fields)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML that asks for the same merge: what differs from the defaults, not where it goes or how it is judged."""
+    fields = recipe.model_dump(mode="json", exclude={*WHERE, "evaluate"}, exclude_defaults=True)
+    if recipe.localizer is not None:
+        fields["localizer"] = recipe.localizer.model_dump(mode="json")
+    if recipe.data:
+        fields["data"] = _dump_sets(recipe.data)
+    if recipe.stitch is not None:
+        fields["stitch"] = {**recipe.stitch.as_record(), **_dump_data(recipe.stitch)}
+    if isinstance(recipe.method, OnInputs) and recipe.method.data:
+        fields["method"] = {"name": recipe.method.name, **fields["method"], **_dump_data(recipe.method)}
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+
+
+def _dump_data(fitting: OnInputs) -> dict[str, Any]:
+    return {"data": _dump_sets(fitting.data)} if fitting.data else {}
+
+
+def _dump_sets(sets: Mapping[str, LocalizationSet] | Sequence[LocalizationSet]) -> Any:
+    if isinstance(sets, Mapping):
+        return {name: asked.dump() for name, asked in sets.items()}
+    return [asked.dump() for asked in sets]
+
+
+def _each(sets: Mapping[str, LocalizationSet] | Sequence[LocalizationSet]) -> list[LocalizationSet]:
+    return list(sets.values() if isinstance(sets, Mapping) else sets)

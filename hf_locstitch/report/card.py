@@ -1,0 +1,178 @@
+"""The model card: metadata that the Hub understands, and a page that a person does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_locstitch.artifacts.manifest import Manifest
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.plan.plans import LocalizePlan, ModelPlan, Plan, StitchPlan
+from hf_locstitch.tasks.sets import OpenSet
+
+NON_COMMERCIAL = re.compile(r"(^|[^a-z])(nc|non-?commercial|research)([^a-z]|$)", re.IGNORECASE)
+TEMPLATE = Path(__file__).parent / "templates" / "card.md"
+
+
+def card_data(plan: Plan) -> ModelCardData:
+    """Metadata. Local folders are no repos: they are left out of `base_model`."""
+    model = isinstance(plan, ModelPlan)
+    repos = [repo for name in plan.inputs if (repo := _repo(plan, name)) is not None]
+    optional: dict[str, Any] = {
+        "license": licence(plan),
+        "pipeline_tag": pipeline_tag(plan.files) if isinstance(plan, ModelPlan) else None,
+    }
+    sets = [found.repo for found in (*plan.data.values(), *plan.fit_data.values()) if found.repo is not None]
+    if sets:
+        optional["datasets"] = list(dict.fromkeys(sets))
+    if repos:
+        optional |= {"base_model": list(dict.fromkeys(repos)), "base_model_relation": "merge" if model else "adapter"}
+    return ModelCardData(
+        library_name="transformers" if model else "hf-locstitch",
+        tags=[
+            "merge" if model else "localized-checkpoint",
+            "hf-locstitch",
+            *(["localize-and-stitch"] if plan.recipe.method.name == "locstitch" else []),
+        ],
+        **{key: value for key, value in optional.items() if value is not None},
+    )
+
+
+def _repo(plan: Plan, name: str) -> str | None:
+    """org/name of an input; of a local localized checkpoint that of the finetune it was made from."""
+    repo = plan.inputs[name].source.repo
+    localized = plan.localized_inputs.get(name) if isinstance(plan, StitchPlan) else None
+    if repo is None and localized is not None and localized.finetuned.commit is not None:
+        return localized.finetuned.ref.partition("@")[0]
+    return repo
+
+
+def licence(plan: Plan) -> str | None:
+    """The parents' common licence; "other" where they differ, none where none is named."""
+    licences = {str(checkpoint.card.get("license")) for checkpoint in plan.inputs.values()} - {"None"}
+    return licences.pop() if len(licences) == 1 else "other" if licences else None
+
+
+def licence_of(checkpoint: Checkpoint) -> str:
+    """For people: the Hub's identifier, and the licence's own name where that says only "other"."""
+    licence, name = checkpoint.card.get("license"), checkpoint.card.get("license_name")
+    return f"{licence} ({name})" if licence and name else str(licence or "not named")
+
+
+def licence_note(plan: Plan) -> str:
+    """What the parents' licences mean for the merge; nothing if all are alike and allow commercial use."""
+    licences = {name: licence_of(checkpoint) for name, checkpoint in plan.inputs.items()}
+    notes = ["The parents' differ, and a merge is bound by all of them."] if len(set(licences.values())) > 1 else []
+    if closed := [f"{name} ({licence})" for name, licence in licences.items() if NON_COMMERCIAL.search(licence)]:
+        notes.append(f"Not for commercial use, because of {', '.join(closed)}.")
+    return " ".join(notes)
+
+
+def settings(plan: Plan, record: Manifest) -> dict[str, str]:
+    """Every setting of the merge in words, Markdown."""
+    recipe, model = plan.recipe, isinstance(plan, ModelPlan)
+    localizers = dict.fromkeys(localizer.describe() for localizer in plan.localizers.values())
+    of_model: dict[str, str] = {}
+    if isinstance(plan, ModelPlan):
+        of_model["other tensors"] = _rest(plan)
+        of_model["config and tokenizer"] = "the base's" if plan.files is plan.base else f"{plan.files.label}'s"
+    rows = {
+        **({"method": f"`{recipe.method.name}` ({recipe.method.describe()})"} if model else {}),
+        **({"localizer": "; ".join(localizers)} if localizers else {}),
+        **({"stitch": recipe.stitch.describe()} if recipe.stitch else {}),
+        **({"scale": f"{record.scale:g}"} if model else {}),
+        "merged tensors" if model else "localized tensors": f"{len(plan.mask_tensors)}, {record.N:,} elements",
+        **({"include": _globs(recipe.include)} if recipe.include else {}),
+        **({"exclude": _globs(recipe.exclude)} if recipe.exclude else {}),
+        **of_model,
+        "dtype": ", ".join(sorted({tensor.dtype for shard in plan.shards for tensor in shard.tensors})),
+        "made with": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
+    }
+    return {key: value.replace("|", "\\|") for key, value in {"hf-locstitch": record.hf_locstitch, **rows}.items()}
+
+
+def _globs(globs: Sequence[str]) -> str:
+    return ", ".join(f"`{glob}`" for glob in globs)
+
+
+def pipeline_tag(checkpoint: Checkpoint) -> str | None:
+    if tag := checkpoint.card.get("pipeline_tag"):
+        return str(tag)
+    architectures = checkpoint.config.get("architectures") or [""]
+    return "text-generation" if str(architectures[0]).endswith("ForCausalLM") else None
+
+
+def auto_class(checkpoint: Checkpoint) -> str:
+    """The transformers class that loads the model, as far as its config tells."""
+    architecture = str((checkpoint.config.get("architectures") or [""])[0])
+    heads = {
+        "ForCausalLM": "AutoModelForCausalLM",
+        "ForMaskedLM": "AutoModelForMaskedLM",
+        "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+        "ForSequenceClassification": "AutoModelForSequenceClassification",
+        "ForImageClassification": "AutoModelForImageClassification",
+    }
+    return next((auto for ending, auto in heads.items() if architecture.endswith(ending)), "AutoModel")
+
+
+def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] = ()) -> None:
+    """README.md of a merge or a localized checkpoint. figures: stems of the pictures beside it."""
+    title = " + ".join(plan.finetuned) + (", localized" if isinstance(plan, LocalizePlan) else "")
+    method, fitting = plan.recipe.method, plan.recipe.fitting
+    fitted = fitting.card(record.stitch, _inputs_table(plan, record.stitch)) if fitting and record.stitch else ""
+    card = ModelCard.from_template(
+        card_data(plan),
+        template_path=str(TEMPLATE),
+        title=title,
+        repo=plan.recipe.push_to or "DIR",
+        auto_class=auto_class(plan.files) if isinstance(plan, ModelPlan) else "",
+        intro=method.introduce(len(plan.finetuned), bool(record.stitch and record.stitch["refitted"])),
+        fitted=fitted,
+        localized=isinstance(plan, LocalizePlan),
+        plan=plan,
+        record=record,
+        figures=figures,
+        links={name: _link(plan, name) for name in plan.inputs},
+        licences={name: licence_of(checkpoint) for name, checkpoint in plan.inputs.items()},
+        licence_note=licence_note(plan),
+        settings=settings(plan, record),
+        data_links={name: data_link(found) for name, found in plan.data.items()},
+        first=next(iter(plan.finetuned)),
+        rest=_rest(plan) if isinstance(plan, ModelPlan) else "",
+    )
+    card.save(path)
+
+
+def data_link(found: OpenSet) -> str:
+    if found.repo is None:
+        return f"local file `{found.pinned.ref}`"
+    at = f"[{found.repo}](https://huggingface.co/datasets/{found.repo}/tree/{found.commit})"
+    return f"{at} ({found.config})" if found.config else at
+
+
+def _link(plan: Plan, name: str) -> str:
+    source = plan.inputs[name].source
+    through = f", localized from `{plan.origins[name]}`" if isinstance(plan, StitchPlan) and name != "base" else ""
+    if source.repo is None:
+        return f"local folder `{source.pinned}`{through}"
+    at = f"[{source.repo}](https://huggingface.co/{source.repo}/tree/{source.commit}) at `{(source.commit or '')[:7]}`"
+    return at + through
+
+
+def _rest(plan: ModelPlan) -> str:
+    """Whose the tensors are that are not merged."""
+    return "the base's" if plan.unmasked_from is plan.base else f"{plan.recipe.rest_from}'s"
+
+
+def _inputs_table(plan: Plan, stitch: Mapping[str, Any]) -> str:
+    """What values were fitted to, Markdown."""
+    rows = ["| finetune | inputs | what they are | fitted to | held out |", "| :--- | :--- | :--- | ---: | ---: |"]
+    for name, found in plan.fit_data.items():
+        asked, counts = found.asked, stitch["counts"][name]
+        what = f"{data_link(found)}, split {asked.split}, seed {asked.seed}"
+        rows.append(f"| {name} | {what} | {asked.role or 'not said'} | {counts['fitted']} | {counts['held_out']} |")
+    return "\n".join(rows)

@@ -1,0 +1,174 @@
+"""Drawing: data in, a matplotlib Figure out. Dark on white, so that pages in light and in dark show them alike.
+
+Colours: Okabe and Ito's for models, always with a marker or line style of their own; cividis for shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import numpy as np
+
+from hf_locstitch.report.figures.mask_layout import Places
+from hf_locstitch.report.figures.task_vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
+INK = "#1F2328"
+NOTHING = "#D0D7DE"  # squares that hold no number, and grid lines
+MAP = "cividis"
+ANNOTATED = 12  # masks up to which the numbers fit into the squares
+PAGE = 7.2  # inches: the width of a figure, so that pages show all letters in one size
+WIDTH = 9.0  # inches of panels side by side
+RARE = 1e-3  # share of the entries that may lie left of the picture
+STYLE: Mapping[Any, Any] = {
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.facecolor": "white",
+    "figure.dpi": 100,
+    "figure.constrained_layout.h_pad": 0.12,
+    "figure.constrained_layout.w_pad": 0.12,
+    "savefig.dpi": 160,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "hf-locstitch",
+}
+
+
+def styled(draw: Callable[P, T]) -> Callable[P, T]:
+    """With our settings, whatever the caller's are."""
+
+    @wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> T:
+        import matplotlib
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            for name, value in STYLE.items():
+                matplotlib.rcParams[name] = value
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+@styled
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """stem.png and stem.svg; the same figure gives the same bytes."""
+    paths = [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")]
+    figure.savefig(paths[0], metadata={"Software": None})
+    figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+    return paths
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """width, height: inches. No pyplot: nothing global, no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+@styled
+def draw_overlap(names: Sequence[str], jaccard: np.ndarray) -> Figure:
+    """Heat map of the masks' pairwise Jaccard index. jaccard: [masks, masks], 1 on the diagonal."""
+    count = len(names)
+    figure = new_figure(PAGE, max(2.6, min(PAGE, 1.6 + 0.42 * count)))
+    axes = figure.subplots()
+    apart = jaccard[~np.eye(count, dtype=bool)]
+    top = max(float(apart.max()), 1e-9) if len(apart) else 1.0
+    shown = np.ma.masked_array(jaccard, np.eye(count, dtype=bool))
+    image = axes.imshow(shown, cmap=MAP, vmin=0, vmax=top, aspect="auto")
+    axes.set_facecolor(NOTHING)
+    axes.set_xticks(range(count), list(names), rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(count), list(names))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if count <= ANNOTATED:
+        for row, column in np.ndindex(count, count):
+            value = jaccard[row, column]
+            ink = INK if row == column or value > 0.55 * top else "white"
+            axes.text(column, row, f"{value:.2f}".removesuffix(".00"), ha="center", va="center", color=ink)
+    figure.colorbar(image, ax=axes, label="in both / in either")
+    axes.set_title("Overlap of the masks (Jaccard index)")
+    return figure
+
+
+@styled
+def draw_places(places: Places) -> Figure:
+    """Where each mask's ones lie: layers across, kinds of module down, one panel a mask."""
+    names, layers, kinds = list(places.share), places.layers, places.kinds
+    wide = max(1.9, min(6.0, 0.11 * len(layers) + 0.9))
+    columns = min(max(1, int(WIDTH // wide)), len(names))
+    rows = -(-len(names) // columns)
+    high = max(1.3, 0.19 * len(kinds) + 0.5)
+    figure = new_figure(1.7 + columns * wide + 0.8, 0.7 + rows * (high + 0.25))
+    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten())
+    top = max((float(share.max()) for share in places.share.values()), default=0.0) or 1.0
+    image = None
+    for one, name in zip(axes, names, strict=False):
+        share = np.ma.masked_array(100 * places.share[name], places.elements == 0)
+        image = one.imshow(share, cmap=MAP, vmin=0, vmax=100 * top, aspect="auto")
+        one.set_facecolor(NOTHING)
+        one.set_title(name)
+        one.tick_params(length=0)
+        one.spines[:].set_visible(False)
+        step = max(1, -(-len(layers) // 8))
+        one.set_xticks(range(0, len(layers), step), layers[::step])
+        one.set_yticks(range(len(kinds)), kinds)
+    for one in axes[len(names) :]:
+        one.set_visible(False)
+    for lowest in axes[max(0, len(names) - columns) : len(names)]:
+        lowest.tick_params(labelbottom=True)
+        lowest.set_xlabel("layer")
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="share of the mask's ones, %")
+    figure.suptitle("Where the masks lie", fontsize=11)
+    return figure
+
+
+@styled
+def draw_task_vectors(vectors: Mapping[str, TaskVectors]) -> Figure:
+    """How large the entries of each task vector are, and from where on a mask keeps them."""
+    figure = new_figure(PAGE, 3.6)
+    axes = figure.subplots()
+    for (name, one), colour, line in zip(vectors.items(), cycle(COLOURS), cycle(LINES), strict=False):
+        label = name if one.unchanged < 5e-4 else f"{name} ({100 * one.unchanged:.1f} % unchanged)"
+        axes.stairs(100 * np.array(one.shares), one.edges, color=colour, linestyle=line, linewidth=1.6, label=label)
+        if one.threshold is not None:
+            axes.axvline(one.threshold, color=colour, linestyle=line, linewidth=0.9, alpha=0.9)
+    axes.set_xscale("log")
+    axes.set_xlim(left=min(_first_seen(one) for one in vectors.values()))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("|task vector|; vertical lines: the smallest entry that the mask keeps")
+    axes.set_ylabel("share of the entries, %")
+    axes.set_title(f"Size of the task vectors' entries ({max(one.sampled for one in vectors.values()):,} sampled)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _first_seen(one: TaskVectors) -> float:
+    """The edge left of which all but RARE of the entries that changed lie right."""
+    passed = np.cumsum(one.shares) > RARE
+    return one.edges[int(np.argmax(passed))] if passed.any() else one.edges[0]

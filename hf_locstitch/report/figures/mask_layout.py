@@ -1,0 +1,77 @@
+"""Where masks lie: the ones of each tensor, counted by layer and kind of module."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_locstitch.checkpoints.localizable import BLOCKS
+
+OUTSIDE = "–"  # the layer of tensors that are in none
+NUMBERS = re.compile(r"(^|\.)\d+(?=\.)")
+
+Counts = Mapping[str, Mapping[str, int]]  # mask -> tensor -> ones
+
+
+@dataclass(frozen=True)
+class Places:
+    """layers, kinds: titles. elements: int64 [kinds, layers]. ones, share: of each mask, likewise."""
+
+    layers: list[str]
+    kinds: list[str]
+    elements: npt.NDArray[np.int64]
+    ones: Mapping[str, npt.NDArray[np.int64]]
+
+    @property
+    def share(self) -> dict[str, npt.NDArray[np.float64]]:
+        return {name: ones / max(int(ones.sum()), 1) for name, ones in self.ones.items()}
+
+
+def layer_and_kind(tensor: str) -> tuple[str, str]:
+    """model.layers.3.self_attn.q_proj.weight -> ("3", "self_attn.q_proj"). Experts count as one kind."""
+    found = BLOCKS.search(tensor)
+    if found is None:
+        return OUTSIDE, tensor.removesuffix(".weight")
+    layer = found.group(0).strip(".").rsplit(".", 1)[-1]
+    stack = next((part for part in ("encoder", "decoder") if part in tensor[: found.start()].split(".")), "")
+    kind = NUMBERS.sub(r"\1*", tensor[found.end() :]).removesuffix(".weight")
+    return layer, f"{stack}.{kind}" if stack else kind
+
+
+def count_places(shapes: Mapping[str, tuple[int, ...]], ones: Counts) -> Places:
+    """shapes: of the localized tensors, in the model's order; kinds keep it, those in no layer come last."""
+    at = {tensor: layer_and_kind(tensor) for tensor in shapes}
+    found = {layer for layer, _ in at.values()}
+    layers = sorted(found - {OUTSIDE}, key=int) + sorted(found & {OUTSIDE})
+    inside = [kind for layer, kind in at.values() if layer != OUTSIDE]
+    kinds = list(dict.fromkeys([*inside, *(kind for _, kind in at.values())]))
+    row, column = {k: i for i, k in enumerate(kinds)}, {n: i for i, n in enumerate(layers)}
+    elements = np.zeros((len(kinds), len(layers)), dtype=np.int64)
+    counted = {name: np.zeros_like(elements) for name in ones}
+    for tensor, (layer, kind) in at.items():
+        cell = row[kind], column[layer]
+        elements[cell] += math.prod(shapes[tensor])
+        for name, of_mask in ones.items():
+            counted[name][cell] += of_mask[tensor]
+    return Places(layers, kinds, elements, counted)
+
+
+def write_places(places: Places, path: Path) -> None:
+    """A line of CSV for each mask, layer and kind that holds anything."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["mask", "layer", "kind", "elements", "ones", "share_of_mask", "density"])
+        for name, ones in places.ones.items():
+            total = max(int(ones.sum()), 1)
+            for (r, c), elements in np.ndenumerate(places.elements):
+                if elements:
+                    count = int(ones[r, c])
+                    cell = [count, f"{count / total:.6g}", f"{count / elements:.6g}"]
+                    rows.writerow([name, places.layers[c], places.kinds[r], int(elements), *cell])

@@ -1,0 +1,140 @@
+"""How large task vectors are, estimated from a sample of every tensor: a merge is not read a second time for it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_locstitch.artifacts.mask_file import Positions
+from hf_locstitch.runtime.dtypes import Values
+
+SAMPLE = 1 << 20  # values of one model that are looked at, about;
+PER_TENSOR = 1 << 15  # of each tensor at most, in PIECES pieces
+PIECES = 8
+FILE = "task-vectors.json"
+
+
+class Reader(Protocol):
+    """What checkpoints.mapped.MappedCheckpoint is."""
+
+    def values(self, name: str, first: int, count: int) -> Values: ...
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """One finetune's task vector over the localized tensors, estimated from `sampled` of its entries.
+
+    edges: of the bins of |task vector|, [bins + 1], powers of two. shares: of all entries, [bins]; with `unchanged`,
+    the share that is exactly zero, they add up to 1. threshold: the smallest sampled |entry| that the mask keeps, None
+    if it keeps none of the sample; tied: share of all entries that are just as large. norm, base_norm: of the whole
+    task vector and of the base.
+    """
+
+    edges: list[float]
+    shares: list[float]
+    unchanged: float
+    threshold: float | None
+    tied: float
+    norm: float
+    base_norm: float
+    sampled: int
+
+
+def sampled_per_tensor(tensors: int) -> int:
+    """Values of each of so many tensors that are looked at: memory does not grow with their number."""
+    return max(PIECES, min(PER_TENSOR, SAMPLE // max(tensors, 1)))
+
+
+def sample_places(numel: int, per_tensor: int = PER_TENSOR, pieces: int = PIECES) -> list[tuple[int, int]]:
+    """(first, count) of the pieces of a tensor that are looked at, spread evenly; all of a small one."""
+    if numel <= per_tensor:
+        return [(0, numel)] if numel else []
+    count = per_tensor // pieces
+    return [(i * (numel - count) // (pieces - 1), count) for i in range(pieces)]
+
+
+def sampled_values(
+    reader: Reader, base: Reader, tensor: str, places: Sequence[tuple[int, int]]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """|task vector| and base at these places of a tensor, float32 [sampled]."""
+    start, moved = (
+        np.concatenate([one.values(tensor, first, count).astype(np.float32) for first, count in places])
+        for one in (base, reader)
+    )
+    return np.abs(moved - start), start
+
+
+def kept_among(parts: Iterable[Positions], places: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.bool_], int]:
+    """Which of the sampled places a mask keeps [sampled], and how many ones it has in all.
+
+    parts: flat indices of its ones, ascending, a part at a time.
+    """
+    firsts = np.cumsum([0, *(count for _, count in places)])
+    kept, ones = np.zeros(firsts[-1], dtype=bool), 0
+    for positions in parts:
+        ones += len(positions)
+        for (first, count), start in zip(places, firsts, strict=False):
+            begin, end = np.searchsorted(positions, [first, first + count])
+            kept[start + positions[begin:end] - first] = True
+    return kept, ones
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Of one tensor of `numel` elements. size: |task vector|, base: of the base, kept: by the mask; all [sampled]."""
+
+    numel: int
+    size: npt.NDArray[np.float32]
+    base: npt.NDArray[np.float32]
+    kept: npt.NDArray[np.bool_]
+
+
+def summarize(samples: Iterable[Sample]) -> TaskVectors:
+    """Every sampled entry stands for numel / sampled of its tensor's. What is not finite is left out."""
+    found = [sample for sample in samples if len(sample.size)]
+    weight = np.concatenate([np.full(len(s.size), s.numel / len(s.size)) for s in found])
+    size = np.concatenate([s.size for s in found]).astype(np.float64)
+    base = np.concatenate([s.base for s in found]).astype(np.float64)
+    kept = np.concatenate([s.kept for s in found])
+    fine = np.isfinite(size) & np.isfinite(base)
+    weight, size, base, kept = weight[fine], size[fine], base[fine], kept[fine]
+    moved = size > 0
+    edges = log_edges(size[moved])
+    counts, _ = np.histogram(size[moved], edges, weights=weight[moved])
+    total = float(weight.sum()) or 1.0
+    threshold = float(size[kept].min()) if kept.any() else None
+    return TaskVectors(
+        edges=edges.tolist(),
+        shares=(counts / total).tolist(),
+        unchanged=float(weight[~moved].sum()) / total,
+        threshold=threshold,
+        tied=float(weight[size == threshold].sum()) / total if threshold else 0.0,
+        norm=math.sqrt(float((weight * size**2).sum())),
+        base_norm=math.sqrt(float((weight * base**2).sum())),
+        sampled=len(size),
+    )
+
+
+def log_edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Bins that hold all of the values (> 0): powers of two, between which low-precision numbers lie evenly."""
+    if not len(values):
+        return np.array([0.5, 1.0])
+    first, last = math.floor(math.log2(values.min())), math.floor(math.log2(values.max())) + 1
+    return np.exp2(np.arange(first, last + 1, dtype=np.float64))
+
+
+def write_task_vectors(vectors: Mapping[str, TaskVectors], path: Path) -> None:
+    content = {name: asdict(one) for name, one in vectors.items()}
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_task_vectors(path: Path) -> dict[str, TaskVectors]:
+    """Raises ValueError, TypeError or OSError if the file is none."""
+    return {name: TaskVectors(**one) for name, one in json.loads(path.read_text(encoding="utf-8")).items()}

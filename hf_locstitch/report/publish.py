@@ -1,0 +1,239 @@
+"""Uploading a merge: large files as they are finished, then ONE commit on top of the head that was seen before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from hf_locstitch.artifacts.manifest import FILE
+from hf_locstitch.checkpoints.hub import git_blob_oid
+from hf_locstitch.checkpoints.hub_client import is_passing, retrying, status_of, wait_before
+from hf_locstitch.errors import OutputError, PublishError
+from hf_locstitch.runtime.progress import Progress
+
+# What an earlier model in the repo may have left that would be loaded in place of, or mistaken for, the new one.
+REPLACED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.gguf",
+    "masks/*",
+    "values/*",
+    "figures/*",
+    ".eval_results/*",
+)
+COMMIT_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Published:
+    """url: of the repo. commit: 40 hex digits."""
+
+    url: str
+    commit: str
+
+
+def check_target(repo: str) -> None:
+    """Raises OutputError unless this user may write to `repo`. Creates nothing."""
+    try:
+        user = retrying(lambda: HfApi().whoami())
+    except OfflineModeIsEnabled as error:
+        raise OutputError(f"HF_HUB_OFFLINE is set, so {repo} cannot be pushed to. Unset it, or give --out.") from error
+    except Exception as error:
+        if is_passing(error):
+            raise PublishError(f"{constants.ENDPOINT} does not answer ({error}). Try again later.") from error
+        raise OutputError(
+            f"pushing to {repo} needs a token that {constants.ENDPOINT} accepts ({_short(error)}): "
+            "log in with `hf auth login` or set HF_TOKEN."
+        ) from error
+    writable = [user["name"], *(org["name"] for org in user.get("orgs", []))]
+    if repo.split("/")[0] not in writable:
+        raise OutputError(
+            f"{user['name']} cannot push to {repo}: the token writes to {', '.join(writable)}. "
+            "Choose one of these, or use another token."
+        )
+
+
+class Upload:
+    """Of one merge to one repo. Files go up in the background; nothing is seen in the repo before the commit.
+
+    discard: delete a file from this machine once the Hub has it.
+    """
+
+    def __init__(self, repo: str, *, private: bool, discard: bool = False) -> None:
+        self.repo, self.discard = repo, discard
+        self._private = private
+        self._api = HfApi()
+        self._parent: str | None = None
+        self._operations: dict[str, CommitOperationAdd] = {}
+        self._pool = ThreadPoolExecutor(1)
+        self._running: list[Future[None]] = []
+
+    def add(self, folder: Path, file: str) -> None:
+        """Upload a finished file of `folder` in the background; errors are raised by `wait` and `commit`."""
+        self._running.append(self._pool.submit(self._add, folder, file))
+
+    def wait(self, unfinished: int) -> None:
+        """Until at most so many files are under way. Raises PublishError."""
+        while len(self._running) > unfinished:
+            future = self._running.pop(0)
+            with self._explained():
+                future.result()
+
+    def pause(self) -> None:
+        """Let what is under way come to an end, well or badly, and leave the rest to `commit`."""
+        for future in self._running:
+            if not future.cancel():
+                future.exception()
+        self._running.clear()
+
+    def commit(self, folder: Path, message: str, progress: Progress) -> Published:
+        """Upload what of `folder` is not there yet (the repo is created if need be) and commit. Raises PublishError."""
+        with self._explained():
+            self.wait(0)
+            sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+            with progress.bar("uploading", sum(sizes.values())) as advance:
+                for path, size in sizes.items():
+                    self._add(folder, path.relative_to(folder).as_posix())
+                    advance(size)
+            return self._commit(message)
+
+    def close(self) -> None:
+        """Give up what has not begun."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _add(self, folder: Path, file: str) -> None:
+        if file in self._operations:
+            return
+        self._prepare()
+        operation = CommitOperationAdd(file, folder / file)
+        retrying(lambda: self._api.preupload_lfs_files(self.repo, [operation], free_memory=self.discard))
+        self._operations[file] = operation
+        if operation.path_or_fileobj == b"":  # the client needs it no more
+            (folder / file).unlink()
+
+    def _prepare(self) -> str:
+        """The repo, and the head that the commit is to follow."""
+        if self._parent is None:
+            retrying(lambda: self._api.create_repo(self.repo, private=self._private, exist_ok=True))
+            self._parent = str(retrying(lambda: self._api.model_info(self.repo)).sha)
+        return self._parent
+
+    def _commit(self, message: str) -> Published:
+        parent = self._prepare()
+        operations = [self._operations[file] for file in sorted(self._operations)]
+        stale = _stale(retrying(lambda: self._api.list_repo_files(self.repo, revision=parent)), operations)
+        # The manifest tells the time it took. What else is there already was committed by a process that was then
+        # killed, or asked for before: nothing is left to do.
+        timeless = [operation for operation in operations if operation.path_in_repo != FILE]
+        if _landed(self._api, self.repo, parent, [*timeless, *stale]):
+            return Published(f"{constants.ENDPOINT}/{self.repo}", parent)
+        commit = _commit(self._api, self.repo, [*operations, *stale], parent, message)
+        return Published(f"{constants.ENDPOINT}/{self.repo}", commit)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except PublishError:
+            raise
+        except Exception as error:
+            raise PublishError(
+                f"the upload to {self.repo} failed ({_short(error)}); nothing was committed. Give the same command "
+                "again: what is finished is not made again."
+            ) from error
+
+
+def publish_files(folder: Path, repo: str, *, parent: str, message: str) -> Published:
+    """Add the files of `folder` to a repo that is still at the commit `parent`, in one commit. Raises PublishError."""
+    api = HfApi()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    try:
+        for operation in operations:
+            retrying(lambda op=operation: api.preupload_lfs_files(repo, [op], free_memory=False))
+        commit = _commit(api, repo, [*operations], parent, message)
+    except PublishError:
+        raise
+    except Exception as error:
+        raise PublishError(
+            f"uploading to {repo} failed ({_short(error)}); nothing was committed. Give the same command again."
+        ) from error
+    return Published(f"{constants.ENDPOINT}/{repo}", commit)
+
+
+def _stale(present: Sequence[str], operations: Sequence[CommitOperationAdd]) -> list[CommitOperationDelete]:
+    """What an earlier model left in the repo."""
+    new = {operation.path_in_repo for operation in operations}
+    return [
+        CommitOperationDelete(file)
+        for file in present
+        if file not in new and any(fnmatchcase(file, glob) for glob in REPLACED)
+    ]
+
+
+def _commit(
+    api: HfApi,
+    repo: str,
+    operations: list[CommitOperationAdd | CommitOperationDelete],
+    parent: str,
+    message: str,
+) -> str:
+    """One commit on `parent`, once. After a lost answer the head tells whether it landed."""
+    for attempt in range(COMMIT_ATTEMPTS):
+        try:
+            return str(api.create_commit(repo, operations, commit_message=message, parent_commit=parent).oid)
+        except Exception as error:
+            if not is_passing(error) and status_of(error) != 412:
+                raise
+            head = str(retrying(lambda: api.model_info(repo)).sha)
+            if head != parent:
+                if _landed(api, repo, head, operations):
+                    return head
+                raise PublishError(
+                    f"{repo} moved from {parent[:7]} to {head[:7]} meanwhile; nothing was committed. "
+                    "Give the same command again."
+                ) from error
+            if attempt == COMMIT_ATTEMPTS - 1:
+                raise
+            time.sleep(wait_before(attempt, error))
+    raise AssertionError("unreachable")
+
+
+def _landed(api: HfApi, repo: str, head: str, operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> bool:
+    """Whether the repo holds at `head` just what the operations put there."""
+    there = {
+        entry.path: entry for entry in retrying(lambda: list(api.list_repo_tree(repo, revision=head, recursive=True)))
+    }
+    for operation in operations:
+        entry = there.get(operation.path_in_repo)
+        if isinstance(operation, CommitOperationDelete):
+            if entry is not None:
+                return False
+            continue
+        lfs = getattr(entry, "lfs", None)
+        if lfs:
+            same = lfs.sha256 == operation.upload_info.sha256.hex()
+        else:
+            same = getattr(entry, "blob_id", None) == git_blob_oid(Path(str(operation.path_or_fileobj)))
+        if not same:
+            return False
+    return True
+
+
+def _short(error: Exception) -> str:
+    """One line, without the request's id and address."""
+    if isinstance(error, RepositoryNotFoundError):
+        return "the repo does not exist, or is closed to this token"
+    if isinstance(error, HfHubHTTPError):
+        return f"status {status_of(error)}: {str(error).splitlines()[0]}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

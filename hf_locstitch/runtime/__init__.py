@@ -1,0 +1,1 @@
+"""What all parts stand on: settings, threads and processes, dtypes, files, progress. Knows nothing of models."""

@@ -1,0 +1,51 @@
+"""Files on this machine: written whole or not at all, brought to the disk, given back in parts."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import RawIOBase
+from pathlib import Path
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which it becomes when all is well: readers find the old one, or all of the new."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Text, in UTF-8."""
+    with replacing(path) as new:
+        new.write_text(content, encoding="utf-8")
+
+
+def write_all(file: RawIOBase, content: bytes) -> None:
+    """A raw file may take less than it is given."""
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) or 0 :]
+
+
+def sync_file(path: Path) -> None:
+    """Until all that was written to it is on the disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def punch_hole(fd: int, start: int, stop: int) -> bool:
+    """Free the space of bytes start … stop, which read as zeros from then on. False where the system cannot."""
+    if sys.platform != "linux" or stop <= start:
+        return False
+    fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+    return fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(stop - start)) == 0

@@ -1,0 +1,24 @@
+"""Numbers and lists as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def human(nbytes: float) -> str:
+    """1_234_567 -> '1.2 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def more(count: int) -> str:
+    """' (and 2 more)' for three in all."""
+    return f" (and {count - 1} more)" if count > 1 else ""
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three, and how many there are beside them."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,233 @@
+"""Loops over the elements of a chunk, compiled; numpy passes over the memory once for each of its steps.
+
+Positions count from the chunk's start, ascending. Values come and go as their bits, in unsigned integers of their
+size: one loop for all dtypes. The interpreter is left free meanwhile, so threads run side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from hf_locstitch.runtime.dtypes import DTYPE, Values
+
+BLOCK = 1 << 12  # elements looked at together; what is noted of them stays in the nearest cache
+SURE = 1 << 31  # flag of a position whose score lies above the bracket
+ESCAPE = 255  # in the gaps of a mask: so many zeros, and no one after them
+
+Bools = npt.NDArray[np.bool_]
+Bits = npt.NDArray[np.unsignedinteger[Any]]
+Positions = npt.NDArray[np.int32]
+Flagged = npt.NDArray[np.uint32]
+Scores = npt.NDArray[np.int32]
+Counts = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+Found = tuple[Flagged, Bits, Scores]  # positions, values, scores of candidates; see `reaching`
+
+UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+# How a loop tells dtypes apart whose bits come in the same integers.
+F64, F32, F16, BF16 = range(4)
+KIND = {DTYPE["F64"]: F64, DTYPE["F32"]: F32, DTYPE["F16"]: F16, DTYPE["BF16"]: BF16}
+
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+
+def bits(values: Values) -> Bits:
+    """The same memory as unsigned integers. values: [n], any float."""
+    return values.view(UNSIGNED[values.itemsize])
+
+
+def _compiled(loop: Loop) -> Loop:
+    """Compiled at the first call; kept beside this file, or in the user's cache folder, for the next process."""
+    try:
+        compiled = numba.njit(loop, nogil=True, cache=True, error_model="numpy")
+    except RuntimeError:  # neither place can be written to
+        compiled = numba.njit(loop, nogil=True, error_model="numpy")
+    return cast(Loop, compiled)
+
+
+@_compiled
+def _places(block: Any, least: int, flags: Counts, places: Positions) -> int:
+    """Where the numbers of a block [≤ BLOCK] are at least so large. places: [BLOCK + 1], filled. Returns how many.
+
+    flags: [BLOCK], overwritten.
+    """
+    for place in range(len(block)):
+        flags[place] = block[place] >= least
+    flags[len(block) :] = 0
+    count = 0
+    eights = flags.view(np.uint64)
+    for eight in range(len(eights)):
+        if eights[eight]:  # most are not, at the densities of masks
+            for place in range(8 * eight, 8 * eight + 8):
+                places[count] = place
+                count += np.int64(flags[place])
+    return count
+
+
+@numba.njit(inline="always")  # else the choice between the kinds stays within the loops
+def _number(value: Any, kind: int) -> Any:
+    """What the bits of one element stand for, in float32."""
+    if kind == BF16:
+        return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    if kind == F16:
+        bits = np.uint32(value)
+        size = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
+        # By so much the exponents' biases differ; subnormal numbers come right, too, infinity and NaN do not.
+        wide = np.float32(size * np.float32(2.0**112)).view(np.uint32)
+        full = np.uint32(0x7F800000) if bits & np.uint32(0x7C00) == np.uint32(0x7C00) else np.uint32(0)
+        return np.uint32(wide | full | (bits & np.uint32(0x8000)) << np.uint32(16)).view(np.float32)
+    if kind == F32:
+        return np.uint32(value).view(np.float32)
+    return np.float32(np.uint64(value).view(np.float64))
+
+
+@numba.njit(inline="always")
+def _sizes(finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, scores: Scores) -> None:
+    for at in range(len(finetuned)):
+        difference = np.float32(_number(finetuned[at], finetuned_kind) - _number(base[at], base_kind))
+        scores[at] = difference.view(np.int32) & np.int32(0x7FFFFFFF)
+
+
+@_compiled
+def sizes(finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, scores: Scores) -> None:
+    """Bits of |finetuned − base| in float32. All [n]; scores: filled; kinds: of KIND."""
+    if finetuned_kind == BF16 and base_kind == BF16:  # what most models are: a loop without any choice
+        _sizes(finetuned, BF16, base, BF16, scores)
+    else:
+        _sizes(finetuned, finetuned_kind, base, base_kind, scores)
+
+
+@_compiled
+def _take(
+    block: Scores, start: int, low: int, high: int, values: Bits, flags: Counts, places: Positions,
+    found: Found, counts: Ints,
+) -> None:  # fmt: skip
+    """Add the candidates of a block of scores, the first of which is number `start`. counts: as `reaching` returns."""
+    flagged, chosen, inside = found
+    count, open_, largest = counts
+    for at in range(_places(block, low, flags, places)):
+        place = np.uint32(places[at])
+        score = block[place]
+        sure = np.uint32(score >= high)
+        flagged[count] = np.uint32(start) + place | sure << np.uint32(31)
+        chosen[count] = values[np.uint32(start) + place]
+        inside[open_] = score
+        count += 1
+        open_ += 1 - np.int64(sure)
+        largest = max(largest, np.int64(score))
+    counts[0], counts[1], counts[2] = count, open_, largest
+
+
+@_compiled
+def reaching(scores: Scores, low: int, high: int, values: Bits, found: Found) -> Ints:
+    """Fill in the candidates: those of the scores [n] that are at least `low`.
+
+    found: their positions, flagged as SURE from `high` on; their values; scores of those that are not sure. All
+    [≥ n + 1]. Returns how many there are, how many are not sure, and the largest score.
+    """
+    counts = np.zeros(3, np.int64)
+    flags, places = np.empty(BLOCK, np.uint8), np.empty(BLOCK + 1, np.int32)
+    for start in range(0, len(scores), BLOCK):
+        _take(scores[start : start + BLOCK], start, low, high, values, flags, places, found, counts)
+    return counts
+
+
+@_compiled
+def candidates(
+    finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, low: int, high: int,
+    found: Found,
+) -> Ints:  # fmt: skip
+    """As `reaching`, of the scores that `sizes` finds: the memory is passed over once."""
+    counts = np.zeros(3, np.int64)
+    flags, places = np.empty(BLOCK, np.uint8), np.empty(BLOCK + 1, np.int32)
+    scores = np.empty(BLOCK, np.int32)
+    for start in range(0, len(finetuned), BLOCK):
+        end = min(start + BLOCK, len(finetuned))
+        block = scores[: end - start]
+        sizes(finetuned[start:end], finetuned_kind, base[start:end], base_kind, block)
+        _take(block, start, low, high, finetuned, flags, places, found, counts)
+    return counts
+
+
+@_compiled
+def among(flagged: Flagged, values: Bits, wanted: Bools, positions: Positions, chosen: Bits) -> int:
+    """Of the candidates [m], fill in those that are sure and, of the others, the `wanted`. Returns how many."""
+    count = open_ = 0
+    for at in range(len(flagged)):
+        positions[count] = np.int32(flagged[at] & np.uint32(SURE - 1))
+        chosen[count] = values[at]
+        if flagged[at] >= np.uint32(SURE):
+            count += 1
+        else:
+            count += np.int64(wanted[open_])
+            open_ += 1
+    return count
+
+
+@_compiled
+def count_up(times: Counts, positions: Positions) -> None:
+    """One more at each of the positions."""
+    for position in positions:
+        times[position] += np.uint8(1)
+
+
+@_compiled
+def more_than(times: Counts, least: int, positions: Positions) -> int:
+    """Fill in where a count [n] is larger than `least`. positions: [≥ n + 1]. Returns how many there are."""
+    count = 0
+    flags = np.empty(BLOCK, np.uint8)
+    places = np.empty(BLOCK + 1, np.int32)
+    for start in range(0, len(times), BLOCK):
+        for at in range(_places(times[start : start + BLOCK], least + 1, flags, places)):
+            positions[count] = start + places[at]
+            count += 1
+    return count
+
+
+@_compiled
+def put(target: Bits, positions: Positions, values: Bits) -> None:
+    """target[positions] = values."""
+    for at in range(len(positions)):
+        target[positions[at]] = values[at]
+
+
+@_compiled
+def find(positions: Positions, times: Counts, least: int, wanted: Positions, taken: Positions, slots: Positions) -> int:
+    """Fill in which of the positions have a count larger than `least`, and as the how manieth of all that have.
+
+    wanted: those, of whatever origin; see `more_than`. taken, slots: [≥ positions + 1]. Returns how many there are.
+    """
+    count = slot = 0
+    for at in range(len(positions)):
+        taken[count] = at
+        count += np.int64(times[positions[at]] > least)
+    for at in range(count):
+        position = positions[taken[at]]
+        while wanted[slot] < position:
+            slot += 1
+        slots[at] = slot
+    return count
+
+
+@_compiled
+def gaps(positions: Positions, last: int, content: Counts) -> int:
+    """Fill in the zeros before each of the positions, the first counted from after `last`; see masks.py.
+
+    content: large enough. Returns how many bytes there are.
+    """
+    count = 0
+    for position in positions:
+        gap = np.int64(position) - last - 1
+        while gap >= ESCAPE:
+            content[count] = ESCAPE
+            gap -= ESCAPE
+            count += 1
+        content[count] = gap
+        count += 1
+        last = position
+    return count

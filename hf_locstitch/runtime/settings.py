@@ -1,0 +1,70 @@
+"""How a merge is made, never what: no setting changes a byte of the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from hf_locstitch.errors import RecipeError
+from hf_locstitch.runtime.chunks import CHUNK, SMALLEST_CHUNK, worker_count
+
+IMPORTS_BYTES = 200_000_000  # what the libraries take, those that draw figures among them; measured
+CHUNK_BYTES_PER_ELEMENT = 90  # one worker's buffers where masks keep nearly everything; measured
+
+BATCH = 4  # chunks for each worker between two looks at the size of temporary files
+COMPACT_FROM = 1.5  # a temporary file is tidied up when it has so many times the bytes still needed,
+COMPACT_SLACK = 16_000_000  # and so many more
+
+
+@dataclass(frozen=True)
+class Settings:
+    """chunk: elements handled at once by each of `workers` threads. cache: keep downloads in the user's Hub cache.
+
+    window: bytes of each input that may lie on the disk ahead of their use, without the cache. device: where chunks
+    are compared, as torch names it.
+    """
+
+    chunk: int = CHUNK
+    workers: int = field(default_factory=worker_count)
+    cache: bool = True
+    window: int = 32_000_000
+    device: str = "cpu"
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a merge takes at most, whatever the size of the models."""
+        return IMPORTS_BYTES + self.workers * self.chunk * CHUNK_BYTES_PER_ELEMENT
+
+    def within(self, memory: int) -> Settings:
+        """The same with as many workers, and then chunks as large, as so many bytes allow. Raises RecipeError."""
+        room = (memory - IMPORTS_BYTES) // CHUNK_BYTES_PER_ELEMENT  # elements
+        if room < SMALLEST_CHUNK:
+            least = IMPORTS_BYTES + SMALLEST_CHUNK * CHUNK_BYTES_PER_ELEMENT
+            raise RecipeError(
+                f"--max-memory {memory / 1e6:.0f} MB is too little: the libraries alone take "
+                f"{IMPORTS_BYTES / 1e6:.0f} MB. Allow at least {least / 1e6:.0f} MB."
+            )
+        workers = max(1, min(self.workers, room // self.chunk))
+        return replace(self, workers=workers, chunk=min(self.chunk, room // workers))
+
+
+DEFAULT = Settings()
+
+
+def make_settings(cache: bool = True, max_memory: int | str | None = None, device: str = "cpu") -> Settings:
+    """max_memory: bytes, or such as "1GB". device: "cpu" or "cuda". Raises RecipeError."""
+    if device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RecipeError(
+                f"--device {device} is asked for, but torch {torch.__version__} finds no CUDA device here."
+            )
+    settings = replace(DEFAULT, cache=cache, device=device)
+    if max_memory is None:
+        return settings
+    try:
+        return settings.within(TypeAdapter(ByteSize).validate_python(max_memory))
+    except ValidationError as error:
+        raise RecipeError(f"--max-memory {max_memory!r} is no size. Give one such as 1GB or 800MB.") from error

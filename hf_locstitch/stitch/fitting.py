@@ -1,0 +1,126 @@
+"""Values that are fitted to inputs, under masks or of whole models: what every such way has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hf_locstitch.tasks.sets import LocalizationSet
+
+if TYPE_CHECKING:
+    from hf_locstitch.checkpoints.checkpoint import Checkpoint
+    from hf_locstitch.checkpoints.header import TensorInfo
+    from hf_locstitch.checkpoints.reader import CheckpointReader
+    from hf_locstitch.runtime.processes import Processes
+    from hf_locstitch.runtime.progress import Progress
+    from hf_locstitch.runtime.settings import Settings
+    from hf_locstitch.stitch.refit.cost import FitCost
+    from hf_locstitch.stitch.refit.fitted_values import FittedValues
+    from hf_locstitch.stitch.view import StitchView
+    from hf_locstitch.tasks.sets import OpenSet
+
+
+class Fittable(Protocol):
+    """What fitting is told of before it begins, as plans have it: of headers and configs alone."""
+
+    @property
+    def base(self) -> Checkpoint: ...
+
+    @property
+    def finetuned(self) -> Mapping[str, Checkpoint]: ...
+
+    @property
+    def mask_tensors(self) -> Sequence[TensorInfo]: ...
+
+    @property
+    def fit_data(self) -> Mapping[str, OpenSet]: ...
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def k(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """All that fitting needs. Every process makes the same calls.
+
+    view: the plain stitch, of whole masks. readers: of the inputs by name, mapped. order: of the finetunes, in which
+    they are added up. tensors: those that are merged. data: inputs of each finetune. own: the tensors whose values this
+    process writes, and will read. folder: for temporary files, common to all processes; what earlier ones finished
+    there is taken up.
+    """
+
+    view: StitchView
+    readers: Mapping[str, CheckpointReader]
+    order: Sequence[str]
+    tensors: Sequence[TensorInfo]
+    data: Mapping[str, OpenSet]
+    own: Collection[str]
+    folder: Path
+    settings: Settings
+    processes: Processes
+    progress: Progress
+
+
+class OnInputs(BaseModel, ABC):
+    """data: unlabelled inputs of each finetune, by name or in order; the recipe's `data` unless given.
+
+    inputs: how many of each; each is cut to `tokens`. batch: inputs that pass through the models together; results do
+    not depend on it but for rounding. device: "auto" takes the accelerator if there is one.
+    states_on: where the hidden states of a batch lie while others pass: "cpu" is this machine's memory, "disk" files.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    called: ClassVar[str]  # in messages: "a refit"
+    data: dict[str, LocalizationSet] | tuple[LocalizationSet, ...] = ()
+    inputs: int = Field(default=256, ge=1)
+    tokens: int = Field(default=128, ge=1)
+    batch: int = Field(default=32, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    states_on: Literal["device", "cpu", "disk"] = "device"
+
+    def as_record(self) -> dict[str, Any]:
+        """The settings as the manifest has them, without the data."""
+        fields = self.model_dump(mode="json", exclude={"data"})
+        return {"method": fields.pop("name"), **fields} if "name" in fields else fields
+
+    def warnings(self) -> list[str]:
+        """What a person should know before the work starts."""
+        return []
+
+    def check(self, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
+        """Before the work starts. Raises RequestError if the inputs do not serve."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """For a person: the settings, in one line."""
+
+    @abstractmethod
+    def cost(self, fittable: Fittable) -> FitCost | None:
+        """What it will take; None where there is nothing to fit."""
+
+    @abstractmethod
+    def fit(self, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
+        """The fitted values, None where the plain stitch is best, and what to record. Raises RequestError."""
+
+    @abstractmethod
+    def card(self, record: Mapping[str, Any], inputs: str) -> str:
+        """Its section of the model card, Markdown. record: as `fit` returned it. inputs: a table of the inputs."""
+
+
+class Stitcher(OnInputs):
+    """A way to find the values under masks other than the mean. `stitch: {method: its name}` in a recipe."""
+
+    if TYPE_CHECKING:  # a field of each stitcher, a Literal
+        method: Any = None

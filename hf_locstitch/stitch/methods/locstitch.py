@@ -1,0 +1,60 @@
+"""Localize-and-Stitch: the mean of the finetuned values under the masks. Source: arXiv 2408.13656."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from hf_locstitch.stitch.method import MaskedMethod, Place
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hf_locstitch.artifacts.mask_source import MaskedValues
+    from hf_locstitch.runtime.dtypes import Values
+    from hf_locstitch.stitch.mean import Coverage
+
+CITATION = """@article{he2025localize,
+  title   = {Localize-and-Stitch: Efficient Model Merging via Sparse Task Arithmetic},
+  author  = {He, Yifei and Hu, Yuzheng and Lin, Yong and Zhang, Tong and Zhao, Han},
+  journal = {Transactions on Machine Learning Research},
+  year    = {2025},
+  url     = {https://arxiv.org/abs/2408.13656}
+}"""
+
+
+class LocStitch(MaskedMethod):
+    name: Literal["locstitch"] = "locstitch"
+    title: ClassVar[str] = "Localize-and-Stitch"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2408.13656"
+    citation: ClassVar[str] = CITATION
+    blocks_only: ClassVar[bool] = True
+
+    def combine(
+        self,
+        base: Values,
+        kept: Sequence[MaskedValues],
+        covered: Coverage,
+        *,
+        place: Place,
+        scale: float,
+        dtype: np.dtype[Any],
+    ) -> Values:
+        from hf_locstitch.stitch.mean import stitch  # needs what is slow to import, which a plan does not
+
+        return stitch(base, kept, covered, scale=scale, dtype=dtype)
+
+    def introduce(self, models: int, fitted: bool) -> str:
+        plural = "model" if models == 1 else "models"
+        values = (
+            "change in the base, and the values there are fitted to what the finetuned models compute."
+            if fitted
+            else "are put into the base, and where masks overlap the finetuned values are averaged."
+        )
+        return (
+            f"A merge of {models} finetuned {plural} by\n[{self.title}]({self.paper}): a binary mask finds the few weights "
+            f"that carry each\nfinetune's skill; only those {values}"
+        )
+
+
+COMPONENT = LocStitch

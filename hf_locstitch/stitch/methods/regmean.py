@@ -1,0 +1,65 @@
+"""RegMean: linears by regression to what each finetuned model's own gives, all else the plain mean. Source: Jin et al.,
+Dataless Knowledge Fusion by Merging Weights of Language Models, ICLR 2023, arXiv 2212.09849."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from hf_locstitch.stitch.fitting import FitJob, Fittable, OnInputs
+from hf_locstitch.stitch.method import DenseMethod, Place
+from hf_locstitch.stitch.methods.average import mean_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hf_locstitch.runtime.dtypes import Values
+    from hf_locstitch.stitch.refit.cost import FitCost
+    from hf_locstitch.stitch.refit.fitted_values import FittedValues
+
+
+class RegMean(OnInputs, DenseMethod):
+    """alpha: factor on what lies off the diagonals of the Gram matrices. It is 0.1 in the authors' configurations for
+    emotions and 1 in those for GLUE (github.com/bloomberg/dataless-model-merging, src/configs/exps).
+    """
+
+    name: Literal["regmean"] = "regmean"
+    title: ClassVar[str] = "RegMean"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2212.09849"
+    needs_data: ClassVar[bool] = True
+    called: ClassVar[str] = "RegMean"
+    alpha: float = Field(default=0.9, ge=0, le=1)
+
+    def combine(
+        self, base: Values, finetuned: Sequence[Values], *, place: Place, scale: float, dtype: np.dtype[Any]
+    ) -> Values:
+        """Of what is not fitted: the mean."""
+        return mean_of(base, finetuned, scale, dtype)
+
+    def describe(self) -> str:
+        return f"RegMean on {self.inputs} inputs each of at most {self.tokens} tokens, alpha {self.alpha:g}"
+
+    def cost(self, fittable: Fittable) -> FitCost | None:
+        from hf_locstitch.stitch.refit.cost import regmean_cost  # imports torch
+
+        return regmean_cost(self, fittable)
+
+    def fit(self, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
+        from hf_locstitch.stitch.refit.regression_mean import regmean  # slow to import
+
+        return regmean(self, job)
+
+    def card(self, record: Mapping[str, Any], inputs: str) -> str:
+        count = len(record["refitted"])
+        return f"""## Fitted values
+
+In {count} {"tensor" if count == 1 else "tensors"}, the matrices that inputs are multiplied with, values were fitted so that each gives on
+unlabelled inputs of every finetune what that finetuned model's own gives (Gram matrices of its own activations, alpha
+{record["alpha"]}). All other tensors are the plain mean of the finetuned models'.
+
+{inputs}"""
+
+
+COMPONENT = RegMean

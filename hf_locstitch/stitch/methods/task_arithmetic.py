@@ -1,0 +1,35 @@
+"""The base plus scaled task vectors. Source: Ilharco et al., Editing models with task arithmetic, ICLR 2023,
+arXiv 2212.04089."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from hf_locstitch.stitch.method import DenseMethod, Place
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hf_locstitch.runtime.dtypes import Values
+
+
+class TaskArithmetic(DenseMethod):
+    name: Literal["task-arithmetic"] = "task-arithmetic"
+    title: ClassVar[str] = "Task arithmetic"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2212.04089"
+
+    def combine(
+        self, base: Values, finetuned: Sequence[Values], *, place: Place, scale: float, dtype: np.dtype[Any]
+    ) -> Values:
+        """base + scale · Σ (finetuned − base), in float64."""
+        start = base.astype("f8")
+        total = start * -len(finetuned)
+        for values in finetuned:
+            total += values
+        total *= scale
+        total += start
+        return total.astype(dtype)
+
+
+COMPONENT = TaskArithmetic

@@ -1,0 +1,63 @@
+"""TIES: trim, elect a sign, average those that agree. Source: Yadav et al., TIES-Merging, NeurIPS 2023,
+arXiv 2306.01708. Trimming is the top k of |task vector|, over the whole model as in the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from hf_locstitch.stitch.method import MaskedMethod, Place
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from hf_locstitch.artifacts.mask_source import MaskedValues
+    from hf_locstitch.runtime.dtypes import Values
+    from hf_locstitch.stitch.mean import Coverage
+
+
+class Ties(MaskedMethod):
+    name: Literal["ties"] = "ties"
+    title: ClassVar[str] = "TIES"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2306.01708"
+    default_density: ClassVar[float] = 0.2
+
+    def combine(
+        self,
+        base: Values,
+        kept: Sequence[MaskedValues],
+        covered: Coverage,
+        *,
+        place: Place,
+        scale: float,
+        dtype: np.dtype[Any],
+    ) -> Values:
+        """base + scale · mean of the trimmed task vectors whose sign is that of their sum, in float64."""
+        import numpy as np  # not needed to plan
+
+        where = np.flatnonzero(covered.times)
+        start = base[where].astype("f8")
+        trimmed = [_trimmed(where, one, base) for one in kept]
+        elected = np.sign(sum(trimmed[1:], start=trimmed[0]))
+        update, agreeing = np.zeros(len(where)), np.zeros(len(where))
+        for task_vector in trimmed:
+            agrees = (np.sign(task_vector) == elected) & (elected != 0)
+            update += task_vector * agrees
+            agreeing += agrees
+        merged = base.astype(dtype)
+        merged[where] = (start + scale * update / np.maximum(agreeing, 1)).astype(dtype)
+        return merged
+
+
+def _trimmed(where: npt.NDArray[np.int64], kept: MaskedValues, base: Values) -> npt.NDArray[np.float64]:
+    """The task vector at the places `where` [m] some mask keeps one: 0 if this mask does not. Returns [m]."""
+    import numpy as np
+
+    task_vector = np.zeros(len(where))
+    change = kept.values.astype(np.float64) - base[kept.positions].astype(np.float64)
+    task_vector[where.searchsorted(kept.positions)] = change
+    return task_vector
+
+
+COMPONENT = Ties

@@ -1,0 +1,174 @@
+"""From selected masks to refitted values: a fit at each lambda, of which the best is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_locstitch.errors import RequestError
+from hf_locstitch.runtime.files import write_atomically
+from hf_locstitch.stitch.fitting import FitJob
+from hf_locstitch.stitch.refit.fit import Advance, Fit, Seen
+from hf_locstitch.stitch.refit.fitted_values import FittedValues, FittedWriter, open_fitted
+from hf_locstitch.stitch.refit.models import TaskModels, open_task_models
+from hf_locstitch.stitch.refit.plain import PlainStitch
+from hf_locstitch.stitch.refit.states import making_states
+from hf_locstitch.stitch.stitchers.refit import SCORES, Refit
+from hf_locstitch.tasks.loading import find_device
+
+JOURNAL = "refit.json"
+
+
+@dataclass
+class Journal:
+    """What is known so far. heading: of what. scores: by lambda ("inf" is the plain stitch), as SCORES says, None where
+    nothing is held out. inputs: of each finetune, how many are fitted to and held out. kept: tensors that keep the
+    plain stitch, with the reason. notes: for people, by lambda.
+    """
+
+    heading: str
+    scores: dict[str, float | None] = field(default_factory=dict)
+    inputs: dict[str, dict[str, int]] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def best(self) -> str:
+        """The lambda with the least score, of equals the first; the only one if there is no other."""
+        known = {name: math.inf if score is None else score for name, score in self.scores.items()}
+        return min(known, key=lambda name: known[name])
+
+
+def refit(how: Refit, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
+    """The refitted values, None where the plain stitch is best, and what to record. Raises RequestError."""
+    folder, processes = job.folder, job.processes
+    processes.on_first(lambda: folder.mkdir(exist_ok=True))
+    heading = json.dumps({"chunk": job.settings.chunk})
+    journal = processes.gather(_read(folder, heading) if processes.first else Journal(heading))[0]
+    opened: Refitting | None = None
+
+    def fit(name: str) -> None:
+        nonlocal opened
+        opened = opened or Refitting(how, job)
+        journal.scores[name] = opened.fit(float(name), journal)
+        processes.on_first(keep)
+
+    def keep() -> None:
+        for other in journal.scores.keys() - {journal.best}:
+            shutil.rmtree(folder / other, ignore_errors=True)
+        write_atomically(folder / JOURNAL, json.dumps(asdict(journal)))
+
+    def found(name: str) -> FittedValues | None:
+        return open_fitted(folder / name, journal.heading, job.own, processes)
+
+    for lambda_ in how.lambdas:
+        if f"{lambda_:g}" not in journal.scores:
+            fit(f"{lambda_:g}")
+    if journal.best != "inf" and found(journal.best) is None:
+        fit(journal.best)
+    values = None if journal.best == "inf" else found(journal.best)
+    return values, record(job, how, journal, values)
+
+
+class Refitting:
+    """The models of every finetune and its inputs, opened for any number of fits."""
+
+    def __init__(self, how: Refit, job: FitJob) -> None:
+        self._how, self._job, self._processes = how, job, job.processes
+        self._device = job.processes.together(lambda: find_device(how.device))
+        self._plain = PlainStitch(job.view)
+        models = job.folder / f"models.{job.processes.rank}"
+        self._subjects: list[TaskModels] = job.processes.together(
+            lambda: [
+                open_task_models(how, name, self._plain, job.readers[name], data, models, self._device)
+                for name, data in job.data.items()
+            ]
+        )
+        self._seen: Seen | None = None
+        self._untouched: float | None = None  # the plain stitch's score
+
+    def fit(self, lambda_: float, journal: Journal) -> float | None:
+        """Write the values for one lambda under its name, and tell the journal. Returns its score."""
+        if self._seen is None:
+            self._follow()
+        journal.inputs = {subject.name: subject.counts for subject in self._subjects}
+        if math.isinf(lambda_):
+            return self._untouched
+        assert self._seen is not None
+        writer = FittedWriter(self._job.folder / f"{lambda_:g}", self._job.own, self._processes)
+        with self._job.progress.bar(f"refitting, λ {lambda_:g}", len(self._seen.calls), " linears") as advance:
+            one, score = self._run(lambda_, writer, self._seen, advance)
+        writer.finish(journal.heading)
+        journal.notes[f"{lambda_:g}"] = notes(one.least_squares.tokens, lambda_, self._how)
+        journal.kept = {
+            info.name: "called more than once" if one.is_twice(info.name) else "not called as a linear by these inputs"
+            for info in self._job.tensors
+            if info.name not in writer.names and len(info.shape) > 1
+        }
+        return score
+
+    def _follow(self) -> None:
+        """See what calls what, in the plain stitch and the finetuned models."""
+        with self._job.progress.bar("following", 0, " linears") as advance:
+            first, self._untouched = self._run(math.inf, None, None, advance)
+            self._seen = first.calls
+        self._processes.together(lambda: _check_calls(first))
+
+    def _run(
+        self, lambda_: float, writer: FittedWriter | None, seen: Seen | None, advance: Advance
+    ) -> tuple[Fit, float | None]:
+        """A fit that has run, and its score."""
+        folder = self._job.folder / f"states.{self._processes.rank}"
+        with making_states(self._how.states_on, self._device, folder) as states:
+            fit = Fit(self._how, lambda_, self._subjects, self._plain, writer, seen, self._device,
+                      self._job.settings.workers, self._processes, states, advance)  # fmt: skip
+            return fit, fit.run()
+
+
+def _check_calls(first: Fit) -> None:
+    if not any(first.refittable(key) for key in first.calls.calls):
+        raise RequestError(
+            "no localized tensor of this model is called as a linear, once a pass, by its inputs: there is nothing to "
+            "refit. Use --stitch mean, or check --include and the data's objective."
+        )
+
+
+def notes(tokens: Mapping[str, tuple[int, int]], lambda_: float, how: Refit) -> list[str]:
+    """What a person should know of the inputs. tokens: of each tensor, those of the task with fewest, and its width."""
+    short = {name: found for name, found in tokens.items() if found[0] < found[1]}
+    if not short:
+        return []
+    name, (fewest, width) = min(short.items(), key=lambda item: item[1][0] / item[1][1])
+    held = f"lambda {lambda_:g} and ridge {how.ridge:g} hold" if lambda_ else f"only ridge {how.ridge:g} holds"
+    return [
+        f"{len(short)} of {len(tokens)} refitted matrices have more inputs than a task has tokens for them (the worst "
+        f"is {name}: {fewest} tokens for {width}); {held} the rest near the plain stitch. More or longer inputs help."
+    ]
+
+
+def record(job: FitJob, how: Refit, journal: Journal, values: FittedValues | None) -> dict[str, Any]:
+    """What the manifest says of a refit."""
+    return {
+        **how.as_record(),
+        "lambda": journal.best,
+        SCORES[how.judge][0]: journal.scores,
+        "counts": journal.inputs,
+        "data": {name: found.pinned.dump() for name, found in job.data.items()},
+        "refitted": [] if values is None else sorted(values.names),
+        "kept_plain": {} if values is None else journal.kept,
+        "notes": [] if values is None else journal.notes[journal.best],
+    }
+
+
+def _read(folder: Path, heading: str) -> Journal:
+    """What an earlier process left under the same heading."""
+    try:
+        found = Journal(**json.loads((folder / JOURNAL).read_text()))
+    except (OSError, ValueError, TypeError):
+        return Journal(heading)
+    return found if found.heading == heading else Journal(heading)

@@ -1,0 +1,182 @@
+"""A model without its weights, and the weights of one checkpoint, read when a pass asks for them."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_locstitch.tasks.parameter_names import Group, group_names, to_disk
+
+SMALL = 1 << 16  # elements: what is smaller (norms, biases) is kept once read
+HELD = 2  # larger tensors that a model keeps at once
+PIECE = 1 << 24  # elements of a weight that are widened at once where it is multiplied with in passing
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter, or one of its stacked matrices (index). key: alike for the models of all tasks."""
+
+    parameter: str
+    index: int | None
+    shape: tuple[int, ...]
+    key: tuple[Any, ...]
+    device: torch.device
+
+    @property
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def at(self, index: int) -> Part:
+        """One of its stacked tensors."""
+        if self.index is not None:
+            raise ValueError(f"{self.parameter} is indexed twice")
+        number = index % self.shape[0]
+        return Part(self.parameter, number, self.shape[1:], (*self.key, number), self.device)
+
+    def hole_of(self, index: int) -> Tensor:
+        """What stands for one of its stacked tensors."""
+        return _hole(self.at(index))
+
+
+def part_of(value: Any) -> Part | None:
+    """What a tensor stands for, if it is a hole."""
+    return value.__dict__.get("locstitch_part") if isinstance(value, Tensor) else None
+
+
+def _hole(part: Part, parameter: bool = False) -> Tensor:
+    """Of the right shape, dtype and device, and of one element: NaN, which shows if it is ever used as it is."""
+    values = torch.full((), math.nan, device=part.device).expand(part.shape)
+    hole = nn.Parameter(values, requires_grad=False) if parameter else values
+    hole.locstitch_part = part  # pyright: ignore[reportAttributeAccessIssue]
+    return hole
+
+
+def hollow(model: Any, disk: Collection[str], device: torch.device) -> dict[str, Part]:
+    """Put holes in place of all parameters of a model on the meta device. disk: names of the base's tensors.
+
+    Returns what they stand for, by name.
+    """
+    keys = {
+        parameter: (group.disk, number)
+        for group in group_names(model, disk)
+        for number, parameter in enumerate(group.parameters)
+    }
+    parts: dict[str, Part] = {}
+    holes: dict[int, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        parts[name] = Part(name, None, tuple(parameter.shape), keys.get(name, (name,)), device)
+        holes[id(parameter)] = _hole(parts[name], parameter=True)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = holes[id(parameter)]  # pyright: ignore[reportArgumentType]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return parts
+
+
+class Weights:
+    """float32 values of a model's parameters. read: a tensor on disk by its name, [*shape], in any dtype.
+
+    spare: gives what this checkpoint lacks (a head that only the finetune has). mapped: whether reading a tensor
+    copies nothing. release: is told of each tensor that was read and copied.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        disk: Collection[str],
+        read: Callable[[str], Tensor],
+        device: torch.device,
+        spare: Weights | None = None,
+        mapped: Callable[[str], bool] = lambda _: True,
+        release: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        self.groups: dict[str, Group] = {}
+        for group in group_names(model, disk):
+            for parameter in group.parameters:
+                self.groups.setdefault(parameter, group)
+        self._model, self._read, self._device, self._spare = model, read, device, spare
+        self._mapped, self._release = mapped, release
+        self._kept: dict[str, Tensor] = {}
+        self._held: OrderedDict[str, Tensor] = OrderedDict()
+        self.changed: dict[str, Tensor] = {}
+
+    def load(self, part: Part) -> Tensor:
+        """Read afresh, float32 [*shape]; what was `changed` instead of what was read."""
+        if part.index is not None:
+            return self.held(part)
+        whole = self.changed.get(part.parameter)
+        return self._load(part) if whole is None else whole
+
+    def held(self, part: Part) -> Tensor:
+        """The same, kept for a while."""
+        found = self.changed.get(part.parameter)
+        if found is not None:
+            return found if part.index is None else found[part.index]
+        found = self._kept.get(part.parameter, self._held.get(part.parameter))
+        if found is None:
+            found = self._load(part)
+            if found.numel() <= SMALL:
+                self._kept[part.parameter] = found
+            else:
+                self._held[part.parameter] = found
+                while len(self._held) > HELD:
+                    self._held.popitem(last=False)
+        return found if part.index is None else found[part.index]
+
+    def stored(self, part: Part) -> Tensor:
+        """As it lies on the disk, uncopied where that is possible, for a few rows of it."""
+        group = self.groups.get(part.parameter)
+        if group is None or not group.direct or not self._mapped(group.disk[0]):
+            return self.held(part)
+        return self._read(group.disk[0]).to(self._device)
+
+    def product(self, x: Tensor, part: Part, bias: Tensor | None, transposed: bool) -> Tensor:
+        """x · weightᵀ + bias of a weight that is widened piece by piece."""
+        group = self.groups.get(part.parameter)
+        if transposed or part.index is not None or group is None or not group.direct or not self._mapped(group.disk[0]):
+            return F.linear(x, self.held(part).T if transposed else self.held(part), bias)
+        rows = max(1, PIECE // part.shape[1])
+        weight = self._read(group.disk[0])
+        pieces = [F.linear(x, piece.to(self._device).float()) for piece in weight.split(rows)]
+        self._release(group.disk[0])
+        found = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+        return found if bias is None else found + bias
+
+    def _load(self, part: Part) -> Tensor:
+        group = self.groups.get(part.parameter)
+        if group is None and self._spare is not None:
+            return self._spare._load(part)
+        if group is None:  # in neither checkpoint: a pooler that nobody asks for, or it shows in the outputs
+            return torch.full(part.shape, math.nan, device=self._device)
+        if group.direct:
+            found = self._read(group.disk[0]).to(self._device).float()
+        else:
+            found = from_disk(self._model, group, self._read)[part.parameter].to(self._device)
+        for name in group.disk:
+            self._release(name)
+        return found
+
+
+def from_disk(model: Any, group: Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """The inverse of names.to_disk, from where each element of a parameter lands. Returns parameter -> float32."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name in group.parameters}
+    if group.direct:
+        return {group.parameters[0]: read(group.disk[0]).reshape(shapes[group.parameters[0]]).float()}
+    numels = [shapes[name].numel() for name in group.parameters]
+    numbers = torch.arange(sum(numels)).split(numels)
+    places = {name: own.view(shapes[name]) for name, own in zip(group.parameters, numbers, strict=True)}
+    whole = torch.empty(sum(numels))
+    for name, where in to_disk(model, group, places).items():
+        whole[where.reshape(-1)] = read(name).reshape(-1).float()
+    parts = zip(group.parameters, whole.split(numels), strict=True)
+    return {name: values.view(shapes[name]) for name, values in parts}

@@ -1,0 +1,130 @@
+"""A refit: the values under the masks are fitted, linear by linear, to what the finetuned models compute on inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PlainSerializer, model_validator
+
+from hf_locstitch.stitch.fitting import FitJob, Fittable, Stitcher
+
+if TYPE_CHECKING:
+    from hf_locstitch.checkpoints.checkpoint import Checkpoint
+    from hf_locstitch.stitch.refit.cost import FitCost
+    from hf_locstitch.stitch.refit.fitted_values import FittedValues
+    from hf_locstitch.tasks.sets import OpenSet
+
+ENOUGH = 32  # held-out inputs of a finetune that tell one lambda from another; measured, docs/quality.md
+Lambda = Annotated[
+    float,
+    Field(ge=0, allow_inf_nan=True),
+    PlainSerializer(lambda value: "inf" if math.isinf(value) else value, when_used="json"),
+]
+# judge -> what the scores are called in the record, and how they are introduced on the card.
+SCORES: Mapping[str, tuple[str, str]] = {
+    "agreement": ("disagreement", "Disagreement with the finetuned models' outputs on the held-out inputs"),
+    "loss": ("loss", "Loss on the held-out inputs and their labels"),
+    "accuracy": ("error", "Share of wrong answers on the held-out inputs"),
+}
+
+
+class Refit(Stitcher):
+    """held_out: the share of the inputs that is not fitted to but judges the lambdas.
+
+    lambdas: how much stiffer each weight is made than its inputs alone make it; "inf" is the plain stitch. With
+    several, the best on held-out inputs is taken, as `judge` says: by "agreement" of the outputs with the finetuned
+    models', or, where inputs have labels, by "loss" or "accuracy" (of tokens, for a language model).
+    ridge: in units of the mean squared input. steps: of conjugate gradients.
+    """
+
+    method: Literal["refit"] = "refit"
+    called: ClassVar[str] = "a refit"
+    held_out: float = Field(default=0.25, ge=0, lt=1)
+    judge: Literal["agreement", "loss", "accuracy"] = "agreement"
+    lambdas: tuple[Lambda, ...] = Field(default=(0.0, 0.1, 0.3, 1.0, math.inf), min_length=1)
+    ridge: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    steps: int = Field(default=12, ge=1)
+
+    @model_validator(mode="after")
+    def _can_choose(self) -> Refit:
+        if any(math.isnan(value) for value in self.lambdas) or len(set(self.lambdas)) < len(self.lambdas):
+            raise ValueError("lambdas must differ from one another and be numbers, or inf")
+        if len(self.lambdas) > 1 and self.counts(self.inputs)[1] == 0:
+            raise ValueError(
+                f"{len(self.lambdas)} lambdas are to be judged on held-out inputs, but of {self.inputs} inputs a share "
+                f"of {self.held_out:g} is none: raise inputs or held_out, or give one lambda"
+            )
+        return self
+
+    def counts(self, inputs: int) -> tuple[int, int]:
+        """How many of so many inputs are fitted to, and how many are held out."""
+        held_out = round(self.held_out * inputs)
+        return inputs - held_out, held_out
+
+    def warnings(self) -> list[str]:
+        """Where the choice of lambda would rest on little."""
+        held_out = self.counts(self.inputs)[1]
+        if len(self.lambdas) == 1 or held_out >= ENOUGH:
+            return []
+        return [
+            f"lambda is chosen on {held_out} held-out inputs of each finetune: with fewer than {ENOUGH} a refit may be "
+            "worse than the mean elsewhere. Raise inputs or held_out, or name one lambda."
+        ]
+
+    def describe(self) -> str:
+        lambdas = ", ".join(f"{value:g}" for value in self.lambdas)
+        fitted, held_out = self.counts(self.inputs)
+        judged = f", judged by {self.judge} on {held_out} held out" if len(self.lambdas) > 1 else ""
+        return f"refit on {fitted} inputs each of at most {self.tokens} tokens, lambda of {lambdas}{judged}"
+
+    def check(self, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
+        if self.judge != "agreement":
+            from hf_locstitch.stitch.refit.models import check_labels  # slow to import
+
+            check_labels(self, finetuned, data)
+
+    def cost(self, fittable: Fittable) -> FitCost | None:
+        from hf_locstitch.stitch.refit.cost import refit_cost  # imports torch
+
+        return refit_cost(self, fittable)
+
+    def fit(self, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
+        from hf_locstitch.stitch.refit.lambda_search import refit  # slow to import
+
+        return refit(self, job)
+
+    def card(self, record: Mapping[str, Any], inputs: str) -> str:
+        return "\n\n".join(_sections(record, inputs))
+
+
+def _sections(record: Mapping[str, Any], inputs: str) -> Iterator[str]:
+    yield "## Refitted values"
+    count = len(record["refitted"])
+    if count:
+        yield f"""The values under the masks are not the mean of the finetuned ones: in {count} {"tensor" if count == 1 else "tensors"} they
+were fitted, linear by linear in the order of the forward pass, so that each gives on unlabelled inputs of every finetune
+what that finetuned model's own linear gives (masked least squares, lambda {record["lambda"]}, ridge
+{record["ridge"]}, {record["steps"]} steps of conjugate gradients). Nothing outside the masks changed."""
+    else:
+        yield (
+            f"No lambda was better on held-out inputs (judged by {record['judge']}) than the mean of the finetuned values: "
+            "that was kept."
+        )
+    yield inputs
+    title, sentence = SCORES[record["judge"]]
+    if len(curve := record[title]) > 1:
+        yield f"{sentence} (inf: the mean of the finetuned values):"
+        rows = [
+            f"| {f'**{name}**' if name == record['lambda'] else name} | {score:.4g} |" for name, score in curve.items()
+        ]
+        yield "\n".join([f"| lambda | {title} |", "| :--- | ---: |", *rows])
+    yield from (f"> {note}" for note in record["notes"])
+    if kept := record["kept_plain"]:
+        matrices = "1 matrix keeps" if len(kept) == 1 else f"{len(kept)} matrices keep"
+        first = ": ".join(next(iter(kept.items())))
+        yield f"{matrices} the mean of the finetuned values ({first}); [locstitch.json](locstitch.json) lists them."
+
+
+COMPONENT = Refit

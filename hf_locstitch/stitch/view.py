@@ -1,0 +1,105 @@
+"""What a stitch looks at, chunk by chunk: the base, the masks, the method, the order of the finetunes, the dtypes.
+
+Whoever needs merged values reads them here: the engine as it writes shards, a refit as it starts from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_locstitch.artifacts.mask_source import MaskedValues, MaskSource
+from hf_locstitch.artifacts.overlap import Overlap
+from hf_locstitch.checkpoints.finite import check_finite
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.localizable import is_buffer
+from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.runtime.chunks import Chunk, chunks_by_name, chunks_of
+from hf_locstitch.runtime.dtypes import DTYPE, Values
+from hf_locstitch.stitch.mean import coverage, overlaps
+from hf_locstitch.stitch.method import DenseMethod, MaskedMethod, Method, Place
+
+if TYPE_CHECKING:
+    from hf_locstitch.stitch.refit.fitted_values import FittedValues  # imports torch
+
+
+@dataclass(frozen=True)
+class StitchView:
+    """base, unmasked: readers; unmasked is that of the tensors that are not merged. finetuned, masks: in the order of
+    adding up; a masked method needs no readers of the finetuned models, a dense one no masks. dtypes: of the output,
+    by tensor. tensors: those that are merged. chunk: elements. fitted: values in place of those of the method.
+    """
+
+    method: Method
+    scale: float
+    base: CheckpointReader
+    unmasked: CheckpointReader
+    finetuned: Sequence[CheckpointReader]
+    masks: Sequence[MaskSource]
+    dtypes: Mapping[str, str]
+    tensors: Sequence[TensorInfo]
+    chunk: int
+    allow_non_finite: bool = False
+    fitted: FittedValues | None = None
+
+    @cached_property
+    def chunks(self) -> Mapping[str, Sequence[Chunk]]:
+        """Of each tensor that is merged, in order."""
+        pieces = chunks_of([info.numel for info in self.tensors], self.chunk)
+        return chunks_by_name([info.name for info in self.tensors], pieces)
+
+    def kept(self, chunk: Chunk) -> list[MaskedValues]:
+        """What each mask keeps of a chunk."""
+        return [mask.kept(chunk) for mask in self.masks]
+
+    def merge(self, tensor: str, chunk: Chunk) -> tuple[Values, Overlap | None]:
+        """The merged values of a chunk [n] in the output's dtype, and how the masks overlap there, where there are masks.
+
+        Raises NonFiniteError.
+        """
+        if isinstance(self.method, MaskedMethod):
+            return self._merge_masked(self.method, tensor, chunk)
+        assert isinstance(self.method, DenseMethod)
+        return self._merge_dense(self.method, tensor, chunk), None
+
+    def values(self, tensor: str, chunk: Chunk) -> Values:
+        """The merged values alone."""
+        return self.merge(tensor, chunk)[0]
+
+    def _merge_masked(self, method: MaskedMethod, tensor: str, chunk: Chunk) -> tuple[Values, Overlap]:
+        kept = self.kept(chunk)
+        covered = coverage(chunk.count, kept)
+        overlap = Overlap(*overlaps(covered, kept))
+        base, dtype = self.base.values(tensor, chunk.first, chunk.count), DTYPE[self.dtypes[tensor]]
+        if self.fitted is not None and tensor in self.fitted:
+            merged = base.astype(dtype)
+            number = chunk.index - self.chunks[tensor][0].index
+            merged[np.flatnonzero(covered.times)] = self.fitted.chunk(tensor, number)
+        else:
+            place = Place(tensor, chunk.first)
+            merged = method.combine(base, kept, covered, place=place, scale=self.scale, dtype=dtype)
+        self.base.release(tensor, chunk.first, chunk.count)
+        return merged, overlap
+
+    def _merge_dense(self, method: DenseMethod, tensor: str, chunk: Chunk) -> Values:
+        base = self.checked(self.base, tensor, chunk)
+        if self.fitted is not None and tensor in self.fitted:
+            finetuned = [self.fitted.values(tensor, chunk.first, chunk.count)]
+        else:
+            finetuned = [self.checked(reader, tensor, chunk) for reader in self.finetuned]
+        place, dtype = Place(tensor, chunk.first), DTYPE[self.dtypes[tensor]]
+        merged = method.combine(base, finetuned, place=place, scale=self.scale, dtype=dtype)
+        for reader in (self.base, *self.finetuned):
+            reader.release(tensor, chunk.first, chunk.count)
+        return merged
+
+    def checked(self, model: CheckpointReader, tensor: str, chunk: Chunk) -> Values:
+        """A chunk of a model. Raises NonFiniteError."""
+        values = model.values(tensor, chunk.first, chunk.count)
+        if not self.allow_non_finite and not is_buffer(model.checkpoint.info(tensor)):
+            check_finite(model, tensor, chunk, values)
+        return values

@@ -1,0 +1,131 @@
+"""The leak rule: what masks were found with, or values fitted to, is no test of the merge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_locstitch.tasks.sets import BUILDERS, LocalizationSet, OpenSet, read_rows
+from hf_locstitch.tasks.surrogates import find_surrogate
+
+Use = Literal["masks were found", "values were fitted"]
+
+
+@dataclass(frozen=True)
+class UsedData:
+    """A data set that a merge was made with. name: as asked for. repo, config: on the Hub; a file has none.
+
+    prompts: the questions of the rows that were used, where they are at hand.
+    """
+
+    name: str
+    use: Use
+    repo: str | None
+    config: str | None
+    prompts: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class JudgedTask:
+    """A task that a merge is judged on. dataset, config: on the Hub, where they are known.
+
+    prompts: the texts of its examples, where they are at hand.
+    """
+
+    name: str
+    dataset: str | None = None
+    config: str | None = None
+    prompts: frozenset[str] | None = None
+
+
+def used_set(asked: LocalizationSet, use: Use) -> UsedData:
+    """As a recipe names it."""
+    name = asked.ref.partition("@")[0]
+    if known := find_surrogate(name):
+        return UsedData(asked.ref, use, known.repo, asked.config or known.config)
+    is_file = Path(name).suffix in BUILDERS or name.startswith((".", "/", "~"))
+    return UsedData(asked.ref, use, None if is_file else name, asked.config)
+
+
+def used_open_set(found: OpenSet, use: Use) -> UsedData:
+    """As it was opened; of a file, with its prompts."""
+    if found.file is None:
+        return UsedData(found.asked.ref, use, found.repo, found.config)
+    return UsedData(found.label, use, None, None, frozenset(_prompts(read_rows(found, labels=False))))
+
+
+def leaks(judged: Sequence[JudgedTask], used: Iterable[UsedData]) -> list[str]:
+    """A warning for each task that is judged on what the merge was made with, or on what is named like it.
+
+    A data set is known by its repo and its config. A file leaks if a row of it is among the task's; where the rows
+    cannot be compared, and where only a task's name is known, the names are.
+    """
+    warnings = []
+    for data in dict.fromkeys(used):
+        for task in judged:
+            if _is_same(task, data):
+                warnings.append(
+                    f"{task.name} is evaluated on {task.dataset or data.name}, with which {data.use} ({data.name}): "
+                    "the score says nothing about unseen examples. Use a surrogate."
+                )
+            elif _may_be_same(task, data):
+                warnings.append(
+                    f"{task.name} is named like {data.name}, with which {data.use}: if they share examples, the score "
+                    "says nothing about unseen ones. Use a surrogate."
+                )
+    return list(dict.fromkeys(warnings))
+
+
+def texts_of(example: Any) -> Iterable[str]:
+    """Every text in an example of whatever structure."""
+    if isinstance(example, str):
+        yield _plain(example)
+    elif isinstance(example, Mapping):
+        for value in example.values():
+            yield from texts_of(value)
+    elif isinstance(example, Collection) and not isinstance(example, bytes):
+        for value in example:
+            yield from texts_of(value)
+
+
+def _is_same(task: JudgedTask, data: UsedData) -> bool:
+    if data.repo is None:
+        return bool(data.prompts and task.prompts and data.prompts & task.prompts)
+    if task.dataset is None or task.dataset.lower() != data.repo.lower():
+        return False
+    return task.config is None or data.config is None or task.config == data.config
+
+
+def _may_be_same(task: JudgedTask, data: UsedData) -> bool:
+    if data.repo is None and data.prompts is not None and task.prompts is not None:
+        return False  # compared, and unlike
+    if data.repo is not None and task.dataset is not None and task.dataset.lower() == data.repo.lower():
+        return False  # another config
+    name = bare_name(data.repo or data.name)
+    return bool(name) and name in {bare_name(task.dataset or ""), *_families(task.name)}
+
+
+def bare_name(dataset: str) -> str:
+    """hotpotqa/Hotpot_QA@rev -> hotpotqa; of a file, its name without the ending."""
+    name = dataset.split("@")[0].rstrip("/").rsplit("/", 1)[-1]
+    return re.sub("[^a-z0-9]", "", name.split(".")[0].lower())
+
+
+def _families(task: str) -> list[str]:
+    """mmlu_high_school_physics -> mmlu, mmluhigh, …, the whole name."""
+    parts = [bare_name(part) for part in task.split("_")]
+    return ["".join(parts[: count + 1]) for count in range(len(parts))]
+
+
+def _prompts(rows: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    """What a row asks: its answer or label may be like others'."""
+    for row in rows:
+        asked = row.get("messages") or row.get("prompt") or row.get("text") or ""
+        yield from texts_of(asked[:1] if isinstance(asked, list) else asked)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())

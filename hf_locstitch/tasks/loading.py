@@ -1,0 +1,83 @@
+"""Models, tokenizers and processors as transformers loads them, from wherever a checkpoint's files lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.side_files import side_files
+from hf_locstitch.errors import RequestError
+from hf_locstitch.tasks.objective import Objective
+
+
+def find_device(asked: str) -> torch.device:
+    """asked: "auto", "cpu" or "cuda". Raises RequestError if there is no such device."""
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RequestError("device: cuda is asked for, but torch finds no CUDA device. Use device: auto or cpu.")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def link_files(checkpoint: Checkpoint, folder: Path) -> Path:
+    """A folder as transformers loads it: links to weights, config and tokenizer, wherever they lie."""
+    source = checkpoint.source
+    shards = [shard.file for shard in checkpoint.shards]
+    indices = [file for file in source.files if file.endswith(".safetensors.index.json")]
+    for file in [*shards, *indices, *side_files(list(source.files))]:
+        link = folder / file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(source.fetch(file).absolute())
+    return folder
+
+
+def load_model(folder: Path, objective: Objective, config: Any, dtype: torch.dtype) -> tuple[Any, set[str]]:
+    """A model on the CPU, and the parameters that the folder lacks. Code from a repo is never run."""
+    import transformers
+
+    loader = getattr(transformers, objective.auto_class)
+    options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # grouped products lack float64
+    try:
+        model, report = loader.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise RequestError(
+            f"{objective.auto_class} cannot load the model ({' '.join(str(error).split())[:300]}). A localizer with "
+            "data needs a model that transformers knows without code from the repo; use one without data."
+        ) from error
+    absent = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    return model.eval(), absent
+
+
+def load_config(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise RequestError(
+            f"transformers cannot read the config.json of {folder.name} ({' '.join(str(error).split())[:300]}). "
+            "A localizer with data needs it; use one without data."
+        ) from error
+
+
+def load_processor(objective: Objective, *folders: Path) -> Any:
+    """Tokenizer or image processor of the first folder that has one."""
+    import transformers
+
+    loader = getattr(transformers, objective.processor)
+    errors = []
+    for folder in folders:
+        try:
+            return loader.from_pretrained(folder)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            errors.append(" ".join(str(error).split())[:200])
+    raise RequestError(
+        f"neither the finetune nor the base has a tokenizer or processor that {loader.__name__} reads ({errors[0]}). "
+        "Add its files to one of them."
+    )

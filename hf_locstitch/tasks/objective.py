@@ -1,0 +1,97 @@
+"""What an objective is: what a model is asked of examples, and what that tells of its memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hf_locstitch.tasks.task import Task
+
+
+class Objective(BaseModel, ABC):
+    """An objective of your own is one subclass in one file, with a field `kind: Literal["its name"]`.
+
+    auto_class, processor: of transformers, that load the model and its tokenizer or image processor. architectures:
+    endings of the architectures that it is suggested for. base_config: whether the base's config.json describes the
+    model, else the finetune's. gives_words: whether its logits are over a vocabulary. labels: whether rows need a
+    `label` to be judged by, or the text itself is the answer, or nothing tells right from wrong.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    auto_class: ClassVar[str]
+    processor: ClassVar[str] = "AutoTokenizer"
+    architectures: ClassVar[tuple[str, ...]] = ()
+    base_config: ClassVar[bool] = False
+    gives_words: ClassVar[bool] = False
+    labels: ClassVar[str] = "rows"  # "rows", "text" or "none"
+
+    if TYPE_CHECKING:  # a field of each objective, a Literal
+        kind: Any = None
+
+    @abstractmethod
+    def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:
+        """rows: as the data set gives them. base: the base model, for what is fixed by it. Raises RequestError."""
+
+    def tokens(self, config: Mapping[str, Any]) -> int:
+        """Of an example, at most. config: the base's config.json."""
+        return getattr(self, "max_length", 512)
+
+    def class_count(self, config: Mapping[str, Any]) -> int:
+        """How many classes the examples are drawn from, each so many; 1 where there are no labels. config: the finetune's."""
+        return len(getattr(self, "classes", None) or getattr(self, "label_words", None) or (0,))
+
+
+class OwnClasses(Objective):
+    """One whose classes are those of the finetune's config.json."""
+
+    def class_count(self, config: Mapping[str, Any]) -> int:
+        return len(config.get("id2label") or (0, 1))
+
+
+def class_loss(logits: Tensor, labels: Sequence[int]) -> Tensor:
+    """Cross entropy summed over examples, in float32 at least. logits: [examples, classes]. Returns a scalar."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(wide, torch.tensor(labels, device=logits.device), reduction="sum")
+
+
+def classes_task(examples: Sequence[tuple[Any, int]], outputs: Callable[[Any, Sequence[Any]], Tensor]) -> Task:
+    """A task of (input, label) examples. outputs: (model, examples) -> logits [examples, classes]."""
+    from hf_locstitch.tasks.task import Task
+
+    def loss(model: Any, batch: Sequence[tuple[Any, int]]) -> Tensor:
+        return class_loss(outputs(model, batch), [label for _, label in batch])
+
+    return Task(examples, [1] * len(examples), loss, outputs, targets=lambda batch: [label for _, label in batch])
+
+
+def label_ids(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[int]:
+    """Class numbers of rows whose `label` is a number or one of the names. Raises RequestError."""
+    from hf_locstitch.errors import RequestError
+
+    numbers = {name.lower(): number for number, name in enumerate(names)}
+    found = []
+    for row in rows:
+        label = row["label"]
+        number = numbers.get(label.lower(), -1) if isinstance(label, str) else int(label)
+        if not 0 <= number < len(names):
+            raise RequestError(
+                f"the label {label!r} is none of the {len(names)} classes ({', '.join(names[:6])}). "
+                "Map the labels in the data, or name the classes."
+            )
+        found.append(number)
+    return found
+
+
+def class_names(config: Any) -> list[str]:
+    """Of a classification model, in order."""
+    return [str(config.id2label[number]) for number in sorted(config.id2label)]

@@ -1,0 +1,30 @@
+"""The objectives, one file each, and those of other packages (entry points hf_locstitch.objectives)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hf_locstitch.errors import RecipeError
+from hf_locstitch.runtime.registry import Registry
+from hf_locstitch.tasks.objective import Objective
+
+OBJECTIVES: Registry[Objective] = Registry(__name__, __path__, "hf_locstitch.objectives")
+
+if TYPE_CHECKING:
+    AnyObjective = Objective
+else:
+    AnyObjective = OBJECTIVES.union("kind")
+
+
+def suggest(config: Mapping[str, Any], label: str) -> Objective:
+    """For a finetune with this config.json. Raises RecipeError where the objective needs to be told."""
+    architecture = str((config.get("architectures") or ["none named"])[0])
+    for objective in OBJECTIVES.all():
+        if objective.architectures and architecture.endswith(objective.architectures):
+            return objective()
+    raise RecipeError(
+        f"{label} is a {architecture}: what its data asks of it must be said. Give its data an objective in the "
+        "recipe: {kind: masked-lm, label_words: [...]}, {kind: clip-zero-shot, classes: [...]} or "
+        "{kind: text-zero-shot, classes: [...]}."
+    )

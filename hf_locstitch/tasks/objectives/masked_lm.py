@@ -1,0 +1,77 @@
+"""Classification as filling in a blank: the label word that a masked language model prefers at the mask.
+
+Source: prompt-based finetuning, Gao et al., "Making Pre-trained Language Models Better Few-shot Learners", 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from hf_locstitch.errors import RequestError
+from hf_locstitch.tasks.objective import Objective, classes_task, label_ids
+
+if TYPE_CHECKING:
+    from hf_locstitch.tasks.task import Task
+
+
+class MaskedLM(Objective):
+    """Rows: `text` (and `text_b`) and `label`. template: with {text}, perhaps {text_b}, and {mask}.
+
+    label_words: one a class, each a single token, with a space before it where the tokenizer has such a token.
+    max_length: tokens of a filled-in template; the texts lose their ends.
+    """
+
+    kind: Literal["masked-lm"] = "masked-lm"
+    auto_class: ClassVar[str] = "AutoModelForMaskedLM"
+    gives_words: ClassVar[bool] = True
+    template: str = "{text} It was {mask}."
+    label_words: tuple[str, ...] = Field(min_length=2)
+    max_length: int = 256
+
+    @field_validator("template")
+    @classmethod
+    def _has_places(cls, value: str) -> str:
+        if "{text}" not in value or value.count("{mask}") != 1:
+            raise ValueError("a template needs {text}, and {mask} once")
+        return value
+
+    def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:
+        from hf_locstitch.tasks.logits import logits_at
+
+        words = [self._token(word, processor) for word in self.label_words]
+        labels = label_ids(rows, self.label_words)
+        examples = [(self._encode(row, processor), label) for row, label in zip(rows, labels, strict=True)]
+
+        def outputs(model: Any, batch: Sequence[tuple[list[int], int]]) -> Any:
+            tokens = processor.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(model.device)
+            return logits_at(model, tokens["input_ids"] == processor.mask_token_id, **tokens)[:, words]
+
+        return classes_task(examples, outputs)
+
+    def _token(self, word: str, tokenizer: Any) -> int:
+        for text in (" " + word, word):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+                return ids[0]
+        raise RequestError(f"the label word {word!r} is not a single token for this tokenizer. Choose another.")
+
+    def _encode(self, row: dict[str, Any], tokenizer: Any) -> list[int]:
+        texts = {"text": row["text"], "text_b": row.get("text_b") or ""}
+        ids = self._fill(texts, tokenizer)
+        while len(ids) > self.max_length:  # the longer text gives way
+            longer = max(texts, key=lambda name: len(texts[name]))
+            keep = len(texts[longer]) * self.max_length // len(ids)
+            texts[longer] = texts[longer][: min(keep, len(texts[longer]) - 1)]
+            ids = self._fill(texts, tokenizer)
+        if ids.count(tokenizer.mask_token_id) != 1:
+            raise RequestError(f"the template {self.template!r} does not give one mask in {row['text'][:60]!r}.")
+        return ids
+
+    def _fill(self, texts: dict[str, str], tokenizer: Any) -> list[int]:
+        return tokenizer(self.template.format(**texts, mask=tokenizer.mask_token))["input_ids"]
+
+
+COMPONENT = MaskedLM

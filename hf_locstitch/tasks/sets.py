@@ -1,0 +1,196 @@
+"""Localization sets: a few examples of each finetune's task, from a file, the Hub, or a named surrogate."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hf_locstitch.checkpoints.ref import FOLDER_PREFIXES, REPO_ID
+from hf_locstitch.checkpoints.source import file_sha256
+from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
+from hf_locstitch.tasks.objectives import AnyObjective
+from hf_locstitch.tasks.surrogates import SURROGATES, find_surrogate
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COLUMNS = (("messages",), ("prompt", "completion"), ("image", "label"), ("text", "label"), ("text",))
+
+
+class LocalizationSet(BaseModel):
+    """ref: alpaca, gsm8k or hotpotqa; or a JSONL, JSON, CSV or Parquet file; or a data set org/name[@revision].
+
+    config, split: of the data set. number: of examples, or of examples of each class where there are labels; drawn
+    with `seed`. columns: our name -> the data's, for `text`, `text_b`, `prompt`, `completion`, `messages`, `image`,
+    `label`. objective: by the model's architecture unless given. role: what these examples are to the finetune, for
+    the record. sha256: what a file must hold.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ref: str = Field(min_length=1)
+    config: str | None = None
+    split: str = "train"
+    number: int = Field(default=64, ge=1)
+    seed: int = 0
+    columns: Mapping[str, str] = Field(default_factory=dict)
+    objective: AnyObjective | None = None
+    role: Literal["finetuning", "held-out", "surrogate"] | None = None
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        value = {"ref": value} if isinstance(value, str) else value
+        if isinstance(value, dict) and find_surrogate(str(value.get("ref"))):
+            return {"role": "surrogate", **value}
+        return value
+
+    def dump(self) -> dict[str, Any]:
+        """What asks for the same: all that differs from the defaults."""
+        fields = self.model_dump(mode="json", exclude_defaults=True)
+        return fields | ({"objective": self.objective.model_dump(mode="json")} if self.objective else {})
+
+
+@dataclass(frozen=True)
+class OpenSet:
+    """A localization set found and pinned. repo, commit: of the Hub's; file, sha256: of a local one."""
+
+    asked: LocalizationSet
+    repo: str | None = None
+    commit: str | None = None
+    config: str | None = None
+    file: Path | None = None
+    sha256: str | None = None
+
+    @property
+    def label(self) -> str:
+        return str(self.file) if self.file else f"{self.repo}@{(self.commit or '')[:7]}"
+
+    @property
+    def pinned(self) -> LocalizationSet:
+        """What asks for these very examples again, without the path of a local file."""
+        if self.file:
+            return self.asked.model_copy(update={"ref": f"./{self.file.name}", "sha256": self.sha256})
+        name = self.asked.ref.partition("@")[0]
+        return self.asked.model_copy(update={"ref": f"{name}@{self.commit}"})
+
+    def describe(self) -> str:
+        asked = self.asked
+        part = f"{self.config}, " if self.config else ""
+        role = f", {asked.role} data" if asked.role else ""
+        return f"{self.label} ({part}{asked.split}, {asked.number} examples, seed {asked.seed}{role})"
+
+
+def open_set(asked: LocalizationSet) -> OpenSet:
+    """Find and pin, without reading examples. Raises RecipeError or CheckpointError."""
+    name, _, revision = asked.ref.partition("@")
+    if (path := Path(asked.ref).expanduser()).is_file() or asked.ref.startswith(FOLDER_PREFIXES):
+        return _open_file(asked, path)
+    if known := find_surrogate(asked.ref):
+        return _open_repo(asked, known.repo, revision or None, asked.config or known.config)
+    if Path(name).suffix in BUILDERS or "/" not in name or not REPO_ID.fullmatch(name):
+        raise RecipeError(
+            f"the data {asked.ref!r} is no file here, none of {', '.join(SURROGATES)}, and no data set org/name. "
+            "Check the path or the name."
+        )
+    return _open_repo(asked, name, revision or None, asked.config)
+
+
+def _open_file(asked: LocalizationSet, path: Path) -> OpenSet:
+    if not path.is_file() or path.suffix not in BUILDERS:
+        what = "does not exist" if not path.is_file() else f"is none of {', '.join(BUILDERS)}"
+        raise RecipeError(f"the data file {path} {what}. Check the path.")
+    digest = file_sha256(path)
+    if asked.sha256 not in (None, digest):
+        raise CheckpointError(
+            f"{path} has sha256 {digest}, but the recipe asks for {asked.sha256}: it holds other examples. "
+            "Name the right file, or drop sha256 from the recipe."
+        )
+    return OpenSet(asked, file=path, sha256=digest)
+
+
+def _open_repo(asked: LocalizationSet, repo: str, revision: str | None, config: str | None) -> OpenSet:
+    from huggingface_hub import HfApi, constants
+
+    from hf_locstitch.checkpoints.hub_client import raise_clearly, retrying
+
+    try:
+        info = retrying(lambda: HfApi().dataset_info(repo, revision=revision))
+    except Exception as error:
+        raise_clearly(error, repo, revision, constants.ENDPOINT)
+    return OpenSet(asked, repo=repo, commit=info.sha, config=config)
+
+
+def read_rows(found: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
+    """The examples, under our names for the columns. labels: whether images without them are refused.
+
+    Raises RequestError if the data has other columns.
+    """
+    dataset = _load(found)
+    rename = dict(found.asked.columns)
+    if absent := [theirs for theirs in rename.values() if theirs not in dataset.column_names]:
+        raise RequestError(
+            f"{found.label} has no column {absent[0]!r}: it has {', '.join(dataset.column_names)}. "
+            "Check `columns` of the data in the recipe."
+        )
+    of_labels = rename.get("label", "label")
+    values = dataset[of_labels] if of_labels in dataset.column_names else None
+    chosen = choose(values, len(dataset), found.asked.number, found.asked.seed)
+    rows = [dict(row) for row in dataset.select(chosen)]
+    known = find_surrogate(found.asked.ref)
+    if known and not rename:
+        return [known.row(row) for row in rows]
+    rows = [{**row, **{ours: row[theirs] for ours, theirs in rename.items()}} for row in rows]
+    wanted = COLUMNS if labels else (*COLUMNS, ("image",))
+    if not rows or not any(all(rows[0].get(name) is not None for name in names) for names in wanted):
+        known = "; ".join(" and ".join(names) for names in wanted)
+        raise RequestError(
+            f"{found.label} has {len(rows)} examples with the columns {', '.join(dataset.column_names)}; needed are "
+            f"{known}. Map them with `columns` of the data in the recipe."
+        )
+    return [_with_image(row, found.file) for row in rows]
+
+
+def _load(found: OpenSet) -> Any:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    asked = found.asked
+    try:
+        if found.file:
+            builder = BUILDERS[found.file.suffix]
+            return datasets.load_dataset(builder, data_files={asked.split: str(found.file)}, split=asked.split)
+        return datasets.load_dataset(str(found.repo), found.config, split=asked.split, revision=found.commit)
+    except (ValueError, OSError, DatasetsError) as error:
+        raise RequestError(
+            f"{found.label} cannot be read as a data set ({' '.join(str(error).split())[:300]}). "
+            "Check its config and split."
+        ) from error
+
+
+def choose(labels: Sequence[Any] | None, count: int, number: int, seed: int) -> list[int]:
+    """Which of `count` rows are used: `number`, or as many of each label, in an order that only the seed decides."""
+    order = random.Random(seed).sample(range(count), count)
+    if labels is None:
+        return order[:number]
+    values = list(labels)
+    taken: dict[Any, int] = {}
+    chosen = []
+    for place in order:
+        if taken.get(values[place], 0) < number:
+            taken[values[place]] = taken.get(values[place], 0) + 1
+            chosen.append(place)
+    return chosen
+
+
+def _with_image(row: dict[str, Any], file: Path | None) -> dict[str, Any]:
+    """Images that a file names by their paths, beside it, are opened."""
+    if file is None or not isinstance(row.get("image"), str):
+        return row
+    from PIL import Image
+
+    return {**row, "image": Image.open(file.parent / row["image"])}

@@ -1,0 +1,58 @@
+"""Who may do what on the loopback Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from loopback_hub.git import Refusal, Repo
+from loopback_hub.store import Store
+from loopback_hub.wire import Call
+
+
+class Rights:
+    """Users, by token, and the organisations they write for."""
+
+    def __init__(self, store: Store, users: Mapping[str, str], orgs: Mapping[str, Sequence[str]]) -> None:
+        self.users, self.orgs = users, orgs
+        self._store = store
+
+    def identify(self, authorization: str | None) -> str | None:
+        """The user of an Authorization header; None without one. Raises Refusal 401 for an unknown token."""
+        if authorization is None:
+            return None
+        user = self.users.get(authorization.removeprefix("Bearer "))
+        if user is None:
+            raise Refusal(401, "Invalid credentials in Authorization header")
+        return user
+
+    def _member(self, user: str | None, owner: str) -> bool:
+        return user is not None and (user == owner or owner in self.orgs.get(user, ()))
+
+    def readable(self, call: Call, repo_type: str, repo_id: str) -> Repo:
+        with suppress(Refusal):
+            repo = self._store.get(repo_type, repo_id)
+            if not repo.private or self._member(call.user, repo.owner):
+                return repo
+        if call.user is None:
+            raise Refusal(401, "Invalid username or password.", "RepoNotFound")
+        raise Refusal(404, "Repository not found", "RepoNotFound")
+
+    def signed_in(self, call: Call) -> str:
+        if call.user is None:
+            raise Refusal(401, "Invalid username or password.")
+        return call.user
+
+    def writer(self, call: Call, owner: str) -> str:
+        user = self.signed_in(call)
+        if not self._member(user, owner):
+            raise Refusal(403, f"Forbidden: {user} does not have the right to write to {owner}")
+        return user
+
+    def open_gate(self, call: Call, repo: Repo) -> None:
+        if repo.gated and not self._member(call.user, repo.owner):
+            raise Refusal(
+                401 if call.user is None else 403,
+                f"Access to {repo.type} {repo.id} is restricted. You must be granted access to it.",
+                "GatedRepo",
+            )
