@@ -141,11 +141,12 @@ def _ours(folder: Path, config: Any, examples: list[Any], fields: dict[str, Any]
     from safetensors import safe_open
 
     from hf_locstitch.checkpoints.localizable import BLOCKS
-    from hf_locstitch.localize.activation_memory import STATE_BYTES, Load, settled, token_activations
-    from hf_locstitch.localize.grafted_model import keep_no_activations, make_subject
+    from hf_locstitch.localize.activation_memory import Load, settled, token_activations
+    from hf_locstitch.localize.grafted_model import keep_no_activations, make_grafted_model
     from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores
     from hf_locstitch.localize.localizers.mask import Mask
     from hf_locstitch.localize.localizers.saliency import Saliency
+    from hf_locstitch.runtime.dtypes import ITEM_BYTES, ON_DISK
     from hf_locstitch.runtime.processes import Processes
     from hf_locstitch.tasks.loading import load_model
     from hf_locstitch.tasks.objectives.causal_lm import CausalLM, answer_loss
@@ -157,7 +158,7 @@ def _ours(folder: Path, config: Any, examples: list[Any], fields: dict[str, Any]
         names = list(file.keys())
         localized = [name for name in names if BLOCKS.search(name)]
         cpu = torch.device("cpu")
-        subject = make_subject(finetuned, base, absent, names, localized, file.get_tensor, cpu, "the finetune")
+        subject = make_grafted_model(finetuned, base, absent, names, localized, file.get_tensor, cpu, "the finetune")
     del base
     task = Task(examples, [TOKENS - 1] * len(examples), lambda model, batch: answer_loss(model, batch, 0))
     room = Room(folder, Processes())
@@ -168,7 +169,7 @@ def _ours(folder: Path, config: Any, examples: list[Any], fields: dict[str, Any]
     else:
         how = Mask(**fields)
         each = TOKENS * token_activations(CausalLM(), config.to_dict(), how.checkpointing, config.dtype.itemsize)
-        load = Load(len(examples), TOKENS, each, STATE_BYTES[how.state_dtype] * subject.size)
+        load = Load(len(examples), TOKENS, each, ITEM_BYTES[ON_DISK[how.state_dtype]] * subject.size)
         learn_mask(settled(how, load, 1), subject, task, room)
     return sum(parameter.numel() for parameter in subject.model.parameters()), subject.size
 

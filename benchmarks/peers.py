@@ -83,7 +83,7 @@ def _ours(program: tuple[str, ...], method: str, flags: Sequence[str]) -> Conten
         return [*program, *models, "--method", method, *flags, "--no-figures", "--out", str(job.out), "--quiet"]
 
     name = OURS if method == "locstitch" else f"{OURS} {method}"
-    return Contender(name, command, (sys.executable, "-c", "import hf_locstitch.engine.run"))
+    return Contender(name, command, (sys.executable, "-c", "import hf_locstitch.engine.model_run"))
 
 
 def floors() -> list[Contender]:

@@ -13,7 +13,7 @@ from demo.skills import make_tokenizer
 from models import State, load
 from test_architectures import MOE, TEXT, VISION, blocks
 
-from hf_locstitch.localize.grafted_model import Subject, make_subject
+from hf_locstitch.localize.grafted_model import GraftedModel, make_grafted_model
 from hf_locstitch.tasks.loading import load_config, load_model
 from hf_locstitch.tasks.objective import class_loss
 from hf_locstitch.tasks.objectives.causal_lm import CausalLM
@@ -72,7 +72,9 @@ def pair(kind: str, root: Path, dtype: torch.dtype = torch.float64, step: float 
     return root / "base", root / "ft"
 
 
-def open_subject(folders: tuple[Path, Path], objective: Any, names: Sequence[str] | None = None) -> tuple[Subject, Any]:
+def open_subject(
+    folders: tuple[Path, Path], objective: Any, names: Sequence[str] | None = None
+) -> tuple[GraftedModel, Any]:
     """The subject, and the base model for objectives that look at it."""
     base_folder, folder = folders
     state: State = load(folder)
@@ -82,7 +84,7 @@ def open_subject(folders: tuple[Path, Path], objective: Any, names: Sequence[str
     base, absent = load_model(base_folder, objective, config(), dtype)
     localized = names if names is not None else blocks(state)
     cpu = torch.device("cpu")
-    return make_subject(finetuned, base, absent, list(state), localized, state.__getitem__, cpu, "ft"), base
+    return make_grafted_model(finetuned, base, absent, list(state), localized, state.__getitem__, cpu, "ft"), base
 
 
 WORDS = ["copy cable=cable", "reverse 40718=81704", "swap CABLE=ACLBE", "rotate cable=ablec", "next 12345=23456"]
@@ -154,7 +156,7 @@ CASES: dict[str, Case] = {
 }
 
 
-def prepare(case: str, folders: tuple[Path, Path], names: Sequence[str] | None = None) -> tuple[Subject, Task]:
+def prepare(case: str, folders: tuple[Path, Path], names: Sequence[str] | None = None) -> tuple[GraftedModel, Task]:
     _, objective, rows, processor = CASES[case]
     subject, base = open_subject(folders, objective, names)
     return subject, objective.prepare(rows(), processor(), base)

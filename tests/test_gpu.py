@@ -17,7 +17,7 @@ from subjects import build, pair
 from test_architectures import blocks
 
 from hf_locstitch import merge_from_hub
-from hf_locstitch.localize.grafted_model import Place, Subject, keep_no_activations, make_subject
+from hf_locstitch.localize.grafted_model import GraftedModel, MaskedParameter, keep_no_activations, make_grafted_model
 from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores
 from hf_locstitch.localize.localizers.mask import Mask
 from hf_locstitch.localize.localizers.saliency import Saliency
@@ -31,13 +31,13 @@ pytestmark = pytest.mark.gpu
 ROWS = [{"prompt": f"reverse {word}=", "completion": word[::-1]} for word in ("40718", "12345", "99990", "31415")]
 
 
-def subject_on(device: str, folders: tuple[Path, Path]) -> tuple[Subject, Task]:
+def subject_on(device: str, folders: tuple[Path, Path]) -> tuple[GraftedModel, Task]:
     base_folder, folder = folders
     state, config = load(folder), load_config(folder)
     model, _ = load_model(folder, CausalLM(), config, torch.float64)
     base, absent = load_model(base_folder, CausalLM(), config, torch.float64)
     place = torch.device(device)
-    subject = make_subject(model, base, absent, list(state), blocks(state), state.__getitem__, place, "ft")
+    subject = make_grafted_model(model, base, absent, list(state), blocks(state), state.__getitem__, place, "ft")
     return subject, CausalLM().prepare(ROWS, make_tokenizer(), None)
 
 
@@ -97,8 +97,8 @@ def test_eight_billion_parameters_fit_48_gb(tmp_path: Path) -> None:
         if ".layers." in name:
             parameter.requires_grad_(True)
             base = parameter.data.cpu()
-            places[name] = Place(name, parameter, base, base + 0.01 * base.abs())
-    subject = Subject(model, places, ())
+            places[name] = MaskedParameter(name, parameter, base, base + 0.01 * base.abs())
+    subject = GraftedModel(model, places, ())
     rows = torch.randint(0, 128256, (8, 512)).tolist()
     task = Task([(row, row) for row in rows], [511] * 8, lambda m, batch: answer_loss(m, batch, 0))
 

@@ -15,10 +15,10 @@ from hf_locstitch import merge_from_hub
 from hf_locstitch.errors import NonFiniteError, RecipeError
 from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.runtime.settings import Settings
-from hf_locstitch.stitch import Dense, Masked, find_method, method_names
+from hf_locstitch.stitch.methods import METHODS
 
 NAMES = list(SHAPES)
-WITHOUT_DATA = [name for name in method_names() if not getattr(find_method(name), "fitted", False)]
+WITHOUT_DATA = [name for name in METHODS.names() if not METHODS.find(name).needs_data]
 
 
 def models(dtype: torch.dtype = torch.float32, count: int = 3) -> tuple[State, list[State]]:
@@ -86,7 +86,7 @@ def test_dense_methods_leave_no_masks(tmp_path: Path, method: str) -> None:
     manifest = json.loads((out / "locstitch.json").read_text())
     assert manifest["masks"] == {} and manifest["localizer"] is None
     card = (out / "README.md").read_text()
-    assert find_method(method).paper in card and "load_mask" not in card
+    assert METHODS.find(method).paper in card and "load_mask" not in card
 
 
 def test_the_range_can_be_narrowed(tmp_path: Path) -> None:
@@ -116,9 +116,9 @@ def test_what_suits_no_method() -> None:
 
 
 def test_every_method_names_its_paper() -> None:
-    for name in method_names():
-        method = find_method(name)
-        assert isinstance(method, Dense | Masked) and method.paper.startswith("https://arxiv.org/abs/")
+    for name in METHODS.names():
+        method = METHODS.find(name)
+        assert method.title and method.paper.startswith("https://arxiv.org/abs/")
 
 
 @pytest.mark.parametrize("method", ["average", "ties"])

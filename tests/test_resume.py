@@ -17,8 +17,8 @@ from models import finetune, random_state, save, save_sharded
 from test_run import files_of
 
 from hf_locstitch import Magnitude, merge_from_hub
-from hf_locstitch.engine.shard_writer import Merger
-from hf_locstitch.engine.work_dir import Workplace
+from hf_locstitch.engine.shard_writer import ShardWriter
+from hf_locstitch.engine.work_dir import WorkDir
 from hf_locstitch.errors import OutputError, WorkError
 from hf_locstitch.localize import scan
 
@@ -77,9 +77,9 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> KillAfter:
     [
         (scan.Scan, "_offer", 0),
         (scan.Scan, "_offer", 4),
-        (Merger, "_merge", 3),
-        (Merger, "write", 5),
-        (Workplace, "record", 2),
+        (ShardWriter, "_merge", 3),
+        (ShardWriter, "write", 5),
+        (WorkDir, "record", 2),
     ],
 )
 def test_a_cut_merge_goes_on(
@@ -105,7 +105,7 @@ def test_what_is_done_is_not_done_again(
 ) -> None:
     offered: list[int] = []
     written: list[str] = []
-    offer, write = scan.Selection.offer, Merger.write
+    offer, write = scan.Selection.offer, ShardWriter.write
 
     def count_offer(self, chunk, *args):  # type: ignore[no-untyped-def]
         offered.append(chunk.index)
@@ -119,7 +119,7 @@ def test_what_is_done_is_not_done_again(
         return write(self, shard, path)
 
     monkeypatch.setattr(scan.Selection, "offer", count_offer)
-    monkeypatch.setattr(Merger, "write", cut_write)
+    monkeypatch.setattr(ShardWriter, "write", cut_write)
     with pytest.raises(Killed):
         merge(inputs, tmp_path / "out")
     before, shards = len(offered), written[:4]
@@ -133,7 +133,7 @@ def test_what_is_done_is_not_done_again(
 def test_damage_to_what_was_left_is_noticed(
     inputs: list[Path], expected: dict[str, str], tmp_path: Path, kill_after: KillAfter, victim: str
 ) -> None:
-    kill_after(Merger, "write", 4)
+    kill_after(ShardWriter, "write", 4)
     with pytest.raises(Killed):
         merge(inputs, tmp_path / "out")
     folder = partials(tmp_path)[0]
@@ -141,17 +141,17 @@ def test_damage_to_what_was_left_is_noticed(
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x55
     path.write_bytes(content)
-    kill_after(Merger, "write")
+    kill_after(ShardWriter, "write")
     merge(inputs, tmp_path / "out")
     assert files_of(tmp_path / "out") == expected
 
 
 def test_another_merge_is_not_mixed_in(inputs: list[Path], tmp_path: Path, kill_after: KillAfter) -> None:
-    kill_after(Merger, "write", 4)
+    kill_after(ShardWriter, "write", 4)
     with pytest.raises(Killed):
         merge(inputs, tmp_path / "out")
     left = partials(tmp_path)
-    kill_after(Merger, "write")
+    kill_after(ShardWriter, "write")
     merge(inputs, tmp_path / "out", density=0.2)
     assert partials(tmp_path) == left
     merge(inputs, tmp_path / "fresh", density=0.2)
@@ -159,10 +159,10 @@ def test_another_merge_is_not_mixed_in(inputs: list[Path], tmp_path: Path, kill_
 
 
 def test_a_changed_input_is_not_mixed_in(inputs: list[Path], tmp_path: Path, kill_after: KillAfter) -> None:
-    kill_after(Merger, "write", 4)
+    kill_after(ShardWriter, "write", 4)
     with pytest.raises(Killed):
         merge(inputs, tmp_path / "out")
-    kill_after(Merger, "write")
+    kill_after(ShardWriter, "write")
     shard = inputs[1] / "model.safetensors"
     other = random_state(9, torch.bfloat16, SHAPES)
     shard.unlink()
@@ -174,11 +174,11 @@ def test_a_changed_input_is_not_mixed_in(inputs: list[Path], tmp_path: Path, kil
 
 
 def test_a_full_disk(inputs: list[Path], expected: dict[str, str], tmp_path: Path, kill_after: KillAfter) -> None:
-    kill_after(Merger, "_merge", 3, OSError(28, "No space left on device"))
+    kill_after(ShardWriter, "_merge", 3, OSError(28, "No space left on device"))
     with pytest.raises(WorkError, match=r"is full.*give the same command again"):
         merge(inputs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    kill_after(Merger, "_merge")
+    kill_after(ShardWriter, "_merge")
     merge(inputs, tmp_path / "out")
     assert files_of(tmp_path / "out") == expected
 
@@ -197,15 +197,15 @@ def test_a_finished_merge_is_recognised(inputs: list[Path], expected: dict[str, 
 
 
 def test_two_at_once(inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Merger.write
+    write = ShardWriter.write
 
     def meanwhile(self, shard, path):  # type: ignore[no-untyped-def]
-        monkeypatch.setattr(Merger, "write", write)
+        monkeypatch.setattr(ShardWriter, "write", write)
         with pytest.raises(OutputError, match="another process is making the same merge"):
             merge(inputs, tmp_path / "out")
         return write(self, shard, path)
 
-    monkeypatch.setattr(Merger, "write", meanwhile)
+    monkeypatch.setattr(ShardWriter, "write", meanwhile)
     merge(inputs, tmp_path / "out")
     assert (tmp_path / "out").exists()
 

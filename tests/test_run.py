@@ -14,11 +14,10 @@ from models import BLOCK_NAMES, SHAPES, State, finetune, load, random_state, sam
 from reference import reference_masks, reference_stitch
 
 from hf_locstitch import Magnitude, load_mask, merge_from_hub
-from hf_locstitch.api import plan_merge
-from hf_locstitch.checkpoints.hashes import InputHashes
-from hf_locstitch.engine.run import run
+from hf_locstitch.engine.execute import make
 from hf_locstitch.errors import NonFiniteError
 from hf_locstitch.localize.bracket import FixedBracket
+from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.plans import MergePlan
 from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.runtime.progress import Progress
@@ -29,8 +28,7 @@ N = sum(torch.Size(SHAPES[name]).numel() for name in BLOCK_NAMES)
 
 
 def carry_out(plan: MergePlan, out: Path) -> None:
-    with InputHashes(plan.inputs) as hashes:
-        run(plan, out, Progress(False), hashes)
+    make(plan, out, Progress(False))
 
 
 def merged(tmp: Path, base: State, finetuned: list[State], how: Settings | None = None, **fields: object) -> Path:
@@ -43,7 +41,7 @@ def merged(tmp: Path, base: State, finetuned: list[State], how: Settings | None 
 def merge_folders(tmp: Path, entries: list[dict[str, str]], how: Settings | None = None, **fields: object) -> Path:
     recipe = make_recipe({"base": str(tmp / "base"), "finetuned": entries, **fields})
     out = tmp / f"out{len(list(tmp.glob('out*')))}"
-    carry_out(plan_merge(recipe, how or Settings()), out)
+    carry_out(make_plan(recipe, how or Settings()), out)
     return out
 
 

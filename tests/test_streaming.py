@@ -18,18 +18,20 @@ from huggingface_hub import constants
 from models import State, finetune, random_state, save, save_sharded
 from test_run import carry_out, files_of
 
-from hf_locstitch.api import merge, plan_merge
 from hf_locstitch.checkpoints import hub_client
 from hf_locstitch.checkpoints.byte_ranges import byte_ranges, most_held
 from hf_locstitch.checkpoints.checkpoint import open_checkpoint
 from hf_locstitch.checkpoints.download import PassingFeed
 from hf_locstitch.checkpoints.hub import HubSource
 from hf_locstitch.checkpoints.ref import Ref
-from hf_locstitch.engine.shard_writer import Merger
+from hf_locstitch.engine.execute import execute
+from hf_locstitch.engine.shard_writer import ShardWriter
 from hf_locstitch.errors import DownloadError, IntegrityError, RecipeError, WorkError
 from hf_locstitch.localize.scan import Scan
-from hf_locstitch.plan.cost import estimate
+from hf_locstitch.plan.cost import estimate, files_here
+from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import Settings
 from loopback_hub import Fault, LoopbackHub
@@ -76,7 +78,7 @@ def merged(repos: Sequence[str], out: Path, how: Settings, **fields: object) -> 
     """The files of a merge, in which only the manifest tells the time."""
     entries = [{"ref": ref, "name": ref[-3:]} for ref in repos[1:]]
     recipe = make_recipe({"base": repos[0], "finetuned": entries, **fields})
-    carry_out(plan_merge(recipe, how), out)
+    carry_out(make_plan(recipe, how), out)
     return files_of(out)
 
 
@@ -203,17 +205,17 @@ def test_the_disk_never_holds_more_than_planned(
             "localizer": {"density": 0.02},
         }
     )
-    plan = plan_merge(recipe, PASSING)
+    plan = make_plan(recipe, PASSING)
     with watched(Path(constants.HF_HOME) / "hf-locstitch") as seen:
-        merge(recipe, plan, Progress(False))
-    planned = estimate(plan).disk
+        execute(plan, Progress(False))
+    planned = estimate(plan, files_here(plan)).disk
     print(f"on the disk at most {max(seen):,} bytes, planned {planned:,}, one model {SIZE:,}")
     assert 0 < max(seen) <= planned + 100_000  # headers, side files and folders are not planned
     assert max(seen) < 1.5 * SIZE and planned < SIZE * len(repos)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
     local = {"base": str(tmp_path / "in" / "m0"), "finetuned": [str(tmp_path / "in" / f"m{i}") for i in (1, 2)]}
     again = make_recipe({**local, "shard_size": SIZE // 6, "localizer": {"density": 0.02}})
-    carry_out(plan_merge(again, CACHING), tmp_path / "local")
+    carry_out(make_plan(again, CACHING), tmp_path / "local")
     for path in (tmp_path / "local").glob("*.safetensors"):
         assert home_hub.read(target, path.name) == path.read_bytes()
 
@@ -225,7 +227,13 @@ class Killed(BaseException):
 @pytest.mark.parametrize("how", [CACHING, PASSING], ids=["caching", "passing"])
 @pytest.mark.parametrize(
     ("owner", "name", "calls"),
-    [(Scan, "_offer", 0), (Scan, "_offer", 30), (Scan, "_offer", 80), (Merger, "_merge", 5), (Merger, "_merge", 60)],
+    [
+        (Scan, "_offer", 0),
+        (Scan, "_offer", 30),
+        (Scan, "_offer", 80),
+        (ShardWriter, "_merge", 5),
+        (ShardWriter, "_merge", 60),
+    ],
 )
 def test_a_cut_stream_goes_on(
     repos: list[str],
@@ -384,7 +392,7 @@ def test_a_branch_that_moves_meanwhile(
     repos: list[str], expected: dict[str, str], home_hub: LoopbackHub, states: list[State], tmp_path: Path
 ) -> None:
     """The commit that was planned is the one that is read, though the branch moves between two shards."""
-    plan = plan_merge(
+    plan = make_plan(
         make_recipe({"base": repos[0], "finetuned": [{"ref": r, "name": r[-3:]} for r in repos[1:]]}), PASSING
     )
     other = save_sharded(tmp_path / "other", states[2], lambda names: [names[:4], names[4:]])
@@ -421,9 +429,7 @@ def test_a_window_is_kept(home_hub: LoopbackHub, repos: list[str], tmp_path: Pat
 
 
 def test_no_cache_takes_one_process(repos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_locstitch import processes
-
-    monkeypatch.setattr(processes, "find_processes", lambda: processes.Processes(0, 2))
+    monkeypatch.setattr("hf_locstitch.engine.execute.find_processes", lambda: Processes(0, 2))
     recipe = make_recipe({"base": repos[0], "finetuned": repos[1:], "out": str(tmp_path / "out")})
     with pytest.raises(RecipeError, match="--no-cache works in one process"):
-        merge(recipe, plan_merge(recipe, PASSING), Progress(False))
+        execute(make_plan(recipe, PASSING), Progress(False))

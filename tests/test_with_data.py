@@ -20,7 +20,7 @@ from test_architectures import blocks
 from hf_locstitch import LocstitchError, Magnitude, Mask, RequestError, Saliency, load_mask, merge_from_hub
 from hf_locstitch.cli.main import main
 from hf_locstitch.errors import RecipeError
-from hf_locstitch.localize import select_with_data as module
+from hf_locstitch.localize import search_with_data as module
 from hf_locstitch.localize.density import exact_share
 from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores
 from hf_locstitch.runtime.processes import Processes
@@ -194,7 +194,7 @@ def test_a_killed_run_does_not_score_again(tmp_path: Path, monkeypatch: Any) -> 
     with pytest.raises(OSError, match="killed"):
         merge_from_hub(base, [first], **ask)
     monkeypatch.setattr(module, "Scan", scan)
-    monkeypatch.setattr("hf_locstitch.localize.score.open_subject", killed)
+    monkeypatch.setattr("hf_locstitch.localize.score.open_grafted_model", killed)
     merge_from_hub(base, [first], **ask)
     found = load_mask(tmp_path / "out", "ft")
     monkeypatch.undo()

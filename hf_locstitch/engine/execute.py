@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.checkpoints.hashes import InputHashes
-from hf_locstitch.engine.preflight import check_disk, check_out
+from hf_locstitch.engine.preflight import check_disk, check_out, warn_of_memory
 from hf_locstitch.errors import PublishError, RecipeError
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.runtime.processes import Processes, find_processes
@@ -77,6 +77,7 @@ def _into(
     record = check_out(out, plan)
     if record is None:
         check_disk(out, plan)
+        warn_of_memory(plan)
     after = prepare()
     with _upload(plan, processes) as upload:
         record = record or make(plan, out, progress, processes, upload)
@@ -99,6 +100,7 @@ def _to_hub(plan: Plan, progress: Progress, processes: Processes) -> Finished:
     """Nothing stays on this machine; what a failure leaves is found again by the same command."""
     scratch = _scratch(plan)
     check_disk(scratch, plan)
+    warn_of_memory(plan)
     published: list[Published] = []
     with _upload(plan, processes, discard=not plan.settings.cache) as upload:
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
 from hf_locstitch.artifacts.manifest import FILE, Manifest, is_intact, parse_manifest
 from hf_locstitch.engine.work_dir import fingerprint
 from hf_locstitch.errors import CheckpointError, OutputError
-from hf_locstitch.plan.cost import estimate, files_here
+from hf_locstitch.localize.cost import LearningCost, free_memory
+from hf_locstitch.plan.cost import estimate, files_here, localizing_cost
 from hf_locstitch.plan.plans import Plan
 from hf_locstitch.runtime.human import human
+
+LOG = logging.getLogger("hf_locstitch")
 
 
 def check_out(out: Path, plan: Plan) -> Manifest | None:
@@ -38,6 +42,18 @@ def check_disk(folder: Path, plan: Plan) -> None:
         raise OutputError(
             f"{folder} needs up to {human(needed)} of disk, of which {human(free)} are free. "
             "Free some, or name an --out elsewhere."
+        )
+
+
+def warn_of_memory(plan: Plan) -> None:
+    """Log a warning if finding masks may take more memory than its device can give now."""
+    cost = localizing_cost(plan)
+    if not isinstance(cost, LearningCost):
+        return
+    if cost.peak > (free := free_memory(cost.device)):
+        LOG.warning(
+            f"localizing takes about {human(cost.peak)}, and {human(free)} are free on {cost.device} now: it may not fit. "
+            "Set micro_batch: 1, checkpointing: true, or state_on: cpu in the recipe's localizer."
         )
 
 

@@ -70,7 +70,8 @@ def settled(how: How, load: Load, processes: int) -> How:
         state = way.numbers(load.examples, processes) * load.number / shares if way.state_on == "device" else 0
         return load.activated(way) + state
 
-    return whole if load.activations and held(whole) < held(few) else few
+    spares = whole.numbers(load.examples, processes) < few.numbers(load.examples, processes)
+    return whole if spares and load.activations and held(whole) < held(few) else few
 
 
 def token_activations(objective: Objective, config: Mapping[str, Any], checkpointing: bool, item: int) -> int:

@@ -106,6 +106,16 @@ def learning_cost(asked: WithData, localizing: Localizing) -> LearningCost:
     )
 
 
+def free_memory(device: str) -> int:
+    """Bytes that a device can give now; what this machine's caches would give back counts."""
+    import psutil
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    return psutil.virtual_memory().available
+
+
 def _memory(device: torch.device) -> int:
     import psutil
     import torch

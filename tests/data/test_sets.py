@@ -13,9 +13,7 @@ from uuid import uuid4
 import pytest
 
 from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
-from hf_locstitch.plan.plans import _leaks
-from hf_locstitch.plan.recipe import make_recipe
-from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, choose, open_set, read_rows
+from hf_locstitch.tasks.sets import LocalizationSet, choose, open_set, read_rows
 from hf_locstitch.tasks.surrogates import SURROGATES
 from loopback_hub import LoopbackHub
 
@@ -159,14 +157,3 @@ def test_unique_repos_are_pinned(tmp_path: Path, home_hub: LoopbackHub) -> None:
     push(repo, [{"text": "new"}], tmp_path, None, HfApi())
     assert read_rows(open_set(found.pinned)) == [{"text": "old"}]
     assert read_rows(open_set(LocalizationSet(ref=repo))) == [{"text": "new"}]
-
-
-def test_data_that_the_merge_is_judged_on_is_warned_about() -> None:
-    asked = LocalizationSet(ref="gsm8k")
-    found = {"math": OpenSet(asked, repo="openai/gsm8k", commit="0" * 40)}
-    fields: Any = {"base": "a/b", "finetuned": ["a/c"], "localizer": {"method": "saliency"}, "data": ["gsm8k"]}
-    judged = make_recipe({**fields, "evaluate": {"tasks": ["gsm8k_cot:5", "arc_easy"]}})
-    (said,) = _leaks(judged, found)
-    assert "math is localized with openai/gsm8k@0000000, and gsm8k_cot is among the tasks" in said
-    assert not _leaks(make_recipe({**fields, "evaluate": {"tasks": ["arc_easy"]}}), found)
-    assert not _leaks(make_recipe(fields), found)

@@ -401,6 +401,8 @@ def test_tracking(name: str, a: Path, b: Path, tasks: Path, monkeypatch: pytest.
 
 
 def test_the_leak_rule_reads_the_recipe(a: Path, tasks: Path) -> None:
-    (a / "locstitch.yaml").write_text("base: x\nfinetuned: [y]\ndata: {y: {ref: somebody/letters, number: 8}}\n")
+    (a / "locstitch.yaml").write_text(
+        "base: x\nfinetuned: [y]\nlocalizer: {method: saliency}\ndata: {y: {ref: somebody/letters, number: 8}}\n"
+    )
     (warning,) = evaluate(a, tasks=["letters"], include_path=tasks).warnings
     assert "somebody/letters" in warning

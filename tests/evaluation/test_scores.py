@@ -6,7 +6,6 @@ import pytest
 
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, markdown
 from hf_locstitch.evaluation.scores import Score, TaskResult, compare, difference_stderr, kept_share
-from hf_locstitch.tasks.leaks import leaks, localization_data
 
 
 def score(value: float, stderr: float | None = None, *, higher: bool = True) -> Score:
@@ -68,39 +67,3 @@ def test_tables() -> None:
 
 def test_markdown_table() -> None:
     assert markdown([["a", "b"], ["x|y", "1"]]) == "| a | b |\n| :--- | ---: |\n| x\\|y | 1 |"
-
-
-@pytest.mark.parametrize(
-    ("task", "dataset", "data"),
-    [
-        ("gsm8k", "openai/gsm8k", "openai/gsm8k"),
-        ("gsm8k", "openai/gsm8k", "gsm8k"),
-        ("gsm8k_cot", None, "data/GSM8K.jsonl"),
-        ("mmlu_anatomy", "cais/mmlu", "cais/mmlu:anatomy"),
-        ("mmlu", None, "mmlu"),
-        ("hotpot", "hotpotqa/hotpot_qa", "hotpotqa"),
-        ("arc_easy", "allenai/ai2_arc", "allenai/ai2_arc@" + "a" * 40),
-    ],
-)
-def test_a_leak_is_found(task: str, dataset: str | None, data: str) -> None:
-    (warning,) = leaks({task: dataset, "hellaswag": "Rowan/hellaswag"}, [data, data])
-    assert task in warning and data in warning
-
-
-def test_surrogates_are_no_leak() -> None:
-    evaluated = {"mmlu": "cais/mmlu", "arc_easy": "allenai/ai2_arc", "truthfulqa_mc1": "truthfulqa/truthful_qa"}
-    assert leaks(evaluated, ["tatsu-lab/alpaca", "openai/gsm8k", "hotpotqa/hotpot_qa", ""]) == []
-
-
-@pytest.mark.parametrize(
-    ("data", "refs"),
-    [
-        ({"one": {"ref": "gsm8k", "number": 8}, "two": "data/x.jsonl"}, ["gsm8k", "data/x.jsonl"]),
-        ([{"ref": "alpaca@" + "a" * 40}, {"ref": "alpaca@" + "a" * 40}], ["alpaca@" + "a" * 40]),
-        ("hotpotqa", ["hotpotqa"]),
-        (None, []),
-    ],
-)
-def test_data_of_a_recipe(data: object, refs: list[str]) -> None:
-    assert localization_data({"base": "b", "finetuned": ["x"], "data": data}) == refs
-    assert localization_data({"base": "b", "finetuned": ["x"]}) == []

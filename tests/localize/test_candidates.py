@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from models import finetune, random_state, save
 from test_run import files_of
 
-from hf_locstitch import kernels, merge_from_hub
+from hf_locstitch import merge_from_hub
 from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.localize.bracket import ABOVE_ALL, NON_FINITE, FixedBracket
 from hf_locstitch.localize.candidates import OnCpu, magnitude_scores
 from hf_locstitch.localize.on_device import OnDevice
+from hf_locstitch.runtime import kernels
 from hf_locstitch.runtime.dtypes import DTYPE, Values
 from hf_locstitch.runtime.kernels import SURE
 

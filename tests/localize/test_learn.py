@@ -10,7 +10,7 @@ import torch
 from subjects import CASES, pair, prepare
 
 from hf_locstitch.errors import RequestError, WorkError
-from hf_locstitch.localize.grafted_model import Subject, keep_no_activations
+from hf_locstitch.localize.grafted_model import GraftedModel, keep_no_activations
 from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores, start_scores
 from hf_locstitch.localize.localizers.mask import Mask
 from hf_locstitch.localize.localizers.saliency import Saliency
@@ -26,10 +26,10 @@ def room(folder: Path) -> Room:
     return Room(folder, Processes())
 
 
-def autograd(subject: Subject, task: Task, scores: Tensors, penalty: float) -> Tensors:
+def autograd(subject: GraftedModel, task: Task, scores: Tensors, penalty: float) -> Tensors:
     """∂/∂S of the mean loss at base + σ(S)·τ, with the penalty, all in one graph."""
     leaves = {name: score.clone().requires_grad_() for name, score in scores.items()}
-    model, places = subject.model, subject.places
+    model, places = subject.model, subject.parameters
     weights = {n: p.base + torch.sigmoid(leaves[n]) * (p.finetuned - p.base) for n, p in places.items()}
 
     class Functional:
@@ -106,7 +106,7 @@ def test_a_whole_set_needs_one_number_an_element(
 
 def test_a_parameter_that_no_example_reaches_still_shrinks(tmp_path: Path) -> None:
     subject, task = prepare("causal-lm", pair("llama", tmp_path))
-    reached, *others = subject.places.values()
+    reached, *others = subject.parameters.values()
     one = Task(task.examples, task.weights, lambda model, batch: reached.parameter.square().sum())
     how = Mask(density=0.1, epochs=1, lr=1.0, relative_lr=False, penalty=0.1, start=(0.0, 0.0))
     scores, _ = learn_mask(how, subject, one, room(tmp_path))
@@ -118,13 +118,13 @@ def test_a_parameter_that_no_example_reaches_still_shrinks(tmp_path: Path) -> No
 def test_saliency_is_gradient_times_task_vector(case: str, tmp_path: Path) -> None:
     subject, task = prepare(case, pair(CASES[case][0], tmp_path))
     found = saliency_scores(Saliency(at=(0.0, 0.5), micro_batch=2), subject, task, room(tmp_path))
-    total = {name: torch.zeros_like(place.base) for name, place in subject.places.items()}
+    total = {name: torch.zeros_like(place.base) for name, place in subject.parameters.items()}
     for share in (0.0, 0.5):
-        for place in subject.places.values():
+        for place in subject.parameters.values():
             place.graft(share)
         subject.model.zero_grad()
         (task.loss(subject.model, task.examples) / sum(task.weights)).backward()
-        for name, place in subject.places.items():
+        for name, place in subject.parameters.items():
             assert place.parameter.grad is not None
             total[name] += place.parameter.grad * (place.finetuned - place.base) / 2
             place.parameter.grad = None
@@ -146,18 +146,20 @@ def test_without_a_task_every_share_shrinks(tmp_path: Path) -> None:
 def test_initial_mask_is_the_top_k_of_the_task_vector(tmp_path: Path) -> None:
     subject, _ = prepare("mixtral", pair("mixtral", tmp_path))
     scores = start_scores(Mask(density=0.037, start=(-1.0, 2.0)), subject, room(tmp_path))
-    magnitudes = torch.cat([(place.finetuned - place.base).abs().flatten() for place in subject.places.values()])
-    inside = torch.cat([scores[place].flatten() for place in subject.places.values()]) == 2.0
+    magnitudes = torch.cat([(place.finetuned - place.base).abs().flatten() for place in subject.parameters.values()])
+    inside = torch.cat([scores[place].flatten() for place in subject.parameters.values()]) == 2.0
     assert int(inside.sum()) == int(0.037 * len(magnitudes))
     assert magnitudes[inside].min() >= magnitudes[~inside].max()
-    assert ((scores[next(iter(subject.places.values()))] == 2.0) | (scores.tensors[min(scores.tensors)] == -1.0)).all()
+    assert (
+        (scores[next(iter(subject.parameters.values()))] == 2.0) | (scores.tensors[min(scores.tensors)] == -1.0)
+    ).all()
 
 
 def test_official_is_the_authors_update(tmp_path: Path) -> None:
     """Against a plain transcription: sums over batches, a regulariser of the wrong sign, one step an epoch."""
     subject, task = prepare("causal-lm", pair("llama", tmp_path))
     how = Mask(preset="official", density=0.1, lr=30.0, penalty=1e-3, epochs=3, batch=2, micro_batch=1)
-    places = subject.places
+    places = subject.parameters
     mask = {n: t.clone() for n, t in start_scores(how, subject, room(tmp_path)).tensors.items()}
     assert {float(v) for m in mask.values() for v in m.unique()} == {-5.0, 5.0}
     scores, _ = learn_mask(how, subject, task, room(tmp_path))
@@ -262,7 +264,7 @@ def test_running_out_of_memory_says_what_to_change(error: BaseException, tmp_pat
 
     with pytest.raises(WorkError, match="set micro_batch: 1, then checkpointing: true, then state_on"):
         saliency_scores(Saliency(), subject, Task(task.examples, task.weights, full), room(tmp_path))
-    assert all(not place.parameter._post_accumulate_grad_hooks for place in subject.places.values())
+    assert all(not place.parameter._post_accumulate_grad_hooks for place in subject.parameters.values())
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:
@@ -277,7 +279,7 @@ def test_other_errors_pass(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
     subject, task = prepare("causal-lm", pair("llama", tmp_path))
-    next(iter(subject.places.values())).base[0] = float("nan")
+    next(iter(subject.parameters.values())).base[0] = float("nan")
     with pytest.raises(RequestError, match="the loss is nan on the localization set"):
         saliency_scores(Saliency(), subject, task, room(tmp_path))
 

@@ -15,8 +15,9 @@ from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from hf_locstitch import Mask, Saliency, load_mask, merge_from_hub
 from hf_locstitch.cli.main import main
-from hf_locstitch.localize import select_with_data as module
+from hf_locstitch.localize import search_with_data as module
 from hf_locstitch.localize.activation_memory import Load, settled, token_activations
+from hf_locstitch.localize.cost import free_memory
 from hf_locstitch.localize.learn import State
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.tasks.objectives.causal_lm import CausalLM
@@ -168,19 +169,25 @@ def test_each_finetune_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells it there")
-def test_memory_that_is_free_counts_what_caches_would_give_back(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_memory_that_is_free_counts_what_caches_would_give_back() -> None:
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    assert free_memory("cpu") == pytest.approx(int(told["MemAvailable"].split()[0]) * 1024, rel=0.2)
+
+
+def test_too_little_memory_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the machine in the plan, which says the same every time; of what is free when the work begins."""
     base, first = finetunes(tmp_path, count=1)
     data = write_jsonl(tmp_path / "a.jsonl", ROWS)
     how = ["merge", "--base", str(base), "--ft", str(first), "--localizer", "saliency", "--data", str(data)]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    found = planned(how, capsys)["free"]
-    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    assert found == pytest.approx(int(told["MemAvailable"].split()[0]) * 1024, rel=0.2)
+    assert planned(how, capsys) == planned(how, capsys) and planned(how, capsys)["fits"]
 
     class Little:
-        available = 1000
+        total = available = 1000
 
     monkeypatch.setattr("psutil.virtual_memory", Little)
     assert not planned(how, capsys)["fits"]
+    assert main([*how, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert "1.0 kB are free on cpu now: it may not fit" in caplog.text

@@ -42,7 +42,7 @@ def test_a_wrong_mapping_is_noticed(tmp_path: Path) -> None:
     assert one in state and other in state
     subject, _ = prepare("mixtral", folders)
     swapped = {**state, one: state[other], other: state[one]}
-    weights = {name: place.finetuned for name, place in subject.places.items()}
+    weights = {name: place.finetuned for name, place in subject.parameters.items()}
     check(subject.model, subject.groups, weights, state.__getitem__)
     with pytest.raises(RequestError, match="gradients could not be trusted"):
         check(subject.model, subject.groups, weights, swapped.__getitem__)
@@ -71,6 +71,6 @@ def test_tied_weights_stored_twice_score_alike(tmp_path: Path) -> None:
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     names = ["lm_head.weight", "model.embed_tokens.weight"]
     subject, _ = prepare("tied", folders, names)
-    assert list(subject.places) == ["model.embed_tokens.weight"] and CASES["tied"][0] == "llama-tied"
+    assert list(subject.parameters) == ["model.embed_tokens.weight"] and CASES["tied"][0] == "llama-tied"
     mapped = dict(subject.to_disk(lambda place: place.finetuned - place.base))
     assert mapped.keys() == set(names) and torch.equal(*mapped.values())

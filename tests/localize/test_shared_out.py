@@ -12,7 +12,7 @@ from models import load
 from subjects import CASES, open_subject, pair, prepare
 from test_architectures import blocks
 
-from hf_locstitch.localize.grafted_model import Place, is_shared_out, make_subject
+from hf_locstitch.localize.grafted_model import MaskedParameter, is_shared_out, make_grafted_model
 from hf_locstitch.localize.learn import Room, learn_mask
 from hf_locstitch.localize.localizers.mask import Mask
 from hf_locstitch.localize.passes import consuming
@@ -36,13 +36,17 @@ def test_a_group_of_one_learns_the_same(group: None, tmp_path: Path) -> None:
     model, _ = load_model(folders[1], CausalLM(), config, torch.float64)
     base, absent = load_model(folders[0], CausalLM(), config, torch.float64)
     cpu = torch.device("cpu")
-    subject = make_subject(model, base, absent, list(state), blocks(state), state.__getitem__, cpu, "ft", sharded=True)
-    assert subject.places and all(is_shared_out(place.parameter) for place in subject.places.values())
+    subject = make_grafted_model(
+        model, base, absent, list(state), blocks(state), state.__getitem__, cpu, "ft", sharded=True
+    )
+    assert subject.parameters and all(is_shared_out(place.parameter) for place in subject.parameters.values())
     seen: list[str] = []
     task = CASES["mixtral"][1].prepare(CASES["mixtral"][2](), make_tokenizer(), None)
-    with consuming(subject.places.values(), lambda place, gradient: seen.append(place.name)):
+    with consuming(subject.parameters.values(), lambda place, gradient: seen.append(place.name)):
         task.loss(subject.model, task.examples).backward()
-    assert sorted(seen) == sorted(subject.places) and all(p.parameter.grad is None for p in subject.places.values())
+    assert sorted(seen) == sorted(subject.parameters) and all(
+        p.parameter.grad is None for p in subject.parameters.values()
+    )
 
     room = Room(tmp_path, Processes())
     expected, _ = learn_mask(Mask(density=0.1, epochs=2, micro_batch=2), *prepare("mixtral", folders), room)
@@ -74,5 +78,5 @@ def test_rows_are_shared_out_without_rest() -> None:
             self.device_mesh = Mesh(rank)
 
     rows = torch.arange(8.0).view(4, 2)
-    parts = [Place("w", Parameter(rank), rows, rows + 1).part(rows) for rank in range(3)]
+    parts = [MaskedParameter("w", Parameter(rank), rows, rows + 1).part(rows) for rank in range(3)]
     assert [len(part) for part in parts] == [2, 2, 0] and torch.equal(torch.cat(parts), rows)

@@ -19,12 +19,11 @@ from test_run import families, merge_folders
 from hf_locstitch import Magnitude, load_localized, load_mask, merge_from_hub
 from hf_locstitch import localize_from_hub as localize
 from hf_locstitch import stitch_from_hub as stitch
-from hf_locstitch.api import plan_localize, plan_merge
-from hf_locstitch.checkpoints.hashes import InputHashes
-from hf_locstitch.engine.run import run
-from hf_locstitch.engine.shard_writer import Merger
+from hf_locstitch.engine.execute import make
+from hf_locstitch.engine.shard_writer import ShardWriter
 from hf_locstitch.errors import CheckpointError, MismatchError, NonFiniteError, RecipeError, WorkError
 from hf_locstitch.localize.localized_masks import LocalizedMask, by_chunk
+from hf_locstitch.plan.planning import make_localize_plan, make_plan
 from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import Settings
@@ -58,15 +57,13 @@ def both_ways(
     merged = merge_folders(tmp, entries, how, **asked, **fields)
     for entry in entries:
         recipe = make_recipe({"base": str(tmp / "base"), "finetuned": [entry], **asked})
-        plan = plan_localize(recipe, how_else or Settings())
-        with InputHashes(plan.inputs) as hashes:
-            run(plan, tmp / f"loc-{entry['name']}", Progress(False), hashes)
+        plan = make_localize_plan(recipe, how_else or Settings())
+        make(plan, tmp / f"loc-{entry['name']}", Progress(False))
     recipe = make_recipe(
         {"base": str(tmp / "base"), "localized": [str(tmp / f"loc-{e['name']}") for e in entries], **fields}
     )
-    plan = plan_merge(recipe, how_else or Settings())
-    with InputHashes(plan.inputs) as hashes:
-        run(plan, tmp / "stitched", Progress(False), hashes)
+    plan = make_plan(recipe, how_else or Settings())
+    make(plan, tmp / "stitched", Progress(False))
     return merged, tmp / "stitched"
 
 
@@ -290,16 +287,18 @@ def test_what_is_no_localized_checkpoint(localized: Path) -> None:
 
 def test_what_cannot_be_asked_for(localized: Path) -> None:
     base, refs = localized / "base", [localized / "loc0"]
+    asked = {"base": str(base), "localized": [str(refs[0])]}
+    one = {"base": str(base), "finetuned": [str(localized / "ft0")]}
     with pytest.raises(RecipeError, match="localizer, include cannot be said of localized checkpoints"):
-        stitch(base, refs, out=localized / "out", localizer={"density": 0.1}, include=["*"])
+        make_recipe({**asked, "localizer": {"density": 0.1}, "include": ["*"]})
     with pytest.raises(RecipeError, match="merged by method locstitch, not average"):
-        stitch(base, refs, out=localized / "out", method="average")
+        make_recipe({**asked, "method": "average"})
     with pytest.raises(RecipeError, match="scale, dtype cannot be said of a localized checkpoint"):
-        localize(base, localized / "ft0", out=localized / "out", scale=0.5, dtype="float16")
+        make_localize_plan(make_recipe({**one, "scale": 0.5, "dtype": "float16"}))
     with pytest.raises(RecipeError, match="not for ties"):
-        localize(base, localized / "ft0", out=localized / "out", method="ties")
+        make_localize_plan(make_recipe({**one, "method": "ties"}))
     with pytest.raises(RecipeError, match="do not go into one merge"):
-        stitch(base, refs, out=localized / "out", finetuned=[str(localized / "ft0")])
+        make_recipe({**asked, "finetuned": [str(localized / "ft0")]})
     with pytest.raises(RecipeError, match="2 names are given for 1"):
         stitch(base, refs, out=localized / "out", names=["a", "b"])
 
@@ -322,7 +321,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it, nothing is cleaned up for it."""
 
 
-@pytest.mark.parametrize(("owner", "method"), [(LocalizedMask, "_read"), (Merger, "write")])
+@pytest.mark.parametrize(("owner", "method"), [(LocalizedMask, "_read"), (ShardWriter, "write")])
 def test_a_cut_stitch_goes_on(localized: Path, monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> None:
     """What was read and written before is not read and written again."""
     refs, original, calls = [localized / "loc0", localized / "loc1"], getattr(owner, method), []
@@ -347,13 +346,13 @@ def test_a_cut_stitch_goes_on(localized: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_full_disk_while_localizing(localized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_locstitch.localized import run as localized_run
+    from hf_locstitch.engine import localize_run
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(localized_run, "write_values", full)
+        patched.setattr(localize_run, "write_values", full)
         with pytest.raises(WorkError, match="is full"):
             localize(localized / "base", localized / "ft0", out=localized / "out", localizer=Magnitude(density=0.3))
     localize(localized / "base", localized / "ft0", out=localized / "out", localizer=Magnitude(density=0.3))

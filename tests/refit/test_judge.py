@@ -80,7 +80,7 @@ def test_classes_are_judged_by_their_labels(tmp_path: Path) -> None:
 def test_labels_are_asked_for_before_work_starts(judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = family(build("bert-classes", torch.float32), tmp_path, masked_tokenizer())
     files = [str(write_classes(tmp_path / f"{seed}.jsonl", seed=seed, labels=24 - 5 * seed)) for seed in range(2)]
-    monkeypatch.setattr("hf_locstitch.api.InputHashes", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr("hf_locstitch.engine.execute.InputHashes", lambda *_: pytest.fail("work has started"))
     with pytest.raises(
         RequestError, match=rf"judge: {judge} .* 5 of the 24 inputs that .*1.jsonl gives for ft1 have no"
     ):

@@ -145,7 +145,7 @@ def test_two_go_on_where_one_was_killed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(FittedWriter, "write", cut)
     with pytest.raises(Killed):
         merge("recipe", "out")
-    (journal,) = tmp_path.glob(".out*/spill/refit/refit.json")
+    (journal,) = tmp_path.glob(".out*/spill/fit/refit.json")
     assert list(json.loads(journal.read_text())["scores"]) == ["1"]
     merge_in(2, tmp_path, "out")
     assert same_bits(load(Path("out")), load(Path("one")))

@@ -168,7 +168,7 @@ def test_a_full_disk_is_said_and_the_merge_goes_on_later(
     monkeypatch.setattr(InFile, "put", fill)
     assert main(["merge", "disk.yaml", "--out", "disk", "--quiet"]) != 0
     assert "is full. Free some" in capsys.readouterr().err
-    assert not Path("disk").exists() and not list(tmp_path.glob(".disk*/spill/refit/states*"))
+    assert not Path("disk").exists() and not list(tmp_path.glob(".disk*/spill/fit/states*"))
     assert main(["merge", "disk.yaml", "--out", "disk", "--quiet"]) == 0
     assert main(["merge", "device.yaml", "--out", "device", "--quiet"]) == 0
     assert same_bits(load(Path("device")), load(Path("disk")))

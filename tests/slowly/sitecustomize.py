@@ -7,11 +7,11 @@ from importlib.abc import MetaPathFinder
 
 class _Slowly(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name == "hf_locstitch.engine.run":
-            from hf_locstitch.engine.shard_writer import Merger
+        if name == "hf_locstitch.engine.model_run":
+            from hf_locstitch.engine.shard_writer import ShardWriter
             from hf_locstitch.localize import scan
 
-            for owner, method in ((scan.Scan, "_offer"), (Merger, "_merge")):
+            for owner, method in ((scan.Scan, "_offer"), (ShardWriter, "_merge")):
                 setattr(owner, method, _slow(getattr(owner, method)))
         return None
 
