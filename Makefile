@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 
-.PHONY: demo test quality format bench bench-quality bench-speed bench-faults clean
+.PHONY: demo test quality format docs bench bench-quality bench-speed bench-faults clean
 
 demo: $(READY)  ## train tiny models, push them to a Hub on this machine, merge, compare
 	$(BIN)/hf-locstitch demo
@@ -20,6 +21,9 @@ quality: $(READY)  ## lint, format and types
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(DOCS_READY)  ## the documentation as a site, in site/; a broken link is an error
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 bench: bench-quality bench-speed bench-faults  ## all of them: hours
 
@@ -43,5 +47,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $(DOCS_READY)
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
