@@ -8,15 +8,16 @@ DOCS_READY := $(VENV)/.docs-ready
 .PHONY: demo test quality format docs bench bench-quality bench-speed bench-faults clean
 
 demo: $(READY)  ## train tiny models, push them to a Hub on this machine, merge, compare
-	$(BIN)/hf-locstitch demo
+	PYTHONPATH=.:examples $(BIN)/python -m demo $(if $(WORK),--work $(WORK))
 
 test: $(READY)  ## all tests that need neither a GPU nor a network
 	$(BIN)/python -m pytest -n auto
 
-quality: $(READY)  ## lint, format and types
+quality: $(READY)  ## lint, format, types, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -135,7 +135,7 @@ def merge_from_hub(
         WorkError: If the work fails; the same call goes on from there.
 
     Example:
-        >>> result = merge_from_hub("org/base", ["org/math", "org/code"], out="merged", localizer=Magnitude(density=0.05))
+        >>> result = merge_from_hub("org/base", ["org/math", "org/code"], out="merged", localizer={"density": 0.05})
         >>> result.manifest.masks["math"].real_density
         0.05
 

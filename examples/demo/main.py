@@ -1,4 +1,4 @@
-"""`hf-locstitch demo`: train tiny models, push them to a Hub on this machine, merge them there, compare, publish.
+"""`make demo`: train tiny models, push them to a Hub on this machine, merge them there, compare, publish.
 
 Nothing leaves the machine. Whatever speaks to the Hub is a process of its own, because the client reads its settings
 once, when it is imported; the commands are those that a reader would type. Run with names of repositories,
@@ -154,7 +154,7 @@ def _page(hub: LoopbackHub, name: str, kept: Path | None) -> str:
 
 
 def _farewell(kept: Path | None, merged: Sequence[str]) -> str:
-    where = "Everything was in a temporary folder; `hf-locstitch demo --work DIR` keeps it."
+    where = "Everything was in a temporary folder; `make demo WORK=DIR` keeps it."
     if kept:
         where = "\n".join(["The merged models; README.md is the card:", *(f"  {kept / name}" for name in merged)])
     return f"""

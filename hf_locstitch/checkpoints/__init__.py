@@ -1,1 +1,1 @@
-"""Models on the disk or on the Hub: references, headers, readers, downloads, the writer. Only safetensors are opened."""
+"""Models on the disk or on the Hub: references, headers, readers, downloads, the writer. Of safetensors only."""

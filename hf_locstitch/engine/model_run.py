@@ -34,7 +34,7 @@ from hf_locstitch.stitch.fitting import FitJob
 from hf_locstitch.stitch.view import StitchView
 
 if TYPE_CHECKING:
-    from hf_locstitch.stitch.refit.fitted_values import FittedValues
+    from hf_locstitch.stitch.fitted_values import FittedValues
 
 AnyModelPlan = TypeVar("AnyModelPlan", bound=ModelPlan)
 

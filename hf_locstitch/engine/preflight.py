@@ -52,8 +52,8 @@ def warn_of_memory(plan: Plan) -> None:
         return
     if cost.peak > (free := free_memory(cost.device)):
         LOG.warning(
-            f"localizing takes about {human(cost.peak)}, and {human(free)} are free on {cost.device} now: it may not fit. "
-            "Set micro_batch: 1, checkpointing: true, or state_on: cpu in the recipe's localizer."
+            f"localizing takes about {human(cost.peak)}, and {human(free)} are free on {cost.device} now: it may not "
+            "fit. Set micro_batch: 1, checkpointing: true, or state_on: cpu in the recipe's localizer."
         )
 
 

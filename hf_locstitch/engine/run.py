@@ -22,7 +22,7 @@ from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.engine.inputs import Inputs
 from hf_locstitch.engine.record import FileHashes, check_pins, finish, make_manifest, pinned_recipe
 from hf_locstitch.engine.work_dir import ShardRecord, WorkDir, fingerprint
-from hf_locstitch.localize.localizer import LocalizeJob
+from hf_locstitch.localize.job import LocalizeJob
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan
 from hf_locstitch.report.card import write_card
 from hf_locstitch.report.figures.survey import Survey, draw_merge, survey_merge

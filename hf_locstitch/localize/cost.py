@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.localize.activation_memory import find_load, settled
-from hf_locstitch.localize.localizer import Localizing
+from hf_locstitch.localize.job import Localizing
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.runtime.dtypes import ITEM_BYTES
 from hf_locstitch.runtime.human import human

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from hf_locstitch.localize.localizer import Group, Localizer
+from hf_locstitch.localize.job import Group
+from hf_locstitch.localize.localizer import Localizer
 
 
 class TopShare(Localizer):

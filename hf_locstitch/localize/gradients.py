@@ -1,4 +1,4 @@
-"""The gradient of a set's loss, parameter by parameter: used up as it appears where that can be, else added up first."""
+"""The gradient of a set's loss, parameter by parameter: used up as it appears where that is possible, else added."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,13 +14,62 @@ from torch import Tensor
 from hf_locstitch.localize.gradients import AddedUp, Gradients, Passing, Work
 from hf_locstitch.localize.grafted_model import GraftedModel, MaskedParameter
 from hf_locstitch.localize.kth_largest import Keys, Sizes, TopK, kth_largest, pieces, sortable
-from hf_locstitch.localize.localizers.mask import Mask
-from hf_locstitch.localize.localizers.saliency import Saliency
 from hf_locstitch.localize.passes import Advance, Rounding, State, add_gradients
 from hf_locstitch.localize.updates import add_rounding, official_step, saliency, score_gradient, softened
-from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.tasks.task import Task, micro_batches
+
+
+class MachineUse(Protocol):
+    """As of WithData."""
+
+    @property
+    def state_dtype(self) -> str: ...
+
+    @property
+    def state_on(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def together(self) -> int: ...
+
+
+class SaliencySettings(MachineUse, Protocol):
+    """As of localizers/saliency.py."""
+
+    @property
+    def at(self) -> tuple[float, ...]: ...
+
+
+class MaskSettings(MachineUse, Protocol):
+    """As of localizers/mask.py."""
+
+    @property
+    def preset(self) -> str: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def relative_lr(self) -> bool: ...
+
+    @property
+    def penalty(self) -> float: ...
+
+    @property
+    def start(self) -> tuple[float, float]: ...
+
+    def started(self, n: int) -> int: ...
+
+    def comes_whole(self, batches: int, processes: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -33,9 +83,10 @@ class Room:
 
 @dataclass(frozen=True)
 class Learned:
-    """state: what ranks the elements. losses: seen on the way. ones: how many the mask keeps, where the state decides it.
+    """state: what ranks the elements. losses: seen on the way. ones: how many the mask keeps, if the state decides.
 
-    ranks: whether only the order of the numbers counts, so that equal ones go by |τ|; else they are scores, not negative.
+    ranks: whether only the order of the numbers counts, so that equal ones go by |τ|; else they are scores, not
+    negative.
     """
 
     state: State
@@ -49,7 +100,7 @@ def count_positive(grafted: GraftedModel, state: State) -> int:
     return sum(int((tensor > 0).sum()) for _, tensor in grafted.to_disk(state.__getitem__))
 
 
-def saliency_scores(how: Saliency, grafted: GraftedModel, task: Task, room: Room) -> State:
+def saliency_scores(how: SaliencySettings, grafted: GraftedModel, task: Task, room: Room) -> State:
     """|ḡ·τ| of every element, ḡ the gradient of the mean loss, averaged over the points `how.at`."""
     batches = list(micro_batches(task, how.together))
     total, rounding = _state(how, grafted, room, "gradient"), Rounding(how.seed)
@@ -63,7 +114,7 @@ def saliency_scores(how: Saliency, grafted: GraftedModel, task: Task, room: Room
     return total
 
 
-def learn_mask(how: Mask, grafted: GraftedModel, task: Task, room: Room) -> tuple[State, list[float]]:
+def learn_mask(how: MaskSettings, grafted: GraftedModel, task: Task, room: Room) -> tuple[State, list[float]]:
     """S of every element, and the loss before every step. One step an epoch, from the gradient over the whole set.
 
     Where gradients come whole, each changes S as it appears and S is all that is kept; a relative step then takes two
@@ -87,12 +138,13 @@ def learn_mask(how: Mask, grafted: GraftedModel, task: Task, room: Room) -> tupl
     return scores, losses
 
 
-def start_scores(how: Mask, grafted: GraftedModel, room: Room) -> State:
+def start_scores(how: MaskSettings, grafted: GraftedModel, room: Room) -> State:
     """S before the first step: how.start[1] for the largest |τ|, how.start[0] elsewhere."""
     scores = _state(how, grafted, room, "scores")
 
     def magnitudes() -> Iterable[Keys]:
-        return (sortable(piece) for masked in grafted.parameters.values() for piece in pieces(_magnitudes(masked)))
+        masked = grafted.parameters.values()
+        return (sortable(piece) for one in masked for piece in pieces(_magnitudes(one)))
 
     top = TopK(kth_largest(magnitudes, how.started(grafted.size)))
     outside, inside = how.start
@@ -103,7 +155,9 @@ def start_scores(how: Mask, grafted: GraftedModel, room: Room) -> State:
     return scores
 
 
-def unit_step(how: Mask, grafted: GraftedModel, scores: State, gradients: Gradients, processes: Processes) -> float:
+def unit_step(
+    how: MaskSettings, grafted: GraftedModel, scores: State, gradients: Gradients, processes: Processes
+) -> float:
     """The k-th largest |∂loss/∂S|: divided by it, the k-th most changed element moves by one."""
     sizes = Sizes()
 
@@ -117,7 +171,9 @@ def unit_step(how: Mask, grafted: GraftedModel, scores: State, gradients: Gradie
     return max(unit, torch.finfo(torch.float32).tiny)
 
 
-def _step(how: Mask, scores: State, lr: float, rounding: Rounding, masked: MaskedParameter, gradient: Tensor) -> None:
+def _step(
+    how: MaskSettings, scores: State, lr: float, rounding: Rounding, masked: MaskedParameter, gradient: Tensor
+) -> None:
     for score, part, task_vector in _aligned(masked, scores, gradient):
         wide = _wide(score)
         if how.preset == "official":
@@ -137,7 +193,7 @@ def _aligned(masked: MaskedParameter, state: State, gradient: Tensor) -> Iterato
         yield kept, part.to(device, task_vector.dtype), task_vector
 
 
-def _state(how: WithData, grafted: GraftedModel, room: Room, name: str) -> State:
+def _state(how: MachineUse, grafted: GraftedModel, room: Room, name: str) -> State:
     return State(grafted.parameters, how.state_dtype, how.state_on, room.folder, f"{name}.{room.processes.rank}")
 
 

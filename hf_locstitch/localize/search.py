@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hf_locstitch.artifacts.mask_source import MaskSource
 from hf_locstitch.errors import RequestError
-from hf_locstitch.localize.localizer import LocalizeJob, Localizer
+from hf_locstitch.localize.job import LocalizeJob
 from hf_locstitch.localize.scan import Scan, ScoreBits
 from hf_locstitch.runtime.dtypes import Values
 from hf_locstitch.runtime.kernels import Scores
 
+OwnScores = Callable[[str, int, Values, Values], npt.NDArray[Any] | None]
 
-def find_by_scores(localizer: Localizer, job: LocalizeJob) -> Mapping[str, MaskSource]:
-    """Arguments and errors as of Localizer.find_masks."""
+
+def find_by_scores(job: LocalizeJob, scores: ScoreBits | None) -> Mapping[str, MaskSource]:
+    """The mask of each finetune: where its scores are largest; its magnitudes if there are no others.
+
+    Raises RequestError or WorkError.
+    """
     own = [info for info in job.tensors if info.name in job.own]
     nbytes = sum(checkpoint.info(info.name).nbytes for checkpoint in job.finetuned.values() for info in own)
     with job.progress.bar("localizing", nbytes) as advance:
@@ -32,7 +39,7 @@ def find_by_scores(localizer: Localizer, job: LocalizeJob) -> Mapping[str, MaskS
             device=job.processes.device(job.settings.device),
             trusted=job.trusted,
             allow_non_finite=job.allow_non_finite,
-            scores=score_bits(localizer),
+            scores=scores,
             advance=advance,
         )
         if job.inputs.all_here:
@@ -46,18 +53,15 @@ def find_by_scores(localizer: Localizer, job: LocalizeJob) -> Mapping[str, MaskS
         return selections
 
 
-def score_bits(localizer: Localizer) -> ScoreBits | None:
-    """The localizer's own scores as their bits; None where it has none, and magnitudes serve. Raises RequestError."""
-    if type(localizer).scores is Localizer.scores:
-        return None
+def checked_scores(localizer: str, scores: OwnScores) -> ScoreBits:
+    """A localizer's own scores as their bits. Raises RequestError where they are none."""
 
     def bits(tensor: str, first: int, finetuned: Values, base: Values) -> Scores:
-        scores = localizer.scores(tensor, first, finetuned, base)
-        found = np.ascontiguousarray(scores, dtype=np.float32)
+        found = np.ascontiguousarray(scores(tensor, first, finetuned, base), dtype=np.float32)
         if found.shape != base.shape or (len(found) and float(found.min()) < 0):
             raise RequestError(
-                f"the localizer {localizer.method} gives {list(found.shape)} scores, the least {found.min(initial=0)}, "
-                f"for {len(base)} elements of {tensor}; due is one for each, not negative. Mend the localizer."
+                f"the localizer {localizer} gives {list(found.shape)} scores, the least {found.min(initial=0)}, for "
+                f"{len(base)} elements of {tensor}; due is one for each, not negative. Mend the localizer."
             )
         return (found + np.float32(0)).view(np.int32)  # −0 counts as 0
 

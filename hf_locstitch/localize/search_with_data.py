@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hf_locstitch.localize.activation_memory import find_load, settled
+from hf_locstitch.localize.job import LocalizeJob
 from hf_locstitch.localize.learn import Room
-from hf_locstitch.localize.localizer import LocalizeJob
 from hf_locstitch.localize.scan import Scan
 from hf_locstitch.localize.score import score
 from hf_locstitch.localize.score_file import ScoreFile

@@ -1,17 +1,15 @@
-"""What every localizer that looks at data has in common: how it uses the machine, and the way from data to masks."""
+"""What every localizer that looks at data has in common: how it uses the machine, and what it learns."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hf_locstitch.localize.localizer import Cost, LocalizeJob, Localizer, Localizing
+from hf_locstitch.localize.localizer import Localizer
 
 if TYPE_CHECKING:
-    from hf_locstitch.artifacts.mask_source import MaskSource
     from hf_locstitch.localize.grafted_model import GraftedModel
     from hf_locstitch.localize.learn import Learned, Room
     from hf_locstitch.tasks.task import Task
@@ -81,13 +79,3 @@ class WithData(Localizer):
     @abstractmethod
     def learn(self, grafted: GraftedModel, task: Task, room: Room) -> Learned:
         """A number for every localizable element: the larger, the sooner a mask keeps it. Raises as pass_over."""
-
-    def cost(self, localizing: Localizing) -> Cost | None:
-        from hf_locstitch.localize.cost import learning_cost  # reads objectives, slow to import
-
-        return learning_cost(self, localizing)
-
-    def find_masks(self, job: LocalizeJob) -> Mapping[str, MaskSource]:
-        from hf_locstitch.localize.search_with_data import find_with_data  # slow to import
-
-        return find_with_data(self, job)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from hf_locstitch.checkpoints.byte_ranges import Piece, byte_ranges, most_held
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.localize.localizer import Cost as LocalizingCost
+from hf_locstitch.localize.job import Cost as LocalizingCost
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.runtime.dtypes import ITEM_BYTES
 from hf_locstitch.runtime.settings import BATCH, COMPACT_FROM, COMPACT_SLACK
-from hf_locstitch.stitch.refit.cost import FitCost
+from hf_locstitch.stitch.fit_cost import FitCost
 
 Here = frozenset[tuple[str, str]]  # (input, file) on this machine
 SPILL_BYTES = 8  # position and |task vector| of one candidate; its value comes on top

@@ -11,7 +11,8 @@ from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
 from hf_locstitch.checkpoints.byte_ranges import Piece, Pieces, byte_ranges
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
-from hf_locstitch.localize.localizer import Group, Localizer
+from hf_locstitch.localize.job import Group
+from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.plan.layout import OutputShard
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.settings import Settings
@@ -22,11 +23,12 @@ from hf_locstitch.tasks.sets import OpenSet
 class Plan:
     """What all plans say.
 
-    inputs: "base", and by name the finetunes; of a stitch their localized checkpoints' files, none of whose tensors is a
-    model's. mask_tensors: those that the method ranges over, as the base holds them, in its order; n: their elements
+    inputs: "base", and by name the finetunes; of a stitch their localized checkpoints' files, none of whose tensors is
+    a model's. mask_tensors: those that the method ranges over, as the base holds them, in its order; n: their elements
     (N). k: coordinates that each mask keeps, n without masks; exact_k: else k is a guess, or the largest of several.
-    localizers: how each mask is found, or was; origins: the finetuned model that each belongs to, pinned. order: in which
-    finetunes are added up: of the models' own, however they were given, as sums round. scanned: what finding masks reads.
+    localizers: how each mask is found, or was; origins: the finetuned model that each belongs to, pinned. order: in
+    which finetunes are added up: of the models' own, however they were given, as sums round. scanned: what finding
+    masks reads.
     """
 
     recipe: Recipe

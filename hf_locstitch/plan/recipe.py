@@ -225,8 +225,8 @@ class Recipe(Strict):
         found = len(self.fit_sets)
         if found != len(self.finetuned):
             raise ValueError(
-                f"{fitting.called} looks at data: {len(self.finetuned)} sets of unlabelled inputs are needed, one for each "
-                f"finetune, not {found}"
+                f"{fitting.called} looks at data: {len(self.finetuned)} sets of unlabelled inputs are needed, one for "
+                f"each finetune, not {found}"
             )
         if self.allow_non_finite:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Components by name: the package's own, one module each, and those that other packages add by an entry point.
 
-A module of the registry's package holds one component, called COMPONENT; its name is the module's, with dashes. An entry
-point names the class itself. Names are told without importing anything, so that help is quick.
+A module of the registry's package holds one component, called COMPONENT; its name is the module's, with dashes. An
+entry point names the class itself. Names are told without importing anything, so that help is quick.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""From masks and models to the values of a merge. methods/ has one file a method, stitchers/ one a way to fit values."""
+"""From masks and models to the values of a merge. methods/ has a file for each method, stitchers/ for each fit."""

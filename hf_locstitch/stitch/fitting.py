@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from hf_locstitch.runtime.processes import Processes
     from hf_locstitch.runtime.progress import Progress
     from hf_locstitch.runtime.settings import Settings
-    from hf_locstitch.stitch.refit.cost import FitCost
-    from hf_locstitch.stitch.refit.fitted_values import FittedValues
+    from hf_locstitch.stitch.fit_cost import FitCost
+    from hf_locstitch.stitch.fitted_values import FittedValues
     from hf_locstitch.stitch.view import StitchView
     from hf_locstitch.tasks.sets import OpenSet
 
@@ -89,6 +89,11 @@ class OnInputs(BaseModel, ABC):
     batch: int = Field(default=32, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     states_on: Literal["device", "cpu", "disk"] = "device"
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the inputs' labels are looked at."""
+        return False
 
     def as_record(self) -> dict[str, Any]:
         """The settings as the manifest has them, without the data."""

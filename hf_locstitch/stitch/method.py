@@ -70,8 +70,8 @@ class DenseMethod(Method):
     def combine(
         self, base: Values, finetuned: Sequence[Values], *, place: Place, scale: float, dtype: np.dtype[Any]
     ) -> Values:
-        """base, finetuned: [n] of any floating dtype, in an order that does not depend on how they were given. scale: the
-        recipe's, a factor on the task vectors. Returns [n] in dtype."""
+        """base, finetuned: [n] of any floating dtype, in an order that does not depend on how they were given. scale:
+        the recipe's, a factor on the task vectors. Returns [n] in dtype."""
 
 
 class MaskedMethod(Method):

@@ -24,7 +24,7 @@ from hf_locstitch.stitch.mean import coverage, overlaps
 from hf_locstitch.stitch.method import DenseMethod, MaskedMethod, Method, Place
 
 if TYPE_CHECKING:
-    from hf_locstitch.stitch.refit.fitted_values import FittedValues  # imports torch
+    from hf_locstitch.stitch.fitted_values import FittedValues  # imports torch
 
 
 @dataclass(frozen=True)

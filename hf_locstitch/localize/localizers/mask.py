@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from hf_locstitch.localize.data_localizer import DataLocalizer
 from hf_locstitch.localize.density import exact_share
-from hf_locstitch.localize.localizer import Group
-from hf_locstitch.localize.with_data import WithData
+from hf_locstitch.localize.job import Group
 
 if TYPE_CHECKING:
     from hf_locstitch.localize.grafted_model import GraftedModel
@@ -31,7 +31,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-class Mask(WithData):
+class Mask(DataLocalizer):
     """density: share of elements that a mask keeps; None rounds σ(S), as the paper does.
 
     preset: where the fields below come from unless they are given. start: S outside and inside the initial mask, the

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from hf_locstitch.localize.data_localizer import DataLocalizer
 from hf_locstitch.localize.density import TopShare
-from hf_locstitch.localize.with_data import WithData
 
 if TYPE_CHECKING:
     from hf_locstitch.localize.grafted_model import GraftedModel
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_locstitch.tasks.task import Task
 
 
-class Saliency(WithData, TopShare):
+class Saliency(DataLocalizer, TopShare):
     """density, scope: as in Magnitude. at: where on the line base (0) → finetuned (1) gradients are taken.
 
     Several points: their mean gradient. On the data that an expert was trained on its loss is flat near 1, so that

@@ -1,5 +1,5 @@
-"""DARE: drop entries of the task vectors at random, rescale the rest, and add them up. Source: Yu et al., Language Models
-are Super Mario, ICML 2024, arXiv 2311.03099."""
+"""DARE: drop entries of the task vectors at random, rescale the rest, and add them up. Source: Yu et al., Language
+Models are Super Mario, ICML 2024, arXiv 2311.03099."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ class LocStitch(MaskedMethod):
             else "are put into the base, and where masks overlap the finetuned values are averaged."
         )
         return (
-            f"A merge of {models} finetuned {plural} by\n[{self.title}]({self.paper}): a binary mask finds the few weights "
-            f"that carry each\nfinetune's skill; only those {values}"
+            f"A merge of {models} finetuned {plural} by\n[{self.title}]({self.paper}): a binary mask finds the few "
+            f"weights that carry each\nfinetune's skill; only those {values}"
         )
 
 

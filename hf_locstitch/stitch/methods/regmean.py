@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hf_locstitch.runtime.dtypes import Values
-    from hf_locstitch.stitch.refit.cost import FitCost
-    from hf_locstitch.stitch.refit.fitted_values import FittedValues
+    from hf_locstitch.stitch.fit_cost import FitCost
+    from hf_locstitch.stitch.fitted_values import FittedValues
 
 
 class RegMean(OnInputs, DenseMethod):
@@ -53,9 +53,10 @@ class RegMean(OnInputs, DenseMethod):
 
     def card(self, record: Mapping[str, Any], inputs: str) -> str:
         count = len(record["refitted"])
+        tensors = "1 tensor" if count == 1 else f"{count} tensors"
         return f"""## Fitted values
 
-In {count} {"tensor" if count == 1 else "tensors"}, the matrices that inputs are multiplied with, values were fitted so that each gives on
+In {tensors}, the matrices that inputs are multiplied with, values were fitted so that each gives on
 unlabelled inputs of every finetune what that finetuned model's own gives (Gram matrices of its own activations, alpha
 {record["alpha"]}). All other tensors are the plain mean of the finetuned models'.
 

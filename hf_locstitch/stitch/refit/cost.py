@@ -3,75 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from hf_locstitch.checkpoints.localizable import BLOCKS
 from hf_locstitch.checkpoints.sizes import WIDTH, find_patches, find_size
 from hf_locstitch.runtime.dtypes import ITEM_BYTES
-from hf_locstitch.runtime.human import human
 from hf_locstitch.runtime.processes import launched
-from hf_locstitch.stitch.fitting import Fittable, OnInputs
-from hf_locstitch.stitch.methods.regmean import RegMean
-from hf_locstitch.stitch.refit.sizes import JUDGED
-from hf_locstitch.stitch.stitchers.refit import Refit
+from hf_locstitch.stitch.fit_cost import FitCost
+from hf_locstitch.stitch.fitting import Fittable
+from hf_locstitch.stitch.refit.settings import JUDGED, InputSettings, RefitSettings, RegMeanSettings
 
 FLOAT = 4  # bytes; all of a refit is float32
 WIDENINGS = 3  # a linear's outputs, the merged and the finetuned ones, and what is made of them, at once
-LIBRARIES = 470_000_000  # bytes: transformers and datasets, and what the allocator keeps of threads; measured
 OUTPUTS = 2  # logits, and what is made of them
 DOUBLES = 6  # float64 numbers, counted as float32, of each element of the system and of its right-hand side
 MOMENTS = 4  # beside each worker's Gram matrix: a task's, the sum over tasks, the system, and what solves it
 
 
-@dataclass(frozen=True)
-class FitCost:
-    """Bytes in each process, but for tokens and inputs (of all finetunes together, at most), flops (of all lambdas) and
-    values.
-
-    weights: copies of the largest matrix, or of the experts of a layer in every model.
-    moments: Gram matrices and right-hand sides. states: what a process's inputs hold at a stop, in both models, on the
-    device; aside: in memory or on the disk, as `states_on` says. outputs: of the batches that end at once.
-    values: the refitted values of two lambdas, on the disk.
-    """
-
-    weights: int
-    moments: int
-    states: int
-    aside: int
-    outputs: int
-    values: int
-    states_on: str
-    inputs: int
-    tokens: int
-    flops: float
-    processes: int = 1
-
-    @property
-    def peak(self) -> int:
-        return LIBRARIES + self.weights + self.moments + self.states + self.outputs
-
-    @property
-    def disk(self) -> int:
-        """Bytes of all processes together."""
-        return self.values + (self.processes * self.aside if self.states_on == "disk" else 0)
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "peak": self.peak, "disk": self.disk}
-
-    def describe(self) -> str:
-        """For a person, one line."""
-        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
-        aside = f", {human(self.aside)} of them put away" if self.aside else ""
-        return (
-            f"fitting    about {human(self.peak)} of memory at most{each} ({human(self.weights)} one linear of the models, "
-            f"{human(self.moments)} Gram matrices, {human(self.states)} hidden states of {self.inputs} inputs, at most "
-            f"{self.tokens:,} tokens{aside}, {human(self.outputs)} outputs), {human(self.disk)} of disk; "
-            f"{self.flops / 1e12:.3g} TFLOP"
-        )
-
-
-def refit_cost(how: Refit, plan: Fittable) -> FitCost | None:
+def refit_cost(how: RefitSettings, plan: Fittable) -> FitCost | None:
     """None where nothing is refitted."""
     matrices = [info.shape for info in plan.mask_tensors if len(info.shape) == 2]
     if not matrices:
@@ -106,7 +54,7 @@ def refit_cost(how: Refit, plan: Fittable) -> FitCost | None:
     )
 
 
-def _states(plan: Fittable, how: OnInputs, batches: int, widest: int, models: int) -> tuple[int, int]:
+def _states(plan: Fittable, how: InputSettings, batches: int, widest: int, models: int) -> tuple[int, int]:
     """Bytes of hidden states in each process, on the device and elsewhere. batches: of all finetunes. widest: of the
     linears. models: that an input passes through."""
     hidden = find_size(plan.base.config, *WIDTH) or widest
@@ -119,13 +67,13 @@ def _states(plan: Fittable, how: OnInputs, batches: int, widest: int, models: in
     return min(whole, plan.settings.workers * how.batch * max(lengths) * token), whole
 
 
-def _on_cuda(how: OnInputs) -> bool:
+def _on_cuda(how: InputSettings) -> bool:
     from hf_locstitch.tasks.loading import find_device  # imports torch
 
     return find_device(how.device).type == "cuda"
 
 
-def regmean_cost(how: RegMean, plan: Fittable) -> FitCost | None:
+def regmean_cost(how: RegMeanSettings, plan: Fittable) -> FitCost | None:
     """Only the finetuned models pass through, once, but for a batch that is followed before."""
     shapes = {info.name: info.shape for info in plan.mask_tensors if len(info.shape) == 2}
     if not shapes:
@@ -153,7 +101,7 @@ def regmean_cost(how: RegMean, plan: Fittable) -> FitCost | None:
     )
 
 
-def _length(plan: Fittable, how: OnInputs, name: str) -> int:
+def _length(plan: Fittable, how: InputSettings, name: str) -> int:
     """Tokens of one input of a finetune, at most; of an image, its patches."""
     objective = plan.fit_data[name].asked.objective
     if patches := find_patches(plan.finetuned[name].config):
@@ -161,7 +109,7 @@ def _length(plan: Fittable, how: OnInputs, name: str) -> int:
     return min(how.tokens, int(getattr(objective, "max_length", how.tokens)))
 
 
-def _outputs(plan: Fittable, how: OnInputs) -> int:
+def _outputs(plan: Fittable, how: InputSettings) -> int:
     """Bytes of what a language model gives for the batches that end at once: tokens times words. Others give little."""
     config = plan.base.config
     if not any("LM" in name for name in config.get("architectures") or ()):

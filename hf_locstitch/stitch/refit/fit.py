@@ -19,9 +19,9 @@ from hf_locstitch.errors import RequestError
 from hf_locstitch.runtime.chunks import for_each
 from hf_locstitch.runtime.dtypes import ON_DISK
 from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.stitch.fitted_values import FittedWriter
 from hf_locstitch.stitch.refit.agreement import judge
 from hf_locstitch.stitch.refit.experts import StackedExperts
-from hf_locstitch.stitch.refit.fitted_values import FittedWriter
 from hf_locstitch.stitch.refit.jobs import make_pairs
 from hf_locstitch.stitch.refit.least_squares import LeastSquares, Problem, Target, Targets
 from hf_locstitch.stitch.refit.lockstep import LockstepStop, Pair, lockstep
@@ -29,9 +29,9 @@ from hf_locstitch.stitch.refit.models import TaskModels
 from hf_locstitch.stitch.refit.param_groups import ParamGroups
 from hf_locstitch.stitch.refit.passes import Experts, Key, Linear
 from hf_locstitch.stitch.refit.plain import PlainStitch
+from hf_locstitch.stitch.refit.settings import RefitSettings
 from hf_locstitch.stitch.refit.states import MakeStates
 from hf_locstitch.stitch.refit.weights import Part, from_disk
-from hf_locstitch.stitch.stitchers.refit import Refit
 from hf_locstitch.tasks.parameter_names import Group
 
 NAME_ON_DISK = {getattr(torch, name): short for name, short in ON_DISK.items()} | {torch.float64: "F64"}
@@ -85,7 +85,7 @@ class Fit:
 
     def __init__(
         self,
-        how: Refit,
+        how: RefitSettings,
         lambda_: float,
         subjects: Sequence[TaskModels],
         plain: PlainStitch,

@@ -12,13 +12,13 @@ from typing import Any
 
 from hf_locstitch.errors import RequestError
 from hf_locstitch.runtime.files import write_atomically
+from hf_locstitch.stitch.fitted_values import FittedValues, FittedWriter, open_fitted
 from hf_locstitch.stitch.fitting import FitJob
 from hf_locstitch.stitch.refit.fit import Advance, Fit, Seen
-from hf_locstitch.stitch.refit.fitted_values import FittedValues, FittedWriter, open_fitted
 from hf_locstitch.stitch.refit.models import TaskModels, open_task_models
 from hf_locstitch.stitch.refit.plain import PlainStitch
+from hf_locstitch.stitch.refit.settings import SCORES, RefitSettings
 from hf_locstitch.stitch.refit.states import making_states
-from hf_locstitch.stitch.stitchers.refit import SCORES, Refit
 from hf_locstitch.tasks.loading import find_device
 
 JOURNAL = "refit.json"
@@ -44,7 +44,7 @@ class Journal:
         return min(known, key=lambda name: known[name])
 
 
-def refit(how: Refit, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
+def refit(how: RefitSettings, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
     """The refitted values, None where the plain stitch is best, and what to record. Raises RequestError."""
     folder, processes = job.folder, job.processes
     processes.on_first(lambda: folder.mkdir(exist_ok=True))
@@ -78,7 +78,7 @@ def refit(how: Refit, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]
 class Refitting:
     """The models of every finetune and its inputs, opened for any number of fits."""
 
-    def __init__(self, how: Refit, job: FitJob) -> None:
+    def __init__(self, how: RefitSettings, job: FitJob) -> None:
         self._how, self._job, self._processes = how, job, job.processes
         self._device = job.processes.together(lambda: find_device(how.device))
         self._plain = PlainStitch(job.view)
@@ -138,7 +138,7 @@ def _check_calls(first: Fit) -> None:
         )
 
 
-def notes(tokens: Mapping[str, tuple[int, int]], lambda_: float, how: Refit) -> list[str]:
+def notes(tokens: Mapping[str, tuple[int, int]], lambda_: float, how: RefitSettings) -> list[str]:
     """What a person should know of the inputs. tokens: of each tensor, those of the task with fewest, and its width."""
     short = {name: found for name, found in tokens.items() if found[0] < found[1]}
     if not short:
@@ -151,7 +151,7 @@ def notes(tokens: Mapping[str, tuple[int, int]], lambda_: float, how: Refit) -> 
     ]
 
 
-def record(job: FitJob, how: Refit, journal: Journal, values: FittedValues | None) -> dict[str, Any]:
+def record(job: FitJob, how: RefitSettings, journal: Journal, values: FittedValues | None) -> dict[str, Any]:
     """What the manifest says of a refit."""
     return {
         **how.as_record(),

@@ -17,8 +17,8 @@ from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.stitch.refit.lockstep import Pair
 from hf_locstitch.stitch.refit.models import TaskModels
 from hf_locstitch.stitch.refit.passes import linear_stop
+from hf_locstitch.stitch.refit.settings import RefitSettings
 from hf_locstitch.stitch.refit.solve import Moments, solve_masked, system, with_ones
-from hf_locstitch.stitch.stitchers.refit import Refit
 
 Target = Callable[[int], Tensor]
 
@@ -89,7 +89,7 @@ class LeastSquares:
     """lambda_: λ. tokens: of each tensor, those of the task with fewest, and its input width."""
 
     def __init__(
-        self, how: Refit, lambda_: float, subjects: Sequence[TaskModels], workers: int, processes: Processes
+        self, how: RefitSettings, lambda_: float, subjects: Sequence[TaskModels], workers: int, processes: Processes
     ) -> None:
         self.tokens: dict[str, tuple[int, int]] = {}
         self._how, self._stiffness, self._subjects = how, lambda_, subjects

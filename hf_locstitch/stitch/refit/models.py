@@ -14,12 +14,10 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import RecipeError, RequestError
 from hf_locstitch.runtime.progress import hide_all_library_bars
-from hf_locstitch.stitch.fitting import OnInputs
 from hf_locstitch.stitch.refit.passes import Pass, watch
 from hf_locstitch.stitch.refit.plain import PlainStitch
-from hf_locstitch.stitch.refit.sizes import JUDGED
+from hf_locstitch.stitch.refit.settings import JUDGED, InputSettings, RefitSettings
 from hf_locstitch.stitch.refit.weights import Part, Weights, hollow
-from hf_locstitch.stitch.stitchers.refit import Refit
 from hf_locstitch.tasks.loading import link_files, load_config, load_processor
 from hf_locstitch.tasks.objective import Objective
 from hf_locstitch.tasks.objectives import suggest
@@ -73,7 +71,7 @@ class OpenTask:
 
 @hide_all_library_bars()
 def open_task(
-    how: OnInputs,
+    how: InputSettings,
     name: str,
     base_reader: CheckpointReader,
     finetuned: CheckpointReader,
@@ -93,7 +91,7 @@ def open_task(
     own = Weights(model, list(checkpoint.tensors), reading(finetuned), device, release=releasing(finetuned))
     shared = fitting(model, base)
     original = Weights(model, shared, reading(base_reader), device, own)
-    rows = read_inputs(data, how.inputs, isinstance(how, Refit) and how.judge != "agreement")
+    rows = read_inputs(data, how.inputs, how.labelled)
     processor = load_processor(objective, folder_finetuned, folder_base)
     preparing = Pass(original, lambda: objective.prepare(rows, processor, model), frozenset())
     preparing.start()
@@ -101,7 +99,7 @@ def open_task(
 
 
 def open_task_models(
-    how: Refit,
+    how: RefitSettings,
     name: str,
     plain: PlainStitch,
     finetuned: CheckpointReader,
@@ -176,7 +174,7 @@ def read_inputs(data: OpenSet, count: int, labels: bool = False) -> list[dict[st
     return rows if labels else [{**row, "label": 0} for row in rows]
 
 
-def check_labels(how: Refit, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
+def check_labels(how: RefitSettings, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
     """Raises RequestError unless there is something to judge by."""
     for name, found in data.items():
         objective = objective_for(found, finetuned[name])

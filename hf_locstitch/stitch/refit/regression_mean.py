@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from hf_locstitch.errors import RequestError
 from hf_locstitch.runtime.chunks import for_each, in_order
 from hf_locstitch.runtime.processes import divide
+from hf_locstitch.stitch.fitted_values import FittedValues, FittedWriter, open_fitted
 from hf_locstitch.stitch.fitting import FitJob
-from hf_locstitch.stitch.methods.regmean import RegMean
-from hf_locstitch.stitch.refit.fitted_values import FittedValues, FittedWriter, open_fitted
 from hf_locstitch.stitch.refit.lockstep import LockstepStop, lockstep
 from hf_locstitch.stitch.refit.models import OpenTask, batched, open_task
 from hf_locstitch.stitch.refit.param_groups import ParamGroups
 from hf_locstitch.stitch.refit.passes import Key, Linear, LinearStop, Pass, linear_stop
+from hf_locstitch.stitch.refit.settings import RegMeanSettings
 from hf_locstitch.stitch.refit.states import MakeStates, making_states
 from hf_locstitch.stitch.refit.weights import part_of
 from hf_locstitch.tasks.loading import find_device
@@ -102,7 +102,7 @@ class Alone:
         return linear_stop(self.run)
 
 
-def regmean(how: RegMean, job: FitJob) -> tuple[FittedValues, dict[str, Any]]:
+def regmean(how: RegMeanSettings, job: FitJob) -> tuple[FittedValues, dict[str, Any]]:
     """The fitted tensors, and what to record. Raises RequestError."""
     folder, processes = job.folder, job.processes
     processes.on_first(lambda: folder.mkdir(exist_ok=True))
@@ -114,7 +114,7 @@ def regmean(how: RegMean, job: FitJob) -> tuple[FittedValues, dict[str, Any]]:
     return values, record(job, how, values)
 
 
-def fit(how: RegMean, job: FitJob) -> None:
+def fit(how: RegMeanSettings, job: FitJob) -> None:
     """Write the values of all linears into the folder."""
     processes, models = job.processes, job.folder / f"models.{job.processes.rank}"
     device = processes.together(lambda: find_device(how.device))
@@ -156,7 +156,7 @@ class Work:
     """
 
     def __init__(
-        self, how: RegMean, job: FitJob, tasks: Mapping[str, OpenTask], writer: FittedWriter, states: MakeStates
+        self, how: RegMeanSettings, job: FitJob, tasks: Mapping[str, OpenTask], writer: FittedWriter, states: MakeStates
     ) -> None:
         self._writer, self._processes, self._states = writer, job.processes, states
         self._how, self._workers = how, job.settings.workers
@@ -284,7 +284,7 @@ class Work:
             self._writer.write(name, "F32", [whole.reshape(-1)])
 
 
-def record(job: FitJob, how: RegMean, values: FittedValues) -> dict[str, Any]:
+def record(job: FitJob, how: RegMeanSettings, values: FittedValues) -> dict[str, Any]:
     """What the manifest says."""
     return {
         **how.as_record(),

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, PlainSerializer, model_validator
 
 from hf_locstitch.stitch.fitting import FitJob, Fittable, Stitcher
+from hf_locstitch.stitch.refit.settings import SCORES
 
 if TYPE_CHECKING:
     from hf_locstitch.checkpoints.checkpoint import Checkpoint
-    from hf_locstitch.stitch.refit.cost import FitCost
-    from hf_locstitch.stitch.refit.fitted_values import FittedValues
+    from hf_locstitch.stitch.fit_cost import FitCost
+    from hf_locstitch.stitch.fitted_values import FittedValues
     from hf_locstitch.tasks.sets import OpenSet
 
 ENOUGH = 32  # held-out inputs of a finetune that tell one lambda from another; measured, docs/quality.md
@@ -22,12 +23,6 @@ Lambda = Annotated[
     Field(ge=0, allow_inf_nan=True),
     PlainSerializer(lambda value: "inf" if math.isinf(value) else value, when_used="json"),
 ]
-# judge -> what the scores are called in the record, and how they are introduced on the card.
-SCORES: Mapping[str, tuple[str, str]] = {
-    "agreement": ("disagreement", "Disagreement with the finetuned models' outputs on the held-out inputs"),
-    "loss": ("loss", "Loss on the held-out inputs and their labels"),
-    "accuracy": ("error", "Share of wrong answers on the held-out inputs"),
-}
 
 
 class Refit(Stitcher):
@@ -58,6 +53,10 @@ class Refit(Stitcher):
             )
         return self
 
+    @property
+    def labelled(self) -> bool:
+        return self.judge != "agreement"
+
     def counts(self, inputs: int) -> tuple[int, int]:
         """How many of so many inputs are fitted to, and how many are held out."""
         held_out = round(self.held_out * inputs)
@@ -80,7 +79,7 @@ class Refit(Stitcher):
         return f"refit on {fitted} inputs each of at most {self.tokens} tokens, lambda of {lambdas}{judged}"
 
     def check(self, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
-        if self.judge != "agreement":
+        if self.labelled:
             from hf_locstitch.stitch.refit.models import check_labels  # slow to import
 
             check_labels(self, finetuned, data)

@@ -1,0 +1,63 @@
+"""What fitting is told: the settings of the components that ask for it, as far as the work looks at them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+JUDGED = 1 << 26  # numbers of the outputs of a held-out batch, at most: logits can be far more than hidden states
+# judge -> what the scores are called in the record, and how they are introduced on the card.
+SCORES: Mapping[str, tuple[str, str]] = {
+    "agreement": ("disagreement", "Disagreement with the finetuned models' outputs on the held-out inputs"),
+    "loss": ("loss", "Loss on the held-out inputs and their labels"),
+    "accuracy": ("error", "Share of wrong answers on the held-out inputs"),
+}
+
+
+class InputSettings(Protocol):
+    """As of OnInputs."""
+
+    @property
+    def inputs(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def states_on(self) -> str: ...
+
+    @property
+    def labelled(self) -> bool: ...
+
+    def as_record(self) -> dict[str, Any]: ...
+
+
+class RegMeanSettings(InputSettings, Protocol):
+    """As of methods/regmean.py."""
+
+    @property
+    def alpha(self) -> float: ...
+
+
+class RefitSettings(InputSettings, Protocol):
+    """As of stitchers/refit.py."""
+
+    @property
+    def judge(self) -> Literal["agreement", "loss", "accuracy"]: ...
+
+    @property
+    def lambdas(self) -> tuple[float, ...]: ...
+
+    @property
+    def ridge(self) -> float: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    def counts(self, inputs: int) -> tuple[int, int]: ...
