@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from yaml import YAMLError
 
@@ -15,18 +14,11 @@ from hf_locstitch.checkpoints.header import Header, TensorInfo, header_length, p
 from hf_locstitch.checkpoints.ref import Ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
-from hf_locstitch.runtime.human import some
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 FIRST_READ = 100_000  # bytes; most headers fit, as the Hub's own client assumes
-
-# What a repo may hold instead of safetensors, and what its owner can do about it.
-UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
-REMEDY_UNSAFE = (
-    "Convert it first: load it with transformers and call save_pretrained(), "
-    "or use the converter at https://huggingface.co/spaces/safetensors/convert"
-)
 
 
 @dataclass(frozen=True)
@@ -68,30 +60,6 @@ def open_source(ref: Ref) -> Source:
     return open_repo(str(ref.repo), ref.revision)
 
 
-def open_checkpoint(ref: Ref) -> Checkpoint:
-    """Read the headers (and nothing else) of what `ref` names. Raises CheckpointError."""
-    return read_checkpoint(open_source(ref))
-
-
-def read_checkpoint(source: Source) -> Checkpoint:
-    config = _config(source)
-    _refuse_quantized(source, config)
-    files = _weight_files(source)
-    with ThreadPoolExecutor(min(8, len(files))) as pool:
-        shards = tuple(pool.map(lambda file: read_shard(source, file), files))
-    tensors: dict[str, tuple[Shard, TensorInfo]] = {}
-    for shard in shards:
-        for info in shard.header.tensors:
-            if info.name in tensors:
-                raise CheckpointError(
-                    f"{source.label} holds {info.name} twice, in {tensors[info.name][0].file} and in {shard.file}. "
-                    "Save the model again with save_pretrained()."
-                )
-            tensors[info.name] = (shard, info)
-    _check_index(source, tensors)
-    return Checkpoint(source, shards, config, read_card(source), tensors)
-
-
 def read_shard(source: Source, file: str) -> Shard:
     """The header of a safetensors file. Raises CheckpointError."""
     where, size = f"{source.label}/{file}", source.files[file].size
@@ -112,10 +80,6 @@ def read_json(source: Source, file: str) -> dict[str, Any]:
     return content
 
 
-def _config(source: Source) -> dict[str, Any]:
-    return read_json(source, "config.json") if "config.json" in source.files else {}
-
-
 def read_card(source: Source) -> dict[str, Any]:
     """The metadata at the head of README.md; empty if there is none."""
     if "README.md" not in source.files:
@@ -126,69 +90,3 @@ def read_card(source: Source) -> dict[str, Any]:
         return metadata_load(source.fetch("README.md")) or {}
     except (ValueError, YAMLError):
         return {}  # a card that does not parse hinders nobody
-
-
-def _refuse_quantized(source: Source, config: Mapping[str, Any]) -> None:
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{source.label} is quantized ({method}); task vectors need the full weights. "
-            "Name the unquantized checkpoint it was made from."
-        )
-
-
-def _weight_files(source: Source) -> list[str]:
-    """The files that hold the weights, in order; the index decides where there is one, as in transformers."""
-    files = source.files
-    if SINGLE in files:
-        return [SINGLE]
-    if INDEX in files:
-        weight_map = read_json(source, INDEX).get("weight_map") or {}
-        shards = sorted(set(weight_map.values()))
-        if absent := [shard for shard in shards if shard not in files]:
-            raise CheckpointError(f"{source.label} lacks {some(absent)}, which its {INDEX} names. Fetch it again.")
-        if shards:
-            return shards
-    if "adapter_config.json" in files:
-        raise CheckpointError(
-            f"{source.label} is a PEFT adapter without its base's weights. Merge it first: "
-            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), and name the folder."
-        )
-    loose = [file for file in files if file.endswith(".safetensors") and "/" not in file]
-    if len(loose) == 1:
-        return loose
-    _raise_no_weights(source, loose)
-
-
-def _raise_no_weights(source: Source, loose: list[str]) -> NoReturn:
-    if any(file.startswith("values/") for file in source.files) and "locstitch.json" in source.files:
-        raise CheckpointError(
-            f"{source.label} is a localized checkpoint, not a whole model. Put it into its base: "
-            "hf-locstitch stitch --base REF --localized REF... --out DIR."
-        )
-    if loose:
-        raise CheckpointError(
-            f"{source.label} has {len(loose)} safetensors files ({some(loose)}) but neither {SINGLE} nor {INDEX}, "
-            "so which of them make up the model is unknown. Save the model again with save_pretrained()."
-        )
-    if gguf := [file for file in source.files if file.endswith(".gguf")]:
-        raise CheckpointError(
-            f"{source.label} holds GGUF weights only ({some(gguf)}), which are quantized. "
-            "Name the safetensors checkpoint they were made from."
-        )
-    if unsafe := [file for file in source.files if file.endswith(UNSAFE_SUFFIXES)]:
-        raise CheckpointError(
-            f"{source.label} holds no safetensors, only {some(unsafe)}; such files can run code when loaded "
-            f"and are never opened. {REMEDY_UNSAFE}."
-        )
-    raise CheckpointError(f"{source.label} holds no weights (no {SINGLE}, no {INDEX}). Check the name.")
-
-
-def _check_index(source: Source, tensors: Mapping[str, tuple[Shard, TensorInfo]]) -> None:
-    if SINGLE in source.files or INDEX not in source.files:
-        return
-    weight_map = read_json(source, INDEX)["weight_map"]
-    if absent := [name for name in weight_map if name not in tensors]:
-        raise CheckpointError(
-            f"{source.label}: {INDEX} names {len(absent)} tensors that no shard holds ({some(absent)}). Fetch it again."
-        )

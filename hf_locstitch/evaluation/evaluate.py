@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from hf_locstitch.artifacts.manifest import RECIPE_FILE
-from hf_locstitch.checkpoints.checkpoint import open_checkpoint, open_source
+from hf_locstitch.checkpoints.checkpoint import open_source
+from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import LocstitchError, RecipeError, WorkError
 from hf_locstitch.evaluation.models import (

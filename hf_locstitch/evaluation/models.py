@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from hf_locstitch.artifacts.manifest import open_manifest
-from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source, read_checkpoint
+from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source
+from hf_locstitch.checkpoints.opening import read_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.side_files import side_files
 from hf_locstitch.errors import CheckpointError, LocstitchError, RecipeError

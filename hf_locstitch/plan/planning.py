@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from hf_locstitch.artifacts.fit import localized_mismatches, unlike
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, open_localized
 from hf_locstitch.artifacts.values_file import values_metadata
-from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.compatibility import differences, dtype_warnings, licence_warning, mismatches
 from hf_locstitch.checkpoints.localizable import localizable, unknown_globs
+from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
 from hf_locstitch.localize.localizer import Localizer

@@ -50,8 +50,8 @@ class FitCost:
         each = f" in each of {self.processes} processes" if self.processes > 1 else ""
         aside = f", {human(self.aside)} of them put away" if self.aside else ""
         return (
-            f"fitting    about {human(self.peak)} of memory at most{each} ({human(self.weights)} one linear of the models, "
-            f"{human(self.moments)} Gram matrices, {human(self.states)} hidden states of {self.inputs} inputs, at "
-            f"most {self.tokens:,} tokens{aside}, {human(self.outputs)} outputs), {human(self.disk)} of disk; "
+            f"fitting    about {human(self.peak)} of memory at most{each} ({human(self.weights)} one linear of the "
+            f"models, {human(self.moments)} Gram matrices, {human(self.states)} hidden states of {self.inputs} inputs, "
+            f"at most {self.tokens:,} tokens{aside}, {human(self.outputs)} outputs), {human(self.disk)} of disk; "
             f"{self.flops / 1e12:.3g} TFLOP"
         )

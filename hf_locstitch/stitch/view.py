@@ -57,7 +57,7 @@ class StitchView:
         return [mask.kept(chunk) for mask in self.masks]
 
     def merge(self, tensor: str, chunk: Chunk) -> tuple[Values, Overlap | None]:
-        """The merged values of a chunk [n] in the output's dtype, and how the masks overlap there, where there are masks.
+        """The merged values of a chunk [n] in the output's dtype, and how the masks overlap there, if there are any.
 
         Raises NonFiniteError.
         """

@@ -44,7 +44,7 @@ class Objective(BaseModel, ABC):
         return getattr(self, "max_length", 512)
 
     def class_count(self, config: Mapping[str, Any]) -> int:
-        """How many classes the examples are drawn from, each so many; 1 where there are no labels. config: the finetune's."""
+        """How many classes the examples are drawn from; 1 where there are no labels. config: the finetune's."""
         return len(getattr(self, "classes", None) or getattr(self, "label_words", None) or (0,))
 
 

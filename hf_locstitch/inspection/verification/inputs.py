@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hf_locstitch.artifacts.manifest import InputRecord, Manifest
-from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.mapped import MappedCheckpoint
+from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import LocstitchError, RecipeError
 from hf_locstitch.inspection.verification.report import Finding

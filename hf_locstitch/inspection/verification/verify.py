@@ -13,9 +13,10 @@ from typing import Literal
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, read_localized
 from hf_locstitch.artifacts.manifest import FILE, RECIPE_FILE, Manifest, open_manifest
 from hf_locstitch.artifacts.mask_file import DamagedMask, MaskFile
-from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source, read_checkpoint
+from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.localizable import localizable
+from hf_locstitch.checkpoints.opening import read_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError

@@ -1,1 +1,1 @@
-"""FittedValues stitching: the values under the masks are fitted, linear by linear, to what the finetuned models compute."""
+"""Fitting values, linear by linear, to what the finetuned models compute on inputs: for refits and RegMean."""

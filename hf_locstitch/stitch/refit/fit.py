@@ -1,4 +1,4 @@
-"""One refit at one lambda_: all inputs go through all models side by side, and each linear is fitted as it is met.
+"""One refit at one lambda: all inputs go through all models side by side, and each linear is fitted as it is met.
 
 What enters a linear comes from the merged model, all that lies before it refitted already; what should leave it is
 what leaves the same linear of the finetuned model on its own activations. Where the model adds that to something at

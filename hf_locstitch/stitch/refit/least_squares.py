@@ -92,7 +92,7 @@ class LeastSquares:
         self, how: RefitSettings, lambda_: float, subjects: Sequence[TaskModels], workers: int, processes: Processes
     ) -> None:
         self.tokens: dict[str, tuple[int, int]] = {}
-        self._how, self._stiffness, self._subjects = how, lambda_, subjects
+        self._how, self._lambda, self._subjects = how, lambda_, subjects
         self._workers, self._processes = workers, processes
         self._inputs: list[weakref.ref[Tensor]] = []
         self._gram: Tensor | None = None  # of those inputs, over all processes
@@ -183,7 +183,7 @@ class LeastSquares:
         """Put what this process's rows of the right-hand sides solve to in their place, and 0 in that of the others."""
         assert mask is not None and self._gram is not None
         own = self._processes.own(len(cross))
-        matrix = system(self._gram, self._stiffness, self._how.ridge)
+        matrix = system(self._gram, self._lambda, self._how.ridge)
         change = solve_masked(matrix, cross[own], mask[own], self._how.steps)
         cross.zero_()
         cross[own] = change

@@ -102,14 +102,15 @@ def _sections(record: Mapping[str, Any], inputs: str) -> Iterator[str]:
     yield "## Refitted values"
     count = len(record["refitted"])
     if count:
-        yield f"""The values under the masks are not the mean of the finetuned ones: in {count} {"tensor" if count == 1 else "tensors"} they
-were fitted, linear by linear in the order of the forward pass, so that each gives on unlabelled inputs of every finetune
+        tensors = "1 tensor" if count == 1 else f"{count} tensors"
+        yield f"""The values under the masks are not the mean of the finetuned ones: in {tensors} they were fitted,
+linear by linear in the order of the forward pass, so that each gives on unlabelled inputs of every finetune
 what that finetuned model's own linear gives (masked least squares, lambda {record["lambda"]}, ridge
 {record["ridge"]}, {record["steps"]} steps of conjugate gradients). Nothing outside the masks changed."""
     else:
         yield (
-            f"No lambda was better on held-out inputs (judged by {record['judge']}) than the mean of the finetuned values: "
-            "that was kept."
+            f"No lambda was better on held-out inputs (judged by {record['judge']}) than the mean of the finetuned "
+            "values: that was kept."
         )
     yield inputs
     title, sentence = SCORES[record["judge"]]

@@ -1,0 +1,28 @@
+"""What a kind of checkpoint is: how it is told from its files, and how its headers become a Checkpoint.
+
+A kind of your own is one class in one file: see docs/extending.md.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from typing import ClassVar
+
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.source import Source
+
+
+class CheckpointKind(ABC):
+    """rank: where two kinds know a source by its files, the lower one takes it."""
+
+    rank: ClassVar[int]
+
+    @abstractmethod
+    def matches(self, files: Collection[str]) -> bool:
+        """Whether a source with these files is of this kind."""
+
+    @abstractmethod
+    def read(self, source: Source) -> Checkpoint:
+        """Its headers, and nothing else. Raises CheckpointError, also where such checkpoints are not merged: then with
+        what its owner can do about it."""

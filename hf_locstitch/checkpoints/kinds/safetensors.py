@@ -1,0 +1,78 @@
+"""A model as transformers saves it: model.safetensors, or shards and their index."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
+
+from hf_locstitch.checkpoints.checkpoint import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    Shard,
+    read_card,
+    read_json,
+    read_shard,
+)
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.kind import CheckpointKind
+from hf_locstitch.checkpoints.source import Source
+from hf_locstitch.errors import CheckpointError
+from hf_locstitch.runtime.human import some
+
+
+class Safetensors(CheckpointKind):
+    rank: ClassVar[int] = 0
+
+    def matches(self, files: Collection[str]) -> bool:
+        return SINGLE in files or INDEX in files
+
+    def read(self, source: Source) -> Checkpoint:
+        """The index decides where there is no single file, as in transformers."""
+        if SINGLE in source.files:
+            return read_files(source, [SINGLE])
+        weight_map = read_json(source, INDEX).get("weight_map") or {}
+        shards = sorted(set(weight_map.values()))
+        if not shards:
+            raise CheckpointError(f"{source.label}: {INDEX} names no shard. Fetch it again.")
+        if absent := [shard for shard in shards if shard not in source.files]:
+            raise CheckpointError(f"{source.label} lacks {some(absent)}, which its {INDEX} names. Fetch it again.")
+        checkpoint = read_files(source, shards)
+        if absent := [name for name in weight_map if name not in checkpoint.tensors]:
+            raise CheckpointError(
+                f"{source.label}: {INDEX} names {len(absent)} tensors that no shard holds ({some(absent)}). "
+                "Fetch it again."
+            )
+        return checkpoint
+
+
+def read_files(source: Source, files: Sequence[str]) -> Checkpoint:
+    """The checkpoint that these safetensors files make up. Raises CheckpointError."""
+    config = read_json(source, CONFIG) if CONFIG in source.files else {}
+    _refuse_quantized(source, config)
+    with ThreadPoolExecutor(min(8, len(files))) as pool:
+        shards = tuple(pool.map(lambda file: read_shard(source, file), files))
+    tensors: dict[str, tuple[Shard, TensorInfo]] = {}
+    for shard in shards:
+        for info in shard.header.tensors:
+            if info.name in tensors:
+                raise CheckpointError(
+                    f"{source.label} holds {info.name} twice, in {tensors[info.name][0].file} and in {shard.file}. "
+                    "Save the model again with save_pretrained()."
+                )
+            tensors[info.name] = (shard, info)
+    return Checkpoint(source, shards, config, read_card(source), tensors)
+
+
+def _refuse_quantized(source: Source, config: Mapping[str, Any]) -> None:
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"{source.label} is quantized ({method}); task vectors need the full weights. "
+            "Name the unquantized checkpoint it was made from."
+        )
+
+
+COMPONENT = Safetensors

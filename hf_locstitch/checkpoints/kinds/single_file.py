@@ -1,0 +1,36 @@
+"""One safetensors file of whatever name; of several it is unknown which make up the model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import ClassVar
+
+from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
+from hf_locstitch.checkpoints.kind import CheckpointKind
+from hf_locstitch.checkpoints.kinds.safetensors import read_files
+from hf_locstitch.checkpoints.source import Source
+from hf_locstitch.errors import CheckpointError
+from hf_locstitch.runtime.human import some
+
+
+class SingleFile(CheckpointKind):
+    rank: ClassVar[int] = 30
+
+    def matches(self, files: Collection[str]) -> bool:
+        return bool(_loose(files))
+
+    def read(self, source: Source) -> Checkpoint:
+        found = _loose(source.files)
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{source.label} has {len(found)} safetensors files ({some(found)}) but neither {SINGLE} nor {INDEX}, "
+                "so which of them make up the model is unknown. Save the model again with save_pretrained()."
+            )
+        return read_files(source, found)
+
+
+def _loose(files: Collection[str]) -> list[str]:
+    return [file for file in files if file.endswith(".safetensors") and "/" not in file]
+
+
+COMPONENT = SingleFile
