@@ -18,6 +18,7 @@ from hf_locstitch.errors import CheckpointError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+Config = Mapping[str, Any]  # of config.json
 FIRST_READ = 100_000  # bytes; most headers fit, as the Hub's own client assumes
 
 
@@ -39,7 +40,7 @@ class Checkpoint:
 
     source: Source
     shards: tuple[Shard, ...]
-    config: Mapping[str, Any]
+    config: Config
     card: Mapping[str, Any]
     tensors: Mapping[str, tuple[Shard, TensorInfo]] = field(repr=False)
 

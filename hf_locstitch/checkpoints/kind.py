@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import ClassVar
 
-from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.checkpoint import Checkpoint, Config
 from hf_locstitch.checkpoints.source import Source
 
 
@@ -23,6 +23,6 @@ class CheckpointKind(ABC):
         """Whether a source with these files is of this kind."""
 
     @abstractmethod
-    def read(self, source: Source) -> Checkpoint:
-        """Its headers, and nothing else. Raises CheckpointError, also where such checkpoints are not merged: then with
+    def read(self, source: Source, config: Config) -> Checkpoint:
+        """Its headers, and nothing else. config: of its config.json, empty if it has none. Raises CheckpointError, also where such checkpoints are not merged: then with
         what its owner can do about it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, open_source
+from hf_locstitch.checkpoints.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, Config, open_source, read_json
 from hf_locstitch.checkpoints.kinds import KINDS
 from hf_locstitch.checkpoints.ref import Ref
 from hf_locstitch.checkpoints.source import Source
@@ -16,7 +16,18 @@ def open_checkpoint(ref: Ref) -> Checkpoint:
 
 def read_checkpoint(source: Source) -> Checkpoint:
     """Likewise. Raises CheckpointError."""
+    config = read_json(source, CONFIG) if CONFIG in source.files else {}
+    _refuse_quantized(source, config)
     for kind in sorted(KINDS.all(), key=lambda kind: kind.rank):
         if kind().matches(source.files):
-            return kind().read(source)
+            return kind().read(source, config)
     raise CheckpointError(f"{source.label} holds no weights (no {SINGLE}, no {INDEX}). Check the name.")
+
+
+def _refuse_quantized(source: Source, config: Config) -> None:
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"{source.label} is quantized ({method}); task vectors need the full weights. "
+            "Name the unquantized checkpoint it was made from."
+        )

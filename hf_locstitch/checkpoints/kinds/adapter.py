@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import ClassVar
 
-from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.checkpoint import Checkpoint, Config
 from hf_locstitch.checkpoints.kind import CheckpointKind
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
@@ -17,7 +17,7 @@ class Adapter(CheckpointKind):
     def matches(self, files: Collection[str]) -> bool:
         return "adapter_config.json" in files
 
-    def read(self, source: Source) -> Checkpoint:
+    def read(self, source: Source, config: Config) -> Checkpoint:
         raise CheckpointError(
             f"{source.label} is a PEFT adapter without its base's weights. Merge it first: "
             "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), and name the folder."

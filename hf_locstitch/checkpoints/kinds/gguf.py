@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import ClassVar
 
-from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.checkpoint import Checkpoint, Config
 from hf_locstitch.checkpoints.kind import CheckpointKind
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
@@ -18,7 +18,7 @@ class Gguf(CheckpointKind):
     def matches(self, files: Collection[str]) -> bool:
         return any(file.endswith(".gguf") for file in files)
 
-    def read(self, source: Source) -> Checkpoint:
+    def read(self, source: Source, config: Config) -> Checkpoint:
         found = [file for file in source.files if file.endswith(".gguf")]
         raise CheckpointError(
             f"{source.label} holds GGUF weights only ({some(found)}), which are quantized. "

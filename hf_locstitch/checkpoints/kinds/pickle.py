@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import ClassVar
 
-from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.checkpoint import Checkpoint, Config
 from hf_locstitch.checkpoints.kind import CheckpointKind
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
@@ -20,12 +20,12 @@ class Pickle(CheckpointKind):
     def matches(self, files: Collection[str]) -> bool:
         return any(file.endswith(UNSAFE_SUFFIXES) for file in files)
 
-    def read(self, source: Source) -> Checkpoint:
+    def read(self, source: Source, config: Config) -> Checkpoint:
         found = [file for file in source.files if file.endswith(UNSAFE_SUFFIXES)]
         raise CheckpointError(
             f"{source.label} holds no safetensors, only {some(found)}; such files can run code when loaded and are "
-            "never opened. Convert it first: load it with transformers and call save_pretrained(), or use the converter at "
-            "https://huggingface.co/spaces/safetensors/convert."
+            "never opened. Convert it first: load it with transformers and call save_pretrained(), or use the "
+            "converter at https://huggingface.co/spaces/safetensors/convert."
         )
 
 

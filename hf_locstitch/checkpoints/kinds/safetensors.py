@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from hf_locstitch.checkpoints.checkpoint import (
-    CONFIG,
     INDEX,
     SINGLE,
     Checkpoint,
+    Config,
     Shard,
     read_card,
     read_json,
@@ -29,17 +29,17 @@ class Safetensors(CheckpointKind):
     def matches(self, files: Collection[str]) -> bool:
         return SINGLE in files or INDEX in files
 
-    def read(self, source: Source) -> Checkpoint:
+    def read(self, source: Source, config: Config) -> Checkpoint:
         """The index decides where there is no single file, as in transformers."""
         if SINGLE in source.files:
-            return read_files(source, [SINGLE])
+            return read_files(source, config, [SINGLE])
         weight_map = read_json(source, INDEX).get("weight_map") or {}
         shards = sorted(set(weight_map.values()))
         if not shards:
             raise CheckpointError(f"{source.label}: {INDEX} names no shard. Fetch it again.")
         if absent := [shard for shard in shards if shard not in source.files]:
             raise CheckpointError(f"{source.label} lacks {some(absent)}, which its {INDEX} names. Fetch it again.")
-        checkpoint = read_files(source, shards)
+        checkpoint = read_files(source, config, shards)
         if absent := [name for name in weight_map if name not in checkpoint.tensors]:
             raise CheckpointError(
                 f"{source.label}: {INDEX} names {len(absent)} tensors that no shard holds ({some(absent)}). "
@@ -48,10 +48,8 @@ class Safetensors(CheckpointKind):
         return checkpoint
 
 
-def read_files(source: Source, files: Sequence[str]) -> Checkpoint:
+def read_files(source: Source, config: Config, files: Sequence[str]) -> Checkpoint:
     """The checkpoint that these safetensors files make up. Raises CheckpointError."""
-    config = read_json(source, CONFIG) if CONFIG in source.files else {}
-    _refuse_quantized(source, config)
     with ThreadPoolExecutor(min(8, len(files))) as pool:
         shards = tuple(pool.map(lambda file: read_shard(source, file), files))
     tensors: dict[str, tuple[Shard, TensorInfo]] = {}
@@ -64,15 +62,6 @@ def read_files(source: Source, files: Sequence[str]) -> Checkpoint:
                 )
             tensors[info.name] = (shard, info)
     return Checkpoint(source, shards, config, read_card(source), tensors)
-
-
-def _refuse_quantized(source: Source, config: Mapping[str, Any]) -> None:
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{source.label} is quantized ({method}); task vectors need the full weights. "
-            "Name the unquantized checkpoint it was made from."
-        )
 
 
 COMPONENT = Safetensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import ClassVar
 
-from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
+from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, Config
 from hf_locstitch.checkpoints.kind import CheckpointKind
 from hf_locstitch.checkpoints.kinds.safetensors import read_files
 from hf_locstitch.checkpoints.source import Source
@@ -19,14 +19,14 @@ class SingleFile(CheckpointKind):
     def matches(self, files: Collection[str]) -> bool:
         return bool(_loose(files))
 
-    def read(self, source: Source) -> Checkpoint:
+    def read(self, source: Source, config: Config) -> Checkpoint:
         found = _loose(source.files)
         if len(found) > 1:
             raise CheckpointError(
                 f"{source.label} has {len(found)} safetensors files ({some(found)}) but neither {SINGLE} nor {INDEX}, "
                 "so which of them make up the model is unknown. Save the model again with save_pretrained()."
             )
-        return read_files(source, found)
+        return read_files(source, config, found)
 
 
 def _loose(files: Collection[str]) -> list[str]:
