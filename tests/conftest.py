@@ -23,8 +23,8 @@ os.environ.update(
     no_proxy="127.0.0.1,localhost",
 )
 
+from helpers.models import State, random_state, save  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from models import State, random_state, save  # noqa: E402
 
 from loopback_hub import LoopbackHub  # noqa: E402
 
@@ -65,10 +65,3 @@ def base(tmp_path: Path) -> State:
     state = random_state(0)
     save(tmp_path / "base", state)
     return state
-
-
-@pytest.fixture(autouse=True)
-def figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Merges draw no figures, which would take most of their time, except in tests that are about them."""
-    if not request.node.get_closest_marker("figures"):
-        monkeypatch.setattr("hf_locstitch.engine.run.survey_merge", lambda *_: None)

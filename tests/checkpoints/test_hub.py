@@ -8,12 +8,12 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from helpers.models import finetune, random_state, save
 from huggingface_hub import constants
-from models import finetune, random_state, save
 
 from hf_locstitch.checkpoints import hub_client
-from hf_locstitch.checkpoints.checkpoint import open_checkpoint
 from hf_locstitch.checkpoints.hub import HubSource
+from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import Ref, parse_ref
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
 from loopback_hub import Fault, LoopbackHub

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.language_models import LOGIT, WORDS, add_arc, add_mmlu, add_truthfulqa, favouring
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from language_models import LOGIT, WORDS, add_arc, add_mmlu, add_truthfulqa, favouring
 
 from hf_locstitch.cli.main import main
 from loopback_hub import LoopbackHub
@@ -27,7 +27,6 @@ def subjects() -> list[str]:
     return sorted(fields["dataset_name"] for fields in found if "dataset_name" in (fields or {}))
 
 
-@pytest.mark.figures
 def test_the_suite_of_the_paper(
     home_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

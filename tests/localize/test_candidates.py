@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.models import finetune, random_state, save
+from helpers.runs import files_of, quick_merge
 from hypothesis import example, given
 from hypothesis import strategies as st
-from models import finetune, random_state, save
-from test_run import files_of
 
-from hf_locstitch import merge_from_hub
 from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.localize.bracket import ABOVE_ALL, NON_FINITE, FixedBracket
 from hf_locstitch.localize.candidates import OnCpu, magnitude_scores
@@ -105,7 +104,7 @@ def test_a_merge_on_a_gpu_has_the_same_bytes(tmp_path: Path, dtype: torch.dtype)
     base = random_state(0, dtype, {f"layers.{i}.w": (700, 900) for i in range(4)})
     folders = [save(tmp_path / "base", base), *(save(tmp_path / f"ft{i}", finetune(base, i, 1e-2)) for i in range(3))]
     for device in ("cpu", "cuda"):
-        merge_from_hub(folders[0], folders[1:], out=tmp_path / device, device=device)
+        quick_merge(folders[0], folders[1:], out=tmp_path / device, device=device)
     assert files_of(tmp_path / "cpu") == files_of(tmp_path / "cuda")
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from subjects import CASES, pair, prepare
+from helpers.families import pair
+from helpers.grafted import CASES, prepare
 
 from hf_locstitch.errors import RequestError, WorkError
 from hf_locstitch.localize.grafted_model import GraftedModel, keep_no_activations
@@ -26,10 +27,10 @@ def room(folder: Path) -> Room:
     return Room(folder, Processes())
 
 
-def autograd(subject: GraftedModel, task: Task, scores: Tensors, penalty: float) -> Tensors:
+def autograd(grafted: GraftedModel, task: Task, scores: Tensors, penalty: float) -> Tensors:
     """∂/∂S of the mean loss at base + σ(S)·τ, with the penalty, all in one graph."""
     leaves = {name: score.clone().requires_grad_() for name, score in scores.items()}
-    model, places = subject.model, subject.parameters
+    model, places = grafted.model, grafted.parameters
     weights = {n: p.base + torch.sigmoid(leaves[n]) * (p.finetuned - p.base) for n, p in places.items()}
 
     class Functional:
@@ -65,11 +66,11 @@ def autograd(subject: GraftedModel, task: Task, scores: Tensors, penalty: float)
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_of_scores_is_autograds(case: str, micro_batch: int, tmp_path: Path) -> None:
     penalty = 1e-3
-    subject, task = prepare(case, pair(CASES[case][0], tmp_path))
+    grafted, task = prepare(case, pair(CASES[case][0], tmp_path))
     how = Mask(density=0.1, epochs=1, lr=1.0, relative_lr=False, penalty=penalty, micro_batch=micro_batch)
-    start = {name: tensor.clone() for name, tensor in start_scores(how, subject, room(tmp_path)).tensors.items()}
-    scores, losses = learn_mask(how, subject, task, room(tmp_path))
-    due = autograd(subject, task, start, penalty)
+    start = {name: tensor.clone() for name, tensor in start_scores(how, grafted, room(tmp_path)).tensors.items()}
+    scores, losses = learn_mask(how, grafted, task, room(tmp_path))
+    due = autograd(grafted, task, start, penalty)
     assert due.keys() == scores.tensors.keys()
     moved = 0.0
     for name, gradient in due.items():
@@ -105,26 +106,26 @@ def test_a_whole_set_needs_one_number_an_element(
 
 
 def test_a_parameter_that_no_example_reaches_still_shrinks(tmp_path: Path) -> None:
-    subject, task = prepare("causal-lm", pair("llama", tmp_path))
-    reached, *others = subject.parameters.values()
+    grafted, task = prepare("causal-lm", pair("llama", tmp_path))
+    reached, *others = grafted.parameters.values()
     one = Task(task.examples, task.weights, lambda model, batch: reached.parameter.square().sum())
     how = Mask(density=0.1, epochs=1, lr=1.0, relative_lr=False, penalty=0.1, start=(0.0, 0.0))
-    scores, _ = learn_mask(how, subject, one, room(tmp_path))
+    scores, _ = learn_mask(how, grafted, one, room(tmp_path))
     assert others and all((scores[place] == -0.025).all() for place in others)
     assert len(scores[reached].unique()) > 1
 
 
 @pytest.mark.parametrize("case", ["causal-lm", "mixtral"])
 def test_saliency_is_gradient_times_task_vector(case: str, tmp_path: Path) -> None:
-    subject, task = prepare(case, pair(CASES[case][0], tmp_path))
-    found = saliency_scores(Saliency(at=(0.0, 0.5), micro_batch=2), subject, task, room(tmp_path))
-    total = {name: torch.zeros_like(place.base) for name, place in subject.parameters.items()}
+    grafted, task = prepare(case, pair(CASES[case][0], tmp_path))
+    found = saliency_scores(Saliency(at=(0.0, 0.5), micro_batch=2), grafted, task, room(tmp_path))
+    total = {name: torch.zeros_like(place.base) for name, place in grafted.parameters.items()}
     for share in (0.0, 0.5):
-        for place in subject.parameters.values():
+        for place in grafted.parameters.values():
             place.graft(share)
-        subject.model.zero_grad()
-        (task.loss(subject.model, task.examples) / sum(task.weights)).backward()
-        for name, place in subject.parameters.items():
+        grafted.model.zero_grad()
+        (task.loss(grafted.model, task.examples) / sum(task.weights)).backward()
+        for name, place in grafted.parameters.items():
             assert place.parameter.grad is not None
             total[name] += place.parameter.grad * (place.finetuned - place.base) / 2
             place.parameter.grad = None
@@ -134,35 +135,35 @@ def test_saliency_is_gradient_times_task_vector(case: str, tmp_path: Path) -> No
 
 def test_without_a_task_every_share_shrinks(tmp_path: Path) -> None:
     """The true L1: with a zero task gradient σ(S) falls everywhere, inside the initial mask and outside."""
-    subject, task = prepare("causal-lm", pair("llama", tmp_path))
+    grafted, task = prepare("causal-lm", pair("llama", tmp_path))
     idle = Task(task.examples, task.weights, lambda model, batch: 0 * task.loss(model, batch))
     how = Mask(density=0.1, epochs=2, lr=1.0, relative_lr=False, penalty=0.1)
-    start = {name: tensor.clone() for name, tensor in start_scores(how, subject, room(tmp_path)).tensors.items()}
-    scores, _ = learn_mask(how, subject, idle, room(tmp_path))
+    start = {name: tensor.clone() for name, tensor in start_scores(how, grafted, room(tmp_path)).tensors.items()}
+    scores, _ = learn_mask(how, grafted, idle, room(tmp_path))
     for name, score in scores.tensors.items():
         assert (torch.sigmoid(score) < torch.sigmoid(start[name])).all()
 
 
 def test_initial_mask_is_the_top_k_of_the_task_vector(tmp_path: Path) -> None:
-    subject, _ = prepare("mixtral", pair("mixtral", tmp_path))
-    scores = start_scores(Mask(density=0.037, start=(-1.0, 2.0)), subject, room(tmp_path))
-    magnitudes = torch.cat([(place.finetuned - place.base).abs().flatten() for place in subject.parameters.values()])
-    inside = torch.cat([scores[place].flatten() for place in subject.parameters.values()]) == 2.0
+    grafted, _ = prepare("mixtral", pair("mixtral", tmp_path))
+    scores = start_scores(Mask(density=0.037, start=(-1.0, 2.0)), grafted, room(tmp_path))
+    magnitudes = torch.cat([(place.finetuned - place.base).abs().flatten() for place in grafted.parameters.values()])
+    inside = torch.cat([scores[place].flatten() for place in grafted.parameters.values()]) == 2.0
     assert int(inside.sum()) == int(0.037 * len(magnitudes))
     assert magnitudes[inside].min() >= magnitudes[~inside].max()
     assert (
-        (scores[next(iter(subject.parameters.values()))] == 2.0) | (scores.tensors[min(scores.tensors)] == -1.0)
+        (scores[next(iter(grafted.parameters.values()))] == 2.0) | (scores.tensors[min(scores.tensors)] == -1.0)
     ).all()
 
 
 def test_official_is_the_authors_update(tmp_path: Path) -> None:
     """Against a plain transcription: sums over batches, a regulariser of the wrong sign, one step an epoch."""
-    subject, task = prepare("causal-lm", pair("llama", tmp_path))
+    grafted, task = prepare("causal-lm", pair("llama", tmp_path))
     how = Mask(preset="official", density=0.1, lr=30.0, penalty=1e-3, epochs=3, batch=2, micro_batch=1)
-    places = subject.parameters
-    mask = {n: t.clone() for n, t in start_scores(how, subject, room(tmp_path)).tensors.items()}
+    places = grafted.parameters
+    mask = {n: t.clone() for n, t in start_scores(how, grafted, room(tmp_path)).tensors.items()}
     assert {float(v) for m in mask.values() for v in m.unique()} == {-5.0, 5.0}
-    scores, _ = learn_mask(how, subject, task, room(tmp_path))
+    scores, _ = learn_mask(how, grafted, task, room(tmp_path))
 
     for _ in range(3):
         for name, place in places.items():
@@ -170,8 +171,8 @@ def test_official_is_the_authors_update(tmp_path: Path) -> None:
         total = {name: torch.zeros_like(value) for name, value in mask.items()}
         for first in (0, 2, 4):
             examples, weights = task.examples[first : first + 2], task.weights[first : first + 2]
-            subject.model.zero_grad()
-            (task.loss(subject.model, examples) / sum(weights)).backward()
+            grafted.model.zero_grad()
+            (task.loss(grafted.model, examples) / sum(weights)).backward()
             for name, place in places.items():
                 assert place.parameter.grad is not None
                 total[name] += place.parameter.grad
@@ -206,16 +207,16 @@ def test_where_and_how_the_state_is_kept(on: str, dtype: str, tmp_path: Path) ->
 def test_checkpointing_changes_no_score(tmp_path: Path) -> None:
     folders = pair("llama", tmp_path)
     expected, _ = learn_mask(Mask(epochs=1), *prepare("causal-lm", folders), room(tmp_path))
-    subject, task = prepare("causal-lm", folders)
-    keep_no_activations(subject.model)
+    grafted, task = prepare("causal-lm", folders)
+    keep_no_activations(grafted.model)
     forwards = 0
 
     def count(*_: object) -> None:
         nonlocal forwards
         forwards += 1
 
-    subject.model.model.layers[0].self_attn.register_forward_hook(count)
-    scores, _ = learn_mask(Mask(epochs=1), subject, task, room(tmp_path))
+    grafted.model.model.layers[0].self_attn.register_forward_hook(count)
+    scores, _ = learn_mask(Mask(epochs=1), grafted, task, room(tmp_path))
     assert forwards == 4  # two passes, for the length of the step and for the step, with a backward pass each
     for name, score in scores.tensors.items():
         torch.testing.assert_close(score, expected.tensors[name], rtol=1e-12, atol=1e-14)
@@ -257,38 +258,38 @@ def test_micro_batches_weigh_tokens() -> None:
         "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")],
 )  # fmt: skip
 def test_running_out_of_memory_says_what_to_change(error: BaseException, tmp_path: Path) -> None:
-    subject, task = prepare("causal-lm", pair("llama", tmp_path))
+    grafted, task = prepare("causal-lm", pair("llama", tmp_path))
 
     def full(model: object, batch: object) -> torch.Tensor:
         raise error
 
     with pytest.raises(WorkError, match="set micro_batch: 1, then checkpointing: true, then state_on"):
-        saliency_scores(Saliency(), subject, Task(task.examples, task.weights, full), room(tmp_path))
-    assert all(not place.parameter._post_accumulate_grad_hooks for place in subject.parameters.values())
+        saliency_scores(Saliency(), grafted, Task(task.examples, task.weights, full), room(tmp_path))
+    assert all(not place.parameter._post_accumulate_grad_hooks for place in grafted.parameters.values())
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:
-    subject, task = prepare("causal-lm", pair("llama", tmp_path))
+    grafted, task = prepare("causal-lm", pair("llama", tmp_path))
 
     def broken(model: object, batch: object) -> torch.Tensor:
         raise RuntimeError("shapes")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        saliency_scores(Saliency(), subject, Task(task.examples, task.weights, broken), room(tmp_path))
+        saliency_scores(Saliency(), grafted, Task(task.examples, task.weights, broken), room(tmp_path))
 
 
 def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
-    subject, task = prepare("causal-lm", pair("llama", tmp_path))
-    next(iter(subject.parameters.values())).base[0] = float("nan")
+    grafted, task = prepare("causal-lm", pair("llama", tmp_path))
+    next(iter(grafted.parameters.values())).base[0] = float("nan")
     with pytest.raises(RequestError, match="the loss is nan on the localization set"):
-        saliency_scores(Saliency(), subject, task, room(tmp_path))
+        saliency_scores(Saliency(), grafted, task, room(tmp_path))
 
 
 def test_no_relative_step_is_longer_than_lr(tmp_path: Path) -> None:
     """The k-th most changed element moves by half of lr (and 1/4096), none by all of it."""
-    subject, task = prepare("causal-lm", pair("llama", tmp_path))
+    grafted, task = prepare("causal-lm", pair("llama", tmp_path))
     how = Mask(density=0.1, epochs=1, lr=0.7, start=(0.0, 0.0), start_density=0.05)
-    scores, _ = learn_mask(how, subject, task, room(tmp_path))
+    scores, _ = learn_mask(how, grafted, task, room(tmp_path))
     moved = torch.cat([score.flatten().abs() for score in scores.tensors.values()])
     assert moved.max() < 0.7
     assert 0.35 - 1e-6 <= moved.sort(descending=True).values[int(0.05 * len(moved)) - 1] <= 0.3501

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_with_data import ROWS, finetunes, write_jsonl
+from helpers.data import ROWS, write_jsonl
+from helpers.families import finetunes
+from helpers.runs import quick_merge
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
-from hf_locstitch import Mask, Saliency, load_mask, merge_from_hub
+from hf_locstitch import Mask, Saliency, load_mask
 from hf_locstitch.cli.main import main
 from hf_locstitch.localize import search_with_data as module
 from hf_locstitch.localize.activation_memory import Load, settled, token_activations
@@ -134,6 +136,7 @@ def test_dry_run_and_run_agree(
             "finetuned": [str(first)],
             "data": [data],
             "localizer": {**how, "micro_batch": asked},
+            "figures": False,
         }
         (tmp_path / f"{asked}.yaml").write_text(yaml.safe_dump(fields))
         arguments = ["merge", str(tmp_path / f"{asked}.yaml"), "--out", str(tmp_path / f"out-{asked}"), "--quiet"]
@@ -162,7 +165,7 @@ def test_each_finetune_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "score", scored)
     base, *finetuned = folders
     how = Mask(density=0.1, epochs=1, checkpointing=True)
-    merge_from_hub(
+    quick_merge(
         base, finetuned, out=tmp_path / "out", localizer=how, data=[examples(tmp_path, 40), examples(tmp_path, 10)]
     )
     assert seen == [8, 10]
@@ -180,7 +183,8 @@ def test_too_little_memory_is_said(
     """Of the machine in the plan, which says the same every time; of what is free when the work begins."""
     base, first = finetunes(tmp_path, count=1)
     data = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    how = ["merge", "--base", str(base), "--ft", str(first), "--localizer", "saliency", "--data", str(data)]
+    how = ["merge", "--base", base, "--ft", first, "--localizer", "saliency", "--data", data, "--no-figures"]
+    how = [str(argument) for argument in how]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert planned(how, capsys) == planned(how, capsys) and planned(how, capsys)["fits"]
 

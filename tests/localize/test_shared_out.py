@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from demo.skills import make_tokenizer
-from models import load
-from subjects import CASES, open_subject, pair, prepare
-from test_architectures import blocks
+from helpers.architectures import blocks
+from helpers.families import pair
+from helpers.grafted import CASES, open_grafted, prepare
+from helpers.models import load
 
 from hf_locstitch.localize.grafted_model import MaskedParameter, is_shared_out, make_grafted_model
 from hf_locstitch.localize.learn import Room, learn_mask
@@ -36,25 +37,25 @@ def test_a_group_of_one_learns_the_same(group: None, tmp_path: Path) -> None:
     model, _ = load_model(folders[1], CausalLM(), config, torch.float64)
     base, absent = load_model(folders[0], CausalLM(), config, torch.float64)
     cpu = torch.device("cpu")
-    subject = make_grafted_model(
+    grafted = make_grafted_model(
         model, base, absent, list(state), blocks(state), state.__getitem__, cpu, "ft", sharded=True
     )
-    assert subject.parameters and all(is_shared_out(place.parameter) for place in subject.parameters.values())
+    assert grafted.parameters and all(is_shared_out(place.parameter) for place in grafted.parameters.values())
     seen: list[str] = []
     task = CASES["mixtral"][1].prepare(CASES["mixtral"][2](), make_tokenizer(), None)
-    with consuming(subject.parameters.values(), lambda place, gradient: seen.append(place.name)):
-        task.loss(subject.model, task.examples).backward()
-    assert sorted(seen) == sorted(subject.parameters) and all(
-        p.parameter.grad is None for p in subject.parameters.values()
+    with consuming(grafted.parameters.values(), lambda place, gradient: seen.append(place.name)):
+        task.loss(grafted.model, task.examples).backward()
+    assert sorted(seen) == sorted(grafted.parameters) and all(
+        p.parameter.grad is None for p in grafted.parameters.values()
     )
 
     room = Room(tmp_path, Processes())
     expected, _ = learn_mask(Mask(density=0.1, epochs=2, micro_batch=2), *prepare("mixtral", folders), room)
-    plain, _ = open_subject(folders, CausalLM())
+    plain, _ = open_grafted(folders, CausalLM())
     due = dict(plain.to_disk(expected.__getitem__))
     for micro_batch in (2, 5):  # gradients that are added up, and that come whole
-        scores, _ = learn_mask(Mask(density=0.1, epochs=2, micro_batch=micro_batch), subject, task, room)
-        found = dict(subject.to_disk(scores.__getitem__))
+        scores, _ = learn_mask(Mask(density=0.1, epochs=2, micro_batch=micro_batch), grafted, task, room)
+        found = dict(grafted.to_disk(scores.__getitem__))
         assert found.keys() == due.keys()
         for name, score in found.items():
             torch.testing.assert_close(score, due[name], rtol=1e-9, atol=1e-12)

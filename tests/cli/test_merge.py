@@ -1,0 +1,366 @@
+"""The command line as a person uses it: what it prints, what it returns, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import torch
+from helpers.models import State, finetune, load, same_bits, save
+from safetensors.torch import save_file
+
+from hf_locstitch.cli.main import main
+from loopback_hub import LoopbackHub
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command in an empty folder; exit status, standard output, standard error."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+    def run(*args: object) -> tuple[int, str, str]:
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as error:  # argparse
+            status = int(error.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def merge(run: Run, base: State, tmp_path: Path) -> Run:
+    """`hf-locstitch merge` on a good base and finetune, unless the arguments say otherwise."""
+    save(tmp_path / "ft", finetune(base, 1))
+
+    def merge(*args: object) -> tuple[int, str, str]:
+        given = [str(arg) for arg in args]
+        start: list[object] = ["merge", "--no-figures"]
+        if "--base" not in given:
+            start += ["--base", tmp_path / "base"]
+        if "--ft" not in given:
+            start += ["--ft", tmp_path / "ft"]
+        if not {"--out", "--push-to", "--dry-run"} & set(given):
+            start += ["--out", tmp_path / "out"]
+        return run(*start, *given)
+
+    return merge
+
+
+def refused(tmp_path: Path, result: tuple[int, str, str], *words: str) -> str:
+    """The request was answered with exit status 2 and one paragraph naming `words`; nothing was written."""
+    status, out, err = result
+    assert status == 2, err
+    assert out == ""
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err, err
+    assert not list(tmp_path.glob("**/out*")) and not list(tmp_path.glob("**/*.partial"))
+    return err
+
+
+def test_help_and_version_are_quick() -> None:
+    """They import neither torch nor the Hub's client; the time is generous for a busy machine."""
+    for flag in ("--help", "--version"):
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "hf_locstitch", flag], capture_output=True, text=True, check=True
+        )
+        assert time.monotonic() - began < 5
+        for heavy in ("torch", "transformers", "huggingface_hub", "pydantic", "numpy"):
+            assert f"| {heavy}\n" not in done.stderr.replace("|   ", "| ")
+    assert done.stdout.startswith("hf-locstitch 0")
+
+
+def test_merge_prints_the_plan_and_the_place(merge: Run, tmp_path: Path) -> None:
+    status, out, err = merge("--density", "0.2")
+    assert (status, out) == (0, "")
+    assert "N = 156 elements in 5 tensors; each mask keeps k = 31" in err
+    assert str(tmp_path / "out") in err
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_json(merge: Run, tmp_path: Path) -> None:
+    status, out, _ = merge("--json", "--quiet", "--density", "0.2")
+    result = json.loads(out)
+    assert status == 0 and result["manifest"]["k"] == 31 and result["out"] == str(tmp_path / "out")
+
+
+def test_quiet(merge: Run) -> None:
+    status, out, err = merge("--quiet")
+    assert (status, out) == (0, "") and err.count("\n") <= 3
+
+
+def test_dry_run_writes_nothing(merge: Run, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = merge("--dry-run", "--density", "0.29")
+    assert status == 0 and "k = 45" in out and err == ""
+    status, out, _ = merge("--dry-run", "--json", "--out", tmp_path / "out")
+    plan = json.loads(out)
+    assert plan["N"] == 156 and plan["k"] == 15 and len(plan["localized"]) == 5
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_recipe_and_flags_that_override_it(run: Run, merge: Run, base: State, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"base: {tmp_path / 'base'}\nfinetuned:\n  - {tmp_path / 'ft'}\n"
+        f"localizer:\n  density: 0.5\nfigures: false\nout: {tmp_path / 'a'}\n"
+    )
+    assert run("merge", recipe)[0] == 0
+    assert merge("--density", "0.5", "--out", tmp_path / "b")[0] == 0
+    assert same_bits(load(tmp_path / "a"), load(tmp_path / "b"))
+    assert run("merge", recipe, "--density", "0.25", "--scope", "tensor", "--out", tmp_path / "c")[0] == 0
+    manifest = json.loads((tmp_path / "c" / "locstitch.json").read_text())
+    assert manifest["localizer"] == {"method": "magnitude", "density": 0.25, "scope": "tensor"}
+
+
+@pytest.mark.parametrize("density", ["1.5", "-0.1", "nan", "inf", "1e400"])
+def test_density_out_of_range(merge: Run, tmp_path: Path, density: str) -> None:
+    refused(tmp_path, merge(f"--density={density}"), "localizer.density")
+
+
+def test_no_place_for_the_result(run: Run, base: State, tmp_path: Path) -> None:
+    refused(tmp_path, run("merge", "--base", tmp_path / "base", "--ft", tmp_path / "base"), "--out DIR")
+
+
+def test_usage(run: Run, merge: Run, tmp_path: Path) -> None:
+    refused(tmp_path, run(), "usage")
+    refused(tmp_path, run("merge", "--out", tmp_path / "out"), "'base' is missing", "'finetuned' is missing")
+    refused(tmp_path, merge("--densty", "0.1"), "--densty")
+    refused(tmp_path, merge("--method", "magic"), "magic")
+    refused(tmp_path, merge("--names", "a", "b"), "2 names", "1 finetunes")
+    refused(tmp_path, merge("--names", "../evil"), "finetuned.0.name")
+    refused(tmp_path, merge("--private"), "push_to")
+    refused(tmp_path, merge("--shard-size", "much"), "shard_size")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("xyz: 0.2", ["unknown key 'xyz'", "known are base, localized, finetuned"]),
+        ("finetune: [x]", ["unknown key 'finetune'", "did you mean 'finetuned'"]),
+        ("localizer: {densty: 0.2}", ["unknown key 'localizer.densty'", "did you mean 'density'"]),
+        ("localizer: {density: much}", ["localizer.density"]),
+        ("- a\n- b", ["should hold fields"]),
+        ("base: [", ["not valid YAML"]),
+        ("base: {ref: x, sha: y}", ["unknown key 'base.sha'", "did you mean 'sha256'"]),
+    ],
+)
+def test_wrong_recipe(run: Run, tmp_path: Path, content: str, words: list[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(content)
+    refused(tmp_path, run("merge", recipe, "--out", tmp_path / "out"), *words)
+
+
+def test_missing_recipe(run: Run, tmp_path: Path) -> None:
+    refused(tmp_path, run("merge", tmp_path / "none.yaml", "--out", tmp_path / "out"), "none.yaml")
+
+
+def test_all_mismatches_at_once(merge: Run, base: State, tmp_path: Path) -> None:
+    renamed = {name.replace("norm.weight", "norm.gain"): tensor for name, tensor in finetune(base, 2).items()}
+    save(tmp_path / "renamed", renamed, config='{"model_type": "other"}')
+    reshaped = finetune(base, 3)
+    reshaped["model.layers.1.mlp.up_proj.weight"] = torch.zeros(4, 6)
+    save(tmp_path / "reshaped", reshaped)
+    err = refused(
+        tmp_path,
+        merge(
+            "--ft", tmp_path / "renamed", tmp_path / "reshaped", "--include", "model.layers.*", "--exclude", "no.such*"
+        ),
+        "renamed lacks model.layers.0.norm.weight",
+        "and 1 more",
+        "has model.layers.0.norm.gain",
+        "is a other model",
+        "model.layers.1.mlp.up_proj.weight is [4, 6] in",
+        "[9, 6] in the base",
+        "no.such*",
+    )
+    assert "5 problems" in err
+
+
+def test_prefix_is_explained(merge: Run, base: State, tmp_path: Path) -> None:
+    save(tmp_path / "headless", {name.removeprefix("model."): tensor for name, tensor in finetune(base, 2).items()})
+    refused(tmp_path, merge("--ft", tmp_path / "headless"), "begin with 'model.'")
+
+
+def test_packed_weights(merge: Run, base: State, tmp_path: Path) -> None:
+    packed = finetune(base, 2)
+    packed["model.layers.1.mlp.up_proj.weight"] = torch.zeros(9, 6, dtype=torch.uint8)
+    save(tmp_path / "packed", packed)
+    refused(tmp_path, merge("--ft", tmp_path / "packed"), "is U8 in", "but F32 in the base")
+
+
+def test_nothing_localizable(run: Run, tmp_path: Path) -> None:
+    save(tmp_path / "flat", {"weight": torch.ones(3)})
+    flat = tmp_path / "flat"
+    refused(tmp_path, run("merge", "--base", flat, "--ft", flat, "--out", tmp_path / "out"), "localizable", "--include")
+
+
+def test_names_twice(merge: Run, tmp_path: Path) -> None:
+    refused(tmp_path, merge("--ft", tmp_path / "ft", tmp_path / "ft"), "named 'ft'", "--names")
+    refused(tmp_path, merge("--ft", tmp_path / "base"), "named 'base'", "--names")
+    status, _, err = merge("--ft", tmp_path / "ft", tmp_path / "ft", "--names", "a", "b")
+    assert status == 0, err
+
+
+def test_differences_elsewhere_are_warnings(merge: Run, base: State, tmp_path: Path) -> None:
+    other = finetune(base, 2)
+    other["lm_head.weight"] = torch.randn(14, 6)
+    other["score.weight"] = torch.randn(2, 6)
+    save(tmp_path / "bigger", other)
+    status, _, err = merge("--ft", tmp_path / "bigger")
+    assert status == 0
+    assert "lm_head.weight [14, 6] (base [11, 6])" in err and "score.weight (not in the base)" in err
+    assert torch.equal(load(tmp_path / "out")["lm_head.weight"], base["lm_head.weight"])
+
+
+def test_missing_folder(merge: Run, tmp_path: Path) -> None:
+    refused(tmp_path, merge("--ft", tmp_path / "nowhere"), "nowhere does not exist")
+    refused(tmp_path, merge("--ft", "not a ref"), "'not a ref'", "org/name")
+    refused(tmp_path, merge("--ft", "org/name@"), "'org/name@'")
+
+
+def test_out_not_empty(merge: Run, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "thesis.txt").write_text("years of work")
+    refused(tmp_path, merge("--out", kept), "not an empty folder")
+    assert (kept / "thesis.txt").read_text() == "years of work" and len(list(kept.iterdir())) == 1
+    refused(tmp_path, merge("--out", kept / "thesis.txt"), "not an empty folder")
+    (tmp_path / "empty").mkdir()
+    assert merge("--out", tmp_path / "empty")[0] == 0
+
+
+def test_not_enough_disk(merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    refused(tmp_path, merge(), "disk", "100 B are free")
+
+
+def weights(tmp_path: Path, content: bytes) -> Path:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(content)
+    (folder / "config.json").write_text('{"model_type": "toy"}')
+    return folder
+
+
+def header(entries: object, data: bytes) -> bytes:
+    raw = entries.encode() if isinstance(entries, str) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def entry(begin: int, end: int, shape: list[int] | None = None, dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape or [(end - begin) // 4], "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "0 bytes"),
+        (b"\x10\0\0", "3 bytes"),
+        (struct.pack("<Q", 1 << 60) + b"{}", "claims a header of 1152921504606846976 bytes"),
+        (struct.pack("<Q", 99) + b"{}", "claims a header of 99 bytes"),
+        (header("{nonsense", b""), "malformed"),
+        (header("[]", b""), "malformed"),
+        (header({"a": {"dtype": "F32"}}, b""), "malformed"),
+        (header({"layers.0.a": entry(0, 8), "layers.0.b": entry(4, 12)}, bytes(12)), "overlaps"),
+        (header({"layers.0.a": entry(0, 8), "layers.0.b": entry(12, 16)}, bytes(16)), "hole"),
+        (header({"layers.0.a": entry(0, 8)}, bytes(4)), "truncated"),
+        (header({"layers.0.a": entry(0, 8)}, bytes(12)), "belong to no tensor"),
+        (header({"layers.0.a": entry(0, 8, [3])}, bytes(8)), "takes 12 bytes"),
+        (header({"layers.0.a": entry(0, 8, [-2, -1])}, bytes(8)), "malformed"),
+        (header('{"a": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}, "a": {"dtype":"F32","shape":[1],'
+                '"data_offsets":[4,8]}}', bytes(8)), "given twice"),
+    ],
+)  # fmt: skip
+def test_damaged_files(merge: Run, tmp_path: Path, content: bytes, words: str) -> None:
+    refused(tmp_path, merge("--ft", weights(tmp_path, content)), "broken/model.safetensors", words)
+
+
+def test_checkpoints_of_other_kinds(merge: Run, base: State, tmp_path: Path) -> None:
+    def folder(name: str, **files: str) -> Path:
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / file.replace("__", ".")).write_text(content)
+        return tmp_path / name
+
+    refused(tmp_path, merge("--ft", folder("empty")), "holds no weights")
+    refused(tmp_path, merge("--ft", folder("bin", pytorch_model__bin="x")), "pytorch_model.bin", "never opened")
+    refused(tmp_path, merge("--ft", folder("gguf", a__gguf="x")), "GGUF")
+    refused(tmp_path, merge("--ft", folder("adapter", adapter_config__json="{}")), "PEFT adapter", "merge_and_unload")
+    refused(tmp_path, merge("--ft", folder("two", a__safetensors="", b__safetensors="")), "neither")
+    refused(tmp_path, merge("--ft", folder("json", config__json="{")), "config.json is not valid JSON")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path, merge("--ft", tmp_path / "index"), "lacks model-00001-of-00002.safetensors")
+    config = '{"model_type": "toy", "quantization_config": {"quant_method": "gptq"}}'
+    save(tmp_path / "quantized", base, config=config)
+    refused(tmp_path, merge("--ft", tmp_path / "quantized"), "quantized (gptq)")
+
+
+def test_a_tensor_in_two_shards(merge: Run, base: State, tmp_path: Path) -> None:
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    for file in ("a.safetensors", "b.safetensors"):
+        save_file(base, folder / file)
+    weight_map = {name: file for name, file in zip(base, ["a.safetensors", "b.safetensors"] * 9, strict=False)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refused(tmp_path, merge("--ft", folder), "twice", "a.safetensors", "b.safetensors")
+
+
+def test_nan_names_file_and_tensor(merge: Run, base: State, tmp_path: Path) -> None:
+    broken = finetune(base, 2)
+    broken["model.layers.1.norm.weight"][2] = float("nan")
+    save(tmp_path / "broken", broken)
+    refused(
+        tmp_path,
+        merge("--ft", tmp_path / "broken"),
+        "broken/model.safetensors",
+        "model.layers.1.norm.weight",
+        "place 2 of its 6",
+        "--allow-non-finite",
+    )
+
+
+def test_other_weights_than_the_recipe_pins(run: Run, merge: Run, base: State, tmp_path: Path) -> None:
+    assert merge("--out", tmp_path / "first")[0] == 0
+    save(tmp_path / "elsewhere" / "ft", finetune(base, 9))
+    recipe = (tmp_path / "first" / "locstitch.yaml").read_text()
+    recipe = recipe.replace("./base", str(tmp_path / "base")).replace("./ft", str(tmp_path / "elsewhere" / "ft"))
+    (tmp_path / "pinned.yaml").write_text(recipe)
+    refused(tmp_path, run("merge", tmp_path / "pinned.yaml", "--out", tmp_path / "out"), "sha256", "other weights")
+
+
+def test_hub_requests_that_are_refused(merge: Run, base: State, tmp_path: Path, home_hub: LoopbackHub,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    files = {file.name: file for file in (tmp_path / "base").iterdir()}
+    name = uuid4().hex
+    for kind, options in {"private": {"private": True}, "gated": {"gated": True}, "open": {}}.items():
+        home_hub.add_repo(f"demo/{kind}-{name}", files, **options)
+    refused(tmp_path, merge("--ft", f"demo/none-{name}"), f"demo/none-{name} does not exist")
+    refused(tmp_path, merge("--ft", f"demo/open-{name}@v9"), "no revision 'v9'")
+    refused(tmp_path, merge("--push-to", "stranger/merged"), "demo cannot push to stranger/merged", "demo, lab")
+    refused(tmp_path, merge("--push-to", "merged"), "org/name")
+    monkeypatch.delenv("HF_TOKEN")
+    refused(tmp_path, merge("--ft", f"demo/private-{name}"), "private", "HF_TOKEN")
+    refused(tmp_path, merge("--ft", f"demo/gated-{name}"), "gated", "ask for access")
+    refused(tmp_path, merge("--push-to", "demo/merged"), "needs a token")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    err = refused(tmp_path, merge("--push-to", "demo/merged"), "needs a token")
+    assert "hf_wrong" not in err
+    assert not any(request.method == "POST" and "create" in request.path for request in home_hub.requests)

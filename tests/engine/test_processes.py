@@ -1,0 +1,69 @@
+"""Two and three processes under torchrun write the bytes of one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.launch import launch
+from helpers.models import finetune, random_state, save, save_sharded
+from helpers.runs import files_of
+
+SHAPES = {f"layers.{i}.w": (40, 30 + i) for i in range(9)} | {"embed.w": (50, 30), "layers.9.empty": (0, 3)}
+
+
+@pytest.fixture
+def refs(tmp_path: Path) -> list[object]:
+    base = random_state(0, torch.bfloat16, SHAPES)
+    save_sharded(tmp_path / "base", base, lambda names: [names[:4], names[4:]])
+    for i in range(2):
+        save(tmp_path / f"ft{i}", finetune(base, i, 1e-2))
+    return ["--base", "./base", "--ft", "./ft0", "./ft1"]
+
+
+@pytest.mark.parametrize("options", [["--density", "0.1"], ["--method", "average"]], ids=["locstitch", "average"])
+def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, refs: list[object], options: list[str]) -> None:
+    for count in (1, 2, 3):
+        done = launch(count, tmp_path, *refs, "--out", f"out{count}", *options, figures=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one = files_of(tmp_path / "out1")
+    assert files_of(tmp_path / "out2") == one and files_of(tmp_path / "out3") == one
+    manifests = [json.loads((tmp_path / f"out{count}" / "locstitch.json").read_text()) for count in (1, 2, 3)]
+    for manifest in manifests:
+        del manifest["seconds"]
+    assert manifests[0] == manifests[1] == manifests[2]
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_localizing_and_stitching_in_several_processes(tmp_path: Path) -> None:
+    """Most weights unchanged, so that the base's are among those that are kept."""
+    base = random_state(0, torch.bfloat16, SHAPES)
+    save_sharded(tmp_path / "base", base, lambda names: [names[:4], names[4:]])
+    few = {name: value.clone() for name, value in base.items()}
+    few["layers.3.w"] += 1
+    save(tmp_path / "few", few)
+    for count in (1, 2):
+        asked = "--base", "./base", "--ft", "./few", "--density", "0.4", "--out", f"loc{count}"
+        done = launch(count, tmp_path, *asked, command="localize", figures=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        done = launch(count, tmp_path, "--base", "./base", "--localized", "./loc1", "--out", f"out{count}",
+                      command="stitch", figures=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert files_of(tmp_path / "loc1") == files_of(tmp_path / "loc2")
+    assert files_of(tmp_path / "out1") == files_of(tmp_path / "out2")
+    assert (tmp_path / "out1" / "model-00001-of-00002.safetensors").read_bytes() != (
+        tmp_path / "base" / "model-00001-of-00002.safetensors"
+    ).read_bytes()
+
+
+def test_an_error_in_one_process_ends_all(tmp_path: Path, refs: list[object]) -> None:
+    base = random_state(0, torch.bfloat16, SHAPES)
+    broken = finetune(base, 3)
+    broken["layers.8.w"][0, 0] = float("nan")
+    save(tmp_path / "broken", broken)
+    done = launch(2, tmp_path, "--base", "./base", "--ft", "./broken", "--out", "out")
+    assert done.returncode != 0
+    assert done.stderr.count("layers.8.w in broken/model.safetensors holds NaN") == 1
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))

@@ -1,0 +1,168 @@
+"""Scores on model cards and on the Hub: those that are pushed, and those that a merge ends with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import yaml
+from helpers.language_models import add_benchmark, favouring
+from huggingface_hub import ModelCard, parse_eval_result_entries
+
+from hf_locstitch import evaluate
+from hf_locstitch.errors import PublishError, WorkError
+from hf_locstitch.evaluation import harness
+from hf_locstitch.evaluation.cache import cache_folder
+from loopback_hub import LoopbackHub
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def test_pushed_scores_survive(home_hub: LoopbackHub, published: str, tasks: Path, run: Run, tmp_path: Path) -> None:
+    dataset = add_benchmark(home_hub, tasks, "bench", "ABBBBBBCCC")
+    commits = len(home_hub.commits(published))
+    asked = ["--tasks", "letters", "bench:2", "--include-path", tasks, "--parents", "--push"]
+    status, out, _ = run("evaluate", published, *asked)
+    assert status == 0 and home_hub.head(published) in out
+    assert len(home_hub.commits(published)) == commits + 1
+
+    card = ModelCard(home_hub.read(published, "README.md").decode())
+    data: Any = card.data
+    found = {(entry.metric_name, entry.metric_value, entry.dataset_type) for entry in data.eval_results}
+    assert found == {("letters acc", 0.6, "letters"), ("bench acc", 0.6, dataset)}
+    assert data.license == "apache-2.0" and data.base_model_relation == "merge"
+    assert "| letters (0-shot) | acc | 0.100<br>±" in card.text and "**0.600<br>±" in card.text
+    assert (
+        "It keeps 100 % of the best finetune's score, averaged over 2 tasks (at least 100 %, on letters)." in card.text
+    )
+    assert card.text.count("## Evaluation") == 1 and "figures/scores.png" in card.text
+
+    (entry,) = parse_eval_result_entries(yaml.safe_load(home_hub.read(published, ".eval_results/bench.yaml")))
+    assert (entry.dataset_id, entry.task_id, entry.value) == (dataset, "bench", 0.6)
+    assert entry.dataset_revision == home_hub.head(dataset, repo_type="dataset")
+    assert entry.notes is not None and entry.notes.startswith("acc, 2-shot")
+    assert ".eval_results/letters.yaml" not in home_hub.files(published)  # its data are nobody else's
+
+    assert run("verify", published)[0] == 0 and "wrong" not in run("verify", published)[2]
+    favouring(tmp_path / "other", "C")
+    status, _, _ = run("evaluate", published, *asked, "--limit", "5")
+    card = ModelCard(home_hub.read(published, "README.md").decode())
+    data = card.data
+    assert status == 0 and card.text.count("## Evaluation") == 1 and "first 5 examples" in card.text
+    assert {entry.metric_value for entry in data.eval_results} == {0.8} and len(data.eval_results) == 2
+
+
+def test_the_card_can_be_run(published: str, home_hub: LoopbackHub) -> None:
+    card = ModelCard(home_hub.read(published, "README.md").decode())
+    snippets = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
+    names: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(snippet, names)
+    assert len(snippets) == 2 and type(names["model"]).__name__ == "LlamaForCausalLM"
+    assert f"# {names['kept']:,}" in snippets[1] and names["kept"] == sum(
+        mask.numel() for mask in names["mask"].values()
+    )
+
+
+def test_scores_of_others_stay_in_the_card(a: Path, tasks: Path) -> None:
+    (a / "README.md").write_text(
+        "---\nlicense: mit\nmodel-index:\n- name: theirs\n  results:\n  - task: {type: text-generation}\n"
+        "    dataset: {name: GSM8K, type: openai/gsm8k}\n    metrics: [{type: acc, value: 0.7, name: theirs}]\n---\n"
+        "# A model\n\nAbout it.\n"
+    )
+    evaluate(a, tasks=["letters"], include_path=tasks, push=True)
+    card = ModelCard.load(a / "README.md")
+    data: Any = card.data
+    assert [(entry.metric_name, entry.metric_value) for entry in data.eval_results] == [
+        ("theirs", 0.7),
+        ("letters acc", 0.1),
+    ]
+    assert "About it." in card.text and "<!-- evaluation -->" in card.text
+
+
+def test_a_repo_that_moved_is_left_alone(
+    home_hub: LoopbackHub, published: str, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_locstitch.evaluation import publishing
+
+    record = publishing.record_in
+
+    def slow(*args: Any) -> Any:
+        home_hub.add_repo(published, {"moved.txt": "by somebody else"})
+        return record(*args)
+
+    monkeypatch.setattr(publishing, "record_in", slow)
+    with pytest.raises(PublishError, match="moved from"):
+        evaluate(published, tasks=["letters"], include_path=tasks, push=True)
+    assert ".eval_results" not in str(home_hub.files(published)) and "figures/scores.png" not in home_hub.files(
+        published
+    )
+
+
+def test_from_checkpoints_to_an_evaluated_page(
+    home_hub: LoopbackHub, a: Path, b: Path, tasks: Path, run: Run, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    target = f"demo/{uuid4().hex[:12]}-merged"
+    fields = {
+        "base": str(a), "finetuned": [str(b)], "include": ["*"], "localizer": {"density": 1.0}, "figures": False,
+        "push_to": target,
+        "evaluate": {"tasks": ["letters"], "include_path": str(tasks), "average": True},
+    }  # fmt: skip
+    recipe.write_text(yaml.safe_dump(fields))
+    out = tmp_path / "out"
+    status, _, err = run("merge", recipe, "--out", out)
+    assert status == 0, err
+    assert len(home_hub.commits(target)) == 2  # the repo's own first one, and all of ours together
+    data: Any = ModelCard.load(out / "README.md").data
+    assert [(entry.metric_name, entry.metric_value) for entry in data.eval_results] == [("letters acc", 0.6)]
+    assert home_hub.read(target, "README.md") == (out / "README.md").read_bytes()
+    assert str(tmp_path) not in (out / "README.md").read_text() + (out / "figures" / "scores.json").read_text()
+
+    only = target.replace("merged", "only")
+    assert run("merge", recipe, "--push-to", only, "--quiet")[0] == 0  # nothing but the scores stays here
+    assert home_hub.read(only, "model.safetensors") == (out / "model.safetensors").read_bytes()
+    assert b"## Evaluation" in home_hub.read(only, "README.md")
+    assert [path.name for path in cache_folder().parent.iterdir()] == ["evaluations"]
+    status, _, err = run("merge", recipe, "--push-to", only, "--no-cache")
+    assert status == 2 and "Drop --no-cache" in err
+
+    status, _, err = run("merge", recipe, "--out", out)  # a finished merge is recognised, its scores are known
+    assert status == 0 and "measured   0 scores, 4 known" in err
+
+
+def test_a_recipe_with_a_wrong_evaluation_writes_nothing(
+    a: Path, b: Path, tasks: Path, run: Run, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    fields: dict[str, Any] = {"base": str(a), "finetuned": [str(b)], "figures": False}
+    for evaluation, words in [
+        ({"tasks": ["lettres"], "include_path": str(tasks)}, "did you mean letters"),
+        ({"task": ["letters"]}, "did you mean 'tasks'"),
+        ({}, "neither tasks nor a suite"),
+    ]:
+        recipe.write_text(yaml.safe_dump({**fields, "evaluate": evaluation}))
+        status, _, err = run("merge", recipe, "--out", tmp_path / "out", "--quiet")
+        assert status == 2 and words in err, err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_evaluation_keeps_the_merge(
+    a: Path, b: Path, tasks: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    asked = {"tasks": ["letters"], "include_path": str(tasks)}
+    recipe.write_text(yaml.safe_dump({"base": str(a), "finetuned": [str(b)], "figures": False, "evaluate": asked}))
+
+    def fail(*_: Any) -> None:
+        raise WorkError("the lights went out.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "load_model", fail)
+        status, _, err = run("merge", recipe, "--out", tmp_path / "out")
+    assert status == 1 and "the merge is complete in" in err and "lights" in err
+    assert run("merge", recipe, "--out", tmp_path / "out")[0] == 0

@@ -1,0 +1,47 @@
+"""Data-parallel and sharded localization under torchrun find the masks of one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.data import ROWS, write_jsonl
+from helpers.families import finetunes
+from helpers.launch import launch
+from helpers.models import load
+
+from hf_locstitch import load_mask
+
+RECIPE = """
+base: ./base
+finetuned: [./ft]
+localizer: {method: %s, density: 0.1, micro_batch: %s}
+data: [./a.jsonl]
+"""
+
+
+def masks(folder: Path) -> torch.Tensor:
+    return torch.cat([mask.flatten() for _, mask in sorted(load_mask(folder, "ft").items())])
+
+
+@pytest.mark.parametrize(("method", "kind"), [("saliency", "llama"), ("mask", "mixtral")])
+def test_masks_do_not_depend_on_the_number_of_processes(method: str, kind: str, tmp_path: Path) -> None:
+    """In float64, so that the order of a sum decides no element; exactly the same k, and all bytes of the merge."""
+    finetunes(tmp_path, kind, torch.float64, count=1)
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "plain.yaml").write_text(RECIPE % (method, "2"))
+    (tmp_path / "sharded.yaml").write_text(RECIPE % (method, "3, sharded: true"))
+    # Four have one idle, for there are 3 micro-batches; two that share parameters out get one each.
+    runs = {"one": (1, "plain"), "four": (4, "plain"), "sharded": (2, "sharded")}
+    for out, (count, recipe) in runs.items():
+        done = launch(count, tmp_path, f"{recipe}.yaml", "--out", out, "--quiet")
+        assert done.returncode == 0, done.stderr[-3000:]
+    expected = masks(tmp_path / "one")
+    k = json.loads((tmp_path / "one" / "locstitch.json").read_text())["k"]
+    assert int(expected.sum()) == k > 0
+    for out in runs:
+        assert torch.equal(masks(tmp_path / out), expected), out
+        merged = load(tmp_path / out)
+        assert all(torch.equal(merged[name], tensor) for name, tensor in load(tmp_path / "one").items())

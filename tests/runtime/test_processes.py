@@ -1,0 +1,13 @@
+"""Work shared out over processes."""
+
+from __future__ import annotations
+
+from hf_locstitch.runtime.processes import divide
+
+
+def test_divide() -> None:
+    assert divide([1, 1, 1, 1], 2) == [0, 0, 1, 1]
+    assert divide([5, 0, 0], 3) == [1, 2, 2] or divide([5, 0, 0], 3)[0] in (0, 1)
+    assert divide([], 2) == [] and divide([0, 0], 2) in ([0, 0], [0, 1])
+    owners = divide([3] * 90, 4)
+    assert owners == sorted(owners) and {owners.count(rank) for rank in range(4)} <= {22, 23}
