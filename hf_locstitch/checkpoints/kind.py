@@ -24,5 +24,7 @@ class CheckpointKind(ABC):
 
     @abstractmethod
     def read(self, source: Source, config: Config) -> Checkpoint:
-        """Its headers, and nothing else. config: of its config.json, empty if it has none. Raises CheckpointError, also where such checkpoints are not merged: then with
-        what its owner can do about it."""
+        """Its headers, and nothing else. config: of its config.json, empty if it has none.
+
+        Raises CheckpointError, also where such checkpoints are not merged: then with what its owner can do about it.
+        """

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.cli.arguments import build_parser
@@ -29,6 +31,9 @@ LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0 done, 2 the request is wrong, 1 the work failed."""
     args = build_parser().parse_args(argv)
+    log = logging.getLogger("hf_locstitch")
+    if not log.handlers:
+        log.addHandler(LogToStderr())
     gc.set_threshold(100_000, 20, 20)  # or a small merge spends a twelfth of its time among the libraries' objects
     try:
         return COMMANDS[args.command](args)
@@ -43,6 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         return _fail(f"{type(error).__name__}: {error}{where}. --debug shows where it comes from.", 1)
+
+
+class LogToStderr(logging.Handler):
+    """What the package logs, such as warnings, in the form of its errors."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _speaks():
+            print(f"hf-locstitch: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
 
 
 def _speaks() -> bool:
@@ -178,23 +191,12 @@ def evaluate(args: argparse.Namespace) -> int:
     """hf-locstitch evaluate"""
     from hf_locstitch.evaluation.evaluate import evaluate as score
 
-    report = score(
-        args.refs,
-        tasks=args.tasks,
-        suite=args.suite,
-        include_path=args.include_path,
-        limit=args.limit,
-        batch_size=None if args.batch_size == "auto" else args.batch_size,
-        chat_template=args.chat_template,
-        base=args.base,
-        finetuned=args.ft,
-        parents=args.parents,
-        average=args.average,
-        push=args.push,
-        track=args.track,
-        cache=args.cache,
-        show_progress=not args.quiet and sys.stderr.isatty(),
-    )
+    flags = vars(args)
+    names = [name for name in signature(score).parameters if name in flags and name != "refs"]
+    options = {name: flags[name] for name in names}
+    if options["batch_size"] == "auto":
+        options["batch_size"] = None
+    report = score(args.refs, **options, finetuned=args.ft, show_progress=not args.quiet and sys.stderr.isatty())
     if _speaks():
         print(json.dumps(report.as_json(), indent=2, ensure_ascii=False) if args.json else report.describe())
     return 0

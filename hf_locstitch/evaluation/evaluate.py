@@ -21,10 +21,11 @@ from hf_locstitch.evaluation.models import (
     with_own_names,
 )
 from hf_locstitch.evaluation.report import EvaluationReport
-from hf_locstitch.evaluation.session import Session, Settings
+from hf_locstitch.evaluation.session import Session
 from hf_locstitch.plan.plans import ModelPlan
 from hf_locstitch.plan.recipe import load_recipe, make_recipe
 from hf_locstitch.runtime.processes import Processes, find_processes
+from hf_locstitch.tasks.benchmarks import SUITES, make_options
 from hf_locstitch.tasks.leaks import UsedData, used_open_set
 
 
@@ -58,8 +59,13 @@ def evaluate(
     Raises RequestError if that cannot be done and WorkError if the work fails; what was measured by then is kept.
     """
     listed = [str(refs)] if isinstance(refs, (str, Path)) else [str(ref) for ref in refs]
-    include = None if include_path is None else Path(include_path)
-    session = Session(Settings(tasks, suite, include, limit, batch_size, chat_template, cache, show_progress))
+    if not tasks and suite is None:
+        raise RecipeError(f"no tasks given: use --tasks NAME..., or --suite {'|'.join(SUITES)}.")
+    if limit is not None and limit < 1:
+        raise RecipeError(f"--limit must be 1 or more, not {limit}.")
+    options = {"tasks": tuple(tasks), "suite": suite, "limit": limit, "batch_size": batch_size,
+               "include_path": include_path, "chat_template": chat_template}  # fmt: skip
+    session = Session(make_options(options), cache, show_progress)
     if track is not None:
         from hf_locstitch.evaluation.tracking import find_tracker
 
@@ -108,17 +114,7 @@ class AfterMerge:
         asked = plan.recipe.evaluate
         assert asked is not None
         self.recipe, self.plan, self.asked = plan.recipe, plan, asked
-        self.session = Session(
-            Settings(
-                asked.tasks,
-                asked.suite,
-                asked.include_path,
-                asked.limit,
-                asked.batch_size,
-                asked.chat_template,
-                show_progress=show_progress,
-            )
-        )
+        self.session = Session(asked, show_progress=show_progress)
         if not plan.settings.cache:
             raise RecipeError(
                 "evaluate: needs the models on this machine. Drop --no-cache, or evaluate the merge later."

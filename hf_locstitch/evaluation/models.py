@@ -16,7 +16,7 @@ from hf_locstitch.checkpoints.opening import read_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.side_files import side_files
 from hf_locstitch.errors import CheckpointError, LocstitchError, RecipeError
-from hf_locstitch.inspection.verification.inputs import input_places
+from hf_locstitch.inspection.verification.inputs import input_refs as recorded_refs
 from hf_locstitch.runtime.version import __version__
 
 Role = Literal["model", "base", "finetuned", "average"]
@@ -141,8 +141,7 @@ def input_refs(
         return base, dict(zip(unique, finetuned or (), strict=True))
     record = open_manifest(open_source(parse_ref(ref)))
     roles = {entry.name: entry.role for entry in record.inputs}
-    places = input_places(record, base, finetuned)
-    found: Mapping[str, str] = {place.name: place.ref for place in places}
+    found: Mapping[str, str] = {one.name: one.ref for one in recorded_refs(record, base, finetuned)}
     return (
         next((found[name] for name, role in roles.items() if role == "base"), None),
         {name: found[name] for name, role in roles.items() if role != "base"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_locstitch.evaluation.cache import cache_folder, cache_key, read_cached, write_cached
@@ -14,7 +13,7 @@ from hf_locstitch.evaluation.models import Model
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores
 from hf_locstitch.evaluation.scores import TaskResult
 from hf_locstitch.runtime.processes import Processes
-from hf_locstitch.tasks.benchmarks import TaskSpec, chosen_tasks
+from hf_locstitch.tasks.benchmarks import EvaluateOptions, TaskSpec, chosen_tasks
 from hf_locstitch.tasks.leaks import JudgedTask, UsedData, leaks
 
 if TYPE_CHECKING:
@@ -25,29 +24,14 @@ if TYPE_CHECKING:
 Known = dict[str, list[TaskResult]]  # cache key -> results
 
 
-@dataclass(frozen=True)
-class Settings:
-    """tasks: NAME or NAME:SHOTS, suite: a bundle of them. limit: examples a task, None for all.
-
-    include_path: a folder of further task files. batch_size: None for the largest that fits. cache: whether scores
-    measured before are used.
-    """
-
-    tasks: Sequence[str] = ()
-    suite: str | None = None
-    include_path: Path | None = None
-    limit: int | None = None
-    batch_size: int | None = None
-    chat_template: bool = False
-    cache: bool = True
-    show_progress: bool = False
-
-
 @dataclass
 class Session:
     """Data sets are loaded once for all models, and only if something is to be measured. Raises RecipeError."""
 
-    settings: Settings
+    options: EvaluateOptions
+    cache: bool = True
+    """Whether scores measured before are used."""
+    show_progress: bool = False
     specs: list[TaskSpec] = field(init=False)
     limit: int | None = field(init=False)
     _digest: str | None = field(init=False)
@@ -55,7 +39,7 @@ class Session:
     _tasks: dict[TaskSpec, list[Task | Group]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        chosen = self.settings
+        chosen = self.options
         self.specs, self.limit = chosen_tasks(chosen.tasks, chosen.suite, chosen.limit)
         self._digest = digest_of(chosen.include_path)
 
@@ -63,13 +47,13 @@ class Session:
     def manager(self) -> TaskManager:
         """lm-eval's tasks. Raises TaskError for a name that is unknown."""
         if self._manager is None:
-            self._manager = open_manager(self.specs, self.settings.include_path)
+            self._manager = open_manager(self.specs, self.options.include_path)
         return self._manager
 
     def key(self, model: Model, spec: TaskSpec) -> str:
         """Of what decides a score: the model's content, the task's, the settings, lm-eval's version."""
         facts = {"model": model.content, "task": spec.name, "shots": spec.shots, "limit": self.limit}
-        facts |= {"chat_template": self.settings.chat_template, "task_files": self._digest}
+        facts |= {"chat_template": self.options.chat_template, "task_files": self._digest}
         return cache_key({**facts, "lm_eval": version("lm_eval")})
 
     def run(self, models: Sequence[Model], processes: Processes, used: Sequence[UsedData] = ()) -> EvaluationReport:
@@ -105,7 +89,7 @@ class Session:
         if any(data.prompts for data in used):
             from hf_locstitch.evaluation.harness import quietly, texts_by_task
 
-            with quietly(self.settings.show_progress):
+            with quietly(self.show_progress):
                 texts = texts_by_task([task for spec in self.specs for task in self._load(spec)])
         return [JudgedTask(name, one.dataset, one.config, texts.get(name)) for name, one in results.items()]
 
@@ -119,13 +103,13 @@ class Session:
         """Of the command line; a folder is not named, because its path is nobody's business."""
         flags = ["--tasks", *map(str, self.specs)]
         flags += ["--limit", str(self.limit)] if self.limit is not None else []
-        flags += ["--include-path", "DIR"] if self.settings.include_path is not None else []
-        return (*flags, *(["--chat-template"] if self.settings.chat_template else []))
+        flags += ["--include-path", "DIR"] if self.options.include_path is not None else []
+        return (*flags, *(["--chat-template"] if self.options.chat_template else []))
 
     def _read(self, keys: Sequence[str], processes: Processes) -> Known:
         """What the first process finds, in every process, so that all measure the same."""
         found: Known = {}
-        if processes.first and self.settings.cache:
+        if processes.first and self.cache:
             found = {key: results for key in keys if (results := read_cached(key, cache_folder())) is not None}
         return processes.gather(found)[0]
 
@@ -136,8 +120,8 @@ class Session:
         missing: Mapping[TaskSpec, str] = {s: key for s, key in zip(self.specs, keys, strict=True) if key not in known}
         if not missing:
             return
-        chosen = self.settings
-        with quietly(chosen.show_progress):
+        chosen = self.options
+        with quietly(self.show_progress):
             for spec in missing:
                 self._load(spec)
             with model.folder() as folder:

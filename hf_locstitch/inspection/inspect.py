@@ -19,7 +19,7 @@ from hf_locstitch.checkpoints.checkpoint import open_source
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError, LocstitchError, MismatchError, RecipeError
-from hf_locstitch.inspection.verification.inputs import fetch_tensors, input_places, open_inputs
+from hf_locstitch.inspection.verification.inputs import fetch_tensors, input_refs, open_inputs
 from hf_locstitch.inspection.verification.masks import tally
 from hf_locstitch.report.figures.survey import Survey, draw_masks, noted_task_vectors, survey
 from hf_locstitch.report.figures.task_vectors import TaskVectors
@@ -198,7 +198,7 @@ def _survey_inputs(
     record: Manifest, masks: Mapping[str, Path], base: str | Path | None, finetuned: Sequence[str | Path] | None
 ) -> Survey:
     named = None if finetuned is None else [str(one) for one in finetuned]
-    opened, reasons = open_inputs(input_places(record, None if base is None else str(base), named))
+    opened, reasons = open_inputs(input_refs(record, None if base is None else str(base), named))
     if reasons:
         raise CheckpointError(f"{'; '.join(reasons)} --base REF and --ft REF... say where the inputs are.")
     tensors = survey(masks).shapes

@@ -31,6 +31,7 @@ from hf_locstitch.stitch.fitting import OnInputs, Stitcher
 from hf_locstitch.stitch.method import MaskedMethod, Method
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.stitchers import MEAN, STITCHERS
+from hf_locstitch.tasks.benchmarks import EvaluateOptions
 from hf_locstitch.tasks.leaks import UsedData, used_set
 from hf_locstitch.tasks.sets import LocalizationSet
 
@@ -73,29 +74,6 @@ class Finetuned(Input):
     name: str | None = Field(default=None, pattern=NAME_PATTERN)
 
 
-class Evaluate(Strict):
-    """lm-eval's tasks for the finished merge, its base, its finetunes and their plain average.
-
-    tasks: NAME or NAME:SHOTS. suite: a bundle of tasks. limit: examples a task, all by default. batch_size: the largest
-    that fits by default. include_path: a folder of further task files.
-    """
-
-    tasks: tuple[str, ...] = ()
-    suite: Literal["paper", "quick"] | None = None
-    limit: int | None = Field(default=None, ge=1)
-    batch_size: int | None = Field(default=None, ge=1)
-    include_path: Path | None = None
-    chat_template: bool = False
-    parents: bool = True
-    average: bool = False
-
-    @model_validator(mode="after")
-    def _names_tasks(self) -> Evaluate:
-        if not self.tasks and self.suite is None:
-            raise ValueError("names neither tasks nor a suite")
-        return self
-
-
 class Recipe(Strict):
     """One merge. Every field but `base` and one of `finetuned` and `localized` has a default."""
 
@@ -125,7 +103,7 @@ class Recipe(Strict):
     allow_non_finite: bool = False
     figures: bool = True
     """Whether a merge with masks draws them."""
-    evaluate: Evaluate | None = None
+    evaluate: EvaluateOptions | None = None
     """What the finished merge is evaluated on; nothing by default."""
     out: Path | None = None
     push_to: str | None = None
@@ -339,7 +317,7 @@ def _fields_at(loc: list[str]) -> list[str]:
         "finetuned": Finetuned,
         "localized": Finetuned,
         "data": LocalizationSet,
-        "evaluate": Evaluate,
+        "evaluate": EvaluateOptions,
     }.get(loc[0] if loc else "", Recipe)
     return list(model.model_fields)
 

@@ -4,9 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hf_locstitch.errors import RecipeError
+
+
+class EvaluateOptions(BaseModel):
+    """lm-eval's tasks for a merge, its base, its finetunes and their plain average.
+
+    tasks: NAME or NAME:SHOTS. suite: a bundle of tasks. limit: examples a task, all by default. batch_size: the largest
+    that fits by default. include_path: a folder of further task files. chat_template: whether prompts are put into the
+    model's. parents, average: what the merge is compared with.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    tasks: tuple[str, ...] = ()
+    suite: Literal["paper", "quick"] | None = None
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    include_path: Path | None = None
+    chat_template: bool = False
+    parents: bool = True
+    average: bool = False
+
+    @model_validator(mode="after")
+    def _names_tasks(self) -> EvaluateOptions:
+        if not self.tasks and self.suite is None:
+            raise ValueError("names neither tasks nor a suite")
+        return self
 
 
 @dataclass(frozen=True)
@@ -64,6 +94,13 @@ def chosen_tasks(tasks: Sequence[str], suite: str | None, limit: int | None) -> 
     names = [spec.name for spec in specs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"the task {twice[0]!r} is named twice. Name it once.")
-    if limit is not None and limit < 1:
-        raise RecipeError(f"--limit must be 1 or more, not {limit}.")
     return specs, limit if limit is not None else bundle.limit
+
+
+def make_options(fields: Mapping[str, Any]) -> EvaluateOptions:
+    """Raises RecipeError with all that is wrong."""
+    try:
+        return EvaluateOptions.model_validate(fields)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
+        raise RecipeError(f"the evaluation cannot be done: {'; '.join(faults)}.") from error

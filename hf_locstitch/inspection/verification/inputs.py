@@ -15,7 +15,7 @@ from hf_locstitch.inspection.verification.report import Finding
 
 
 @dataclass(frozen=True)
-class Place:
+class InputRef:
     """Where an input is looked for. asked: by a person, not by the manifest."""
 
     name: str
@@ -23,7 +23,7 @@ class Place:
     asked: bool
 
 
-def input_places(record: Manifest, base: str | None, finetuned: Sequence[str] | None) -> list[Place]:
+def input_refs(record: Manifest, base: str | None, finetuned: Sequence[str] | None) -> list[InputRef]:
     """One for each input. Raises RecipeError unless there are as many refs as finetunes."""
     names = [entry.name for entry in record.inputs if entry.role != "base"]
     if finetuned is not None and len(finetuned) != len(names):
@@ -34,19 +34,19 @@ def input_places(record: Manifest, base: str | None, finetuned: Sequence[str] | 
     asked = dict(zip(names, finetuned or (), strict=False))
     if base is not None:
         asked |= {entry.name: base for entry in record.inputs if entry.role == "base"}
-    return [Place(entry.name, asked.get(entry.name, entry.ref), entry.name in asked) for entry in record.inputs]
+    return [InputRef(entry.name, asked.get(entry.name, entry.ref), entry.name in asked) for entry in record.inputs]
 
 
-def open_inputs(places: Sequence[Place]) -> tuple[dict[str, Checkpoint], list[str]]:
+def open_inputs(refs: Sequence[InputRef]) -> tuple[dict[str, Checkpoint], list[str]]:
     """The inputs that can be had, and why the others cannot. Raises CheckpointError for one that a person asked for."""
     opened, reasons = {}, []
-    for place in places:
+    for ref in refs:
         try:
-            opened[place.name] = open_checkpoint(parse_ref(place.ref))
+            opened[ref.name] = open_checkpoint(parse_ref(ref.ref))
         except LocstitchError as error:
-            if place.asked:
+            if ref.asked:
                 raise
-            reasons.append(f"{place.name}: {error}")
+            reasons.append(f"{ref.name}: {error}")
     return opened, reasons
 
 

@@ -21,7 +21,7 @@ from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
 from hf_locstitch.inspection.verification.files import check_files, check_recipe
-from hf_locstitch.inspection.verification.inputs import Place, check_hashes, fetch_tensors, input_places, open_inputs
+from hf_locstitch.inspection.verification.inputs import InputRef, check_hashes, fetch_tensors, input_refs, open_inputs
 from hf_locstitch.inspection.verification.localized import GraftReader
 from hf_locstitch.inspection.verification.masks import (
     check_counts,
@@ -62,16 +62,16 @@ def verify(
     """
     source = open_source(parse_ref(str(ref)))
     record = open_manifest(source)
-    places = input_places(
+    refs = input_refs(
         record, None if base is None else str(base), None if finetuned is None else [str(one) for one in finetuned]
     )
     notes, progress = Notes(), Progress(show_progress)
     _files(source, record, progress, notes)
     if record.is_localized:
-        _localized(source, record, places, tensors, progress, notes)
+        _localized(source, record, refs, tensors, progress, notes)
     elif record.method == METHOD:
         if merge := _read_merge(source, record, notes):
-            _values(merge, places, tensors, progress, notes)
+            _values(merge, refs, tensors, progress, notes)
     else:
         _foreign_masks(source, record, notes)
         notes.skipped.append(f"values: only those of method {METHOD} are computed again, this one is {record.method}")
@@ -138,7 +138,7 @@ def _read_merge(source: Source, record: Manifest, notes: Notes) -> Merge | None:
 
 
 def _localized(
-    source: Source, record: Manifest, places: Sequence[Place], tensors: Tensors, progress: Progress, notes: Notes
+    source: Source, record: Manifest, refs: Sequence[InputRef], tensors: Tensors, progress: Progress, notes: Notes
 ) -> None:
     """Mask and values of a localized checkpoint."""
     _recipe(source, record, notes)
@@ -152,7 +152,7 @@ def _localized(
     if not _masks(record, masks, damaged, ranged, notes):
         notes.skipped.append("values: the mask cannot be used")
         return
-    inputs, reasons = open_inputs(places)
+    inputs, reasons = open_inputs(refs)
     if reasons:
         notes.skipped.append(f"values: {'; '.join(reasons)} --base REF and --ft REF... say where the inputs are.")
         return
@@ -224,8 +224,8 @@ def _masks(
     return True
 
 
-def _values(merge: Merge, places: Sequence[Place], tensors: Tensors, progress: Progress, notes: Notes) -> None:
-    inputs, reasons = open_inputs(places)
+def _values(merge: Merge, refs: Sequence[InputRef], tensors: Tensors, progress: Progress, notes: Notes) -> None:
+    inputs, reasons = open_inputs(refs)
     if reasons:
         notes.skipped.append(f"values: {'; '.join(reasons)} --base REF and --ft REF... say where the inputs are.")
         return
