@@ -24,7 +24,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 docs: $(DOCS_READY)  ## the documentation as a site, in site/; a broken link is an error
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: bench-quality bench-speed bench-faults  ## all of them: hours
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -23,11 +23,10 @@ from hf_locstitch import errors
 from hf_locstitch.cli.arguments import build_parser
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.localize.localizers.mask import PRESETS
-from hf_locstitch.plan.recipe import Evaluate, Finetuned, Input, Recipe
+from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.stitchers import STITCHERS
 from hf_locstitch.tasks.objectives import OBJECTIVES
-from hf_locstitch.tasks.sets import LocalizationSet
 
 Schema = Mapping[str, Any]
 
@@ -38,14 +37,20 @@ CHOICES = {
     "stitch": (STITCHERS, "method", "Stitchers"),
     "objective": (OBJECTIVES, "kind", "Objectives"),
 }
-ENTRIES = {"An input": Input, "A finetune": Finetuned, "Data": LocalizationSet, "Evaluation": Evaluate}
+# Class that a recipe is made of -> what the page calls it.
+TITLES = {
+    "Input": "Input",
+    "Finetuned": "Finetune",
+    "LocalizationSet": "Localization set",
+    "EvaluateOptions": "Evaluation",
+}
 FLAG_OF = {"finetuned": "ft"}  # recipe key -> the flag's destination, where they differ
 # What class docstrings leave to the reader's guess.
 MORE = {
     ("LocalizationSet", "seed"): "of the draw.",
-    ("Evaluate", "chat_template"): "put prompts into the model's chat template.",
-    ("Evaluate", "parents"): "also score the base and the finetunes.",
-    ("Evaluate", "average"): "also score their plain average, made on the fly.",
+    ("", "chat_template"): "put prompts into the model's chat template.",
+    ("", "parents"): "also score the base and the finetunes.",
+    ("", "average"): "also score their plain average, made on the fly.",
     ("Mask", "epochs"): "steps: one an epoch.",
     ("Mask", "lr"): "how far a step goes.",
     ("Mask", "start_density"): "of the initial mask.",
@@ -85,8 +90,8 @@ def recipe_page() -> str:
         "## Top level",
         _table(Recipe, _recipe_meanings()),
     ]
-    for title, model in ENTRIES.items():
-        parts += [f"## {title} {{#{_anchor(model)}}}", *_component(model)]
+    for part in _parts(Recipe):
+        parts += [f"## {_title(part.__name__)} {{#{_anchor(part.__name__)}}}", *_component(part)]
     for key, (registry, field, title) in CHOICES.items():
         parts.append(f"## {title} {{#{key}}}")
         parts.append(f"`{key}: {{{field}: NAME, …}}` takes one of these{_default_of(key)}.")
@@ -94,6 +99,23 @@ def recipe_page() -> str:
             model: Any = registry.find(name)
             parts += [f"### `{name}` {{#{key}-{name}}}", *_component(model)]
     return "\n\n".join(parts) + "\n"
+
+
+def _parts(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """The models that a model's fields hold, and theirs, without components."""
+    registered = {one for registry, _, _ in CHOICES.values() for one in registry.all()}
+    found: list[type[BaseModel]] = []
+
+    def look(kind: Any) -> None:
+        if inspect.isclass(kind) and issubclass(kind, BaseModel) and kind not in registered and kind not in found:
+            found.append(kind)
+            for field in kind.model_fields.values():
+                look(field.annotation)
+        for one in get_args(kind):
+            look(one)
+
+    look(model)
+    return [one for one in found if one is not model]
 
 
 def _default_of(key: str) -> str:
@@ -190,12 +212,11 @@ def _recipe_meanings() -> dict[str, str]:
 
 def _table(model: type[BaseModel], meanings: Mapping[str, str]) -> str:
     schema = model.model_json_schema()
-    definitions = schema.get("$defs", {})
     rows = ["| key | takes | default | meaning |", "| :--- | :--- | :--- | :--- |"]
     own = inspect.get_annotations(model)
     order = sorted(schema["properties"], key=lambda name: ("const" not in schema["properties"][name], name not in own))
     for name in order:
-        kind = _kind(name, schema["properties"][name], definitions)
+        kind = _kind(name, schema["properties"][name])
         meaning = meanings.get(name) or MORE.get((model.__name__, name)) or MORE.get(("", name), "")
         rows.append("| " + " | ".join([f"`{name}`", kind, _default(model, name), _cell(_sentence(meaning))]) + " |")
     return "\n".join(rows)
@@ -210,7 +231,7 @@ def _default(model: type[BaseModel], name: str) -> str:
     return _value(field.get_default(call_default_factory=True))
 
 
-def _kind(name: str, field: Schema, definitions: Mapping[str, Schema]) -> str:
+def _kind(name: str, field: Schema) -> str:
     """What a key takes, in words; components and other parts of the page as links."""
     if name in CHOICES and ("$ref" in str(field)):
         return f"[one of these](#{name})"
@@ -219,25 +240,25 @@ def _kind(name: str, field: Schema, definitions: Mapping[str, Schema]) -> str:
     if "enum" in field:
         return ", ".join(f"`{one}`" for one in field["enum"])
     if "$ref" in field:
-        return _linked(field["$ref"], definitions)
+        return _linked(field["$ref"])
     if "anyOf" in field:
-        kinds = [_kind("", one, definitions) for one in field["anyOf"] if one.get("type") != "null"]
+        kinds = [_kind("", one) for one in field["anyOf"] if one.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))
     kind = field.get("type")
     if kind == "array":
         if "prefixItems" in field:
             return f"list of {len(field['prefixItems'])} numbers"
-        return "list of " + _plural(_kind("", field.get("items", {}), definitions))
+        return "list of " + _plural(_kind("", field.get("items", {})))
     if kind == "object":
         inner = field.get("additionalProperties")
-        return "mapping of names to " + _kind("", inner, definitions) if isinstance(inner, dict) else "mapping"
+        return "mapping of names to " + _kind("", inner) if isinstance(inner, dict) else "mapping"
     words = {"string": "text", "number": "number", "integer": "whole number", "boolean": "`true` or `false`"}
     return words.get(str(kind), "any value") + _bounds(field)
 
 
 def _plural(kind: str) -> str:
     """text -> texts, [finetune](#…) -> [finetunes](#…)."""
-    return re.sub(r"^(\[?)(text|number|whole number|finetune|input)\b", r"\1\2s", kind)
+    return re.sub(r"^(\[?)(text|number|whole number|finetune|input|localization set)\b", r"\1\2s", kind)
 
 
 def _bounds(field: Schema) -> str:
@@ -246,12 +267,9 @@ def _bounds(field: Schema) -> str:
     return f", {', '.join(said)}" if said else ""
 
 
-def _linked(ref: str, definitions: Mapping[str, Schema]) -> str:
-    title = ref.rsplit("/", 1)[-1]
-    for words, model in ENTRIES.items():
-        if model.__name__ == title:
-            return f"[{words.removeprefix('A ').removeprefix('An ').lower()}](#{_anchor(model)})"
-    return f"[{title}](#)" if title in definitions else title
+def _linked(ref: str) -> str:
+    name = ref.rsplit("/", 1)[-1]
+    return f"[{_title(name).lower()}](#{_anchor(name)})"
 
 
 def _value(value: Any) -> str:
@@ -267,8 +285,12 @@ def _value(value: Any) -> str:
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
-def _anchor(model: type[BaseModel]) -> str:
-    return model.__name__.lower()
+def _title(name: str) -> str:
+    return TITLES.get(name, name)
+
+
+def _anchor(name: str) -> str:
+    return _slug(_title(name))
 
 
 # --- the commands -------------------------------------------------------------------------------------------------
