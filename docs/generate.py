@@ -321,7 +321,7 @@ def _commands() -> dict[str, argparse.ArgumentParser]:
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:
-    formatter = argparse.HelpFormatter(parser.prog, width=88)
+    formatter = argparse.HelpFormatter(parser.prog, width=76)
     formatter.add_usage(parser.usage, parser._actions, parser._mutually_exclusive_groups)
     return formatter.format_help().strip()
 
@@ -358,7 +358,7 @@ def errors_page() -> str:
         "paragraph: what is wrong, where, both values, the next step. The command line prints it after "
         "`hf-locstitch: error:` and returns the exit status of its class; `--debug` adds the traceback. "
         "[Troubleshooting](../guides/troubleshooting.md) says what lies behind them.",
-        f"```text\n{tree}\n```",
+        _error_tree(tree),
     ]
     for name in ERROR_CLASSES:
         messages = sorted(of_class.get(name, ()), key=str.lower)
@@ -367,6 +367,16 @@ def errors_page() -> str:
         if messages:
             parts.append("\n".join(f"- {message}" for message in messages))
     return "\n\n".join(parts) + "\n"
+
+
+def _error_tree(tree: str) -> str:
+    """The drawing in the module's docstring, as a table."""
+    rows = ["| class | when |", "| :--- | :--- |"]
+    for line in tree.splitlines():
+        name, _, when = line.strip("│├└─ ").partition(" ")
+        depth = (len(line) - len(line.lstrip("│├└─ "))) // 4
+        rows.append(f"| {'&emsp;' * depth}[`{name}`](#{name.lower()}) | {_cell(_sentence(_markdown(when)))} |")
+    return "\n".join(rows)
 
 
 ERROR_CLASSES = [

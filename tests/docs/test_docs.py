@@ -1,0 +1,193 @@
+"""The documentation: what it shows runs, what it lists is complete."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from hf_locstitch import Magnitude, errors, load_mask, merge_from_hub
+from hf_locstitch.cli.arguments import build_parser
+from hf_locstitch.localize.localizers import LOCALIZERS
+from hf_locstitch.plan.recipe import Recipe, make_recipe
+from hf_locstitch.stitch.methods import METHODS
+from hf_locstitch.stitch.stitchers import STITCHERS
+from hf_locstitch.tasks.objectives import OBJECTIVES
+
+ROOT = Path(__file__).parents[2]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
+COMMANDS = ("merge", "localize", "stitch", "verify", "inspect", "evaluate")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def of_all(language: str) -> Iterator[Any]:
+    for page in PAGES:
+        for number, block in enumerate(blocks(page, language)):
+            yield pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
+
+
+def save(folder: Path, seed: int, base: Path | None = None) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"model.layers.0.up.weight": (40, 30), "model.layers.1.norm.weight": (30,), "lm_head.weight": (7, 30)}
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "toy"}')
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    for seed, name in enumerate(("base", "reverse", "swap")):
+        save(tmp_path / name, seed)
+    return tmp_path
+
+
+def test_readme_is_one_page_and_begins_with_the_two_commands() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+    commands = [line.split("#")[0].strip() for block in blocks(README, "bash") for line in block.splitlines()]
+    assert commands[:2] == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    made = {DOCS / path for path in generated()}
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        path = (page.parent / target).resolve()
+        assert path.exists() or path in made, target
+
+
+@pytest.mark.parametrize("block", of_all("bash"))
+def test_commands_have_flags_that_exist(block: str) -> None:
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words and words[0] == "torchrun":
+            words = ["hf-locstitch", *words[words.index("hf_locstitch") + 1 :]]
+        if words and words[0] == "hf-locstitch":
+            assert words[1] in COMMANDS
+            own = [word if word != "relative" else "magnitude" for word in words[1:]]  # a name of the page's own
+            build_parser().parse_args(own)
+
+
+@pytest.mark.parametrize("block", of_all("yaml"))
+def test_recipes_are_valid(block: str) -> None:
+    fields = yaml.safe_load(block)
+    if "kind: regression" in block:  # an objective of the page's own
+        return
+    names = list(fields["data"]) if isinstance(fields.get("data"), dict) else ["math", "coding"]
+    finetuned = [{"ref": f"org/{name}", "name": name} for name in names]
+    make_recipe({"base": "org/base", "finetuned": finetuned, **fields})
+
+
+def test_the_mask_reader_reads_what_load_mask_reads(models: Path) -> None:
+    out = models / "out"
+    merge_from_hub(models / "base", [models / "swap"], out=out, localizer=Magnitude(density=0.01), figures=False)
+    page = DOCS / "formats" / "mask-file.md"
+    (code,) = blocks(page, "python")
+    reader: dict[str, Any] = {}
+    exec(code, reader)
+    found, due = reader["read_mask"](out / "masks" / "swap.safetensors"), load_mask(out, "swap")
+    assert found.keys() == due.keys()
+    for name, (shape, ones) in found.items():
+        assert list(due[name].shape) == shape
+        assert np.flatnonzero(due[name].numpy()).tolist() == ones
+    assert sum(len(ones) for _, ones in found.values()) == 12
+
+
+def test_even_ties_are_those_of_the_page() -> None:
+    for code in blocks(DOCS / "concepts" / "top-k.md", "python"):
+        exec(code, {})
+
+
+def test_components_of_another_package(models: Path) -> None:
+    """The localizer, the method and the kind of checkpoint of extending.md, found by their entry points."""
+    page = DOCS / "extending.md"
+    package = models / "site" / "my_merging"
+    (package).mkdir(parents=True)
+    (package / "__init__.py").touch()
+    for code in blocks(page, "python"):
+        name = re.search(r"^class (\w+)", code, re.MULTILINE).group(1)  # type: ignore[union-attr]
+        (package / f"{name.lower()}.py").write_text(code, encoding="utf-8")
+    info = models / "site" / "my_merging-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-merging\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[hf_locstitch.localizers]\nrelative = my_merging.relative:Relative\n"
+        "[hf_locstitch.methods]\nmedian = my_merging.median:Median\n"
+        "[hf_locstitch.objectives]\nregression = my_merging.regression:Regression\n"
+        "[hf_locstitch.stitchers]\ndamped = my_merging.damped:Damped\n"
+        "[hf_locstitch.checkpoint_kinds]\nsubfolder = my_merging.subfolder:Subfolder\n"
+    )
+    nested = models / "nested"
+    (nested / "model").mkdir(parents=True)
+    (models / "swap" / "model.safetensors").rename(nested / "model" / "model.safetensors")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(models / "site"), str(ROOT)])}
+    for asked in (["--localizer", "relative", "--density", "0.1"], ["--method", "median"]):
+        command = ["merge", "--base", "base", "--ft", "reverse", "nested", *asked, "--out", asked[1], "--no-figures"]
+        done = subprocess.run(
+            [sys.executable, "-m", "hf_locstitch", *command],
+            cwd=models,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert sum(int(mask.sum()) for mask in load_mask(models / "relative", "nested").values()) == 123
+
+
+def test_the_method_shown_is_the_one_in_use() -> None:
+    text = (ROOT / "hf_locstitch" / "stitch" / "methods" / "dare.py").read_text(encoding="utf-8")
+    assert any(block.startswith("class Dare") and block in text for block in blocks(DOCS / "extending.md", "python"))
+
+
+@cache
+def generated() -> dict[str, str]:
+    if importlib.util.find_spec("mkdocs") is None:
+        return dict.fromkeys(("reference/recipe.md", "reference/commands.md", "reference/errors.md"), "")
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.pages()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="pip install .[docs]")
+def test_references_are_complete() -> None:
+    pages = generated()
+    recipe = pages["reference/recipe.md"]
+    assert all(f"| `{key}` |" in recipe for key in Recipe.model_fields)
+    for registry in (LOCALIZERS, METHODS, STITCHERS, OBJECTIVES):
+        for name in registry.names():
+            section = recipe[recipe.index(f"### `{name}` {{#") :].split("\n### ")[0]
+            assert all(f"| `{key}` |" in section for key in registry.find(name).model_fields)  # type: ignore[attr-defined]
+    assert all(f"## `{name}`" in pages["reference/commands.md"] for name in COMMANDS)
+
+
+def test_every_class_of_error_is_in_troubleshooting() -> None:
+    text = (DOCS / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert all(f"`{kind.__name__}`" in text for kind in kinds)
+
+
+def test_every_public_name_is_in_the_python_reference() -> None:
+    import hf_locstitch
+
+    text = (DOCS / "reference" / "python.md").read_text(encoding="utf-8")
+    assert all(f".{name}\n" in text for name in hf_locstitch.__all__ if name != "__version__")
