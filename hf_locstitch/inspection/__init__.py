@@ -1,1 +1,1 @@
-"""Reading finished merges and localized checkpoints: what they say of themselves, and whether all of it is so."""
+"""Reading finished merges and localized checkpoints: what they record about themselves, and whether it is true."""

@@ -1,5 +1,4 @@
-"""`inspect`: what a merge or localized checkpoints say of themselves: densities, overlaps, where the masks lie, and
-what looks odd."""
+"""`inspect`: what a merge or localized checkpoints record of themselves: densities, overlaps, layout, anomalies."""
 
 from __future__ import annotations
 
@@ -25,21 +24,21 @@ from hf_locstitch.report.figures.survey import Survey, draw_masks, noted_task_ve
 from hf_locstitch.report.figures.task_vectors import TaskVectors
 
 FAR = 3.0  # times the median norm of the other task vectors
-CONCENTRATED = 0.5  # share of a mask's ones in one tensor ...
-CROWDED = 3.0  # ... that holds so many times fewer of the elements
+CONCENTRATED = 0.5  # share of a mask's ones that lie in one tensor ...
+CROWDED = 3.0  # ... and how many times larger it is than the tensor's share of the elements
 ALIKE = 0.9  # Jaccard index
-DISTANT = 0.5  # norm of a task vector over that of the base: finetuning moves far less
-TIED = 0.25  # share of a mask that may hang on entries of one size
-LARGEST = 3  # tensors named for each mask
+DISTANT = 0.5  # norm of a task vector over that of the base: finetuning changes far less
+TIED = 0.25  # share of a mask that ties at the threshold may decide
+LARGEST = 3  # tensors listed for each mask
 
 
 @dataclass(frozen=True)
 class MaskView:
-    """One finetune's mask. density: asked for, None where masks are rounded. densest: tensors with the largest share of
-    its ones, with that share.
+    """One finetune's mask. density: requested, None where masks are rounded. densest: the tensors with the largest
+    shares of its ones, and those shares.
 
     norm, relative_norm (to the base's), unchanged, threshold: of its task vector over the localized tensors,
-    estimated from a sample; None if nobody sampled it.
+    estimated from a sample; None if there is no sample.
     """
 
     name: str
@@ -58,7 +57,7 @@ class MaskView:
 class Inspection:
     """layers: mask -> layer -> share of its ones; kinds: likewise by kind of module. covered_by: as in the manifest.
 
-    signs: what looks odd, a sentence each. figures: paths of the pictures that were drawn.
+    signs: anomalies, one sentence each. figures: paths of the figures that were drawn.
     """
 
     ref: str
@@ -81,39 +80,42 @@ class Inspection:
         return asdict(self)
 
     def describe(self) -> str:
-        """For a person, one line each."""
+        """For people, one line each."""
         lines = [f"{self.kind:<9}  {self.ref}"]
         if self.kind == "merge":
             lines.append(f"method     {self.method}, scale {self.scale:g}")
         if not self.masks:
-            lines.append("masks      none: this method uses whole models")
+            lines.append("masks      none: this method merges whole models")
         else:
             settings = ", ".join(f"{key} {value}" for key, value in (self.localizer or {}).items())
             each = "" if self.k is None else f", k = {self.k:,}"
-            lines += [f"localizer  {settings or 'several'}", f"masks      N = {self.N:,} elements{each}"]
+            lines += [
+                f"localizer  {settings or 'not the same for all masks'}",
+                f"masks      N = {self.N:,} elements{each}",
+            ]
         lines += [f"  {_describe_mask(mask)}" for mask in self.masks]
         for mask in self.masks:
             densest = ", ".join(f"{tensor} {100 * share:.1f} %" for tensor, share in mask.densest)
-            lines.append(f"  {mask.name} lies most in {densest}")
+            lines.append(f"  {mask.name}: largest shares of its ones in {densest}")
         for pair in self.overlap:
             lines.append(f"overlap    {' and '.join(pair['masks'])}: {pair['both']:,}, Jaccard {pair['jaccard']:.3f}")
         if self.covered_by:
-            shares = [f"{times}: {100 * count / max(self.N, 1):.2f} %" for times, count in enumerate(self.covered_by)]
-            lines.append(f"covered    by so many masks: {', '.join(shares)} of the elements")
+            shares = [f"{100 * count / max(self.N, 1):.2f} % by {masks}" for masks, count in enumerate(self.covered_by)]
+            lines.append(f"covered    {', '.join(shares)} masks")
         lines += [f"note       {warning}" for warning in self.warnings]
-        lines += [f"odd        {sign}" for sign in self.signs]
+        lines += [f"anomaly    {sign}" for sign in self.signs]
         lines += [f"figure     {figure}" for figure in self.figures]
-        return "\n".join([*lines, *([] if self.signs else ["odd        nothing"])])
+        return "\n".join([*lines, *([] if self.signs else ["no anomalies"])])
 
 
 def _describe_mask(mask: MaskView) -> str:
-    asked = "" if mask.density is None else f" (asked {100 * mask.density:.4g} %)"
+    asked = "" if mask.density is None else f" (requested {100 * mask.density:.4g} %)"
     text = f"{mask.name}: {mask.ones:,} ones, density {100 * mask.real_density:.4g} %{asked}"
     if mask.norm is None or mask.relative_norm is None or mask.unchanged is None:
         return text
-    text += f", ‖τ‖ about {mask.norm:.4g} ({100 * mask.relative_norm:.2g} % of the base)"
+    text += f", ‖τ‖ about {mask.norm:.4g} ({100 * mask.relative_norm:.2g} % of the base's norm)"
     text += f", {100 * mask.unchanged:.1f} % of the weights unchanged"
-    return text + ("" if mask.threshold is None else f", |τ| kept from {mask.threshold:.3g} on")
+    return text + ("" if mask.threshold is None else f", smallest |τ| kept about {mask.threshold:.3g}")
 
 
 def inspect(
@@ -124,39 +126,42 @@ def inspect(
     finetuned: Sequence[str | Path] | None = None,
     inputs: bool = False,
 ) -> Inspection:
-    """Look at a merge, or at one or several localized checkpoints: folders, org/name or org/name@revision.
+    """Inspect a merge, or one or several localized checkpoints: folders, org/name or org/name@revision.
 
-    Only small files are fetched. others: further localized checkpoints of the same base, to compare with.
-    figures: a folder to draw into. inputs: also sample the inputs (fetched if need be), which the manifest names or
-    base and finetuned say; without, what was noted of them is used.
-    Raises CheckpointError if it is neither, MismatchError if several do not belong together, IntegrityError if a mask
-    is damaged.
+    Only small files are downloaded. others: further localized checkpoints of the same base, to compare with.
+    figures: a folder for figures. inputs: also sample the inputs (downloaded if need be), as given by base and
+    finetuned or else by the manifest; by default, the statistics recorded with the merge are used.
+    Raises CheckpointError if `ref` is neither, MismatchError if several do not belong together, IntegrityError if a
+    mask is damaged.
     """
     source, record, masks, noted = _open([open_source(parse_ref(str(one))) for one in (ref, *others)])
     if inputs or base is not None or finetuned is not None:
-        found = _survey_inputs(record, masks, base, finetuned)
+        surveyed = _survey_inputs(record, masks, base, finetuned)
     else:
-        found = survey(masks)
-        found = Survey(found.shapes, found.ones, noted)
+        surveyed = survey(masks)
+        surveyed = Survey(surveyed.shapes, surveyed.ones, noted)
     drawn: list[str] = []
     if figures is not None and record.masks:
         folder = Path(figures)
-        drawn = [str(folder / f"{stem}.png") for stem in draw_masks(record.overlap, found, folder)]
-    return summarize(source, record, found, drawn)
+        drawn = [str(folder / f"{stem}.png") for stem in draw_masks(record.overlap, surveyed, folder)]
+    return summarize(source, record, surveyed, drawn)
 
 
 def _open(sources: Sequence[Source]) -> tuple[str, Manifest, dict[str, Path], Mapping[str, TaskVectors]]:
-    """What they are called, their record, their mask files by name, and what was noted of the inputs."""
+    """Their pinned refs, their manifest, their mask files by name, and the recorded statistics of the inputs."""
     records = [open_manifest(source) for source in sources]
     record, masks, noted = records[0], {}, {}
     if len(records) > 1:
-        given = [_localized(source, record) for source, record in zip(sources, records, strict=True)]
-        if problems := list(unlike(given)):
+        checkpoints = [_localized(source, record) for source, record in zip(sources, records, strict=True)]
+        if problems := list(unlike(checkpoints)):
             raise MismatchError(problems)
-    for source, one in zip(sources, records, strict=True):
-        if twice := masks.keys() & one.masks.keys():
-            raise RecipeError(f"two of them are named {min(twice)!r}, {source.label} the second. Look at them apart.")
-        masks |= {name: fetch_mask(source, name, mask) for name, mask in one.masks.items()}
+    for source, entry in zip(sources, records, strict=True):
+        if twice := masks.keys() & entry.masks.keys():
+            raise RecipeError(
+                f"two masks are named {min(twice)!r} (the second in {source.label}). Inspect these "
+                "checkpoints separately."
+            )
+        masks |= {name: fetch_mask(source, name, mask) for name, mask in entry.masks.items()}
         noted |= noted_task_vectors(source)
     if len(records) > 1:
         record = _joined(records, masks)
@@ -165,16 +170,21 @@ def _open(sources: Sequence[Source]) -> tuple[str, Manifest, dict[str, Path], Ma
 
 def _localized(source: Source, record: Manifest) -> LocalizedCheckpoint:
     if not record.is_localized:
-        raise CheckpointError(f"{source.label} is a merged model; only localized checkpoints are looked at together.")
+        raise CheckpointError(
+            f"{source.label} is a merged model; only localized checkpoints can be inspected together. Inspect it alone."
+        )
     return read_localized(source, record)
 
 
 def _joined(records: Sequence[Manifest], masks: Mapping[str, Path]) -> Manifest:
-    """One record of several localized checkpoints, as a merge of them has it."""
+    """One manifest for several localized checkpoints, like that of a merge of them."""
     files = {name: MaskFile(path) for name, path in masks.items()}
     counts = tally(files, next(iter(files.values())).shapes)
     first, total = records[0], {name: sum(ones.values()) for name, ones in counts.ones.items()}
-    overlap = [pair_record(one, other, both, total[one], total[other]) for (one, other), both in counts.both.items()]
+    overlap = [
+        pair_record(first_name, second_name, both, total[first_name], total[second_name])
+        for (first_name, second_name), both in counts.both.items()
+    ]
     return replace(
         first,
         localizer=first.localizer if all(record.localizer == first.localizer for record in records) else None,
@@ -190,7 +200,9 @@ def _joined(records: Sequence[Manifest], masks: Mapping[str, Path]) -> Manifest:
 def fetch_mask(source: Source, name: str, mask: MaskRecord) -> Path:
     """Raises CheckpointError if it is absent."""
     if mask.file not in source.files:
-        raise CheckpointError(f"{source.label} lacks {mask.file}, the mask of {name} that its manifest lists.")
+        raise CheckpointError(
+            f"{source.label} lacks {mask.file}, the mask of {name} that its manifest lists. Download it again."
+        )
     return source.fetch(mask.file)
 
 
@@ -200,7 +212,7 @@ def _survey_inputs(
     named = None if finetuned is None else [str(one) for one in finetuned]
     opened, reasons = open_inputs(input_refs(record, None if base is None else str(base), named))
     if reasons:
-        raise CheckpointError(f"{'; '.join(reasons)} --base REF and --ft REF... say where the inputs are.")
+        raise CheckpointError(f"{'; '.join(reasons)} Name the inputs with --base REF and --ft REF...")
     tensors = survey(masks).shapes
     readers = {name: fetch_tensors(checkpoint, tensors) for name, checkpoint in opened.items()}
     try:
@@ -209,15 +221,16 @@ def _survey_inputs(
         raise
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"the inputs are not those of this merge ({type(error).__name__}: {error}). Name the right ones."
+            f"the inputs are not those of this merge ({type(error).__name__}: {error}). "
+            "Name the right ones with --base REF and --ft REF..."
         ) from error
 
 
-def summarize(ref: str, record: Manifest, found: Survey, figures: Sequence[str] = ()) -> Inspection:
-    """Everything that is said, from the manifest and the masks."""
+def summarize(ref: str, record: Manifest, surveyed: Survey, figures: Sequence[str] = ()) -> Inspection:
+    """The whole report, from the manifest and the masks."""
     refs = {entry.name: entry.ref for entry in record.inputs}
-    places = found.places if found.ones else None
-    share = places.share if places else {}
+    layout = surveyed.places if surveyed.ones else None
+    share = layout.share if layout else {}
     return Inspection(
         ref=ref,
         kind="localized" if record.is_localized else "merge",
@@ -226,31 +239,31 @@ def summarize(ref: str, record: Manifest, found: Survey, figures: Sequence[str] 
         scale=record.scale,
         N=record.N,
         k=record.k,
-        masks=tuple(_view(name, refs[name], mask, found) for name, mask in record.masks.items()),
+        masks=tuple(_view(name, refs[name], mask, surveyed) for name, mask in record.masks.items()),
         overlap=record.overlap,
         covered_by=record.covered_by,
-        layers={n: dict(zip(places.layers, s.sum(axis=0).tolist(), strict=True)) for n, s in share.items()}
-        if places
+        layers={n: dict(zip(layout.layers, s.sum(axis=0).tolist(), strict=True)) for n, s in share.items()}
+        if layout
         else {},
-        kinds={n: dict(zip(places.kinds, s.sum(axis=1).tolist(), strict=True)) for n, s in share.items()}
-        if places
+        kinds={n: dict(zip(layout.kinds, s.sum(axis=1).tolist(), strict=True)) for n, s in share.items()}
+        if layout
         else {},
-        signs=tuple(odd_signs(record, found)),
+        signs=tuple(anomalies(record, surveyed)),
         warnings=tuple(record.warnings),
         figures=tuple(figures),
     )
 
 
-def _view(name: str, ref: str, mask: MaskRecord, found: Survey) -> MaskView:
-    shares = _shares(found.ones[name])
+def _view(name: str, ref: str, mask: MaskRecord, surveyed: Survey) -> MaskView:
+    shares = _shares(surveyed.ones[name])
     densest = sorted(shares.items(), key=lambda item: -item[1])[:LARGEST]
-    view = MaskView(name, ref, sum(found.ones[name].values()), mask.density, mask.real_density, densest)
-    one = found.vectors.get(name)
-    if one is None:
+    view = MaskView(name, ref, sum(surveyed.ones[name].values()), mask.density, mask.real_density, densest)
+    vector = surveyed.vectors.get(name)
+    if vector is None:
         return view
-    relative = one.norm / one.base_norm if one.base_norm else None
-    return MaskView(**{**vars(view), "norm": one.norm, "relative_norm": relative, "unchanged": one.unchanged,
-                       "threshold": one.threshold})  # fmt: skip
+    relative = vector.norm / vector.base_norm if vector.base_norm else None
+    return MaskView(**{**vars(view), "norm": vector.norm, "relative_norm": relative, "unchanged": vector.unchanged,
+                       "threshold": vector.threshold})  # fmt: skip
 
 
 def _shares(ones: Mapping[str, int]) -> dict[str, float]:
@@ -258,46 +271,47 @@ def _shares(ones: Mapping[str, int]) -> dict[str, float]:
     return {tensor: count / total for tensor, count in ones.items()}
 
 
-def odd_signs(record: Manifest, found: Survey) -> Iterator[str]:
-    """What a person should look at before trusting the merge."""
-    elements = {tensor: math.prod(shape) for tensor, shape in found.shapes.items()}
+def anomalies(record: Manifest, surveyed: Survey) -> Iterator[str]:
+    """What people should check before they trust the merge."""
+    elements = {tensor: math.prod(shape) for tensor, shape in surveyed.shapes.items()}
     total = sum(elements.values()) or 1
-    for name, ones in found.ones.items():
+    for name, ones in surveyed.ones.items():
         for tensor, share in _shares(ones).items():
             own = elements[tensor] / total
             if share > CONCENTRATED and share > CROWDED * own:
                 yield (
-                    f"the mask of {name} lies to {100 * share:.0f} % in {tensor}, "
-                    f"which has {100 * own:.1f} % of the elements"
+                    f"{100 * share:.0f} % of the ones in the mask of {name} lie in {tensor}, "
+                    f"which has only {100 * own:.1f} % of the elements"
                 )
     for pair in record.overlap:
         if pair["jaccard"] > ALIKE:
-            yield f"the masks of {' and '.join(pair['masks'])} are nearly the same (Jaccard {pair['jaccard']:.3f})"
-    yield from _odd_vectors(record, found.vectors)
+            yield f"the masks of {' and '.join(pair['masks'])} are nearly identical (Jaccard {pair['jaccard']:.3f})"
+    yield from _anomalous_vectors(record, surveyed.vectors)
 
 
-def _odd_vectors(record: Manifest, vectors: Mapping[str, TaskVectors]) -> Iterator[str]:
-    for name, one in vectors.items():
+def _anomalous_vectors(record: Manifest, vectors: Mapping[str, TaskVectors]) -> Iterator[str]:
+    for name, vector in vectors.items():
         others = [other.norm for key, other in vectors.items() if key != name]
         middle = median(others) if others else 0.0
-        if middle and not 1 / FAR <= one.norm / middle <= FAR:
+        if middle and not 1 / FAR <= vector.norm / middle <= FAR:
             yield (
-                f"the task vector of {name} has the norm {one.norm:.3g}, the others about {middle:.3g}: "
-                "the larger one rules where masks overlap"
+                f"the task vector of {name} has norm {vector.norm:.3g}, the others about {middle:.3g}: "
+                "where masks overlap, the larger one dominates"
             )
-        if one.base_norm and one.norm > DISTANT * one.base_norm:
+        if vector.base_norm and vector.norm > DISTANT * vector.base_norm:
             yield (
-                f"the task vector of {name} is {100 * one.norm / one.base_norm:.0f} % as long as the base: "
-                "perhaps it was finetuned from another model"
+                f"the norm of the task vector of {name} is {100 * vector.norm / vector.base_norm:.0f} % of the base's: "
+                "it may have been finetuned from another model"
             )
         mask = record.masks.get(name)
-        if mask is not None and 1 - one.unchanged < mask.real_density:
+        if mask is not None and 1 - vector.unchanged < mask.real_density:
             yield (
-                f"{name} changes {100 * (1 - one.unchanged):.2g} % of the weights, fewer than the "
-                f"{100 * mask.real_density:.2g} % that its mask keeps: the rest of it is unchanged weights"
+                f"{name} changed {100 * (1 - vector.unchanged):.2g} % of the weights, less than the "
+                f"{100 * mask.real_density:.2g} % that its mask keeps: the rest of the mask covers unchanged weights"
             )
-        if mask is not None and one.tied > TIED * mask.real_density:
+        if mask is not None and vector.tied > TIED * mask.real_density:
             yield (
-                f"{100 * one.tied:.3g} % of the weights of {name} moved by just {one.threshold:.3g}, the least that "
-                f"its mask of {100 * mask.real_density:.2g} % keeps: which of them it keeps is arbitrary (ties)"
+                f"{100 * vector.tied:.3g} % of the weights of {name} changed by exactly {vector.threshold:.3g}, the "
+                f"smallest change that its mask of {100 * mask.real_density:.2g} % keeps: among these ties the choice "
+                "is arbitrary"
             )

@@ -56,7 +56,7 @@ def test_what_it_says(make: Make, base: State, tmp_path: Path, capsys: pytest.Ca
 
     assert main(["inspect", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "maths: 46 ones, density 29.49 % (asked 30 %)" in said and "odd        nothing" in said
+    assert "maths: 46 ones, density 29.49 % (requested 30 %)" in said and "no anomalies" in said
 
 
 def test_a_merge_on_the_hub_takes_its_small_files_alone(
@@ -90,9 +90,9 @@ def test_odd_signs(make: Make, base: State, tmp_path: Path) -> None:
     near = finetune(base, 1, step=0.01)
     out = make({"far": far, "near": near, "twin": near}, density=0.03)
     said = signs(out, tmp_path, "far", "near", "twin")
-    assert "the mask of far lies to 100 % in model.layers.1.norm.weight, which has 3.8 % of the elements" in said
-    assert "the masks of near and twin are nearly the same (Jaccard 1.000)" in said
-    assert "the task vector of far has the norm 98" in said and "perhaps it was finetuned from another model" in said
+    assert "100 % of the ones in the mask of far lie in model.layers.1.norm.weight, which has only 3.8 % of" in said
+    assert "the masks of near and twin are nearly identical (Jaccard 1.000)" in said
+    assert "the task vector of far has norm 98" in said and "it may have been finetuned from another model" in said
     assert "the mask of near" not in said and "near is" not in said
 
 
@@ -100,7 +100,7 @@ def test_masks_that_keep_unchanged_weights(make: Make, base: State, tmp_path: Pa
     few = {name: value.clone() for name, value in base.items()}
     few["model.layers.0.self_attn.q_proj.weight"][:2] += torch.full((2, 6), 0.5)
     said = signs(make({"few": few}, density=0.5), tmp_path, "few")
-    assert "few changes 7.7 % of the weights, fewer than the 50 % that its mask keeps" in said
+    assert "few changed 7.7 % of the weights, less than the 50 % that its mask keeps" in said
 
 
 def test_ties(make: Make, base: State, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_ties(make: Make, base: State, tmp_path: Path) -> None:
     save_over(tmp_path / "base", even)
     step = {name: value + 0.5 for name, value in even.items()}
     said = signs(make({"step": step}, density=0.1), tmp_path, "step")
-    assert "100 % of the weights of step moved by just 0.5, the least that its mask of 9.6 % keeps" in said
+    assert "100 % of the weights of step changed by exactly 0.5, the smallest change that its mask of 9.6 %" in said
 
 
 def save_over(folder: Path, state: State) -> None:

@@ -72,7 +72,7 @@ def test_inspect_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["inspect", "loc-maths"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("localized  ./loc-maths\nlocalizer  method magnitude, density 0.3")
-    assert "maths: 46 ones, density 29.49 % (asked 30 %), ‖τ‖ about" in said and "odd        nothing" in said
+    assert "maths: 46 ones, density 29.49 % (requested 30 %), ‖τ‖ about" in said and "no anomalies" in said
     # a stitched model passes on what its parts had noted
     assert [mask.norm for mask in inspect("stitched").masks] == [view.norm, inspect("loc-code").masks[0].norm]
 
@@ -84,7 +84,7 @@ def test_inspect_several(home: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (apart.covered_by, apart.layers, apart.k) == (together.covered_by, together.layers, 46)
     assert main(["inspect", "loc-maths", "loc-code", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["overlap"][0]["masks"] == ["maths", "code"]
-    with pytest.raises(RecipeError, match="two of them are named 'maths'"):
+    with pytest.raises(RecipeError, match="two masks are named 'maths'"):
         inspect("loc-maths", "loc-maths")
     with pytest.raises(CheckpointError, match="merged is a merged model"):
         inspect("loc-maths", "merged")

@@ -167,9 +167,9 @@ def test_a_flipped_byte(home: Path, file: str, at: int) -> None:
 def test_a_missing_and_a_short_file(home: Path, file: str) -> None:
     content = (home / "out" / file).read_bytes()
     (home / "out" / file).write_bytes(content[:-1])
-    assert found(verify("out"))[0] == f"{file}: size is {len(content) - 1} bytes, should be {len(content)} bytes"
+    assert found(verify("out"))[0] == f"{file}: size is {len(content) - 1} bytes, expected {len(content)} bytes"
     (home / "out" / file).unlink()
-    assert found(verify("out"))[0] == f"{file}: size is absent, should be {len(content)} bytes"
+    assert found(verify("out"))[0] == f"{file}: size is absent, expected {len(content)} bytes"
 
 
 def test_a_file_too_many_and_an_edited_card(home: Path) -> None:
@@ -177,28 +177,28 @@ def test_a_file_too_many_and_an_edited_card(home: Path) -> None:
     (home / "out" / ".gitattributes").write_text("*.safetensors filter=lfs")
     report = verify("out")
     assert report.ok and [finding.warning for finding in report.findings] == [True]
-    assert "README.md: edited since the merge" in report.describe() and "all holds" in report.describe()
+    assert "README.md: edited since the merge" in report.describe() and "all checks passed" in report.describe()
     (home / "out" / "pytorch_model.bin").write_bytes(b"1234")
     report = verify("out")
-    assert not report.ok and "pytorch_model.bin: size is 4 bytes, should be absent" in report.describe()
+    assert not report.ok and "pytorch_model.bin: size is 4 bytes, expected absent" in report.describe()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m["localizer"].update(density=0.2), "k at density 0.2 is 46, should be 31"),
-        (lambda m: m["masks"]["ft0"].update(density=0.2), "density of mask ft0 is 0.2, should be 0.3"),
-        (lambda m: m["masks"]["ft0"].update(ones=45), "number of ones is 46, should be 45"),
-        (lambda m: m["masks"]["ft0"].update(ones=45), "number of ones of mask ft0 is 45, should be k = 46"),
-        (lambda m: m["masks"]["ft1"].update(real_density=0.3), "real density of mask ft1 is 0.3, should be 0.29"),
-        (lambda m: m.update(k=47), "k at density 0.3 is 47, should be 46"),
-        (lambda m: m.update(N=155), "N is 155, should be 156"),
+        (lambda m: m["localizer"].update(density=0.2), "k at density 0.2 is 46, expected 31"),
+        (lambda m: m["masks"]["ft0"].update(density=0.2), "density of mask ft0 is 0.2, expected 0.3"),
+        (lambda m: m["masks"]["ft0"].update(ones=45), "number of ones is 46, expected 45"),
+        (lambda m: m["masks"]["ft0"].update(ones=45), "number of ones of mask ft0 is 45, expected k = 46"),
+        (lambda m: m["masks"]["ft1"].update(real_density=0.3), "real density of mask ft1 is 0.3, expected 0.29"),
+        (lambda m: m.update(k=47), "k at density 0.3 is 47, expected 46"),
+        (lambda m: m.update(N=155), "N is 155, expected 156"),
         (lambda m: m["covered_by"].reverse(), "coordinates covered by 0, 1, … masks is"),
         (lambda m: m["overlap"][0].update(both=1), "overlap (both, jaccard) is"),
-        (lambda m: m.update(scale=0.5), "scale is 1.0, should be 0.5"),
-        (lambda m: m["inputs"][1].update(ref="./ft9", name="ft9"), "list of inputs is base, ft1, ft9, should be"),
-        (lambda m: m["inputs"][0]["files"].update({"model.safetensors": "0" * 64}), "should be 000"),
-        (lambda m: m["masks"].pop("ft1"), "list of inputs is base, ft0, ft1, should be base, ft0"),
+        (lambda m: m.update(scale=0.5), "scale is 1.0, expected 0.5"),
+        (lambda m: m["inputs"][1].update(ref="./ft9", name="ft9"), "list of inputs is base, ft1, ft9, expected"),
+        (lambda m: m["inputs"][0]["files"].update({"model.safetensors": "0" * 64}), "expected 000"),
+        (lambda m: m["masks"].pop("ft1"), "list of inputs is base, ft0, ft1, expected base, ft0"),
     ],
 )
 def test_a_wrong_manifest(home: Path, change: Callable[[dict[str, Any]], None], words: str) -> None:
@@ -221,8 +221,8 @@ def test_a_mask_of_other_tensors(home: Path) -> None:
     save_file({NAME: coded}, path, metadata={"format": "hf-locstitch mask 1", "shapes": f'{{"{NAME}": [9, 7]}}'})
     adjust(home / "out", "masks/ft0.safetensors")
     text = "\n".join(found(verify("out")))
-    assert f"the shape of {NAME} is [9, 7], should be [9, 6]" in text
-    assert "the shape of model.layers.0.norm.weight is absent, should be [6]" in text
+    assert f"the shape of {NAME} is [9, 7], expected [9, 6]" in text
+    assert "the shape of model.layers.0.norm.weight is absent, expected [6]" in text
 
 
 def test_a_moved_bit_of_a_mask(home: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_moved_bit_of_a_mask(home: Path) -> None:
     assert {finding.part for finding in findings} == {"values"}
     first = min(one, zero)
     assert findings[0].where == NAME and findings[0].what.startswith("2 of 54 values are wrong")
-    assert findings[0].what.endswith(f"the one at {[first // 6, first % 6]}")
+    assert findings[0].what.endswith(f"the first, at {[first // 6, first % 6]},")
     assert "the largest |task vector| left out" in findings[-1].what and findings[-1].where == "masks/ft0.safetensors"
 
 
@@ -268,9 +268,9 @@ def test_another_layout(home: Path) -> None:
     del state["lm_head.weight"]
     save_file(state, home / "out" / "model.safetensors")
     text = "\n".join(found(verify("out")))
-    assert "model.norm.weight: the tensor in the merge is F16 [6], should be F32 [6] as in base" in text
-    assert "extra: the tensor in the merge is F32 [2], should be absent" in text
-    assert "lm_head.weight: the tensor in the merge is absent, should be F32 [11, 6]" in text
+    assert "model.norm.weight: the tensor in the merge is F16 [6], expected F32 [6] as in base" in text
+    assert "extra: the tensor in the merge is F32 [2], expected absent" in text
+    assert "lm_head.weight: the tensor in the merge is absent, expected F32 [11, 6]" in text
 
 
 def test_other_inputs(home: Path) -> None:
@@ -280,7 +280,7 @@ def test_other_inputs(home: Path) -> None:
     assert report.findings[0].where == "base (elsewhere/base/model.safetensors)"
     save(home / "small", random_state(0, shapes={**SHAPES, NAME: (2, 6), "lm_head.weight": (3, 6)}))
     text = "\n".join(found(verify("out", finetuned=["ft0", "small"])))
-    assert f"{NAME}: the tensor of ft1 (small) is F32 [2, 6], should be floating-point [9, 6]" in text
+    assert f"{NAME}: the tensor of ft1 (small) is F32 [2, 6], expected floating-point [9, 6]" in text
     shutil.move("base", "moved")
     report = verify("out")
     assert report.ok and report.checked.tensors == 0 and report.checked.masks == 2
@@ -302,7 +302,9 @@ def test_other_methods(home: Path, method: str) -> None:
     edit_manifest(out, change)
     report = verify("out")
     assert found(report) == [] and report.checked.tensors == 0
-    assert report.skipped[-1] == f"values: only those of method locstitch are computed again, this one is {method}"
+    assert report.skipped[-1] == (
+        f"values: they are recomputed for method locstitch only; this merge was made by {method}"
+    )
     assert report.checked.masks == (0 if method == "average" else 2)
     (out / "config.json").unlink()
     assert not verify("out").ok
@@ -337,13 +339,14 @@ def test_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         return status, *capsys.readouterr()
 
     status, out, err = run("out")
-    assert status == 0 and out == "" and "values     7 of 8 tensors" in err and err.endswith("result     all holds\n")
+    assert status == 0 and out == "" and "values     7 of 8 tensors" in err
+    assert err.endswith("result     all checks passed\n")
     assert run("out", "--quiet") == (0, "", "")
     status, out, err = run("out", "--json", "--tensors", "all")
     assert status == 0 and err == "" and json.loads(out)["checked"]["tensors"] == len(SHAPES)
     (home / "out" / "config.json").unlink()
     status, out, err = run("out", "--quiet")
-    assert status == 1 and err.startswith("wrong      config.json: size is absent") and "1 thing does not hold" in err
+    assert status == 1 and err.startswith("failed     config.json: size is absent") and "1 check failed" in err
     status, out, _ = run("out", "--json")
     assert status == 1 and json.loads(out)["findings"][0]["where"] == "config.json" and not json.loads(out)["ok"]
     for args, words in {
@@ -351,7 +354,7 @@ def test_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("nowhere/at@",): "neither an existing folder",
         ("./nowhere",): "does not exist",
         ("out", "--tensors", "0"): "--tensors",
-        ("out", "--ft", "ft0"): "1 finetunes are given",
+        ("out", "--ft", "ft0"): "--ft expects 2, got 1",
         ("out", "--base", "./none"): "does not exist",
     }.items():
         status, out, err = run(*args)
@@ -378,4 +381,4 @@ def test_many_findings_are_cut_short(home: Path) -> None:
         (home / "out" / f"{i}.bin").write_text("x")
     report = verify("out")
     assert len(report.findings) == 30 and "and 10 more" in report.describe()
-    assert report.describe().endswith("30 things do not hold")
+    assert report.describe().endswith("30 checks failed")

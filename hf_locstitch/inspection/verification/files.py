@@ -11,13 +11,13 @@ from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.inspection.verification.report import Finding
 from hf_locstitch.plan.recipe import Recipe
 
-CARD = "README.md"  # people edit it, on the Hub in the browser
-UNLISTED = frozenset({FILE, ".gitattributes"})  # the manifest itself, and what the Hub adds
-SCORES = ".eval_results/"  # anybody may add scores to a page
+CARD = "README.md"  # people edit it in the browser, on the Hub
+UNLISTED = frozenset({FILE, ".gitattributes"})  # the manifest itself, and a file that the Hub adds
+SCORES = ".eval_results/"  # anybody may add scores to a repo
 
 
 def check_files(source: Source, record: Manifest, advance: Callable[[int], object]) -> Iterator[Finding]:
-    """Every listed file is there with its bytes; another is a finding if it could be taken for weights."""
+    """Every listed file is present, unchanged. An unlisted one is an error if it could be taken for weights."""
     for file, entry in record.outputs.items():
         yield from _check_file(source, file, entry)
         advance(entry.get("size", 0))
@@ -25,7 +25,7 @@ def check_files(source: Source, record: Manifest, advance: Callable[[int], objec
     for file in sorted(file for file in unlisted if not file.startswith(SCORES)):
         harmless = not file.endswith((*WEIGHTS, ".index.json"))
         size = f"{source.files[file].size} bytes"
-        yield Finding("files", file, "size", size, f"absent: {FILE} does not list it", warning=harmless)
+        yield Finding("files", file, "size", size, f"absent ({FILE} does not list it)", warning=harmless)
 
 
 def _check_file(source: Source, file: str, entry: Mapping[str, Any]) -> Iterator[Finding]:
@@ -34,19 +34,19 @@ def _check_file(source: Source, file: str, entry: Mapping[str, Any]) -> Iterator
         yield Finding("files", file, "size", "absent", f"{size} bytes")
         return
     edited = file == CARD
-    what = "edited since the merge: " if edited else ""
+    prefix = "edited since the merge: " if edited else ""
     if source.files[file].size != size:
-        found, due = f"{source.files[file].size} bytes", f"{size} bytes"
-        yield Finding("files", file, f"{what}size", found, due, warning=edited)
+        actual, expected = f"{source.files[file].size} bytes", f"{size} bytes"
+        yield Finding("files", file, f"{prefix}size", actual, expected, warning=edited)
     elif (got := source.sha256(file)) != sha256:
-        yield Finding("files", file, f"{what}sha256", got, str(sha256), warning=edited)
+        yield Finding("files", file, f"{prefix}sha256", got, str(sha256), warning=edited)
 
 
 def check_recipe(recipe: Recipe, record: Manifest) -> Iterator[Finding]:
-    """The pinned recipe asks for what the manifest says was done."""
+    """The pinned recipe asks for what the manifest records."""
     asked: dict[str, Any] = {"method": recipe.method.name, "scale": recipe.scale}
     done: dict[str, Any] = {"method": record.method, "scale": record.scale}
-    if not recipe.localized:  # they bring their own
+    if not recipe.localized:  # localized checkpoints have their own localizers
         asked["localizer"] = recipe.localizer.model_dump(mode="json") if recipe.localizer else None
         done["localizer"] = record.localizer
     fitting = recipe.fitting

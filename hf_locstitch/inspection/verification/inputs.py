@@ -16,7 +16,7 @@ from hf_locstitch.inspection.verification.report import Finding
 
 @dataclass(frozen=True)
 class InputRef:
-    """Where an input is looked for. asked: by a person, not by the manifest."""
+    """Where to look for an input. asked: named by the user, not by the manifest."""
 
     name: str
     ref: str
@@ -28,8 +28,8 @@ def input_refs(record: Manifest, base: str | None, finetuned: Sequence[str] | No
     names = [entry.name for entry in record.inputs if entry.role != "base"]
     if finetuned is not None and len(finetuned) != len(names):
         raise RecipeError(
-            f"{len(finetuned)} finetunes are given, but the merge was made from {len(names)} "
-            f"({', '.join(names)}). Give one each, in this order."
+            f"the merge was made from {len(names)} finetunes ({', '.join(names)}): --ft expects {len(names)}, "
+            f"got {len(finetuned)}. Name one REF for each, in this order."
         )
     asked = dict(zip(names, finetuned or (), strict=False))
     if base is not None:
@@ -38,7 +38,7 @@ def input_refs(record: Manifest, base: str | None, finetuned: Sequence[str] | No
 
 
 def open_inputs(refs: Sequence[InputRef]) -> tuple[dict[str, Checkpoint], list[str]]:
-    """The inputs that can be had, and why the others cannot. Raises CheckpointError for one that a person asked for."""
+    """The inputs that can be opened, and why the others cannot. Raises CheckpointError for one that the user named."""
     opened, reasons = {}, []
     for ref in refs:
         try:
@@ -51,18 +51,18 @@ def open_inputs(refs: Sequence[InputRef]) -> tuple[dict[str, Checkpoint], list[s
 
 
 def check_hashes(entry: InputRecord, checkpoint: Checkpoint) -> Iterator[Finding]:
-    """The shards are those of the merge. A repo's own statement is believed: what is fetched is checked against it."""
+    """The shards are those of the merge. The Hub's own hashes are trusted: downloads are checked against them."""
     source = checkpoint.source
-    found = {s.file: source.files[s.file].sha256 or source.sha256(s.file) for s in checkpoint.shards}
-    for file in sorted(entry.files.keys() | found.keys()):
-        got, due = found.get(file, "absent"), entry.files.get(file, "absent")
+    digests = {s.file: source.files[s.file].sha256 or source.sha256(s.file) for s in checkpoint.shards}
+    for file in sorted(entry.files.keys() | digests.keys()):
+        got, due = digests.get(file, "absent"), entry.files.get(file, "absent")
         if got != due:
             where = f"{entry.name} ({checkpoint.label}/{file})"
             yield Finding("inputs", where, "sha256", got, f"{due} as in locstitch.json")
 
 
 def fetch_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> MappedCheckpoint:
-    """The checkpoint, of which only the shards that hold the tensors `names` are fetched and opened."""
+    """The checkpoint, with only those shards fetched and opened that hold the tensors `names`."""
     needed = {checkpoint.tensors[name][0].file for name in names if name in checkpoint.tensors}
     shards = tuple(shard for shard in checkpoint.shards if shard.file in needed)
     return MappedCheckpoint(

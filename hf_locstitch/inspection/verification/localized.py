@@ -16,26 +16,26 @@ from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 class GraftReader(CheckpointReader):
     """The base with a localized checkpoint's values under its mask, in the finetuned dtypes, as if it were a model.
 
-    finetuned: whose names, dtypes and shapes it has.
+    finetuned: gives names, dtypes and shapes.
     """
 
-    def __init__(self, given: LocalizedCheckpoint, base: CheckpointReader, finetuned: CheckpointReader) -> None:
+    def __init__(self, localized: LocalizedCheckpoint, base: CheckpointReader, finetuned: CheckpointReader) -> None:
         super().__init__(finetuned.checkpoint, {})
-        self._given, self._base = given, base
-        self._positions = lru_cache(1)(self._read)  # a tensor is looked at piece by piece
+        self._localized, self._base = localized, base
+        self._positions = lru_cache(1)(self._read)  # a tensor is checked piece by piece
 
     def _read(self, name: str) -> Positions:
-        return self._given.positions(name)
+        return self._localized.positions(name)
 
     def flat(self, name: str, first: int, count: int) -> torch.Tensor:
         graft = self._base.flat(name, first, count).to(TORCH_DTYPE[self.checkpoint.info(name).dtype], copy=True)
         positions = self._positions(name)
         begin, end = np.searchsorted(positions, [first, first + count]).tolist()
-        graft[torch.from_numpy(positions[begin:end] - first)] = self._given.values(name, begin, end - begin)
+        graft[torch.from_numpy(positions[begin:end] - first)] = self._localized.values(name, begin, end - begin)
         return graft
 
     def release(self, name: str, first: int, count: int) -> None:
-        del name, first, count  # what was made is nobody else's
+        del name, first, count  # the values were computed, nothing is mapped
 
     def where(self, name: str) -> str:
-        return f"{self._given.label}/{self._given.shards[1].file}"
+        return f"{self._localized.label}/{self._localized.shards[1].file}"

@@ -19,7 +19,7 @@ from hf_locstitch.localize.density import exact_share
 
 
 def mask_finding(error: DamagedMask | ForeignMask) -> Finding:
-    return Finding("masks", error.file, "the file", error.fault, "a mask of hf-locstitch")
+    return Finding("masks", error.file, "the file", error.fault, "a mask file of hf-locstitch")
 
 
 def open_masks(source: Source, record: Manifest) -> tuple[dict[str, MaskFile], list[Finding]]:
@@ -28,7 +28,7 @@ def open_masks(source: Source, record: Manifest) -> tuple[dict[str, MaskFile], l
     findings = []
     for name, entry in record.masks.items():
         if entry.file not in source.files:
-            findings.append(Finding("masks", entry.file, "the file", "absent", "a mask of hf-locstitch"))
+            findings.append(Finding("masks", entry.file, "the file", "absent", "a mask file of hf-locstitch"))
             continue
         try:
             masks[name] = MaskFile(source.fetch(entry.file), entry.file)
@@ -38,13 +38,13 @@ def open_masks(source: Source, record: Manifest) -> tuple[dict[str, MaskFile], l
 
 
 def check_tensors(masks: Mapping[str, MaskFile], localized: Sequence[TensorInfo]) -> Iterator[Finding]:
-    """Each mask covers just the localized tensors, in their shapes."""
+    """Each mask has exactly the localized tensors, in their shapes."""
     shapes = {info.name: info.shape for info in localized}
     for mask in masks.values():
         for tensor in sorted(shapes.keys() | mask.shapes.keys()):
-            found, due = mask.shapes.get(tensor), shapes.get(tensor)
-            if found != due:
-                yield Finding("masks", mask.label, f"the shape of {tensor}", _shape(found), _shape(due))
+            actual, expected = mask.shapes.get(tensor), shapes.get(tensor)
+            if actual != expected:
+                yield Finding("masks", mask.label, f"the shape of {tensor}", _shape(actual), _shape(expected))
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -53,7 +53,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 @dataclass(frozen=True)
 class Tally:
-    """ones: of each mask in each tensor. covered: coordinates that c masks cover [masks + 1]. both: of each pair."""
+    """ones: of each mask in each tensor. covered: coordinates in 0, 1, … masks [masks + 1]. both: of each pair."""
 
     ones: Mapping[str, Mapping[str, int]]
     covered: list[int]
@@ -66,15 +66,15 @@ def tally(masks: Mapping[str, MaskFile], shapes: Shapes) -> Tally:
     both = dict.fromkeys(combinations(masks, 2), 0)
     covered = np.zeros(len(masks) + 1, dtype=np.int64)
     for tensor, shape in shapes.items():
-        places = positions_of(masks, tensor)
+        positions = positions_of(masks, tensor)
         times = np.zeros(math.prod(shape), dtype=np.uint8)
-        for i, (name, found) in enumerate(places.items()):
-            ones[name][tensor] = len(found)
+        for i, (name, own) in enumerate(positions.items()):
+            ones[name][tensor] = len(own)
             member = np.zeros(len(times), dtype=bool)
-            member[found] = True
+            member[own] = True
             times += member
-            for other in list(places)[i + 1 :]:
-                both[name, other] += int(np.count_nonzero(member[places[other]]))
+            for other in list(positions)[i + 1 :]:
+                both[name, other] += int(np.count_nonzero(member[positions[other]]))
         covered[1:] += [np.count_nonzero(times == count) for count in range(1, len(covered))]
         covered[0] += len(times) - np.count_nonzero(times)
     return Tally(ones, covered.tolist(), both)
@@ -96,18 +96,18 @@ def check_counts(record: Manifest, counts: Tally) -> Iterator[Finding]:
         yield Finding("masks", "masks", "coordinates covered by 0, 1, … masks", str(counts.covered), due)
     listed = {tuple(entry["masks"]): entry for entry in record.overlap}
     for pair, both in counts.both.items():
-        found = both, jaccard(both, *(sum(counts.ones[name].values()) for name in pair))
+        counted = both, jaccard(both, *(sum(counts.ones[name].values()) for name in pair))
         entry = listed.get(pair, {})
-        if found != (due := (entry.get("both"), entry.get("jaccard"))):
+        if counted != (due := (entry.get("both"), entry.get("jaccard"))):
             where = " and ".join(f"masks/{name}" for name in pair)
-            yield Finding("masks", where, "overlap (both, jaccard)", str(found), f"{due} as in locstitch.json")
+            yield Finding("masks", where, "overlap (both, jaccard)", str(counted), f"{due} as in locstitch.json")
 
 
 def check_shares(record: Manifest, counts: Tally, localized: Sequence[TensorInfo]) -> Iterator[Finding]:
-    """N, k and densities of a merge by Localize-and-Stitch belong together."""
+    """N, k and densities of a merge by Localize-and-Stitch agree."""
     n = sum(info.numel for info in localized)
     if n != record.N:
-        yield Finding("masks", "locstitch.json", "N", record.N, f"{n}, the elements of the localized tensors")
+        yield Finding("masks", "locstitch.json", "N", record.N, f"{n}, the number of elements in the localized tensors")
     localizer = dict(record.localizer or {})
     density = localizer.get("density")
     for name, entry in record.masks.items():

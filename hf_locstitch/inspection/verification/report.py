@@ -1,4 +1,4 @@
-"""What a check found, as data and for a person to read."""
+"""What verify found, as data and for people."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any, Literal
 from hf_locstitch.runtime.human import human
 
 Part = Literal["files", "recipe", "masks", "inputs", "values"]
-SHOWN = 20  # findings that a person is shown; JSON holds them all
+SHOWN = 20  # findings shown to people; JSON holds them all
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be. where: file, tensor or mask. warning: it hinders nobody."""
+    """One deviation. where: file, tensor or mask. what: its property. found, due: actual and expected value.
+
+    warning: it does not make the check fail."""
 
     part: Part
     where: str
@@ -24,12 +26,12 @@ class Finding:
     warning: bool = False
 
     def __str__(self) -> str:
-        return " ".join(f"{self.where}: {self.what} is {self.found}, should be {self.due}".split())
+        return " ".join(f"{self.where}: {self.what} is {self.found}, expected {self.due}".split())
 
 
 @dataclass(frozen=True)
 class Checked:
-    """How much was looked at. tensors, of_tensors: whose values were recomputed, and how many there are."""
+    """How much was checked. tensors, of_tensors: how many tensors were recomputed, and how many there are."""
 
     files: int = 0
     bytes: int = 0
@@ -65,30 +67,34 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether all that was checked holds; warnings do not count."""
+        """Whether all checks passed; warnings do not count."""
         return all(finding.warning for finding in self.findings)
 
     def as_json(self) -> dict[str, Any]:
         return {"ok": self.ok, **asdict(self)}
 
     def describe(self, quiet: bool = False) -> str:
-        """For a person, one line each; quiet: only what does not hold or was not checked."""
+        """For people, one line each. quiet: only failed or skipped checks, and warnings."""
         lines = [] if quiet else self._counts()
         lines += [f"skipped    {reason}" for reason in self.skipped]
         lines += _shown("warning    ", [finding for finding in self.findings if finding.warning])
-        wrong = [finding for finding in self.findings if not finding.warning]
-        lines += _shown("wrong      ", wrong)
-        verdict = f"{len(wrong)} {'thing does' if len(wrong) == 1 else 'things do'} not hold"
-        return "\n".join([*lines, *([f"result     {verdict if wrong else 'all holds'}"] if wrong or not quiet else [])])
+        failed = [finding for finding in self.findings if not finding.warning]
+        lines += _shown("failed     ", failed)
+        verdict = f"{len(failed)} {'check' if len(failed) == 1 else 'checks'} failed"
+        return "\n".join(
+            [*lines, *([f"result     {verdict if failed else 'all checks passed'}"] if failed or not quiet else [])]
+        )
 
     def _counts(self) -> list[str]:
         done = self.checked
         lines = [
             f"verified   {self.ref} (method {self.method})",
-            f"files      {done.files} against locstitch.json, {human(done.bytes)}",
+            f"files      {done.files} checked against locstitch.json, {human(done.bytes)}",
         ]
         if done.masks:
-            lines.append(f"masks      {done.masks} over N = {done.mask_elements:,} elements: ones, coverage, overlaps")
+            lines.append(
+                f"masks      {done.masks} over N = {done.mask_elements:,} elements: ones, coverage and overlaps"
+            )
         if done.tensors:
             lines.append(
                 f"values     {done.tensors} of {done.of_tensors} tensors, {done.coordinates:,} coordinates, "

@@ -1,4 +1,4 @@
-"""The values of a merge against its inputs: computed again straight from masks and inputs, chunk by chunk."""
+"""The values of a merge against its inputs: recomputed directly from masks and inputs, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from hf_locstitch.inspection.verification.masks import positions_of
 from hf_locstitch.inspection.verification.report import Finding
 from hf_locstitch.runtime.dtypes import FLOATING, ON_DISK
 
-PIECE = 1 << 18  # elements looked at together
+PIECE = 1 << 18  # elements checked at once
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-ABOVE_ALL = 1 << 31  # larger than the bits of any float32 without sign
+ABOVE_ALL = 1 << 31  # larger than the bits of any non-negative float32
 
 Kept = tuple[torch.Tensor, torch.Tensor]
 
 
 def stitched(base: torch.Tensor, finetuned: Sequence[Kept], scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """The merged values [n]. base: [n]; finetuned: values [n] and kept places [m] of each, in the order of adding.
+    """The merged values [n]. base: [n]; finetuned: of each, values [n] and kept positions [m], in summation order.
 
     Source: arXiv 2408.13656, section 3.3: the mean of the finetuned values where masks cover, else the base's.
     """
     merged = base.to(dtype, copy=True)
     times = torch.zeros(len(base), dtype=torch.uint8)
-    total = torch.full((len(base),), -0.0, dtype=torch.float64)  # −0 adds nothing, not even a sign
+    total = torch.full((len(base),), -0.0, dtype=torch.float64)  # −0 leaves every sum unchanged, its sign too
     for values, places in finetuned:
         times[places] += 1
         total[places] += values[places].double()
@@ -47,18 +47,18 @@ def stitched(base: torch.Tensor, finetuned: Sequence[Kept], scale: float, dtype:
     return merged
 
 
-def differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Places where two tensors [n] of one dtype differ in any bit; a NaN is a NaN. Returns int64 [d]."""
-    integer = INTEGER[one.element_size()]
-    unlike = one.view(integer) != other.view(integer)
-    if one.is_floating_point():
-        unlike &= ~(one.isnan() & other.isnan())
+def differing(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Positions where two tensors [n] of one dtype differ in any bit; all NaNs are equal. Returns int64 [d]."""
+    integer = INTEGER[left.element_size()]
+    unlike = left.view(integer) != right.view(integer)
+    if left.is_floating_point():
+        unlike &= ~(left.isnan() & right.isnan())
     return unlike.nonzero().flatten()
 
 
 @dataclass
 class Extremes:
-    """The smallest |task vector| that a mask keeps and the largest that it leaves, as float32 bits, and where."""
+    """The smallest |task vector| that a mask keeps and the largest that it leaves out: float32 bits, and tensors."""
 
     kept: int = ABOVE_ALL
     left: int = -1
@@ -66,7 +66,7 @@ class Extremes:
     left_in: str = ""
 
     def add(self, tensor: str, scores: torch.Tensor, places: torch.Tensor) -> None:
-        """scores: float32 [n], not negative, overwritten; places: the kept ones [m]. NaN counts as the largest."""
+        """scores: float32 [n], non-negative, overwritten; places: kept positions [m]. NaN counts as the largest."""
         bits = scores.view(torch.int32)
         kept = int(bits[places].min()) if len(places) else ABOVE_ALL
         bits[places] = -1
@@ -78,9 +78,9 @@ class Extremes:
 
     def check(self, mask: str) -> Iterator[Finding]:
         if self.left > self.kept:
-            what = f"the largest |task vector| left out (in {self.left_in})"
-            due = f"at most {_float(self.kept)}, the smallest that is kept (in {self.kept_in})"
-            yield Finding("values", mask, what, _float(self.left), due)
+            label = f"the largest |task vector| left out (in {self.left_in})"
+            due = f"at most {_float(self.kept)}, the smallest one kept (in {self.kept_in})"
+            yield Finding("values", mask, label, _float(self.left), due)
 
 
 def _float(bits: int) -> str:
@@ -88,9 +88,10 @@ def _float(bits: int) -> str:
 
 
 @dataclass(frozen=True)
-class How:
-    """top_k: whether masks keep the largest entries of the model, or of each tensor, or ("") neither. refitted: tensors
-    whose values under the masks are no mean, and not computed again."""
+class MergeSettings:
+    """How the merge was made. top_k: masks keep the largest entries of the model, of each tensor, or ("") neither.
+
+    refitted: tensors whose values under the masks were fitted; these values are not recomputed."""
 
     scale: float
     top_k: Literal["model", "tensor", ""]
@@ -99,9 +100,9 @@ class How:
 
 @dataclass
 class ValueCheck:
-    """merged, base, rest: opened. finetuned: in the order of adding, with the masks of the same names.
+    """merged, base, rest, finetuned: open readers; finetuned in summation order, under the names of their masks.
 
-    rest: the checkpoint of the tensors that are not localized.
+    rest: provides the tensors that are not localized.
     """
 
     merged: CheckpointReader
@@ -109,12 +110,12 @@ class ValueCheck:
     rest: CheckpointReader
     finetuned: Mapping[str, CheckpointReader]
     masks: Mapping[str, MaskFile]
-    how: How
+    settings: MergeSettings
     coordinates: int = 0
     extremes: dict[str, Extremes] = field(default_factory=dict)
 
     def localized(self, tensor: str) -> Iterator[Finding]:
-        """Values under the masks, and that these keep the largest. Raises DamagedMask."""
+        """Check a localized tensor: its values, and that the masks keep the largest entries. Raises DamagedMask."""
         inputs = {"base": self.base, **self.finetuned}
         shape = self.merged.checkpoint.info(tensor).shape
         if unlike := list(_unlike_inputs(tensor, shape, inputs)):
@@ -125,12 +126,12 @@ class ValueCheck:
         for first in range(0, math.prod(shape), PIECE):
             self._piece(tensor, first, places, wrong)
         yield from wrong.findings()
-        if self.how.top_k == "tensor":
+        if self.settings.top_k == "tensor":
             yield from self.kept_the_largest()
             self.extremes.clear()
 
     def kept_the_largest(self) -> Iterator[Finding]:
-        """Over the tensors looked at so far that compete with one another."""
+        """Whether masks keep the largest entries of the tensors checked so far that compete with one another."""
         for name, extremes in self.extremes.items():
             yield from extremes.check(self.masks[name].label)
 
@@ -143,12 +144,12 @@ class ValueCheck:
             begin, end = np.searchsorted(places[name].numpy(), [first, first + count])
             values, kept = reader.flat(tensor, first, count), places[name][begin:end] - first
             finetuned.append((values, kept))
-            if self.how.top_k:
+            if self.settings.top_k:
                 scores = (values.float() - base.float()).abs()
                 self.extremes.setdefault(name, Extremes()).add(tensor, scores, kept)
-        due = stitched(base, finetuned, self.how.scale, TORCH_DTYPE[info.dtype])
+        due = stitched(base, finetuned, self.settings.scale, TORCH_DTYPE[info.dtype])
         got = self.merged.flat(tensor, first, count)
-        if tensor in self.how.refitted:
+        if tensor in self.settings.refitted:
             got = got.clone()
             for _, kept in finetuned:
                 got[kept] = due[kept]
@@ -158,7 +159,7 @@ class ValueCheck:
             reader.release(tensor, first, count)
 
     def other(self, tensor: str) -> Iterator[Finding]:
-        """A tensor that is not localized has the bytes of `rest`, cast where another dtype was asked for."""
+        """Check a tensor that is not localized: the values of `rest`, cast if the recipe sets a dtype."""
         got, due = self.merged.checkpoint.info(tensor), self.rest.checkpoint.info(tensor)
         wrong = Differences(tensor, self.merged.where(tensor), got.shape)
         for first in range(0, got.numel, PIECE):
@@ -178,7 +179,7 @@ class ValueCheck:
 
 
 def _raw(reader: CheckpointReader, info: TensorInfo, first: int, count: int, item: int) -> torch.Tensor:
-    """Elements of whatever dtype, each as one integer [count], or as their bytes where there is no such integer."""
+    """Elements of any dtype, each as one integer [count], or as bytes where no integer has its size."""
     raw = torch.frombuffer(reader.raw(info.name, first * item, (first + count) * item), dtype=torch.uint8)
     return raw.clone().view(INTEGER[item]) if item in INTEGER else raw
 
@@ -194,7 +195,7 @@ class Differences:
     first: tuple[int, str, str] | None = None
 
     def compare(self, got: torch.Tensor, due: torch.Tensor, start: int) -> None:
-        """got, due: [n], of which the first lies at `start`."""
+        """got, due: [n], the first at index `start` of the tensor."""
         places = differing(got, due)
         if len(places) and self.first is None:
             at = int(places[0])
@@ -205,8 +206,8 @@ class Differences:
         if self.first is not None:
             at, got, due = self.first
             index = [int(i) for i in np.unravel_index(at, self.shape)]
-            which = f"{self.count} of {math.prod(self.shape)} values are wrong in {self.file}; the one"
-            yield Finding("values", self.tensor, f"{which} at {index}", got, due)
+            which = f"{self.count} of {math.prod(self.shape)} values are wrong in {self.file}; the first, at"
+            yield Finding("values", self.tensor, f"{which} {index},", got, due)
 
 
 def _unlike_inputs(tensor: str, shape: tuple[int, ...], inputs: Mapping[str, CheckpointReader]) -> Iterator[Finding]:
@@ -216,9 +217,9 @@ def _unlike_inputs(tensor: str, shape: tuple[int, ...], inputs: Mapping[str, Che
                 "values", tensor, f"the tensor of {name} ({reader.checkpoint.label})", "absent", str(list(shape))
             )
         elif (got := reader.checkpoint.info(tensor)).shape != shape or not got.floating:
-            found = f"{got.dtype} {list(got.shape)}"
-            due = f"floating-point {list(shape)}, as in the merge"
-            yield Finding("values", tensor, f"the tensor of {name} ({reader.checkpoint.label})", found, due)
+            actual = f"{got.dtype} {list(got.shape)}"
+            expected = f"floating-point {list(shape)}, as in the merge"
+            yield Finding("values", tensor, f"the tensor of {name} ({reader.checkpoint.label})", actual, expected)
 
 
 def check_layout(
@@ -227,13 +228,13 @@ def check_layout(
     """Names, dtypes and shapes of all tensors, from the headers."""
     for name in sorted(merged.tensors.keys() | rest.tensors.keys()):
         source = base if name in localized else rest
-        found = _kind(merged.info(name)) if name in merged.tensors else "absent"
-        due = _kind(source.info(name), dtype) if name in source.tensors else "absent"
-        if found != due:
-            yield Finding("values", name, "the tensor in the merge", found, f"{due} as in {source.label}")
+        actual = _kind(merged.info(name)) if name in merged.tensors else "absent"
+        expected = _kind(source.info(name), dtype) if name in source.tensors else "absent"
+        if actual != expected:
+            yield Finding("values", name, "the tensor in the merge", actual, f"{expected} as in {source.label}")
 
 
 def _kind(info: TensorInfo, dtype: str = "auto") -> str:
-    """dtype: that the recipe asks for."""
+    """dtype: the one that the recipe asks for."""
     cast = info.dtype in FLOATING and dtype != "auto"
     return f"{ON_DISK[dtype] if cast else info.dtype} {list(info.shape)}"

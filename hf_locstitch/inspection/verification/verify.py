@@ -1,6 +1,6 @@
 """`verify`: files against the manifest, masks against densities, values against inputs. Only reads.
 
-Of a localized checkpoint the values are those under its mask."""
+For a localized checkpoint, the values are those under its mask."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from hf_locstitch.inspection.verification.masks import (
     tally,
 )
 from hf_locstitch.inspection.verification.report import Finding, Notes, VerifyReport
-from hf_locstitch.inspection.verification.values import How, ValueCheck, check_layout
+from hf_locstitch.inspection.verification.values import MergeSettings, ValueCheck, check_layout
 from hf_locstitch.plan.recipe import Recipe, load_recipe, make_recipe
 from hf_locstitch.runtime.chunks import one_torch_thread
 from hf_locstitch.runtime.progress import Progress
 
-METHOD = "locstitch"  # whose values are computed again
-OTHERS = 2  # tensors of a sample that are not localized
+METHOD = "locstitch"  # the method whose values are recomputed
+OTHERS = 2  # non-localized tensors in a sample
 SEED = 0
 
 Tensors = int | Literal["all"]
@@ -55,10 +55,10 @@ def verify(
     """Read a merge or a localized checkpoint back; check its files, its masks and, for Localize-and-Stitch, its values.
 
     ref: a folder, org/name or org/name@revision. base, finetuned: where the inputs are, if not where the manifest
-    names them; local ones are looked for in the working directory. tensors: how many localized tensors are computed
-    again (and two others), "all" for every tensor. show_progress: None shows bars on a terminal only.
+    says; relative paths start from the working directory. tensors: how many localized tensors to recompute
+    (and two others), "all" for every tensor. show_progress: None shows bars on a terminal only.
 
-    Raises CheckpointError if `ref` is neither. What does not hold is no exception but a finding of the report.
+    Raises CheckpointError if `ref` is neither. A failed check raises nothing: it is a finding of the report.
     """
     source = open_source(parse_ref(str(ref)))
     record = open_manifest(source)
@@ -74,7 +74,9 @@ def verify(
             _values(merge, refs, tensors, progress, notes)
     else:
         _foreign_masks(source, record, notes)
-        notes.skipped.append(f"values: only those of method {METHOD} are computed again, this one is {record.method}")
+        notes.skipped.append(
+            f"values: they are recomputed for method {METHOD} only; this merge was made by {record.method}"
+        )
     return VerifyReport(source.pinned, record.method, notes.checked, tuple(notes.skipped), tuple(notes.findings))
 
 
@@ -86,7 +88,7 @@ def _files(source: Source, record: Manifest, progress: Progress, notes: Notes) -
 
 
 def _foreign_masks(source: Source, record: Manifest, notes: Notes) -> None:
-    """Masks of another method may range over other tensors: over whatever the first of them does."""
+    """Masks of another method may cover other tensors: those of the first mask are expected in all."""
     if not record.masks:
         notes.skipped.append("masks: the manifest lists none")
         return
@@ -100,7 +102,7 @@ def _foreign_masks(source: Source, record: Manifest, notes: Notes) -> None:
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge by Localize-and-Stitch of which recipe, headers and masks can be read. localized: tensors by name."""
+    """A merge by Localize-and-Stitch whose recipe, headers and masks can be read. localized: names of tensors."""
 
     record: Manifest
     recipe: Recipe
@@ -110,7 +112,7 @@ class Merge:
 
     @property
     def rest(self) -> str:
-        """The input that gives the tensors that are not localized."""
+        """The name of the input that provides the tensors that are not localized."""
         return self.recipe.rest_from or "base"
 
 
@@ -121,7 +123,7 @@ def _read_merge(source: Source, record: Manifest, notes: Notes) -> Merge | None:
         notes.skipped.append("masks and values: the weights or the recipe cannot be read")
         return None
     masks, damaged = open_masks(source, record)
-    if recipe.localized and masks:  # which tensors were localized is not said again
+    if recipe.localized and masks:  # the recipe does not say which tensors were localized
         chosen = [name for name in next(iter(masks.values())).shapes if name in weights.tensors]
     else:
         chosen = localizable((info for _, info in weights.tensors.values()), recipe.include, recipe.exclude)
@@ -132,7 +134,7 @@ def _read_merge(source: Source, record: Manifest, notes: Notes) -> Merge | None:
     inputs, due = sorted(entry.name for entry in record.inputs), sorted(["base", *masks])
     if inputs != due or merge.rest not in due:
         notes.findings.append(Finding("recipe", FILE, "the list of inputs", ", ".join(inputs), ", ".join(due)))
-        notes.skipped.append("values: inputs and masks do not belong together")
+        notes.skipped.append("values: the inputs do not match the masks")
         return None
     return merge
 
@@ -154,7 +156,7 @@ def _localized(
         return
     inputs, reasons = open_inputs(refs)
     if reasons:
-        notes.skipped.append(f"values: {'; '.join(reasons)} --base REF and --ft REF... say where the inputs are.")
+        notes.skipped.append(f"values: {'; '.join(reasons)} Name them with --base REF and --ft REF...")
         return
     sample = _sample(given.shapes, tensors)
     try:
@@ -166,7 +168,7 @@ def _localized(
         return
     base, finetuned = opened["base"], opened[given.name]
     graft = GraftReader(given, base, finetuned)
-    check = ValueCheck(graft, base, base, {given.name: finetuned}, masks, How(1.0, _top_k(record, notes)))
+    check = ValueCheck(graft, base, base, {given.name: finetuned}, masks, MergeSettings(1.0, _top_k(record, notes)))
     with progress.bar("values", sum(given.stored(name).nbytes for name in sample)) as advance, one_torch_thread():
         for name in sample:
             notes.findings += check.localized(name) if name in graft.checkpoint.tensors else _lacking(name, given)
@@ -175,8 +177,10 @@ def _localized(
     notes.count(inputs=len(inputs), tensors=len(sample), of_tensors=len(given.shapes), coordinates=check.coordinates)
 
 
-def _lacking(name: str, given: LocalizedCheckpoint) -> Iterator[Finding]:
-    yield Finding("values", name, f"the tensor of {given.finetuned.ref}", "absent", str(list(given.shapes[name])))
+def _lacking(name: str, localized: LocalizedCheckpoint) -> Iterator[Finding]:
+    yield Finding(
+        "values", name, f"the tensor of {localized.finetuned.ref}", "absent", str(list(localized.shapes[name]))
+    )
 
 
 def _weights(source: Source, notes: Notes) -> Checkpoint | None:
@@ -190,7 +194,7 @@ def _weights(source: Source, notes: Notes) -> Checkpoint | None:
 
 def _recipe(source: Source, record: Manifest, notes: Notes) -> Recipe | None:
     if RECIPE_FILE not in source.files:
-        return None  # a finding already
+        return None  # already a finding
     try:
         recipe = make_recipe(load_recipe(source.fetch(RECIPE_FILE)), where=RECIPE_FILE)
     except RequestError as error:
@@ -207,7 +211,7 @@ def _masks(
     ranged: Sequence[TensorInfo],
     notes: Notes,
 ) -> bool:
-    """Whether the masks, over the tensors `ranged`, are fit to compute with; their counts are findings alone."""
+    """Whether the masks, over the tensors `ranged`, can be used to recompute values; wrong counts are findings only."""
     unfit = [*damaged, *check_tensors(masks, ranged)]
     notes.findings += unfit
     if unfit:
@@ -227,7 +231,7 @@ def _masks(
 def _values(merge: Merge, refs: Sequence[InputRef], tensors: Tensors, progress: Progress, notes: Notes) -> None:
     inputs, reasons = open_inputs(refs)
     if reasons:
-        notes.skipped.append(f"values: {'; '.join(reasons)} --base REF and --ft REF... say where the inputs are.")
+        notes.skipped.append(f"values: {'; '.join(reasons)} Name them with --base REF and --ft REF...")
         return
     layout = list(check_layout(merge.weights, inputs["base"], inputs[merge.rest], merge.localized, merge.recipe.dtype))
     notes.findings += layout
@@ -253,40 +257,42 @@ def _values(merge: Merge, refs: Sequence[InputRef], tensors: Tensors, progress: 
 
 
 def _value_check(merge: Merge, inputs: Mapping[str, Checkpoint], tensors: Sequence[str], notes: Notes) -> ValueCheck:
-    """With those files open, fetched if need be, that hold the tensors."""
+    """With the files open (fetched if need be) that hold the tensors."""
     opened = {name: fetch_tensors(checkpoint, tensors) for name, checkpoint in inputs.items()}
     refs = {entry.name: entry.ref for entry in merge.record.inputs}
-    order = sorted(merge.masks, key=lambda name: refs[name])  # the engine's own, whatever order was given
+    order = sorted(
+        merge.masks, key=lambda name: refs[name]
+    )  # the engine's order, which does not depend on the order given
     return ValueCheck(
         fetch_tensors(merge.weights, tensors),
         opened["base"],
         opened[merge.rest],
         {name: opened[name] for name in order},
         merge.masks,
-        How(merge.recipe.scale, _top_k(merge.record, notes), _refitted(merge.record, notes)),
+        MergeSettings(merge.recipe.scale, _top_k(merge.record, notes), _refitted(merge.record, notes)),
     )
 
 
 def _top_k(record: Manifest, notes: Notes) -> Literal["model", "tensor", ""]:
-    """Among which entries a mask keeps the largest; "" where that is not how masks were found."""
+    """The scope in which a mask keeps the largest entries; "" if it was not found by magnitude."""
     if record.localizer is not None and record.localizer.get("method") == "magnitude":
         return "tensor" if record.localizer.get("scope") == "tensor" else "model"
-    notes.skipped.append("top k: how these masks were found is not computed again")
+    notes.skipped.append("top k: the search for these masks was not by magnitude alone and is not repeated")
     return ""
 
 
 def _refitted(record: Manifest, notes: Notes) -> frozenset[str]:
-    """Tensors whose values under the masks are no mean of the finetuned ones."""
+    """Tensors whose values under the masks were fitted and are not the mean."""
     names = frozenset((record.stitch or {}).get("refitted", ()))
     if names:
         notes.skipped.append(
-            f"values under the masks of {len(names)} refitted tensors: they are not fitted again; run the recipe to "
-            "compare them"
+            f"values under the masks of {len(names)} refitted tensors: the fit is not repeated; run the recipe again "
+            "to compare them"
         )
     return names
 
 
 def _sample(names: Collection[str], count: Tensors) -> list[str]:
-    """The same ones every time, sorted."""
+    """The same names every time, sorted."""
     ordered = sorted(names)
     return ordered if count == "all" or count >= len(ordered) else sorted(Random(SEED).sample(ordered, count))
