@@ -1,4 +1,4 @@
-"""Fixtures of all tests. The Hub's client reads its settings when it is imported: they are set here first."""
+"""Fixtures of all tests. The Hub's client and torch read settings when they are imported: these are set here first."""
 
 import atexit
 import os
@@ -22,6 +22,7 @@ os.environ.update(
     NO_PROXY="127.0.0.1,localhost",
     no_proxy="127.0.0.1,localhost",
 )
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny, and tests run side by side
 
 from helpers.models import State, random_state, save  # noqa: E402
 from hypothesis import settings  # noqa: E402
