@@ -304,5 +304,5 @@ def _entries(refs: Ref | Sequence[Ref], names: Sequence[str] | None) -> list[dic
     if names is None:
         return entries
     if len(names) != len(entries):
-        raise RecipeError(f"{len(names)} names are given for {len(entries)} finetunes. Give one each.")
+        raise RecipeError(f"got {len(names)} names for {len(entries)} finetunes. Give one name per finetune.")
     return [{**entry, "name": name} for entry, name in zip(entries, names, strict=True)]

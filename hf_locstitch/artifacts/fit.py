@@ -29,12 +29,12 @@ def localized_mismatches(base: Checkpoint, one: LocalizedCheckpoint) -> Iterator
         yield (
             f"{one.label} was localized against {one.base.ref}, where {unlike[0]} is "
             f"{_hash(due.get(unlike[0], 'absent'))}; in the base {base.label} it is "
-            f"{_hash(known.get(unlike[0], 'absent'))}. Name the base that it was localized against"
+            f"{_hash(known.get(unlike[0], 'absent'))}. Use the base that it was localized against"
         )
 
 
 def _hash(value: str | None) -> str:
-    return "there" if value is None else value if value == "absent" else f"sha256 {value[:12]}…"
+    return "present" if value is None else value if value == "absent" else f"sha256 {value[:12]}…"
 
 
 def unlike(localized: Sequence[LocalizedCheckpoint]) -> Iterator[str]:

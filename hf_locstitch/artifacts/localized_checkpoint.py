@@ -141,13 +141,13 @@ def open_localized(ref: Ref) -> LocalizedCheckpoint:
     source = open_source(ref)
     if FILE not in source.files:
         raise CheckpointError(
-            f"{source.label} has no {FILE}, so it is no localized checkpoint. Make one of a finetuned model: "
-            "hf-locstitch localize."
+            f"{source.label} has no {FILE}, so it is not a localized checkpoint. Make one from a finetuned model "
+            "with hf-locstitch localize."
         )
     record = open_manifest(source)
     if not record.is_localized:
         raise CheckpointError(
-            f"{source.label} is a merged model, not a localized checkpoint. Name what hf-locstitch localize made."
+            f"{source.label} is a merged model, not a localized checkpoint. Use one made by hf-locstitch localize."
         )
     return read_localized(source, record)
 
@@ -186,15 +186,17 @@ def _check_headers(one: LocalizedCheckpoint) -> None:
     """Raises ValueError."""
     for shard, due in zip(one.shards, (MASK_FORMAT, VALUES_FORMAT), strict=True):
         if (form := shard.header.metadata.get("format")) != due:
-            raise ValueError(f"{shard.file} is of format {form!r}, not {due!r}")
+            raise ValueError(f"{shard.file} has format {form!r}, expected {due!r}")
         if unlike := sorted({info.name for info in shard.header.tensors} ^ one.shapes.keys()):
             raise ValueError(f"{shard.file} and the shapes of the mask disagree on {unlike[0]}")
     for name, shape in one.shapes.items():
         info = one.stored(name)
         if not info.floating or info.numel > math.prod(shape):
-            raise ValueError(f"{one.shards[1].file} holds {name} as {info.dtype} {list(info.shape)} of {list(shape)}")
+            raise ValueError(
+                f"{one.shards[1].file} holds {info.dtype} {list(info.shape)} for {name}, which is {list(shape)}"
+            )
     if (count := sum(one.stored(name).numel for name in one.shapes)) != one.ones:
-        raise ValueError(f"{one.shards[1].file} holds {count} values under a mask of {one.ones} ones")
+        raise ValueError(f"{one.shards[1].file} holds {count} values, but the mask has {one.ones} ones")
     if (n := sum(map(math.prod, one.shapes.values()))) != one.N:
         raise ValueError(f"its mask ranges over {n} elements, its manifest says N = {one.N}")
     _ = one.base, one.finetuned

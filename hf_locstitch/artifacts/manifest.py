@@ -86,7 +86,7 @@ def open_manifest(source: Source) -> Manifest:
     """Raises CheckpointError if the source is no merge."""
     if FILE not in source.files:
         raise CheckpointError(
-            f"{source.label} has no {FILE}, so it is no merge made by hf-locstitch. Name the folder or repo of a merge "
+            f"{source.label} has no {FILE}, so it was not made by hf-locstitch. Give the folder or repo of a merge "
             "or of a localized checkpoint."
         )
     return parse_manifest(source.fetch(FILE).read_bytes(), f"{source.label}/{FILE}")
@@ -100,7 +100,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         fault = error.errors(include_url=False)[0]
         at = ".".join(str(part) for part in fault["loc"]) or "the whole file"
         raise CheckpointError(
-            f"{where} is no manifest that this version reads ({at}: {fault['msg']}). Fetch it again."
+            f"{where} is not a manifest that this version can read ({at}: {fault['msg']}). Fetch it again."
         ) from error
 
 

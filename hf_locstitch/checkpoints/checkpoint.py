@@ -77,7 +77,7 @@ def read_json(source: Source, file: str) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{source.label}/{file} is not valid JSON ({error}). Fetch it again.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{source.label}/{file} should hold a JSON object, not {type(content).__name__}.")
+        raise CheckpointError(f"{source.label}/{file} must hold a JSON object, but holds a {type(content).__name__}.")
     return content
 
 

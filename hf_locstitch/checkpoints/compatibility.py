@@ -29,7 +29,7 @@ def mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], their
         problems.append(
             f"{packed[0]} is {other.info(packed[0]).dtype} in {other.label} "
             f"but {base.info(packed[0]).dtype} in the base{more(len(packed))}: "
-            "quantized or packed weights cannot be compared; name the full checkpoint"
+            "quantized or packed weights cannot be compared; use the full-precision checkpoint"
         )
     return problems
 

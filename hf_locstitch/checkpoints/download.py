@@ -53,7 +53,9 @@ class Feed(ABC):
             self._wait(lambda: self._arrived[file] >= stop)
             self._awaited.remove((file, stop))
         if os.preadv(self._fds[file], [content], start) != len(content):
-            raise IntegrityError(f"{file} of {self.source.label} became shorter while it was read. Start again.")
+            raise IntegrityError(
+                f"{file} of {self.source.label} was truncated while it was being read. Run the same command again."
+            )
         return content
 
     def release(self, file: str, start: int, stop: int) -> None:

@@ -15,7 +15,7 @@ class FolderSource:
         self.commit: str | None = None
         if not folder.is_dir():
             raise CheckpointError(
-                f"the folder {folder} does not exist. Name an existing folder, or a repo as org/name."
+                f"the folder {folder} does not exist. Give an existing folder, or a repo as org/name."
             )
         self.folder = folder
         self._files = _list_files(folder)

@@ -64,12 +64,14 @@ class Header:
 def header_length(first_bytes: bytes, file_size: int, where: str) -> int:
     """Bytes that the 8-byte prefix and the JSON take. Raises CheckpointError if that cannot be."""
     if len(first_bytes) < 8:
-        raise CheckpointError(f"{where} is {file_size} bytes long: not a safetensors file. Fetch it again.")
+        raise CheckpointError(
+            f"{where} is only {file_size} bytes long, so it is not a safetensors file. Fetch it again."
+        )
     (length,) = struct.unpack("<Q", first_bytes[:8])
     if length > MAX_HEADER_BYTES or 8 + length > file_size:
         raise CheckpointError(
             f"{where} claims a header of {length} bytes, but the file has {file_size} "
-            f"(and {MAX_HEADER_BYTES} is the limit): it is truncated or no safetensors file. Fetch it again."
+            f"(and {MAX_HEADER_BYTES} is the limit): it is truncated or not a safetensors file. Fetch it again."
         )
     return 8 + length
 
@@ -91,7 +93,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen = dict(pairs)
     if len(seen) < len(pairs):
-        raise ValueError("a name is given twice")
+        raise ValueError("a tensor name appears twice")
     return seen
 
 
@@ -99,7 +101,7 @@ def _tensor_info(name: str, entry: dict[str, Any], data_start: int, where: str) 
     begin, end = entry["data_offsets"]
     info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), data_start + begin, data_start + end)
     if any(not isinstance(size, int) or size < 0 for size in (*info.shape, begin, end)):
-        raise ValueError(f"{name}: sizes and offsets must be whole numbers, not {entry}")
+        raise ValueError(f"{name}: sizes and offsets must be non-negative integers, not {entry}")
     item = ITEM_BYTES.get(info.dtype)
     if item is not None and info.nbytes != info.numel * item:
         raise CheckpointError(
@@ -113,16 +115,16 @@ def _check_contiguous(tensors: list[TensorInfo], data_start: int, file_size: int
     at = data_start
     for tensor in tensors:
         if tensor.start != at:
-            fault = "overlaps the tensor before it" if tensor.start < at else "leaves a hole before it"
+            fault = "overlaps the tensor before it" if tensor.start < at else "leaves a gap before it"
             raise CheckpointError(
-                f"{where}: {tensor.name} starts at byte {tensor.start} where {at} was due: it {fault}. "
+                f"{where}: {tensor.name} starts at byte {tensor.start} instead of {at}: it {fault}. "
                 "The file is damaged: fetch it again."
             )
         at = tensor.stop
     if at != file_size:
         fault = "truncated" if file_size < at else "followed by bytes that belong to no tensor"
         raise CheckpointError(
-            f"{where} has {file_size} bytes where its header promises {at}: it is {fault}. Fetch it again."
+            f"{where} has {file_size} bytes, but its header calls for {at}: it is {fault}. Fetch it again."
         )
 
 

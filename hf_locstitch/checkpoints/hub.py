@@ -67,7 +67,7 @@ class HubSource:
         except Exception as error:
             raise_clearly(error, repo, revision, self._endpoint)
         if info.sha is None:
-            raise CheckpointError(f"{self._endpoint} gave no commit for {repo}. Name one: {repo}@<commit>.")
+            raise CheckpointError(f"{self._endpoint} returned no commit for {repo}. Give one: {repo}@<commit>.")
         self.repo: str | None = repo
         self.commit: str | None = info.sha
         self._repo, self._commit, self._revision = repo, info.sha, revision or constants.DEFAULT_REVISION
@@ -116,7 +116,7 @@ class HubSource:
                     if len(self._starts[file]) >= length:
                         break
             if len(self._starts[file]) < min(length, self._files[file].size):
-                raise ConnectionError(f"{len(self._starts[file])} of {length} bytes came")
+                raise ConnectionError(f"{len(self._starts[file])} of {length} bytes were received")
 
         try:
             if len(self._starts.get(file, b"")) < length:
@@ -143,7 +143,7 @@ class HubSource:
             advance(self._files[file].size)
         if not self._is_as_promised(file, path):
             self._forget(file, path)
-            raise self.damaged(file, "another content")
+            raise self.damaged(file, "different content")
         self._remember_revision()
         return path
 
@@ -177,8 +177,8 @@ class HubSource:
             raise_clearly(error, self._repo, self._commit, self._endpoint)
         except CheckpointError as refusal:
             raise DownloadError(
-                f"{self.label} was open to this token and is no more: {refusal} Then give the same command again; "
-                "what is done is not done again."
+                f"{self.label} was accessible with this token but no longer is: {refusal} Then run the same "
+                "command again; it resumes where it stopped."
             ) from error
 
     def sha256(self, file: str) -> str:
@@ -211,7 +211,7 @@ class HubSource:
         self._starts.pop(file, None)
         return IntegrityError(
             f"{file} of {self.label} arrived with {what}, not with sha256 {self._files[file].sha256}: the connection "
-            "or the server damages it. Give the same command again; nothing of it was kept."
+            "or the server damaged it. Run the same command again; the damaged file was not kept."
         )
 
     def _get(self, file: str, headers: Mapping[str, str]) -> AbstractContextManager[Any]:
@@ -262,7 +262,7 @@ class HubSource:
                     write_all(out, piece)
                 except OSError as error:
                     raise DownloadError(
-                        f"cannot write {partial}: {error.strerror}. Free space and try again."
+                        f"cannot write {partial}: {error.strerror}. Free some space and run the same command again."
                     ) from error
                 digest.update(piece)
                 at += len(piece)

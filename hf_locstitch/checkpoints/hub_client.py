@@ -75,14 +75,14 @@ def raise_clearly(error: Exception, repo: str, revision: str | None, endpoint: s
         ) from error
     if isinstance(error, RepositoryNotFoundError) or status_of(error) in (401, 403):
         raise CheckpointError(
-            f"{at} does not exist on {endpoint}, or is private and closed to this token. Check the name; for a "
-            "private repo log in with `hf auth login` or set HF_TOKEN."
+            f"{at} does not exist on {endpoint}, or is private and not accessible with this token. Check the "
+            "name; for a private repo log in with `hf auth login` or set HF_TOKEN."
         ) from error
     if isinstance(error, OfflineModeIsEnabled):
         raise CheckpointError(
             f"{at} is not in the cache and HF_HUB_OFFLINE is set. Unset it, or fetch it first."
         ) from error
     raise DownloadError(
-        f"{at}: {endpoint} did not answer as it should ({type(error).__name__}: {error}). "
-        "Give the same command again when the connection is back."
+        f"{at}: the request to {endpoint} failed ({type(error).__name__}: {error}). "
+        "Run the same command again when the connection is back."
     ) from error

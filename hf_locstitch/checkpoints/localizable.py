@@ -45,7 +45,7 @@ def unknown_globs(names: Sequence[str], globs: Iterable[str]) -> list[str]:
         if not any(fnmatchcase(name, glob) for name in names):
             near = get_close_matches(glob, names, n=2, cutoff=0.3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            problems.append(f"the glob {glob!r} matches no tensor of the base{hint}")
+            problems.append(f"the glob {glob!r} matches no tensor in the base{hint}")
     return problems
 
 

@@ -29,5 +29,5 @@ def _refuse_quantized(source: Source, config: Config) -> None:
         method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(
             f"{source.label} is quantized ({method}); task vectors need the full weights. "
-            "Name the unquantized checkpoint it was made from."
+            "Use the unquantized checkpoint it was made from."
         )

@@ -96,7 +96,7 @@ class SafetensorsWriter:
             while at < reached:
                 piece = os.pread(self._fd, min(reached - at, PIECE), at)
                 if not piece:
-                    raise EOFError(f"the file ends at {at} of {self._size} bytes: somebody else has cut it")
+                    raise EOFError(f"the file ends at byte {at} of {self._size}: another process has truncated it")
                 digest.update(piece)
                 if hasattr(os, "posix_fadvise"):
                     # Let the disk begin with it, or all is left to the sync in the end.
@@ -109,7 +109,7 @@ class SafetensorsWriter:
         with self._moved:
             self._moved.wait_for(lambda: self._reached > at or self._over)
             if self._reached == at:
-                raise EOFError(f"{at} of {self._size} bytes were written")
+                raise EOFError(f"only {at} of {self._size} bytes were written")
             return self._reached
 
     def close(self) -> None:

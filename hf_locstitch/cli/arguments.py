@@ -40,7 +40,9 @@ def _add_merge(commands: Any) -> None:
     )
     _add_recipe(parser)
     parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call them (default: last part of REF)")
+    parser.add_argument(
+        "--names", nargs="+", metavar="NAME", help="names for them (default: the last part of each REF)"
+    )
     _add_target(parser)
 
     how = parser.add_argument_group("how to merge")
@@ -49,12 +51,12 @@ def _add_merge(commands: Any) -> None:
     how.add_argument(
         "--stitch",
         choices=[MEAN, *STITCHERS.names()],
-        help="the values under the masks: the mean of the finetuned ones (default), or fitted, linear by linear, to "
-        "what the finetuned models compute on unlabelled --data",
+        help="values under the masks: the mean of the finetuned values (default), or values fitted, one linear layer "
+        "at a time, to what the finetuned models compute on unlabelled --data",
     )
     _add_scale(how)
-    how.add_argument("--rest-from", metavar="NAME", help="finetune that gives the other tensors (default: the base)")
-    how.add_argument("--files-from", metavar="NAME", help="finetune that gives tokenizer and config")
+    how.add_argument("--rest-from", metavar="NAME", help="finetune to take all other tensors from (default: the base)")
+    how.add_argument("--files-from", metavar="NAME", help="finetune to take tokenizer and config from")
     _add_non_finite(how)
 
     output = parser.add_argument_group("output")
@@ -67,13 +69,15 @@ def _add_localize(commands: Any) -> None:
     parser = _add_command(
         commands,
         "localize",
-        help="cut a finetuned model down to its mask and the values under it",
-        description="Make a localized checkpoint: the mask of one finetuned model and its values there, a few per cent "
-        f"of the model. `stitch` merges any of them. {REF}: a folder, org/name or org/name@revision.",
+        help="reduce a finetuned model to its mask and the values under it",
+        description="Make a localized checkpoint: the mask of one finetuned model and the values under it, a "
+        f"few percent of the model. `stitch` merges any number of them. {REF}: a folder, org/name or org/name@revision.",
     )
     _add_recipe(parser)
     parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned model")  # one; the recipe tells
-    parser.add_argument("--name", dest="names", nargs=1, metavar="NAME", help="what to call it (default: end of REF)")
+    parser.add_argument(
+        "--name", dest="names", nargs=1, metavar="NAME", help="a name for it (default: the last part of REF)"
+    )
     _add_target(parser)
     how = parser.add_argument_group("how to localize")
     _add_localizing(how)
@@ -92,7 +96,7 @@ def _add_stitch(commands: Any) -> None:
     )
     _add_recipe(parser)
     parser.add_argument("--localized", nargs="+", metavar=REF, help="the localized checkpoints")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="what to call them (default: as they are called)")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="names for them (default: those they have)")
     _add_target(parser)
     how = parser.add_argument_group("how to stitch")
     _add_scale(how)
@@ -109,8 +113,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the result here")
-    parser.add_argument("--push-to", metavar="ORG/NAME", help="push it to this repo, in one commit")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the result to this folder")
+    parser.add_argument("--push-to", metavar="ORG/NAME", help="push the result to this repo, in one commit")
     parser.add_argument("--private", action="store_true", default=None, help="make the repo private if it is new")
 
 
@@ -120,16 +124,21 @@ def _add_localizing(how: Any) -> None:
         "--data",
         nargs="+",
         metavar="DATA",
-        help="data sets for saliency, mask, refit and regmean: alpaca, gsm8k, hotpotqa, a file, org/name",
+        help="a data set per finetune, for saliency, mask, refit and regmean: alpaca, gsm8k, hotpotqa, a file "
+        "or org/name",
     )
     how.add_argument(
         "--density",
         type=float,
         metavar="F",
-        help="share of weights each mask keeps (default: 0.1; mask: 0.01; ties: 0.2)",
+        help="fraction of the weights each mask keeps (default: 0.1; mask: 0.01; ties: 0.2)",
     )
-    how.add_argument("--scope", choices=["model", "tensor"], help="top k over the model (default) or in each tensor")
-    how.add_argument("--include", nargs="+", metavar="GLOB", help="localize these tensors (default: those of blocks)")
+    how.add_argument(
+        "--scope", choices=["model", "tensor"], help="top k over the whole model (default) or in each tensor"
+    )
+    how.add_argument(
+        "--include", nargs="+", metavar="GLOB", help="localize these tensors (default: all in the transformer blocks)"
+    )
     how.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these tensors out")
 
 
@@ -142,23 +151,33 @@ def _add_non_finite(how: Any) -> None:
 
 
 def _add_layout(output: Any) -> None:
-    output.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the base's")
-    output.add_argument("--shard-size", metavar="SIZE", help="largest file, such as 5GB (default: the base's division)")
+    output.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="dtype of the output (default: the base's)dtype of the output (default: the base's)",
+    )
+    output.add_argument(
+        "--shard-size", metavar="SIZE", help="largest file, such as 5GB (default: shards as in the base)"
+    )
 
 
 def _add_work(output: Any, device: bool) -> None:
     output.add_argument(
-        "--no-cache", action="store_true", help="stream: no model stays on this machine, nor in the cache"
+        "--no-cache", action="store_true", help="stream the models: keep none on this machine, not even in the cache"
     )
-    output.add_argument("--max-memory", metavar="SIZE", help="such as 1GB: fewer threads and smaller chunks if need be")
+    output.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="memory limit, such as 1GB: uses fewer threads and smaller chunks if needed",
+    )
     if device:
         output.add_argument(
             "--device", choices=["cpu", "cuda"], default="cpu", help="where models are compared (default: cpu)"
         )
-    output.add_argument("--no-figures", dest="figures", action="store_false", default=None, help="draw none")
+    output.add_argument("--no-figures", dest="figures", action="store_false", default=None, help="do not draw figures")
     output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    output.add_argument("--quiet", action="store_true", help="no plan and no progress bars")
+    output.add_argument("--quiet", action="store_true", help="print no plan and show no progress bars")
 
 
 def _add_verify(commands: Any) -> None:
@@ -167,16 +186,21 @@ def _add_verify(commands: Any) -> None:
         "verify",
         help="check a merge or a localized checkpoint: files, masks, values",
         description="Read a merge or a localized checkpoint back: its files against the manifest, its masks against "
-        f"the densities, its values against the inputs. {REF}: a folder, org/name or org/name@revision. Only reads.",
+        f"the densities, its values against the inputs. Writes nothing. {REF}: a folder, org/name or "
+        "org/name@revision.",
     )
     parser.add_argument("ref", metavar=REF, help="the merge or localized checkpoint")
-    parser.add_argument("--base", metavar=REF, help="the base, if not where the manifest names it")
+    parser.add_argument("--base", metavar=REF, help="the base, if it is not where the manifest says")
     parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge")
     parser.add_argument(
-        "--tensors", type=_count_or("all"), default=8, metavar="all|N", help="tensors computed again (default: 8)"
+        "--tensors",
+        type=_count_or("all"),
+        default=8,
+        metavar="all|N",
+        help="how many tensors to recompute (default: 8)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    parser.add_argument("--quiet", action="store_true", help="only what does not hold, and no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="print only failed checks, and show no progress bars")
     _add_debug(parser)
 
 
@@ -184,17 +208,19 @@ def _add_inspect(commands: Any) -> None:
     parser = _add_command(
         commands,
         "inspect",
-        help="what a merge is made of: densities, overlaps, where its masks lie, what looks odd",
-        description="Look at a merge, or at localized checkpoints, without making one: densities, overlaps, where the "
-        f"masks lie, norms, what looks odd. {REF}: a folder, org/name or org/name@revision. Reads small files only, "
-        "unless --inputs is given.",
+        help="show what a merge is made of: densities, overlaps, mask layout, anomalies",
+        description="Show what a merge is made of, or what merging localized checkpoints would give: densities, "
+        "overlaps, where the masks lie, norms, anomalies. Reads small files only, unless --inputs is given. "
+        f"{REF}: a folder, org/name or org/name@revision.",
     )
-    parser.add_argument("refs", nargs="+", metavar=REF, help="the merge, or one or several localized checkpoints")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw its figures into this folder")
-    parser.add_argument("--inputs", action="store_true", help="sample the inputs, too (default: what the merge noted)")
-    parser.add_argument("--base", metavar=REF, help="the base, if not where the manifest names it; implies --inputs")
+    parser.add_argument("refs", nargs="+", metavar=REF, help="the merge, or one or more localized checkpoints")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures into this folder")
     parser.add_argument(
-        "--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge; likewise"
+        "--inputs", action="store_true", help="also sample the inputs (default: use what the merge recorded)"
+    )
+    parser.add_argument("--base", metavar=REF, help="the base, if it is not where the manifest says; implies --inputs")
+    parser.add_argument(
+        "--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge; implies --inputs"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     _add_debug(parser)
@@ -206,32 +232,37 @@ def _add_evaluate(commands: Any) -> None:
         "evaluate",
         help="score models side by side with lm-eval",
         description=f"Score language models side by side with lm-eval. {REF}: a folder, org/name or org/name@revision. "
-        "What was measured before on the same content is not measured again. Several GPUs share the examples under "
+        "Scores already measured on the same content are reused. Several GPUs share the examples under "
         "`accelerate launch -m hf_locstitch evaluate ...`.",
     )
-    parser.add_argument("refs", nargs="+", metavar=REF, help="the models; the first is the one that is judged")
-    what = parser.add_argument_group("what")
+    parser.add_argument("refs", nargs="+", metavar=REF, help="the models; the first is the one being judged")
+    what = parser.add_argument_group("what to evaluate")
     what.add_argument(
         "--suite",
         choices=["paper", "quick"],
         help="paper: mmlu:5 arc_easy:0 arc_challenge:25 truthfulqa_mc1:0 truthfulqa_mc2:0; quick: 100 examples each of "
         "arc_easy:0 arc_challenge:0 truthfulqa_mc1:0",
     )
-    what.add_argument(
-        "--tasks", nargs="+", default=[], metavar="NAME[:SHOTS]", help="any of lm-eval's tasks and groups"
-    )
-    what.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of further task files")
+    what.add_argument("--tasks", nargs="+", default=[], metavar="NAME[:SHOTS]", help="lm-eval tasks or groups")
+    what.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with more lm-eval task files")
     what.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
 
-    beside = parser.add_argument_group("beside what")
+    beside = parser.add_argument_group("compare with")
     beside.add_argument(
-        "--parents", action="store_true", help="also the base and the finetunes of the first REF, a merge"
+        "--parents", action="store_true", help="also evaluate the base and the finetunes of the first REF, a merge"
     )
-    beside.add_argument("--average", action="store_true", help="also their plain average, made on the fly")
-    beside.add_argument("--base", metavar=REF, help="the base to compare with (default: as the merge's manifest says)")
-    beside.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models to compare with; likewise")
+    beside.add_argument("--average", action="store_true", help="also evaluate their plain average, made on the fly")
+    beside.add_argument(
+        "--base", metavar=REF, help="the base to compare with (default: the one in the merge's manifest)"
+    )
+    beside.add_argument(
+        "--ft",
+        nargs="+",
+        metavar=REF,
+        help="the finetuned models to compare with (default: those in the merge's manifest)",
+    )
 
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("how to evaluate")
     how.add_argument(
         "--batch-size",
         type=_count_or("auto"),
@@ -239,18 +270,18 @@ def _add_evaluate(commands: Any) -> None:
         metavar="auto|N",
         help="auto: the largest that fits (default)",
     )
-    how.add_argument("--chat-template", action="store_true", help="put prompts into the model's chat template")
-    how.add_argument("--no-cache", dest="cache", action="store_false", help="measure again what was measured before")
+    how.add_argument("--chat-template", action="store_true", help="apply the model's chat template to the prompts")
+    how.add_argument("--no-cache", dest="cache", action="store_false", help="ignore cached scores")
 
     output = parser.add_argument_group("output")
     output.add_argument(
         "--push",
         action="store_true",
-        help="write the scores into the page of the first REF: a folder, or a repo in one commit",
+        help="write the scores into the model card of the first REF: a folder, or a repo in one commit",
     )
-    output.add_argument("--track", choices=["trackio", "wandb"], help="log the scores there, too")
+    output.add_argument("--track", choices=["trackio", "wandb"], help="also log the scores there")
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    output.add_argument("--quiet", action="store_true", help="no progress bars")
+    output.add_argument("--quiet", action="store_true", help="show no progress bars")
     _add_debug(parser)
 
 
@@ -261,7 +292,7 @@ def _count_or(word: str) -> Callable[[str], int | str]:
         if text == word:
             return text
         if not text.isdecimal() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither {word!r} nor a number from 1 on")
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {word!r} nor a positive integer")
         return int(text)
 
     return parse

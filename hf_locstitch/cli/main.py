@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command](args)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left half done.", 130)
+        return _fail("interrupted; no partial output was left behind.", 130)
     except LocstitchError as error:
         if args.debug:
             traceback.print_exc()
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        return _fail(f"{type(error).__name__}: {error}{where}. --debug shows where it comes from.", 1)
+        return _fail(f"{type(error).__name__}: {error}{where}. Use --debug to see the traceback.", 1)
 
 
 class LogToStderr(logging.Handler):
@@ -98,7 +98,7 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
     from hf_locstitch.runtime.progress import Progress
     from hf_locstitch.runtime.settings import make_settings
 
-    recipe = make_recipe(_fields(args), where=str(args.recipe or "the command"))
+    recipe = make_recipe(_fields(args), where=str(args.recipe or "command"))
     if not args.dry_run and recipe.out is None and recipe.push_to is None:
         raise RecipeError("no output given: use --out DIR, --push-to ORG/NAME, or both.")
     device = getattr(args, "device", "cpu")
@@ -133,12 +133,14 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
         if flag in flags:
             fields[field] = [{"ref": ref} for ref in flags[flag]]
     if args.command == "stitch" and not fields.get("localized"):
-        raise RecipeError("nothing says what to stitch: give --localized REF..., what hf-locstitch localize made.")
+        raise RecipeError("no localized checkpoints given: use --localized REF..., as made by hf-locstitch localize.")
     if "names" in flags:
         field = "localized" if fields.get("localized") else "finetuned"
         entries = fields.get(field) or []
         if len(args.names) != len(entries):
-            raise RecipeError(f"--names gives {len(args.names)} names for {len(entries)} finetunes. Give one each.")
+            raise RecipeError(
+                f"--names gives {len(args.names)} names for {len(entries)} finetunes. Give one name per finetune."
+            )
         entries = [{"ref": entry} if isinstance(entry, str) else entry for entry in entries]
         fields[field] = [{**entry, "name": name} for entry, name in zip(entries, args.names, strict=True)]
     if "data" in flags:

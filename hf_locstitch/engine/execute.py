@@ -45,8 +45,8 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
     processes = find_processes()
     if processes.count > 1 and not plan.settings.cache:
         raise RecipeError(
-            f"--no-cache works in one process, not in {processes.count}: processes share what lies in the cache. "
-            "Drop --no-cache, or the launcher."
+            f"--no-cache works in one process, not in {processes.count}: several processes share inputs through the "
+            "cache. Drop --no-cache, or the launcher."
         )
     if recipe.push_to is not None:
         from hf_locstitch.report.publish import check_target

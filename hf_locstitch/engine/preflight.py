@@ -23,7 +23,7 @@ def check_out(out: Path, plan: Plan) -> Manifest | None:
         return None
     record = _read_manifest(out)
     if record is None or record.fingerprint != fingerprint(plan) or not is_intact(record, out):
-        raise OutputError(f"{out} exists and is not an empty folder; nothing is overwritten. Name another --out.")
+        raise OutputError(f"{out} exists and is not an empty folder; nothing is overwritten. Use another --out.")
     return record
 
 
@@ -40,8 +40,8 @@ def check_disk(folder: Path, plan: Plan) -> None:
     free, needed = shutil.disk_usage(_existing(folder)).free, estimate(plan, files_here(plan)).disk
     if free < needed:
         raise OutputError(
-            f"{folder} needs up to {human(needed)} of disk, of which {human(free)} are free. "
-            "Free some, or name an --out elsewhere."
+            f"{folder} needs up to {human(needed)} of disk space, but only {human(free)} is free. "
+            "Free some space, or use an --out elsewhere."
         )
 
 
@@ -52,8 +52,8 @@ def warn_of_memory(plan: Plan) -> None:
         return
     if cost.peak > (free := free_memory(cost.device)):
         LOG.warning(
-            f"localizing takes about {human(cost.peak)}, and {human(free)} are free on {cost.device} now: it may not "
-            "fit. Set micro_batch: 1, checkpointing: true, or state_on: cpu in the recipe's localizer."
+            f"localizing takes about {human(cost.peak)} of memory, but only {human(free)} is free on "
+            f"{cost.device}: it may not fit. Set micro_batch: 1, checkpointing: true, or state_on: cpu in the recipe's localizer."
         )
 
 

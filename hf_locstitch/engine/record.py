@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,8 @@ def make_manifest(
 ) -> Manifest:
     """The record without what is known only at the end: the output's files and the time."""
     localized = _localized_inputs(plan)
+    masks = _mask_records(plan, overlap) if plan.masked else {}
+    smaller = list(_smaller_masks(plan, masks))
     return Manifest(
         hf_locstitch=__version__,
         method=plan.recipe.method.name,
@@ -37,17 +39,28 @@ def make_manifest(
         inputs=[_input_record(plan, name, checkpoint, files[name]) for name, checkpoint in plan.inputs.items()],
         localized={name: _record("localized", name, plan.inputs[name], files[name]) for name in localized},
         N=plan.n,
-        k=plan.k if plan.exact_k else None,
-        masks=_mask_records(plan, overlap) if plan.masked else {},
+        k=plan.k if plan.exact_k and not smaller else None,
+        masks=masks,
         covered_by=[plan.n - int(overlap.covered[1:].sum()), *overlap.covered[1:].tolist()] if plan.masked else [],
         overlap=overlap.pair_records(list(plan.finetuned)) if plan.masked else [],
-        warnings=list(plan.warnings),
+        warnings=[*plan.warnings, *smaller],
         versions={"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
         fingerprint=fingerprint,
         data={name: found.pinned.dump() for name, found in plan.data.items()}
         | {name: data for name, one in localized.items() for data in one.record.data.values()},
         stitch=stitch,
     )
+
+
+def _smaller_masks(plan: Plan, masks: Mapping[str, MaskRecord]) -> Iterator[str]:
+    """A sentence for each mask that keeps fewer elements than asked for."""
+    if plan.exact_k and not isinstance(plan, StitchPlan):
+        for name, mask in masks.items():
+            if mask.ones < plan.k:
+                yield (
+                    f"the mask of {name} keeps {mask.ones:,} of the {plan.k:,} elements asked for: no more of the "
+                    "localized weights differ from the base."
+                )
 
 
 def _mask_records(plan: Plan, overlap: Overlap) -> dict[str, MaskRecord]:
@@ -126,8 +139,8 @@ def check_pins(plan: Plan, files: FileHashes) -> None:
         got = weights_sha256(files[name])
         if entry.sha256 not in (None, got):
             raise CheckpointError(
-                f"the weights of {plan.inputs[name].label} have sha256 {got}, but the recipe asks for {entry.sha256}: "
-                "it was made from other weights. Name the right checkpoint, or drop sha256 from the recipe."
+                f"the weights of {plan.inputs[name].label} have sha256 {got}, but the recipe expects {entry.sha256}: "
+                "it was made from different weights. Use the right checkpoint, or drop sha256 from the recipe."
             )
     for name, one in _localized_inputs(plan).items():
         for file, got in files[name].items():
@@ -139,6 +152,6 @@ def check_pins(plan: Plan, files: FileHashes) -> None:
             got = files["base"].get(unlike[0], "absent")
             raise CheckpointError(
                 f"{one.label} was localized against {one.base.ref}, whose {unlike[0]} has sha256 "
-                f"{one.base.files[unlike[0]]}; in the base {plan.base.label} it is {got}. Name the base that it was "
+                f"{one.base.files[unlike[0]]}; in the base {plan.base.label} it is {got}. Use the base that it was "
                 "localized against."
             )

@@ -113,8 +113,8 @@ def open_work_dir(plan: Plan, near: Path, out: Path | None, processes: Processes
         if error.errno not in FULL:
             raise
         raise WorkError(
-            f"the disk of {work.folder.parent} is full. Free some space and give the same command again: "
-            f"it goes on where it stopped, from {work.folder}."
+            f"the disk of {work.folder.parent} is full. Free some space and run the same command again: "
+            f"it resumes where it stopped, from {work.folder}."
         ) from error
     finally:
         for lock in locks:
@@ -132,6 +132,6 @@ def _make(work: WorkDir) -> int:
     except OSError as error:
         os.close(handle)
         raise OutputError(
-            f"another process is making the same merge in {work.folder}. Wait for it, or name another --out."
+            f"another process is making the same merge in {work.folder}. Wait for it, or use another --out."
         ) from error
     return handle

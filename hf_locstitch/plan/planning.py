@@ -81,10 +81,11 @@ def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
     names = [entry.name or default for entry, default in zip(recipe.entries, defaults, strict=True)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(
-            f"two finetunes are named {twice[0]!r} ({', '.join(names)}); each names a mask file. Set --names."
+            f"two finetunes are named {twice[0]!r} ({', '.join(names)}), but each name is a mask's file name. "
+            "Set --names."
         )
     if "base" in names:
-        raise RecipeError("a finetune is named 'base', which is what the base is called. Set --names.")
+        raise RecipeError("a finetune is named 'base', a name reserved for the base. Set --names.")
     return names
 
 
@@ -95,7 +96,7 @@ def _by_name(
     if not isinstance(sets, Mapping):
         return dict(zip(names, sets, strict=False))
     if unknown := sorted(set(sets) - set(names)):
-        raise RecipeError(f"data is given for {unknown[0]!r}, which is none of the finetunes ({', '.join(names)}).")
+        raise RecipeError(f"data is given for {unknown[0]!r}, which is not one of the finetunes ({', '.join(names)}).")
     return {name: sets[name] for name in names if name in sets}
 
 
@@ -213,8 +214,8 @@ def _recorded_localizer(one: LocalizedCheckpoint) -> Localizer:
     except (KeyError, ValidationError) as error:
         said = error.args[0] if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"the localized checkpoint {one.label} was made by a localizer that is not here, or is damaged: "
-            f"{' '.join(said.split())}. Install the package that brings the localizer, or fetch the checkpoint again."
+            f"the localized checkpoint {one.label} was made by a localizer that is not installed, or is damaged: "
+            f"{' '.join(said.split())}. Install the package that provides the localizer, or fetch the checkpoint again."
         ) from error
 
 
@@ -236,11 +237,11 @@ def _check_inputs(
 ) -> tuple[list[str], tuple[str, ...]]:
     """The tensors that the method ranges over, and what is to be said. Raises RecipeError, MismatchError."""
     if data and not settings.cache:
-        raise RecipeError("a localizer that looks at data loads whole models: it does not go with --no-cache.")
+        raise RecipeError("a localizer that uses data loads whole models: it cannot be combined with --no-cache.")
     if fit_data and not settings.cache:
         assert recipe.fitting is not None
         raise RecipeError(
-            f"{recipe.fitting.called} reads the finetunes again and again, a layer at a time: it does not go with "
+            f"{recipe.fitting.called} reads the finetunes repeatedly, a layer at a time: it cannot be combined with "
             "--no-cache. Drop one of the two."
         )
     problems = unknown_globs(list(base.tensors), [*recipe.include, *recipe.exclude])
@@ -251,8 +252,8 @@ def _check_inputs(
     chosen = localizable((info for _, info in base.tensors.values()), include, recipe.exclude)
     if not chosen:
         problems.append(
-            f"no tensor of {base.label} is localizable (names are such as {', '.join(list(base.tensors)[:3])}); "
-            "say which are with --include"
+            f"no tensor of {base.label} is localizable (its names look like {', '.join(list(base.tensors)[:3])}); "
+            "select tensors with --include"
         )
     warnings: list[str] = []
     for name, checkpoint in finetuned.items():
@@ -279,7 +280,7 @@ def _unknown_name(field: str, value: str | None, names: list[str]) -> list[str]:
     if value is None or value in names:
         return []
     near = get_close_matches(value, names, n=1, cutoff=0.0)
-    return [f"{field} names {value!r}, which is none of the finetunes ({', '.join(names)}); did you mean {near[0]!r}?"]
+    return [f"{field} is {value!r}, which is not one of the finetunes ({', '.join(names)}); did you mean {near[0]!r}?"]
 
 
 def _check_localizable(recipe: Recipe) -> None:
@@ -287,11 +288,11 @@ def _check_localizable(recipe: Recipe) -> None:
     if recipe.localized or len(recipe.finetuned) != 1:
         given = "localized checkpoints" if recipe.localized else f"{len(recipe.finetuned)} finetunes"
         raise RecipeError(
-            f"a localized checkpoint is made of one finetune, not of {given}. Localize one after another."
+            f"a localized checkpoint is made from one finetune, not from {given}. Localize them one at a time."
         )
     if recipe.method.name != "locstitch":
-        raise RecipeError(f"masks are found for method locstitch, not for {recipe.method.name}. Leave --method out.")
+        raise RecipeError(f"localize finds masks for method locstitch, not for {recipe.method.name}. Drop --method.")
     if recipe.stitch is not None:
-        raise RecipeError("a refit fits the values of all finetunes together: it goes with merge. Leave stitch out.")
+        raise RecipeError("a refit fits the values of all finetunes together: it works in merge only. Drop stitch.")
     if given := [field for field in OF_MODELS if getattr(recipe, field) != Recipe.model_fields[field].default]:
-        raise RecipeError(f"{', '.join(given)} cannot be said of a localized checkpoint. Say it when it is stitched.")
+        raise RecipeError(f"{', '.join(given)} cannot be set for a localized checkpoint. Set this when stitching.")

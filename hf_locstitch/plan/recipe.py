@@ -140,7 +140,9 @@ class Recipe(Strict):
         if localized == () and not value:
             raise PydanticCustomError("missing", "Field required")
         if localized and value:
-            raise ValueError("finetuned models and localized checkpoints do not go into one merge; localize them all")
+            raise ValueError(
+                "finetuned models and localized checkpoints cannot be merged together; localize all of them"
+            )
         return value
 
     @model_validator(mode="before")
@@ -151,10 +153,10 @@ class Recipe(Strict):
         own = {"method": stitch} if isinstance(stitch, str) else stitch
         if not isinstance(own, dict) or own.get("method") != "regmean":
             return value
-        LOG.warning("stitch: {method: regmean, …} is the old spelling of method: {name: regmean, …}; write that.")
+        LOG.warning("stitch: {method: regmean, …} is the old spelling of method: {name: regmean, …}; use the new one.")
         method = value.get("method", "regmean")
         if method not in ("regmean", {"name": "regmean"}):
-            raise ValueError(f"stitch: regmean goes with method regmean, not with {method}")
+            raise ValueError(f"stitch: regmean needs method regmean, not {method}")
         settings = {key: setting for key, setting in own.items() if key != "method"}
         return {**value, "method": {"name": "regmean", **settings}, "stitch": None}
 
@@ -190,7 +192,7 @@ class Recipe(Strict):
             return None
         if value["method"] not in STITCHERS.names():
             name = str(value["method"])
-            raise ValueError(f"unknown stitch {name!r} (known are {', '.join([MEAN, *STITCHERS.names()])})")
+            raise ValueError(f"unknown stitch {name!r} (choose from {', '.join([MEAN, *STITCHERS.names()])})")
         return value
 
     @model_validator(mode="after")
@@ -199,35 +201,34 @@ class Recipe(Strict):
         if fitting is None or self.localized:
             return self
         if self.stitch is not None and self.method.name != "locstitch":
-            raise ValueError(f"stitch: {self.stitch.method} goes with method locstitch, not with {self.method.name}")
+            raise ValueError(f"stitch: {self.stitch.method} needs method locstitch, not {self.method.name}")
         found = len(self.fit_sets)
         if found != len(self.finetuned):
             raise ValueError(
-                f"{fitting.called} looks at data: {len(self.finetuned)} sets of unlabelled inputs are needed, one for "
-                f"each finetune, not {found}"
+                f"{fitting.called} needs one --data entry of unlabelled inputs per finetune: expected "
+                f"{len(self.finetuned)}, got {found}"
             )
         if self.allow_non_finite:
             raise ValueError(
-                f"allow_non_finite does not go with {fitting.called}: nothing can be fitted to what is no number"
+                f"allow_non_finite cannot be combined with {fitting.called}: no values can be fitted to NaN or infinity"
             )
         return self
 
     @model_validator(mode="after")
     def _data_suits_localizer(self) -> Recipe:
-        looks = self.localizer is not None and self.localizer.needs_data
-        if self.data and not looks and (self.fitting is None or self.fitting.data):
+        localizer = self.localizer if self.localizer is not None and self.localizer.needs_data else None
+        if self.data and localizer is None and (self.fitting is None or self.fitting.data):
             raise ValueError(
-                "data is given, but only the localizers mask and saliency look at data, stitch: refit, and method "
-                "regmean"
+                "data is given, but only the localizers mask and saliency, stitch: refit and method regmean use data"
             )
-        if looks and len(self.data) != len(self.finetuned):
+        if localizer is not None and len(self.data) != len(self.finetuned):
             raise ValueError(
-                f"the localizer looks at data: {len(self.finetuned)} localization sets are needed, one for each "
-                f"finetune, not {len(self.data)}"
+                f"{localizer.method} needs one --data entry per finetune: expected {len(self.finetuned)}, "
+                f"got {len(self.data)}"
             )
-        if looks and self.allow_non_finite:
+        if localizer is not None and self.allow_non_finite:
             raise ValueError(
-                "allow_non_finite does not go with a localizer that looks at data: no loss would be a number"
+                "allow_non_finite cannot be combined with a localizer that uses data: its loss would not be finite"
             )
         return self
 
@@ -237,7 +238,7 @@ class Recipe(Strict):
             raise ValueError(f"localized checkpoints are merged by method locstitch, not {self.method.name}")
         given = [field for field in SETTLED if getattr(self, field)]
         if self.localized and given:
-            raise ValueError(f"{', '.join(given)} cannot be said of localized checkpoints: it takes whole models")
+            raise ValueError(f"{', '.join(given)} cannot be set for localized checkpoints: this needs whole models")
         return self
 
     @model_validator(mode="after")
@@ -265,7 +266,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _private_needs_push(self) -> Recipe:
         if self.private and self.push_to is None:
-            raise ValueError("private says who may see the pushed repo: it needs push_to")
+            raise ValueError("private applies to the pushed repo: it needs push_to")
         return self
 
 
@@ -278,17 +279,17 @@ def load_recipe(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(fields, dict):
-        raise RecipeError(f"{path} should hold fields such as `base:` and `finetuned:`, not {type(fields).__name__}.")
+        raise RecipeError(f"{path} must hold fields such as `base:` and `finetuned:`, not {type(fields).__name__}.")
     return fields
 
 
-def make_recipe(fields: Mapping[str, Any], where: str = "the request") -> Recipe:
+def make_recipe(fields: Mapping[str, Any], where: str = "request") -> Recipe:
     """Validate. Raises RecipeError with every fault at once; an unknown key is answered with the nearest one."""
     try:
         return Recipe.model_validate(dict(fields))
     except ValidationError as error:
         faults = [_fault(fault) for fault in error.errors(include_url=False)]
-        raise RecipeError(f"{where} is wrong: " + "; ".join(faults) + ".") from error
+        raise RecipeError(f"invalid {where}: " + "; ".join(faults) + ".") from error
 
 
 def _fault(fault: Any) -> str:
@@ -298,12 +299,12 @@ def _fault(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         known = _fields_at([str(part) for part in fault["loc"]][:-1])
         near = get_close_matches(loc[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
         return f"unknown key {'.'.join(loc)!r} ({hint})"
     if fault["type"] == "missing":
         return f"{'.'.join(loc)!r} is missing"
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(loc)}: {message}, not {fault['input']!r}" if loc else message
+    return f"{'.'.join(loc)}: {message} (got {fault['input']!r})" if loc else message
 
 
 def _fields_at(loc: list[str]) -> list[str]:

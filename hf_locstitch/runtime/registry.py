@@ -46,7 +46,7 @@ class Registry(Generic[T]):
     def hint(self, name: str) -> str:
         """The nearest name, or all of them."""
         near = get_close_matches(name, self.names(), n=1, cutoff=0.5)
-        return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(self.names())}"
+        return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(self.names())}"
 
     def union(self, field: str) -> Any:
         """A type for pydantic: any of the components, told apart by a field that holds its name."""

@@ -59,7 +59,8 @@ def make_settings(cache: bool = True, max_memory: int | str | None = None, devic
 
         if not torch.cuda.is_available():
             raise RecipeError(
-                f"--device {device} is asked for, but torch {torch.__version__} finds no CUDA device here."
+                f"--device {device} was requested, but torch {torch.__version__} finds no CUDA device. "
+                "Use --device cpu."
             )
     settings = replace(DEFAULT, cache=cache, device=device)
     if max_memory is None:
@@ -67,4 +68,4 @@ def make_settings(cache: bool = True, max_memory: int | str | None = None, devic
     try:
         return settings.within(TypeAdapter(ByteSize).validate_python(max_memory))
     except ValidationError as error:
-        raise RecipeError(f"--max-memory {max_memory!r} is no size. Give one such as 1GB or 800MB.") from error
+        raise RecipeError(f"--max-memory {max_memory!r} is not a size. Use a value such as 1GB or 800MB.") from error

@@ -35,7 +35,7 @@ class EvaluateOptions(BaseModel):
     @model_validator(mode="after")
     def _names_tasks(self) -> EvaluateOptions:
         if not self.tasks and self.suite is None:
-            raise ValueError("names neither tasks nor a suite")
+            raise ValueError("set tasks or a suite")
         return self
 
 
@@ -78,7 +78,7 @@ def parse_task(text: str) -> TaskSpec:
     name, colon, shots = text.partition(":")
     if not name or (colon and not shots.isdecimal()):
         raise RecipeError(
-            f"{text!r} is no task: write NAME, or NAME:SHOTS with the number of examples, such as mmlu:5."
+            f"invalid task {text!r}: use NAME, or NAME:SHOTS with the number of few-shot examples, such as mmlu:5."
         )
     return TaskSpec(name, int(shots) if colon else None)
 
@@ -86,14 +86,14 @@ def parse_task(text: str) -> TaskSpec:
 def chosen_tasks(tasks: Sequence[str], suite: str | None, limit: int | None) -> tuple[list[TaskSpec], int | None]:
     """The tasks and the limit that are asked for. Raises RecipeError for an unknown suite or a task named twice."""
     if suite is not None and suite not in SUITES:
-        raise RecipeError(f"unknown suite {suite!r} (known are {', '.join(SUITES)}).")
+        raise RecipeError(f"unknown suite {suite!r} (choose from {', '.join(SUITES)}).")
     bundle = SUITES[suite] if suite is not None else Suite(())
     specs = [*bundle.tasks, *map(parse_task, tasks)]
     if not specs:
-        raise RecipeError(f"nothing says what to evaluate: give --tasks NAME..., or --suite {'|'.join(SUITES)}.")
+        raise RecipeError(f"no tasks given: use --tasks NAME... or --suite {'|'.join(SUITES)}.")
     names = [spec.name for spec in specs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise RecipeError(f"the task {twice[0]!r} is named twice. Name it once.")
+        raise RecipeError(f"the task {twice[0]!r} is given twice. Give it once.")
     return specs, limit if limit is not None else bundle.limit
 
 
@@ -102,5 +102,5 @@ def make_options(fields: Mapping[str, Any]) -> EvaluateOptions:
     try:
         return EvaluateOptions.model_validate(fields)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
-        raise RecipeError(f"the evaluation cannot be done: {'; '.join(faults)}.") from error
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        raise RecipeError(f"invalid evaluation options: {'; '.join(faults)}.") from error

@@ -18,7 +18,7 @@ def find_device(asked: str) -> torch.device:
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise RequestError("device: cuda is asked for, but torch finds no CUDA device. Use device: auto or cpu.")
+        raise RequestError("device: cuda was requested, but torch finds no CUDA device. Use device: auto or cpu.")
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -47,8 +47,8 @@ def load_model(folder: Path, objective: Objective, config: Any, dtype: torch.dty
         )
     except (ValueError, OSError, KeyError) as error:
         raise RequestError(
-            f"{objective.auto_class} cannot load the model ({' '.join(str(error).split())[:300]}). A localizer with "
-            "data needs a model that transformers knows without code from the repo; use one without data."
+            f"{objective.auto_class} cannot load the model ({' '.join(str(error).split())[:300]}). A localizer that "
+            "uses data needs a model that transformers supports without code from the repo; use one without data."
         ) from error
     absent = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     return model.eval(), absent
@@ -62,7 +62,7 @@ def load_config(folder: Path) -> Any:
     except (ValueError, OSError, KeyError) as error:
         raise RequestError(
             f"transformers cannot read the config.json of {folder.name} ({' '.join(str(error).split())[:300]}). "
-            "A localizer with data needs it; use one without data."
+            "A localizer that uses data needs it; use one without data."
         ) from error
 
 
@@ -78,6 +78,7 @@ def load_processor(objective: Objective, *folders: Path) -> Any:
         except (ValueError, OSError, KeyError, TypeError) as error:
             errors.append(" ".join(str(error).split())[:200])
     raise RequestError(
-        f"neither the finetune nor the base has a tokenizer or processor that {loader.__name__} reads ({errors[0]}). "
+        f"neither the finetune nor the base has a tokenizer or processor that {loader.__name__} can read "
+        f"({errors[0]}). "
         "Add its files to one of them."
     )

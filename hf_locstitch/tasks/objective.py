@@ -85,8 +85,8 @@ def label_ids(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[int]
         number = numbers.get(label.lower(), -1) if isinstance(label, str) else int(label)
         if not 0 <= number < len(names):
             raise RequestError(
-                f"the label {label!r} is none of the {len(names)} classes ({', '.join(names[:6])}). "
-                "Map the labels in the data, or name the classes."
+                f"the label {label!r} is not one of the {len(names)} classes ({', '.join(names[:6])}). "
+                "Map the labels in the data, or set the classes."
             )
         found.append(number)
     return found

@@ -92,7 +92,7 @@ def to_disk(model: Any, group: Group, tensors: Mapping[str, torch.Tensor]) -> di
     if missing:
         raise MismatchError(
             [
-                f"{missing[0]} on disk is not found again among what {', '.join(group.parameters[:3])} convert to "
+                f"{missing[0]} on disk is not among the tensors that {', '.join(group.parameters[:3])} convert to "
                 f"({', '.join(sorted(found)[:3])}); use a localizer without data, or leave it out with --exclude"
             ]
         )
@@ -109,7 +109,7 @@ def chosen_groups(groups: Sequence[Group], localized: Collection[str], where: st
     if absent := [name for name in localized if name not in covered]:
         more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         problems.append(
-            f"{absent[0]}{more} is to be localized but is no parameter of the model that transformers makes of "
+            f"{absent[0]}{more} is to be localized but is not a parameter of the model that transformers builds from "
             f"{where}; leave it out with --exclude, or use a localizer without data"
         )
     chosen = []
@@ -119,7 +119,7 @@ def chosen_groups(groups: Sequence[Group], localized: Collection[str], where: st
             outside = next(name for name in group.disk if name not in localized)
             problems.append(
                 f"{inside[0]} is to be localized and {outside} is not, but both are one parameter in memory "
-                f"({group.parameters[0]}); take both in or leave both out"
+                f"({group.parameters[0]}); include both or exclude both"
             )
         if inside:
             chosen.append(group)
@@ -140,8 +140,9 @@ def check(
             due = on_disk(name)
             if mapped.shape != due.shape or not _same_bits(mapped, due.to(mapped.dtype)):
                 raise RequestError(
-                    f"{group.parameters[0]}, mapped back to disk, is not {name} as stored ({list(mapped.shape)} "
-                    f"against {list(due.shape)}): gradients could not be trusted to land in the right place. Use a "
+                    f"{group.parameters[0]}, mapped back to disk, differs from {name} as stored (shapes "
+                    f"{list(mapped.shape)} "
+                    f"and {list(due.shape)}): gradients could not be trusted to land in the right place. Use a "
                     "localizer without data, or leave the tensor out with --exclude."
                 )
 

@@ -94,7 +94,8 @@ def open_set(asked: LocalizationSet) -> OpenSet:
         return _open_repo(asked, known.repo, revision or None, asked.config or known.config)
     if Path(name).suffix in BUILDERS or "/" not in name or not REPO_ID.fullmatch(name):
         raise RecipeError(
-            f"the data {asked.ref!r} is no file here, none of {', '.join(SURROGATES)}, and no data set org/name. "
+            f"the data {asked.ref!r} is neither a local file, nor one of {', '.join(SURROGATES)}, nor a data "
+            "set org/name. "
             "Check the path or the name."
         )
     return _open_repo(asked, name, revision or None, asked.config)
@@ -102,13 +103,13 @@ def open_set(asked: LocalizationSet) -> OpenSet:
 
 def _open_file(asked: LocalizationSet, path: Path) -> OpenSet:
     if not path.is_file() or path.suffix not in BUILDERS:
-        what = "does not exist" if not path.is_file() else f"is none of {', '.join(BUILDERS)}"
+        what = "does not exist" if not path.is_file() else f"is not one of {', '.join(BUILDERS)}"
         raise RecipeError(f"the data file {path} {what}. Check the path.")
     digest = file_sha256(path)
     if asked.sha256 not in (None, digest):
         raise CheckpointError(
-            f"{path} has sha256 {digest}, but the recipe asks for {asked.sha256}: it holds other examples. "
-            "Name the right file, or drop sha256 from the recipe."
+            f"{path} has sha256 {digest}, but the recipe expects {asked.sha256}: it holds different examples. "
+            "Use the right file, or drop sha256 from the recipe."
         )
     return OpenSet(asked, file=path, sha256=digest)
 
@@ -135,7 +136,7 @@ def read_rows(found: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
     if absent := [theirs for theirs in rename.values() if theirs not in dataset.column_names]:
         raise RequestError(
             f"{found.label} has no column {absent[0]!r}: it has {', '.join(dataset.column_names)}. "
-            "Check `columns` of the data in the recipe."
+            "Check the data's `columns` in the recipe."
         )
     of_labels = rename.get("label", "label")
     values = dataset[of_labels] if of_labels in dataset.column_names else None
@@ -149,8 +150,9 @@ def read_rows(found: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
     if not rows or not any(all(rows[0].get(name) is not None for name in names) for names in wanted):
         known = "; ".join(" and ".join(names) for names in wanted)
         raise RequestError(
-            f"{found.label} has {len(rows)} examples with the columns {', '.join(dataset.column_names)}; needed are "
-            f"{known}. Map them with `columns` of the data in the recipe."
+            f"{found.label} has {len(rows)} examples with the columns {', '.join(dataset.column_names)}; needed "
+            "is one of: "
+            f"{known}. Map them with the data's `columns` in the recipe."
         )
     return [_with_image(row, found.file) for row in rows]
 

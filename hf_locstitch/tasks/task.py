@@ -11,7 +11,7 @@ from torch import Tensor
 
 def no_outputs(model: Any, examples: Sequence[Any]) -> Tensor:
     """Of a task that tells its loss only."""
-    raise NotImplementedError("this task tells its loss only")
+    raise NotImplementedError("this task defines a loss only")
 
 
 @dataclass(frozen=True)

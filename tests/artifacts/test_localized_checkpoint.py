@@ -224,7 +224,7 @@ def test_another_base(localized: Path) -> None:
     """Other values show when the files are hashed, before anything is merged; other files at once."""
     other = random_state(7)
     save(localized / "other", other)
-    refused(localized, CheckpointError, "was localized against ./base", "sha256", "Name the base", base="other")
+    refused(localized, CheckpointError, "was localized against ./base", "sha256", "Use the base", base="other")
     save_sharded(localized / "cut", random_state(0), lambda names: [names[:4], names[4:]])
     refused(localized, MismatchError, "was localized against ./base, where model-00001-of-00002", base="cut")
     save(localized / "ft2", finetune(other, 2))
@@ -297,17 +297,17 @@ def test_what_cannot_be_asked_for(localized: Path) -> None:
     base, refs = localized / "base", [localized / "loc0"]
     asked = {"base": str(base), "localized": [str(refs[0])]}
     one = {"base": str(base), "finetuned": [str(localized / "ft0")]}
-    with pytest.raises(RecipeError, match="localizer, include cannot be said of localized checkpoints"):
+    with pytest.raises(RecipeError, match="localizer, include cannot be set for localized checkpoints"):
         make_recipe({**asked, "localizer": {"density": 0.1}, "include": ["*"]})
     with pytest.raises(RecipeError, match="merged by method locstitch, not average"):
         make_recipe({**asked, "method": "average"})
-    with pytest.raises(RecipeError, match="scale, dtype cannot be said of a localized checkpoint"):
+    with pytest.raises(RecipeError, match="scale, dtype cannot be set for a localized checkpoint"):
         make_localize_plan(make_recipe({**one, "scale": 0.5, "dtype": "float16"}))
     with pytest.raises(RecipeError, match="not for ties"):
         make_localize_plan(make_recipe({**one, "method": "ties"}))
-    with pytest.raises(RecipeError, match="do not go into one merge"):
+    with pytest.raises(RecipeError, match="cannot be merged together"):
         make_recipe({**asked, "finetuned": [str(localized / "ft0")]})
-    with pytest.raises(RecipeError, match="2 names are given for 1"):
+    with pytest.raises(RecipeError, match="got 2 names for 1"):
         quick_stitch(base, refs, out=localized / "out", names=["a", "b"])
 
 

@@ -148,11 +148,11 @@ def test_usage(run: Run, merge: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("xyz: 0.2", ["unknown key 'xyz'", "known are base, localized, finetuned"]),
+        ("xyz: 0.2", ["unknown key 'xyz'", "choose from base, localized, finetuned"]),
         ("finetune: [x]", ["unknown key 'finetune'", "did you mean 'finetuned'"]),
         ("localizer: {densty: 0.2}", ["unknown key 'localizer.densty'", "did you mean 'density'"]),
         ("localizer: {density: much}", ["localizer.density"]),
-        ("- a\n- b", ["should hold fields"]),
+        ("- a\n- b", ["must hold fields"]),
         ("base: [", ["not valid YAML"]),
         ("base: {ref: x, sha: y}", ["unknown key 'base.sha'", "did you mean 'sha256'"]),
     ],
@@ -247,7 +247,7 @@ def test_not_enough_disk(merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    refused(tmp_path, merge(), "disk", "100 B are free")
+    refused(tmp_path, merge(), "disk", "100 B is free")
 
 
 def weights(tmp_path: Path, content: bytes) -> Path:
@@ -278,13 +278,13 @@ def entry(begin: int, end: int, shape: list[int] | None = None, dtype: str = "F3
         (header("[]", b""), "malformed"),
         (header({"a": {"dtype": "F32"}}, b""), "malformed"),
         (header({"layers.0.a": entry(0, 8), "layers.0.b": entry(4, 12)}, bytes(12)), "overlaps"),
-        (header({"layers.0.a": entry(0, 8), "layers.0.b": entry(12, 16)}, bytes(16)), "hole"),
+        (header({"layers.0.a": entry(0, 8), "layers.0.b": entry(12, 16)}, bytes(16)), "leaves a gap"),
         (header({"layers.0.a": entry(0, 8)}, bytes(4)), "truncated"),
         (header({"layers.0.a": entry(0, 8)}, bytes(12)), "belong to no tensor"),
         (header({"layers.0.a": entry(0, 8, [3])}, bytes(8)), "takes 12 bytes"),
         (header({"layers.0.a": entry(0, 8, [-2, -1])}, bytes(8)), "malformed"),
         (header('{"a": {"dtype":"F32","shape":[1],"data_offsets":[0,4]}, "a": {"dtype":"F32","shape":[1],'
-                '"data_offsets":[4,8]}}', bytes(8)), "given twice"),
+                '"data_offsets":[4,8]}}', bytes(8)), "appears twice"),
     ],
 )  # fmt: skip
 def test_damaged_files(merge: Run, tmp_path: Path, content: bytes, words: str) -> None:
@@ -332,7 +332,7 @@ def test_nan_names_file_and_tensor(merge: Run, base: State, tmp_path: Path) -> N
         merge("--ft", tmp_path / "broken"),
         "broken/model.safetensors",
         "model.layers.1.norm.weight",
-        "place 2 of its 6",
+        "flat index 2 of 6",
         "--allow-non-finite",
     )
 
@@ -343,7 +343,7 @@ def test_other_weights_than_the_recipe_pins(run: Run, merge: Run, base: State, t
     recipe = (tmp_path / "first" / "locstitch.yaml").read_text()
     recipe = recipe.replace("./base", str(tmp_path / "base")).replace("./ft", str(tmp_path / "elsewhere" / "ft"))
     (tmp_path / "pinned.yaml").write_text(recipe)
-    refused(tmp_path, run("merge", tmp_path / "pinned.yaml", "--out", tmp_path / "out"), "sha256", "other weights")
+    refused(tmp_path, run("merge", tmp_path / "pinned.yaml", "--out", tmp_path / "out"), "sha256", "different weights")
 
 
 def test_hub_requests_that_are_refused(merge: Run, base: State, tmp_path: Path, home_hub: LoopbackHub,

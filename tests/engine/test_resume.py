@@ -171,7 +171,7 @@ def test_a_changed_input_is_not_mixed_in(inputs: list[Path], tmp_path: Path, kil
 
 def test_a_full_disk(inputs: list[Path], expected: dict[str, str], tmp_path: Path, kill_after: KillAfter) -> None:
     kill_after(ShardWriter, "_merge", 3, OSError(28, "No space left on device"))
-    with pytest.raises(WorkError, match=r"is full.*give the same command again"):
+    with pytest.raises(WorkError, match=r"is full.*run the same command again"):
         merge(inputs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     kill_after(ShardWriter, "_merge")

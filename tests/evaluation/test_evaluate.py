@@ -117,7 +117,7 @@ def test_unknown_task(run: Run, a: Path) -> None:
 def test_wrong_requests(run: Run, a: Path, tasks: Path, tmp_path: Path) -> None:
     paragraph(run("evaluate", a), 2, "--tasks NAME", "--suite")
     paragraph(run("evaluate", a, "--tasks", "mmlu:five"), 2, "NAME:SHOTS")
-    paragraph(run("evaluate", a, "--tasks", "mmlu", "mmlu:5"), 2, "'mmlu' is named twice")
+    paragraph(run("evaluate", a, "--tasks", "mmlu", "mmlu:5"), 2, "'mmlu' is given twice")
     paragraph(run("evaluate", a, "--tasks", "letters", "--include-path", tmp_path / "none"), 2, "is no folder")
     paragraph(run("evaluate", a, "--tasks", "letters", "--limit", "0"), 2, "--limit must be 1 or more")
     paragraph(run("evaluate", a, "--tasks", "letters", "--parents", "--include-path", tasks), 2, "is no merge")

@@ -194,4 +194,4 @@ def test_too_little_memory_is_said(
     monkeypatch.setattr("psutil.virtual_memory", Little)
     assert not planned(how, capsys)["fits"]
     assert main([*how, "--out", str(tmp_path / "out"), "--quiet"]) == 0
-    assert "1.0 kB are free on cpu now: it may not fit" in caplog.text
+    assert "1.0 kB is free on cpu: it may not fit" in caplog.text

@@ -182,20 +182,20 @@ def test_a_killed_run_does_not_score_again(tmp_path: Path, monkeypatch: Any) -> 
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"localizer": Saliency()}, "1 localization sets are needed"),
+    ({"localizer": Saliency()}, "saliency needs one --data entry per finetune: expected 1, got 0"),
     ({"localizer": Magnitude(), "data": ["a.jsonl"]}, "only the localizers mask and saliency look at data"),
-    ({"localizer": Saliency(), "data": ["b.jsonl"]}, "b.jsonl' is no file here"),
+    ({"localizer": Saliency(), "data": ["b.jsonl"]}, "b.jsonl' is neither a local file"),
     ({"localizer": Saliency(), "data": ["./b.jsonl"]}, "b.jsonl does not exist"),
-    ({"localizer": Saliency(), "data": {"other": "a.jsonl"}}, "'other', which is none of the finetunes"),
+    ({"localizer": Saliency(), "data": {"other": "a.jsonl"}}, "'other', which is not one of the finetunes"),
     ({"localizer": {"method": "mask", "device_map": "auto"}, "data": ["a.jsonl"]}, "device_map is refused"),
     ({"localizer": {"method": "mask", "epoch": 3}, "data": ["a.jsonl"]}, "did you mean 'epochs'"),
     (
         {"localizer": {"method": "mask", "micro_batch": "all"}, "data": ["a.jsonl"]},
-        "localizer.micro_batch: it should be \"auto\" or a whole number of examples, 1 or more, not 'all'",
+        "localizer.micro_batch: it should be \"auto\" or a whole number of examples, 1 or more (got 'all')",
     ),
-    ({"localizer": {"method": "saliency", "micro_batch": 0}, "data": ["a.jsonl"]}, "1 or more, not 0"),
+    ({"localizer": {"method": "saliency", "micro_batch": 0}, "data": ["a.jsonl"]}, "1 or more (got 0)"),
     ({"localizer": Saliency(), "data": [{"ref": "a.jsonl", "columns": {"text": "txt"}}]}, "no column 'txt'"),
-    ({"localizer": Saliency(), "data": ["c.jsonl"]}, "needed are"),
+    ({"localizer": Saliency(), "data": ["c.jsonl"]}, "needed is one of"),
     ({"localizer": Saliency(), "data": ["a.jsonl"], "allow_non_finite": True}, "allow_non_finite"),
 ]
 
@@ -218,7 +218,7 @@ def test_a_tensor_that_is_no_parameter_is_refused(tmp_path: Path) -> None:
     for folder in (base, first):
         state = {**load(folder), "model.layers.9.extra.weight": torch.ones(4)}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RequestError, match=r"model.layers.9.extra.weight is to be localized but is no parameter"):
+    with pytest.raises(RequestError, match=r"model.layers.9.extra.weight is to be localized but is not a parameter"):
         quick_merge(base, [first], out=tmp_path / "out", localizer=Saliency(), data=[str(data)])
     assert not (tmp_path / "out").exists()
 
@@ -226,7 +226,7 @@ def test_a_tensor_that_is_no_parameter_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_architecture_needs_an_objective(tmp_path: Path) -> None:
     base, first = finetunes(tmp_path, "bert", count=1)
     data = write_jsonl(tmp_path / "a.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(WORDS)])
-    with pytest.raises(RecipeError, match="what its data asks of it must be said"):
+    with pytest.raises(RecipeError, match="for which no objective is known. Set the objective of its data"):
         quick_merge(base, [first], out=tmp_path / "out", localizer=Saliency(), data=[str(data)])
     objective = {"kind": "text-zero-shot", "classes": ["abc", "0123"]}
     asked = [{"ref": str(data), "objective": objective}]

@@ -27,7 +27,7 @@ def test_memory_is_shared_out_over_threads_and_then_chunks() -> None:
 def test_sizes_are_read_as_people_write_them() -> None:
     assert make_settings(max_memory="1GB").memory <= 10**9
     assert make_settings(max_memory=400_000_000).memory <= 400_000_000
-    with pytest.raises(RecipeError, match="'a lot' is no size"):
+    with pytest.raises(RecipeError, match="'a lot' is not a size"):
         make_settings(max_memory="a lot")
 
 

@@ -116,7 +116,7 @@ def test_label_words_must_be_tokens() -> None:
 def test_labels_by_name_or_number() -> None:
     rows = [{"label": 1}, {"label": "Yes"}, {"label": "no"}]
     assert label_ids(rows, ["no", "yes"]) == [1, 1, 0]
-    with pytest.raises(RequestError, match="'maybe' is none of the 2 classes"):
+    with pytest.raises(RequestError, match="'maybe' is not one of the 2 classes"):
         label_ids([{"label": "maybe"}], ["no", "yes"])
     with pytest.raises(RequestError, match="the label 2"):
         label_ids([{"label": 2}], ["no", "yes"])

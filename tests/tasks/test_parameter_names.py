@@ -58,7 +58,7 @@ def test_one_expert_alone_cannot_be_localized(tmp_path: Path) -> None:
 
 def test_a_name_in_no_group() -> None:
     groups = [Group((("a", "a"),), ("a",), True)]
-    with pytest.raises(MismatchError, match=r"b \(and 1 more\) is to be localized but is no parameter"):
+    with pytest.raises(MismatchError, match=r"b \(and 1 more\) is to be localized but is not a parameter"):
         chosen_groups(groups, ["a", "b", "c"], "ft")
     assert chosen_groups(groups, ["a"], "ft") == groups
 

@@ -40,7 +40,7 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"q": "1+1=", "a": "2"}])
     asked = LocalizationSet(ref=str(path), columns={"prompt": "q", "completion": "a"})
     assert read_rows(open_set(asked))[0]["completion"] == "2"
-    with pytest.raises(RequestError, match=r"needed are messages; prompt and completion"):
+    with pytest.raises(RequestError, match=r"needed is one of: messages; prompt and completion"):
         read_rows(open_set(LocalizationSet(ref=str(path))))
 
 
@@ -48,7 +48,7 @@ def test_a_file_is_held_to_its_hash(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", TWENTY)
     found = open_set(LocalizationSet(ref=str(path)))
     assert found.pinned.ref == "./rows.jsonl" and found.pinned.sha256 == found.sha256
-    with pytest.raises(CheckpointError, match="it holds other examples"):
+    with pytest.raises(CheckpointError, match="it holds different examples"):
         open_set(LocalizationSet(ref=str(path), sha256="0" * 64))
 
 

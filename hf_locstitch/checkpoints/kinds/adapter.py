@@ -20,7 +20,7 @@ class Adapter(CheckpointKind):
     def read(self, source: Source, config: Config) -> Checkpoint:
         raise CheckpointError(
             f"{source.label} is a PEFT adapter without its base's weights. Merge it first: "
-            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), and name the folder."
+            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), then use that folder."
         )
 
 

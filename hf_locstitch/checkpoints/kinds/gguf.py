@@ -22,7 +22,7 @@ class Gguf(CheckpointKind):
         found = [file for file in source.files if file.endswith(".gguf")]
         raise CheckpointError(
             f"{source.label} holds GGUF weights only ({some(found)}), which are quantized. "
-            "Name the safetensors checkpoint they were made from."
+            "Use the safetensors checkpoint they were made from."
         )
 
 

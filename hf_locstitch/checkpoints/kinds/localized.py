@@ -19,7 +19,7 @@ class Localized(CheckpointKind):
 
     def read(self, source: Source, config: Config) -> Checkpoint:
         raise CheckpointError(
-            f"{source.label} is a localized checkpoint, not a whole model. Put it into its base: "
+            f"{source.label} is a localized checkpoint, not a whole model. Stitch it into its base: "
             "hf-locstitch stitch --base REF --localized REF... --out DIR."
         )
 

@@ -36,13 +36,13 @@ class Safetensors(CheckpointKind):
         weight_map = read_json(source, INDEX).get("weight_map") or {}
         shards = sorted(set(weight_map.values()))
         if not shards:
-            raise CheckpointError(f"{source.label}: {INDEX} names no shard. Fetch it again.")
+            raise CheckpointError(f"{source.label}: {INDEX} lists no shards. Fetch it again.")
         if absent := [shard for shard in shards if shard not in source.files]:
-            raise CheckpointError(f"{source.label} lacks {some(absent)}, which its {INDEX} names. Fetch it again.")
+            raise CheckpointError(f"{source.label} lacks {some(absent)}, which its {INDEX} lists. Fetch it again.")
         checkpoint = read_files(source, config, shards)
         if absent := [name for name in weight_map if name not in checkpoint.tensors]:
             raise CheckpointError(
-                f"{source.label}: {INDEX} names {len(absent)} tensors that no shard holds ({some(absent)}). "
+                f"{source.label}: {INDEX} lists {len(absent)} tensors that no shard holds ({some(absent)}). "
                 "Fetch it again."
             )
         return checkpoint

@@ -19,12 +19,12 @@ else:
 
 def suggest(config: Mapping[str, Any], label: str) -> Objective:
     """For a finetune with this config.json. Raises RecipeError where the objective needs to be told."""
-    architecture = str((config.get("architectures") or ["none named"])[0])
+    architecture = str((config.get("architectures") or ["model that names no architecture"])[0])
     for objective in OBJECTIVES.all():
         if objective.architectures and architecture.endswith(objective.architectures):
             return objective()
     raise RecipeError(
-        f"{label} is a {architecture}: what its data asks of it must be said. Give its data an objective in the "
+        f"{label} is a {architecture}, for which no objective is known. Set the objective of its data in the "
         "recipe: {kind: masked-lm, label_words: [...]}, {kind: clip-zero-shot, classes: [...]} or "
         "{kind: text-zero-shot, classes: [...]}."
     )

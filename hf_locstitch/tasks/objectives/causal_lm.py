@@ -41,8 +41,8 @@ class CausalLM(Objective):
         encoded = [(ids, labels) for ids, labels in encoded if _count(labels)]
         if not encoded:
             raise RequestError(
-                f"none of the {len(rows)} examples has a token of its answer among the first {self.max_length}. "
-                "Set max_length higher, or check the columns."
+                f"none of the {len(rows)} examples has an answer token among its first {self.max_length} tokens. "
+                "Raise max_length, or check the columns."
             )
         padding = processor.pad_token_id if processor.pad_token_id is not None else 0
         return Task(

@@ -58,7 +58,7 @@ def _texts(row: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def _no_loss(model: Any, batch: Sequence[Any]) -> Tensor:
-    raise RequestError("hidden states have no loss: objective: {kind: features} is for a refit, not for a localizer.")
+    raise RequestError("hidden states have no loss: use objective {kind: features} with a refit, not with a localizer.")
 
 
 COMPONENT = Features

@@ -35,7 +35,7 @@ class MaskedLM(Objective):
     @classmethod
     def _has_places(cls, value: str) -> str:
         if "{text}" not in value or value.count("{mask}") != 1:
-            raise ValueError("a template needs {text}, and {mask} once")
+            raise ValueError("a template needs {text} and exactly one {mask}")
         return value
 
     def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:
@@ -67,7 +67,10 @@ class MaskedLM(Objective):
             texts[longer] = texts[longer][: min(keep, len(texts[longer]) - 1)]
             ids = self._fill(texts, tokenizer)
         if ids.count(tokenizer.mask_token_id) != 1:
-            raise RequestError(f"the template {self.template!r} does not give one mask in {row['text'][:60]!r}.")
+            raise RequestError(
+                f"the template {self.template!r} does not give exactly one mask token "
+                f"for the text {row['text'][:60]!r}."
+            )
         return ids
 
     def _fill(self, texts: dict[str, str], tokenizer: Any) -> list[int]:

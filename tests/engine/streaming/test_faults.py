@@ -131,7 +131,7 @@ def test_a_token_that_expires(
 ) -> None:
     home_hub.fail(Fault("cut", method="GET", path=f"{repos[1]}/resolve/.*safetensors", after_bytes=500_000))
     home_hub.fail(Fault("status", method="GET", path=f"{repos[1]}/resolve/.*safetensors", skip=2, status=401))
-    with pytest.raises(DownloadError, match=r"is no more.*same command again"):
+    with pytest.raises(DownloadError, match=r"no longer is.*same command again"):
         merged(repos, tmp_path / "out", how)
     assert not home_hub.faults and not (tmp_path / "out").exists()
     assert merged(repos, tmp_path / "out", how) == expected

@@ -220,16 +220,16 @@ def test_the_command_records_and_repeats(
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"data": []}, "a refit looks at data: 2 sets of unlabelled inputs are needed, .* not 0"),
-    ({"method": "ties"}, "goes with method locstitch, not with ties"),
-    ({"allow_non_finite": True}, "does not go with a refit"),
-    ({"cache": False}, "does not go with --no-cache"),
+    ({"data": []}, "a refit needs one --data entry of unlabelled inputs per finetune: expected 2, got 0"),
+    ({"method": "ties"}, "needs method locstitch, not ties"),
+    ({"allow_non_finite": True}, "cannot be combined with a refit"),
+    ({"cache": False}, "cannot be combined with --no-cache"),
     ({"stitch": {"inputs": 1}}, "of 1 inputs a share of 0.25 is none"),
     ({"stitch": {"lambdas": [0, 0]}}, "lambdas must differ"),
     ({"stitch": {"lambda": 3}}, "did you mean 'lambdas'"),
     ({"stitch": "refitted"}, "stitch"),
     ({"include": ["*norm*"]}, "there is nothing to refit"),
-    ({"stitch": {"data": {"other": "a.jsonl"}}}, "a refit looks at data"),
+    ({"stitch": {"data": {"other": "a.jsonl"}}}, "a refit needs one --data entry"),
 ]
 
 

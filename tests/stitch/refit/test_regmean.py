@@ -222,11 +222,11 @@ def test_a_killed_merge_takes_up_what_was_fitted(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--stitch", "refit"], "stitch: refit goes with method locstitch, not with regmean"),
+        (["--stitch", "refit"], "stitch: refit needs method locstitch, not regmean"),
         (["--density", "0.1"], "takes no localizer"),
-        (["--no-cache"], "does not go with --no-cache"),
-        (["--allow-non-finite"], "allow_non_finite does not go with RegMean"),
-        (["--data", "0.jsonl"], "RegMean looks at data: 2 sets of unlabelled inputs are needed"),
+        (["--no-cache"], "cannot be combined with --no-cache"),
+        (["--allow-non-finite"], "allow_non_finite cannot be combined with RegMean"),
+        (["--data", "0.jsonl"], "RegMean needs one --data entry of unlabelled inputs per finetune: expected 2"),
         (["--include", "*norm*"], "nothing for RegMean to fit"),
     ],
 )
