@@ -1,6 +1,6 @@
-"""Files of a Hub repo while they come: a thread brings one after the other, readers wait for the bytes they need.
+"""Files of a Hub repo while they are downloaded: a thread fetches one after another, readers wait for their bytes.
 
-Nothing that was read counts before its file has come whole and as the Hub promised: see `Feed.verify`.
+What was read must not be trusted until its whole file has arrived and matches its hash: see `Download.verify`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hf_locstitch.runtime.files import punch_hole
 
 
 class _Stopped(Exception):
-    """The merge has ended; no more bytes are wanted."""
+    """The merge has ended; no more bytes are needed."""
 
 
-class Feed(ABC):
-    """files: those to bring, in order; on_verified hears of each that proved right. Readers may be many threads."""
+class Download(ABC):
+    """files: to download, in order; on_verified is called with each verified file. Many threads may read."""
 
     def __init__(
         self, source: HubSource, files: Sequence[str], advance: Advance, on_verified: Callable[[str], object]
@@ -34,18 +34,18 @@ class Feed(ABC):
         self._changed = threading.Condition()
         self._arrived = dict.fromkeys(self.files, 0)
         self._fds: dict[str, int] = {}
-        self._awaited: list[tuple[str, int]] = []  # files, and up to where readers wait for them
+        self._awaited: list[tuple[str, int]] = []  # (file, stop): a reader waits for the bytes before stop
         self._verified: set[str] = set()
         self._error: BaseException | None = None
-        self._read_out = False  # nothing will be read any more
+        self._read_out = False  # nothing more will be read
         self._closed = False
-        self._thread = threading.Thread(target=self._bring_all, daemon=True)
+        self._thread = threading.Thread(target=self._fetch_all, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def read(self, file: str, start: int, stop: int) -> bytearray:
-        """Bytes start … stop, once they are there. Raises what the download raised."""
+        """Bytes start … stop, once they have arrived. Raises what the download raised."""
         content = bytearray(stop - start)
         with self._changed:
             self._awaited.append((file, stop))
@@ -63,9 +63,9 @@ class Feed(ABC):
         del file, start, stop  # what is cached stays
 
     def verify(self, files: Iterable[str] | None = None) -> None:
-        """Wait until files have come whole and proved right; raises IntegrityError if one did not.
+        """Wait until files are complete and verified; raises IntegrityError if one is damaged.
 
-        Without files it is all of them, and nothing will be read any more.
+        None means all of them, and that nothing more will be read.
         """
         wanted = set(self.files if files is None else files) & set(self.files)
         with self._changed:
@@ -74,7 +74,7 @@ class Feed(ABC):
             self._wait(lambda: wanted <= self._verified)
 
     def close(self) -> None:
-        """Stop the download and give back what it holds."""
+        """Stop the download and release its files."""
         with self._changed:
             self._closed = True
             self._error = self._error or _Stopped()
@@ -91,10 +91,10 @@ class Feed(ABC):
             assert self._error is not None
             raise self._error
 
-    def _bring_all(self) -> None:
+    def _fetch_all(self) -> None:
         try:
             for file in self.files:
-                self._bring(file)
+                self._fetch(file)
                 self._on_verified(file)
                 with self._changed:
                     self._verified.add(file)
@@ -107,11 +107,11 @@ class Feed(ABC):
                 self._changed.notify_all()
 
     @abstractmethod
-    def _bring(self, file: str) -> None:
-        """Fetch a file, telling `_tell` how far it has come, and check it."""
+    def _fetch(self, file: str) -> None:
+        """Fetch a file, reporting progress to `_tell`, and check it."""
 
     def _tell(self, file: str, fd: int, upto: int) -> None:
-        """Bytes … upto of a file can be read from fd, which may be closed afterwards."""
+        """The first `upto` bytes of a file can be read from fd, which the caller may close."""
         with self._changed:
             if self._closed:
                 raise _Stopped
@@ -121,20 +121,20 @@ class Feed(ABC):
             self._changed.notify_all()
 
 
-class CachingFeed(Feed):
-    """Into the user's Hub cache, as fast as they come."""
+class CachingDownload(Download):
+    """Into the user's Hub cache, at full speed."""
 
-    def _bring(self, file: str) -> None:
+    def _fetch(self, file: str) -> None:
         path = self.source.fetch(file, self.advance, lambda fd, upto: self._tell(file, fd, upto))
         with path.open("rb") as whole:
             self._tell(file, whole.fileno(), self.source.files[file].size)
 
 
-class PassingFeed(Feed):
-    """Through nameless files in `folder` that hold what is still to be read, and nothing of the rest.
+class StreamingDownload(Download):
+    """Through unnamed files in `folder` that hold only the bytes still to be read.
 
-    needs: what will be read and released, file by file in the order of the first need; ranges ascending. kept: what
-    is read at some later time. window: bytes of needs to run ahead of the readers; one that waits lets more through.
+    needs: what will be read and released, file by file in the order of first use; ranges ascending. kept: what a later
+    pass will read. window: how many bytes of needs may run ahead of the readers, unless one of them is waiting.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class PassingFeed(Feed):
     ) -> None:
         super().__init__(source, list({**needs, **kept}), advance, on_verified)
         self._needs, self._kept, self._folder, self._window = needs, kept, folder, window
-        self._ahead = 0  # bytes that came and were not released
+        self._ahead = 0  # bytes that arrived and were not released
 
     def release(self, file: str, start: int, stop: int) -> None:
         punch_hole(self._fds[file], start, stop)
@@ -157,20 +157,20 @@ class PassingFeed(Feed):
             self._ahead -= stop - start
             self._changed.notify_all()
 
-    def _bring(self, file: str) -> None:
-        if self.source.files[file].sha256 is None:  # small, and no LFS file: the client fetches it at one go
+    def _fetch(self, file: str) -> None:
+        if self.source.files[file].sha256 is None:  # small, not in LFS: the client fetches it in one go
             with self.source.fetch(file, self.advance).open("rb") as whole:
                 self._tell(file, whole.fileno(), self.source.files[file].size)
             return
         digest, at = hashlib.sha256(), 0
         needs, kept = list(self._needs.get(file, ())), list(self._kept.get(file, ()))
         with tempfile.TemporaryFile(dir=self._folder, buffering=0) as out:
-            for piece in self.source.stream(file):
-                digest.update(piece)
-                _write_ranges(out.fileno(), piece, at, kept)
-                written = _write_ranges(out.fileno(), piece, at, needs)
-                at += len(piece)
-                self.advance(len(piece))
+            for block in self.source.stream(file):
+                digest.update(block)
+                _write_ranges(out.fileno(), block, at, kept)
+                written = _write_ranges(out.fileno(), block, at, needs)
+                at += len(block)
+                self.advance(len(block))
                 self._tell(file, out.fileno(), at)
                 self._hold_back(written)
         if digest.hexdigest() != self.source.files[file].sha256:
@@ -185,9 +185,9 @@ class PassingFeed(Feed):
         return self._read_out or any(self._arrived[file] < stop for file, stop in self._awaited)
 
 
-def _write_ranges(fd: int, piece: bytes, at: int, ranges: list[Range]) -> int:
-    """Write what of the piece, which begins at byte `at`, lies in the ranges; drops those passed. Bytes written."""
-    view, end, written = memoryview(piece), at + len(piece), 0
+def _write_ranges(fd: int, block: bytes, at: int, ranges: list[Range]) -> int:
+    """Write the part of a block, starting at byte `at`, that lies in the ranges; drop ranges passed. Bytes written."""
+    view, end, written = memoryview(block), at + len(block), 0
     while ranges and ranges[0][0] < end:
         start, stop = ranges[0]
         part = view[max(start, at) - at : stop - at]
@@ -202,13 +202,13 @@ def _write_ranges(fd: int, piece: bytes, at: int, ranges: list[Range]) -> int:
 
 
 class ArrivingFile:
-    """A reader.TensorFile on its way: reading waits for it."""
+    """A reader.TensorFile that is still being downloaded: reading waits for it."""
 
-    def __init__(self, feed: Feed, file: str) -> None:
-        self._feed, self._file = feed, file
+    def __init__(self, download: Download, file: str) -> None:
+        self._download, self._file = download, file
 
     def raw(self, start: int, stop: int) -> memoryview:
-        return memoryview(self._feed.read(self._file, start, stop))
+        return memoryview(self._download.read(self._file, start, stop))
 
     def release(self, start: int, stop: int) -> None:
-        self._feed.release(self._file, start, stop)
+        self._download.release(self._file, start, stop)

@@ -111,8 +111,8 @@ class HubSource:
         def read() -> None:
             known = len(self._starts.get(file, b""))
             with self._get(file, {"Range": f"bytes={known}-{length - 1}"}) as response:
-                for piece in _fresh(response, known):
-                    self._starts[file] = self._starts.get(file, b"") + piece
+                for block in _fresh(response, known):
+                    self._starts[file] = self._starts.get(file, b"") + block
                     if len(self._starts[file]) >= length:
                         break
             if len(self._starts[file]) < min(length, self._files[file].size):
@@ -160,9 +160,9 @@ class HubSource:
             before = at
             try:
                 with self._get(file, {"Range": f"bytes={at}-"} if at else {}) as response:
-                    for piece in _fresh(response, at):
-                        at += len(piece)
-                        yield piece
+                    for block in _fresh(response, at):
+                        at += len(block)
+                        yield block
                 if at < size:
                     raise ConnectionError(f"the connection ended at byte {at} of {size}")
             except Exception as error:
@@ -257,27 +257,27 @@ class HubSource:
             digest = hash_of_open(out)
             at = out.seek(0, os.SEEK_END)
             advance(at)
-            for piece in self.stream(file, at):
+            for block in self.stream(file, at):
                 try:
-                    write_all(out, piece)
+                    write_all(out, block)
                 except OSError as error:
                     raise DownloadError(
                         f"cannot write {partial}: {error.strerror}. Free some space and run the same command again."
                     ) from error
-                digest.update(piece)
-                at += len(piece)
-                advance(len(piece))
+                digest.update(block)
+                at += len(block)
+                advance(len(block))
                 if arrived is not None:
                     arrived(out.fileno(), at)
         return digest.hexdigest()
 
 
 def _fresh(response: Any, known: int) -> Iterator[bytes]:
-    """The pieces of an answer as they come (one held back would be lost with the connection) from byte `known` on."""
+    """The blocks of an answer as they come (one held back would be lost with the connection) from byte `known` on."""
     hf_raise_for_status(response)
     skip = known if response.status_code != 206 else 0
-    for piece in response.iter_bytes():
-        fresh, skip = piece[skip:], max(0, skip - len(piece))
+    for block in response.iter_bytes():
+        fresh, skip = block[skip:], max(0, skip - len(block))
         if fresh:
             yield fresh
 
@@ -286,8 +286,8 @@ def hash_of_open(file: RawIOBase) -> _Hash:
     """SHA-256 state of what a file holds already."""
     digest = hashlib.sha256()
     file.seek(0)
-    while piece := file.read(1 << 20):
-        digest.update(piece)
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest
 
 

@@ -1,4 +1,4 @@
-"""Writing safetensors piece by piece: the header first, then every tensor at its own place.
+"""Writing safetensors incrementally: the header first, then every tensor at its own offset.
 
 The library's `save_file` wants all tensors in memory at once.
 """
@@ -16,7 +16,7 @@ from types import TracebackType
 
 from hf_locstitch.checkpoints.header import TensorSpec, encode_header
 
-PIECE = 1 << 20  # bytes hashed at once
+BLOCK = 1 << 20  # bytes hashed at once
 
 
 class SafetensorsWriter:
@@ -94,14 +94,14 @@ class SafetensorsWriter:
         while at < self._size:
             reached = self._wait_beyond(at)
             while at < reached:
-                piece = os.pread(self._fd, min(reached - at, PIECE), at)
-                if not piece:
+                block = os.pread(self._fd, min(reached - at, BLOCK), at)
+                if not block:
                     raise EOFError(f"the file ends at byte {at} of {self._size}: another process has truncated it")
-                digest.update(piece)
+                digest.update(block)
                 if hasattr(os, "posix_fadvise"):
                     # Let the disk begin with it, or all is left to the sync in the end.
-                    os.posix_fadvise(self._fd, at, len(piece), os.POSIX_FADV_DONTNEED)
-                at += len(piece)
+                    os.posix_fadvise(self._fd, at, len(block), os.POSIX_FADV_DONTNEED)
+                at += len(block)
         return digest.hexdigest()
 
     def _wait_beyond(self, at: int) -> int:

@@ -1,4 +1,4 @@
-"""The inputs of a merge, opened for a pass: mapped where their files are on this machine, else read as they come."""
+"""The inputs of a merge, opened for a pass: memory-mapped if their files are local, else read as they arrive."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from hf_locstitch.plan.plans import Plan
 from hf_locstitch.runtime.progress import Advance, Progress
 
 if TYPE_CHECKING:
-    from hf_locstitch.checkpoints.download import Feed
+    from hf_locstitch.checkpoints.download import Download
 
 Ranges = Mapping[str, Sequence[Range]]  # file -> what of it
 
 
 class OpenInputs:
-    """readers: by the plan's names of inputs. feeds: of those that are still on their way."""
+    """readers: input name -> its reader. downloads: of the inputs that are still being downloaded."""
 
-    def __init__(self, readers: Mapping[str, CheckpointReader], feeds: Mapping[str, Feed]) -> None:
-        self.readers, self._feeds = readers, feeds
+    def __init__(self, readers: Mapping[str, CheckpointReader], downloads: Mapping[str, Download]) -> None:
+        self.readers, self._downloads = readers, downloads
 
     def verify(self, tensors: Iterable[str] | None = None) -> None:
-        """Wait until every file, or only those that hold some tensors, proved right. Raises IntegrityError."""
+        """Wait until every file, or only those that hold `tensors`, is verified. Raises IntegrityError."""
         names = None if tensors is None else list(tensors)
-        for name, feed in self._feeds.items():
+        for name, download in self._downloads.items():
             places = self.readers[name].checkpoint.tensors
-            feed.verify(None if names is None else {places[tensor][0].file for tensor in names if tensor in places})
+            download.verify(None if names is None else {places[tensor][0].file for tensor in names if tensor in places})
 
 
 class Inputs:
-    """Of one merge. folder: for temporary files. verified: told of (input, file) when all its bytes proved right."""
+    """Of one merge. folder: for temporary files. verified: called with each verified (input, file)."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class Inputs:
 
     @property
     def all_here(self) -> bool:
-        """Whether every file that is read is on this machine by now."""
+        """Whether every file that will be read is on this machine."""
         inputs = self._plan.inputs
         return all(inputs[name].source.cached(file) for name, files in self._plan.needed.items() for file in files)
 
     def fetch(self) -> OpenInputs:
-        """All of them whole, on this machine, for any number of passes."""
+        """All inputs complete on this machine, for any number of passes."""
         if self._whole is None:
             inputs, needed = self._plan.inputs, self._plan.needed
             with self._progress.bar("fetching", self._size(needed)) as advance:
@@ -81,7 +81,7 @@ class Inputs:
         names = [name for name in {**pieces, **kept} if name not in self._kept]
         wanted = {name: byte_ranges(inputs[name], pieces.get(name, ())) for name in names}
         later = {name: byte_ranges(inputs[name], kept.get(name, ())) for name in names}
-        readers, feeds = dict(self._kept), {}
+        readers, downloads = dict(self._kept), {}
         files = {name: [*{**wanted[name], **later[name]}] for name in names}
         with ExitStack() as stack:
             advance = stack.enter_context(self._progress.bar("fetching", self._size(files)))
@@ -90,12 +90,12 @@ class Inputs:
                     paths = self._paths(name, files[name], advance)
                     readers[name] = MappedCheckpoint(inputs[name], paths)
                 else:
-                    feeds[name] = self._feed(name, wanted[name], later[name], advance)
-                    (self._stack if name in kept else stack).callback(feeds[name].close)
-                    readers[name] = _arriving(inputs[name], feeds[name])
+                    downloads[name] = self._start_download(name, wanted[name], later[name], advance)
+                    (self._stack if name in kept else stack).callback(downloads[name].close)
+                    readers[name] = _arriving(inputs[name], downloads[name])
                 if name in kept:
                     self._kept[name] = readers[name]
-            yield OpenInputs(readers, feeds)
+            yield OpenInputs(readers, downloads)
 
     def _size(self, files: Mapping[str, Sequence[str]]) -> int:
         sources = {name: self._plan.inputs[name].source for name in files}
@@ -106,9 +106,9 @@ class Inputs:
         self._verified((name, file) for file in files)
         return paths
 
-    def _feed(self, name: str, wanted: Ranges, later: Ranges, advance: Advance) -> Feed:
-        """A started one."""
-        from hf_locstitch.checkpoints.download import CachingFeed, PassingFeed
+    def _start_download(self, name: str, wanted: Ranges, later: Ranges, advance: Advance) -> Download:
+        """Returns the running download."""
+        from hf_locstitch.checkpoints.download import CachingDownload, StreamingDownload
 
         source, settings = self._plan.inputs[name].source, self._plan.settings
 
@@ -116,14 +116,14 @@ class Inputs:
             self._verified([(name, file)])
 
         if settings.cache:
-            feed = CachingFeed(source, [*{**wanted, **later}], advance, verified)  # pyright: ignore[reportArgumentType]
+            download = CachingDownload(source, [*{**wanted, **later}], advance, verified)  # pyright: ignore[reportArgumentType]
         else:
-            feed = PassingFeed(source, wanted, later, self._folder, settings.window, advance, verified)  # pyright: ignore[reportArgumentType]
-        feed.start()
-        return feed
+            download = StreamingDownload(source, wanted, later, self._folder, settings.window, advance, verified)  # pyright: ignore[reportArgumentType]
+        download.start()
+        return download
 
 
-def _arriving(checkpoint: Checkpoint, feed: Feed) -> CheckpointReader:
+def _arriving(checkpoint: Checkpoint, download: Download) -> CheckpointReader:
     from hf_locstitch.checkpoints.download import ArrivingFile
 
-    return CheckpointReader(checkpoint, {file: ArrivingFile(feed, file) for file in feed.files})
+    return CheckpointReader(checkpoint, {file: ArrivingFile(download, file) for file in download.files})

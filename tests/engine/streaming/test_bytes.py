@@ -16,7 +16,7 @@ from helpers.runs import carry_out, files_of
 from helpers.streaming import CACHING, PASSING, SIZE, merged, served, sizes
 from huggingface_hub import constants
 
-from hf_locstitch.checkpoints.download import PassingFeed
+from hf_locstitch.checkpoints.download import StreamingDownload
 from hf_locstitch.checkpoints.hub import HubSource
 from hf_locstitch.engine.execute import execute
 from hf_locstitch.errors import RecipeError
@@ -152,15 +152,15 @@ def test_a_window_is_kept(home_hub: LoopbackHub, repos: list[str], tmp_path: Pat
     """Unless a reader waits for more."""
     source = HubSource(repos[1], None)
     file, size = next(iter(sizes(home_hub, repos[1]).items()))
-    feed = PassingFeed(source, {file: [(0, size)]}, {}, tmp_path, 300_000, lambda _: None, lambda _: None)
-    feed.start()
+    download = StreamingDownload(source, {file: [(0, size)]}, {}, tmp_path, 300_000, lambda _: None, lambda _: None)
+    download.start()
     try:
         time.sleep(0.5)
-        assert 300_000 <= feed._arrived[file] < 600_000
-        assert bytes(feed.read(file, size - 10, size)) == home_hub.read(repos[1], file)[-10:]
-        feed.verify()
+        assert 300_000 <= download._arrived[file] < 600_000
+        assert bytes(download.read(file, size - 10, size)) == home_hub.read(repos[1], file)[-10:]
+        download.verify()
     finally:
-        feed.close()
+        download.close()
 
 
 def test_no_cache_takes_one_process(repos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
