@@ -70,8 +70,8 @@ def _add_localize(commands: Any) -> None:
         commands,
         "localize",
         help="reduce a finetuned model to its mask and the values under it",
-        description="Make a localized checkpoint: the mask of one finetuned model and the values under it, a "
-        f"few percent of the model. `stitch` merges any number of them. {REF}: a folder, org/name or org/name@revision.",
+        description="Make a localized checkpoint: the mask of one finetuned model and the values under it, a few "
+        f"percent of the model. `stitch` merges any number of them. {REF}: a folder, org/name or org/name@revision.",
     )
     _add_recipe(parser)
     parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned model")  # one; the recipe tells

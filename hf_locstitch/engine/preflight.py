@@ -53,7 +53,8 @@ def warn_of_memory(plan: Plan) -> None:
     if cost.peak > (free := free_memory(cost.device)):
         LOG.warning(
             f"localizing takes about {human(cost.peak)} of memory, but only {human(free)} is free on "
-            f"{cost.device}: it may not fit. Set micro_batch: 1, checkpointing: true, or state_on: cpu in the recipe's localizer."
+            f"{cost.device}: it may not fit. "
+            "Set micro_batch: 1, checkpointing: true, or state_on: cpu in the recipe's localizer."
         )
 
 

@@ -226,7 +226,7 @@ def test_a_tensor_that_is_no_parameter_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_architecture_needs_an_objective(tmp_path: Path) -> None:
     base, first = finetunes(tmp_path, "bert", count=1)
     data = write_jsonl(tmp_path / "a.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(WORDS)])
-    with pytest.raises(RecipeError, match="for which no objective is known. Set the objective of its data"):
+    with pytest.raises(RecipeError, match=r"for which no objective is known\. Set the objective of its data"):
         quick_merge(base, [first], out=tmp_path / "out", localizer=Saliency(), data=[str(data)])
     objective = {"kind": "text-zero-shot", "classes": ["abc", "0123"]}
     asked = [{"ref": str(data), "objective": objective}]
