@@ -301,7 +301,7 @@ def commands_page() -> str:
         "# Command reference",
         "`python -m hf_locstitch` is the same program. `REF` is a folder, `org/name` or `org/name@revision`; several "
         "values follow one flag (`--ft a b c`). Exit status: 0 done; 2 the request is wrong and nothing was written; 1 "
-        "the work failed, and the same command may be given again (of `verify`: something does not hold).",
+        "the work failed, and the same command may be given again (of `verify`: a check failed).",
     ]
     for name, parser in _commands().items():
         parts += [f"## `{name}` {{#{name}}}", str(parser.description), f"```text\n{_usage(parser)}\n```"]
