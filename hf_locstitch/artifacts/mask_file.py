@@ -94,7 +94,7 @@ def encode_masks(selection: MaskSource, own: Collection[str], parts: Path, worke
     with parts.open("wb") as file:
 
         def encode(name: str) -> None:
-            coded = encode_positions((chunk.first, selection.kept(chunk).ascending()) for chunk in chunks[name])
+            coded = encode_positions((chunk.first, selection.kept(chunk).positions) for chunk in chunks[name])
             with lock:
                 places[name] = file.tell(), len(coded)
                 file.write(coded)
@@ -124,7 +124,7 @@ class ForeignMask(CheckpointError):
     """A file that is no mask of hf-locstitch. fault: what it is instead."""
 
     def __init__(self, file: str, fault: str) -> None:
-        super().__init__(f"{file} is no mask of hf-locstitch ({fault}). Name another file.")
+        super().__init__(f"{file} is not a mask made by hf-locstitch ({fault}). Use another file.")
         self.file, self.fault = file, fault
 
 
@@ -150,7 +150,7 @@ class MaskFile:
             self._file = safe_open(path, framework="np")
             metadata = self._file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ForeignMask(self.label, f"format {metadata.get('format')!r}, due {FORMAT!r}")
+                raise ForeignMask(self.label, f"format {metadata.get('format')!r}, expected {FORMAT!r}")
             self.shapes: Shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
             stored = set(self._file.keys())
         except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
@@ -167,7 +167,7 @@ class MaskFile:
         try:
             for part in iter_positions(self._file.get_tensor(tensor).tobytes()):
                 if len(part) and part[-1] >= numel:
-                    raise ValueError(f"a one at {part[-1]} of {numel} elements")
+                    raise ValueError(f"a one at index {part[-1]}, beyond its {numel} elements")
                 yield part
         except (SafetensorError, zlib.error, ValueError) as error:
             raise DamagedMask(self.label, f"in {tensor}: {error}") from error
@@ -210,6 +210,6 @@ def _mask_in(ref: str, name: str | None) -> Path:
     if name not in names:
         raise CheckpointError(
             f"{source.label} has no mask {name!r}: "
-            + (f"it has {', '.join(names)}. Name one of them." if names else "it was not made by hf-locstitch.")
+            + (f"it has {', '.join(names)}. Use one of them." if names else "it was not made by hf-locstitch.")
         )
     return source.fetch(f"masks/{name}.safetensors")

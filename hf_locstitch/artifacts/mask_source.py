@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from hf_locstitch.runtime.chunks import Chunk
 from hf_locstitch.runtime.dtypes import Values
 from hf_locstitch.runtime.kernels import Positions
@@ -17,19 +15,11 @@ from hf_locstitch.runtime.kernels import Positions
 class MaskedValues:
     """What one mask keeps of one chunk.
 
-    positions: [m], ascending, from the chunk's start; values: [m] in the finetuned dtype. unchanged: [u] further
-    positions, where the finetuned value is the base's, bit for bit.
+    positions: [m], ascending, from the chunk's start; values: [m] in the finetuned dtype.
     """
 
     positions: Positions
     values: Values
-    unchanged: Positions
-
-    def ascending(self) -> Positions:
-        """All positions, sorted."""
-        if not len(self.unchanged):
-            return self.positions
-        return np.sort(np.concatenate([self.positions, self.unchanged]), kind="stable")  # merges sorted runs
 
 
 class MaskSource(Protocol):

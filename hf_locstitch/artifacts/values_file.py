@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hf_locstitch.artifacts.mask_source import MaskedValues, MaskSource
+from hf_locstitch.artifacts.mask_source import MaskSource
 from hf_locstitch.checkpoints.header import TensorSpec
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.runtime.chunks import Chunk, for_each
-from hf_locstitch.runtime.dtypes import DTYPE, ITEM_BYTES, Values
+from hf_locstitch.runtime.dtypes import DTYPE, ITEM_BYTES
 
 FORMAT = "hf-locstitch values 1"
 
@@ -25,12 +24,11 @@ def values_metadata(name: str, base: str, finetuned: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """ones, unchanged: of each chunk [chunks]; unchanged ones are taken from the base. dtypes: tensor -> on disk."""
+    """ones: of each chunk [chunks]. dtypes: tensor -> on disk."""
 
     names: Sequence[str]
     chunks: Sequence[Chunk]
     ones: npt.NDArray[np.int64]
-    unchanged: npt.NDArray[np.int64]
     dtypes: dict[str, str]
 
     @property
@@ -51,47 +49,31 @@ class Layout:
         return before - np.array([first[chunk.tensor] for chunk in self.chunks], dtype=np.int64)
 
 
-def count_kept(selection: MaskSource, own: Sequence[Chunk], workers: int) -> npt.NDArray[np.int64]:
-    """Ones, and how many of them are unchanged, of the chunks `own`. Returns [2, chunks]."""
-    counts = np.zeros((2, len(selection.chunks)), dtype=np.int64)
+def count_kept(mask: MaskSource, own: Sequence[Chunk], workers: int) -> npt.NDArray[np.int64]:
+    """Ones of the chunks `own`. Returns [chunks]."""
+    counts = np.zeros(len(mask.chunks), dtype=np.int64)
 
     def count(chunk: Chunk) -> None:
-        kept = selection.kept(chunk)
-        counts[:, chunk.index] = len(kept.positions) + len(kept.unchanged), len(kept.unchanged)
+        counts[chunk.index] = len(mask.kept(chunk).positions)
 
     for_each(count, own, workers)
     return counts
 
 
-def values_of(kept: MaskedValues, base: Values | None, dtype: np.dtype[Any]) -> Values:
-    """Finetuned values of all that is kept of a chunk, in ascending order. Returns [ones] in `dtype`.
-
-    base: the chunk [n]; None if no value is the base's.
-    """
-    values = kept.values.astype(dtype, copy=False)
-    if base is None:
-        return values
-    order = np.argsort(np.concatenate([kept.positions, kept.unchanged]), kind="stable")
-    same = base[kept.unchanged].astype(dtype, copy=False)
-    return np.concatenate([values, same])[order]
-
-
 def write_values(
     writer: SafetensorsWriter,
     layout: Layout,
-    selection: MaskSource,
+    mask: MaskSource,
     own: Sequence[Chunk],
-    base_of: Callable[[str, Chunk], Values],
     workers: int,
     advance: Callable[[int], object],
 ) -> None:
-    """Put the values of the chunks `own` into a file laid out before. base_of: a chunk of a tensor of the base."""
+    """Put the values of the chunks `own` into a file laid out before."""
     starts = layout.starts
 
     def write(chunk: Chunk) -> None:
         name = layout.names[chunk.tensor]
-        base = base_of(name, chunk) if layout.unchanged[chunk.index] else None
-        values = values_of(selection.kept(chunk), base, DTYPE[layout.dtypes[name]])
+        values = mask.kept(chunk).values.astype(DTYPE[layout.dtypes[name]], copy=False)
         writer.write(name, values.view(np.uint8).data, int(starts[chunk.index]) * values.itemsize)
         advance(values.nbytes)
 

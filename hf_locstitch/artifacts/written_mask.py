@@ -15,7 +15,6 @@ from hf_locstitch.runtime.chunks import Chunk, chunks_by_name
 from hf_locstitch.runtime.kernels import Positions
 
 HELD = 2  # tensors whose positions are kept decoded: passes of several threads ask for the same ones
-NONE = np.empty(0, dtype=np.int32)
 
 
 class WrittenMask:
@@ -42,7 +41,7 @@ class WrittenMask:
             positions = self._held[name][chunk.index]
         values = self._finetuned.values(name, chunk.first, chunk.count)[positions]
         self._finetuned.release(name, chunk.first, chunk.count)
-        return MaskedValues(positions, values, NONE)
+        return MaskedValues(positions, values)
 
     def close(self) -> None:
         """Nothing is open between calls."""

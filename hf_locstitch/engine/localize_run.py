@@ -18,7 +18,6 @@ from hf_locstitch.engine.run import Run, localize
 from hf_locstitch.engine.work_dir import ShardRecord
 from hf_locstitch.plan.plans import LocalizePlan
 from hf_locstitch.runtime.chunks import Chunk
-from hf_locstitch.runtime.dtypes import Values
 
 
 class LocalizeRun(Run[LocalizePlan]):
@@ -30,47 +29,33 @@ class LocalizeRun(Run[LocalizePlan]):
     def write_shards(
         self, inputs: Inputs, masks: Mapping[str, MaskSource], background: ThreadPoolExecutor
     ) -> tuple[Overlap, dict[str, ShardRecord]]:
-        del background  # there is one file, and little to overlap its hashing with
+        del inputs, background  # the values lie with the mask, in one file with little to overlap its hashing with
         (shard,) = self.plan.shards
-        ((name, selection),) = masks.items()
+        ((name, mask),) = masks.items()
         path = self.work.stage / shard.file
-        own = [chunk for chunk in selection.chunks if selection.names[chunk.tensor] in self.own]
-        layout = self._layout(name, selection, own)
+        own = [chunk for chunk in mask.chunks if mask.names[chunk.tensor] in self.own]
+        layout = self._layout(name, mask, own)
 
         def lay_out() -> None:
             path.parent.mkdir(exist_ok=True)
             SafetensorsWriter(path, layout.entries, shard.metadata).close()
 
         self.processes.on_first(lay_out)
-        same = [chunk for chunk in own if layout.unchanged[chunk.index]]
-        pieces = [(selection.names[chunk.tensor], chunk.first, chunk.count) for chunk in same]
-        total = sum(spec.nbytes for spec in layout.entries)
-        with (
-            self.progress.bar("writing", total) as advance,
-            inputs.opened({"base": pieces} if pieces else {}) as opened,
-        ):
-
-            def base_of(tensor: str, chunk: Chunk) -> Values:
-                base = opened.readers["base"]
-                values = base.values(tensor, chunk.first, chunk.count).copy()
-                base.release(tensor, chunk.first, chunk.count)
-                return values
+        with self.progress.bar("writing", sum(spec.nbytes for spec in layout.entries)) as advance:
 
             def write() -> None:
                 with SafetensorsWriter(path, layout.entries, shard.metadata, new=False) as writer:
-                    write_values(writer, layout, selection, own, base_of, self.settings.workers, advance)
+                    write_values(writer, layout, mask, own, self.settings.workers, advance)
 
             self.processes.together(write)
-            opened.verify()
-        overlap = _with_nothing(self.plan.n, selection.ones)
+        overlap = _with_nothing(self.plan.n, mask.ones)
         return overlap, {shard.file: _record(path, overlap)} if self.first else {}
 
-    def _layout(self, name: str, selection: MaskSource, own: Sequence[Chunk]) -> Layout:
-        counted = self.processes.together(lambda: count_kept(selection, own, self.settings.workers))
-        ones, unchanged = self.processes.sum(counted)
-        finetuned = self.plan.inputs[name]
-        dtypes = {tensor: finetuned.info(tensor).dtype for tensor in selection.names}
-        return Layout(selection.names, selection.chunks, ones, unchanged, dtypes)
+    def _layout(self, name: str, mask: MaskSource, own: Sequence[Chunk]) -> Layout:
+        counted = self.processes.together(lambda: count_kept(mask, own, self.settings.workers))
+        ones, finetuned = self.processes.sum(counted), self.plan.inputs[name]
+        dtypes = {tensor: finetuned.info(tensor).dtype for tensor in mask.names}
+        return Layout(mask.names, mask.chunks, ones, dtypes)
 
 
 def _with_nothing(n: int, ones: int) -> Overlap:

@@ -29,6 +29,7 @@ CROWDED = 3.0  # ... and how many times larger it is than the tensor's share of 
 ALIKE = 0.9  # Jaccard index
 DISTANT = 0.5  # norm of a task vector over that of the base: finetuning changes far less
 TIED = 0.25  # share of a mask that ties at the threshold may decide
+FULL = 0.99  # of the density asked for: below, a mask is smaller than the rounding of k makes it
 LARGEST = 3  # tensors listed for each mask
 
 
@@ -304,10 +305,10 @@ def _anomalous_vectors(record: Manifest, vectors: Mapping[str, TaskVectors]) -> 
                 "it may have been finetuned from another model"
             )
         mask = record.masks.get(name)
-        if mask is not None and 1 - vector.unchanged < mask.real_density:
+        if mask is not None and mask.density is not None and mask.real_density < FULL * mask.density:
             yield (
-                f"{name} changed {100 * (1 - vector.unchanged):.2g} % of the weights, less than the "
-                f"{100 * mask.real_density:.2g} % that its mask keeps: the rest of the mask covers unchanged weights"
+                f"{name} changed {100 * mask.real_density:.2g} % of the weights, less than the "
+                f"{100 * mask.density:.2g} % requested: its mask keeps only those"
             )
         if mask is not None and vector.tied > TIED * mask.real_density:
             yield (

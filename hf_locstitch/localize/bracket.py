@@ -13,6 +13,7 @@ Ints = npt.NDArray[np.integer]
 
 NON_FINITE = 0x7F800000  # bits of +inf; those of every NaN without its sign are larger
 ABOVE_ALL = 1 << 31  # larger than the bits of any score
+BELOW_ALL = -1
 BINS = 1 << 15  # of the upper 16 bits, whose first is the sign
 
 

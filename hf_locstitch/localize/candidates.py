@@ -99,7 +99,7 @@ class OnCpu:
     def reaching(self, scores: Scores, finetuned: Values, bracket: Bracket) -> tuple[Candidates, int]:
         """What `find` gives where the scores [n] are known."""
         if bracket.low == 0:
-            reach = differing(finetuned, self._local.base) | (scores != 0)
+            reach = differing(finetuned, self._local.base)
             return candidates_at(np.flatnonzero(reach), scores[reach], finetuned, bracket.high)
         found = self._buffers(finetuned)
         counts = kernels.reaching(scores, bracket.low, bracket.high, bits(finetuned), found)

@@ -69,7 +69,7 @@ class LocalizedMask:
     def kept(self, chunk: Chunk) -> MaskedValues:
         """The mask and the finetuned values in one chunk."""
         found = self._spill.read(chunk.index)
-        return MaskedValues(found.positions, found.values, NONE)
+        return MaskedValues(found.positions, found.values)
 
     def close(self) -> None:
         self._spill.close()

@@ -27,7 +27,7 @@ class OnDevice:
         with self._stream():
             values, original = self._bring(finetuned), self._local.original
             scores = (values.float() - original.float()).abs_().view(torch.int32)
-            reach = scores >= bracket.low if bracket.low else _differing(values, original) | (scores != 0)
+            reach = scores >= bracket.low if bracket.low else _differing(values, original)
             positions = reach.nonzero().flatten()
             return candidates_at(positions.cpu().numpy(), scores[positions].cpu().numpy(), finetuned, bracket.high)
 

@@ -29,7 +29,7 @@ from hf_locstitch.localize.bracket import (
     histogram_bracket,
     sample_bracket,
 )
-from hf_locstitch.localize.candidates import Finder, OnCpu, magnitude_scores
+from hf_locstitch.localize.candidates import Finder, OnCpu, differing, magnitude_scores
 from hf_locstitch.localize.selection import BracketMissed, Selection
 from hf_locstitch.localize.spill import Spill
 from hf_locstitch.runtime.chunks import Chunk, chunks_of, for_each
@@ -173,7 +173,7 @@ class Scan:
                 candidates, largest = self.finder.find(finetuned, bracket)
             else:
                 self.cpu.begin(original)
-                scores = self._own_scores(name, chunk.first, finetuned, original)
+                scores = self._scores(name, chunk.first, finetuned, original)
                 candidates, largest = self.cpu.reaching(scores, finetuned, bracket)
             selection.offer(chunk, candidates)
             if largest >= NON_FINITE and not self.allow_non_finite:
@@ -244,7 +244,10 @@ class Scan:
         return np.stack(rows) if rows else None
 
     def _scores(self, name: str, first: int, finetuned: Values, base: Values) -> npt.NDArray[np.int32]:
-        return self._own_scores(name, first, finetuned, base) if self._own_scores else magnitude_scores(finetuned, base)
+        """What does not differ from the base scores 0, whatever a localizer says of it."""
+        if self._own_scores is None:
+            return magnitude_scores(finetuned, base)
+        return np.where(differing(finetuned, base), self._own_scores(name, first, finetuned, base), np.int32(0))
 
 
 def _on_device(device: str) -> Finder:

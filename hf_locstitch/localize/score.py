@@ -11,6 +11,7 @@ import torch
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import NonFiniteError
+from hf_locstitch.localize.candidates import differing, magnitude_scores
 from hf_locstitch.localize.grafted_model import GraftedModel
 from hf_locstitch.localize.kth_largest import Keys, kth_largest, pieces, sortable
 from hf_locstitch.localize.learn import Room
@@ -18,6 +19,7 @@ from hf_locstitch.localize.open_grafted_model import open_grafted_model
 from hf_locstitch.localize.passes import State
 from hf_locstitch.localize.score_file import LARGEST, ScoreFile, write_scores
 from hf_locstitch.localize.with_data import WithData
+from hf_locstitch.runtime.dtypes import Values
 from hf_locstitch.tasks.sets import OpenSet
 
 Pieces = Iterator[tuple[str, int, torch.Tensor]]
@@ -74,20 +76,27 @@ def _pieces(grafted: GraftedModel, state: State) -> Pieces:
 
 
 def ranked(grafted: GraftedModel, state: State, finetuned: CheckpointReader, base: CheckpointReader, k: int) -> Pieces:
-    """Scores whose k largest are those of the state, ties by |τ|, then evenly.
+    """Scores whose k largest are those of the state, ties by |τ|, then evenly, of what differs from the base.
 
     What is above the k-th largest of the state gets the largest number; what is equal to it gets |τ|'s bits and one
     more, what is below gets 0. So one float32 ranks by two keys, exactly.
     """
 
+    def values(reader: CheckpointReader, name: str, first: int, piece: torch.Tensor) -> Values:
+        return reader.values(name, first, len(piece))
+
+    def key_of(name: str, first: int, piece: torch.Tensor) -> Keys:
+        """0, below all, where nothing changed."""
+        changed = differing(values(finetuned, name, first, piece), values(base, name, first, piece))
+        return np.where(changed, sortable(piece), np.uint32(0))
+
     def keys() -> Iterator[Keys]:
-        return (sortable(piece) for _, _, piece in _pieces(grafted, state))
+        return (key_of(name, first, piece) for name, first, piece in _pieces(grafted, state))
 
     threshold = kth_largest(keys, k)
     for name, first, piece in _pieces(grafted, state):
-        key = sortable(piece)
-        theirs = finetuned.flat(name, first, len(piece)).float()
-        magnitude = (theirs - base.flat(name, first, len(piece)).float()).abs().numpy().view(np.int32)
-        bits = np.where(key > threshold.bits, LARGEST, np.minimum(magnitude, LARGEST - 2) + 1)
+        key = key_of(name, first, piece)
+        size = magnitude_scores(values(finetuned, name, first, piece), values(base, name, first, piece))
+        bits = np.where(key > threshold.bits, LARGEST, np.minimum(size, LARGEST - 2) + 1)
         bits = np.where(key < threshold.bits, 0, bits).astype(np.int32)
         yield name, first, torch.from_numpy(bits.view(np.float32))

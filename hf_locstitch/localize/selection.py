@@ -8,6 +8,7 @@ show it, and the pass is made again with one from a full histogram.
 
 Ties at the threshold are kept evenly: numbered in (tensor name, flat index) order, tie j of T is kept iff
 ⌊(j+1)·r/T⌋ > ⌊j·r/T⌋ where r are wanted. So the mask depends on nothing but the scores.
+An element whose finetuned bits are the base's is in no mask: it carries no skill, and would pull others' values back.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_locstitch.artifacts.mask_source import MaskedValues
-from hf_locstitch.localize.bracket import ABOVE_ALL, BINS, Bracket, Ints, RisingBracket, histogram_bracket
+from hf_locstitch.localize.bracket import ABOVE_ALL, BELOW_ALL, BINS, Bracket, Ints, RisingBracket, histogram_bracket
 from hf_locstitch.localize.candidates import Candidates
 from hf_locstitch.localize.spill import Spill
 from hf_locstitch.runtime.chunks import Chunk, for_each
@@ -77,6 +78,7 @@ class Selection:
         self.names: Sequence[str] = names
         self._groups = groups
         self._thresholds: list[Threshold] = []
+        self._ones = [k for _, k in groups]
         self._tie_starts: npt.NDArray[np.int64] = np.zeros(len(chunks), dtype=np.int64)
         for chunk in chunks:
             if self.has(chunk):
@@ -107,8 +109,8 @@ class Selection:
 
     @property
     def ones(self) -> int:
-        """How many elements the mask keeps."""
-        return sum(k for _, k in self._groups)
+        """How many elements the mask keeps: k of each group, fewer where no more differ from the base."""
+        return sum(self._ones)
 
     def close(self) -> None:
         self._spill.close()
@@ -130,8 +132,11 @@ class Selection:
         wanted = k - sure  # of those inside
         if wanted < 0 or (wanted > inside and bracket.low > 0):
             raise BracketMissed
+        self._ones[group] = sure + min(wanted, inside)
         if wanted == 0:
             return Threshold(ABOVE_ALL, 0, 0)
+        if wanted >= inside:  # no more elements differ from the base
+            return Threshold(BELOW_ALL, 0, 0)
         upper = self._histogram(chunks, lambda scores: scores >> 16, BINS, workers)
         bin_ = histogram_bracket(upper, wanted).low >> 16
         lower = self._histogram(chunks, lambda s: s[s >> 16 == bin_] & 0xFFFF, 1 << 16, workers)
@@ -140,8 +145,6 @@ class Selection:
         low = int(reaching[-1]) if len(reaching) else 0
         bits, ties = bin_ << 16 | low, int(lower[low])
         above = int(at_least[low]) - ties
-        if bits == 0:  # elements that are not in the spill score 0 too
-            ties = sum(chunk.count for chunk in chunks) - sure - above
         return Threshold(bits, ties, wanted - above)
 
     def _histogram(
@@ -169,11 +172,7 @@ class Selection:
         ties = np.zeros(len(self.chunks), dtype=np.int64)
 
         def count(chunk: Chunk) -> None:
-            scores = self._spill.scores(chunk.index)
-            if threshold.bits:
-                ties[chunk.index] = np.count_nonzero(scores == threshold.bits)
-            else:
-                ties[chunk.index] = chunk.count - int(self._spill.sure[chunk.index]) - np.count_nonzero(scores)
+            ties[chunk.index] = np.count_nonzero(self._spill.scores(chunk.index) == threshold.bits)
 
         for_each(count, [chunk for chunk in chunks if self.has(chunk)], workers)
         ties = self._processes.sum(ties)
@@ -186,21 +185,8 @@ class Selection:
         threshold = self._thresholds[self._group_of[chunk.tensor]]
         found = self._spill.read(chunk.index)
         keep = found.scores > threshold.bits
-        unchanged = np.empty(0, dtype=np.int32)
         if threshold.keep:
             first = int(self._tie_starts[chunk.index])
-            if threshold.bits:
-                tied = np.flatnonzero(found.scores == threshold.bits)
-                keep[tied[evenly(first, len(tied), threshold.keep, threshold.ties)]] = True
-            else:  # every element without a score is tied, in the spill or not
-                positions, sure = found.positions, found.sure
-                inside = positions[~sure]
-                tied = np.ones(chunk.count, dtype=bool)
-                tied[positions[sure]] = False
-                tied[inside[keep]] = False
-                places = np.flatnonzero(tied).astype(np.int32)
-                chosen = places[evenly(first, len(places), threshold.keep, threshold.ties)]
-                in_spill = np.isin(inside, chosen)
-                keep |= in_spill
-                unchanged = np.setdiff1d(chosen, inside[in_spill], assume_unique=True)
-        return MaskedValues(*found.among(keep), unchanged)
+            tied = np.flatnonzero(found.scores == threshold.bits)
+            keep[tied[evenly(first, len(tied), threshold.keep, threshold.ties)]] = True
+        return MaskedValues(*found.among(keep))

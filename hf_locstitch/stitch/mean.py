@@ -25,12 +25,12 @@ Found = tuple[Positions, Positions]  # of ascending positions, those that are wa
 class Coverage:
     """How masks cover n coordinates. times: how many cover each [n]. shared: positions that more than one covers.
 
-    found: of each mask, where among its positions and its unchanged ones the shared are, and as the how manieth.
+    found: of each mask, where among its positions the shared ones are, and the index of each among the shared.
     """
 
     times: kernels.Counts
     shared: Positions
-    found: Sequence[tuple[Found, Found]]
+    found: Sequence[Found]
 
 
 def stitch(
@@ -54,7 +54,7 @@ def stitch(
     if scale != 1.0:
         averaged, found = _find(kept, covered.times, 0)
     if len(averaged):
-        mean = _mean(base, kept, found, covered.times[averaged])
+        mean = _mean(kept, found, covered.times[averaged])
         if scale != 1.0:
             start = base[averaged].astype(np.float32)
             mean = start + np.float32(scale) * (mean.astype(np.float32) - start)
@@ -67,13 +67,10 @@ def coverage(n: int, kept: Sequence[MaskedValues]) -> Coverage:
     times = np.zeros(n, dtype=np.uint8)
     for one in kept:
         kernels.count_up(times, one.positions)
-        kernels.count_up(times, one.unchanged)
     return Coverage(times, *_find(kept, times, 1))
 
 
-def _find(
-    kept: Sequence[MaskedValues], times: kernels.Counts, least: int
-) -> tuple[Positions, list[tuple[Found, Found]]]:
+def _find(kept: Sequence[MaskedValues], times: kernels.Counts, least: int) -> tuple[Positions, list[Found]]:
     """Where more than so many masks cover a coordinate; ascending. And where among each mask's positions these are."""
     wanted = np.empty(len(times) + 1, np.int32)
     wanted = wanted[: kernels.more_than(times, least, wanted)]
@@ -83,18 +80,15 @@ def _find(
         count = kernels.find(positions, times, least, wanted, taken, slots)
         return taken[:count], slots[:count]
 
-    return wanted, [(find(one.positions), find(one.unchanged)) for one in kept]
+    return wanted, [find(one.positions) for one in kept]
 
 
-def _mean(
-    base: Values, kept: Sequence[MaskedValues], found: Sequence[tuple[Found, Found]], times: kernels.Counts
-) -> npt.NDArray[np.float64]:
+def _mean(kept: Sequence[MaskedValues], found: Sequence[Found], times: kernels.Counts) -> npt.NDArray[np.float64]:
     """Mean of the finetuned values at positions [m] where so many masks cover them. Returns [m]."""
     # −0 is the sum's neutral element, +0 is not: the mean of −0 and −0 is −0.
     total = np.full(len(times), -0.0)
-    for one, ((taken, slots), (unchanged, same)) in zip(kept, found, strict=True):
+    for one, (taken, slots) in zip(kept, found, strict=True):
         total[slots] += one.values[taken].astype(np.float64)
-        total[same] += base[one.unchanged[unchanged]].astype(np.float64)
     return total / times
 
 
@@ -104,10 +98,9 @@ def overlaps(covered: Coverage, kept: Sequence[MaskedValues]) -> tuple[npt.NDArr
     Returns int64 [models + 1] and [models, models]; the diagonal holds each mask's ones.
     """
     members = np.zeros((len(kept), len(covered.shared)), dtype=bool)
-    for row, both in zip(members, covered.found, strict=True):
-        for _, slots in both:
-            row[slots] = True
-    ones = [len(one.positions) + len(one.unchanged) for one in kept]
+    for row, (_, slots) in zip(members, covered.found, strict=True):
+        row[slots] = True
+    ones = [len(one.positions) for one in kept]
     pairs = np.diag(np.array(ones, dtype=np.int64))
     for i, j in combinations(range(len(kept)), 2):
         pairs[i, j] = pairs[j, i] = np.count_nonzero(members[i] & members[j])

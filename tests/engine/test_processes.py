@@ -38,7 +38,7 @@ def test_bytes_do_not_depend_on_the_number_of_processes(tmp_path: Path, refs: li
 
 
 def test_localizing_and_stitching_in_several_processes(tmp_path: Path) -> None:
-    """Most weights unchanged, so that the base's are among those that are kept."""
+    """Most weights unchanged, so that the mask is smaller than asked for, in one tensor alone."""
     base = random_state(0, torch.bfloat16, SHAPES)
     save_sharded(tmp_path / "base", base, lambda names: [names[:4], names[4:]])
     few = {name: value.clone() for name, value in base.items()}

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import BLOCK_NAMES, SHAPES, State, finetune, load, random_state, same_bits, save, save_sharded
-from helpers.reference import reference_masks, reference_stitch
+from helpers.reference import differs, reference_masks, reference_stitch
 from helpers.runs import files_of, merge_folders, merged, quick_merge
 from helpers.strategies import families
 from hypothesis import given, settings
 
-from hf_locstitch import Magnitude, load_mask
+from hf_locstitch import Magnitude, load_mask, verify
 from hf_locstitch.errors import NonFiniteError
 from hf_locstitch.localize.bracket import FixedBracket
 from hf_locstitch.runtime.settings import Settings
@@ -54,7 +54,8 @@ def test_ties_chunks_and_order_of_models(
     k = int(density.replace(".", "").ljust(3, "0")) * n // 100 if "." in density else int(density) * n
     for i, state in enumerate(finetuned):
         mask = load_mask(out / "masks" / f"ft{i}.safetensors")
-        assert sum(int(part.sum()) for part in mask.values()) == k
+        changed = sum(int(differs(state[name], base[name]).sum()) for name in names)
+        assert sum(int(part.sum()) for part in mask.values()) == min(k, changed)
         times = {name: sum(m[name].int() for m in masks) for name in names}
         for name in names:  # the finetuned bytes, −0.0 included, where this mask alone covers
             alone = mask[name] & (times[name] == 1)
@@ -95,17 +96,29 @@ def test_density_zero_is_the_base_file(tmp_path: Path) -> None:
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "base" / "model.safetensors").read_bytes()
 
 
-def test_mostly_unchanged_weights_are_filled_up_evenly(tmp_path: Path) -> None:
-    """Fewer weights changed than the mask keeps: the rest are ties at zero, spread over the model."""
+def test_unchanged_weights_are_in_no_mask(tmp_path: Path) -> None:
+    """Fewer weights changed than the mask may keep: it holds those alone, and pulls nobody else's back to the base."""
     base = random_state(0)
-    other = {name: tensor.clone() for name, tensor in base.items()}
-    other["model.layers.1.norm.weight"] += 1.0
-    out = merged(tmp_path, base, [other], localizer={"density": 0.5})
-    expected = reference_masks(base, other, BLOCK_NAMES, "0.5")
-    found = load_mask(out / "masks" / "ft0.safetensors")
-    assert all(torch.equal(found[name], expected[name]) for name in BLOCK_NAMES)
-    assert all(found[name].float().mean() > 0.3 for name in BLOCK_NAMES)
-    assert same_bits(load(out), other)
+    few = {name: tensor.clone() for name, tensor in base.items()}
+    few["model.layers.1.norm.weight"] += 1.0
+    all_moved = finetune(base, 1)
+    out = merged(tmp_path, base, [few, all_moved], localizer={"density": 0.5})
+    masks = [reference_masks(base, state, BLOCK_NAMES, "0.5") for state in (few, all_moved)]
+    for i, mask in enumerate(masks):
+        found = load_mask(out / "masks" / f"ft{i}.safetensors")
+        assert all(torch.equal(found[name], mask[name]) for name in BLOCK_NAMES)
+    assert sum(int(mask.sum()) for mask in masks[0].values()) == 6
+    result = load(out)
+    assert same_bits(result, reference_stitch(base, [few, all_moved], masks))
+    for name in BLOCK_NAMES:
+        alone = masks[1][name] & ~masks[0][name]
+        assert torch.equal(result[name][alone], all_moved[name][alone])
+    record = json.loads((out / "locstitch.json").read_text())
+    assert record["k"] is None and [mask["ones"] for mask in record["masks"].values()] == [6, N // 2]
+    (note,) = record["warnings"]
+    assert note.startswith(f"the mask of ft0 keeps 6 of the {N // 2} elements asked for")
+    assert note in (out / "README.md").read_text()
+    assert verify(out, base=tmp_path / "base", finetuned=[tmp_path / "ft0", tmp_path / "ft1"], tensors="all").ok
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])

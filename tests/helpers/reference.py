@@ -12,6 +12,11 @@ import torch
 State = dict[str, torch.Tensor]
 
 
+def differs(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """In any bit: 0.0 and −0.0 do."""
+    return one.double().view(torch.int64) != other.double().view(torch.int64)
+
+
 def reference_masks(base: State, finetuned: State, names: Sequence[str], density: str, scope: str = "model") -> State:
     """density: the decimal as written. The k largest |task vector|; ties, in (name, flat index) order, evenly."""
     names = sorted(names)
@@ -19,7 +24,9 @@ def reference_masks(base: State, finetuned: State, names: Sequence[str], density
     masks = {}
     for group in groups:
         scores = torch.cat([(finetuned[n].float() - base[n].float()).abs().flatten() for n in group])
-        k = math.floor(Fraction(density) * len(scores))
+        changed = torch.cat([differs(finetuned[n], base[n]).flatten() for n in group])
+        scores[~changed] = -1  # in no mask
+        k = min(math.floor(Fraction(density) * len(scores)), int(changed.sum()))
         threshold = scores.sort(descending=True).values[k - 1] if k else math.inf
         keep = scores > threshold
         ties = (scores == threshold).nonzero().flatten().tolist()

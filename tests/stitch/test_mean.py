@@ -15,10 +15,8 @@ from hf_locstitch.stitch.mean import coverage, overlaps
 from hf_locstitch.stitch.mean import stitch as stitch_covered
 
 
-def kept(positions: list[int], values: list[float], unchanged: tuple[int, ...] = ()) -> MaskedValues:
-    return MaskedValues(
-        np.array(positions, dtype=np.int32), np.array(values, np.float32), np.array(unchanged, dtype=np.int32)
-    )
+def kept(positions: list[int], values: list[float]) -> MaskedValues:
+    return MaskedValues(np.array(positions, dtype=np.int32), np.array(values, np.float32))
 
 
 def stitch(base: Values, models: list[MaskedValues], scale: float = 1.0) -> Values:
@@ -33,11 +31,8 @@ def test_by_hand() -> None:
     assert coverage(4, [one, two]).times.tolist() == [1, 2, 0, 1]
 
 
-def test_a_coordinate_that_is_kept_unchanged_counts() -> None:
-    """A finetune that kept the base's value there pulls the mean towards it."""
-    base = np.array([10.0, 20.0], np.float32)
-    assert stitch(base, [kept([0], [4.0]), kept([], [], (0, 1))]).tolist() == [7.0, 20.0]
-    models = [kept([0], [4.0]), kept([], [], (0, 1))]
+def test_overlaps_by_hand() -> None:
+    models = [kept([0], [4.0]), kept([0, 1], [10.0, 20.0])]
     times, pairs = overlaps(coverage(2, models), models)
     assert times.tolist() == [0, 1, 1] and pairs.tolist() == [[1, 1], [1, 2]]
 

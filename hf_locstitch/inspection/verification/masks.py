@@ -118,7 +118,7 @@ def check_shares(record: Manifest, counts: Tally, localized: Sequence[TensorInfo
         real = entry.ones / n if n else 0.0
         if entry.real_density != real:
             yield Finding("masks", "locstitch.json", f"real density of mask {name}", str(entry.real_density), str(real))
-    if density is not None and record.k is not None:
+    if density is not None:
         yield from _check_k(record, counts, localized, float(density), localizer.get("scope") == "tensor")
 
 
@@ -127,9 +127,12 @@ def _check_k(
 ) -> Iterator[Finding]:
     shares = {info.name: exact_share(density, info.numel) for info in localized}
     k = sum(shares.values()) if per_tensor else exact_share(density, sum(info.numel for info in localized))
-    if record.k != k:
+    if record.k not in (k, None):
         yield Finding("masks", "locstitch.json", f"k at density {density}", str(record.k), k)
+    for mask in record.masks.values():
+        if record.k is None and mask.ones > k:  # fewer are kept only where fewer weights changed
+            yield Finding("masks", mask.file, "number of ones", mask.ones, f"at most k = {k}")
     for name, ones in counts.ones.items() if per_tensor else ():
         for tensor, share in shares.items():
-            if ones[tensor] != share:
+            if ones[tensor] != share and (record.k is not None or ones[tensor] > share):
                 yield Finding("masks", f"masks/{name}", f"number of ones in {tensor}", ones[tensor], share)

@@ -46,7 +46,7 @@ class PlainStitch:
 
     def union(self, name: str) -> list[Positions]:
         """Positions that some mask covers, ascending, of each chunk in turn, counted from its start."""
-        return [_union([one.ascending() for one in self._view.kept(chunk)]) for chunk in self._chunks.get(name, ())]
+        return [_union([one.positions for one in self._view.kept(chunk)]) for chunk in self._chunks.get(name, ())]
 
     def cut(self, name: str, values: torch.Tensor) -> list[torch.Tensor]:
         """The values [*shape] of a tensor that some mask covers, of each chunk in turn, in the output's dtype."""
