@@ -1,17 +1,17 @@
-"""Every exception that hf-locstitch raises on purpose.
+"""The exceptions that hf-locstitch raises.
 
 LocstitchError
-├── RequestError            what was asked for cannot be done; nothing was written (exit status 2)
+├── RequestError            the request cannot be carried out; nothing was written (exit status 2)
 │   ├── RecipeError         a recipe or a flag is wrong
-│   ├── CheckpointError     a checkpoint is missing, closed to us, malformed, or of a kind that is not merged
-│   ├── MismatchError       checkpoints that do not fit one another
+│   ├── CheckpointError     a checkpoint is missing, not accessible, malformed, or of an unsupported kind
+│   ├── MismatchError       checkpoints that do not fit together
 │   ├── NonFiniteError      NaN or infinity in a tensor
-│   ├── TaskError           an evaluation task that is unknown, or whose data set is closed to us
+│   ├── TaskError           an evaluation task that is unknown, or whose data set is not accessible
 │   └── OutputError         the output folder or repo cannot be used
-└── WorkError               the work failed; the same command may be given again (exit status 1)
-    ├── DownloadError       bytes could not be fetched
-    ├── IntegrityError      bytes are not those that were promised
-    └── PublishError        the merge is done, the upload is not
+└── WorkError               the work failed; the same command can be run again (exit status 1)
+    ├── DownloadError       a download failed
+    ├── IntegrityError      a file does not match its hash or size
+    └── PublishError        the merge succeeded, the upload failed
 
 Each message is one short paragraph: what is wrong, where, both values, the next step.
 """
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 
 class LocstitchError(Exception):
-    """Base of all; `exit_status` is what the command line returns."""
+    """Base class; `exit_status` is what the command line returns."""
 
     exit_status = 1
 
@@ -40,7 +40,7 @@ class CheckpointError(RequestError):
 
 
 class MismatchError(RequestError):
-    """Carries every `problem` that the headers show, so that one run tells all."""
+    """Carries every problem found in the headers, so that one run reports them all."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)

@@ -1,4 +1,4 @@
-"""A model's weights as its headers tell: which tensor lies where. Only safetensors are ever opened."""
+"""A model's weights as described by its headers: which tensor lies where. Only safetensors are ever opened."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Checkpoint:
 
 
 def open_source(ref: Ref) -> Source:
-    """Raises CheckpointError if there is nothing there, or not for us."""
+    """Raises CheckpointError if nothing is there, or it is not accessible."""
     if ref.folder is not None:
         return FolderSource(ref.folder)
     from hf_locstitch.checkpoints.hub import open_repo  # heavy, and not needed for folders
@@ -71,7 +71,7 @@ def read_shard(source: Source, file: str) -> Shard:
 
 
 def read_json(source: Source, file: str) -> dict[str, Any]:
-    """A small JSON object of the source. Raises CheckpointError if it is none."""
+    """A small JSON object of the source. Raises CheckpointError if it is not one."""
     try:
         content = json.loads(source.fetch(file).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -90,4 +90,4 @@ def read_card(source: Source) -> dict[str, Any]:
     try:
         return metadata_load(source.fetch("README.md")) or {}
     except (ValueError, YAMLError):
-        return {}  # a card that does not parse hinders nobody
+        return {}  # a card that does not parse is ignored

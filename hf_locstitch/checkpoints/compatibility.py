@@ -1,4 +1,4 @@
-"""Whether models are finetunes of a base, as far as headers and configs tell, and what else to know of them."""
+"""Whether models are finetunes of a base, judging by headers and configs, and which differences are worth a warning."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.runtime.human import more
 
 
-def mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], theirs: Sequence[str]) -> list[str]:
-    """What makes `other` no finetune of the base. chosen, theirs: localized tensors of the base and of the other."""
+def mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], finetuned: Sequence[str]) -> list[str]:
+    """Why `other` is not a finetune of the base. chosen, finetuned: localized tensors of the base and of the other."""
     problems = []
     if not _model_types(base) & _model_types(other) and other.config and base.config:
         problems.append(
             f"{other.label} is a {other.config.get('model_type')} model, "
             f"the base {base.label} a {base.config.get('model_type')} model"
         )
-    problems += _name_mismatches(base, other, chosen, theirs)
+    problems += _name_mismatches(base, other, chosen, finetuned)
     shared = [name for name in chosen if name in other.tensors]
     shapes = [(name, other.info(name).shape, base.info(name).shape) for name in shared]
     if wrong := [(name, got, due) for name, got, due in shapes if got != due]:
@@ -40,9 +40,9 @@ def _model_types(checkpoint: Checkpoint) -> set[str | None]:
     return {part.get("model_type") for part in (checkpoint.config, *parts)}
 
 
-def _name_mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], theirs: Sequence[str]) -> list[str]:
+def _name_mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], finetuned: Sequence[str]) -> list[str]:
     missing = [name for name in chosen if name not in other.tensors]
-    extra = [name for name in theirs if name not in base.tensors]
+    extra = [name for name in finetuned if name not in base.tensors]
     problems = []
     if missing:
         problems.append(f"{other.label} lacks {missing[0]}, which the base {base.label} has{more(len(missing))}")
@@ -64,7 +64,7 @@ def _common_prefix(missing: Sequence[str], extra: Sequence[str]) -> str | None:
 
 
 def differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence[str]) -> list[str]:
-    """What differs without hindering the merge: said, so that nobody wonders afterwards."""
+    """Differences that do not prevent the merge, as warnings."""
     localized = set(chosen)
     unlike = [
         f"{tensor} {list(other.info(tensor).shape)} (base {list(base.info(tensor).shape)})"
@@ -85,9 +85,9 @@ def differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence
 def dtype_warnings(name: str, dtypes: Iterable[tuple[str, str]]) -> list[str]:
     """dtypes: of each localized tensor, in the finetune and in the base."""
     return [
-        f"{name} is {theirs} where the base is {ours}: compared in float32, cast to {ours}."
-        for theirs, ours in sorted(set(dtypes))
-        if theirs != ours
+        f"{name} is {finetuned} where the base is {base}: compared in float32, cast to {base}."
+        for finetuned, base in sorted(set(dtypes))
+        if finetuned != base
     ]
 
 
@@ -95,5 +95,5 @@ def licence_warning(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     licences = {name: str(checkpoint.card.get("license", "none named")) for name, checkpoint in checkpoints.items()}
     if len(set(licences.values())) == 1:
         return []
-    said = ", ".join(f"{name}: {licence}" for name, licence in licences.items())
-    return [f"the licences differ ({said}): a merge is bound by all of them."]
+    listed = ", ".join(f"{name}: {licence}" for name, licence in licences.items())
+    return [f"the licences differ ({listed}): a merge is bound by all of them."]

@@ -25,9 +25,9 @@ def check_finite(reader: CheckpointReader, name: str, chunk: Chunk, values: Valu
     if all_finite(values):
         return
     first = int(np.flatnonzero(~np.isfinite(values))[0])
-    what = "NaN" if np.isnan(values[first]) else "infinity"
+    kind = "NaN" if np.isnan(values[first]) else "infinity"
     raise NonFiniteError(
-        f"{name} in {reader.where(name)} holds {what} at flat index {chunk.first + first} of "
+        f"{name} in {reader.where(name)} holds {kind} at flat index {chunk.first + first} of "
         f"{reader.checkpoint.info(name).numel}. The checkpoint is damaged, or was saved in too narrow a dtype; "
         "--allow-non-finite lets such values through."
     )

@@ -56,7 +56,7 @@ class FolderSource:
 
 
 def _list_files(folder: Path) -> dict[str, FileInfo]:
-    """Hidden files and folders (.git, .cache) are no part of a checkpoint."""
+    """Hidden files and folders (.git, .cache) are not part of a checkpoint."""
     relative = {path: path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         name.as_posix(): FileInfo(path.stat().st_size)
@@ -66,7 +66,7 @@ def _list_files(folder: Path) -> dict[str, FileInfo]:
 
 
 class CachedRepoSource(FolderSource):
-    """A repo's snapshot in the user's Hub cache, for work without network (HF_HUB_OFFLINE)."""
+    """A repo's snapshot in the user's Hub cache, for offline work (HF_HUB_OFFLINE)."""
 
     def __init__(self, snapshot: Path, repo: str) -> None:
         super().__init__(snapshot)

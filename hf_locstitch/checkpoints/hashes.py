@@ -1,4 +1,4 @@
-"""The SHA-256 of every shard of the inputs, in the background. It begins while libraries are imported."""
+"""The SHA-256 of every input shard, computed in the background while libraries are imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FileHash = tuple[str, str, str]  # input, file, SHA-256
 
 
 class InputHashes:
-    """Of the inputs' shards, the share of process number `rank` among `count`."""
+    """Hashes of the input shards: the part of process `rank` of `count`."""
 
     def __init__(self, inputs: Mapping[str, Checkpoint], rank: int = 0, count: int = 1) -> None:
         jobs = [(name, shard.file) for name, checkpoint in inputs.items() for shard in checkpoint.shards]
@@ -23,7 +23,7 @@ class InputHashes:
         return name, file, self._inputs[name].source.sha256(file)
 
     def wait(self) -> list[FileHash]:
-        """All of them, once they are known."""
+        """All hashes, once they are known."""
         return [future.result() for future in self._running]
 
     def __enter__(self) -> InputHashes:

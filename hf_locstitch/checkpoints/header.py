@@ -1,6 +1,6 @@
 """Safetensors headers: names, dtypes, shapes and byte ranges, checked before any weight is read.
 
-Format: 8 bytes little-endian length n, n bytes of JSON, then the tensors' bytes without holes.
+Format: 8 bytes little-endian length n, n bytes of JSON, then the tensors' bytes without gaps.
 Source: https://huggingface.co/docs/safetensors
 """
 
@@ -21,7 +21,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor as it is to be written."""
+    """A tensor to be written."""
 
     name: str
     dtype: str
@@ -62,7 +62,7 @@ class Header:
 
 
 def header_length(first_bytes: bytes, file_size: int, where: str) -> int:
-    """Bytes that the 8-byte prefix and the JSON take. Raises CheckpointError if that cannot be."""
+    """Total bytes of the 8-byte prefix and the JSON. Raises CheckpointError if the length is impossible."""
     if len(first_bytes) < 8:
         raise CheckpointError(
             f"{where} is only {file_size} bytes long, so it is not a safetensors file. Fetch it again."

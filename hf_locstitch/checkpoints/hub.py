@@ -1,7 +1,7 @@
 """A checkpoint in a Hub repo, pinned to one commit, kept in the user's Hub cache.
 
-Downloads resume where they broke off, in this process or a later one, and each file is checked against the
-hash that the Hub states; `hf_hub_download` does neither. Layout of the cache:
+Downloads resume where they stopped, in this process or a later one, and each file is checked against the
+hash published by the Hub; `hf_hub_download` does neither. Layout of the cache:
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 """
 
@@ -31,7 +31,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_s
 from hf_locstitch.checkpoints.folder import CachedRepoSource
 from hf_locstitch.checkpoints.hub_client import (
     ATTEMPTS,
-    is_passing,
+    is_transient,
     raise_clearly,
     retrying,
     wait_before,
@@ -47,7 +47,7 @@ Arrived = Callable[[int, int], object]  # an open file and how many bytes from i
 
 
 def open_repo(repo: str, revision: str | None) -> Source:
-    """The repo at the commit that `revision` names now. Without network, at the newest commit in the cache."""
+    """The repo at the commit that `revision` currently names. Offline, at the newest cached commit."""
     if constants.is_offline_mode():
         try:
             return CachedRepoSource(Path(snapshot_download(repo, revision=revision, local_files_only=True)), repo)
@@ -150,7 +150,7 @@ class HubSource:
     def stream(self, file: str, start: int = 0) -> Iterator[bytes]:
         """A file's bytes from `start` on, in order, through as many connections as it takes. Not checked yet.
 
-        A server that ignores Range is heard from the beginning again; what is known already is skipped.
+        A server that ignores Range sends the file from its beginning; bytes already received are skipped.
         """
         size, at, failures = self._files[file].size, start, 0
         if known := self._starts.get(file, b"")[start:]:
@@ -167,12 +167,12 @@ class HubSource:
                     raise ConnectionError(f"the connection ended at byte {at} of {size}")
             except Exception as error:
                 failures = 0 if at > before else failures + 1
-                if not is_passing(error) or failures >= ATTEMPTS:
+                if not is_transient(error) or failures >= ATTEMPTS:
                     self._give_up(error)
                 time.sleep(wait_before(failures, error))
 
     def _give_up(self, error: Exception) -> NoReturn:
-        """In the middle of a file: what was a right request when the headers were read is one that failed now."""
+        """In the middle of a file: access that worked when the headers were read has now failed."""
         try:
             raise_clearly(error, self._repo, self._commit, self._endpoint)
         except CheckpointError as refusal:
@@ -183,7 +183,7 @@ class HubSource:
 
     def sha256(self, file: str) -> str:
         if promised := self._files[file].sha256:
-            return promised  # whatever is read of the file is checked against it
+            return promised  # every read of the file is checked against it
         if file not in self._sha256:
             self._sha256[file] = file_sha256(self.fetch(file))
         return self._sha256[file]
@@ -195,7 +195,7 @@ class HubSource:
         return info.git_oid is None or git_blob_oid(path) == info.git_oid
 
     def _remember_revision(self) -> None:
-        """What the branch or tag named now, so that it names the same without network."""
+        """Cache which commit the branch or tag names, for offline use."""
         if self._revision != self._commit:
             ref = self._folder / "refs" / self._revision
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ class HubSource:
         path.unlink(missing_ok=True)
 
     def damaged(self, file: str, what: str) -> IntegrityError:
-        """The error to raise when a file is not as the Hub promised; forgets what is known of it."""
+        """The error to raise when a file does not match its hash; forgets the bytes read of it."""
         self._starts.pop(file, None)
         return IntegrityError(
             f"{file} of {self.label} arrived with {what}, not with sha256 {self._files[file].sha256}: the connection "
@@ -215,7 +215,7 @@ class HubSource:
         )
 
     def _get(self, file: str, headers: Mapping[str, str]) -> AbstractContextManager[Any]:
-        """A streamed answer, not retried here: a retry must know how many bytes have come."""
+        """A streamed response, not retried here: a retry must know how many bytes have arrived."""
         url = hf_hub_url(self._repo, file, revision=self._commit, endpoint=self._endpoint)
         return http_stream_backoff(
             "GET",
@@ -239,7 +239,7 @@ class HubSource:
             if blob.exists():
                 advance(self._files[file].size)
                 return
-            for last in (arrived is not None, True):  # a second time from scratch if the first came out damaged
+            for last in (arrived is not None, True):  # once more from scratch if the first download is damaged
                 got = self._append(file, partial, advance, arrived)
                 if got == due:
                     self._sha256[file] = got
@@ -252,7 +252,7 @@ class HubSource:
                     raise self.damaged(file, f"sha256 {got}")
 
     def _append(self, file: str, partial: Path, advance: Advance, arrived: Arrived | None) -> str:
-        """Add to `partial` what it lacks of the file; the sha256 of the whole."""
+        """Append the missing bytes to `partial`. Returns the sha256 of the whole file."""
         with partial.open("a+b", buffering=0) as out:
             digest = hash_of_open(out)
             at = out.seek(0, os.SEEK_END)
@@ -273,7 +273,7 @@ class HubSource:
 
 
 def _fresh(response: Any, known: int) -> Iterator[bytes]:
-    """The blocks of an answer as they come (one held back would be lost with the connection) from byte `known` on."""
+    """The blocks of a response as they arrive (buffered ones would be lost with the connection), from byte `known` on."""
     hf_raise_for_status(response)
     skip = known if response.status_code != 206 else 0
     for block in response.iter_bytes():
@@ -283,7 +283,7 @@ def _fresh(response: Any, known: int) -> Iterator[bytes]:
 
 
 def hash_of_open(file: RawIOBase) -> _Hash:
-    """SHA-256 state of what a file holds already."""
+    """SHA-256 state of the current content of a file."""
     digest = hashlib.sha256()
     file.seek(0)
     while block := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""One way to call the Hub: passing failures are tried again, lasting ones become a clear error."""
+"""One way to call the Hub: transient failures are retried, lasting ones become a clear error."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from huggingface_hub.errors import HTTPError as TransportError  # pyright: ignor
 from hf_locstitch.errors import CheckpointError, DownloadError
 
 ATTEMPTS = 6
-LONGEST_WAIT = 30.0  # seconds; what a server may ask for in Retry-After is honoured up to four times this
-PASSING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+LONGEST_WAIT = 30.0  # seconds; a server's Retry-After is honoured up to four times this
+TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
 T = TypeVar("T")
 
@@ -31,12 +31,12 @@ def status_of(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def is_passing(error: BaseException) -> bool:
-    """Whether the same request may go through a moment later."""
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a moment later."""
     if isinstance(error, OfflineModeIsEnabled):
         return False
     if isinstance(error, HfHubHTTPError):
-        return status_of(error) in PASSING_STATUS
+        return status_of(error) in TRANSIENT_STATUS
     return isinstance(error, (TransportError, ConnectionError, TimeoutError))
 
 
@@ -50,12 +50,12 @@ def wait_before(attempt: int, error: BaseException) -> float:
 
 
 def retrying(call: Callable[[], T]) -> T:
-    """The call's result; a passing failure is tried again ATTEMPTS times in all, then raised as it is."""
+    """The call's result; a transient failure is retried, ATTEMPTS calls in all, then raised as it is."""
     for attempt in range(ATTEMPTS - 1):
         try:
             return call()
         except Exception as error:
-            if not is_passing(error):
+            if not is_transient(error):
                 raise
             time.sleep(wait_before(attempt, error))
     return call()

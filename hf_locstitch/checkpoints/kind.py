@@ -1,4 +1,4 @@
-"""What a kind of checkpoint is: how it is told from its files, and how its headers become a Checkpoint.
+"""What a kind of checkpoint is: how it is recognized by its files, and how its headers become a Checkpoint.
 
 A kind of your own is one class in one file: see docs/extending.md.
 """
@@ -14,7 +14,7 @@ from hf_locstitch.checkpoints.source import Source
 
 
 class CheckpointKind(ABC):
-    """rank: where two kinds know a source by its files, the lower one takes it."""
+    """rank: if several kinds match a source, the lowest rank wins."""
 
     rank: ClassVar[int]
 
@@ -24,7 +24,7 @@ class CheckpointKind(ABC):
 
     @abstractmethod
     def read(self, source: Source, config: Config) -> Checkpoint:
-        """Its headers, and nothing else. config: of its config.json, empty if it has none.
+        """Read its headers, and nothing else. config: its config.json, empty if it has none.
 
-        Raises CheckpointError, also where such checkpoints are not merged: then with what its owner can do about it.
+        Raises CheckpointError, also if this kind cannot be merged: then with what its owner can do about it.
         """

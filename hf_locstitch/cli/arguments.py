@@ -154,7 +154,7 @@ def _add_layout(output: Any) -> None:
     output.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="dtype of the output (default: the base's)dtype of the output (default: the base's)",
+        help="dtype of the output (default: the base's)",
     )
     output.add_argument(
         "--shard-size", metavar="SIZE", help="largest file, such as 5GB (default: shards as in the base)"

@@ -133,6 +133,11 @@ class Recipe(Strict):
         """What is merged into the base."""
         return self.finetuned or self.localized
 
+    @field_validator("finetuned", "localized", mode="before")
+    @classmethod
+    def _one_alone(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
+
     @field_validator("finetuned")
     @classmethod
     def _something_to_merge(cls, value: tuple[Finetuned, ...], info: ValidationInfo) -> tuple[Finetuned, ...]:

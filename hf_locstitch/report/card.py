@@ -130,7 +130,7 @@ def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] 
         title=title,
         repo=plan.recipe.push_to or "DIR",
         auto_class=auto_class(plan.files) if isinstance(plan, ModelPlan) else "",
-        intro=method.introduce(len(plan.finetuned), bool(record.stitch and record.stitch["refitted"])),
+        intro=method.introduce(len(plan.finetuned), bool(record.stitch and record.stitch.get("refitted"))),
         fitted=fitted,
         localized=isinstance(plan, LocalizePlan),
         plan=plan,
@@ -172,7 +172,7 @@ def _inputs_table(plan: Plan, stitch: Mapping[str, Any]) -> str:
     """What values were fitted to, Markdown."""
     rows = ["| finetune | inputs | what they are | fitted to | held out |", "| :--- | :--- | :--- | ---: | ---: |"]
     for name, found in plan.fit_data.items():
-        asked, counts = found.asked, stitch["counts"][name]
+        asked, counts = found.asked, stitch.get("counts", {}).get(name, {})
         what = f"{data_link(found)}, split {asked.split}, seed {asked.seed}"
-        rows.append(f"| {name} | {what} | {asked.role or 'not said'} | {counts['fitted']} | {counts['held_out']} |")
+        rows.append(f"| {name} | {what} | {asked.role or 'not said'} | {counts.get('fitted', '–')} | {counts.get('held_out', '–')} |")
     return "\n".join(rows)

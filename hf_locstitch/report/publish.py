@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 
 from hf_locstitch.artifacts.manifest import FILE
 from hf_locstitch.checkpoints.hub import git_blob_oid
-from hf_locstitch.checkpoints.hub_client import is_passing, retrying, status_of, wait_before
+from hf_locstitch.checkpoints.hub_client import is_transient, retrying, status_of, wait_before
 from hf_locstitch.errors import OutputError, PublishError
 from hf_locstitch.runtime.progress import Progress
 
@@ -49,7 +49,7 @@ def check_target(repo: str) -> None:
     except OfflineModeIsEnabled as error:
         raise OutputError(f"HF_HUB_OFFLINE is set, so {repo} cannot be pushed to. Unset it, or give --out.") from error
     except Exception as error:
-        if is_passing(error):
+        if is_transient(error):
             raise PublishError(f"{constants.ENDPOINT} does not answer ({error}). Try again later.") from error
         raise OutputError(
             f"pushing to {repo} needs a token that {constants.ENDPOINT} accepts ({_short(error)}): "
@@ -193,7 +193,7 @@ def _commit(
         try:
             return str(api.create_commit(repo, operations, commit_message=message, parent_commit=parent).oid)
         except Exception as error:
-            if not is_passing(error) and status_of(error) != 412:
+            if not is_transient(error) and status_of(error) != 412:
                 raise
             head = str(retrying(lambda: api.model_info(repo)).sha)
             if head != parent:

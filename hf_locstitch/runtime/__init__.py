@@ -1,1 +1,1 @@
-"""What all parts stand on: settings, threads and processes, dtypes, files, progress. Knows nothing of models."""
+"""Shared foundations: settings, threads and processes, dtypes, files, progress. Knows nothing about models."""

@@ -1,4 +1,4 @@
-"""How the C library deals with memory that is freed."""
+"""How the C library handles freed memory."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 MMAP_THRESHOLD, ARENA_MAX = -3, -8  # of mallopt, in glibc's malloc.h
-LARGE = 1 << 19  # bytes: what is larger is asked of the system by itself, and given back as soon as it is freed
+LARGE = 1 << 19  # bytes: larger blocks are mapped separately, and returned to the system when freed
 ARENAS = 2
-GROWN = 32 << 20  # bytes: where glibc's own threshold comes to, which grows with what is freed
+GROWN = 32 << 20  # bytes: the maximum that glibc's own dynamic threshold grows to
 
 
 @contextmanager
 def freed_memory_goes_back() -> Iterator[None]:
-    """While inside, tensors that are freed are given back to the system. Only glibc needs it.
+    """Within this context, freed tensors are returned to the system. Only glibc needs it.
 
-    Passes through models run in many threads, and glibc has places of its own (arenas) for those of each, from which
-    little goes back: measured, a refit held 1.4 GB where it used 0.3. The number of arenas stays what it was set to.
+    Passes through models run in many threads; glibc gives these their own arenas, which return little memory:
+    measured, a refit held 1.4 GB while using 0.3. The number of arenas is not reset afterwards.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:

@@ -1,4 +1,4 @@
-"""Work cut into chunks that fit the processor's cache, shared out over threads."""
+"""Work divided into chunks that fit the processor's cache, distributed over threads."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def chunks_of(numels: Sequence[int], size: int = CHUNK) -> list[Chunk]:
 
 def chunks_by_name(names: Sequence[str], chunks: Iterable[Chunk]) -> dict[str, list[Chunk]]:
     """The chunks of each tensor, in order. names: of the tensors that the chunks number."""
-    found: dict[str, list[Chunk]] = {name: [] for name in names}
+    by_name: dict[str, list[Chunk]] = {name: [] for name in names}
     for chunk in chunks:
-        found[names[chunk.tensor]].append(chunk)
-    return found
+        by_name[names[chunk.tensor]].append(chunk)
+    return by_name
 
 
 def worker_count() -> int:
@@ -50,16 +50,16 @@ def worker_count() -> int:
 
 
 def keep_to_itself() -> None:
-    """Begins a thread that computes. What torch.set_num_threads said holds in it only once torch was asked: before,
-    a matrix product may be shared out, and then differ in its last digits from run to run.
+    """Initializes a compute thread. torch.set_num_threads takes effect in it only after a call of get_num_threads:
+    before, a matrix product may run in parallel, and differ in its last digits from run to run.
     """
-    if (torch := sys.modules.get("torch")) is not None:  # else nothing of it runs here
+    if (torch := sys.modules.get("torch")) is not None:  # else torch is not used here
         torch.get_num_threads()
 
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Our own threads share out the chunks; torch's, within each, would fight them: tenfold slower when busy."""
+    """Our threads divide the chunks; torch's own threads would compete with them: ten times slower under load."""
     import torch
 
     threads = torch.get_num_threads()
@@ -71,7 +71,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def for_each(work: Callable[[Job], object], jobs: Iterable[Job], workers: int) -> None:
-    """Call `work` on every job in `workers` threads, each taking the next one. The first failure stops the rest."""
+    """Call `work` on every job in `workers` threads, each taking the next job. The first failure stops the rest."""
     queue = iter(jobs)
     lock = threading.Lock()
     stop = threading.Event()
@@ -97,7 +97,7 @@ def for_each(work: Callable[[Job], object], jobs: Iterable[Job], workers: int) -
 
 
 def in_order(work: Callable[[Job], Result], items: Sequence[Job], workers: int) -> Iterator[Result]:
-    """Results in the order of the items, a few of which are worked on at once."""
+    """Results in the order of the items, computed a few at a time."""
     with ThreadPoolExecutor(workers, initializer=keep_to_itself) as pool:
         for first in range(0, len(items), workers):
             yield from pool.map(work, items[first : first + workers])

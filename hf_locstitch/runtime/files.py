@@ -1,4 +1,4 @@
-"""Files on this machine: written whole or not at all, brought to the disk, given back in parts."""
+"""Files on this machine: atomic writes, syncing, punching holes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which it becomes when all is well: readers find the old one, or all of the new."""
+    """A temporary file that replaces `path` on success: readers see either the old file or the complete new one."""
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         yield new
@@ -31,14 +31,14 @@ def write_atomically(path: Path, content: str) -> None:
 
 
 def write_all(file: RawIOBase, content: bytes) -> None:
-    """A raw file may take less than it is given."""
+    """Write all of it; one write to a raw file may be partial."""
     view = memoryview(content)
     while view:
         view = view[file.write(view) or 0 :]
 
 
 def sync_file(path: Path) -> None:
-    """Until all that was written to it is on the disk."""
+    """Return once everything written to the file is on the disk."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
 

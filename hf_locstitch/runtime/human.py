@@ -1,4 +1,4 @@
-"""Numbers and lists as people read them."""
+"""Human-readable numbers and lists."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def more(count: int) -> str:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first three, and how many there are beside them."""
+    """The first three, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from hf_locstitch.runtime.dtypes import DTYPE, Values
 
-BLOCK = 1 << 12  # elements looked at together; what is noted of them stays in the nearest cache
+BLOCK = 1 << 12  # elements examined together; their flags stay in the L1 cache
 SURE = 1 << 31  # flag of a position whose score lies above the bracket
-ESCAPE = 255  # in the gaps of a mask: so many zeros, and no one after them
+ESCAPE = 255  # in the gaps of a mask: 255 zeros, not followed by a one
 
 Bools = npt.NDArray[np.bool_]
 Bits = npt.NDArray[np.unsignedinteger[Any]]
@@ -71,13 +71,13 @@ def _places(block: Any, least: int, flags: Counts, places: Positions) -> int:
 
 @numba.njit(inline="always")  # else the choice between the kinds stays within the loops
 def _number(value: Any, kind: int) -> Any:
-    """What the bits of one element stand for, in float32."""
+    """The value of one element, from its bits, in float32."""
     if kind == BF16:
         return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
     if kind == F16:
         bits = np.uint32(value)
         size = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32)
-        # By so much the exponents' biases differ; subnormal numbers come right, too, infinity and NaN do not.
+        # The difference of the exponent biases; right for subnormal numbers, too, but not for infinity and NaN.
         wide = np.float32(size * np.float32(2.0**112)).view(np.uint32)
         full = np.uint32(0x7F800000) if bits & np.uint32(0x7C00) == np.uint32(0x7C00) else np.uint32(0)
         return np.uint32(wide | full | (bits & np.uint32(0x8000)) << np.uint32(16)).view(np.float32)
@@ -171,14 +171,14 @@ def among(flagged: Flagged, values: Bits, wanted: Bools, positions: Positions, c
 
 @_compiled
 def count_up(times: Counts, positions: Positions) -> None:
-    """One more at each of the positions."""
+    """Add one at each of the positions."""
     for position in positions:
         times[position] += np.uint8(1)
 
 
 @_compiled
 def more_than(times: Counts, least: int, positions: Positions) -> int:
-    """Fill in where a count [n] is larger than `least`. positions: [≥ n + 1]. Returns how many there are."""
+    """Fill in the positions where a count [n] is larger than `least`. positions: [≥ n + 1]. Returns how many there are."""
     count = 0
     flags = np.empty(BLOCK, np.uint8)
     places = np.empty(BLOCK + 1, np.int32)
@@ -198,7 +198,7 @@ def put(target: Bits, positions: Positions, values: Bits) -> None:
 
 @_compiled
 def find(positions: Positions, times: Counts, least: int, wanted: Positions, taken: Positions, slots: Positions) -> int:
-    """Fill in which of the positions have a count larger than `least`, and as the how manieth of all that have.
+    """Fill in which of the positions have a count larger than `least`, and the index of each among all that have.
 
     wanted: those, of whatever origin; see `more_than`. taken, slots: [≥ positions + 1]. Returns how many there are.
     """

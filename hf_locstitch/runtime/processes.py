@@ -28,11 +28,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that speaks, creates folders and publishes."""
+        """Whether this is the process that prints, creates folders and publishes."""
         return self.rank == 0
 
     def own(self, number: int) -> slice:
-        """This process's part of so many things: parts are next to one another and about equal."""
+        """This process's part of `number` items: parts are contiguous and about equal."""
         return slice(number * self.rank // self.count, number * (self.rank + 1) // self.count)
 
     def sum(self, counts: Counts) -> Counts:
@@ -47,14 +47,14 @@ class Processes:
         return [value]
 
     def share(self, work: Callable[[], T], say: Callable[[T], S]) -> tuple[T, list[S]]:
-        """Do `work` in every process and wait for all. Returns what came of it here, and what `say` makes of that in
-        each, in order of rank; the first error of any is raised in each.
+        """Do `work` in every process and wait for all. Returns its result here, and `say(result)` of every process, in
+        order of rank; the first error of any process is raised in all.
         """
         result = work()
         return result, [say(result)]
 
     def together(self, work: Callable[[], T]) -> T:
-        """The same, where nobody asks what came of it elsewhere."""
+        """As `share`, without the results of other processes."""
         return self.share(work, lambda _: None)[0]
 
     def device(self, kind: str) -> str:
@@ -62,11 +62,11 @@ class Processes:
         return kind
 
     def end(self) -> None:
-        """Wait for all and part in good order; after an error the launcher ends the others."""
+        """Wait for all and shut down; after an error the launcher ends the others."""
 
     def leave(self) -> None:
-        """After an error that was raised in each, wait for all: the launcher ends those that are not done tidying up
-        when the first is gone.
+        """After an error raised in all, wait for all: the launcher kills processes still cleaning up once the first has
+        exited.
         """
 
     def on_first(self, work: Callable[[], None]) -> None:
@@ -83,7 +83,7 @@ class DistributedProcesses(Processes):
 
         self._state = PartialState(cpu=not torch.cuda.is_available())
         super().__init__(self._state.process_index, self._state.num_processes)
-        self._failed = False  # the last thing that was done together
+        self._failed = False  # whether the last shared work failed
 
     def sum(self, counts: Counts) -> Counts:
         import torch
@@ -120,12 +120,12 @@ class DistributedProcesses(Processes):
             said = say(result)
         except Exception as raised:
             error = raised
-        found = self.gather((_portable(error), said))
-        errors = [one for one, _ in found if one is not None]
+        outcomes = self.gather((_portable(error), said))
+        errors = [raised for raised, _ in outcomes if raised is not None]
         self._failed = bool(errors)
         if errors:
             raise errors[0] from error
-        return result, [one for _, one in found]
+        return result, [said for _, said in outcomes]
 
     def leave(self) -> None:
         if self._failed:
@@ -139,7 +139,7 @@ class DistributedProcesses(Processes):
 
 
 def _portable(error: BaseException | None) -> Exception | None:
-    """An error that survives the way to another process."""
+    """An error that can be pickled for another process."""
     if error is None:
         return None
     if isinstance(error, RequestError):
@@ -160,7 +160,7 @@ def find_processes() -> Processes:
 
 
 def divide(sizes: Sequence[int], count: int) -> list[int]:
-    """Owner (0 … count − 1) of each item: neighbours stay together, sizes are shared out about evenly."""
+    """Owner (0 … count − 1) of each item: neighbours stay together, sizes are divided about evenly."""
     total = sum(sizes) or 1
     owners, before = [], 0
     for size in sizes:

@@ -1,4 +1,4 @@
-"""Progress bars on stderr: one a stage, none where nobody looks."""
+"""Progress bars on stderr: one per stage, on a terminal only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Advance = Callable[[int], None]
 
 @contextmanager
 def hide_library_bars() -> Iterator[None]:
-    """The Hub's client shows none meanwhile: they would tell of the same bytes again, even where all is to be quiet."""
+    """Hide the Hub client's bars: they would count the same bytes again, even with --quiet."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     with _without_bars(are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars):
@@ -24,7 +24,7 @@ def hide_library_bars() -> Iterator[None]:
 
 @contextmanager
 def hide_all_library_bars() -> Iterator[None]:
-    """The libraries that load models and data show bars of their own, unasked. Slow to import."""
+    """Also hide the bars of the libraries that load models and data. Slow to import."""
     import datasets
     from transformers.utils import logging
 
@@ -41,7 +41,7 @@ def hide_all_library_bars() -> Iterator[None]:
 
 @contextmanager
 def _without_bars(hidden: bool, hide: Callable[[], object], show: Callable[[], object]) -> Iterator[None]:
-    """hidden: whether they are before, and so afterwards."""
+    """hidden: whether they were hidden before, and stay so afterwards."""
     hide()
     try:
         yield
@@ -58,7 +58,7 @@ class Progress:
 
     @contextmanager
     def bar(self, stage: str, total: int, unit: str = "B") -> Iterator[Advance]:
-        """A bar over `total` bytes, or other units; the function it yields is told of them, from any thread."""
+        """A bar over `total` bytes, or other units; yields a function to advance it, from any thread."""
         lock = threading.Lock()
         with tqdm(
             total=total,

@@ -1,7 +1,7 @@
 """Components by name: the package's own, one module each, and those that other packages add by an entry point.
 
 A module of the registry's package holds one component, called COMPONENT; its name is the module's, with dashes. An
-entry point names the class itself. Names are told without importing anything, so that help is quick.
+entry point names the class itself. Names are listed without importing anything, so that help is quick.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Registry(Generic[T]):
         return {point.name: point for point in entry_points(group=self._group) if point.name not in self._modules}
 
     def names(self) -> list[str]:
-        """Of all components, sorted."""
+        """The names of all components, sorted."""
         return sorted({*self._modules, *self._entry_points})
 
     def find(self, name: str) -> type[T]:

@@ -1,4 +1,4 @@
-"""How a merge is made, never what: no setting changes a byte of the output."""
+"""How a merge runs: no setting changes a byte of the output."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.chunks import CHUNK, SMALLEST_CHUNK, worker_count
 
-IMPORTS_BYTES = 200_000_000  # what the libraries take, those that draw figures among them; measured
+IMPORTS_BYTES = 200_000_000  # of the imported libraries, including those that draw figures; measured
 CHUNK_BYTES_PER_ELEMENT = 90  # one worker's buffers where masks keep nearly everything; measured
 
 BATCH = 4  # chunks for each worker between two looks at the size of temporary files
-COMPACT_FROM = 1.5  # a temporary file is tidied up when it has so many times the bytes still needed,
-COMPACT_SLACK = 16_000_000  # and so many more
+COMPACT_FROM = 1.5  # a temporary file is compacted when it is this many times larger than the bytes still needed,
+COMPACT_SLACK = 16_000_000  # and this many bytes larger
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Settings:
 
     @property
     def memory(self) -> int:
-        """Bytes that a merge takes at most, whatever the size of the models."""
+        """Peak memory of a merge in bytes, whatever the size of the models."""
         return IMPORTS_BYTES + self.workers * self.chunk * CHUNK_BYTES_PER_ELEMENT
 
     def within(self, memory: int) -> Settings:
-        """The same with as many workers, and then chunks as large, as so many bytes allow. Raises RecipeError."""
+        """The same settings with as many workers, and then as large chunks, as `memory` bytes allow. Raises RecipeError."""
         room = (memory - IMPORTS_BYTES) // CHUNK_BYTES_PER_ELEMENT  # elements
         if room < SMALLEST_CHUNK:
             least = IMPORTS_BYTES + SMALLEST_CHUNK * CHUNK_BYTES_PER_ELEMENT
