@@ -33,7 +33,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 def same_model(one: Path, other: Path) -> bool:
     """Equal weights, masks and side files, to the byte."""
-    ours, theirs = (
+    first, second = (
         {
             path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in folder.rglob("*")
@@ -41,8 +41,8 @@ def same_model(one: Path, other: Path) -> bool:
         }
         for folder in (one, other)
     )
-    assert "model.safetensors" in ours or "model.safetensors.index.json" in ours
-    return ours == theirs
+    assert "model.safetensors" in first or "model.safetensors.index.json" in first
+    return first == second
 
 
 def both_ways(

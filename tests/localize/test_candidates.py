@@ -58,15 +58,13 @@ def check(device: str, dtypes: Sequence[torch.dtype]) -> None:
             finetuned = (base.double() + 1e-2 * torch.randn(5000, generator=generator).double()).to(dtype)
             finetuned[::7] = base[::7].to(dtype)
             finetuned[3], finetuned[4] = float("nan"), float("inf")
-            ours, theirs = as_values(base), as_values(finetuned)
+            start, moved = as_values(base), as_values(finetuned)
             cpu, other = OnCpu(5000), OnDevice(device)
-            cpu.begin(ours)
-            other.begin(ours)
+            cpu.begin(start)
+            other.begin(start)
             for low in [0, *bits(1e-3, 1e-2)]:
                 for high in [*bits(2e-2), ABOVE_ALL]:
-                    (expected, _), (found, _) = (
-                        finder.find(theirs, FixedBracket(low, high)) for finder in (cpu, other)
-                    )
+                    (expected, _), (found, _) = (finder.find(moved, FixedBracket(low, high)) for finder in (cpu, other))
                     assert np.array_equal(expected.flagged, found.flagged) and len(found.flagged)
                     assert np.array_equal(kernels.bits(expected.values), kernels.bits(found.values))
                     known, scores = expected.scores, found.scores

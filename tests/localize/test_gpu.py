@@ -1,6 +1,6 @@
-"""Localizing with data and refits on a CUDA device: as on the CPU, and what a model of 8 B parameters takes.
+"""Localizing with data on a CUDA device: as on the CPU, and what a model of 8 B parameters takes.
 
-Opt-in: python -m pytest -m gpu tests/test_gpu.py -s
+Opt-in: python -m pytest -m gpu -s
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def subject_on(device: str, folders: tuple[Path, Path]) -> tuple[GraftedModel, T
     state, config = load(folder), load_config(folder)
     model, _ = load_model(folder, CausalLM(), config, torch.float64)
     base, absent = load_model(base_folder, CausalLM(), config, torch.float64)
-    place = torch.device(device)
-    grafted = make_grafted_model(model, base, absent, list(state), blocks(state), state.__getitem__, place, "ft")
+    on = torch.device(device)
+    grafted = make_grafted_model(model, base, absent, list(state), blocks(state), state.__getitem__, on, "ft")
     return grafted, CausalLM().prepare(ROWS, make_tokenizer(), None)
 
 
@@ -63,13 +63,13 @@ def test_eight_billion_parameters_fit_48_gb(tmp_path: Path) -> None:
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     model.requires_grad_(False)
     keep_no_activations(model)
-    places = {}
+    parameters = {}
     for name, parameter in model.named_parameters():
         if ".layers." in name:
             parameter.requires_grad_(True)
             base = parameter.data.cpu()
-            places[name] = MaskedParameter(name, parameter, base, base + 0.01 * base.abs())
-    grafted = GraftedModel(model, places, ())
+            parameters[name] = MaskedParameter(name, parameter, base, base + 0.01 * base.abs())
+    grafted = GraftedModel(model, parameters, ())
     rows = torch.randint(0, 128256, (8, 512)).tolist()
     task = Task([(row, row) for row in rows], [511] * 8, lambda m, batch: answer_loss(m, batch, 0))
 

@@ -30,8 +30,8 @@ def room(folder: Path) -> Room:
 def autograd(grafted: GraftedModel, task: Task, scores: Tensors, penalty: float) -> Tensors:
     """∂/∂S of the mean loss at base + σ(S)·τ, with the penalty, all in one graph."""
     leaves = {name: score.clone().requires_grad_() for name, score in scores.items()}
-    model, places = grafted.model, grafted.parameters
-    weights = {n: p.base + torch.sigmoid(leaves[n]) * (p.finetuned - p.base) for n, p in places.items()}
+    model, parameters = grafted.model, grafted.parameters
+    weights = {n: p.base + torch.sigmoid(leaves[n]) * (p.finetuned - p.base) for n, p in parameters.items()}
 
     class Functional:
         """The model, called with these weights."""
@@ -91,8 +91,10 @@ def test_a_whole_set_needs_one_number_an_element(
         states: list[str] = []
 
         class Counted(State):
-            def __init__(self, places: Any, dtype: str, on: str, folder: Path, name: str, seen: Any = states) -> None:
-                super().__init__(places, dtype, on, folder, name)
+            def __init__(
+                self, parameters: Any, dtype: str, on: str, folder: Path, name: str, seen: Any = states
+            ) -> None:
+                super().__init__(parameters, dtype, on, folder, name)
                 seen.append(name.removesuffix(".0"))
 
         monkeypatch.setattr("hf_locstitch.localize.learn.State", Counted)
@@ -111,7 +113,7 @@ def test_a_parameter_that_no_example_reaches_still_shrinks(tmp_path: Path) -> No
     one = Task(task.examples, task.weights, lambda model, batch: reached.parameter.square().sum())
     how = Mask(density=0.1, epochs=1, lr=1.0, relative_lr=False, penalty=0.1, start=(0.0, 0.0))
     scores, _ = learn_mask(how, grafted, one, room(tmp_path))
-    assert others and all((scores[place] == -0.025).all() for place in others)
+    assert others and all((scores[masked] == -0.025).all() for masked in others)
     assert len(scores[reached].unique()) > 1
 
 
@@ -119,16 +121,16 @@ def test_a_parameter_that_no_example_reaches_still_shrinks(tmp_path: Path) -> No
 def test_saliency_is_gradient_times_task_vector(case: str, tmp_path: Path) -> None:
     grafted, task = prepare(case, pair(CASES[case][0], tmp_path))
     found = saliency_scores(Saliency(at=(0.0, 0.5), micro_batch=2), grafted, task, room(tmp_path))
-    total = {name: torch.zeros_like(place.base) for name, place in grafted.parameters.items()}
+    total = {name: torch.zeros_like(masked.base) for name, masked in grafted.parameters.items()}
     for share in (0.0, 0.5):
-        for place in grafted.parameters.values():
-            place.graft(share)
+        for masked in grafted.parameters.values():
+            masked.graft(share)
         grafted.model.zero_grad()
         (task.loss(grafted.model, task.examples) / sum(task.weights)).backward()
-        for name, place in grafted.parameters.items():
-            assert place.parameter.grad is not None
-            total[name] += place.parameter.grad * (place.finetuned - place.base) / 2
-            place.parameter.grad = None
+        for name, masked in grafted.parameters.items():
+            assert masked.parameter.grad is not None
+            total[name] += masked.parameter.grad * (masked.finetuned - masked.base) / 2
+            masked.parameter.grad = None
     for name, score in found.tensors.items():
         torch.testing.assert_close(score, total[name].abs(), rtol=1e-9, atol=1e-14)
 
@@ -147,8 +149,8 @@ def test_without_a_task_every_share_shrinks(tmp_path: Path) -> None:
 def test_initial_mask_is_the_top_k_of_the_task_vector(tmp_path: Path) -> None:
     grafted, _ = prepare("mixtral", pair("mixtral", tmp_path))
     scores = start_scores(Mask(density=0.037, start=(-1.0, 2.0)), grafted, room(tmp_path))
-    magnitudes = torch.cat([(place.finetuned - place.base).abs().flatten() for place in grafted.parameters.values()])
-    inside = torch.cat([scores[place].flatten() for place in grafted.parameters.values()]) == 2.0
+    magnitudes = torch.cat([(masked.finetuned - masked.base).abs().flatten() for masked in grafted.parameters.values()])
+    inside = torch.cat([scores[masked].flatten() for masked in grafted.parameters.values()]) == 2.0
     assert int(inside.sum()) == int(0.037 * len(magnitudes))
     assert magnitudes[inside].min() >= magnitudes[~inside].max()
     assert (
@@ -160,27 +162,27 @@ def test_official_is_the_authors_update(tmp_path: Path) -> None:
     """Against a plain transcription: sums over batches, a regulariser of the wrong sign, one step an epoch."""
     grafted, task = prepare("causal-lm", pair("llama", tmp_path))
     how = Mask(preset="official", density=0.1, lr=30.0, penalty=1e-3, epochs=3, batch=2, micro_batch=1)
-    places = grafted.parameters
+    parameters = grafted.parameters
     mask = {n: t.clone() for n, t in start_scores(how, grafted, room(tmp_path)).tensors.items()}
     assert {float(v) for m in mask.values() for v in m.unique()} == {-5.0, 5.0}
     scores, _ = learn_mask(how, grafted, task, room(tmp_path))
 
     for _ in range(3):
-        for name, place in places.items():
-            place.parameter.data = place.base + torch.sigmoid(mask[name]) * (place.finetuned - place.base)
+        for name, masked in parameters.items():
+            masked.parameter.data = masked.base + torch.sigmoid(mask[name]) * (masked.finetuned - masked.base)
         total = {name: torch.zeros_like(value) for name, value in mask.items()}
         for first in (0, 2, 4):
             examples, weights = task.examples[first : first + 2], task.weights[first : first + 2]
             grafted.model.zero_grad()
             (task.loss(grafted.model, examples) / sum(weights)).backward()
-            for name, place in places.items():
-                assert place.parameter.grad is not None
-                total[name] += place.parameter.grad
-        for name, place in places.items():
+            for name, masked in parameters.items():
+                assert masked.parameter.grad is not None
+                total[name] += masked.parameter.grad
+        for name, masked in parameters.items():
             sigmoid = torch.sigmoid(mask[name])
             derivative = sigmoid * (1 - sigmoid)
             regulariser = 1e-3 * torch.where(mask[name] > 0, derivative, -derivative)
-            step = total[name] * (place.finetuned - place.base) * derivative
+            step = total[name] * (masked.finetuned - masked.base) * derivative
             mask[name] = mask[name] - (30.0 * step - regulariser)
     for name, score in scores.tensors.items():
         torch.testing.assert_close(score, mask[name], rtol=0, atol=1e-6)
@@ -265,7 +267,7 @@ def test_running_out_of_memory_says_what_to_change(error: BaseException, tmp_pat
 
     with pytest.raises(WorkError, match="set micro_batch: 1, then checkpointing: true, then state_on"):
         saliency_scores(Saliency(), grafted, Task(task.examples, task.weights, full), room(tmp_path))
-    assert all(not place.parameter._post_accumulate_grad_hooks for place in grafted.parameters.values())
+    assert all(not masked.parameter._post_accumulate_grad_hooks for masked in grafted.parameters.values())
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:

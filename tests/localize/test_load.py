@@ -124,8 +124,8 @@ def test_dry_run_and_run_agree(
     seen: list[str] = []
 
     class Seen(State):
-        def __init__(self, places: Any, dtype: str, on: str, folder: Path, name: str) -> None:
-            super().__init__(places, dtype, on, folder, name)
+        def __init__(self, parameters: Any, dtype: str, on: str, folder: Path, name: str) -> None:
+            super().__init__(parameters, dtype, on, folder, name)
             seen.append(name.partition(".")[0])
 
     monkeypatch.setattr("hf_locstitch.localize.learn.State", Seen)

@@ -40,10 +40,10 @@ def test_a_group_of_one_learns_the_same(group: None, tmp_path: Path) -> None:
     grafted = make_grafted_model(
         model, base, absent, list(state), blocks(state), state.__getitem__, cpu, "ft", sharded=True
     )
-    assert grafted.parameters and all(is_shared_out(place.parameter) for place in grafted.parameters.values())
+    assert grafted.parameters and all(is_shared_out(masked.parameter) for masked in grafted.parameters.values())
     seen: list[str] = []
     task = CASES["mixtral"][1].prepare(CASES["mixtral"][2](), make_tokenizer(), None)
-    with consuming(grafted.parameters.values(), lambda place, gradient: seen.append(place.name)):
+    with consuming(grafted.parameters.values(), lambda masked, gradient: seen.append(masked.name)):
         task.loss(grafted.model, task.examples).backward()
     assert sorted(seen) == sorted(grafted.parameters) and all(
         p.parameter.grad is None for p in grafted.parameters.values()

@@ -79,8 +79,8 @@ def test_ties_go_to_the_larger_task_vector_then_evenly(tmp_path: Path) -> None:
     how = Mask(density=0.2, start_density=0.05, epochs=0)
     quick_merge(base, [first], out=tmp_path / "out", localizer=how, data=[str(data)])
     quick_merge(base, [first], out=tmp_path / "plain", localizer=Magnitude(density=0.2))
-    ours, plain = load_mask(tmp_path / "out", "ft"), load_mask(tmp_path / "plain", "ft")
-    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+    learned, plain = load_mask(tmp_path / "out", "ft"), load_mask(tmp_path / "plain", "ft")
+    assert all(torch.equal(learned[name], plain[name]) for name in plain)
 
 
 def test_rounded_masks(tmp_path: Path) -> None:

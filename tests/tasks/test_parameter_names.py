@@ -43,7 +43,7 @@ def test_a_wrong_mapping_is_noticed(tmp_path: Path) -> None:
     assert one in state and other in state
     grafted, _ = prepare("mixtral", folders)
     swapped = {**state, one: state[other], other: state[one]}
-    weights = {name: place.finetuned for name, place in grafted.parameters.items()}
+    weights = {name: masked.finetuned for name, masked in grafted.parameters.items()}
     check(grafted.model, grafted.groups, weights, state.__getitem__)
     with pytest.raises(RequestError, match="gradients could not be trusted"):
         check(grafted.model, grafted.groups, weights, swapped.__getitem__)
@@ -73,5 +73,5 @@ def test_tied_weights_stored_twice_score_alike(tmp_path: Path) -> None:
     names = ["lm_head.weight", "model.embed_tokens.weight"]
     grafted, _ = prepare("tied", folders, names)
     assert list(grafted.parameters) == ["model.embed_tokens.weight"] and CASES["tied"][0] == "llama-tied"
-    mapped = dict(grafted.to_disk(lambda place: place.finetuned - place.base))
+    mapped = dict(grafted.to_disk(lambda masked: masked.finetuned - masked.base))
     assert mapped.keys() == set(names) and torch.equal(*mapped.values())
