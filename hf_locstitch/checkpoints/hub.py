@@ -273,7 +273,7 @@ class HubSource:
 
 
 def _fresh(response: Any, known: int) -> Iterator[bytes]:
-    """The blocks of a response as they arrive (buffered ones would be lost with the connection), from byte `known` on."""
+    """Blocks of a response as they arrive (buffered ones would be lost with the connection), from byte `known` on."""
     hf_raise_for_status(response)
     skip = known if response.status_code != 206 else 0
     for block in response.iter_bytes():

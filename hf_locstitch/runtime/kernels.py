@@ -178,7 +178,7 @@ def count_up(times: Counts, positions: Positions) -> None:
 
 @_compiled
 def more_than(times: Counts, least: int, positions: Positions) -> int:
-    """Fill in the positions where a count [n] is larger than `least`. positions: [≥ n + 1]. Returns how many there are."""
+    """Fill in the positions where a count [n] exceeds `least`. positions: [≥ n + 1]. Returns how many there are."""
     count = 0
     flags = np.empty(BLOCK, np.uint8)
     places = np.empty(BLOCK + 1, np.int32)

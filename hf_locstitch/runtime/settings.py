@@ -37,7 +37,7 @@ class Settings:
         return IMPORTS_BYTES + self.workers * self.chunk * CHUNK_BYTES_PER_ELEMENT
 
     def within(self, memory: int) -> Settings:
-        """The same settings with as many workers, and then as large chunks, as `memory` bytes allow. Raises RecipeError."""
+        """The same with as many workers, and then as large chunks, as `memory` bytes allow. Raises RecipeError."""
         room = (memory - IMPORTS_BYTES) // CHUNK_BYTES_PER_ELEMENT  # elements
         if room < SMALLEST_CHUNK:
             least = IMPORTS_BYTES + SMALLEST_CHUNK * CHUNK_BYTES_PER_ELEMENT
