@@ -29,6 +29,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import beside  # noqa: F401
 import torch
 from demo.skills import SKILLS, Example, accuracy, examples, make_tokenizer
 from quality import (

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import beside  # noqa: F401
 from huggingface_hub import HfApi
 from synthetic import shape_of, write_models
 

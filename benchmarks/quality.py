@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Protocol
 
+import beside  # noqa: F401
 import torch
 
 from hf_locstitch.tasks.sets import choose
