@@ -1,4 +1,4 @@
-"""Tensors of a local safetensors file as views of the mapped file: no byte is copied before it is used."""
+"""Tensors of a local safetensors file as views of the memory-mapped file: nothing is copied until used."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
 
-STRETCH = 1 << 22  # bytes; Python holds its lock while the kernel is told
+STRETCH = 1 << 22  # bytes; Python holds its lock during madvise
 LAGGING = 16  # stretches that the slowest thread may be behind
 
 
 class MappedFile:
-    """A reader.TensorFile; read-only. Views stay valid as long as somebody holds them."""
+    """A reader.TensorFile; read-only. Views stay valid as long as they are referenced."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -24,9 +24,9 @@ class MappedFile:
         return memoryview(self._map)[start:stop]
 
     def release(self, start: int, stop: int) -> None:
-        """Tell the kernel, so that resident memory stays small: of whole stretches, once their end is reached.
+        """Advise the kernel to drop whole stretches once their end is reached, so that resident memory stays small.
 
-        Those before are told of again: another thread may have come back to them.
+        Earlier stretches are dropped again: another thread may have read them since.
         """
         first, last = start // STRETCH, stop // STRETCH
         if last > first and hasattr(self._map, "madvise"):

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors by name, wherever its files lie: mapped from this machine, or still on their way."""
+"""A checkpoint's tensors by name, wherever its files are: mapped from disk, or still being downloaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_values(file: TensorFile, info: TensorInfo, first: int, count: int) -> V
 
 
 class CheckpointReader:
-    """files: the opened ones; a checkpoint may have others that are never read."""
+    """files: those opened; a checkpoint may have others that are never read."""
 
     def __init__(self, checkpoint: Checkpoint, files: Mapping[str, TensorFile]) -> None:
         self.checkpoint = checkpoint
@@ -49,7 +49,7 @@ class CheckpointReader:
         return read_values(self._files[shard.file], info, first, count)
 
     def flat(self, name: str, first: int, count: int) -> torch.Tensor:
-        """The same as torch's."""
+        """The same as a torch tensor."""
         from hf_locstitch.checkpoints.tensors import as_tensor
 
         return as_tensor(self.values(name, first, count))

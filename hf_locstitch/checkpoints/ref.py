@@ -1,4 +1,4 @@
-"""What a person names: a folder, `org/name`, or `org/name@revision`."""
+"""How users refer to a checkpoint: a folder, `org/name`, or `org/name@revision`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot",
     ".tflite", ".npz", ".npy", ".pkl", ".mlmodel", ".mlpackage",
 )  # fmt: skip
-# Written anew for a merge, or about a model that the merge is not.
+# Rewritten for a merge, or describing a different model.
 NOT_COPIED = frozenset({
     "README.md", "locstitch.yaml", "locstitch.json", "trainer_state.json", "training_args.json",
     "all_results.json", "train_results.json", "eval_results.json", "adapter_config.json",
@@ -35,7 +35,7 @@ def side_files(files: Sequence[str]) -> list[str]:
 
 
 def copy_side_files(source: Source, folder: Path, dtype: str) -> None:
-    """Copy into `folder`. Only a dtype other than "auto" changes a byte: config.json then names it."""
+    """Copy into `folder`. They stay unchanged, except that config.json gets `dtype` unless that is "auto"."""
     for file in side_files(list(source.files)):
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)

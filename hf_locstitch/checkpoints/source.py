@@ -1,4 +1,4 @@
-"""Where a checkpoint's files lie: the one interface that a folder and a Hub repo share."""
+"""Where a checkpoint's files come from: the interface shared by folders and Hub repos."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 # A thread may wait 5 ms for the interpreter's lock: small pieces would be hashed at a crawl beside imports.
 HASHED_AT_ONCE = 1 << 24
-Advance = Callable[[int], object]  # told how many more bytes have been handled
+Advance = Callable[[int], object]  # called with the number of bytes just processed
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Source(Protocol):
         ...
 
     def cached(self, file: str) -> Path | None:
-        """The file on this machine, if it is there already."""
+        """The file on this machine, if it is already there."""
         ...
 
     def fetch(self, file: str, advance: Advance = lambda _: None) -> Path:
-        """The file on this machine, fetched if need be and checked against what the source promises.
+        """The file on this machine, fetched if needed and checked against the hash that the source states.
 
-        `advance` hears of the bytes as they come. Raises DownloadError or IntegrityError.
+        `advance` is called as bytes arrive. Raises DownloadError or IntegrityError.
         """
         ...
 

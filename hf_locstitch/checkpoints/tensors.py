@@ -1,4 +1,4 @@
-"""Elements of checkpoints as torch's tensors, for whoever runs models or compares them on a device."""
+"""Elements of checkpoints as torch tensors, to run models or compare them on a device."""
 
 from __future__ import annotations
 

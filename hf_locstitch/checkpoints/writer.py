@@ -1,6 +1,6 @@
 """Writing safetensors incrementally: the header first, then every tensor at its own offset.
 
-The library's `save_file` wants all tensors in memory at once.
+The library's `save_file` needs all tensors in memory at once.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class SafetensorsWriter:
 
     Nothing is written twice.
 
-    new: lay the file out; else another process has done so and this one fills in its part. sync: what was written is
-    on the disk when it is closed.
+    new: create the file; else another process has done so and this one fills in its part. sync: closing waits until
+    the content is on the disk.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class SafetensorsWriter:
             self._starts[spec.name] = at
             at += spec.nbytes
         self._size = at
-        self._reached = len(header)  # all before it is written,
-        self._beyond: dict[int, int] = {}  # and these stretches behind it: where each starts and ends
+        self._reached = len(header)  # everything before it is written,
+        self._beyond: dict[int, int] = {}  # and these ranges beyond it: start -> end
         self._moved = threading.Condition()
         self._over = False
         self._fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if new else 0), 0o644)
         if not new:
             return
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self._fd, 0, at)  # a full disk shows here, before the work
+            os.posix_fallocate(self._fd, 0, at)  # a full disk fails here, before the work
         else:
             os.ftruncate(self._fd, at)
         self._write(header, 0)
@@ -79,7 +79,7 @@ class SafetensorsWriter:
 
     @contextmanager
     def hashing(self) -> Iterator[Future[str]]:
-        """Meanwhile the file is hashed behind those who write it: its SHA-256, if all is written in the end."""
+        """Hash the file while it is written. Yields the future SHA-256, available once everything is written."""
         with ThreadPoolExecutor(1) as pool:
             hashed = pool.submit(self._sha256)
             try:
@@ -99,13 +99,13 @@ class SafetensorsWriter:
                     raise EOFError(f"the file ends at byte {at} of {self._size}: another process has truncated it")
                 digest.update(block)
                 if hasattr(os, "posix_fadvise"):
-                    # Let the disk begin with it, or all is left to the sync in the end.
+                    # Start writing back now, or all of it is left to the final sync.
                     os.posix_fadvise(self._fd, at, len(block), os.POSIX_FADV_DONTNEED)
                 at += len(block)
         return digest.hexdigest()
 
     def _wait_beyond(self, at: int) -> int:
-        """How far all is written, once that is more than `at`."""
+        """Up to where the file is completely written, once that is beyond `at`."""
         with self._moved:
             self._moved.wait_for(lambda: self._reached > at or self._over)
             if self._reached == at:

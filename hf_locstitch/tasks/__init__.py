@@ -1,1 +1,1 @@
-"""Localization sets and what a model is asked of them: one file an objective."""
+"""Localization sets, and what a model is trained or tested on with them: one file per objective."""

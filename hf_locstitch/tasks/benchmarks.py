@@ -1,4 +1,4 @@
-"""Which of lm-eval's tasks are run, with how many shots; and bundles of them."""
+"""Which lm-eval tasks are run, with how many shots; and suites of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hf_locstitch.errors import RecipeError
 class EvaluateOptions(BaseModel):
     """lm-eval's tasks for a merge, its base, its finetunes and their plain average.
 
-    tasks: NAME or NAME:SHOTS. suite: a bundle of tasks. limit: examples a task, all by default. batch_size: the largest
-    that fits by default. include_path: a folder of further task files. chat_template: whether prompts are put into the
+    tasks: NAME or NAME:SHOTS. suite: a bundle of tasks. limit: examples per task, by default all. batch_size: by default
+    the largest that fits. include_path: a folder of further task files. chat_template: whether to apply the
     model's. parents, average: what the merge is compared with.
     """
 
@@ -52,14 +52,10 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class Suite:
-    """limit: examples a task unless another limit is asked for; None for all."""
+    """limit: examples per task unless another limit is given; None for all."""
 
     tasks: tuple[TaskSpec, ...]
     limit: int | None = None
-
-
-# The paper judges its language models on MMLU, ARC and TruthfulQA and names no shots; these are the customary ones.
-# TruthfulQA's tasks have six examples of their own in the prompt and allow no others.
 
 
 # The paper judges its language models on MMLU, ARC and TruthfulQA and names no shots; these are the customary ones.
@@ -84,7 +80,7 @@ def parse_task(text: str) -> TaskSpec:
 
 
 def chosen_tasks(tasks: Sequence[str], suite: str | None, limit: int | None) -> tuple[list[TaskSpec], int | None]:
-    """The tasks and the limit that are asked for. Raises RecipeError for an unknown suite or a task named twice."""
+    """The requested tasks and limit. Raises RecipeError for an unknown suite or a task given twice."""
     if suite is not None and suite not in SUITES:
         raise RecipeError(f"unknown suite {suite!r} (choose from {', '.join(SUITES)}).")
     bundle = SUITES[suite] if suite is not None else Suite(())
@@ -98,7 +94,7 @@ def chosen_tasks(tasks: Sequence[str], suite: str | None, limit: int | None) -> 
 
 
 def make_options(fields: Mapping[str, Any]) -> EvaluateOptions:
-    """Raises RecipeError with all that is wrong."""
+    """Raises RecipeError with every fault."""
     try:
         return EvaluateOptions.model_validate(fields)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Pictures as models take them."""
+"""Images as model inputs."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def stack(batch: Sequence[tuple[Any, int]], model: Any) -> Any:
 
 
 def image_tokens(config: Mapping[str, Any]) -> int:
-    """Of one picture, as config.json tells them; 512 where it does not."""
+    """Tokens of one image, from config.json; 512 if it does not say."""
     return find_patches(config) or 512

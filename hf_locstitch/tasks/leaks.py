@@ -1,4 +1,4 @@
-"""The leak rule: what masks were found with, or values fitted to, is no test of the merge."""
+"""The leak rule: data that masks were found with, or values fitted to, cannot test the merge."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Use = Literal["masks were found", "values were fitted"]
 
 @dataclass(frozen=True)
 class UsedData:
-    """A data set that a merge was made with. name: as asked for. repo, config: on the Hub; a file has none.
+    """A data set that a merge was made with. name: as requested. repo, config: on the Hub; a file has none.
 
-    prompts: the questions of the rows that were used, where they are at hand.
+    prompts: the questions of the rows that were used, if available.
     """
 
     name: str
@@ -30,9 +30,9 @@ class UsedData:
 
 @dataclass(frozen=True)
 class JudgedTask:
-    """A task that a merge is judged on. dataset, config: on the Hub, where they are known.
+    """A task that a merge is judged on. dataset, config: on the Hub, if known.
 
-    prompts: the texts of its examples, where they are at hand.
+    prompts: the texts of its examples, if available.
     """
 
     name: str
@@ -42,7 +42,7 @@ class JudgedTask:
 
 
 def used_set(asked: LocalizationSet, use: Use) -> UsedData:
-    """As a recipe names it."""
+    """From its name in a recipe."""
     name = asked.ref.partition("@")[0]
     if known := find_surrogate(name):
         return UsedData(asked.ref, use, known.repo, asked.config or known.config)
@@ -50,18 +50,18 @@ def used_set(asked: LocalizationSet, use: Use) -> UsedData:
     return UsedData(asked.ref, use, None if is_file else name, asked.config)
 
 
-def used_open_set(found: OpenSet, use: Use) -> UsedData:
-    """As it was opened; of a file, with its prompts."""
-    if found.file is None:
-        return UsedData(found.asked.ref, use, found.repo, found.config)
-    return UsedData(found.label, use, None, None, frozenset(_prompts(read_rows(found, labels=False))))
+def used_open_set(opened: OpenSet, use: Use) -> UsedData:
+    """From an opened set; for a file, with its prompts."""
+    if opened.file is None:
+        return UsedData(opened.asked.ref, use, opened.repo, opened.config)
+    return UsedData(opened.label, use, None, None, frozenset(_prompts(read_rows(opened, labels=False))))
 
 
 def leaks(judged: Sequence[JudgedTask], used: Iterable[UsedData]) -> list[str]:
-    """A warning for each task that is judged on what the merge was made with, or on what is named like it.
+    """A warning for each task whose data the merge was made with, or whose name suggests so.
 
-    A data set is known by its repo and its config. A file leaks if a row of it is among the task's; where the rows
-    cannot be compared, and where only a task's name is known, the names are.
+    A data set is identified by its repo and config. A file leaks if the task contains one of its rows. If rows cannot
+    be compared, or only a task's name is known, names are compared.
     """
     warnings = []
     for data in dict.fromkeys(used):
@@ -80,7 +80,7 @@ def leaks(judged: Sequence[JudgedTask], used: Iterable[UsedData]) -> list[str]:
 
 
 def texts_of(example: Any) -> Iterable[str]:
-    """Every text in an example of whatever structure."""
+    """Every text in an example of any structure."""
     if isinstance(example, str):
         yield _plain(example)
     elif isinstance(example, Mapping):
@@ -101,7 +101,7 @@ def _is_same(task: JudgedTask, data: UsedData) -> bool:
 
 def _may_be_same(task: JudgedTask, data: UsedData) -> bool:
     if data.repo is None and data.prompts is not None and task.prompts is not None:
-        return False  # compared, and unlike
+        return False  # compared, and different
     if data.repo is not None and task.dataset is not None and task.dataset.lower() == data.repo.lower():
         return False  # another config
     name = bare_name(data.repo or data.name)
@@ -121,7 +121,7 @@ def _families(task: str) -> list[str]:
 
 
 def _prompts(rows: Iterable[Mapping[str, Any]]) -> Iterable[str]:
-    """What a row asks: its answer or label may be like others'."""
+    """The question of each row; answers and labels may coincide with those of other rows."""
     for row in rows:
         asked = row.get("messages") or row.get("prompt") or row.get("text") or ""
         yield from texts_of(asked[:1] if isinstance(asked, list) else asked)

@@ -1,4 +1,4 @@
-"""Models, tokenizers and processors as transformers loads them, from wherever a checkpoint's files lie."""
+"""Load models, tokenizers and processors with transformers, wherever a checkpoint's files are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def find_device(asked: str) -> torch.device:
 
 
 def link_files(checkpoint: Checkpoint, folder: Path) -> Path:
-    """A folder as transformers loads it: links to weights, config and tokenizer, wherever they lie."""
+    """Fill a folder that transformers can load: links to weights, config and tokenizer."""
     source = checkpoint.source
     shards = [shard.file for shard in checkpoint.shards]
     indices = [file for file in source.files if file.endswith(".safetensors.index.json")]

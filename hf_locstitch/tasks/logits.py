@@ -1,5 +1,5 @@
-"""Logits of chosen tokens of a language model, without making those of all others: of a hundred thousand words, and of
-few answers among many tokens, they can take more memory than all else that a pass leaves."""
+"""Logits of chosen tokens of a language model, without computing all others: with a vocabulary of 100,000 and few
+answer tokens among many, these can take more memory than everything else in a pass."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-_CHOSEN: ContextVar[Tensor | None] = ContextVar("chosen", default=None)  # of the call that this thread is in
+_CHOSEN: ContextVar[Tensor | None] = ContextVar("chosen", default=None)  # for the current call in this thread
 _LOCK = threading.Lock()
 
 
 def logits_at(model: Any, chosen: Tensor, **inputs: Any) -> Tensor:
-    """Logits [chosen tokens, vocabulary], in order. chosen: bool [examples, tokens], on the model's device. inputs: of
+    """Logits [chosen tokens, vocabulary], in order. chosen: bool [examples, tokens], on the model's device. inputs: for
     its forward.
 
-    Only the chosen hidden states reach the model's head, where the model tells which module that is and calls it.
+    Only the chosen hidden states reach the model's head, if the model exposes that module and calls it.
     Several threads may share a model.
     """
     _watch(model.get_output_embeddings())
@@ -30,7 +30,7 @@ def logits_at(model: Any, chosen: Tensor, **inputs: Any) -> Tensor:
 
 
 def _watch(head: Any) -> None:
-    """Once: hooks must not be added while another thread runs the module, and all of them come by here before."""
+    """Add the hook once: not while another thread runs the module, and every thread passes here first."""
     if head is not None:
         with _LOCK:
             if _choose not in head._forward_pre_hooks.values():
@@ -38,7 +38,7 @@ def _watch(head: Any) -> None:
 
 
 def _choose(_: Any, inputs: tuple[Any, ...]) -> Any:
-    """hidden states [examples, tokens, width] -> [1, chosen tokens, width], as models do more with three axes."""
+    """hidden states [examples, tokens, width] -> [1, chosen tokens, width], as models expect three axes."""
     chosen = _CHOSEN.get()
     if chosen is None or inputs[0].shape[:-1] != chosen.shape:
         return None

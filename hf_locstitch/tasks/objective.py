@@ -1,4 +1,4 @@
-"""What an objective is: what a model is asked of examples, and what that tells of its memory."""
+"""The objective interface: what a model computes on examples, and sizes to estimate its memory from."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class Objective(BaseModel, ABC):
     """An objective of your own is one subclass in one file, with a field `kind: Literal["its name"]`.
 
-    auto_class, processor: of transformers, that load the model and its tokenizer or image processor. architectures:
-    endings of the architectures that it is suggested for. base_config: whether the base's config.json describes the
-    model, else the finetune's. gives_words: whether its logits are over a vocabulary. labels: whether rows need a
-    `label` to be judged by, or the text itself is the answer, or nothing tells right from wrong.
+    auto_class, processor: transformers classes that load the model and its tokenizer or image processor. architectures:
+    name endings of the architectures that it is the default for. base_config: whether the base's config.json describes
+    the model, else the finetune's. gives_words: whether its logits are over a vocabulary. labels: whether rows need a
+    `label` to be scored against, or the text itself is the answer, or there is no right answer.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,19 +37,19 @@ class Objective(BaseModel, ABC):
 
     @abstractmethod
     def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:
-        """rows: as the data set gives them. base: the base model, for what is fixed by it. Raises RequestError."""
+        """rows: as the data set gives them. base: the base model, for whatever depends on it. Raises RequestError."""
 
     def tokens(self, config: Mapping[str, Any]) -> int:
-        """Of an example, at most. config: the base's config.json."""
+        """Most tokens of an example. config: the base's config.json."""
         return getattr(self, "max_length", 512)
 
     def class_count(self, config: Mapping[str, Any]) -> int:
-        """How many classes the examples are drawn from; 1 where there are no labels. config: the finetune's."""
+        """Number of classes in the examples; 1 if there are no labels. config: the finetune's."""
         return len(getattr(self, "classes", None) or getattr(self, "label_words", None) or (0,))
 
 
 class OwnClasses(Objective):
-    """One whose classes are those of the finetune's config.json."""
+    """An objective whose classes are those of the finetune's config.json."""
 
     def class_count(self, config: Mapping[str, Any]) -> int:
         return len(config.get("id2label") or (0, 1))
@@ -79,7 +79,7 @@ def label_ids(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[int]
     from hf_locstitch.errors import RequestError
 
     numbers = {name.lower(): number for number, name in enumerate(names)}
-    found = []
+    ids = []
     for row in rows:
         label = row["label"]
         number = numbers.get(label.lower(), -1) if isinstance(label, str) else int(label)
@@ -88,10 +88,10 @@ def label_ids(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[int]
                 f"the label {label!r} is not one of the {len(names)} classes ({', '.join(names[:6])}). "
                 "Map the labels in the data, or set the classes."
             )
-        found.append(number)
-    return found
+        ids.append(number)
+    return ids
 
 
 def class_names(config: Any) -> list[str]:
-    """Of a classification model, in order."""
+    """Class names of a classification model, in order."""
     return [str(config.id2label[number]) for number in sorted(config.id2label)]

@@ -1,8 +1,8 @@
 """From parameters in memory to tensors on disk: names, fused experts, prefixes, ties.
 
 transformers converts some checkpoints while it loads them: experts are stacked, prefixes added, tensors renamed.
-Scores live where the parameters do and must come back under the names on disk. Its own reverse conversion does it
-for anything of a parameter's shape; `check` proves it on the weights themselves before it is trusted with scores.
+Scores have the parameters' layout and must be mapped back to the names on disk. transformers' own reverse conversion
+does this for any tensor of a parameter's shape; `check` verifies it on the weights before it is used for scores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_locstitch.errors import MismatchError, RequestError
 class Group:
     """Parameters that are converted together. state: (name in the state dict, name of the parameter) of each.
 
-    disk: names of the tensors that they make up. direct: one parameter is one tensor, under whatever name.
+    disk: names of the tensors that they form. direct: one parameter is one tensor, under any name.
     """
 
     state: tuple[tuple[str, str], ...]
@@ -36,7 +36,7 @@ class Group:
 def group_names(model: Any, disk: Collection[str]) -> list[Group]:
     """How the tensors on disk that the model uses correspond to its parameters.
 
-    model: a transformers model, loaded by from_pretrained. A tensor that is no parameter of it belongs to no group;
+    model: a transformers model, loaded by from_pretrained. A tensor that is not a parameter of it belongs to no group;
     tied parameters that are stored twice make two groups.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -85,15 +85,15 @@ def to_disk(model: Any, group: Group, tensors: Mapping[str, torch.Tensor]) -> di
         return {group.disk[0]: tensors[group.parameters[0]]}
     from transformers.core_model_loading import revert_weight_conversion
 
-    found = revert_weight_conversion(model, {key: tensors[parameter] for key, parameter in group.state})
+    converted = revert_weight_conversion(model, {key: tensors[parameter] for key, parameter in group.state})
     prefix = model.base_model_prefix + "."
-    by_stem = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    by_stem = {name.removeprefix(prefix): tensor for name, tensor in converted.items()}
     missing = [name for name in group.disk if name.removeprefix(prefix) not in by_stem]
     if missing:
         raise MismatchError(
             [
                 f"{missing[0]} on disk is not among the tensors that {', '.join(group.parameters[:3])} convert to "
-                f"({', '.join(sorted(found)[:3])}); use a localizer without data, or leave it out with --exclude"
+                f"({', '.join(sorted(converted)[:3])}); use a localizer without data, or leave it out with --exclude"
             ]
         )
     return {name: by_stem[name.removeprefix(prefix)] for name in group.disk}
@@ -102,7 +102,7 @@ def to_disk(model: Any, group: Group, tensors: Mapping[str, torch.Tensor]) -> di
 def chosen_groups(groups: Sequence[Group], localized: Collection[str], where: str) -> list[Group]:
     """The groups that the localized tensors belong to.
 
-    Raises MismatchError if one of those is in no group, or a group holds localized and other tensors alike.
+    Raises MismatchError if one of those is in no group, or a group mixes localized and other tensors.
     """
     covered = {name for group in groups for name in group.disk}
     problems = []
@@ -131,7 +131,7 @@ def chosen_groups(groups: Sequence[Group], localized: Collection[str], where: st
 def check(
     model: Any, groups: Sequence[Group], weights: Mapping[str, torch.Tensor], on_disk: Callable[[str], torch.Tensor]
 ) -> None:
-    """That the weights, mapped to disk, are the weights on disk, bit for bit in the model's dtype.
+    """Check that the weights, mapped to disk, equal the weights on disk, bit for bit in the model's dtype.
 
     weights: parameter -> as loaded; on_disk: name -> [*shape]. Raises RequestError naming the first that differs.
     """
@@ -147,6 +147,6 @@ def check(
                 )
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """One dtype and shape; NaN equals itself."""
-    return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Of tensors with one dtype and shape; NaN equals itself."""
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))

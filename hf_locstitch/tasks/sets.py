@@ -25,8 +25,8 @@ class LocalizationSet(BaseModel):
 
     config, split: of the data set. number: of examples, or of examples of each class where there are labels; drawn
     with `seed`. columns: our name -> the data's, for `text`, `text_b`, `prompt`, `completion`, `messages`, `image`,
-    `label`. objective: by the model's architecture unless given. role: what these examples are to the finetune, for
-    the record. sha256: what a file must hold.
+    `label`. objective: by the model's architecture unless given. role: how these examples relate to the finetune, for
+    the record. sha256: expected of a local file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,14 +50,14 @@ class LocalizationSet(BaseModel):
         return value
 
     def dump(self) -> dict[str, Any]:
-        """What asks for the same: all that differs from the defaults."""
+        """Fields that request the same set: all that differ from the defaults."""
         fields = self.model_dump(mode="json", exclude_defaults=True)
         return fields | ({"objective": self.objective.model_dump(mode="json")} if self.objective else {})
 
 
 @dataclass(frozen=True)
 class OpenSet:
-    """A localization set found and pinned. repo, commit: of the Hub's; file, sha256: of a local one."""
+    """A localization set, located and pinned. repo, commit: on the Hub; file, sha256: of a local file."""
 
     asked: LocalizationSet
     repo: str | None = None
@@ -72,7 +72,7 @@ class OpenSet:
 
     @property
     def pinned(self) -> LocalizationSet:
-        """What asks for these very examples again, without the path of a local file."""
+        """A set that requests exactly these examples, without the path of a local file."""
         if self.file:
             return self.asked.model_copy(update={"ref": f"./{self.file.name}", "sha256": self.sha256})
         name = self.asked.ref.partition("@")[0]
@@ -86,7 +86,7 @@ class OpenSet:
 
 
 def open_set(asked: LocalizationSet) -> OpenSet:
-    """Find and pin, without reading examples. Raises RecipeError or CheckpointError."""
+    """Locate and pin a set, without reading examples. Raises RecipeError or CheckpointError."""
     name, _, revision = asked.ref.partition("@")
     if (path := Path(asked.ref).expanduser()).is_file() or asked.ref.startswith(FOLDER_PREFIXES):
         return _open_file(asked, path)
@@ -103,8 +103,8 @@ def open_set(asked: LocalizationSet) -> OpenSet:
 
 def _open_file(asked: LocalizationSet, path: Path) -> OpenSet:
     if not path.is_file() or path.suffix not in BUILDERS:
-        what = "does not exist" if not path.is_file() else f"is not one of {', '.join(BUILDERS)}"
-        raise RecipeError(f"the data file {path} {what}. Check the path.")
+        fault = "does not exist" if not path.is_file() else f"is not one of {', '.join(BUILDERS)}"
+        raise RecipeError(f"the data file {path} {fault}. Check the path.")
     digest = file_sha256(path)
     if asked.sha256 not in (None, digest):
         raise CheckpointError(
@@ -133,7 +133,7 @@ def read_rows(found: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
     """
     dataset = _load(found)
     rename = dict(found.asked.columns)
-    if absent := [theirs for theirs in rename.values() if theirs not in dataset.column_names]:
+    if absent := [column for column in rename.values() if column not in dataset.column_names]:
         raise RequestError(
             f"{found.label} has no column {absent[0]!r}: it has {', '.join(dataset.column_names)}. "
             "Check the data's `columns` in the recipe."
@@ -145,7 +145,7 @@ def read_rows(found: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
     known = find_surrogate(found.asked.ref)
     if known and not rename:
         return [known.row(row) for row in rows]
-    rows = [{**row, **{ours: row[theirs] for ours, theirs in rename.items()}} for row in rows]
+    rows = [{**row, **{name: row[column] for name, column in rename.items()}} for row in rows]
     wanted = COLUMNS if labels else (*COLUMNS, ("image",))
     if not rows or not any(all(rows[0].get(name) is not None for name in names) for names in wanted):
         known = "; ".join(" and ".join(names) for names in wanted)
@@ -175,7 +175,7 @@ def _load(found: OpenSet) -> Any:
 
 
 def choose(labels: Sequence[Any] | None, count: int, number: int, seed: int) -> list[int]:
-    """Which of `count` rows are used: `number`, or as many of each label, in an order that only the seed decides."""
+    """Which of `count` rows are used: `number`, or as many of each label, in an order that depends on the seed only."""
     order = random.Random(seed).sample(range(count), count)
     if labels is None:
         return order[:number]
@@ -190,7 +190,7 @@ def choose(labels: Sequence[Any] | None, count: int, number: int, seed: int) -> 
 
 
 def _with_image(row: dict[str, Any], file: Path | None) -> dict[str, Any]:
-    """Images that a file names by their paths, beside it, are opened."""
+    """Open an image that a file refers to by its path, relative to the file."""
     if file is None or not isinstance(row.get("image"), str):
         return row
     from PIL import Image

@@ -1,4 +1,4 @@
-"""Data sets that stand in for a skill, as the paper uses them for language models: nothing of a benchmark leaks."""
+"""Data sets that stand in for a skill, as the paper uses them for language models, so that no benchmark leaks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _alpaca(row: Row) -> Row:
 
 
 def _hotpotqa(row: Row) -> Row:
-    """The question after the paragraphs that support its answer; ten paragraphs would leave no room."""
+    """The question after the paragraphs that support its answer; all ten would leave no room."""
     wanted = set(row["supporting_facts"]["title"])
     context = zip(row["context"]["title"], row["context"]["sentences"], strict=True)
     facts = ["".join(sentences).strip() for title, sentences in context if title in wanted]
@@ -38,7 +38,7 @@ def _hotpotqa(row: Row) -> Row:
 
 
 def find_surrogate(ref: str) -> Surrogate | None:
-    """The surrogate of this name or repo, whatever revision is asked for."""
+    """The surrogate with this name or repo, at any revision."""
     name = ref.partition("@")[0]
     return SURROGATES.get(name) or next((known for known in SURROGATES.values() if known.repo == name), None)
 

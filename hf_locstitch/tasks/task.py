@@ -1,4 +1,4 @@
-"""What localization needs of data: examples, how much each weighs, and the loss of a few of them."""
+"""What localization needs from data: examples, their weights, and the loss of a batch of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def no_outputs(model: Any, examples: Sequence[Any]) -> Tensor:
-    """Of a task that tells its loss only."""
+    """For a task that defines a loss only."""
     raise NotImplementedError("this task defines a loss only")
 
 
@@ -31,7 +31,7 @@ class Task:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """factor: what its summed loss counts for in the loss of the set."""
+    """factor: weight of its summed loss in the loss of the set."""
 
     examples: Sequence[Any]
     factor: float
@@ -40,7 +40,7 @@ class MicroBatch:
 def micro_batches(task: Task, size: int, batch: int | None = None) -> Iterator[MicroBatch]:
     """The whole set, `size` examples together, so that the weighted losses add up to the set's mean loss.
 
-    batch: instead to the sum of the mean losses of batches of so many examples, as the authors' code has it.
+    batch: instead to the sum of the mean losses of batches of so many examples, as in the authors' code.
     """
     count = len(task.examples)
     batch = batch or count

@@ -183,7 +183,10 @@ def test_a_killed_run_does_not_score_again(tmp_path: Path, monkeypatch: Any) -> 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"localizer": Saliency()}, "saliency needs one --data entry per finetune: expected 1, got 0"),
-    ({"localizer": Magnitude(), "data": ["a.jsonl"]}, "only the localizers mask and saliency look at data"),
+    (
+        {"localizer": Magnitude(), "data": ["a.jsonl"]},
+        "only the localizers mask and saliency, stitch: refit and method regmean use data",
+    ),
     ({"localizer": Saliency(), "data": ["b.jsonl"]}, "b.jsonl' is neither a local file"),
     ({"localizer": Saliency(), "data": ["./b.jsonl"]}, "b.jsonl does not exist"),
     ({"localizer": Saliency(), "data": {"other": "a.jsonl"}}, "'other', which is not one of the finetunes"),

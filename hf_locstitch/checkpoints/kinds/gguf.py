@@ -19,9 +19,9 @@ class Gguf(CheckpointKind):
         return any(file.endswith(".gguf") for file in files)
 
     def read(self, source: Source, config: Config) -> Checkpoint:
-        found = [file for file in source.files if file.endswith(".gguf")]
+        files = [file for file in source.files if file.endswith(".gguf")]
         raise CheckpointError(
-            f"{source.label} holds GGUF weights only ({some(found)}), which are quantized. "
+            f"{source.label} holds GGUF weights only ({some(files)}), which are quantized. "
             "Use the safetensors checkpoint they were made from."
         )
 

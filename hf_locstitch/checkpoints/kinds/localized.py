@@ -1,4 +1,4 @@
-"""A localized checkpoint: a mask and the values under it, which a base has to be added to."""
+"""A localized checkpoint: a mask and the values under it, which needs its base to become a model."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ class Pickle(CheckpointKind):
         return any(file.endswith(UNSAFE_SUFFIXES) for file in files)
 
     def read(self, source: Source, config: Config) -> Checkpoint:
-        found = [file for file in source.files if file.endswith(UNSAFE_SUFFIXES)]
+        files = [file for file in source.files if file.endswith(UNSAFE_SUFFIXES)]
         raise CheckpointError(
-            f"{source.label} holds no safetensors, only {some(found)}; such files can run code when loaded and are "
+            f"{source.label} holds no safetensors, only {some(files)}; such files can run code when loaded and are "
             "never opened. Convert it first: load it with transformers and call save_pretrained(), or use the "
             "converter at https://huggingface.co/spaces/safetensors/convert."
         )

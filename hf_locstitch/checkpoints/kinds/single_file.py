@@ -1,4 +1,4 @@
-"""One safetensors file of whatever name; of several it is unknown which make up the model."""
+"""One safetensors file of any name; with several, it is unknown which of them make up the model."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ else:
 
 
 def suggest(config: Mapping[str, Any], label: str) -> Objective:
-    """For a finetune with this config.json. Raises RecipeError where the objective needs to be told."""
+    """For a finetune with this config.json. Raises RecipeError if there is no default objective."""
     architecture = str((config.get("architectures") or ["model that names no architecture"])[0])
     for objective in OBJECTIVES.all():
         if objective.architectures and architecture.endswith(objective.architectures):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from hf_locstitch.tasks.task import Task
 
-IGNORED = -100  # label of a token that no loss is taken of
+IGNORED = -100  # label of a token without a loss
 ALPACA = "### Instruction:\n{prompt}\n\n### Response:\n"  # as in https://github.com/tatsu-lab/stanford_alpaca
 Encoded = tuple[list[int], list[int]]  # token ids and labels of one example
 
@@ -21,7 +21,7 @@ Encoded = tuple[list[int], list[int]]  # token ids and labels of one example
 class CausalLM(Objective):
     """Rows: `messages`, or `prompt` and `completion`, or `text` (then every token counts).
 
-    template: how a prompt is put to the model. "auto": the tokenizer's chat template if it has one, else Alpaca's for
+    template: how a prompt is formatted. "auto": the tokenizer's chat template if it has one, else Alpaca's for
     conversations and instructions, else none. max_length: tokens; longer examples lose their end.
     """
 
@@ -84,7 +84,7 @@ def _turns(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _encode_chat(messages: Sequence[dict[str, str]], tokenizer: Any) -> Encoded:
-    """A conversation under the tokenizer's chat template; what the assistant says is learned, its end included."""
+    """A conversation under the tokenizer's chat template; the assistant's turns are learned, with their end tokens."""
 
     def tokens(count: int, *, asks: bool) -> list[int]:
         turns = list(messages[:count])
@@ -101,13 +101,13 @@ def _encode_chat(messages: Sequence[dict[str, str]], tokenizer: Any) -> Encoded:
     return ids, labels
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix of two token sequences."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _count(labels: Sequence[int]) -> int:
-    """Tokens that a loss is taken of; the first of a text is never predicted."""
+    """Number of tokens with a loss; the first token of a text is never predicted."""
     return sum(label != IGNORED for label in labels[1:])
 
 
@@ -120,7 +120,7 @@ def answer_loss(model: Any, batch: Sequence[Encoded], padding: int) -> Tensor:
 
 
 def answer_logits(model: Any, batch: Sequence[Encoded], padding: int) -> tuple[Tensor, Tensor]:
-    """Logits of a batch, padded on the right, where labelled tokens are due, [labelled tokens, vocabulary], and these
+    """Logits of a batch, padded on the right, that predict labelled tokens, [labelled tokens, vocabulary], and these
     tokens."""
     import torch
 

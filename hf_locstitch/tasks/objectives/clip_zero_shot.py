@@ -1,4 +1,4 @@
-"""Classification of images by likeness to what the base makes of a description of each class: a head nobody trains."""
+"""Classification of images by similarity to the base's embedding of each class description: an untrained head."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ClipZeroShot(Objective):
 
 
 def _features(output: Any) -> Tensor:
-    """[examples, features], which transformers wraps since version 5."""
+    """[examples, features], which transformers wraps in an object since version 5."""
     return getattr(output, "pooler_output", output)
 
 

@@ -1,4 +1,4 @@
-"""No question at all: texts, and the last hidden states that a model makes of them. For refits only."""
+"""No answers at all: texts, and a model's last hidden states for them. For refits only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classification of texts by likeness to what the base makes of a description of each class: a head nobody trains."""
+"""Classification of texts by similarity to the base's embedding of each class description: an untrained head."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class TextZeroShot(Objective):
     """Rows: `text` and `label`. For sentence encoders: the mean of a text's last hidden states, of length 1.
 
-    classes: descriptions, in the order of the labels. The head is what the base makes of them, less their mean.
-    temperature: what likeness is divided by.
+    classes: descriptions, in the order of the labels. The head is the base's embeddings of them, minus their mean.
+    temperature: divisor of the similarity.
     """
 
     kind: Literal["text-zero-shot"] = "text-zero-shot"
