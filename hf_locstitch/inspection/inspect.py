@@ -230,7 +230,7 @@ def _survey_inputs(
 def summarize(ref: str, record: Manifest, surveyed: Survey, figures: Sequence[str] = ()) -> Inspection:
     """The whole report, from the manifest and the masks."""
     refs = {entry.name: entry.ref for entry in record.inputs}
-    layout = surveyed.places if surveyed.ones else None
+    layout = surveyed.layout if surveyed.ones else None
     share = layout.share if layout else {}
     return Inspection(
         ref=ref,

@@ -1,4 +1,4 @@
-"""The model card: metadata that the Hub understands, and a page that a person does."""
+"""The model card: metadata for the Hub, and a page for people."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 
 
 def card_data(plan: Plan) -> ModelCardData:
-    """Metadata. Local folders are no repos: they are left out of `base_model`."""
+    """Metadata. Local folders are left out of `base_model`, which names repos."""
     model = isinstance(plan, ModelPlan)
     repos = [repo for name in plan.inputs if (repo := _repo(plan, name)) is not None]
     optional: dict[str, Any] = {
@@ -43,7 +43,7 @@ def card_data(plan: Plan) -> ModelCardData:
 
 
 def _repo(plan: Plan, name: str) -> str | None:
-    """org/name of an input; of a local localized checkpoint that of the finetune it was made from."""
+    """org/name of an input; for a local localized checkpoint, that of the finetune it was made from."""
     repo = plan.inputs[name].source.repo
     localized = plan.localized_inputs.get(name) if isinstance(plan, StitchPlan) else None
     if repo is None and localized is not None and localized.finetuned.commit is not None:
@@ -52,28 +52,32 @@ def _repo(plan: Plan, name: str) -> str | None:
 
 
 def licence(plan: Plan) -> str | None:
-    """The parents' common licence; "other" where they differ, none where none is named."""
+    """The parents' common licence; "other" where they differ, None where none is stated."""
     licences = {str(checkpoint.card.get("license")) for checkpoint in plan.inputs.values()} - {"None"}
     return licences.pop() if len(licences) == 1 else "other" if licences else None
 
 
 def licence_of(checkpoint: Checkpoint) -> str:
-    """For people: the Hub's identifier, and the licence's own name where that says only "other"."""
+    """For people: the Hub's identifier, with the licence's own name where the card gives one."""
     licence, name = checkpoint.card.get("license"), checkpoint.card.get("license_name")
-    return f"{licence} ({name})" if licence and name else str(licence or "not named")
+    return f"{licence} ({name})" if licence and name else str(licence or "not stated")
 
 
 def licence_note(plan: Plan) -> str:
-    """What the parents' licences mean for the merge; nothing if all are alike and allow commercial use."""
+    """What the parents' licences mean for the merge; empty if they are the same and allow commercial use."""
     licences = {name: licence_of(checkpoint) for name, checkpoint in plan.inputs.items()}
-    notes = ["The parents' differ, and a merge is bound by all of them."] if len(set(licences.values())) > 1 else []
+    notes = (
+        ["The parents' licences differ, and a merge is bound by all of them."]
+        if len(set(licences.values())) > 1
+        else []
+    )
     if closed := [f"{name} ({licence})" for name, licence in licences.items() if NON_COMMERCIAL.search(licence)]:
         notes.append(f"Not for commercial use, because of {', '.join(closed)}.")
     return " ".join(notes)
 
 
 def settings(plan: Plan, record: Manifest) -> dict[str, str]:
-    """Every setting of the merge in words, Markdown."""
+    """Every setting of the merge, as rows of a Markdown table."""
     recipe, model = plan.recipe, isinstance(plan, ModelPlan)
     localizers = dict.fromkeys(localizer.describe() for localizer in plan.localizers.values())
     of_model: dict[str, str] = {}
@@ -107,7 +111,7 @@ def pipeline_tag(checkpoint: Checkpoint) -> str | None:
 
 
 def auto_class(checkpoint: Checkpoint) -> str:
-    """The transformers class that loads the model, as far as its config tells."""
+    """The transformers class that loads the model, judging by its config."""
     architecture = str((checkpoint.config.get("architectures") or [""])[0])
     heads = {
         "ForCausalLM": "AutoModelForCausalLM",
@@ -120,7 +124,7 @@ def auto_class(checkpoint: Checkpoint) -> str:
 
 
 def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] = ()) -> None:
-    """README.md of a merge or a localized checkpoint. figures: stems of the pictures beside it."""
+    """README.md of a merge or a localized checkpoint. figures: stems of its figures."""
     title = " + ".join(plan.finetuned) + (", localized" if isinstance(plan, LocalizePlan) else "")
     method, fitting = plan.recipe.method, plan.recipe.fitting
     fitted = fitting.card(record.stitch, _inputs_table(plan, record.stitch)) if fitting and record.stitch else ""
@@ -147,11 +151,11 @@ def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] 
     card.save(path)
 
 
-def data_link(found: OpenSet) -> str:
-    if found.repo is None:
-        return f"local file `{found.pinned.ref}`"
-    at = f"[{found.repo}](https://huggingface.co/datasets/{found.repo}/tree/{found.commit})"
-    return f"{at} ({found.config})" if found.config else at
+def data_link(data: OpenSet) -> str:
+    if data.repo is None:
+        return f"local file `{data.pinned.ref}`"
+    at = f"[{data.repo}](https://huggingface.co/datasets/{data.repo}/tree/{data.commit})"
+    return f"{at} ({data.config})" if data.config else at
 
 
 def _link(plan: Plan, name: str) -> str:
@@ -164,15 +168,16 @@ def _link(plan: Plan, name: str) -> str:
 
 
 def _rest(plan: ModelPlan) -> str:
-    """Whose the tensors are that are not merged."""
+    """Where the tensors that are not merged come from."""
     return "the base's" if plan.unmasked_from is plan.base else f"{plan.recipe.rest_from}'s"
 
 
 def _inputs_table(plan: Plan, stitch: Mapping[str, Any]) -> str:
-    """What values were fitted to, Markdown."""
+    """The inputs that values were fitted to, as a Markdown table."""
     rows = ["| finetune | inputs | what they are | fitted to | held out |", "| :--- | :--- | :--- | ---: | ---: |"]
-    for name, found in plan.fit_data.items():
-        asked, counts = found.asked, stitch.get("counts", {}).get(name, {})
-        what = f"{data_link(found)}, split {asked.split}, seed {asked.seed}"
-        rows.append(f"| {name} | {what} | {asked.role or 'not said'} | {counts.get('fitted', '–')} | {counts.get('held_out', '–')} |")
+    for name, data in plan.fit_data.items():
+        asked, counts = data.asked, stitch.get("counts", {}).get(name, {})
+        source = f"{data_link(data)}, split {asked.split}, seed {asked.seed}"
+        fitted, held_out = counts.get("fitted", "–"), counts.get("held_out", "–")
+        rows.append(f"| {name} | {source} | {asked.role or 'not stated'} | {fitted} | {held_out} |")
     return "\n".join(rows)

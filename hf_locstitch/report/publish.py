@@ -1,4 +1,4 @@
-"""Uploading a merge: large files as they are finished, then ONE commit on top of the head that was seen before."""
+"""Uploading a merge: large files as they are finished, then ONE commit on top of the head seen at the start."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def check_target(repo: str) -> None:
     try:
         user = retrying(lambda: HfApi().whoami())
     except OfflineModeIsEnabled as error:
-        raise OutputError(f"HF_HUB_OFFLINE is set, so {repo} cannot be pushed to. Unset it, or give --out.") from error
+        raise OutputError(f"HF_HUB_OFFLINE is set, so {repo} cannot be pushed to. Unset it, or use --out.") from error
     except Exception as error:
         if is_transient(error):
-            raise PublishError(f"{constants.ENDPOINT} does not answer ({error}). Try again later.") from error
+            raise PublishError(f"{constants.ENDPOINT} does not respond ({error}). Try again later.") from error
         raise OutputError(
             f"pushing to {repo} needs a token that {constants.ENDPOINT} accepts ({_short(error)}): "
             "log in with `hf auth login` or set HF_TOKEN."
@@ -58,13 +58,13 @@ def check_target(repo: str) -> None:
     writable = [user["name"], *(org["name"] for org in user.get("orgs", []))]
     if repo.split("/")[0] not in writable:
         raise OutputError(
-            f"{user['name']} cannot push to {repo}: the token writes to {', '.join(writable)}. "
-            "Choose one of these, or use another token."
+            f"{user['name']} cannot push to {repo}: the token can write to {', '.join(writable)} only. "
+            "Choose one of these namespaces, or use another token."
         )
 
 
 class Upload:
-    """Of one merge to one repo. Files go up in the background; nothing is seen in the repo before the commit.
+    """The upload of one merge to one repo. Files are sent in the background; the repo shows nothing before the commit.
 
     discard: delete a file from this machine once the Hub has it.
     """
@@ -83,21 +83,21 @@ class Upload:
         self._running.append(self._pool.submit(self._add, folder, file))
 
     def wait(self, unfinished: int) -> None:
-        """Until at most so many files are under way. Raises PublishError."""
+        """Wait until at most `unfinished` files are still uploading. Raises PublishError."""
         while len(self._running) > unfinished:
             future = self._running.pop(0)
             with self._explained():
                 future.result()
 
     def pause(self) -> None:
-        """Let what is under way come to an end, well or badly, and leave the rest to `commit`."""
+        """Let running uploads finish or fail, and leave the rest to `commit`."""
         for future in self._running:
             if not future.cancel():
                 future.exception()
         self._running.clear()
 
     def commit(self, folder: Path, message: str, progress: Progress) -> Published:
-        """Upload what of `folder` is not there yet (the repo is created if need be) and commit. Raises PublishError."""
+        """Upload the remaining files of `folder`, create the repo if need be, and commit. Raises PublishError."""
         with self._explained():
             self.wait(0)
             sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -108,7 +108,7 @@ class Upload:
             return self._commit(message)
 
     def close(self) -> None:
-        """Give up what has not begun."""
+        """Cancel uploads that have not started."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _add(self, folder: Path, file: str) -> None:
@@ -118,11 +118,11 @@ class Upload:
         operation = CommitOperationAdd(file, folder / file)
         retrying(lambda: self._api.preupload_lfs_files(self.repo, [operation], free_memory=self.discard))
         self._operations[file] = operation
-        if operation.path_or_fileobj == b"":  # the client needs it no more
+        if operation.path_or_fileobj == b"":  # the client no longer needs the file
             (folder / file).unlink()
 
     def _prepare(self) -> str:
-        """The repo, and the head that the commit is to follow."""
+        """Create the repo if need be; return the head that the commit will follow."""
         if self._parent is None:
             retrying(lambda: self._api.create_repo(self.repo, private=self._private, exist_ok=True))
             self._parent = str(retrying(lambda: self._api.model_info(self.repo)).sha)
@@ -132,8 +132,8 @@ class Upload:
         parent = self._prepare()
         operations = [self._operations[file] for file in sorted(self._operations)]
         stale = _stale(retrying(lambda: self._api.list_repo_files(self.repo, revision=parent)), operations)
-        # The manifest tells the time it took. What else is there already was committed by a process that was then
-        # killed, or asked for before: nothing is left to do.
+        # The manifest records the time taken, so it differs every time. If all else is already there, an earlier
+        # process committed it, and nothing is left to do.
         timeless = [operation for operation in operations if operation.path_in_repo != FILE]
         if _landed(self._api, self.repo, parent, [*timeless, *stale]):
             return Published(f"{constants.ENDPOINT}/{self.repo}", parent)
@@ -148,8 +148,8 @@ class Upload:
             raise
         except Exception as error:
             raise PublishError(
-                f"the upload to {self.repo} failed ({_short(error)}); nothing was committed. Give the same command "
-                "again: what is finished is not made again."
+                f"the upload to {self.repo} failed ({_short(error)}); nothing was committed. Run the same command "
+                "again: finished work is kept."
             ) from error
 
 
@@ -166,13 +166,13 @@ def publish_files(folder: Path, repo: str, *, parent: str, message: str) -> Publ
         raise
     except Exception as error:
         raise PublishError(
-            f"uploading to {repo} failed ({_short(error)}); nothing was committed. Give the same command again."
+            f"uploading to {repo} failed ({_short(error)}); nothing was committed. Run the same command again."
         ) from error
     return Published(f"{constants.ENDPOINT}/{repo}", commit)
 
 
 def _stale(present: Sequence[str], operations: Sequence[CommitOperationAdd]) -> list[CommitOperationDelete]:
-    """What an earlier model left in the repo."""
+    """Delete operations for what an earlier model left in the repo."""
     new = {operation.path_in_repo for operation in operations}
     return [
         CommitOperationDelete(file)
@@ -188,7 +188,7 @@ def _commit(
     parent: str,
     message: str,
 ) -> str:
-    """One commit on `parent`, once. After a lost answer the head tells whether it landed."""
+    """Commit once on top of `parent`. If the response is lost, the head shows whether the commit landed."""
     for attempt in range(COMMIT_ATTEMPTS):
         try:
             return str(api.create_commit(repo, operations, commit_message=message, parent_commit=parent).oid)
@@ -200,8 +200,8 @@ def _commit(
                 if _landed(api, repo, head, operations):
                     return head
                 raise PublishError(
-                    f"{repo} moved from {parent[:7]} to {head[:7]} meanwhile; nothing was committed. "
-                    "Give the same command again."
+                    f"{repo} moved from {parent[:7]} to {head[:7]} during the upload; nothing was committed. "
+                    "Run the same command again."
                 ) from error
             if attempt == COMMIT_ATTEMPTS - 1:
                 raise
@@ -210,7 +210,7 @@ def _commit(
 
 
 def _landed(api: HfApi, repo: str, head: str, operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> bool:
-    """Whether the repo holds at `head` just what the operations put there."""
+    """Whether the repo at `head` holds exactly what the operations put there."""
     there = {
         entry.path: entry for entry in retrying(lambda: list(api.list_repo_tree(repo, revision=head, recursive=True)))
     }
@@ -231,9 +231,9 @@ def _landed(api: HfApi, repo: str, head: str, operations: Sequence[CommitOperati
 
 
 def _short(error: Exception) -> str:
-    """One line, without the request's id and address."""
+    """One line, without request id and URL."""
     if isinstance(error, RepositoryNotFoundError):
-        return "the repo does not exist, or is closed to this token"
+        return "the repo does not exist or is not accessible with this token"
     if isinstance(error, HfHubHTTPError):
         return f"status {status_of(error)}: {str(error).splitlines()[0]}"
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -14,7 +14,7 @@ from helpers.models import finetune, load, random_state, save
 
 from hf_locstitch import Magnitude, load_mask, merge_from_hub
 from hf_locstitch.report.figures import draw
-from hf_locstitch.report.figures.mask_layout import OUTSIDE, count_places, layer_and_kind, write_places
+from hf_locstitch.report.figures.mask_layout import OUTSIDE, count_layout, layer_and_kind, write_layout
 from hf_locstitch.report.figures.survey import jaccard_matrix
 from hf_locstitch.report.figures.task_vectors import (
     Sample,
@@ -50,11 +50,11 @@ def test_places(tmp_path: Path) -> None:
         "h.10.b.1.weight": (3,),
     }  # fmt: skip
     ones = {"one": dict(zip(shapes, (1, 2, 3, 1, 3), strict=True)), "none": dict.fromkeys(shapes, 0)}
-    places = count_places(shapes, ones)
+    places = count_layout(shapes, ones)
     assert places.layers == ["2", "10", OUTSIDE] and places.kinds == ["a", "b.*", "lm_head"]
     assert places.elements.sum() == 24 and places.ones["one"][0].tolist() == [2, 3, 0]
     assert places.share["one"].sum() == pytest.approx(1) and places.share["none"].sum() == 0
-    write_places(places, tmp_path / "places.csv")
+    write_layout(places, tmp_path / "places.csv")
     rows = list(csv.DictReader((tmp_path / "places.csv").open()))
     assert rows[0] == {
         "mask": "one",
@@ -172,7 +172,7 @@ def test_pictures_take_any_number_of_masks(tmp_path: Path) -> None:
     with matplotlib.rc_context({"axes.facecolor": "red", "text.usetex": True, "font.size": 30}):
         for count in (1, 3, 16):
             ones = {f"task-{i}": {tensor: i for tensor in shapes} for i in range(count)}
-            paths = draw.save(draw.draw_places(count_places(shapes, ones)), tmp_path / f"places-{count}")
+            paths = draw.save(draw.draw_mask_layout(count_layout(shapes, ones)), tmp_path / f"places-{count}")
             names = list(ones)
             paths += draw.save(draw.draw_overlap(names, np.eye(count)), tmp_path / f"overlap-{count}")
             sizes += [path.stat().st_size for path in paths]

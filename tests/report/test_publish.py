@@ -162,7 +162,7 @@ def test_what_is_there_already_is_not_committed_again(home_hub: LoopbackHub, par
 def test_a_failed_push_keeps_the_merge(home_hub: LoopbackHub, parents: list[str], run_id: str) -> None:
     repo = f"demo/{run_id}-merged"
     home_hub.fail(Fault("status", method="POST", path=f"{repo}/commit/", status=403, times=9))
-    with pytest.raises(PublishError, match="what is finished is not made again") as raised:
+    with pytest.raises(PublishError, match="finished work is kept") as raised:
         quick_merge(parents[0], parents[1:], push_to=repo)
     home_hub._faults._waiting.clear()
     scratch = Path(constants.HF_HOME) / "hf-locstitch" / repo.replace("/", "--")

@@ -1,4 +1,4 @@
-"""Drawing: data in, a matplotlib Figure out. Dark on white, so that pages in light and in dark show them alike.
+"""Drawing: data in, a matplotlib Figure out. Dark on white, readable on light and dark pages.
 
 Colours: Okabe and Ito's for models, always with a marker or line style of their own; cividis for shares.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from hf_locstitch.report.figures.mask_layout import Places
+from hf_locstitch.report.figures.mask_layout import MaskLayout
 from hf_locstitch.report.figures.task_vectors import TaskVectors
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
 INK = "#1F2328"
-NOTHING = "#D0D7DE"  # squares that hold no number, and grid lines
+NOTHING = "#D0D7DE"  # empty cells, and grid lines
 MAP = "cividis"
-ANNOTATED = 12  # masks up to which the numbers fit into the squares
-PAGE = 7.2  # inches: the width of a figure, so that pages show all letters in one size
+ANNOTATED = 12  # up to so many masks, numbers fit into the cells
+PAGE = 7.2  # inches: the width of a figure, so that a page shows all text in one size
 WIDTH = 9.0  # inches of panels side by side
-RARE = 1e-3  # share of the entries that may lie left of the picture
+RARE = 1e-3  # share of the entries that may lie left of the axes
 STYLE: Mapping[Any, Any] = {
     "font.size": 9,
     "font.family": "DejaVu Sans",
@@ -56,7 +56,7 @@ STYLE: Mapping[Any, Any] = {
 
 
 def styled(draw: Callable[P, T]) -> Callable[P, T]:
-    """With our settings, whatever the caller's are."""
+    """Draw with our settings, whatever the caller's matplotlib settings are."""
 
     @wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -116,29 +116,29 @@ def draw_overlap(names: Sequence[str], jaccard: np.ndarray) -> Figure:
 
 
 @styled
-def draw_places(places: Places) -> Figure:
+def draw_mask_layout(layout: MaskLayout) -> Figure:
     """Where each mask's ones lie: layers across, kinds of module down, one panel a mask."""
-    names, layers, kinds = list(places.share), places.layers, places.kinds
+    names, layers, kinds = list(layout.share), layout.layers, layout.kinds
     wide = max(1.9, min(6.0, 0.11 * len(layers) + 0.9))
     columns = min(max(1, int(WIDTH // wide)), len(names))
     rows = -(-len(names) // columns)
     high = max(1.3, 0.19 * len(kinds) + 0.5)
     figure = new_figure(1.7 + columns * wide + 0.8, 0.7 + rows * (high + 0.25))
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten())
-    top = max((float(share.max()) for share in places.share.values()), default=0.0) or 1.0
+    top = max((float(share.max()) for share in layout.share.values()), default=0.0) or 1.0
     image = None
-    for one, name in zip(axes, names, strict=False):
-        share = np.ma.masked_array(100 * places.share[name], places.elements == 0)
-        image = one.imshow(share, cmap=MAP, vmin=0, vmax=100 * top, aspect="auto")
-        one.set_facecolor(NOTHING)
-        one.set_title(name)
-        one.tick_params(length=0)
-        one.spines[:].set_visible(False)
+    for panel, name in zip(axes, names, strict=False):
+        share = np.ma.masked_array(100 * layout.share[name], layout.elements == 0)
+        image = panel.imshow(share, cmap=MAP, vmin=0, vmax=100 * top, aspect="auto")
+        panel.set_facecolor(NOTHING)
+        panel.set_title(name)
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
         step = max(1, -(-len(layers) // 8))
-        one.set_xticks(range(0, len(layers), step), layers[::step])
-        one.set_yticks(range(len(kinds)), kinds)
-    for one in axes[len(names) :]:
-        one.set_visible(False)
+        panel.set_xticks(range(0, len(layers), step), layers[::step])
+        panel.set_yticks(range(len(kinds)), kinds)
+    for panel in axes[len(names) :]:
+        panel.set_visible(False)
     for lowest in axes[max(0, len(names) - columns) : len(names)]:
         lowest.tick_params(labelbottom=True)
         lowest.set_xlabel("layer")
@@ -150,25 +150,29 @@ def draw_places(places: Places) -> Figure:
 
 @styled
 def draw_task_vectors(vectors: Mapping[str, TaskVectors]) -> Figure:
-    """How large the entries of each task vector are, and from where on a mask keeps them."""
+    """Magnitudes of each task vector's entries, and the smallest one that its mask keeps."""
     figure = new_figure(PAGE, 3.6)
     axes = figure.subplots()
-    for (name, one), colour, line in zip(vectors.items(), cycle(COLOURS), cycle(LINES), strict=False):
-        label = name if one.unchanged < 5e-4 else f"{name} ({100 * one.unchanged:.1f} % unchanged)"
-        axes.stairs(100 * np.array(one.shares), one.edges, color=colour, linestyle=line, linewidth=1.6, label=label)
-        if one.threshold is not None:
-            axes.axvline(one.threshold, color=colour, linestyle=line, linewidth=0.9, alpha=0.9)
+    for (name, vector), colour, line in zip(vectors.items(), cycle(COLOURS), cycle(LINES), strict=False):
+        label = name if vector.unchanged < 5e-4 else f"{name} ({100 * vector.unchanged:.1f} % unchanged)"
+        axes.stairs(
+            100 * np.array(vector.shares), vector.edges, color=colour, linestyle=line, linewidth=1.6, label=label
+        )
+        if vector.threshold is not None:
+            axes.axvline(vector.threshold, color=colour, linestyle=line, linewidth=0.9, alpha=0.9)
     axes.set_xscale("log")
-    axes.set_xlim(left=min(_first_seen(one) for one in vectors.values()))
+    axes.set_xlim(left=min(_first_seen(vector) for vector in vectors.values()))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("|task vector|; vertical lines: the smallest entry that the mask keeps")
     axes.set_ylabel("share of the entries, %")
-    axes.set_title(f"Size of the task vectors' entries ({max(one.sampled for one in vectors.values()):,} sampled)")
+    axes.set_title(
+        f"Size of the task vectors' entries ({max(vector.sampled for vector in vectors.values()):,} sampled)"
+    )
     axes.legend(frameon=False)
     return figure
 
 
-def _first_seen(one: TaskVectors) -> float:
-    """The edge left of which all but RARE of the entries that changed lie right."""
-    passed = np.cumsum(one.shares) > RARE
-    return one.edges[int(np.argmax(passed))] if passed.any() else one.edges[0]
+def _first_seen(vector: TaskVectors) -> float:
+    """The left edge of the axes: at most RARE of the entries lie below it."""
+    passed = np.cumsum(vector.shares) > RARE
+    return vector.edges[int(np.argmax(passed))] if passed.any() else vector.edges[0]

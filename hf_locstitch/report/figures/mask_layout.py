@@ -1,4 +1,4 @@
-"""Where masks lie: the ones of each tensor, counted by layer and kind of module."""
+"""Mask layout: the ones of each mask, counted by layer and kind of module."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy.typing as npt
 
 from hf_locstitch.checkpoints.localizable import BLOCKS
 
-OUTSIDE = "–"  # the layer of tensors that are in none
+OUTSIDE = "–"  # stands for the layer of tensors outside all layers
 NUMBERS = re.compile(r"(^|\.)\d+(?=\.)")
 
 Counts = Mapping[str, Mapping[str, int]]  # mask -> tensor -> ones
 
 
 @dataclass(frozen=True)
-class Places:
-    """layers, kinds: titles. elements: int64 [kinds, layers]. ones, share: of each mask, likewise."""
+class MaskLayout:
+    """layers, kinds: names. elements: int64 [kinds, layers]. ones, share: the same for each mask."""
 
     layers: list[str]
     kinds: list[str]
@@ -36,20 +36,20 @@ class Places:
 
 def layer_and_kind(tensor: str) -> tuple[str, str]:
     """model.layers.3.self_attn.q_proj.weight -> ("3", "self_attn.q_proj"). Experts count as one kind."""
-    found = BLOCKS.search(tensor)
-    if found is None:
+    block = BLOCKS.search(tensor)
+    if block is None:
         return OUTSIDE, tensor.removesuffix(".weight")
-    layer = found.group(0).strip(".").rsplit(".", 1)[-1]
-    stack = next((part for part in ("encoder", "decoder") if part in tensor[: found.start()].split(".")), "")
-    kind = NUMBERS.sub(r"\1*", tensor[found.end() :]).removesuffix(".weight")
+    layer = block.group(0).strip(".").rsplit(".", 1)[-1]
+    stack = next((part for part in ("encoder", "decoder") if part in tensor[: block.start()].split(".")), "")
+    kind = NUMBERS.sub(r"\1*", tensor[block.end() :]).removesuffix(".weight")
     return layer, f"{stack}.{kind}" if stack else kind
 
 
-def count_places(shapes: Mapping[str, tuple[int, ...]], ones: Counts) -> Places:
-    """shapes: of the localized tensors, in the model's order; kinds keep it, those in no layer come last."""
+def count_layout(shapes: Mapping[str, tuple[int, ...]], ones: Counts) -> MaskLayout:
+    """shapes: of the localized tensors, in the model's order. Kinds keep that order; those outside layers come last."""
     at = {tensor: layer_and_kind(tensor) for tensor in shapes}
-    found = {layer for layer, _ in at.values()}
-    layers = sorted(found - {OUTSIDE}, key=int) + sorted(found & {OUTSIDE})
+    used = {layer for layer, _ in at.values()}
+    layers = sorted(used - {OUTSIDE}, key=int) + sorted(used & {OUTSIDE})
     inside = [kind for layer, kind in at.values() if layer != OUTSIDE]
     kinds = list(dict.fromkeys([*inside, *(kind for _, kind in at.values())]))
     row, column = {k: i for i, k in enumerate(kinds)}, {n: i for i, n in enumerate(layers)}
@@ -60,18 +60,18 @@ def count_places(shapes: Mapping[str, tuple[int, ...]], ones: Counts) -> Places:
         elements[cell] += math.prod(shapes[tensor])
         for name, of_mask in ones.items():
             counted[name][cell] += of_mask[tensor]
-    return Places(layers, kinds, elements, counted)
+    return MaskLayout(layers, kinds, elements, counted)
 
 
-def write_places(places: Places, path: Path) -> None:
-    """A line of CSV for each mask, layer and kind that holds anything."""
+def write_layout(layout: MaskLayout, path: Path) -> None:
+    """One CSV row for each mask, layer and kind that has elements."""
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["mask", "layer", "kind", "elements", "ones", "share_of_mask", "density"])
-        for name, ones in places.ones.items():
+        for name, ones in layout.ones.items():
             total = max(int(ones.sum()), 1)
-            for (r, c), elements in np.ndenumerate(places.elements):
+            for (r, c), elements in np.ndenumerate(layout.elements):
                 if elements:
                     count = int(ones[r, c])
                     cell = [count, f"{count / total:.6g}", f"{count / elements:.6g}"]
-                    rows.writerow([name, places.layers[c], places.kinds[r], int(elements), *cell])
+                    rows.writerow([name, layout.layers[c], layout.kinds[r], int(elements), *cell])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_locstitch.plan.plans import Plan, StitchPlan
-from hf_locstitch.report.figures.mask_layout import Places, count_places, write_places
+from hf_locstitch.report.figures.mask_layout import MaskLayout, count_layout, write_layout
 from hf_locstitch.report.figures.task_vectors import (
     FILE,
     Reader,
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from hf_locstitch.checkpoints.source import Source
 
 FOLDER = "figures"
-OVERLAP, PLACES, VECTORS = "overlap", "places", "task-vectors"
+OVERLAP, LAYOUT, VECTORS = "overlap", "places", "task-vectors"
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What masks say. ones: mask -> tensor -> ones. vectors: of each finetune, where the inputs were at hand."""
+    """Counts from masks. ones: mask -> tensor -> ones. vectors: of each finetune whose weights were available."""
 
     shapes: Mapping[str, tuple[int, ...]]
     ones: Mapping[str, Mapping[str, int]]
     vectors: Mapping[str, TaskVectors]
 
     @property
-    def places(self) -> Places:
-        return count_places(self.shapes, self.ones)
+    def layout(self) -> MaskLayout:
+        return count_layout(self.shapes, self.ones)
 
 
 def survey(
@@ -81,24 +81,24 @@ def _read_mask(
 
 
 def survey_merge(plan: Plan, stage: Path) -> Survey | None:
-    """What the masks in stage/masks say; None if no figures are wanted, or there are no masks.
+    """Survey the masks in stage/masks; None without masks, or if no figures are requested.
 
-    Task vectors are looked at where the inputs are on this machine: those that were only streamed are not read again.
-    Of localized checkpoints it is taken what these noted.
+    Task vectors are sampled where the inputs are on this machine: inputs that were only streamed are not read again.
+    For localized checkpoints, their recorded samples are used.
     """
     if not plan.masked or not plan.recipe.figures:
         return None
     masks = {name: stage / "masks" / f"{name}.safetensors" for name in plan.finetuned}
     if isinstance(plan, StitchPlan):
         noted = {name: noted_task_vectors(one.source).get(one.name) for name, one in plan.localized_inputs.items()}
-        found = survey(masks)
-        return Survey(found.shapes, found.ones, {name: one for name, one in noted.items() if one is not None})
+        surveyed = survey(masks)
+        return Survey(surveyed.shapes, surveyed.ones, {name: one for name, one in noted.items() if one is not None})
     readers = _inputs_at_hand(plan)
     return survey(masks, readers["base"], readers) if readers else survey(masks)
 
 
 def noted_task_vectors(source: Source) -> Mapping[str, TaskVectors]:
-    """What a merge or a localized checkpoint noted of its inputs; nothing if it did not."""
+    """The task vectors that a merge or localized checkpoint recorded; empty if there are none."""
     file = f"{FOLDER}/{FILE}"
     try:
         return read_task_vectors(source.fetch(file)) if file in source.files else {}
@@ -106,22 +106,22 @@ def noted_task_vectors(source: Source) -> Mapping[str, TaskVectors]:
         return {}
 
 
-def draw_merge(record: Manifest, found: Survey | None, stage: Path) -> list[str]:
-    """The figures of a merge into stage/figures. Returns the pictures' stems; none without a survey."""
-    return [] if found is None else draw_masks(record.overlap, found, stage / FOLDER)
+def draw_merge(record: Manifest, surveyed: Survey | None, stage: Path) -> list[str]:
+    """The figures of a merge into stage/figures. Returns the figures' stems; none without a survey."""
+    return [] if surveyed is None else draw_masks(record.overlap, surveyed, stage / FOLDER)
 
 
 def _inputs_at_hand(plan: Plan) -> dict[str, Reader]:
-    """Readers of all inputs; none if any has to be fetched."""
+    """Readers of all inputs; empty if any would have to be downloaded."""
     from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 
     readers: dict[str, Reader] = {}
     for name, checkpoint in plan.inputs.items():
         paths = {shard.file: checkpoint.source.cached(shard.file) for shard in checkpoint.shards}
-        found = {file: path for file, path in paths.items() if path is not None}
-        if len(found) < len(paths):
+        local = {file: path for file, path in paths.items() if path is not None}
+        if len(local) < len(paths):
             return {}
-        readers[name] = MappedCheckpoint(checkpoint, found)
+        readers[name] = MappedCheckpoint(checkpoint, local)
     return readers
 
 
@@ -134,23 +134,23 @@ def jaccard_matrix(names: Sequence[str], overlap: Sequence[Mapping[str, Any]]) -
     return matrix
 
 
-def draw_masks(overlap: Sequence[Mapping[str, Any]], found: Survey, folder: Path) -> list[str]:
-    """Every figure that masks have, as PNG and SVG, with its data. Returns the pictures' stems."""
+def draw_masks(overlap: Sequence[Mapping[str, Any]], surveyed: Survey, folder: Path) -> list[str]:
+    """Draw all figures of the masks, as PNG and SVG, with their data. Returns the figures' stems."""
     from hf_locstitch.report.figures import draw
 
     folder.mkdir(parents=True, exist_ok=True)
-    names, places, stems = list(found.ones), found.places, []
+    names, layout, stems = list(surveyed.ones), surveyed.layout, []
     if len(names) > 1:
         jaccard = jaccard_matrix(names, overlap)
         _write_matrix(names, jaccard, folder / f"{OVERLAP}.csv")
         draw.save(draw.draw_overlap(names, jaccard), folder / OVERLAP)
         stems.append(OVERLAP)
-    write_places(places, folder / f"{PLACES}.csv")
-    draw.save(draw.draw_places(places), folder / PLACES)
-    stems.append(PLACES)
-    if found.vectors:
-        write_task_vectors(found.vectors, folder / FILE)
-        draw.save(draw.draw_task_vectors(found.vectors), folder / VECTORS)
+    write_layout(layout, folder / f"{LAYOUT}.csv")
+    draw.save(draw.draw_mask_layout(layout), folder / LAYOUT)
+    stems.append(LAYOUT)
+    if surveyed.vectors:
+        write_task_vectors(surveyed.vectors, folder / FILE)
+        draw.save(draw.draw_task_vectors(surveyed.vectors), folder / VECTORS)
         stems.append(VECTORS)
     return stems
 

@@ -1,4 +1,4 @@
-"""How large task vectors are, estimated from a sample of every tensor: a merge is not read a second time for it."""
+"""Magnitudes of task vectors, estimated from a sample of every tensor, without reading the models a second time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import numpy.typing as npt
 from hf_locstitch.artifacts.mask_file import Positions
 from hf_locstitch.runtime.dtypes import Values
 
-SAMPLE = 1 << 20  # values of one model that are looked at, about;
+SAMPLE = 1 << 20  # values sampled from one model, about;
 PER_TENSOR = 1 << 15  # of each tensor at most, in PIECES pieces
 PIECES = 8
 FILE = "task-vectors.json"
 
 
 class Reader(Protocol):
-    """What checkpoints.mapped.MappedCheckpoint is."""
+    """Such as checkpoints.mapped.MappedCheckpoint."""
 
     def values(self, name: str, first: int, count: int) -> Values: ...
 
@@ -48,12 +48,12 @@ class TaskVectors:
 
 
 def sampled_per_tensor(tensors: int) -> int:
-    """Values of each of so many tensors that are looked at: memory does not grow with their number."""
+    """Values to sample from each of so many tensors: memory does not grow with their number."""
     return max(PIECES, min(PER_TENSOR, SAMPLE // max(tensors, 1)))
 
 
 def sample_places(numel: int, per_tensor: int = PER_TENSOR, pieces: int = PIECES) -> list[tuple[int, int]]:
-    """(first, count) of the pieces of a tensor that are looked at, spread evenly; all of a small one."""
+    """(first, count) of the pieces of a tensor to sample, spread evenly; all of a small tensor."""
     if numel <= per_tensor:
         return [(0, numel)] if numel else []
     count = per_tensor // pieces
@@ -63,7 +63,7 @@ def sample_places(numel: int, per_tensor: int = PER_TENSOR, pieces: int = PIECES
 def sampled_values(
     reader: Reader, base: Reader, tensor: str, places: Sequence[tuple[int, int]]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """|task vector| and base at these places of a tensor, float32 [sampled]."""
+    """|task vector| and base in these pieces of a tensor, float32 [sampled]."""
     start, moved = (
         np.concatenate([one.values(tensor, first, count).astype(np.float32) for first, count in places])
         for one in (base, reader)
@@ -72,7 +72,7 @@ def sampled_values(
 
 
 def kept_among(parts: Iterable[Positions], places: Sequence[tuple[int, int]]) -> tuple[npt.NDArray[np.bool_], int]:
-    """Which of the sampled places a mask keeps [sampled], and how many ones it has in all.
+    """Which of the sampled elements a mask keeps [sampled], and how many ones it has in total.
 
     parts: flat indices of its ones, ascending, a part at a time.
     """
@@ -88,7 +88,7 @@ def kept_among(parts: Iterable[Positions], places: Sequence[tuple[int, int]]) ->
 
 @dataclass(frozen=True)
 class Sample:
-    """Of one tensor of `numel` elements. size: |task vector|, base: of the base, kept: by the mask; all [sampled]."""
+    """A sample of a tensor of `numel` elements. size: |task vector|; base: values; kept: by the mask; all [sampled]."""
 
     numel: int
     size: npt.NDArray[np.float32]
@@ -97,12 +97,12 @@ class Sample:
 
 
 def summarize(samples: Iterable[Sample]) -> TaskVectors:
-    """Every sampled entry stands for numel / sampled of its tensor's. What is not finite is left out."""
-    found = [sample for sample in samples if len(sample.size)]
-    weight = np.concatenate([np.full(len(s.size), s.numel / len(s.size)) for s in found])
-    size = np.concatenate([s.size for s in found]).astype(np.float64)
-    base = np.concatenate([s.base for s in found]).astype(np.float64)
-    kept = np.concatenate([s.kept for s in found])
+    """Every sampled entry stands for numel / sampled of its tensor's. Non-finite entries are left out."""
+    sampled_tensors = [sample for sample in samples if len(sample.size)]
+    weight = np.concatenate([np.full(len(s.size), s.numel / len(s.size)) for s in sampled_tensors])
+    size = np.concatenate([s.size for s in sampled_tensors]).astype(np.float64)
+    base = np.concatenate([s.base for s in sampled_tensors]).astype(np.float64)
+    kept = np.concatenate([s.kept for s in sampled_tensors])
     fine = np.isfinite(size) & np.isfinite(base)
     weight, size, base, kept = weight[fine], size[fine], base[fine], kept[fine]
     moved = size > 0
@@ -123,7 +123,7 @@ def summarize(samples: Iterable[Sample]) -> TaskVectors:
 
 
 def log_edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Bins that hold all of the values (> 0): powers of two, between which low-precision numbers lie evenly."""
+    """Bins that hold all of the values (> 0): powers of two, between which low-precision numbers are evenly spaced."""
     if not len(values):
         return np.array([0.5, 1.0])
     first, last = math.floor(math.log2(values.min())), math.floor(math.log2(values.max())) + 1
@@ -136,5 +136,5 @@ def write_task_vectors(vectors: Mapping[str, TaskVectors], path: Path) -> None:
 
 
 def read_task_vectors(path: Path) -> dict[str, TaskVectors]:
-    """Raises ValueError, TypeError or OSError if the file is none."""
+    """Raises ValueError, TypeError or OSError if the file is invalid."""
     return {name: TaskVectors(**one) for name, one in json.loads(path.read_text(encoding="utf-8")).items()}
