@@ -1,1 +1,1 @@
-"""Scores of language models through lm-eval: several side by side, kept by content, written into the card."""
+"""Scores of language models through lm-eval: several side by side, cached by content, written into the model card."""

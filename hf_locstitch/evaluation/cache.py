@@ -1,4 +1,4 @@
-"""Scores that were measured before, under HF_HOME/hf-locstitch/evaluations. lm-eval's own cache knows no models."""
+"""The cache of scores, under HF_HOME/hf-locstitch/evaluations. lm-eval's own cache does not identify models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_locstitch.evaluation.scores import TaskResult, result_from_json
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:
-    """One hash for all that decides a score."""
+    """One hash of everything that determines a score."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -25,7 +25,7 @@ def cache_folder() -> Path:
 
 
 def read_cached(key: str, folder: Path) -> list[TaskResult] | None:
-    """None also for a file that cannot be read: then it is measured again."""
+    """None also for an unreadable file: the scores are then measured again."""
     try:
         return [result_from_json(fields) for fields in json.loads((folder / f"{key}.json").read_text("utf-8"))]
     except (OSError, ValueError, TypeError, KeyError):

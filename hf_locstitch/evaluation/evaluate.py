@@ -1,4 +1,4 @@
-"""`evaluate`: models and tasks in, a report out; and the same for a merge that has just been made."""
+"""`evaluate`: models and tasks in, a report out; and the same for a merge that was just made."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def evaluate(
     """Run lm-eval's tasks on models side by side.
 
     refs: one or more folders, org/name or org/name@revision; the first is the subject. tasks: NAME or NAME:SHOTS.
-    suite: a bundle of tasks. include_path: a folder of further task files. limit: examples a task, all by default.
-    batch_size: the largest that fits by default. base, finetuned: to compare with. parents: also evaluate the inputs
-    of the first ref, a merge, as its manifest names them. average: also evaluate the inputs' plain average. push:
-    write the results into the card of the first ref, a folder or, in one commit, a repo. track: log them, too.
-    cache: whether scores measured before are used.
+    suite: a set of tasks. include_path: a folder with more task files. limit: examples per task, default all.
+    batch_size: default the largest that fits. base, finetuned: models to compare with. parents: also evaluate the
+    inputs of the first ref, a merge, as its manifest names them. average: also evaluate their plain average. push:
+    write the results into the model card of the first ref: a folder or, in one commit, a repo. track: also log them.
+    cache: whether to use cached scores.
 
-    Raises RequestError if that cannot be done and WorkError if the work fails; what was measured by then is kept.
+    Raises RequestError if the request is invalid and WorkError if the work fails; finished scores stay cached.
     """
     listed = [str(refs)] if isinstance(refs, (str, Path)) else [str(ref) for ref in refs]
     if not tasks and suite is None:
@@ -96,18 +96,18 @@ def evaluate(
 
 
 def _data_of(ref: str) -> list[UsedData]:
-    """The data sets that a merge was made with, as its recipe says; none for another model."""
+    """The data sets that a merge was made with, according to its recipe; none for other models."""
     source = open_source(parse_ref(ref))
     if RECIPE_FILE not in source.files:
         return []
     try:
         return make_recipe(load_recipe(source.fetch(RECIPE_FILE)), RECIPE_FILE).used_data
     except RecipeError:
-        return []  # of another version
+        return []  # a recipe of another version
 
 
 class AfterMerge:
-    """The evaluation that a recipe asks for. Made before the merge, so that what is wrong with it is said in time."""
+    """The evaluation that a recipe asks for. Created before the merge, so that an invalid request fails early."""
 
     def __init__(self, plan: ModelPlan, show_progress: bool = False) -> None:
         """Raises RequestError."""
@@ -120,7 +120,7 @@ class AfterMerge:
                 "evaluate: needs the models on this machine. Drop --no-cache, or evaluate the merge later."
             )
         check_language_model(plan.files)
-        _ = self.session.manager  # raises for unknown tasks
+        _ = self.session.manager  # raises TaskError for unknown tasks
 
     def run(self, out: Path, processes: Processes) -> EvaluationReport:
         """Evaluate the merge in `out` and write the results into it. Raises WorkError; the merge stays."""
@@ -131,7 +131,8 @@ class AfterMerge:
             return report
         except LocstitchError as error:
             raise WorkError(
-                f"the merge is complete in {out}, its evaluation is not: {error} The same command goes on from there."
+                f"the merge in {out} is complete, but its evaluation failed: {error} "
+                "Run the same command again to continue."
             ) from error
 
     def _used(self) -> list[UsedData]:

@@ -1,4 +1,4 @@
-"""The scores as a picture."""
+"""The figure of the scores."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ STEM = "scores"
 
 
 def draw_evaluation(report: EvaluationReport, folder: Path) -> list[Path]:
-    """The scores, as PNG and SVG; the data are the report's, which whoever publishes it writes beside them."""
+    """Draw the scores, as PNG and SVG. The caller writes the report's data beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     return save(draw_scores(report), folder / STEM)
 
 
 @styled
 def draw_scores(report: EvaluationReport) -> Figure:
-    """The main metric of each task, one marker a model, with standard errors."""
+    """The main metric of each task, one marker per model, with standard errors."""
     results = report.models[0].results
     models = report.models
     figure = new_figure(PAGE, 1.5 + len(results) * max(0.42, 0.13 * len(models)))
@@ -33,8 +33,8 @@ def draw_scores(report: EvaluationReport) -> Figure:
     offsets = np.linspace(-0.32, 0.32, len(models)) if len(models) > 1 else [0.0]
     marks = zip(models, offsets, islice(cycle(COLOURS), len(models)), cycle(MARKERS), strict=False)
     for model, offset, colour, marker in marks:
-        found = [(place, model.score(r.task, r.main.metric)) for place, r in enumerate(results)]
-        points = [(place + offset, score.value, score.stderr or 0.0) for place, score in found if score is not None]
+        scores = [(place, model.score(r.task, r.main.metric)) for place, r in enumerate(results)]
+        points = [(place + offset, score.value, score.stderr or 0.0) for place, score in scores if score is not None]
         if not points:
             continue
         heights, values, errors = zip(*points, strict=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
 
-CPU_BATCH = 8  # where "auto" has no GPU whose memory could be tried
+CPU_BATCH = 8  # without a GPU, where "auto" cannot probe the memory
 # lm-eval lists metrics in the order of its task files; these are the ones that leaderboards show.
 MAIN_METRIC = {"arc_challenge": "acc_norm"}
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "No executable batch size found")
@@ -35,7 +35,7 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "No executable batch 
 
 @contextlib.contextmanager
 def quietly(show_progress: bool) -> Iterator[None]:
-    """lm-eval's prints go to standard error, its notes nowhere, its bars only where they are wanted."""
+    """Send lm-eval's prints to standard error, drop its log, and show its bars only if requested."""
     from datasets import disable_progress_bars, enable_progress_bars
     from datasets.utils import are_progress_bars_disabled
     from transformers.utils import logging as transformers_logging
@@ -61,7 +61,7 @@ def quietly(show_progress: bool) -> Iterator[None]:
 def load_model(folder: Path, label: str, batch_size: int | None) -> HFLM:
     """The model for lm-eval; several GPUs share the examples under `accelerate launch`. Raises RequestError, WorkError.
 
-    batch_size: examples at once; None: the largest that fits a GPU, or CPU_BATCH.
+    batch_size: examples per batch; None: the largest that fits the GPU, or CPU_BATCH.
     """
     import torch
     from lm_eval.models import huggingface
@@ -73,29 +73,28 @@ def load_model(folder: Path, label: str, batch_size: int | None) -> HFLM:
         with explaining_memory(label, batch_size):
             return build(pretrained=str(folder), batch_size=size, device=device, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        said = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"transformers cannot load {label}: {said} Check that AutoModelForCausalLM and AutoTokenizer load it."
+            f"transformers cannot load {label}: {reason.rstrip('.')}. "
+            "Check that AutoModelForCausalLM and AutoTokenizer load it."
         ) from error
 
 
 @contextlib.contextmanager
 def explaining_memory(label: str, batch_size: int | None, lm: Any = None) -> Iterator[None]:
-    """Out of memory becomes a WorkError that says what to try."""
+    """Turn out-of-memory errors into a WorkError that says what to try."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        said = str(error)
+        reason = str(error)
         tried = batch_size or max(getattr(lm, "batch_sizes", {}).values(), default=None)
-        if not isinstance(error, MemoryError) and not any(sign in said for sign in OUT_OF_MEMORY):
+        if not isinstance(error, MemoryError) and not any(phrase in reason for phrase in OUT_OF_MEMORY):
             raise
-        size = f"at batch size {tried}" if tried else "while it was loaded"
-        cure = (
-            f"Try --batch-size {tried // 2}" if tried and tried > 1 else "It needs a larger device, or a smaller model"
-        )
+        size = f"at batch size {tried}" if tried else "while loading"
+        cure = f"Try --batch-size {tried // 2}" if tried and tried > 1 else "Use a larger device or a smaller model"
         raise WorkError(
-            f"{label} ran out of memory {size} ({said.splitlines()[0][:120] if said else 'MemoryError'}). {cure}; "
-            "what was measured is kept, so the same command goes on from there."
+            f"{label} ran out of memory {size} ({reason.splitlines()[0][:120] if reason else 'MemoryError'}). {cure}; "
+            "finished scores are cached, so the same command continues from there."
         ) from error
 
 
@@ -109,7 +108,7 @@ def measure(
     batch_size: int | None,
     chat_template: bool,
 ) -> list[TaskResult] | None:
-    """Run one task or group. Returns its result, those of its members if it is a tag, None in all processes but one.
+    """Run one task or group. Returns its result (for a tag, those of its members); None in all processes but the first.
 
     Raises TaskError, DownloadError or WorkError.
     """
@@ -138,14 +137,14 @@ def measure(
     if results is None:
         return None
     leaves = {leaf.task_name: leaf for task in tasks for leaf in leaves_of(task)}
-    found = [named for task in tasks for named in _scored(task, results)]
-    return [read_result(name, results, limit, revision_of(leaves, members)) for name, members in found]
+    scored = [named for task in tasks for named in _scored(task, results)]
+    return [read_result(name, results, limit, revision_of(leaves, members)) for name, members in scored]
 
 
 def prepare(tasks: Sequence[Task | Group], shots: int | None) -> None:
-    """Seeds and shots as lm_eval.simple_evaluate sets them, which also runs `pip list` each time.
+    """Set seeds and shots as lm_eval.simple_evaluate does (which also runs `pip list` each time).
 
-    A task that allows no examples but its own keeps to that.
+    A task that fixes its shots to 0 keeps them.
     """
     import numpy as np
     import torch
@@ -172,14 +171,14 @@ def leaves_of(task: Task | Group) -> list[Task]:
 
 def texts_by_task(tasks: Sequence[Task | Group]) -> dict[str, frozenset[str]]:
     """Every text in the examples of each task and group that has a score, for the leak rule."""
-    found = {leaf.task_name: frozenset(texts_of(list(leaf.eval_docs))) for task in tasks for leaf in leaves_of(task)}
+    texts = {leaf.task_name: frozenset(texts_of(list(leaf.eval_docs))) for task in tasks for leaf in leaves_of(task)}
     for group in (group for task in tasks for group in groups_of(task)):
-        found[group.name] = frozenset().union(*(found[leaf.task_name] for leaf in leaves_of(group)))
-    return found
+        texts[group.name] = frozenset().union(*(texts[leaf.task_name] for leaf in leaves_of(group)))
+    return texts
 
 
 def _scored(task: Task | Group, results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Names that have scores, each with the tasks behind it: a group's own, or its tasks' if it has no mean of them."""
+    """Names that have scores, each with its tasks: the group itself, or its tasks if it has no aggregate score."""
     members = [leaf.task_name for leaf in leaves_of(task)]
     name = getattr(task, "name", None) or members[0]
     if read_scores(name, results):
@@ -188,7 +187,7 @@ def _scored(task: Task | Group, results: Mapping[str, Any]) -> list[tuple[str, l
 
 
 def revision_of(leaves: Mapping[str, Task], members: Sequence[str]) -> str | None:
-    """Commit of the one data set on the Hub that the tasks were read from; its folder in the cache is called by it."""
+    """Commit of the data set on the Hub that all tasks were read from, taken from the name of its cache folder."""
     files = [
         file["filename"].replace(os.sep, "/")
         for name in members

@@ -1,4 +1,4 @@
-"""Which tasks are run, with how many shots, and where lm-eval has them from."""
+"""Finding and loading lm-eval's tasks and their data sets."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SHOWN = 5
 
 
 def digest_of(include_path: Path | None) -> str | None:
-    """One hash for a folder of task files, so that scores of an edited task are not taken for its own."""
+    """One hash of a folder of task files, so that an edited task does not use old cached scores."""
     if include_path is None:
         return None
     if not include_path.is_dir():
-        raise RecipeError(f"--include-path {include_path} is no folder. Name one that holds lm-eval's task files.")
+        raise RecipeError(f"--include-path {include_path} is not a folder. Name a folder with lm-eval task files.")
     digest = hashlib.sha256()
     for path in sorted(path for path in include_path.rglob("*") if path.is_file() and path.suffix != ".pyc"):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -35,9 +35,9 @@ def digest_of(include_path: Path | None) -> str | None:
 
 
 def open_manager(specs: Sequence[TaskSpec], include_path: Path | None) -> TaskManager:
-    """lm-eval's index of tasks. Raises TaskError for names that it does not have, with the nearest ones.
+    """lm-eval's index of tasks. Raises TaskError for unknown names, with the nearest known ones.
 
-    Its own fourteen thousand tasks take it ten seconds to find; they are left out if `include_path` has all.
+    Indexing its own 14,000 tasks takes ten seconds; they are skipped if `include_path` has all that are needed.
     """
     from lm_eval.tasks import TaskManager
 
@@ -65,8 +65,8 @@ def _unknown(names: Sequence[str], known: Sequence[str]) -> str:
 
     plural = "tasks" if len(names) > 1 else "task"
     return (
-        f"lm-eval knows no {plural} {', '.join(nearest(name) for name in names[:SHOWN])}. "
-        "`lm-eval ls tasks` lists all; --include-path DIR adds those of a folder."
+        f"lm-eval has no {plural} {', '.join(nearest(name) for name in names[:SHOWN])}. "
+        "`lm-eval ls tasks` lists all tasks; --include-path DIR adds those in a folder."
     )
 
 
@@ -74,15 +74,15 @@ def load_task(manager: TaskManager, spec: TaskSpec) -> list[Task | Group]:
     """The task, group, or members of a tag, with data sets, fetched if need be. Raises TaskError or DownloadError."""
     try:
         loaded = explaining_data(spec.name, lambda: manager.load([spec.name]))
-    except RuntimeError as error:  # a data set that is a script, for one
-        said = " ".join(str(error).split())[:300]
-        raise TaskError(f"the data set of task {spec.name} cannot be loaded: {said}") from error
+    except RuntimeError as error:  # for example a data set that is a script
+        reason = " ".join(str(error).split())[:300]
+        raise TaskError(f"the data set of task {spec.name} cannot be loaded: {reason}") from error
     groups = loaded.get("groups", {})
     return [groups[spec.name]] if spec.name in groups else list(loaded["tasks"].values())
 
 
 def explaining_data(name: str, work: Callable[[], T]) -> T:
-    """The work's result; what goes wrong with a task's data set becomes one paragraph."""
+    """The result of `work`; errors about a task's data set become one clear paragraph."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.errors import HTTPError as TransportError  # pyright: ignore[reportPrivateImportUsage]
@@ -90,21 +90,24 @@ def explaining_data(name: str, work: Callable[[], T]) -> T:
     try:
         return work()
     except DatasetNotFoundError as error:
-        said = str(error).splitlines()[0].rstrip(".")
-        cure = "Ask for access on its page, then log in with `hf auth login` or set HF_TOKEN."
+        reason = str(error).splitlines()[0].rstrip(".")
+        login = "log in with `hf auth login` or set HF_TOKEN."
         raise TaskError(
-            f"the data set of task {name} cannot be had: {said}. "
-            + (cure if "gated" in said else f"Check the task's dataset_path; if it is private, {cure[32:]}")
+            f"the data set of task {name} is not available: {reason}. "
+            + (
+                f"Request access on its page, then {login}"
+                if "gated" in reason
+                else f"Check the task's dataset_path; if it is private, {login}"
+            )
         ) from error
     except (ConnectionError, OfflineModeIsEnabled, TransportError, HfHubHTTPError) as error:
         raise DownloadError(
-            f"the data set of task {name} could not be fetched ({str(error).splitlines()[0]}). Give the same command "
-            "again when the connection is back; what was measured is kept. Without network, a data set must have been "
-            "fetched before."
+            f"the data set of task {name} could not be downloaded ({str(error).splitlines()[0]}). Run the same command "
+            "again when the connection is back; finished scores are cached. To work offline, fetch the data set first."
         ) from error
     except FileNotFoundError as error:
-        raise TaskError(f"the data of task {name} is not there: {str(error).splitlines()[0]}") from error
+        raise TaskError(f"a data file of task {name} was not found: {str(error).splitlines()[0]}") from error
     except (KeyError, ValueError) as error:
         raise WorkError(
-            f"lm-eval fails at task {name} ({type(error).__name__}: {error}). Check the task's file and its data set."
+            f"lm-eval failed on task {name} ({type(error).__name__}: {error}). Check the task file and its data set."
         ) from error

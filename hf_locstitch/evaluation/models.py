@@ -1,4 +1,4 @@
-"""The models that are evaluated: what names their content, and where transformers finds them."""
+"""The models that are evaluated: what identifies their content, and where transformers finds them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "voc
 
 @dataclass(frozen=True)
 class Model:
-    """name: its column's title. ref: pinned, for people and records. content: a hash that changes when scores may."""
+    """name: the title of its column. ref: pinned. content: a hash of everything in the model that may change scores."""
 
     name: str
     role: Role
@@ -36,7 +36,7 @@ class Model:
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """Its files on this machine; an average is made now and removed again."""
+        """A folder with its files; an average is made here and removed afterwards."""
         if self.checkpoint is not None:
             yield fetch(self.checkpoint)
             return
@@ -47,7 +47,7 @@ class Model:
 
 
 def open_model(ref: str, role: Role, name: str | None = None) -> Model:
-    """Raises CheckpointError unless `ref` holds a language model that transformers loads without code of its own."""
+    """Raises CheckpointError unless `ref` holds a language model that transformers loads without remote code."""
     parsed = parse_ref(ref)
     checkpoint = read_checkpoint(open_source(parsed))
     check_language_model(checkpoint)
@@ -55,7 +55,7 @@ def open_model(ref: str, role: Role, name: str | None = None) -> Model:
 
 
 def content_of(checkpoint: Checkpoint) -> str:
-    """One hash for weights, config, tokenizer and templates; alike for a folder and a repo of the same files."""
+    """One hash of weights, config, tokenizer, templates; the same for a folder and a repo of the same files."""
     source = checkpoint.source
     files = [*(shard.file for shard in checkpoint.shards), *side_files(list(source.files))]
     digests = {file: source.files[file].sha256 or source.sha256(file) for file in files}
@@ -63,7 +63,7 @@ def content_of(checkpoint: Checkpoint) -> str:
 
 
 def average_model(base: Model, parents: Sequence[Model], refs: Sequence[str]) -> Model:
-    """The plain average of the parents, made by the merge engine when it is needed. refs: the base's, the parents'."""
+    """The plain average of the parents, made by the merge engine when needed. refs: of the base and the parents."""
     content = _hash(["average", __version__, base.content, *(parent.content for parent in parents)])
     names = ", ".join(parent.name for parent in parents)
     return Model("average", "average", f"plain average of {names}", content, average_of=tuple(refs))
@@ -74,14 +74,14 @@ def _hash(lines: Iterator[str] | Sequence[str]) -> str:
 
 
 def check_language_model(checkpoint: Checkpoint) -> None:
-    """From config and list of files alone. Raises CheckpointError."""
+    """Judges by config and file names only. Raises CheckpointError."""
     from transformers.models.auto import modeling_auto
 
     label, config = checkpoint.label, checkpoint.config
     if not config.get("model_type"):
         raise CheckpointError(
-            f"{label} has no config.json with a model_type, so transformers cannot load it. Name a whole model; "
-            "an adapter is merged into its base first."
+            f"{label} has no config.json with a model_type, so transformers cannot load it. Name a complete model; "
+            "merge an adapter into its base first."
         )
     architecture = str((config.get("architectures") or [""])[0])
     known = (
@@ -90,9 +90,9 @@ def check_language_model(checkpoint: Checkpoint) -> None:
     )
     if architecture not in {name for mapping in known for names in mapping.values() for name in _listed(names)}:
         raise CheckpointError(
-            f"{label} is no language model that generates text: its config names the architecture "
+            f"{label} is not a language model that generates text: its config has the architecture "
             f"{architecture or 'nothing'!r} ({config['model_type']}). lm-eval runs causal and sequence-to-sequence "
-            "models; evaluate this one with its own task's program."
+            "models; evaluate this one with a tool for its own task."
         )
     if not any(file in checkpoint.source.files for file in TOKENIZERS):
         raise CheckpointError(
@@ -131,7 +131,7 @@ def make_average(refs: Sequence[str], out: Path) -> None:
 def input_refs(
     ref: str, base: str | None, finetuned: Sequence[str] | None, *, needed: bool
 ) -> tuple[str | None, dict[str, str]]:
-    """Where the base and the finetunes are: as given, else (if needed) as the manifest of the merge `ref` says.
+    """Where the base and the finetunes are: as given, or else (if needed) as the manifest of the merge `ref` says.
 
     Returns the base's ref and name -> ref. Raises RecipeError or CheckpointError.
     """
@@ -141,10 +141,10 @@ def input_refs(
         return base, dict(zip(unique, finetuned or (), strict=True))
     record = open_manifest(open_source(parse_ref(ref)))
     roles = {entry.name: entry.role for entry in record.inputs}
-    found: Mapping[str, str] = {one.name: one.ref for one in recorded_refs(record, base, finetuned)}
+    refs: Mapping[str, str] = {one.name: one.ref for one in recorded_refs(record, base, finetuned)}
     return (
-        next((found[name] for name, role in roles.items() if role == "base"), None),
-        {name: found[name] for name, role in roles.items() if role != "base"},
+        next((refs[name] for name, role in roles.items() if role == "base"), None),
+        {name: refs[name] for name, role in roles.items() if role != "base"},
     )
 
 
@@ -156,26 +156,26 @@ def gather_models(
     parents: bool = False,
     average: bool = False,
 ) -> list[Model]:
-    """The base, its finetunes and their average as far as asked for, then the models `refs`. Raises RequestError."""
+    """The base, its finetunes and their average, as requested, then the models `refs`. Raises RequestError."""
     models = [open_model(ref, "model") for ref in refs]
     base_ref, others = input_refs(refs[0], base, finetuned, needed=parents or average)
     if average and (base_ref is None or not others):
-        raise RecipeError("--average needs the base and the finetunes: name them with --base REF and --ft REF...")
+        raise RecipeError("--average needs the base and the finetunes. Name them with --base REF and --ft REF...")
     try:
         base_model = open_model(base_ref, "base", "base") if base_ref is not None else None
         parent_models = [open_model(ref, "finetuned", name) for name, ref in others.items()]
     except LocstitchError as error:
         if not parents and not average:
             raise
-        raise CheckpointError(f"{error} (--base REF and --ft REF... say where the merge's inputs are.)") from error
-    found = [*([base_model] if base_model else []), *parent_models]
+        raise CheckpointError(f"{error} Name the merge's inputs with --base REF and --ft REF...") from error
+    compared = [*([base_model] if base_model else []), *parent_models]
     if average and base_model is not None and base_ref is not None:
-        found.append(average_model(base_model, parent_models, [base_ref, *others.values()]))
-    return with_own_names([*found, *models])
+        compared.append(average_model(base_model, parent_models, [base_ref, *others.values()]))
+    return with_own_names([*compared, *models])
 
 
 def with_own_names(models: Sequence[Model]) -> list[Model]:
-    """Every model under a name of its own: where two have the same, the later is called by its ref."""
+    """Models with unique names: where two have the same name, the later one is named by its ref."""
     named: dict[str, Model] = {}
     for model in models:
         taken = sum(name == model.name or name.startswith(f"{model.ref} (") for name in named)

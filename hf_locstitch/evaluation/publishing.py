@@ -1,4 +1,4 @@
-"""Results into a model's page: card metadata and table, .eval_results/, a figure; a repo gets them in one commit."""
+"""Writing results into a model's repo: card metadata and table, .eval_results/, a figure, in one commit."""
 
 from __future__ import annotations
 
@@ -39,13 +39,15 @@ def check_writable(ref: str) -> None:
 
         check_target(str(parsed.repo))
     elif not parsed.folder.is_dir():
-        raise OutputError(f"{parsed.folder} is no folder, so no results can be written there.")
+        raise OutputError(
+            f"{parsed.folder} is not a folder, so results cannot be written there. Name a folder or a repo."
+        )
 
 
 def write_results(report: EvaluationReport, ref: str) -> EvaluationReport:
-    """Write them into the folder, or in one commit into the repo, at the commit that was evaluated.
+    """Write them into the folder or, in one commit on top of the evaluated one, into the repo.
 
-    Returns the report with what was written. Raises PublishError, for instance if the repo has moved since.
+    Returns the report with what was written. Raises PublishError, for instance if the repo has changed since.
     """
     parsed = parse_ref(ref)
     if parsed.folder is not None:
@@ -66,9 +68,9 @@ def write_results(report: EvaluationReport, ref: str) -> EvaluationReport:
 
 
 def record_in(report: EvaluationReport, folder: Path, title: str) -> list[Path]:
-    """Card, .eval_results/ and figure in a model's folder; its manifest, if it has one, learns of them.
+    """Write card, .eval_results/ and figure into a model's folder, and update its manifest if it has one.
 
-    title: the model's name in the card's metadata. Returns the pictures.
+    title: the model's name in the card's metadata. Returns the figures' paths.
     """
     from hf_locstitch.evaluation.figure import draw_evaluation
 
@@ -87,13 +89,13 @@ def record_in(report: EvaluationReport, folder: Path, title: str) -> list[Path]:
 
 
 def with_results(card: ModelCard, report: EvaluationReport, title: str) -> ModelCard:
-    """The card with the subject's scores in its metadata, and a section for people in place of an earlier one."""
+    """The card with the subject's scores in its metadata, and with a section that replaces an earlier one."""
     before: Any = card.data
     fields = before.to_dict()
     fields.pop("model-index", None)
     new = [entry for result in report.subject.results for entry in eval_results(result)]
-    ours = {(entry.dataset_type, entry.metric_name) for entry in new}
-    old = [one for one in before.eval_results or [] if (one.dataset_type, one.metric_name) not in ours]
+    replaced = {(entry.dataset_type, entry.metric_name) for entry in new}
+    old = [one for one in before.eval_results or [] if (one.dataset_type, one.metric_name) not in replaced]
     data = ModelCardData(**{**fields, "model_name": title, "eval_results": [*old, *new]})
     section = f"{BEGIN}\n{describe_for_card(report)}\n{END}"
     text = card.text
@@ -102,7 +104,7 @@ def with_results(card: ModelCard, report: EvaluationReport, title: str) -> Model
 
 
 def eval_results(result: TaskResult) -> list[EvalResult]:
-    """One entry a metric. metric_name tells tasks on one data set apart, which the metadata lay together."""
+    """One entry per metric. metric_name distinguishes tasks on the same data set, which the metadata group together."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -130,7 +132,7 @@ def entries_of(results: Sequence[TaskResult]) -> dict[str, EvalResultEntry]:
             continue
         notes = [result.main.metric, f"{result.shots}-shot" if result.shots is not None else "shots as in the task"]
         notes += [f"stderr {result.main.stderr:.6g}"] if result.main.stderr is not None else []
-        notes += [f"first {result.limit} examples a task only"] if result.limit is not None else []
+        notes += [f"first {result.limit} examples of each task only"] if result.limit is not None else []
         entries[f"{result.task.replace('/', '_')}.yaml"] = EvalResultEntry(
             dataset_id=result.dataset,
             task_id=result.task,
@@ -158,14 +160,14 @@ def describe_for_card(report: EvaluationReport) -> str:
     comparison = report.comparison_table()
     if len(comparison) > 1:
         parts.append(
-            "Beside the base (a difference is larger than its error if it exceeds one standard error of the difference "
-            "of independent scores) and beside the finetune that is best at a task:"
+            "Compared with the base (does the difference exceed its standard error, computed as for independent "
+            "scores?) and with the best finetune on each task:"
         )
         parts.append(markdown(comparison, left=3))
-    parts.append("![Scores by lm-eval, one marker a model, with standard errors](figures/scores.png)")
+    parts.append("![Scores by lm-eval, one marker per model, with standard errors](figures/scores.png)")
     parts.append(", ".join(f"**{model.name}**: {_where(model)}" for model in report.models) + ".")
     version = subject.results[0].lm_eval
-    parts.append(f"Measured with [lm-eval]({HARNESS}) {version}; all numbers are in [{SCORES}]({SCORES}). Again:")
+    parts.append(f"Measured with [lm-eval]({HARNESS}) {version}; all numbers are in [{SCORES}]({SCORES}). To repeat:")
     flags = " ".join(report.flags).split(" --")
     flags += ["parents"] if any(model.role == "finetuned" for model in report.models) else []
     flags += ["average"] if any(model.role == "average" for model in report.models) else []
@@ -176,12 +178,12 @@ def describe_for_card(report: EvaluationReport) -> str:
 
 
 def _summary(report: EvaluationReport) -> list[str]:
-    """One sentence, where there are finetunes to compare with."""
+    """One sentence, if there are finetunes to compare with."""
     if not (kept := report.kept()):
         return []
     mean = sum(share for _, share in kept) / len(kept)
     task, least = min(kept, key=lambda one: one[1])
-    tasks = "the one task" if len(kept) == 1 else f"{len(kept)} tasks (at least {100 * least:.0f} %, on {task})"
+    tasks = "one task" if len(kept) == 1 else f"{len(kept)} tasks (at least {100 * least:.0f} %, on {task})"
     return [f"It keeps {100 * mean:.0f} % of the best finetune's score, averaged over {tasks}."]
 
 
@@ -199,7 +201,7 @@ def _where(model: ModelScores) -> str:
 
 
 def _tell_manifest(folder: Path, paths: Sequence[Path]) -> None:
-    """The files' sizes and hashes, so that `verify` finds what it expects."""
+    """Update the files' sizes and hashes, which `verify` checks."""
     record = parse_manifest((folder / FILE).read_bytes(), str(folder / FILE))
     outputs = dict(record.outputs)
     for path in paths:

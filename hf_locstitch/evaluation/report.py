@@ -1,4 +1,4 @@
-"""The scores of several models side by side, as data and for a person to read."""
+"""The scores of several models side by side, as data and for people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Table = list[list[str]]  # the first row is the head
 
 @dataclass(frozen=True)
 class ModelScores:
-    """results: in the order of the tasks. cached: how many of the tasks asked for had been measured before."""
+    """results: in the order of the tasks. cached: how many of the requested tasks came from the cache."""
 
     name: str
     role: Role
@@ -28,9 +28,9 @@ class ModelScores:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """models: base, finetunes, average, then those that were asked about. url, commit: where the results were pushed.
+    """models: base, finetunes, average, then the models under evaluation. url, commit: where the results were pushed.
 
-    tasks: as asked for, NAME or NAME:SHOTS. flags: of the command line that measures the same again.
+    tasks: as requested, NAME or NAME:SHOTS. flags: of the command line that repeats the evaluation.
     """
 
     models: tuple[ModelScores, ...]
@@ -49,11 +49,11 @@ class EvaluationReport:
 
     @property
     def subject(self) -> ModelScores:
-        """The model that the evaluation is about: the first that was asked about, which stands behind its inputs."""
+        """The model that the evaluation is about: the first of those under evaluation."""
         return next((model for model in self.models if model.role == "model"), self.models[-1])
 
     def rows(self) -> list[tuple[TaskResult, Score]]:
-        """Each task with each of its metrics, as the first model has them."""
+        """Each task with each of its metrics, taken from the first model."""
         return [(result, score) for result in self.models[0].results for score in result.scores]
 
     def comparison(self, model: ModelScores, task: str, metric: str) -> Comparison:
@@ -66,9 +66,9 @@ class EvaluationReport:
         return compare(score, base, {name: found for name, found in parents.items() if found is not None})
 
     def kept(self) -> list[tuple[str, float]]:
-        """Each task with the share of the best finetune's main score that the subject keeps, where it can be told."""
-        found = [(r.task, self.comparison(self.subject, r.task, r.main.metric).kept) for r in self.subject.results]
-        return [(task, kept) for task, kept in found if kept is not None]
+        """Each task with the share of the best finetune's main score that the subject keeps, where it is defined."""
+        shares = [(r.task, self.comparison(self.subject, r.task, r.main.metric).kept) for r in self.subject.results]
+        return [(task, kept) for task, kept in shares if kept is not None]
 
     def as_json(self) -> dict[str, Any]:
         comparisons = {
@@ -81,12 +81,12 @@ class EvaluationReport:
         return {**asdict(self), "comparisons": comparisons}
 
     def describe(self) -> str:
-        """For a person on a terminal."""
+        """For people, on a terminal."""
         parts = [align(self.score_table())]
         if len(comparison := self.comparison_table()) > 1:
             parts.append(align(comparison))
         cached = sum(model.cached for model in self.models)
-        counts = f"measured   {len(self.models) * len(self.tasks) - cached} scores, {cached} known from before"
+        counts = f"measured   {len(self.models) * len(self.tasks) - cached} scores, {cached} more from the cache"
         notes = [f"warning    {warning}" for warning in self.warnings]
         notes += [f"figure     {figure}" for figure in self.figures]
         notes += [f"published  {self.url} at {self.commit}"] if self.url else []
@@ -96,13 +96,23 @@ class EvaluationReport:
         """A row for each task and metric, a column for each model: value ± standard error."""
         rows = [["task", "metric", *(model.name for model in self.models)]]
         for result, score in self.rows():
-            found = [model.score(result.task, score.metric) for model in self.models]
-            rows.append([result.title, score.metric, *(show_score(one, digits) for one in found)])
+            scores = [model.score(result.task, score.metric) for model in self.models]
+            rows.append([result.title, score.metric, *(show_score(one, digits) for one in scores)])
         return rows
 
     def comparison_table(self) -> Table:
-        """A row for each judged model, task and metric that has something to be compared with."""
-        rows = [["model", "task", "metric", "difference to base", "larger than its error", "best parent", "kept of it"]]
+        """A row for each judged model, task and metric that can be compared with the base or a finetune."""
+        rows = [
+            [
+                "model",
+                "task",
+                "metric",
+                "difference from base",
+                "exceeds the standard error",
+                "best parent",
+                "% of best parent",
+            ]
+        ]
         for model in self.judged:
             for result, score in self.rows():
                 if model.score(result.task, score.metric) is None:
@@ -129,7 +139,7 @@ def show_comparison(beside: Comparison) -> list[str]:
 
 
 def align(table: Table) -> str:
-    """Columns of equal width; the first to the left."""
+    """Aligned columns; the first to the left."""
     widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
     return "\n".join(
         "  ".join(

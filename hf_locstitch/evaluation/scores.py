@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Score:
-    """metric: lm-eval's name, with the filter after a comma where there is one. stderr: None where lm-eval has none."""
+    """metric: lm-eval's name, with the filter after a comma where there is one. stderr: None if lm-eval gives none."""
 
     metric: str
     value: float
@@ -22,8 +22,8 @@ class Score:
 class TaskResult:
     """One model on one task or group. The first score is the task's main one.
 
-    shots: examples in the prompt; None where the members of a group differ. limit: examples a task that were asked
-    for, None for all. examples: evaluated in all. dataset: its id on the Hub, None for local data; config, split and
+    shots: examples in the prompt; None where the members of a group differ. limit: examples per task as requested,
+    None for all. examples: how many were evaluated. dataset: its id on the Hub, None for local data; config, split and
     revision (a commit) of it where there is one. subtasks: of a group, member -> value of its main metric.
     """
 
@@ -51,16 +51,16 @@ class TaskResult:
 
 
 def result_from_json(fields: Mapping[str, Any]) -> TaskResult:
-    """From what dataclasses.asdict made of one. Raises TypeError or KeyError if it is none."""
+    """The inverse of dataclasses.asdict. Raises TypeError or KeyError if the fields do not fit."""
     return TaskResult(**{**fields, "scores": tuple(Score(**score) for score in fields["scores"])})
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A score beside others of the same task and metric.
+    """A score compared with others of the same task and metric.
 
     difference: value − the base's; stderr: of the difference; exceeds: whether it is larger than that, in absolute
-    value. best_parent: name of the finetune that scores best; kept: share of its score. None: cannot be told.
+    value. best_parent: name of the finetune that scores best; kept: share of its score. None: unknown.
     """
 
     difference: float | None = None
@@ -71,7 +71,7 @@ class Comparison:
 
 
 def compare(score: Score, base: Score | None, parents: Mapping[str, Score]) -> Comparison:
-    """Beside the base and the finetunes, each where it is known."""
+    """Compare with the base and the finetunes, where they are known."""
     difference = stderr = exceeds = None
     if base is not None:
         difference = score.value - base.value
@@ -82,20 +82,20 @@ def compare(score: Score, base: Score | None, parents: Mapping[str, Score]) -> C
 
 
 def difference_stderr(one: float | None, other: float | None) -> float | None:
-    """Standard error of a difference of independent scores. Both models see the same examples, so that the true one
-    is rather smaller: what exceeds this exceeds that."""
+    """Standard error of a difference of independent scores. Both models see the same examples, so the true
+    standard error is usually smaller, and the test is conservative."""
     return None if one is None or other is None else math.hypot(one, other)
 
 
 def best(scores: Mapping[str, Score]) -> str | None:
-    """Name of the best score, the first of equals; None if there is none."""
+    """Name of the best score, the first among equals; None if there are no scores."""
     if not scores:
         return None
     return max(scores, key=lambda name: scores[name].value * (1 if scores[name].higher_is_better else -1))
 
 
 def kept_share(score: Score, parent: Score) -> float | None:
-    """How much of the parent's score is kept, 1 for all; None where the ratio means nothing.
+    """How much of the parent's score is kept, 1 for all; None where the ratio is meaningless.
 
     Where lower is better, as for a perplexity, the parent's share of the score.
     """

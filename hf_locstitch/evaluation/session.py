@@ -1,4 +1,4 @@
-"""One evaluation: tasks and settings, run on any number of models. What is known is not measured again."""
+"""One evaluation: tasks and settings, run on any number of models. Cached scores are not measured again."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Known = dict[str, list[TaskResult]]  # cache key -> results
 
 @dataclass
 class Session:
-    """Data sets are loaded once for all models, and only if something is to be measured. Raises RecipeError."""
+    """Data sets are loaded once for all models, and only if something must be measured. Raises RecipeError."""
 
     options: EvaluateOptions
     cache: bool = True
-    """Whether scores measured before are used."""
+    """Whether cached scores are used."""
     show_progress: bool = False
     specs: list[TaskSpec] = field(init=False)
     limit: int | None = field(init=False)
@@ -51,7 +51,7 @@ class Session:
         return self._manager
 
     def key(self, model: Model, spec: TaskSpec) -> str:
-        """Of what decides a score: the model's content, the task's, the settings, lm-eval's version."""
+        """The cache key: a hash of the model's content, the task, the settings and lm-eval's version."""
         facts = {"model": model.content, "task": spec.name, "shots": spec.shots, "limit": self.limit}
         facts |= {"chat_template": self.options.chat_template, "task_files": self._digest}
         return cache_key({**facts, "lm_eval": version("lm_eval")})
@@ -59,7 +59,7 @@ class Session:
     def run(self, models: Sequence[Model], processes: Processes, used: Sequence[UsedData] = ()) -> EvaluationReport:
         """Every task on every model. used: data sets that the models were made with.
 
-        Raises RequestError or WorkError; what was measured by then is kept.
+        Raises RequestError or WorkError; finished scores stay cached.
         """
         keys = {model.name: [self.key(model, spec) for spec in self.specs] for model in models}
         known = self._read([key for listed in keys.values() for key in listed], processes)
@@ -79,11 +79,13 @@ class Session:
         )
         warnings = leaks(self._judged(scored, used), used)
         if self.limit is not None:
-            warnings.append(f"only the first {self.limit} examples of each task were evaluated: rough figures")
+            warnings.append(
+                f"only the first {self.limit} examples of each task were evaluated, so the scores are rough"
+            )
         return EvaluationReport(scored, tuple(map(str, self.specs)), self.limit, tuple(warnings), self.flags)
 
     def _judged(self, scored: Sequence[ModelScores], used: Sequence[UsedData]) -> list[JudgedTask]:
-        """The tasks that were run; with their examples' texts where a file may hold the same."""
+        """The tasks that were run, with their examples' texts if local data files may contain them."""
         results = {result.task: result for model in scored for result in model.results}
         texts: Mapping[str, frozenset[str]] = {}
         if any(data.prompts for data in used):
@@ -100,18 +102,18 @@ class Session:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Of the command line; a folder is not named, because its path is nobody's business."""
+        """Flags of the command line, without the path of a local folder, which stays private."""
         flags = ["--tasks", *map(str, self.specs)]
         flags += ["--limit", str(self.limit)] if self.limit is not None else []
         flags += ["--include-path", "DIR"] if self.options.include_path is not None else []
         return (*flags, *(["--chat-template"] if self.options.chat_template else []))
 
     def _read(self, keys: Sequence[str], processes: Processes) -> Known:
-        """What the first process finds, in every process, so that all measure the same."""
-        found: Known = {}
+        """What the first process finds in the cache, in every process, so that all measure the same."""
+        cached: Known = {}
         if processes.first and self.cache:
-            found = {key: results for key in keys if (results := read_cached(key, cache_folder())) is not None}
-        return processes.gather(found)[0]
+            cached = {key: results for key in keys if (results := read_cached(key, cache_folder())) is not None}
+        return processes.gather(cached)[0]
 
     def _measure(self, model: Model, keys: Sequence[str], known: Known) -> None:
         """Add to `known` what is not in it."""

@@ -1,4 +1,4 @@
-"""Scores to Trackio or Weights & Biases, where one is installed, under the names that lm-eval gives them."""
+"""Logging scores to Trackio or Weights & Biases, if installed, under lm-eval's names."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def find_tracker(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise RecipeError(f"--track {name} needs the package {name}: pip install {name}.") from error
+        raise RecipeError(f"--track {name} needs the package {name}. Install it with: pip install {name}") from error
 
 
 def log_report(report: EvaluationReport, name: str) -> None:
-    """One run a model."""
+    """Log one run per model."""
     tracker = find_tracker(name)
     for model in report.models:
         config = {"ref": model.ref, "role": model.role, "tasks": list(report.tasks), "limit": report.limit}
@@ -31,11 +31,11 @@ def log_report(report: EvaluationReport, name: str) -> None:
 
 def metrics_of(model: ModelScores) -> dict[str, float]:
     """task/metric -> value and task/metric_stderr -> standard error, members of groups included."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for result in model.results:
         for score in result.scores:
-            found[f"{result.task}/{score.metric}"] = score.value
+            metrics[f"{result.task}/{score.metric}"] = score.value
             if score.stderr is not None:
-                found[f"{result.task}/{score.metric}_stderr"] = score.stderr
-        found |= {f"{member}/{result.main.metric}": value for member, value in result.subtasks.items()}
-    return found
+                metrics[f"{result.task}/{score.metric}_stderr"] = score.stderr
+        metrics |= {f"{member}/{result.main.metric}": value for member, value in result.subtasks.items()}
+    return metrics

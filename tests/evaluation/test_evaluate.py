@@ -118,7 +118,7 @@ def test_wrong_requests(run: Run, a: Path, tasks: Path, tmp_path: Path) -> None:
     paragraph(run("evaluate", a), 2, "--tasks NAME", "--suite")
     paragraph(run("evaluate", a, "--tasks", "mmlu:five"), 2, "NAME:SHOTS")
     paragraph(run("evaluate", a, "--tasks", "mmlu", "mmlu:5"), 2, "'mmlu' is given twice")
-    paragraph(run("evaluate", a, "--tasks", "letters", "--include-path", tmp_path / "none"), 2, "is no folder")
+    paragraph(run("evaluate", a, "--tasks", "letters", "--include-path", tmp_path / "none"), 2, "is not a folder")
     paragraph(run("evaluate", a, "--tasks", "letters", "--limit", "0"), 2, "--limit must be 1 or more")
     paragraph(run("evaluate", a, "--tasks", "letters", "--parents", "--include-path", tasks), 2, "is no merge")
     paragraph(
@@ -132,8 +132,8 @@ def test_what_is_no_language_model(run: Run, tasks: Path, tmp_path: Path) -> Non
     config = '{"model_type": "bert", "architectures": ["BertForMaskedLM"]}'
     save(tmp_path / "bert", state, config)
     asked = ["--tasks", "letters", "--include-path", tasks]
-    paragraph(run("evaluate", tmp_path / "bert", *asked), 2, "BertForMaskedLM", "no language model")
-    paragraph(run("evaluate", tmp_path / "toy", *asked), 2, "no language model")
+    paragraph(run("evaluate", tmp_path / "bert", *asked), 2, "BertForMaskedLM", "not a language model")
+    paragraph(run("evaluate", tmp_path / "toy", *asked), 2, "not a language model")
 
 
 def test_a_missing_tokenizer(run: Run, a: Path, tasks: Path) -> None:
@@ -185,7 +185,9 @@ def test_no_network(home_hub: LoopbackHub, a: Path, tasks: Path, run: Run) -> No
     add_benchmark(home_hub, tasks, "remote", "AB")
     home_hub.fail(Fault("reset", path="/datasets/", times=99))
     try:
-        paragraph(run("evaluate", a, "--tasks", "remote", "--include-path", tasks), 1, "could not be fetched", "remote")
+        paragraph(
+            run("evaluate", a, "--tasks", "remote", "--include-path", tasks), 1, "could not be downloaded", "remote"
+        )
     finally:
         home_hub._faults._waiting.clear()
 

@@ -132,7 +132,7 @@ def test_from_checkpoints_to_an_evaluated_page(
     assert status == 2 and "Drop --no-cache" in err
 
     status, _, err = run("merge", recipe, "--out", out)  # a finished merge is recognised, its scores are known
-    assert status == 0 and "measured   0 scores, 4 known" in err
+    assert status == 0 and "measured   0 scores, 4 more from the cache" in err
 
 
 def test_a_recipe_with_a_wrong_evaluation_writes_nothing(
@@ -164,5 +164,5 @@ def test_a_failed_evaluation_keeps_the_merge(
     with monkeypatch.context() as patch:
         patch.setattr(harness, "load_model", fail)
         status, _, err = run("merge", recipe, "--out", tmp_path / "out")
-    assert status == 1 and "the merge is complete in" in err and "lights" in err
+    assert status == 1 and "is complete, but its evaluation failed" in err and "lights" in err
     assert run("merge", recipe, "--out", tmp_path / "out")[0] == 0

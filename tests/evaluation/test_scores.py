@@ -60,7 +60,7 @@ def test_tables() -> None:
         "maths",
         "80.0 %",
     ]
-    assert "measured   2 scores, 1 known from before" in report.describe()
+    assert "measured   2 scores, 1 more from the cache" in report.describe()
     beside = report.as_json()["comparisons"]["merged"]["mmlu"]["acc"]
     assert beside["kept"] == pytest.approx(0.8) and beside["exceeds"] is True
 
