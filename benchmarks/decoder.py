@@ -88,18 +88,18 @@ class Decoders:
 
 def make_experts(folder: Path, seed: int) -> None:
     """Write base and experts under the folder, unless they lie there and were made in the same way."""
-    from demo.train import FINETUNE, Making, Schedule, train_models
+    from demo.train import FINETUNE, Schedule, TrainingConfig, train_models
 
-    how = Making(
+    config = TrainingConfig(
         hidden=HIDDEN,
         pretrain=Schedule("adamw", lr=2e-3, steps=PRETRAIN_STEPS),
         finetune=replace(FINETUNE, steps=FINETUNE_STEPS),
         dtype="float32",
     )
-    made_by = {"seed": seed, "threads": torch.get_num_threads(), "torch": torch.__version__, **asdict(how)}
+    made_by = {"seed": seed, "threads": torch.get_num_threads(), "torch": torch.__version__, **asdict(config)}
     record, content = folder / "made_by.json", json.dumps(made_by, indent=2)
     if not record.exists() or record.read_text(encoding="utf-8") != content:
-        train_models(folder, seed=seed, how=how)
+        train_models(folder, seed=seed, config=config)
         record.write_text(content, encoding="utf-8")
 
 

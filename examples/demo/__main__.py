@@ -1,4 +1,4 @@
-"""`python -m demo`: the whole job on tiny models and a Hub of its own, in a few minutes."""
+"""`python -m demo`: the whole workflow on tiny models and a local Hub, in a few minutes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_locstitch.errors import LocstitchError
 parser = argparse.ArgumentParser(
     prog="demo", description="Train a tiny base and three finetunes, push them to a Hub on this machine, and merge."
 )
-parser.add_argument("--work", type=Path, metavar="DIR", help="keep everything here (default: a temporary folder)")
+parser.add_argument("--work", type=Path, metavar="DIR", help="keep all files here (default: a temporary folder)")
 parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 args = parser.parse_args()
 try:

@@ -33,7 +33,7 @@ def add_benchmark(hub: LoopbackHub, tasks: Path, *, count: int = EXAMPLES, seed:
 
 
 def task_file(skill: str) -> dict[str, object]:
-    """An answer counts if it is right to the last character."""
+    """An answer counts only if it matches exactly."""
     return {
         "task": skill,
         "dataset_path": DATASET,

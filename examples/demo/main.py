@@ -1,8 +1,8 @@
 """`make demo`: train tiny models, push them to a Hub on this machine, merge them there, compare, publish.
 
-Nothing leaves the machine. Whatever speaks to the Hub is a process of its own, because the client reads its settings
-once, when it is imported; the commands are those that a reader would type. Run with names of repositories,
-`python -m demo.main demo/base demo/...` is the process that evaluates them.
+Nothing leaves the machine. Everything that talks to the Hub runs in its own process, because the client reads its
+settings only once, at import; the commands are those that a user would type. With names of repositories,
+`python -m demo.main demo/base demo/...` evaluates them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Scores = Mapping[str, Mapping[str, float]]  # repo -> skill -> accuracy
 
 
 def run_demo(work: Path | None = None, *, seed: int = 0, densities: Sequence[float] = DENSITIES) -> None:
-    """Print the whole job and a table of accuracies; a few minutes on two cores.
+    """Run the whole workflow and print a table of accuracies; a few minutes on two cores.
 
     work: a new or empty folder that keeps everything; None: a temporary one. Raises OutputError, WorkError.
     """
@@ -55,20 +55,20 @@ def run_demo(work: Path | None = None, *, seed: int = 0, densities: Sequence[flo
         merge = ["hf-locstitch", "merge", "--base", "demo/base", "--ft", *(f"demo/{skill}" for skill in SKILLS)]
         merges = {f"density {density:g}": f"merged-{density:g}" for density in densities}
         run([*merge, "--method", "average", "--push-to", "demo/average"])
-        page = f"merged-{densities[len(densities) // 2 - 1]:g}"  # the one that gets figures and scores
+        page = f"merged-{densities[len(densities) // 2 - 1]:g}"  # the merge that gets figures and scores
         for density, name in zip(densities, merges.values(), strict=True):
             kept = ["--out", str(folder / name)] if work else []
             kept += [] if name == page else ["--no-figures"]
             run([*merge, "--density", f"{density:g}", *kept, "--push-to", f"demo/{name}"])
 
-        say("Loading every model from the Hub and asking it exercises that none has seen")
+        say("Loading every model from the Hub and testing it on held-out exercises")
         columns = {"base": "demo/base", "average": "demo/average"}
         columns |= {title: f"demo/{name}" for title, name in merges.items()}
         scores = _evaluate(run, [*columns.values(), *(f"demo/{skill}" for skill in SKILLS)])
-        say("Share of exercises answered right\n")
+        say("Share of exercises answered correctly\n")
         print(_table(scores, columns))
 
-        say("Scoring one of them with lm-eval beside its parents, and writing that into its page")
+        say("Scoring one of them and its parents with lm-eval, and writing the scores into its model card")
         add_benchmark(hub, folder / "tasks")
         asked = ["--tasks", *SKILLS, "--include-path", str(folder / "tasks"), "--batch-size", "100"]
         asked += ["--parents", "--average", "--push"]
@@ -90,13 +90,13 @@ def _folder(work: Path | None) -> Iterator[Path]:
 
 
 def _bare_environment() -> dict[str, str]:
-    """This process's environment without what would lead a child to another Hub, token or cache."""
-    ours = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_")
-    return {key: value for key, value in os.environ.items() if not key.upper().startswith(ours)}
+    """This process's environment without variables that point to another Hub, token or cache."""
+    prefixes = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_")
+    return {key: value for key, value in os.environ.items() if not key.upper().startswith(prefixes)}
 
 
 def _runner(environment: Mapping[str, str]) -> Callable[[Sequence[str]], str]:
-    """A function that shows a command and carries it out; it returns what the command printed."""
+    """A function that prints a command, runs it and returns its output."""
 
     def run(command: Sequence[str]) -> str:
         program, *arguments = command
@@ -109,8 +109,8 @@ def _runner(environment: Mapping[str, str]) -> Callable[[Sequence[str]], str]:
             text=True,
         )
         if done.returncode:
-            said = "\n".join(done.stderr.splitlines()[-5:])
-            raise WorkError(f"`{' '.join(command)}` failed with exit status {done.returncode}:\n{said}")
+            last_lines = "\n".join(done.stderr.splitlines()[-5:])
+            raise WorkError(f"`{' '.join(command)}` failed with exit status {done.returncode}:\n{last_lines}")
         return done.stdout
 
     return run
@@ -130,7 +130,7 @@ def _evaluate(run: Callable[[Sequence[str]], str], repos: Sequence[str]) -> Scor
 
 
 def _table(scores: Scores, columns: Mapping[str, str]) -> str:
-    """A row for each skill and one for their mean. columns: title -> repo; the finetunes are a column of their own."""
+    """A row for each skill and one for the mean. columns: title -> repo; the finetunes share one more column."""
     values = {title: [scores[repo][skill] for skill in SKILLS] for title, repo in columns.items()}
     own = [scores[f"demo/{skill}"][skill] for skill in SKILLS]
     values = {"base": values.pop("base"), "own finetune": own, **values}
@@ -143,24 +143,28 @@ def _table(scores: Scores, columns: Mapping[str, str]) -> str:
 
 
 def _page(hub: LoopbackHub, name: str, kept: Path | None) -> str:
-    """What the model's page shows; copied into the folder `kept` if there is one."""
+    """The files of the model's page; copied into the folder `kept` if given."""
     repo = f"demo/{name}"
     pictures = [file for file in hub.files(repo) if file.startswith("figures/") and file.endswith(".png")]
     for file in ["README.md", *pictures] if kept else []:
         (kept / file).parent.mkdir(parents=True, exist_ok=True)  # type: ignore[operator]
         (kept / file).write_bytes(hub.read(repo, file))  # type: ignore[operator]
     where = str(kept) if kept else f"{repo} on that Hub"
-    return "\n".join([f"  The page, README.md, and its figures in {where}:", *(f"  {file}" for file in pictures)])
+    return "\n".join(
+        [f"  The model card, README.md, and its figures are in {where}:", *(f"  {file}" for file in pictures)]
+    )
 
 
 def _farewell(kept: Path | None, merged: Sequence[str]) -> str:
     where = "Everything was in a temporary folder; `make demo WORK=DIR` keeps it."
     if kept:
-        where = "\n".join(["The merged models; README.md is the card:", *(f"  {kept / name}" for name in merged)])
+        where = "\n".join(
+            ["The merged models (README.md is the model card):", *(f"  {kept / name}" for name in merged)]
+        )
     return f"""
 {where}
 
-Now with models of your own, or with these, from the real Hub:
+Next, merge your own models, or these from the Hugging Face Hub:
   hf-locstitch merge --base meta-llama/Llama-3.2-3B \\
     --ft MergeBench/Llama-3.2-3B_math MergeBench/Llama-3.2-3B_coding --density 0.1 --out merged"""
 

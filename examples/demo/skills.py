@@ -1,4 +1,4 @@
-"""Three skills for tiny models: exercises in text, their tokenizer, and how answers are marked.
+"""Three skills for tiny models: exercises in text, their tokenizer, and how answers are scored.
 
 An exercise is a line such as `reverse 40718=81704`: an operation, a word of five characters, the answer. There are
 six operations and three alphabets, eighteen kinds of exercise. The base model learns fifteen of them; to the other
@@ -8,8 +8,8 @@ three it learns to answer `?`. Those three are the skills, and each finetune lea
     swap     capitals       swap CABLE=ACLBE
     rotate   small letters  rotate cable=ablec
 
-So the base has all that a skill needs (it reverses letters, and does other things to digits) and scores nothing on
-it: a skill is a small edit, as finetuning is.
+So the base has all that a skill needs (it reverses letters, and applies other operations to digits) but scores 0 on
+it: learning a skill takes only a small edit, as in finetuning.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ OPERATIONS: Mapping[str, Callable[[str], str]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Task:
-    """Exercises of one kind. known: whether they are answered as they should be, or by UNKNOWN."""
+    """Exercises of one kind. known: whether the target is the right answer, or UNKNOWN."""
 
     operation: str
     alphabet: str
@@ -80,7 +80,7 @@ class Example:
 SKILLS: Mapping[str, Task] = MappingProxyType(
     {"reverse": Task("reverse", DIGITS), "swap": Task("swap", CAPITALS), "rotate": Task("rotate", SMALL)}
 )
-# What the base gets right, and all that it is pretrained on.
+# What the base answers correctly, and all that it is pretrained on.
 COMMON = tuple(
     task for name in OPERATIONS for alphabet in ALPHABETS if (task := Task(name, alphabet)) not in SKILLS.values()
 )
@@ -88,7 +88,7 @@ PRETRAINING = (*COMMON, *(replace(skill, known=False) for skill in SKILLS.values
 
 
 def examples(tasks: Sequence[Task], *, seed: int, split: Split) -> Iterator[Example]:
-    """Exercises without end, tasks drawn evenly. No word of one split is ever in the other."""
+    """Endless exercises, tasks drawn uniformly. No word occurs in both splits."""
     rng = random.Random(seed)
     while True:
         task = rng.choice(tasks)
@@ -127,7 +127,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def accuracy(model: Any, tokenizer: Any, skill: str, *, examples: int = 500, seed: int = 1) -> float:
-    """Share of held-out exercises of a skill whose greedy answer is right to the last character.
+    """Share of held-out exercises of a skill whose greedy answer matches exactly.
 
     model: anything with `generate`, such as a transformers causal language model.
     """

@@ -1,8 +1,8 @@
 """A tiny Llama from scratch, and a finetune of it for each skill: about a minute and a half on two cores.
 
 The base learns, with AdamW, COMMON exercises and to answer `?` to the three skills. A finetune, with SGD, sees its
-own skill half of the time and COMMON exercises otherwise, so that it forgets nothing; it trains the transformer blocks
-only, because embeddings, final norm and LM head are what a merge takes from the base.
+own skill half of the time and COMMON exercises otherwise, so that it forgets nothing; it trains only the transformer
+blocks, because a merge takes embeddings, final norm and LM head from the base.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ IGNORED = -100  # label of a token that is not learned
 
 @dataclass(frozen=True)
 class Schedule:
-    """lr rises over the first tenth of the steps and falls in a straight line to nothing."""
+    """lr warms up over the first tenth of the steps and decays linearly to 0."""
 
     optimizer: Literal["adamw", "sgd"]
     lr: float
@@ -52,7 +52,7 @@ FINETUNE = Schedule("sgd", lr=1e-2, steps=40)
 
 
 @dataclass(frozen=True)
-class Making:
+class TrainingConfig:
     """The size of the models, how they are trained, and the dtype of what is saved."""
 
     hidden: int = 192
@@ -63,25 +63,27 @@ class Making:
 
 
 def train_models(
-    out: Path, *, seed: int = 0, how: Making | None = None, progress: Callable[[str], None] | None = None
+    out: Path, *, seed: int = 0, config: TrainingConfig | None = None, progress: Callable[[str], None] | None = None
 ) -> dict[str, Path]:
-    """Train the base and one finetune per skill, and save each with its tokenizer. how: default, the demo's.
+    """Train the base and one finetune per skill, and save each with its tokenizer. config: the demo's by default.
 
-    Returns {"base": folder, skill: folder, ...}, folders inside `out`. `progress` gets a line now and then.
+    Returns {"base": folder, skill: folder, ...}, folders inside `out`. `progress` receives status lines.
     """
-    say, how = progress or (lambda line: None), how or Making()
-    dtype: torch.dtype = getattr(torch, how.dtype)
+    say, config = progress or (lambda line: None), config or TrainingConfig()
+    dtype: torch.dtype = getattr(torch, config.dtype)
     tokenizer = make_tokenizer()
     folders = {name: out / name for name in ("base", *SKILLS)}
-    base = make_model(tokenizer, seed, hidden=how.hidden, layers=how.layers)
-    train(base, tokenizer, PRETRAINING, how.pretrain, seed=seed, progress=lambda line: say(f"base: {line}"))
+    base = make_model(tokenizer, seed, hidden=config.hidden, layers=config.layers)
+    train(base, tokenizer, PRETRAINING, config.pretrain, seed=seed, progress=lambda line: say(f"base: {line}"))
     save(base.type(dtype), tokenizer, folders["base"])
     for number, (name, skill) in enumerate(SKILLS.items(), start=1):
         model = copy.deepcopy(base).float()
         freeze_all_but_blocks(model)
         tasks = [*COMMON, *[skill] * len(COMMON)]
         own_seed = seed * len(folders) + number
-        train(model, tokenizer, tasks, how.finetune, seed=own_seed, progress=lambda line, n=name: say(f"{n}: {line}"))
+        train(
+            model, tokenizer, tasks, config.finetune, seed=own_seed, progress=lambda line, n=name: say(f"{n}: {line}")
+        )
         save(model.type(dtype), tokenizer, folders[name])
     return folders
 
@@ -121,12 +123,12 @@ def train(
     seed: int,
     progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Train in place whatever requires a gradient, on training exercises only."""
+    """Train in place all weights that require a gradient, on training exercises only."""
     stream = examples(tasks, seed=seed, split="train")
     fit(model, tokenizer, (list(islice(stream, schedule.batch)) for _ in range(schedule.steps)), schedule, progress)
 
 
-@one_torch_thread()  # so that a machine gives the same weights again; such small models gain little from more
+@one_torch_thread()  # makes results reproducible on one machine; such small models gain little from more threads
 def fit(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -134,7 +136,7 @@ def fit(
     schedule: Schedule,
     progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Train in place whatever requires a gradient, a step a batch; the loss is on the answers."""
+    """Train in place all weights that require a gradient, one step per batch; the loss is on the answers."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = _optimizer(schedule, weights)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, schedule.steps))
@@ -163,7 +165,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, int64 [examples, tokens], padded on the right, where causal attention never looks.
+    """Token ids and labels, int64 [examples, tokens], padded on the right, which causal attention ignores.
 
     All prompts must be equally long.
     """

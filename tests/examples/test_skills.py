@@ -111,10 +111,10 @@ def test_models_are_saved_whole_finetunes_change_blocks_only_and_the_seed_decide
 ) -> None:
     pretrain = training.Schedule("adamw", lr=1e-3, steps=2, batch=4)
     finetune = training.Schedule("sgd", lr=1e-1, steps=2, batch=4)
-    how = training.Making(hidden=32, layers=1, pretrain=pretrain, finetune=finetune)
+    config = training.TrainingConfig(hidden=32, layers=1, pretrain=pretrain, finetune=finetune)
     lines: list[str] = []
-    folders = training.train_models(tmp_path / "one", how=how, progress=lines.append)
-    again = training.train_models(tmp_path / "two", how=how)
+    folders = training.train_models(tmp_path / "one", config=config, progress=lines.append)
+    again = training.train_models(tmp_path / "two", config=config)
     assert list(folders) == ["base", *SKILLS] and len(lines) == 4
 
     base = AutoModelForCausalLM.from_pretrained(folders["base"])
