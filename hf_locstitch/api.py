@@ -34,14 +34,14 @@ Data = Mapping[str, Any] | Sequence[Any] | str  # localization sets, by the fine
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge, a localization or a stitch came to.
+    """The result of a merge, a localization or a stitch.
 
     Attributes:
         out: The folder; None if it was only pushed.
-        url: Of the pushed repo; None if it was not pushed.
-        commit: Of the pushed repo, 40 hex digits.
+        url: URL of the pushed repo; None if it was not pushed.
+        commit: Commit of the pushed repo, 40 hex digits.
         manifest: The record, as in locstitch.json.
-        evaluation: The scores, if the recipe asked for any.
+        evaluation: The scores, if the recipe requests an evaluation.
     """
 
     out: Path | None
@@ -61,7 +61,7 @@ class MergeResult:
         }
 
     def describe(self) -> str:
-        """For a person, one line a place."""
+        """A summary to print."""
         done = "localized" if self.manifest.is_localized else "merged"
         lines = [f"{done:<9}  {self.out}"] if self.out else []
         lines += [f"published  {self.url} at {self.commit}"] if self.url else []
@@ -104,9 +104,9 @@ def merge_from_hub(
         base: The pretrained model: a folder, org/name or org/name@revision.
         finetuned: One or several models finetuned from it, likewise.
         out: A folder that does not exist yet. At least one of `out` and `push_to` is needed.
-        push_to: A repo, org/name, that gets the merge in one commit.
+        push_to: A repo, org/name, to push the merge to, in one commit.
         private: Whether a new repo is private.
-        names: What the masks are called; the refs' last parts by default.
+        names: Names of the finetunes and their masks; the refs' last parts by default.
         method: "locstitch" (default), "average", "task-arithmetic", "ties", "dare", "regmean", or its settings with
             its `name`.
         localizer: How masks are found; by magnitude, at the method's density, by default.
@@ -117,22 +117,22 @@ def merge_from_hub(
         exclude: Globs of tensors that are left out.
         rest_from: Name of the finetune that gives the tensors that are not localized; the base by default.
         files_from: Name of the finetune that gives config and tokenizer; as `rest_from` by default.
-        dtype: Of the output; the base's by default.
-        shard_size: Largest file in bytes, or such as "5GB"; the base's division by default.
+        dtype: Dtype of the output; the base's by default.
+        shard_size: Largest file in bytes, or a string such as "5GB"; shards as in the base by default.
         allow_non_finite: Let NaN and infinity through.
-        figures: Whether a merge with masks draws them; it does by default.
+        figures: Whether to draw figures of a merge with masks; True by default.
         evaluate: What the merge is evaluated on, as in a recipe: `{"suite": "quick"}`.
         cache: False streams the inputs and keeps none of them.
-        max_memory: Bytes, or such as "1GB".
-        device: Where models are compared; the bytes are the same.
+        max_memory: Memory limit in bytes, or a string such as "1GB".
+        device: Where models are compared; the output bytes are the same.
         show_progress: None shows bars on a terminal only.
 
     Returns:
         Where the merge is, and its record.
 
     Raises:
-        RequestError: If that cannot be done; nothing was written.
-        WorkError: If the work fails; the same call goes on from there.
+        RequestError: If the request cannot be carried out; nothing was written.
+        WorkError: If the work fails; the same call resumes from there.
 
     Example:
         >>> result = merge_from_hub("org/base", ["org/math", "org/code"], out="merged", localizer={"density": 0.05})
@@ -169,21 +169,21 @@ def localize_from_hub(
     device: Device = "cpu",
     show_progress: bool | None = None,
 ) -> MergeResult:
-    """Cut one finetuned model down to its mask and the values under it: a localized checkpoint.
+    """Reduce one finetuned model to its mask and the values under it: a localized checkpoint.
 
     Args:
         base: The pretrained model: a folder, org/name or org/name@revision.
         finetuned: The finetuned model, likewise.
-        name: What its mask is called; the ref's last part by default.
+        name: The name of its mask; the ref's last part by default.
         out, push_to, private, localizer, data, include, exclude, allow_non_finite, figures, cache, max_memory, device,
-            show_progress: As of `merge_from_hub`.
+            show_progress: As in `merge_from_hub`.
 
     Returns:
         Where the localized checkpoint is, and its record.
 
     Raises:
-        RequestError: If that cannot be done; nothing was written.
-        WorkError: If the work fails; the same call goes on from there.
+        RequestError: If the request cannot be carried out; nothing was written.
+        WorkError: If the work fails; the same call resumes from there.
 
     Example:
         >>> localize_from_hub("org/base", "org/math", push_to="me/math-localized")
@@ -220,7 +220,7 @@ def stitch_from_hub(
     Args:
         base: The pretrained model: a folder, org/name or org/name@revision.
         localized: One or several localized checkpoints, likewise.
-        names: What the masks are called; as they were by default.
+        names: Names of the masks; those they were localized under by default.
         out, push_to, private, scale, dtype, shard_size, allow_non_finite, figures, cache, max_memory, show_progress: As
             of `merge_from_hub`.
 
@@ -228,8 +228,8 @@ def stitch_from_hub(
         Where the merge is, and its record.
 
     Raises:
-        RequestError: If that cannot be done; nothing was written.
-        WorkError: If the work fails; the same call goes on from there.
+        RequestError: If the request cannot be carried out; nothing was written.
+        WorkError: If the work fails; the same call resumes from there.
 
     Example:
         >>> stitch_from_hub("org/base", ["me/math-localized", "me/code-localized"], out="merged")
@@ -252,13 +252,13 @@ def plan_merge(
 
     Args:
         recipe: A recipe, its fields, or the path of a YAML file.
-        cache, max_memory, device: As of `merge_from_hub`.
+        cache, max_memory, device: As in `merge_from_hub`.
 
     Returns:
         The plan: plain data. `hf_locstitch.plan.describe.format_plan` prints it.
 
     Raises:
-        RequestError: With all that is wrong.
+        RequestError: With every problem found.
 
     Example:
         >>> plan = plan_merge({"base": "org/base", "finetuned": ["org/math", "org/code"]})
@@ -273,7 +273,7 @@ def plan_merge(
 
 
 def carry_out(plan: Plan, progress: Progress) -> MergeResult:
-    """Do what a plan says, publish it, and evaluate it if its recipe asks for that. Raises as merge_from_hub."""
+    """Carry out a plan, publish the result, and evaluate it if the recipe says so. Raises like merge_from_hub."""
     reports: list[EvaluationReport] = []
 
     def prepare() -> AfterRun | None:
@@ -293,12 +293,12 @@ def carry_out(plan: Plan, progress: Progress) -> MergeResult:
 
 
 def _recipe(**fields: Any) -> Recipe:
-    """Of the arguments that were given."""
+    """A recipe of the arguments that are not None."""
     return make_recipe({name: value for name, value in fields.items() if value is not None})
 
 
 def _entries(refs: Ref | Sequence[Ref], names: Sequence[str] | None) -> list[dict[str, str]]:
-    """As a recipe has them. Raises RecipeError unless there is a name for each, or none."""
+    """Entries of a recipe. Raises RecipeError unless there is a name for each ref, or none."""
     listed = [refs] if isinstance(refs, str | Path) else list(refs)
     entries = [{"ref": str(ref)} for ref in listed]
     if names is None:

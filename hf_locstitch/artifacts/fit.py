@@ -1,4 +1,4 @@
-"""Whether localized checkpoints fit a base and one another, as far as headers and records tell."""
+"""Whether localized checkpoints fit a base and one another, judging by headers and manifests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_locstitch.runtime.human import more
 
 
 def localized_mismatches(base: Checkpoint, one: LocalizedCheckpoint) -> Iterator[str]:
-    """What makes the base another than the one that was localized against, as far as headers tell."""
+    """Why the base is not the one that was localized against, judging by headers."""
     if missing := [name for name in one.shapes if name not in base.tensors]:
         yield f"{one.label} has {missing[0]}, which the base {base.label} lacks{more(len(missing))}"
     shared = [(base.info(name), shape) for name, shape in one.shapes.items() if name in base.tensors]
@@ -25,7 +25,7 @@ def localized_mismatches(base: Checkpoint, one: LocalizedCheckpoint) -> Iterator
     known = {shard.file: base.source.files[shard.file].sha256 for shard in base.shards}
     due = one.base.files
     unlike = sorted(known.keys() ^ due.keys()) or [file for file in due if known[file] not in (None, due[file])]
-    if unlike:  # what a folder's hashes are shows only when it is read
+    if unlike:  # the hashes of a local folder are known only once it is read
         yield (
             f"{one.label} was localized against {one.base.ref}, where {unlike[0]} is "
             f"{_hash(due.get(unlike[0], 'absent'))}; in the base {base.label} it is "
@@ -38,7 +38,7 @@ def _hash(value: str | None) -> str:
 
 
 def unlike(localized: Sequence[LocalizedCheckpoint]) -> Iterator[str]:
-    """What makes localized checkpoints unfit for one another."""
+    """Why localized checkpoints cannot be stitched together."""
     first = localized[0]
     for one in localized[1:]:
         if one.base.files != first.base.files:

@@ -1,7 +1,7 @@
 """A localized checkpoint as files: masks/NAME.safetensors, values/NAME.safetensors and the manifest.
 
 Each localized tensor has its finetuned values under its own name: [ones], in ascending flat order, in the finetuned
-dtype. So nothing is lost: where the mask is one, the finetuned bits are there.
+dtype. So nothing is lost: where the mask is one, the finetuned bits are stored.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LocalizedCheckpoint:
-    """One finetune cut down to its mask and the values under it.
+    """One finetune reduced to its mask and the values under it.
 
     shapes: of the localized tensors, by their names on disk. ones: of the mask, among N elements. base, finetuned:
-    what it was made from, pinned. The tensors' contents are read when they are asked for, from files that are fetched
+    what it was made from, pinned. The tensors' contents are read on demand, from files that are fetched
     then; `verify` checks them against the manifest's hashes.
     """
 
@@ -82,7 +82,7 @@ class LocalizedCheckpoint:
         return self._mask.positions(tensor)
 
     def iter_positions(self, tensor: str) -> Iterator[Positions]:
-        """As positions, a part at a time."""
+        """As `positions`, a part at a time."""
         return self._mask.iter_positions(tensor)
 
     def values(self, tensor: str, first: int = 0, count: int | None = None) -> torch.Tensor:
@@ -109,7 +109,7 @@ class LocalizedCheckpoint:
         return self._values[tensor]
 
     def as_checkpoint(self) -> Checkpoint:
-        """Its two files, to fetch and hash; their tensors are none of a model."""
+        """Its two files, to fetch and hash; their tensors are not those of a model."""
         return Checkpoint(self.source, self.shards, {}, read_card(self.source), {})
 
     @cached_property
@@ -129,9 +129,9 @@ class LocalizedCheckpoint:
 
 
 def load_localized(ref: str | Path) -> LocalizedCheckpoint:
-    """Open a localized checkpoint: a folder, org/name or org/name@revision. Only its small files are fetched yet.
+    """Open a localized checkpoint: a folder, org/name or org/name@revision. Only its small files are fetched at first.
 
-    Raises CheckpointError if it is none, or its headers show damage.
+    Raises CheckpointError if it is not a localized checkpoint, or its headers show damage.
     """
     return open_localized(parse_ref(str(ref)))
 
@@ -160,26 +160,26 @@ def read_localized(source: Source, record: Manifest) -> LocalizedCheckpoint:
         _check_sizes(source, record, files)
         mask, values = (read_shard(source, file) for file in files)
         shapes = {name: tuple(shape) for name, shape in json.loads(mask.header.metadata["shapes"]).items()}
-        found = LocalizedCheckpoint(source, record, (mask, values), dict(record.localizer or {}), shapes)
-        _check_headers(found)
+        localized = LocalizedCheckpoint(source, record, (mask, values), dict(record.localizer or {}), shapes)
+        _check_headers(localized)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        what = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+        fault = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
         raise CheckpointError(
-            f"the localized checkpoint {source.label} is damaged ({what}). Fetch it again."
+            f"the localized checkpoint {source.label} is damaged ({fault}). Fetch it again."
         ) from error
-    return found
+    return localized
 
 
 def _check_sizes(source: Source, record: Manifest, files: tuple[str, str]) -> None:
-    """What the list of files tells. Raises ValueError."""
+    """Check the list of files. Raises ValueError."""
     for file in files:
         if file not in source.files:
             raise ValueError(f"it lacks {file}, which its manifest lists")
-        found, due = source.files[file], record.outputs[file]
-        if found.size != due["size"]:
-            raise ValueError(f"{file} has {found.size} bytes, its manifest says {due['size']}")
-        if found.sha256 not in (None, due["sha256"]):
-            raise ValueError(f"{file} has sha256 {found.sha256}, its manifest says {due['sha256']}")
+        info, due = source.files[file], record.outputs[file]
+        if info.size != due["size"]:
+            raise ValueError(f"{file} has {info.size} bytes, its manifest says {due['size']}")
+        if info.sha256 not in (None, due["sha256"]):
+            raise ValueError(f"{file} has sha256 {info.sha256}, its manifest says {due['sha256']}")
 
 
 def _check_headers(one: LocalizedCheckpoint) -> None:

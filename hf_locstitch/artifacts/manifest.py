@@ -15,12 +15,12 @@ from hf_locstitch.checkpoints.source import Source, file_sha256
 from hf_locstitch.errors import CheckpointError
 
 FILE = "locstitch.json"
-RECIPE_FILE = "locstitch.yaml"  # what makes the same again
+RECIPE_FILE = "locstitch.yaml"  # reproduces the merge
 
 
 @dataclass(frozen=True)
 class InputRecord:
-    """ref: org/name@commit, or ./folder for a local one, whose path is nobody's business. files: shard -> sha256."""
+    """ref: org/name@commit, or ./folder for a local one, whose path stays private. files: shard -> sha256."""
 
     role: str
     name: str
@@ -31,7 +31,7 @@ class InputRecord:
 
 @dataclass(frozen=True)
 class MaskRecord:
-    """density: what was asked for; real_density = ones / N.
+    """density: as requested; real_density = ones / N.
 
     values: file of the finetuned values under the mask, in a localized checkpoint; a model holds them itself.
     """
@@ -48,9 +48,9 @@ class Manifest:
     """covered_by[c]: coordinates that c masks cover. overlap: pair -> coordinates in both, and their Jaccard index.
 
     k: ones of each mask; None where they differ. data: finetune -> its localization set, pinned.
-    stitch: of a refit, its settings, the lambda that was chosen and the score on held-out inputs of each (disagreement
+    stitch: of a refit, its settings, the chosen lambda and the score of each candidate on held-out inputs (disagreement
     with the finetuned models, loss or error, as `judge` says), its data, pinned, and the tensors that it refitted or
-    left as they were; of RegMean all that but the lambdas; None for the mean.
+    left as they were; for RegMean all of this except the lambdas; None for the mean.
     localizer, masks, covered_by and overlap are empty for a method without masks; localizer also where masks were found
     in several ways. fingerprint: of recipe and inputs. localized: finetune -> the localized checkpoint through which
     it came. outputs: file -> size in bytes and sha256, of every file but the manifest itself.
@@ -83,7 +83,7 @@ class Manifest:
 
 
 def open_manifest(source: Source) -> Manifest:
-    """Raises CheckpointError if the source is no merge."""
+    """Raises CheckpointError if the source was not made by hf-locstitch."""
     if FILE not in source.files:
         raise CheckpointError(
             f"{source.label} has no {FILE}, so it was not made by hf-locstitch. Give the folder or repo of a merge "

@@ -36,7 +36,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def encode_positions(pieces: Iterable[tuple[int, kernels.Positions]]) -> bytes:
-    """Ascending flat indices, as stored. pieces: first index of each, and how far behind it the ones lie."""
+    """Ascending flat indices, as stored. pieces: first index of each, and the offsets of its ones from there."""
     deflate = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_HUFFMAN_ONLY)
     coded, last = [], -1
     for first, positions in pieces:
@@ -72,7 +72,7 @@ def decode_positions(coded: bytes) -> Positions:
 def mask_metadata(
     name: str, base: str, finetuned: str, localizer: Mapping[str, Any], ones: int, tensors: Sequence[TensorInfo]
 ) -> dict[str, str]:
-    """What a mask file says about itself; safetensors metadata are texts. base, finetuned: pinned."""
+    """What a mask file says about itself; safetensors metadata are strings. base, finetuned: pinned."""
     return {
         "format": FORMAT,
         "name": name,
@@ -88,7 +88,7 @@ def mask_metadata(
 def encode_masks(selection: MaskSource, own: Collection[str], parts: Path, workers: int) -> dict[str, tuple[int, int]]:
     """Encode the tensors named in `own` into the file `parts`. Returns where each lies: (offset, bytes)."""
     of_each = chunks_by_name(selection.names, selection.chunks)
-    chunks = {name: found for name, found in of_each.items() if name in own}
+    chunks = {name: listed for name, listed in of_each.items() if name in own}
     places: dict[str, tuple[int, int]] = {}
     lock = threading.Lock()
     with parts.open("wb") as file:
@@ -109,19 +109,19 @@ def assemble_mask(
     encoded: Sequence[tuple[Path, Mapping[str, tuple[int, int]]]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Lay the mask file out from what each process encoded; the sizes are known only now."""
-    found = {name: (parts, *place) for parts, places in encoded for name, place in places.items()}
-    sizes = {info.name: found[info.name][2] for info in tensors}
+    """Write the mask file from what each process encoded; the sizes are known only now."""
+    located = {name: (parts, *place) for parts, places in encoded for name, place in places.items()}
+    sizes = {info.name: located[info.name][2] for info in tensors}
     entries = [TensorSpec(name, "U8", (size,), size) for name, size in sizes.items()]
     with SafetensorsWriter(path, entries, metadata) as writer:
-        for name, (parts, offset, size) in found.items():
+        for name, (parts, offset, size) in located.items():
             with parts.open("rb") as file:
                 file.seek(offset)
                 writer.write(name, file.read(size))
 
 
 class ForeignMask(CheckpointError):
-    """A file that is no mask of hf-locstitch. fault: what it is instead."""
+    """A file that is not a mask made by hf-locstitch. fault: what it is instead."""
 
     def __init__(self, file: str, fault: str) -> None:
         super().__init__(f"{file} is not a mask made by hf-locstitch ({fault}). Use another file.")
@@ -137,7 +137,7 @@ class DamagedMask(IntegrityError):
 
 
 class MaskFile:
-    """A mask whose tensors are decoded when they are asked for. shapes: of the localized tensors.
+    """A mask whose tensors are decoded on demand. shapes: of the localized tensors.
 
     label: what errors call it, the path by default. Raises ForeignMask, DamagedMask. Safe to share between threads.
     """

@@ -38,12 +38,12 @@ class Overlap:
         ]
 
 
-def pair_record(one: str, other: str, both: int, ones: int, other_ones: int) -> dict[str, Any]:
+def pair_record(a: str, b: str, both: int, a_ones: int, b_ones: int) -> dict[str, Any]:
     """Two masks, the coordinates in both, and their Jaccard index."""
-    return {"masks": [one, other], "both": both, "jaccard": jaccard(both, ones, other_ones)}
+    return {"masks": [a, b], "both": both, "jaccard": jaccard(both, a_ones, b_ones)}
 
 
-def jaccard(both: int, one: int, other: int) -> float:
+def jaccard(both: int, a: int, b: int) -> float:
     """|A ∩ B| / |A ∪ B| from the sizes of A ∩ B, A and B; 0 of empty sets."""
-    either = one + other - both
+    either = a + b - both
     return both / either if either else 0.0

@@ -1,4 +1,4 @@
-"""The command line: arguments.py has its words, main.py what they do."""
+"""The command line: arguments.py defines sub-commands and flags, main.py runs them."""
 
 from hf_locstitch.cli.main import main
 

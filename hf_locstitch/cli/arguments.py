@@ -1,4 +1,4 @@
-"""The command line's words: every sub-command with its flags. What they do is cli.py's."""
+"""The command line's sub-commands and flags; main.py runs them."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _count_or(word: str) -> Callable[[str], int | str]:
-    """A flag's type: a number from 1 on, or the word itself."""
+    """A flag's type: a positive integer, or the word itself."""
 
     def parse(text: str) -> int | str:
         if text == word:

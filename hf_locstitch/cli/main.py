@@ -1,4 +1,4 @@
-"""The command line: one sub-command, one function of its name. Heavy imports wait until one needs them."""
+"""The command line: each sub-command is a function of its name. Heavy imports are deferred until needed."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 # Flags whose destination is a recipe's field of the same name.
 FIELDS = ("method", "stitch", "scale", "include", "exclude", "rest_from", "files_from", "dtype", "shard_size",
           "allow_non_finite", "figures", "out", "push_to", "private")  # fmt: skip
-# Flags that say how to localize, with the names that they have there.
+# Flags of the localizer -> its fields.
 LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0 done, 2 the request is wrong, 1 the work failed."""
+    """Run one command; returns its exit status: 0 done, 2 invalid request, 1 the work failed."""
     args = build_parser().parse_args(argv)
     log = logging.getLogger("hf_locstitch")
     if not log.handlers:
         log.addHandler(LogToStderr())
-    gc.set_threshold(100_000, 20, 20)  # or a small merge spends a twelfth of its time among the libraries' objects
+    gc.set_threshold(100_000, 20, 20)  # else a small merge spends a twelfth of its time collecting garbage
     try:
         return COMMANDS[args.command](args)
     except KeyboardInterrupt:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class LogToStderr(logging.Handler):
-    """What the package logs, such as warnings, in the form of its errors."""
+    """Print what the package logs, such as warnings, in the same form as errors."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if _speaks():
@@ -92,7 +92,7 @@ def stitch(args: argparse.Namespace) -> int:
 
 
 def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan]) -> int:
-    """Plan, say so, work, and say what came of it."""
+    """Plan, print the plan, work, and print the result."""
     from hf_locstitch.plan.describe import format_plan, plan_json
     from hf_locstitch.plan.recipe import make_recipe
     from hf_locstitch.runtime.progress import Progress
@@ -152,12 +152,12 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
     if given:
         fields["localizer"] = {**(fields.get("localizer") or {}), **given}
     if flags.get("stitch") == "refit" and isinstance(fields.get("stitch"), dict):
-        del flags["stitch"]  # the recipe says how
+        del flags["stitch"]  # the recipe holds its settings
     return {**fields, **{field: flags[field] for field in FIELDS if field in flags}}
 
 
 def _with_density(method: Any, density: float) -> dict[str, Any] | None:
-    """A method, as a recipe has it, with this density; None if density is not its own, but its localizer's."""
+    """A method, as a recipe has it, with this density; None if density is a field of its localizer instead."""
     from hf_locstitch.stitch.methods import METHODS
 
     fields = {"name": method} if isinstance(method, str) else method
@@ -184,8 +184,8 @@ def inspect(args: argparse.Namespace) -> int:
     """hf-locstitch inspect"""
     from hf_locstitch.inspection.inspect import inspect as look
 
-    found = look(*args.refs, figures=args.figures, base=args.base, finetuned=args.ft, inputs=args.inputs)
-    print(json.dumps(found.as_json(), indent=2, ensure_ascii=False) if args.json else found.describe())
+    report = look(*args.refs, figures=args.figures, base=args.base, finetuned=args.ft, inputs=args.inputs)
+    print(json.dumps(report.as_json(), indent=2, ensure_ascii=False) if args.json else report.describe())
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Carries plans out: opens inputs, finds masks, writes shards, and survives being killed."""
+"""Carries plans out: opens inputs, finds masks, writes shards, and resumes killed runs."""

@@ -20,7 +20,7 @@ from hf_locstitch.runtime.progress import Progress, hide_library_bars
 if TYPE_CHECKING:
     from hf_locstitch.report.publish import Published, Upload
 
-AfterRun = Callable[[Path, Processes], None]  # is told of the finished folder, in every process
+AfterRun = Callable[[Path, Processes], None]  # called with the finished folder, in every process
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Finished:
 
 
 def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | None] = lambda: None) -> Finished:
-    """Carry out a plan and publish what comes of it.
+    """Carry out a plan and publish the result.
 
-    prepare: is called before the work starts, and what it returns after it, before the upload's commit.
-    Raises RequestError if that cannot be done, with nothing written, and WorkError if the work fails.
+    prepare: called before the work starts; what it returns is called after it, before the upload's commit.
+    Raises RequestError, with nothing written, if the plan cannot be carried out, and WorkError if the work fails.
     """
     recipe = plan.recipe
     if recipe.out is None and recipe.push_to is None:
@@ -65,7 +65,7 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
 
 
 def _scratch(plan: Plan) -> Path:
-    """Where a merge lies that is only pushed: found again by the same command if this one is cut short."""
+    """Where a merge that is only pushed is made; the same command finds it again after an interruption."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME) / "hf-locstitch" / str(plan.recipe.push_to).replace("/", "--")
@@ -97,7 +97,7 @@ def _into(
 
 
 def _to_hub(plan: Plan, progress: Progress, processes: Processes) -> Finished:
-    """Nothing stays on this machine; what a failure leaves is found again by the same command."""
+    """Nothing stays on this machine; after a failure the same command resumes."""
     scratch = _scratch(plan)
     check_disk(scratch, plan)
     warn_of_memory(plan)
@@ -124,9 +124,9 @@ def make(
     upload: Upload | None = None,
     publish: Callable[[Path], object] | None = None,
 ) -> Manifest:
-    """Make the folder `out`. Raises RequestError, or WorkError after which the same call goes on.
+    """Make the folder `out`. Raises RequestError, or WorkError after which the same call resumes.
 
-    upload: is given each shard as soon as it is finished. publish: is called with the finished folder instead of
+    upload: receives each shard as soon as it is finished. publish: called with the finished folder instead of
     moving it to `out`.
     """
     processes = processes or Processes()
@@ -162,7 +162,7 @@ def make(
 
 
 def _runs_models(plan: Plan) -> bool:
-    """Whether torch does some of the work; it takes longer to import than small models to merge."""
+    """Whether torch is needed; importing it takes longer than merging small models."""
     with_data = isinstance(plan, MergePlan | LocalizePlan) and plan.masked and plan.localizer.needs_data
     return with_data or plan.recipe.fitting is not None or plan.settings.device != "cpu"
 

@@ -48,7 +48,7 @@ class ModelRun(Run[AnyModelPlan]):
         masks: Mapping[str, MaskSource],
         fitted: FittedValues | None = None,
     ) -> StitchView:
-        """What is written, of inputs that are open."""
+        """The view of the open inputs that shards are written from."""
         plan = self.plan
         return StitchView(
             method=plan.recipe.method,
@@ -72,9 +72,9 @@ class ModelRun(Run[AnyModelPlan]):
 
     @cached_property
     def _finished(self) -> dict[str, ShardRecord | None]:
-        """What earlier processes made of each shard of the output."""
-        found = {shard.file: self.work.finished(shard.file) for shard in self.plan.shards} if self.first else {}
-        return self.processes.gather(found)[0]
+        """Records of the output shards that an earlier run finished."""
+        finished = {shard.file: self.work.finished(shard.file) for shard in self.plan.shards} if self.first else {}
+        return self.processes.gather(finished)[0]
 
     def write_shards(
         self, inputs: Inputs, masks: Mapping[str, MaskSource], background: ThreadPoolExecutor
@@ -110,14 +110,14 @@ class ModelRun(Run[AnyModelPlan]):
         return total, shards
 
     def _await_room(self, hashed: Iterable[Future[ShardRecord]]) -> None:
-        """Where shards go as soon as they are uploaded, one waits while the next is written, and no more."""
+        """If shards are deleted once uploaded: at most one waits while the next is written."""
         if self.first and self.upload is not None and self.upload.discard:
             for future in hashed:
                 future.result()
             self.upload.wait(1)
 
     def _write_shard(self, writer: ShardWriter, shard: OutputShard) -> tuple[Overlap, str | None]:
-        """How the masks overlap in it, and its SHA-256 where one process writes it all."""
+        """Returns how the masks overlap in it, and its SHA-256 if a single process writes it."""
         path = self.work.stage / shard.file
         self.processes.on_first(lambda: SafetensorsWriter(path, shard.tensors, shard.metadata).close())
         if self.processes.count == 1:
@@ -126,7 +126,7 @@ class ModelRun(Run[AnyModelPlan]):
         return Overlap(self.processes.sum(own.covered), self.processes.sum(own.pairs)), None
 
     def _finish_shard(self, shard: OutputShard, overlap: Overlap, sha256: str | None) -> ShardRecord:
-        """Let a written shard go up as soon as it is on the disk: nobody sees it before the commit."""
+        """Start uploading a written shard once it is on the disk; it is invisible before the commit."""
         path = self.work.stage / shard.file
         sync_file(path)
         record = ShardRecord(
@@ -137,7 +137,7 @@ class ModelRun(Run[AnyModelPlan]):
         return record
 
     def _note(self, shard: OutputShard, hashed: Future[ShardRecord], opened: OpenInputs) -> None:
-        """Journal a shard once all that was read for it proved right."""
+        """Journal a shard once all files that it was made from are verified."""
         record = hashed.result()
         opened.verify(tensor.name for tensor in shard.tensors)
         self.work.record(shard.file, record)
@@ -156,7 +156,7 @@ class MergeRun(ModelRun[MergePlan]):
         if fitting is None:
             return None
         readers = inputs.fetch().readers
-        if self.processes.count > 1:  # each has selected in its own tensors only
+        if self.processes.count > 1:  # each process has selected in its own tensors only
             folder = self.work.stage / "masks"
             masks = {
                 name: WrittenMask(folder / f"{name}.safetensors", part, readers[name]) for name, part in masks.items()

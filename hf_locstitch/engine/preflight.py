@@ -1,4 +1,4 @@
-"""What is looked at before the work: whether the output may go where it is asked to, and whether it fits."""
+"""Checks before the work: whether the output may be written where requested, and whether it fits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_out(out: Path, plan: Plan) -> Manifest | None:
 
 
 def _read_manifest(folder: Path) -> Manifest | None:
-    """None if there is none that this version reads."""
+    """None if there is none that this version can read."""
     try:
         return parse_manifest((folder / FILE).read_bytes(), str(folder / FILE))
     except (OSError, CheckpointError):
@@ -46,7 +46,7 @@ def check_disk(folder: Path, plan: Plan) -> None:
 
 
 def warn_of_memory(plan: Plan) -> None:
-    """Log a warning if finding masks may take more memory than its device can give now."""
+    """Log a warning if finding masks may take more memory than is free on its device."""
     cost = localizing_cost(plan)
     if not isinstance(cost, LearningCost):
         return

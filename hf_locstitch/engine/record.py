@@ -1,4 +1,4 @@
-"""The record of a merge while it is made: the manifest, and the recipe that makes the same again."""
+"""Making the record of a merge: the manifest, and the recipe that reproduces it."""
 
 from __future__ import annotations
 
@@ -89,18 +89,18 @@ def _record(role: str, name: str, checkpoint: Checkpoint, files: Mapping[str, st
 
 
 def finish(record: Manifest, stage: Path, known: Mapping[str, tuple[int, str]], seconds: float) -> Manifest:
-    """The record with the output's files. known: file -> size and SHA-256, where they were found before."""
-    found = {path.relative_to(stage).as_posix(): path for path in stage.rglob("*") if path.is_file()}
+    """The record with the output's files. known: file -> size and SHA-256, for files already hashed."""
+    paths = {path.relative_to(stage).as_posix(): path for path in stage.rglob("*") if path.is_file()}
     outputs = {}
-    for name in sorted({*found, *known}):
-        size, sha256 = known.get(name) or (found[name].stat().st_size, file_sha256(found[name]))
+    for name in sorted({*paths, *known}):
+        size, sha256 = known.get(name) or (paths[name].stat().st_size, file_sha256(paths[name]))
         outputs[name] = {"size": size, "sha256": sha256}
     written = {"written": sum(entry["size"] for entry in outputs.values())}
     return replace(record, outputs=outputs, bytes=written, seconds=round(seconds, 3))
 
 
 def pinned_recipe(plan: Plan, files: FileHashes) -> str:
-    """YAML that makes the same again: repos at their commits, local folders by the hash of their weights."""
+    """YAML that reproduces the result: repos at their commits, local folders by the hash of their weights."""
 
     def pin(name: str, checkpoint: Checkpoint) -> dict[str, str]:
         pinned = {"ref": checkpoint.source.pinned}
@@ -121,7 +121,7 @@ def pinned_recipe(plan: Plan, files: FileHashes) -> str:
 
 
 def _pinned_fitting(plan: Plan) -> dict[str, Any]:
-    """How values are fitted, with the very inputs."""
+    """How values are fitted, with pinned inputs."""
     recipe = plan.recipe
     pinned = {"data": {name: found.pinned for name, found in plan.fit_data.items()}}
     if recipe.stitch is not None:
@@ -134,7 +134,7 @@ def _localized_inputs(plan: Plan) -> Mapping[str, LocalizedCheckpoint]:
 
 
 def check_pins(plan: Plan, files: FileHashes) -> None:
-    """Raises CheckpointError if an input's weights are not those that the recipe asks for, or that were localized."""
+    """Raises CheckpointError if an input's weights are not those that the recipe expects, or that were localized."""
     for name, entry in zip(plan.inputs, (plan.recipe.base, *plan.recipe.entries), strict=True):
         got = weights_sha256(files[name])
         if entry.sha256 not in (None, got):

@@ -1,4 +1,4 @@
-"""What every run shares: it finds masks, writes them and the shards, and then everything beside them.
+"""What every run shares: it finds masks, writes them and the shards, then all other files.
 
 OUT appears whole or not at all.
 """
@@ -66,15 +66,15 @@ class Run(ABC, Generic[AnyPlan]):
         """The output's shards. Returns how the masks overlap, and what is known of each shard."""
 
     def read_later(self) -> Pieces:
-        """What writing the shards will read, beside the masks."""
+        """What writing the shards will read, besides the masks."""
         return {}
 
     def fit(self, inputs: Inputs, masks: Mapping[str, MaskSource]) -> dict[str, Any] | None:
-        """Fit values before shards are written, and return what to record of it; None where nothing is fitted."""
+        """Fit values before shards are written, and return their record; None if nothing is fitted."""
         return None
 
     def write_side_files(self) -> None:
-        """What makes a model of its shards."""
+        """Write the files that turn shards into a model."""
 
     def run(self) -> Manifest:
         began = time.monotonic()
@@ -85,17 +85,17 @@ class Run(ABC, Generic[AnyPlan]):
             masks = self.find_masks(inputs)
             with ThreadPoolExecutor(1) as aside:
                 written = aside.submit(self._write_masks, masks)
-                if self.processes.count > 1:  # all talk to each other in the same order
+                if self.processes.count > 1:  # collective calls need the same order everywhere
                     written.result()
                 surveyed = aside.submit(self._survey, written)
                 stitch = self.fit(inputs, masks)
                 overlap, shards = self.write_shards(inputs, masks, background)
-                found = surveyed.result()
+                survey = surveyed.result()
             for mask in masks.values():
                 mask.close()
         files = self.files
         records: list[Manifest] = []
-        self.processes.on_first(lambda: records.append(self._finish(files, overlap, shards, found, stitch, began)))
+        self.processes.on_first(lambda: records.append(self._finish(files, overlap, shards, survey, stitch, began)))
         return self.processes.gather(records[0] if records else None)[0]  # type: ignore[return-value]
 
     @property
@@ -103,7 +103,7 @@ class Run(ABC, Generic[AnyPlan]):
         return self.processes.first
 
     def _survey(self, written: Future[None]) -> Survey | None:
-        """What the figures show of masks and inputs."""
+        """What the figures show about masks and inputs."""
         written.result()
         return survey_merge(self.plan, self.work.stage) if self.first else None
 
@@ -138,17 +138,17 @@ class Run(ABC, Generic[AnyPlan]):
         files: FileHashes,
         overlap: Overlap,
         shards: Mapping[str, ShardRecord],
-        found: Survey | None,
+        survey: Survey | None,
         stitch: dict[str, Any] | None,
         began: float,
     ) -> Manifest:
-        """Everything beside weights and masks."""
+        """Write everything except weights and masks."""
         plan, stage = self.plan, self.work.stage
         check_pins(plan, files)
         self.write_side_files()
         record = make_manifest(plan, files, overlap, fingerprint(plan), stitch)
         (stage / RECIPE_FILE).write_text(pinned_recipe(plan, files), encoding="utf-8")
-        figures = draw_merge(record, found, stage)
+        figures = draw_merge(record, survey, stage)
         write_card(plan, record, stage / "README.md", figures)
         known = {file: (shard.size, shard.sha256) for file, shard in shards.items()}
         record = finish(record, stage, known, time.monotonic() - began)
@@ -161,7 +161,7 @@ def localize(run: Run[MergePlan] | Run[LocalizePlan], inputs: Inputs) -> Mapping
     plan = run.plan
 
     def trusted(model: str, tensor: str) -> bool:
-        """Whether what an earlier process took from the files that hold this tensor was right."""
+        """Whether the files that hold this tensor were verified when an earlier run read them."""
         files = ((name, plan.inputs[name].tensors[tensor][0].file) for name in ("base", model))
         return all(file in run.verified_before for file in files)
 

@@ -18,8 +18,8 @@ from hf_locstitch.stitch.view import StitchView
 
 
 class ShardWriter:
-    """view: gives the values. own: names of the tensors that this process writes. order: where the view has each mask,
-    by the order in which masks are counted."""
+    """view: gives the values. own: names of the tensors that this process writes. order: each mask's place in the view,
+    in the order in which masks are counted."""
 
     def __init__(
         self,
@@ -36,14 +36,14 @@ class ShardWriter:
         self._overlap = Overlap.none(len(order))
 
     def write(self, shard: OutputShard, path: Path) -> tuple[Overlap, str]:
-        """Fill a shard whose file stands already. Returns how the masks overlap in it, and its SHA-256."""
+        """Fill a shard whose file already exists. Returns how the masks overlap in it, and its SHA-256."""
         with SafetensorsWriter(path, shard.tensors, shard.metadata, new=False, sync=False) as writer:
             with writer.hashing() as hashed:
                 overlap = self._fill(shard, writer)
             return overlap, hashed.result()
 
     def write_part(self, shard: OutputShard, path: Path) -> Overlap:
-        """Fill this process's part of it; others, perhaps on other machines, fill theirs. It is on the disk then."""
+        """Fill this process's part of it; others, perhaps on other machines, fill theirs. Synced on return."""
         with SafetensorsWriter(path, shard.tensors, shard.metadata, new=False) as writer:
             return self._fill(shard, writer)
 

@@ -1,6 +1,6 @@
-"""Where a merge is under way: a folder beside OUT that outlives a killed process and is taken up by the next.
+"""Where a merge is made: a folder beside OUT that outlives a killed process, so that the next one resumes from it.
 
-Its name holds a fingerprint of what is merged and how, so that nothing of another merge is ever mixed in.
+Its name holds a fingerprint of what is merged and how, so that different merges never mix.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ class WorkDir:
         write_atomically(self._journal(file), json.dumps(asdict(shard)))
 
     def finished(self, file: str) -> ShardRecord | None:
-        """What was noted of a shard, if its bytes are still those."""
+        """The record of a shard, if its bytes still match."""
         if not self._journal(file).exists() or not (self.stage / file).exists():
             return None
         shard = ShardRecord(**json.loads(self._journal(file).read_text()))
         return shard if file_sha256(self.stage / file) == shard.sha256 else None
 
     def note_verified(self, files: Iterable[tuple[str, str]]) -> None:
-        """Note (input, file) pairs whose bytes were read from files that proved right."""
+        """Note (input, file) pairs that were verified after reading."""
         with (self.folder / "verified").open("a") as journal:
             journal.writelines(json.dumps(file) + "\n" for file in files)
 
     def verified(self) -> set[tuple[str, str]]:
-        """What was noted; what a kill cut short is left out."""
+        """The noted pairs; a line cut short by a kill is ignored."""
         path = self.folder / "verified"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return {(name, file) for name, file in map(json.loads, lines)}
@@ -78,7 +78,7 @@ class WorkDir:
 
 
 def fingerprint(plan: Plan) -> str:
-    """What decides the output's bytes and the layout of temporary files, as a hash."""
+    """A hash of everything that determines the output's bytes and the layout of temporary files."""
     facts = {
         "version": __version__,
         "command": plan.command,
@@ -92,9 +92,9 @@ def fingerprint(plan: Plan) -> str:
 
 @contextmanager
 def open_work_dir(plan: Plan, near: Path, out: Path | None, processes: Processes) -> Iterator[WorkDir]:
-    """A folder beside `near`; when all is well its stage becomes `out`, or goes if there is none.
+    """A folder beside `near`; on success its stage becomes `out`, or is removed if that is None.
 
-    A refusal removes the folder, a failure keeps it.
+    A RequestError removes the folder, any other failure keeps it.
     """
     work = WorkDir(near.absolute().parent / f".{near.name}.{fingerprint(plan)[:16]}.partial")
     locks: list[int] = []

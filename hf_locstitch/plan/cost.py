@@ -1,4 +1,4 @@
-"""What the work of a plan will take."""
+"""How much I/O, disk and memory a plan will take."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RISING_MARGIN = 1.05  # the same where the bound rises while files come, after t
 
 @dataclass(frozen=True)
 class Cost:
-    """All in bytes. download: what is not in the cache yet. disk: output and temporary files, at their most."""
+    """All in bytes. download: what is not in the cache yet. disk: peak of output and temporary files."""
 
     read: int
     download: int
@@ -32,7 +32,7 @@ class Cost:
 
 
 def estimate(plan: Plan, here: Here) -> Cost:
-    """What the work will take at most; the spill is a guess that assumes no great ties at the threshold."""
+    """Upper bounds; the spill is a guess that assumes few ties at the threshold."""
     needed = plan.needed
     passes = [plan.scanned, plan.written_from(plan.shards)]
     stored = plan.localized_inputs if isinstance(plan, StitchPlan) else {}
@@ -54,7 +54,7 @@ def estimate(plan: Plan, here: Here) -> Cost:
 
 
 def files_here(plan: Plan) -> Here:
-    """What of the files that are read is on this machine by now."""
+    """The files to be read that are already on this machine."""
     sources = {name: checkpoint.source for name, checkpoint in plan.inputs.items()}
     return frozenset(
         (name, file) for name, files in plan.needed.items() for file in files if sources[name].cached(file) is not None
@@ -62,18 +62,18 @@ def files_here(plan: Plan) -> Here:
 
 
 def fit_cost(plan: Plan) -> FitCost | None:
-    """Of fitting values; None where none are."""
+    """The cost of fitting values; None if none are fitted."""
     fitting = plan.recipe.fitting
     return fitting.cost(plan) if fitting is not None and isinstance(plan, MergePlan) else None
 
 
 def localizing_cost(plan: Plan) -> LocalizingCost | None:
-    """Of finding masks, beyond reading the models; None where it takes nothing else."""
+    """The cost of finding masks, beyond reading the models; None if there is none."""
     return plan.localizer.cost(plan) if isinstance(plan, MergePlan | LocalizePlan) and plan.masked else None
 
 
 def _output(plan: Plan) -> int:
-    """Finished shards are given up as soon as they are uploaded where nothing else is to keep them."""
+    """Finished shards are deleted once uploaded, unless they are kept in a folder or for the cache."""
     sizes = sorted(shard.nbytes for shard in plan.shards)
     return sum(sizes if plan.settings.cache or plan.recipe.out is not None else sizes[-3:])
 
@@ -95,7 +95,7 @@ def _spill(plan: Plan, here: Here) -> int:
     live = min(plan.n, math.ceil(plan.k * RISING_MARGIN)) * size
     batch = BATCH * plan.settings.workers * plan.settings.chunk * size
     most = min(COMPACT_FROM * live + COMPACT_SLACK + batch, plan.n * size)
-    return math.ceil(len(plan.finetuned) * most + live)  # one at a time is copied while it is tidied up
+    return math.ceil(len(plan.finetuned) * most + live)  # one at a time is copied while it is compacted
 
 
 def _masks(plan: Plan) -> int:
@@ -103,7 +103,7 @@ def _masks(plan: Plan) -> int:
 
 
 def _streams(plan: Plan, here: Here) -> int:
-    """Bytes that have come and are still to be read, in the pass that holds most of them."""
+    """Bytes that have arrived and are still to be read, in the pass that holds the most."""
     scanned, written = plan.scanned, plan.written_from(plan.shards)
     passes = [sum(_held(plan, here, name, pieces[name]) for name in pieces) for pieces in (scanned, written)]
     kept = [_bytes(plan.inputs[name], written[name]) for name in written if scanned and name != "base"]

@@ -1,4 +1,4 @@
-"""A plan as people and programs read it."""
+"""A plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def format_plan(plan: Plan) -> str:
         *(f"{kind:<9}  {name:<{wide}}  {checkpoint.label}" for name, checkpoint in plan.finetuned.items()),
         f"method     {plan.recipe.method.describe()}"
         + (f", scale {plan.recipe.scale:g}" if plan.recipe.scale != 1 else ""),
-        *(f"localizer  {how}" for how in dict.fromkeys(one.describe() for one in plan.localizers.values())),
+        *(
+            f"localizer  {text}"
+            for text in dict.fromkeys(localizer.describe() for localizer in plan.localizers.values())
+        ),
         *(f"data       {name:<{wide}}  {found.describe()}" for name, found in plan.data.items()),
         *([f"stitch     {plan.recipe.stitch.describe()}"] if plan.recipe.stitch else []),
         *(f"inputs     {name:<{wide}}  {found.label}, {found.asked.split}" for name, found in plan.fit_data.items()),

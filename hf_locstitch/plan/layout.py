@@ -1,4 +1,4 @@
-"""The files of the output: which tensors of which dtype lie where."""
+"""The files of the output: which tensor goes where, in which dtype."""
 
 from __future__ import annotations
 
@@ -30,25 +30,26 @@ class OutputShard:
 
 
 def output_shards(
-    recipe: Recipe, base: Checkpoint, rest: Checkpoint, chosen: frozenset[str]
+    recipe: Recipe, base: Checkpoint, unmasked_from: Checkpoint, chosen: frozenset[str]
 ) -> tuple[OutputShard, ...]:
-    """Names and order as in the checkpoint that gives the rest, unless a shard size is asked for."""
+    """Names and order as in `unmasked_from`, unless a shard size is given."""
     planned = [
-        [_planned(recipe, base, info, info.name in chosen) for info in shard.header.tensors] for shard in rest.shards
+        [_planned(recipe, base, info, info.name in chosen) for info in shard.header.tensors]
+        for shard in unmasked_from.shards
     ]
-    metadata = dict(rest.shards[0].header.metadata) or {"format": "pt"}
+    metadata = dict(unmasked_from.shards[0].header.metadata) or {"format": "pt"}
     if recipe.shard_size is None:
-        files = _standard_files(rest, len(planned))
+        files = _standard_files(unmasked_from, len(planned))
         return tuple(OutputShard(f, tuple(ts), metadata) for f, ts in zip(files, planned, strict=True))
     groups = _pack([tensor for tensors in planned for tensor in tensors], int(recipe.shard_size))
     return tuple(OutputShard(shard_name(i, len(groups)), tuple(group), metadata) for i, group in enumerate(groups))
 
 
-def _standard_files(rest: Checkpoint, count: int) -> list[str]:
+def _standard_files(unmasked_from: Checkpoint, count: int) -> list[str]:
     """The shards' own names where transformers will find them, else standard ones."""
-    files = [shard.file for shard in rest.shards]
-    found = files == [SINGLE] or (INDEX in rest.source.files and SINGLE not in files)
-    return files if found else [shard_name(i, count) for i in range(count)]
+    files = [shard.file for shard in unmasked_from.shards]
+    standard = files == [SINGLE] or (INDEX in unmasked_from.source.files and SINGLE not in files)
+    return files if standard else [shard_name(i, count) for i in range(count)]
 
 
 def shard_name(i: int, count: int) -> str:
@@ -79,6 +80,6 @@ def _planned(recipe: Recipe, base: Checkpoint, info: TensorInfo, localized: bool
 
 
 def guessed(info: TensorInfo, share: float) -> PlannedTensor:
-    """How many values of a tensor a mask keeps shows only when it is found."""
+    """A planned tensor with an estimated size: how many values a mask keeps is known only once it is found."""
     ones = round(share * info.numel)
     return PlannedTensor(info.name, info.dtype, (ones,), ones * ITEM_BYTES[info.dtype], localized=True)

@@ -1,4 +1,4 @@
-"""From a recipe to a plan: pin every revision, read every header, and say all that is wrong at once."""
+"""From a recipe to a plan: pin every revision, read every header, and report every problem at once."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from hf_locstitch.tasks.leaks import JudgedTask, leaks
 from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, open_set
 
 ALL = ("*",)
-# Fields of a recipe that say something about a merged model.
+# Fields of a recipe that apply to a merged model only.
 OF_MODELS = ("scale", "rest_from", "files_from", "dtype", "shard_size", "evaluate")
 NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
 
 
 def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | StitchPlan:
-    """The plan of a recipe that ends in a model. Raises RequestError with all that is wrong."""
+    """The plan of a recipe that ends in a model. Raises RequestError with every problem."""
     if recipe.localized:
         return _open_and_stitch(recipe, settings)
     base, finetuned, data, fit_data = _open_inputs(recipe)
@@ -47,7 +47,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
 
 
 def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> LocalizePlan:
-    """The plan for a localized checkpoint of the recipe's one finetune. Raises as make_plan."""
+    """The plan for a localized checkpoint of the recipe's one finetune. Raises like make_plan."""
     _check_localizable(recipe)
     base, finetuned, data, _ = _open_inputs(recipe)
     return localize_plan(recipe, base, finetuned, settings, data)
@@ -77,7 +77,7 @@ def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
 
 
 def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
-    """The finetunes' names. Raises RecipeError if two are alike."""
+    """The finetunes' names. Raises RecipeError if two are equal."""
     names = [entry.name or default for entry, default in zip(recipe.entries, defaults, strict=True)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(
@@ -108,7 +108,7 @@ def merge_plan(
     data: Mapping[str, OpenSet] = NO_SETS,
     fit_data: Mapping[str, OpenSet] = NO_SETS,
 ) -> MergePlan:
-    """Plan the merge. Raises MismatchError with all that the headers show to be wrong."""
+    """Plan the merge. Raises MismatchError with every problem in the headers."""
     chosen, warnings = _check_inputs(recipe, base, finetuned, settings, data, fit_data)
     unmasked_from = finetuned[recipe.rest_from] if recipe.rest_from else base
     localizer, numels = recipe.localizer, [base.info(name).numel for name in chosen]
@@ -142,7 +142,7 @@ def localize_plan(
     settings: Settings = DEFAULT,
     data: Mapping[str, OpenSet] = NO_SETS,
 ) -> LocalizePlan:
-    """finetuned: one. Raises as merge_plan."""
+    """finetuned: exactly one. Raises like merge_plan."""
     chosen, warnings = _check_inputs(recipe, base, finetuned, settings, data, NO_SETS)
     ((name, checkpoint),) = finetuned.items()
     localizer, numels = recipe.localizer, [base.info(tensor).numel for tensor in chosen]
@@ -172,7 +172,7 @@ def localize_plan(
 def stitch_plan(
     recipe: Recipe, base: Checkpoint, localized: Mapping[str, LocalizedCheckpoint], settings: Settings = DEFAULT
 ) -> StitchPlan:
-    """Plan the merge of localized checkpoints. Raises MismatchError with all that the headers show to be wrong."""
+    """Plan the merge of localized checkpoints. Raises MismatchError with every problem in the headers."""
     problems = [problem for one in localized.values() for problem in localized_mismatches(base, one)]
     problems += unlike(list(localized.values()))
     if problems:
@@ -208,14 +208,14 @@ def stitch_plan(
 
 
 def _recorded_localizer(one: LocalizedCheckpoint) -> Localizer:
-    """How its mask was found. Raises CheckpointError if the record tells of no localizer that there is here."""
+    """How its mask was found. Raises CheckpointError if that localizer is not installed."""
     try:
         return LOCALIZERS.find(str(one.localizer.get("method"))).model_validate(one.localizer)
     except (KeyError, ValidationError) as error:
-        said = error.args[0] if isinstance(error, KeyError) else str(error)
+        reason = error.args[0] if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
             f"the localized checkpoint {one.label} was made by a localizer that is not installed, or is damaged: "
-            f"{' '.join(said.split())}. Install the package that provides the localizer, or fetch the checkpoint again."
+            f"{' '.join(reason.split())}. Install the package that provides it, or fetch the checkpoint again."
         ) from error
 
 
@@ -235,7 +235,7 @@ def _check_inputs(
     data: Mapping[str, OpenSet],
     fit_data: Mapping[str, OpenSet],
 ) -> tuple[list[str], tuple[str, ...]]:
-    """The tensors that the method ranges over, and what is to be said. Raises RecipeError, MismatchError."""
+    """The tensors that the method ranges over, and warnings. Raises RecipeError, MismatchError."""
     if data and not settings.cache:
         raise RecipeError("a localizer that uses data loads whole models: it cannot be combined with --no-cache.")
     if fit_data and not settings.cache:
@@ -247,7 +247,7 @@ def _check_inputs(
     problems = unknown_globs(list(base.tensors), [*recipe.include, *recipe.exclude])
     for asked in ("rest_from", "files_from"):
         problems += _unknown_name(asked, getattr(recipe, asked), list(finetuned))
-    # Without globs: blocks, told from their names, or all tensors, as the method has it.
+    # Without globs: the transformer blocks, recognized by name, or all tensors, depending on the method.
     include = recipe.include or (() if recipe.method.blocks_only else ALL)
     chosen = localizable((info for _, info in base.tensors.values()), include, recipe.exclude)
     if not chosen:
@@ -257,8 +257,8 @@ def _check_inputs(
         )
     warnings: list[str] = []
     for name, checkpoint in finetuned.items():
-        theirs = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
-        problems += mismatches(base, checkpoint, chosen, theirs)
+        candidates = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
+        problems += mismatches(base, checkpoint, chosen, candidates)
         warnings += differences(base, name, checkpoint, chosen)
     if problems:
         raise MismatchError(problems)
@@ -270,7 +270,7 @@ def _check_inputs(
 
 
 def _judged(recipe: Recipe) -> Iterator[JudgedTask]:
-    """The tasks that the merge will be judged on; where their data sets come from only lm-eval knows."""
+    """The tasks that the merge will be judged on; their data sets are known to lm-eval only."""
     if recipe.evaluate is not None:
         for spec in chosen_tasks(recipe.evaluate.tasks, recipe.evaluate.suite, recipe.evaluate.limit)[0]:
             yield JudgedTask(spec.name)

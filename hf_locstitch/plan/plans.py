@@ -1,4 +1,4 @@
-"""Plans: all that is to be done, as plain data from a recipe and headers. None reads a weight or asks the disk."""
+"""Plans: everything to be done, as plain data from a recipe and headers. None reads weights or queries the disk."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hf_locstitch.tasks.sets import OpenSet
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What all plans say.
+    """The fields common to all plans.
 
-    inputs: "base", and by name the finetunes; of a stitch their localized checkpoints' files, none of whose tensors is
+    inputs: "base", and by name the finetunes; for a stitch their localized checkpoints' files, whose tensors are not
     a model's. mask_tensors: those that the method ranges over, as the base holds them, in its order; n: their elements
     (N). k: coordinates that each mask keeps, n without masks; exact_k: else k is a guess, or the largest of several.
     localizers: how each mask is found, or was; origins: the finetuned model that each belongs to, pinned. order: in
-    which finetunes are added up: of the models' own, however they were given, as sums round. scanned: what finding
+    which finetunes are summed; independent of the order given, because sums round. scanned: what finding
     masks reads.
     """
 
@@ -68,7 +68,7 @@ class Plan:
     def common_localizer(self) -> dict[str, Any] | None:
         """How all masks are found, as JSON; None if they differ, or there are none."""
         settings = [localizer.model_dump(mode="json") for localizer in self.localizers.values()]
-        return settings[0] if settings and all(one == settings[0] for one in settings) else None
+        return settings[0] if settings and all(other == settings[0] for other in settings) else None
 
     def written_from(self, shards: Sequence[OutputShard]) -> Pieces:
         """What writing these shards reads, besides what finding masks kept."""
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def needed(self) -> dict[str, list[str]]:
-        """The files of each input that are read at all."""
+        """The files of each input that are read."""
         passes = [self.scanned, self.written_from(self.shards)]
         return {
             name: list(byte_ranges(checkpoint, [piece for pieces in passes for piece in pieces.get(name, ())]))

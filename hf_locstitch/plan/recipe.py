@@ -1,4 +1,4 @@
-"""What is asked for: the fields of a YAML recipe, of the command line's flags and of `merge_from_hub`."""
+"""Recipes: the fields of a YAML recipe, of the command line's flags and of `merge_from_hub`."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     AnyLocalizer: TypeAlias = Localizer
     AnyMethod: TypeAlias = Method
     AnyStitcher: TypeAlias = Stitcher
-else:  # one of those that there are, by name
+else:  # one of the registered components, by name
     AnyLocalizer, AnyMethod, AnyStitcher = LOCALIZERS.union("method"), METHODS.union("name"), STITCHERS.union("method")
 
 LOG = logging.getLogger("hf_locstitch")
 WHERE = ("out", "push_to", "private")
-# What localized checkpoints have settled, or what takes whole models.
+# Fields already settled in localized checkpoints, or that need whole models.
 SETTLED = ("localizer", "data", "stitch", "include", "exclude", "rest_from", "files_from", "evaluate")
 NAME_PATTERN = r"^[A-Za-z0-9][\w.-]*$"  # becomes a file name: masks/NAME.safetensors
 
@@ -57,7 +57,7 @@ class Strict(BaseModel):
 
 
 class Input(Strict):
-    """A checkpoint. ref: a folder, org/name or org/name@revision. sha256: what its weights must be, if given."""
+    """A checkpoint. ref: a folder, org/name or org/name@revision. sha256: expected of its weights, if given."""
 
     ref: str = Field(min_length=1)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
@@ -153,7 +153,7 @@ class Recipe(Strict):
     @model_validator(mode="before")
     @classmethod
     def _read_old_spellings(cls, value: Any) -> Any:
-        """regmean's own settings stood under `stitch` once."""
+        """regmean's settings used to be under `stitch`."""
         stitch = value.get("stitch") if isinstance(value, dict) else None
         own = {"method": stitch} if isinstance(stitch, str) else stitch
         if not isinstance(own, dict) or own.get("method") != "regmean":
@@ -207,11 +207,11 @@ class Recipe(Strict):
             return self
         if self.stitch is not None and self.method.name != "locstitch":
             raise ValueError(f"stitch: {self.stitch.method} needs method locstitch, not {self.method.name}")
-        found = len(self.fit_sets)
-        if found != len(self.finetuned):
+        count = len(self.fit_sets)
+        if count != len(self.finetuned):
             raise ValueError(
                 f"{fitting.called} needs one --data entry of unlabelled inputs per finetune: expected "
-                f"{len(self.finetuned)}, got {found}"
+                f"{len(self.finetuned)}, got {count}"
             )
         if self.allow_non_finite:
             raise ValueError(
@@ -276,7 +276,7 @@ class Recipe(Strict):
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """The fields of a YAML recipe, not yet validated. Raises RecipeError if it is no mapping."""
+    """The fields of a YAML recipe, not yet validated. Raises RecipeError if it is not a mapping."""
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -289,7 +289,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
 
 
 def make_recipe(fields: Mapping[str, Any], where: str = "request") -> Recipe:
-    """Validate. Raises RecipeError with every fault at once; an unknown key is answered with the nearest one."""
+    """Validate. Raises RecipeError with every fault at once; for an unknown key it suggests the nearest one."""
     try:
         return Recipe.model_validate(dict(fields))
     except ValidationError as error:
@@ -313,11 +313,11 @@ def _fault(fault: Any) -> str:
 
 
 def _fields_at(loc: list[str]) -> list[str]:
-    """The keys that are known where an unknown one stood."""
+    """The valid keys at the place of an unknown one."""
     if loc and loc[0] in UNIONS:
         registry = UNIONS[loc[0]]
         named = [registry.find(loc[1])] if len(loc) > 1 and loc[1] in registry.names() else registry.all()
-        return [field for one in named for field in one.model_fields]
+        return [field for component in named for field in component.model_fields]
     model: type[BaseModel] = {
         "base": Input,
         "finetuned": Finetuned,
@@ -329,7 +329,7 @@ def _fields_at(loc: list[str]) -> list[str]:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML that asks for the same merge: what differs from the defaults, not where it goes or how it is judged."""
+    """YAML for the same merge: what differs from the defaults, without output targets and evaluation."""
     fields = recipe.model_dump(mode="json", exclude={*WHERE, "evaluate"}, exclude_defaults=True)
     if recipe.localizer is not None:
         fields["localizer"] = recipe.localizer.model_dump(mode="json")

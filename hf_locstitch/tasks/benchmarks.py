@@ -16,9 +16,9 @@ from hf_locstitch.errors import RecipeError
 class EvaluateOptions(BaseModel):
     """lm-eval's tasks for a merge, its base, its finetunes and their plain average.
 
-    tasks: NAME or NAME:SHOTS. suite: a bundle of tasks. limit: examples per task, by default all. batch_size: by default
-    the largest that fits. include_path: a folder of further task files. chat_template: whether to apply the
-    model's. parents, average: what the merge is compared with.
+    tasks: NAME or NAME:SHOTS. suite: a bundle of tasks. limit: examples per task, by default all. batch_size: by
+    default the largest that fits. include_path: a folder of further task files. chat_template: whether to apply the
+    model's to the prompts. parents, average: what the merge is compared with.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
