@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import pytest
 from helpers.models import finetune, random_state, save
+from helpers.streaming import restart
 from huggingface_hub import constants
 
 from hf_locstitch.checkpoints import hub_client
@@ -94,6 +95,7 @@ def test_a_stalled_connection(home_hub: LoopbackHub, repo: str, monkeypatch: pyt
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     home_hub.fail(Fault("stall", method="GET", path=f"{repo}/resolve/.*{FILE}", after_bytes=1_000_000, seconds=5))
     assert HubSource(repo, None).fetch(FILE).read_bytes() == home_hub.read(repo, FILE)
+    restart(home_hub)
 
 
 def test_an_ignored_range(home_hub: LoopbackHub, repo: str) -> None:

@@ -45,3 +45,9 @@ def sizes(hub: LoopbackHub, repo: str) -> dict[str, int]:
 
 def empty_cache() -> None:
     shutil.rmtree(constants.HF_HUB_CACHE)
+
+
+def restart(hub: LoopbackHub) -> None:
+    """End answers that are still stalled: whoever reads the log next would wait for them."""
+    hub.stop()
+    hub.start()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import Killed
-from helpers.streaming import CACHING, PASSING, empty_cache, merged, sizes
+from helpers.streaming import CACHING, PASSING, empty_cache, merged, restart, sizes
 from huggingface_hub import constants
 
 from hf_locstitch.checkpoints.hub import HubSource
@@ -152,6 +152,7 @@ def test_a_stalled_connection(
     began = time.monotonic()
     assert merged(repos, tmp_path / "out", how) == expected
     assert not home_hub.faults and time.monotonic() - began < 15
+    restart(home_hub)
 
 
 @pytest.fixture
