@@ -76,7 +76,9 @@ class Plan:
 
     @property
     def needed(self) -> dict[str, list[str]]:
-        """The files of each input that are read."""
+        """The files of each input that are read: with data all of them, because whole models run."""
+        if self.data or self.fit_data:
+            return {name: [shard.file for shard in one.shards] for name, one in self.inputs.items()}
         passes = [self.scanned, self.written_from(self.shards)]
         return {
             name: list(byte_ranges(checkpoint, [piece for pieces in passes for piece in pieces.get(name, ())]))
