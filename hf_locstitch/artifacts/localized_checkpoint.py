@@ -182,21 +182,21 @@ def _check_sizes(source: Source, record: Manifest, files: tuple[str, str]) -> No
             raise ValueError(f"{file} has sha256 {info.sha256}, its manifest says {due['sha256']}")
 
 
-def _check_headers(one: LocalizedCheckpoint) -> None:
+def _check_headers(checkpoint: LocalizedCheckpoint) -> None:
     """Raises ValueError."""
-    for shard, due in zip(one.shards, (MASK_FORMAT, VALUES_FORMAT), strict=True):
+    for shard, due in zip(checkpoint.shards, (MASK_FORMAT, VALUES_FORMAT), strict=True):
         if (form := shard.header.metadata.get("format")) != due:
             raise ValueError(f"{shard.file} has format {form!r}, expected {due!r}")
-        if unlike := sorted({info.name for info in shard.header.tensors} ^ one.shapes.keys()):
+        if unlike := sorted({info.name for info in shard.header.tensors} ^ checkpoint.shapes.keys()):
             raise ValueError(f"{shard.file} and the shapes of the mask disagree on {unlike[0]}")
-    for name, shape in one.shapes.items():
-        info = one.stored(name)
+    for name, shape in checkpoint.shapes.items():
+        info = checkpoint.stored(name)
         if not info.floating or info.numel > math.prod(shape):
             raise ValueError(
-                f"{one.shards[1].file} holds {info.dtype} {list(info.shape)} for {name}, which is {list(shape)}"
+                f"{checkpoint.shards[1].file} holds {info.dtype} {list(info.shape)} for {name}, which is {list(shape)}"
             )
-    if (count := sum(one.stored(name).numel for name in one.shapes)) != one.ones:
-        raise ValueError(f"{one.shards[1].file} holds {count} values, but the mask has {one.ones} ones")
-    if (n := sum(map(math.prod, one.shapes.values()))) != one.N:
-        raise ValueError(f"its mask ranges over {n} elements, its manifest says N = {one.N}")
-    _ = one.base, one.finetuned
+    if (count := sum(checkpoint.stored(name).numel for name in checkpoint.shapes)) != checkpoint.ones:
+        raise ValueError(f"{checkpoint.shards[1].file} holds {count} values, but the mask has {checkpoint.ones} ones")
+    if (n := sum(map(math.prod, checkpoint.shapes.values()))) != checkpoint.N:
+        raise ValueError(f"its mask ranges over {n} elements, its manifest says N = {checkpoint.N}")
+    _ = checkpoint.base, checkpoint.finetuned

@@ -14,12 +14,12 @@ Pieces = Mapping[str, Sequence[Piece]]  # input -> what is read of it, in this o
 
 def byte_ranges(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> dict[str, list[Range]]:
     """Where pieces lie: file, in the order of the first need -> ranges, ascending, neighbours joined."""
-    found: dict[str, list[Range]] = {}
+    by_file: dict[str, list[Range]] = {}
     for name, first, count in pieces:
         shard, info = checkpoint.tensors[name]
         start = info.start + first * ITEM_BYTES[info.dtype]
-        found.setdefault(shard.file, []).append((start, start + count * ITEM_BYTES[info.dtype]))
-    return {file: _joined(ranges) for file, ranges in found.items()}
+        by_file.setdefault(shard.file, []).append((start, start + count * ITEM_BYTES[info.dtype]))
+    return {file: _joined(ranges) for file, ranges in by_file.items()}
 
 
 def _joined(ranges: Iterable[Range]) -> list[Range]:

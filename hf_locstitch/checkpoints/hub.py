@@ -206,11 +206,11 @@ class HubSource:
         path.resolve().unlink()
         path.unlink(missing_ok=True)
 
-    def damaged(self, file: str, what: str) -> IntegrityError:
+    def damaged(self, file: str, got: str) -> IntegrityError:
         """The error to raise when a file does not match its hash; forgets the bytes read of it."""
         self._starts.pop(file, None)
         return IntegrityError(
-            f"{file} of {self.label} arrived with {what}, not with sha256 {self._files[file].sha256}: the connection "
+            f"{file} of {self.label} arrived with {got}, not with sha256 {self._files[file].sha256}: the connection "
             "or the server damaged it. Run the same command again; the damaged file was not kept."
         )
 

@@ -45,19 +45,21 @@ def _add_merge(commands: Any) -> None:
     )
     _add_target(parser)
 
-    how = parser.add_argument_group("how to merge")
-    how.add_argument("--method", choices=METHODS.names(), help="default: locstitch")
-    _add_localizing(how)
-    how.add_argument(
+    group = parser.add_argument_group("how to merge")
+    group.add_argument("--method", choices=METHODS.names(), help="default: locstitch")
+    _add_localizing(group)
+    group.add_argument(
         "--stitch",
         choices=[MEAN, *STITCHERS.names()],
         help="values under the masks: the mean of the finetuned values (default), or values fitted, one linear layer "
         "at a time, to what the finetuned models compute on unlabelled --data",
     )
-    _add_scale(how)
-    how.add_argument("--rest-from", metavar="NAME", help="finetune to take all other tensors from (default: the base)")
-    how.add_argument("--files-from", metavar="NAME", help="finetune to take tokenizer and config from")
-    _add_non_finite(how)
+    _add_scale(group)
+    group.add_argument(
+        "--rest-from", metavar="NAME", help="finetune to take all other tensors from (default: the base)"
+    )
+    group.add_argument("--files-from", metavar="NAME", help="finetune to take tokenizer and config from")
+    _add_non_finite(group)
 
     output = parser.add_argument_group("output")
     _add_layout(output)
@@ -79,9 +81,9 @@ def _add_localize(commands: Any) -> None:
         "--name", dest="names", nargs=1, metavar="NAME", help="a name for it (default: the last part of REF)"
     )
     _add_target(parser)
-    how = parser.add_argument_group("how to localize")
-    _add_localizing(how)
-    _add_non_finite(how)
+    group = parser.add_argument_group("how to localize")
+    _add_localizing(group)
+    _add_non_finite(group)
     _add_work(parser.add_argument_group("output"), device=True)
     _add_debug(parser)
 
@@ -98,9 +100,9 @@ def _add_stitch(commands: Any) -> None:
     parser.add_argument("--localized", nargs="+", metavar=REF, help="the localized checkpoints")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="names for them (default: those they have)")
     _add_target(parser)
-    how = parser.add_argument_group("how to stitch")
-    _add_scale(how)
-    _add_non_finite(how)
+    group = parser.add_argument_group("how to stitch")
+    _add_scale(group)
+    _add_non_finite(group)
     output = parser.add_argument_group("output")
     _add_layout(output)
     _add_work(output, device=False)
@@ -118,36 +120,36 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="make the repo private if it is new")
 
 
-def _add_localizing(how: Any) -> None:
-    how.add_argument("--localizer", choices=LOCALIZERS.names(), help="how masks are found (default: magnitude)")
-    how.add_argument(
+def _add_localizing(group: Any) -> None:
+    group.add_argument("--localizer", choices=LOCALIZERS.names(), help="how masks are found (default: magnitude)")
+    group.add_argument(
         "--data",
         nargs="+",
         metavar="DATA",
         help="a data set per finetune, for saliency, mask, refit and regmean: alpaca, gsm8k, hotpotqa, a file "
         "or org/name",
     )
-    how.add_argument(
+    group.add_argument(
         "--density",
         type=float,
         metavar="F",
         help="fraction of the weights each mask keeps (default: 0.1; mask: 0.01; ties: 0.2)",
     )
-    how.add_argument(
+    group.add_argument(
         "--scope", choices=["model", "tensor"], help="top k over the whole model (default) or in each tensor"
     )
-    how.add_argument(
+    group.add_argument(
         "--include", nargs="+", metavar="GLOB", help="localize these tensors (default: all in the transformer blocks)"
     )
-    how.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these tensors out")
+    group.add_argument("--exclude", nargs="+", metavar="GLOB", help="leave these tensors out")
 
 
-def _add_scale(how: Any) -> None:
-    how.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
+def _add_scale(group: Any) -> None:
+    group.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
 
 
-def _add_non_finite(how: Any) -> None:
-    how.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
+def _add_non_finite(group: Any) -> None:
+    group.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
 
 
 def _add_layout(output: Any) -> None:
@@ -236,42 +238,42 @@ def _add_evaluate(commands: Any) -> None:
         "`accelerate launch -m hf_locstitch evaluate ...`.",
     )
     parser.add_argument("refs", nargs="+", metavar=REF, help="the models; the first is the one being judged")
-    what = parser.add_argument_group("what to evaluate")
-    what.add_argument(
+    tasks = parser.add_argument_group("what to evaluate")
+    tasks.add_argument(
         "--suite",
         choices=["paper", "quick"],
         help="paper: mmlu:5 arc_easy:0 arc_challenge:25 truthfulqa_mc1:0 truthfulqa_mc2:0; quick: 100 examples each of "
         "arc_easy:0 arc_challenge:0 truthfulqa_mc1:0",
     )
-    what.add_argument("--tasks", nargs="+", default=[], metavar="NAME[:SHOTS]", help="lm-eval tasks or groups")
-    what.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with more lm-eval task files")
-    what.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
+    tasks.add_argument("--tasks", nargs="+", default=[], metavar="NAME[:SHOTS]", help="lm-eval tasks or groups")
+    tasks.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with more lm-eval task files")
+    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
 
-    beside = parser.add_argument_group("compare with")
-    beside.add_argument(
+    compared = parser.add_argument_group("compare with")
+    compared.add_argument(
         "--parents", action="store_true", help="also evaluate the base and the finetunes of the first REF, a merge"
     )
-    beside.add_argument("--average", action="store_true", help="also evaluate their plain average, made on the fly")
-    beside.add_argument(
+    compared.add_argument("--average", action="store_true", help="also evaluate their plain average, made on the fly")
+    compared.add_argument(
         "--base", metavar=REF, help="the base to compare with (default: the one in the merge's manifest)"
     )
-    beside.add_argument(
+    compared.add_argument(
         "--ft",
         nargs="+",
         metavar=REF,
         help="the finetuned models to compare with (default: those in the merge's manifest)",
     )
 
-    how = parser.add_argument_group("how to evaluate")
-    how.add_argument(
+    group = parser.add_argument_group("how to evaluate")
+    group.add_argument(
         "--batch-size",
         type=_count_or("auto"),
         default="auto",
         metavar="auto|N",
         help="auto: the largest that fits (default)",
     )
-    how.add_argument("--chat-template", action="store_true", help="apply the model's chat template to the prompts")
-    how.add_argument("--no-cache", dest="cache", action="store_false", help="ignore cached scores")
+    group.add_argument("--chat-template", action="store_true", help="apply the model's chat template to the prompts")
+    group.add_argument("--no-cache", dest="cache", action="store_false", help="ignore cached scores")
 
     output = parser.add_argument_group("output")
     output.add_argument(

@@ -184,10 +184,12 @@ class StitchRun(ModelRun[StitchPlan]):
         localized, settings = self.plan.localized_inputs, self.settings
         masks: dict[str, LocalizedMask] = {}
         suffix = f"{self.processes.rank}-of-{self.processes.count}"
-        with self.progress.bar("reading", sum(one.shards[1].size for one in localized.values())) as advance:
-            for name, one in localized.items():
+        with self.progress.bar(
+            "reading", sum(checkpoint.shards[1].size for checkpoint in localized.values())
+        ) as advance:
+            for name, checkpoint in localized.items():
                 spill = self.work.spill / f"{name}.{suffix}"
-                masks[name] = LocalizedMask(one, self.plan.mask_tensors, spill, settings.chunk)
+                masks[name] = LocalizedMask(checkpoint, self.plan.mask_tensors, spill, settings.chunk)
                 self.processes.together(lambda mask=masks[name]: mask.read(self.own, settings.workers, advance))
         return masks
 

@@ -47,7 +47,7 @@ def make_manifest(
         versions={"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
         fingerprint=fingerprint,
         data={name: found.pinned.dump() for name, found in plan.data.items()}
-        | {name: data for name, one in localized.items() for data in one.record.data.values()},
+        | {name: data for name, checkpoint in localized.items() for data in checkpoint.record.data.values()},
         stitch=stitch,
     )
 
@@ -142,16 +142,16 @@ def check_pins(plan: Plan, files: FileHashes) -> None:
                 f"the weights of {plan.inputs[name].label} have sha256 {got}, but the recipe expects {entry.sha256}: "
                 "it was made from different weights. Use the right checkpoint, or drop sha256 from the recipe."
             )
-    for name, one in _localized_inputs(plan).items():
+    for name, localized in _localized_inputs(plan).items():
         for file, got in files[name].items():
-            if got != (due := one.record.outputs[file]["sha256"]):
+            if got != (due := localized.record.outputs[file]["sha256"]):
                 raise CheckpointError(
-                    f"{one.label}/{file} is damaged: it has sha256 {got}, its manifest says {due}. Fetch it again."
+                    f"{localized.label}/{file} is damaged: it has sha256 {got}, expected {due}. Fetch it again."
                 )
-        if unlike := [file for file, due in one.base.files.items() if files["base"].get(file) != due]:
+        if unlike := [file for file, due in localized.base.files.items() if files["base"].get(file) != due]:
             got = files["base"].get(unlike[0], "absent")
             raise CheckpointError(
-                f"{one.label} was localized against {one.base.ref}, whose {unlike[0]} has sha256 "
-                f"{one.base.files[unlike[0]]}; in the base {plan.base.label} it is {got}. Use the base that it was "
-                "localized against."
+                f"{localized.label} was localized against {localized.base.ref}, whose {unlike[0]} has sha256 "
+                f"{localized.base.files[unlike[0]]}; in the base {plan.base.label} it is {got}. Use the base that "
+                "it was localized against."
             )

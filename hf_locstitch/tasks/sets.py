@@ -126,23 +126,23 @@ def _open_repo(asked: LocalizationSet, repo: str, revision: str | None, config: 
     return OpenSet(asked, repo=repo, commit=info.sha, config=config)
 
 
-def read_rows(found: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
+def read_rows(opened: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
     """The examples, under our names for the columns. labels: whether images without them are refused.
 
     Raises RequestError if the data has other columns.
     """
-    dataset = _load(found)
-    rename = dict(found.asked.columns)
+    dataset = _load(opened)
+    rename = dict(opened.asked.columns)
     if absent := [column for column in rename.values() if column not in dataset.column_names]:
         raise RequestError(
-            f"{found.label} has no column {absent[0]!r}: it has {', '.join(dataset.column_names)}. "
+            f"{opened.label} has no column {absent[0]!r}: it has {', '.join(dataset.column_names)}. "
             "Check the data's `columns` in the recipe."
         )
     of_labels = rename.get("label", "label")
     values = dataset[of_labels] if of_labels in dataset.column_names else None
-    chosen = choose(values, len(dataset), found.asked.number, found.asked.seed)
+    chosen = choose(values, len(dataset), opened.asked.number, opened.asked.seed)
     rows = [dict(row) for row in dataset.select(chosen)]
-    known = find_surrogate(found.asked.ref)
+    known = find_surrogate(opened.asked.ref)
     if known and not rename:
         return [known.row(row) for row in rows]
     rows = [{**row, **{name: row[column] for name, column in rename.items()}} for row in rows]
@@ -150,26 +150,26 @@ def read_rows(found: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
     if not rows or not any(all(rows[0].get(name) is not None for name in names) for names in wanted):
         known = "; ".join(" and ".join(names) for names in wanted)
         raise RequestError(
-            f"{found.label} has {len(rows)} examples with the columns {', '.join(dataset.column_names)}; needed "
+            f"{opened.label} has {len(rows)} examples with the columns {', '.join(dataset.column_names)}; needed "
             "is one of: "
             f"{known}. Map them with the data's `columns` in the recipe."
         )
-    return [_with_image(row, found.file) for row in rows]
+    return [_with_image(row, opened.file) for row in rows]
 
 
-def _load(found: OpenSet) -> Any:
+def _load(opened: OpenSet) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    asked = found.asked
+    asked = opened.asked
     try:
-        if found.file:
-            builder = BUILDERS[found.file.suffix]
-            return datasets.load_dataset(builder, data_files={asked.split: str(found.file)}, split=asked.split)
-        return datasets.load_dataset(str(found.repo), found.config, split=asked.split, revision=found.commit)
+        if opened.file:
+            builder = BUILDERS[opened.file.suffix]
+            return datasets.load_dataset(builder, data_files={asked.split: str(opened.file)}, split=asked.split)
+        return datasets.load_dataset(str(opened.repo), opened.config, split=asked.split, revision=opened.commit)
     except (ValueError, OSError, DatasetsError) as error:
         raise RequestError(
-            f"{found.label} cannot be read as a data set ({' '.join(str(error).split())[:300]}). "
+            f"{opened.label} cannot be read as a data set ({' '.join(str(error).split())[:300]}). "
             "Check its config and split."
         ) from error
 

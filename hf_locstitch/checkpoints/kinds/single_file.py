@@ -20,13 +20,13 @@ class SingleFile(CheckpointKind):
         return bool(_loose(files))
 
     def read(self, source: Source, config: Config) -> Checkpoint:
-        found = _loose(source.files)
-        if len(found) > 1:
+        files = _loose(source.files)
+        if len(files) > 1:
             raise CheckpointError(
-                f"{source.label} has {len(found)} safetensors files ({some(found)}) but neither {SINGLE} nor {INDEX}, "
+                f"{source.label} has {len(files)} safetensors files ({some(files)}) but neither {SINGLE} nor {INDEX}, "
                 "so which of them make up the model is unknown. Save the model again with save_pretrained()."
             )
-        return read_files(source, config, found)
+        return read_files(source, config, files)
 
 
 def _loose(files: Collection[str]) -> list[str]:
