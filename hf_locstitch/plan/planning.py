@@ -61,8 +61,8 @@ def _open_inputs(
     names = finetuned_names(recipe, [ref.name for ref in refs[1:]])
     with hide_library_bars(), ThreadPoolExecutor(min(8, len(refs))) as pool:
         base, *finetuned = pool.map(open_checkpoint, refs)
-    looks = recipe.localizer is not None and recipe.localizer.needs_data
-    data = {name: open_set(asked) for name, asked in _by_name(recipe.data if looks else (), names).items()}
+    needs_data = recipe.localizer is not None and recipe.localizer.needs_data
+    data = {name: open_set(asked) for name, asked in _by_name(recipe.data if needs_data else (), names).items()}
     fit_data = {name: open_set(asked) for name, asked in _by_name(recipe.fit_sets, names).items()}
     return base, dict(zip(names, finetuned, strict=True)), data, fit_data
 
@@ -72,7 +72,7 @@ def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
     with hide_library_bars(), ThreadPoolExecutor(min(8, len(refs) + 1)) as pool:
         base = pool.submit(open_checkpoint, parse_ref(recipe.base.ref))
         localized = list(pool.map(open_localized, refs))
-        names = finetuned_names(recipe, [one.name for one in localized])
+        names = finetuned_names(recipe, [checkpoint.name for checkpoint in localized])
         return stitch_plan(recipe, base.result(), dict(zip(names, localized, strict=True)), settings)
 
 
@@ -173,7 +173,7 @@ def stitch_plan(
     recipe: Recipe, base: Checkpoint, localized: Mapping[str, LocalizedCheckpoint], settings: Settings = DEFAULT
 ) -> StitchPlan:
     """Plan the merge of localized checkpoints. Raises MismatchError with every problem in the headers."""
-    problems = [problem for one in localized.values() for problem in localized_mismatches(base, one)]
+    problems = [problem for checkpoint in localized.values() for problem in localized_mismatches(base, checkpoint)]
     problems += unlike(list(localized.values()))
     if problems:
         raise MismatchError(problems)
@@ -181,12 +181,14 @@ def stitch_plan(
     chosen = [name for name in base.tensors if name in shapes]
     warnings = [
         warning
-        for name, one in localized.items()
-        for warning in dtype_warnings(name, [(one.stored(tensor).dtype, base.info(tensor).dtype) for tensor in chosen])
+        for name, checkpoint in localized.items()
+        for warning in dtype_warnings(
+            name, [(checkpoint.stored(tensor).dtype, base.info(tensor).dtype) for tensor in chosen]
+        )
     ]
-    files = {name: one.as_checkpoint() for name, one in localized.items()}
-    origins = {name: one.finetuned.ref for name, one in localized.items()}
-    ones = [one.ones for one in localized.values()]
+    files = {name: checkpoint.as_checkpoint() for name, checkpoint in localized.items()}
+    origins = {name: checkpoint.finetuned.ref for name, checkpoint in localized.items()}
+    ones = [checkpoint.ones for checkpoint in localized.values()]
     return StitchPlan(
         recipe=recipe,
         settings=settings,
@@ -196,7 +198,7 @@ def stitch_plan(
         n=sum(base.info(name).numel for name in chosen),
         k=max(ones),
         exact_k=len(set(ones)) == 1,
-        localizers={name: _recorded_localizer(one) for name, one in localized.items()},
+        localizers={name: _recorded_localizer(checkpoint) for name, checkpoint in localized.items()},
         origins=origins,
         order=tuple(sorted(localized, key=origins.__getitem__)),
         scanned={},
@@ -207,15 +209,15 @@ def stitch_plan(
     )
 
 
-def _recorded_localizer(one: LocalizedCheckpoint) -> Localizer:
+def _recorded_localizer(checkpoint: LocalizedCheckpoint) -> Localizer:
     """How its mask was found. Raises CheckpointError if that localizer is not installed."""
     try:
-        return LOCALIZERS.find(str(one.localizer.get("method"))).model_validate(one.localizer)
+        return LOCALIZERS.find(str(checkpoint.localizer.get("method"))).model_validate(checkpoint.localizer)
     except (KeyError, ValidationError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"the localized checkpoint {one.label} was made by a localizer that is not installed, or is damaged: "
-            f"{' '.join(reason.split())}. Install the package that provides it, or fetch the checkpoint again."
+            f"the localized checkpoint {checkpoint.label} was made by a localizer that is not installed, or is "
+            f"damaged: {' '.join(reason.split())}. Install the package that provides it, or fetch the checkpoint again."
         ) from error
 
 

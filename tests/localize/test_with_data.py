@@ -194,9 +194,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"localizer": {"method": "mask", "epoch": 3}, "data": ["a.jsonl"]}, "did you mean 'epochs'"),
     (
         {"localizer": {"method": "mask", "micro_batch": "all"}, "data": ["a.jsonl"]},
-        "localizer.micro_batch: it should be \"auto\" or a whole number of examples, 1 or more (got 'all')",
+        "localizer.micro_batch: it should be \"auto\" or a whole number of examples, 1 or more \\(got 'all'\\)",
     ),
-    ({"localizer": {"method": "saliency", "micro_batch": 0}, "data": ["a.jsonl"]}, "1 or more (got 0)"),
+    ({"localizer": {"method": "saliency", "micro_batch": 0}, "data": ["a.jsonl"]}, "1 or more \\(got 0\\)"),
     ({"localizer": Saliency(), "data": [{"ref": "a.jsonl", "columns": {"text": "txt"}}]}, "no column 'txt'"),
     ({"localizer": Saliency(), "data": ["c.jsonl"]}, "needed is one of"),
     ({"localizer": Saliency(), "data": ["a.jsonl"], "allow_non_finite": True}, "allow_non_finite"),
