@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.runtime.human import more
@@ -11,7 +12,8 @@ from hf_locstitch.runtime.human import more
 def mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], finetuned: Sequence[str]) -> list[str]:
     """Why `other` is not a finetune of the base. chosen, finetuned: localized tensors of the base and of the other."""
     problems = []
-    if not _model_types(base) & _model_types(other) and other.config and base.config:
+    types = _model_types(base), _model_types(other)
+    if all(types) and not types[0] & types[1]:
         problems.append(
             f"{other.label} is a {other.config.get('model_type')} model, "
             f"the base {base.label} a {base.config.get('model_type')} model"
@@ -34,23 +36,40 @@ def mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], finet
     return problems
 
 
-def _model_types(checkpoint: Checkpoint) -> set[str | None]:
-    """The architecture and its parts: a CLIP vision tower may be merged into a CLIP model."""
+def _model_types(checkpoint: Checkpoint) -> set[str]:
+    """The architecture and its parts: a CLIP vision tower may be merged into a CLIP model. Empty if none is stated."""
     parts = [part for part in checkpoint.config.values() if isinstance(part, dict)]
-    return {part.get("model_type") for part in (checkpoint.config, *parts)}
+    return {str(part["model_type"]) for part in (checkpoint.config, *parts) if part.get("model_type")}
 
 
 def _name_mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], finetuned: Sequence[str]) -> list[str]:
     missing = [name for name in chosen if name not in other.tensors]
     extra = [name for name in finetuned if name not in base.tensors]
     problems = []
+    prefix = _common_prefix(missing, extra) if missing and extra else None
     if missing:
-        problems.append(f"{other.label} lacks {missing[0]}, which the base {base.label} has{more(len(missing))}")
+        cure = "" if prefix else f"; leave out what only the base has with --exclude {_globs(missing, base.tensors)}"
+        problems.append(f"{other.label} lacks {missing[0]}, which the base {base.label} has{more(len(missing))}{cure}")
     if extra:
-        problems.append(f"{other.label} has {extra[0]}, which the base {base.label} lacks{more(len(extra))}")
-    if missing and extra and (prefix := _common_prefix(missing, extra)):
+        cure = "" if prefix else f"; leave it out with --exclude {_globs(extra, other.tensors)}"
+        problems.append(f"{other.label} has {extra[0]}, which the base {base.label} lacks{more(len(extra))}{cure}")
+    if prefix:
         problems[-1] += f" (one side's names begin with {prefix!r}: save both models with the same class)"
     return problems
+
+
+def _globs(names: Sequence[str], tensors: Iterable[str]) -> str:
+    """The shortest globs of whole prefixes (`'mtp.*'`) that match these names and no other tensor; three at most."""
+    others = set(tensors) - set(names)
+    globs: list[str] = []
+    for name in names:
+        if any(fnmatchcase(name, glob) for glob in globs):
+            continue
+        parts = name.split(".")
+        prefixes = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
+        alone = (prefix for prefix in prefixes if not any(other.startswith(prefix) for other in others))
+        globs.append(f"{prefix}*" if (prefix := next(alone, None)) else name)
+    return " ".join(f"'{glob}'" for glob in globs[:3]) + (" …" if len(globs) > 3 else "")
 
 
 def _common_prefix(missing: Sequence[str], extra: Sequence[str]) -> str | None:

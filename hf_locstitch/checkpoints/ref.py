@@ -26,13 +26,21 @@ class Ref:
         return self.folder.resolve().name if self.folder is not None else str(self.repo).rpartition("/")[2]
 
 
+def expand_home(path: Path) -> Path:
+    """`~` and `~user` as the folders they stand for. Raises RecipeError if there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise RecipeError(f"{path} names the home folder of an unknown user. Write the whole path.") from error
+
+
 def parse_ref(text: str) -> Ref:
     """A folder that exists (or is written as a path) wins over a repo of that name, as in transformers.
 
     Raises RecipeError if the text is neither.
     """
     if text.startswith(FOLDER_PREFIXES) or (text and Path(text).is_dir()):
-        return Ref(folder=Path(text).expanduser())
+        return Ref(folder=expand_home(Path(text)))
     repo, at, revision = text.partition("@")
     if not REPO_ID.fullmatch(repo) or (at and not revision):
         raise RecipeError(

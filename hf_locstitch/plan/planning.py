@@ -15,6 +15,7 @@ from hf_locstitch.artifacts.values_file import values_metadata
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.compatibility import differences, dtype_warnings, licence_warning, mismatches
 from hf_locstitch.checkpoints.localizable import localizable, unknown_globs
+from hf_locstitch.checkpoints.names import make_name, same_place
 from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
@@ -77,16 +78,26 @@ def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
 
 
 def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
-    """The finetunes' names. Raises RecipeError if two are equal."""
-    names = [entry.name or default for entry, default in zip(recipe.entries, defaults, strict=True)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    """The finetunes' names, made safe where they are defaults. Raises RecipeError if two name the same file."""
+    names = [
+        entry.name or make_name(default, f"finetune-{number}")
+        for number, (entry, default) in enumerate(zip(recipe.entries, defaults, strict=True), start=1)
+    ]
+    if twice := same_place(names):
+        called = repr(twice[0]) if twice[0] == twice[1] else " and ".join(map(repr, twice))
         raise RecipeError(
-            f"two finetunes are named {twice[0]!r} ({', '.join(names)}), but each name is a mask's file name. "
-            "Set --names."
+            f"two finetunes are named {called} ({', '.join(names)}), but each name is a mask's file name. Set --names."
         )
-    if "base" in names:
+    if "base" in (name.casefold() for name in names):
         raise RecipeError("a finetune is named 'base', a name reserved for the base. Set --names.")
     return names
+
+
+def _made_names(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
+    """A sentence for each finetune that goes by another name than its own."""
+    for entry, name in zip(recipe.finetuned, names, strict=False):
+        if entry.name is None and (own := parse_ref(entry.ref).name) != name:
+            yield f"the finetune {own!r} is called {name}: its own name cannot be a file's. --names sets another."
 
 
 def _by_name(
@@ -246,7 +257,9 @@ def _check_inputs(
             f"{recipe.fitting.called} reads the finetunes repeatedly, a layer at a time: it cannot be combined with "
             "--no-cache. Drop one of the two."
         )
-    problems = unknown_globs(list(base.tensors), [*recipe.include, *recipe.exclude])
+    everywhere = list(dict.fromkeys([*base.tensors, *(t for one in finetuned.values() for t in one.tensors)]))
+    problems = unknown_globs(list(base.tensors), recipe.include, "the base")
+    problems += unknown_globs(everywhere, recipe.exclude, "the base or a finetune")
     for asked in ("rest_from", "files_from"):
         problems += _unknown_name(asked, getattr(recipe, asked), list(finetuned))
     # Without globs: the transformer blocks, recognized by name, or all tensors, depending on the method.
@@ -257,7 +270,7 @@ def _check_inputs(
             f"no tensor of {base.label} is localizable (its names look like {', '.join(list(base.tensors)[:3])}); "
             "select tensors with --include"
         )
-    warnings: list[str] = []
+    warnings = list(_made_names(recipe, finetuned))
     for name, checkpoint in finetuned.items():
         candidates = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
         problems += mismatches(base, checkpoint, chosen, candidates)

@@ -22,7 +22,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from hf_locstitch.checkpoints.ref import REPO_ID
+from hf_locstitch.checkpoints.names import SafeName
+from hf_locstitch.checkpoints.ref import REPO_ID, expand_home
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
@@ -46,7 +47,6 @@ LOG = logging.getLogger("hf_locstitch")
 WHERE = ("out", "push_to", "private")
 # Fields already settled in localized checkpoints, or that need whole models.
 SETTLED = ("localizer", "data", "stitch", "include", "exclude", "rest_from", "files_from", "evaluate")
-NAME_PATTERN = r"^[A-Za-z0-9][\w.-]*$"  # becomes a file name: masks/NAME.safetensors
 
 
 UNIONS: Mapping[str, Registry[Any]] = {"localizer": LOCALIZERS, "method": METHODS, "stitch": STITCHERS}
@@ -71,7 +71,7 @@ class Input(Strict):
 class Finetuned(Input):
     """name: what masks, tables and the card call it; the last part of ref by default."""
 
-    name: str | None = Field(default=None, pattern=NAME_PATTERN)
+    name: SafeName | None = None
 
 
 class Recipe(Strict):
@@ -260,6 +260,11 @@ class Recipe(Strict):
             given = localizer.model_dump(exclude={"density"})
             object.__setattr__(self, "localizer", magnitude(density=self.method.default_density, **given))
         return self
+
+    @field_validator("out")
+    @classmethod
+    def _expand_home(cls, value: Path | None) -> Path | None:
+        return None if value is None else expand_home(value)
 
     @field_validator("push_to")
     @classmethod

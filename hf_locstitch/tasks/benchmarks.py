@@ -8,8 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hf_locstitch.checkpoints.ref import expand_home
 from hf_locstitch.errors import RecipeError
 
 
@@ -31,6 +32,11 @@ class EvaluateOptions(BaseModel):
     chat_template: bool = False
     parents: bool = True
     average: bool = False
+
+    @field_validator("include_path")
+    @classmethod
+    def _expand_home(cls, value: Path | None) -> Path | None:
+        return None if value is None else expand_home(value)
 
     @model_validator(mode="after")
     def _names_tasks(self) -> EvaluateOptions:
