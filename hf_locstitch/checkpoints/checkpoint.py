@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from yaml import YAMLError
 
 from hf_locstitch.checkpoints.folder import FolderSource
 from hf_locstitch.checkpoints.header import Header, TensorInfo, header_length, parse_header
 from hf_locstitch.checkpoints.ref import Ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
+from hf_locstitch.runtime.parsing import JSON_BYTES, front_matter, parse_json, parse_yaml
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 Config = Mapping[str, Any]  # of config.json
+CARD_BYTES = 10_000_000  # of a README.md
 FIRST_READ = 100_000  # bytes; most headers fit, as the Hub's own client assumes
 
 
@@ -72,8 +71,13 @@ def read_shard(source: Source, file: str) -> Shard:
 
 def read_json(source: Source, file: str) -> dict[str, Any]:
     """A small JSON object of the source. Raises CheckpointError if it is not one."""
+    if (size := source.files[file].size) > JSON_BYTES:
+        raise CheckpointError(
+            f"{source.label}/{file} has {size:,} bytes, more than the {JSON_BYTES:,} that are read of such a file. "
+            "It is not one that a model needs: use another checkpoint."
+        )
     try:
-        content = json.loads(source.fetch(file).read_text(encoding="utf-8"))
+        content = parse_json(source.fetch(file).read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{source.label}/{file} is not valid JSON ({error}). Fetch it again.") from error
     if not isinstance(content, dict):
@@ -83,11 +87,10 @@ def read_json(source: Source, file: str) -> dict[str, Any]:
 
 def read_card(source: Source) -> dict[str, Any]:
     """The metadata at the head of README.md; empty if there is none."""
-    if "README.md" not in source.files:
+    if "README.md" not in source.files or source.files["README.md"].size > CARD_BYTES:
         return {}
-    from huggingface_hub.repocard import metadata_load
-
     try:
-        return metadata_load(source.fetch("README.md")) or {}
-    except (ValueError, YAMLError):
+        fields = parse_yaml(front_matter(source.fetch("README.md").read_text(encoding="utf-8-sig")))
+    except ValueError:
         return {}  # a card that does not parse is ignored
+    return fields if isinstance(fields, dict) else {}

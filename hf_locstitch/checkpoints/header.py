@@ -15,8 +15,10 @@ from typing import Any
 
 from hf_locstitch.errors import CheckpointError
 from hf_locstitch.runtime.dtypes import FLOATING, ITEM_BYTES
+from hf_locstitch.runtime.parsing import parse_json
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_HEADER_BYTES = 25_000_000  # the limit of the Hub's own client: some 200,000 tensors in one file
+MAX_SIZE = 2**64 - 1  # of a number in a header
 
 
 @dataclass(frozen=True)
@@ -80,35 +82,84 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     """Read and check a header. raw: at least the prefix and the JSON. Raises CheckpointError naming `where`."""
     data_start = header_length(raw, file_size, where)
     try:
-        entries = json.loads(raw[8:data_start], object_pairs_hook=_no_duplicates)
-        metadata = entries.pop("__metadata__", None) or {}
+        entries = _entries(raw[8:data_start])
+        metadata = _metadata(entries.pop("__metadata__", None))
         tensors = [_tensor_info(name, entry, data_start, where) for name, entry in entries.items()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{where} has a malformed safetensors header ({error}). Fetch it again.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        fault = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{where} has a malformed safetensors header ({fault}). Fetch it again.") from error
     tensors.sort(key=lambda t: (t.start, t.stop))
     _check_contiguous(tensors, data_start, file_size, where)
     return Header(tuple(tensors), metadata, data_start)
 
 
+def _entries(content: bytes) -> dict[str, Any]:
+    """Raises ValueError for all that the safetensors library refuses, too."""
+    if not content.startswith(b"{"):
+        raise ValueError("it does not begin with '{'")
+    return parse_json(
+        content,
+        object_pairs_hook=_no_duplicates,
+        parse_int=_whole_number,
+        parse_float=_no_number,
+        parse_constant=_no_number,
+    )
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen = dict(pairs)
     if len(seen) < len(pairs):
-        raise ValueError("a tensor name appears twice")
+        raise ValueError("a tensor name or field appears twice")
     return seen
 
 
-def _tensor_info(name: str, entry: dict[str, Any], data_start: int, where: str) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), data_start + begin, data_start + end)
-    if any(not isinstance(size, int) or size < 0 for size in (*info.shape, begin, end)):
-        raise ValueError(f"{name}: sizes and offsets must be non-negative integers, not {entry}")
-    item = ITEM_BYTES.get(info.dtype)
-    if item is not None and info.nbytes != info.numel * item:
+def _whole_number(text: str) -> int:
+    if text.startswith("-") or len(text) > 20 or int(text) > MAX_SIZE:
+        return _no_number(text)
+    return int(text)
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text[:30]} is not a whole number from 0 to {MAX_SIZE}")
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError("__metadata__ must map texts to texts")
+    return value
+
+
+def _tensor_info(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name}: shape and data_offsets must be lists of whole numbers")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ValueError(f"{name}: the dtype {dtype!r} is not one of {', '.join(ITEM_BYTES)}")
+    _check_product(name, [*shape, 8 * ITEM_BYTES[dtype]])
+    info = TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+    if info.nbytes != (expected := info.numel * ITEM_BYTES[dtype]):
         raise CheckpointError(
-            f"{where}: {name} is {info.dtype} {list(info.shape)}, which takes {info.numel * item} bytes, "
+            f"{where}: {name} is {info.dtype} {list(info.shape)}, which takes {expected} bytes, "
             f"but its offsets span {info.nbytes}. The file is damaged: fetch it again."
         )
     return info
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int for size in value)  # a bool is an int, too
+
+
+def _check_product(name: str, sizes: Iterable[int]) -> None:
+    """Multiplied one after the other, as the safetensors library does: a zero after an overflow comes too late."""
+    product = 1
+    for size in sizes:
+        product *= size
+        if product > MAX_SIZE:
+            raise ValueError(f"{name}: its shape has too many elements")
 
 
 def _check_contiguous(tensors: list[TensorInfo], data_start: int, file_size: int, where: str) -> None:

@@ -27,6 +27,7 @@ from hf_locstitch.checkpoints.ref import REPO_ID, expand_home
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
+from hf_locstitch.runtime.parsing import parse_yaml
 from hf_locstitch.runtime.registry import Registry
 from hf_locstitch.stitch.fitting import OnInputs, Stitcher
 from hf_locstitch.stitch.method import MaskedMethod, Method
@@ -283,14 +284,28 @@ class Recipe(Strict):
 def load_recipe(path: Path) -> dict[str, Any]:
     """The fields of a YAML recipe, not yet validated. Raises RecipeError if it is not a mapping."""
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}. Check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except ValueError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}.") from error
     if not isinstance(fields, dict):
         raise RecipeError(f"{path} must hold fields such as `base:` and `finetuned:`, not {type(fields).__name__}.")
     return fields
+
+
+def check_task_code(fields: Mapping[str, Any], where: str) -> None:
+    """Raises RecipeError if a recipe from a file would run the Python of a folder of lm-eval tasks.
+
+    Task files can call any Python of their folder, and recipes come from strangers.
+    """
+    asked = fields.get("evaluate")
+    if isinstance(asked, Mapping) and asked.get("include_path") is not None:
+        raise RecipeError(
+            f"{where} asks for the task files in {asked['include_path']} (evaluate.include_path), which can run any "
+            "Python code. Read them, then allow it with --allow-task-code, or evaluate the merge afterwards: "
+            "hf-locstitch evaluate OUT --include-path DIR."
+        )
 
 
 def make_recipe(fields: Mapping[str, Any], where: str = "request") -> Recipe:
