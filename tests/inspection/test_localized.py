@@ -207,7 +207,7 @@ def test_from_the_hub_and_back(
 
     home_hub.add_repo(at["base"], {"model.safetensors": (home / "code" / "model.safetensors").read_bytes()})
     assert main([*command, "--quiet"]) == 2  # the base moved on: its hash is another, which the Hub tells at once
-    assert "Name the base that it was localized against" in capsys.readouterr().err
+    assert "Use the base that it was localized against" in capsys.readouterr().err
     assert main([*command, "--base", one.base.ref, "--quiet"]) == 0
 
 
