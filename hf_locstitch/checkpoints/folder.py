@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from hf_locstitch.checkpoints.source import Advance, FileInfo, file_sha256
@@ -49,6 +49,9 @@ class FolderSource:
         advance(self._files[file].size)
         return self.folder / file
 
+    def check_obtainable(self, files: Iterable[str], cache: bool) -> None:
+        """Nothing to fetch."""
+
     def sha256(self, file: str) -> str:
         if file not in self._sha256:
             self._sha256[file] = file_sha256(self.folder / file)
@@ -63,20 +66,3 @@ def _list_files(folder: Path) -> dict[str, FileInfo]:
         for path, name in relative.items()
         if not any(part.startswith(".") for part in name.parts)
     }
-
-
-class CachedRepoSource(FolderSource):
-    """A repo's snapshot in the user's Hub cache, for offline work (HF_HUB_OFFLINE)."""
-
-    def __init__(self, snapshot: Path, repo: str) -> None:
-        super().__init__(snapshot)
-        self.repo = repo
-        self.commit = snapshot.name
-
-    @property
-    def label(self) -> str:
-        return f"{self.repo}@{self.folder.name[:7]}"
-
-    @property
-    def pinned(self) -> str:
-        return f"{self.repo}@{self.folder.name}"

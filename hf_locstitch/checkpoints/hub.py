@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,14 +21,12 @@ from huggingface_hub import (
     constants,
     hf_hub_download,
     hf_hub_url,
-    snapshot_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-from hf_locstitch.checkpoints.folder import CachedRepoSource
+from hf_locstitch.checkpoints.cached_repo import CachedRepoSource, find_snapshot
 from hf_locstitch.checkpoints.hub_client import (
     ATTEMPTS,
     is_transient,
@@ -36,7 +34,8 @@ from hf_locstitch.checkpoints.hub_client import (
     retrying,
     wait_before,
 )
-from hf_locstitch.checkpoints.source import Advance, FileInfo, Source, file_sha256
+from hf_locstitch.checkpoints.remembered import Remembered
+from hf_locstitch.checkpoints.source import Advance, FileInfo, Source, file_sha256, git_blob_oid
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
 from hf_locstitch.runtime.files import write_all
 
@@ -49,14 +48,25 @@ Arrived = Callable[[int, int], object]  # an open file and how many bytes from i
 def open_repo(repo: str, revision: str | None) -> Source:
     """The repo at the commit that `revision` currently names. Offline, at the newest cached commit."""
     if constants.is_offline_mode():
-        try:
-            return CachedRepoSource(Path(snapshot_download(repo, revision=revision, local_files_only=True)), repo)
-        except LocalEntryNotFoundError as error:
-            at = f"{repo}@{revision}" if revision else repo
-            raise CheckpointError(
-                f"{at} is not in the cache and HF_HUB_OFFLINE is set. Unset it, or fetch the repo first."
+        if snapshot := find_snapshot(_repo_folder(repo), revision):
+            return CachedRepoSource(snapshot, repo)
+        at = f"{repo}@{revision}" if revision else repo
+        raise CheckpointError(
+            f"{at} is not in the cache and HF_HUB_OFFLINE is set. Unset it, or fetch the repo first."
+        )
+    try:
+        return HubSource(repo, revision)
+    except DownloadError as error:
+        if snapshot := find_snapshot(_repo_folder(repo), revision):
+            raise DownloadError(
+                f"{error} Or set HF_HUB_OFFLINE=1 to use what the cache holds of it, at commit {snapshot.name}."
             ) from error
-    return HubSource(repo, revision)
+        raise
+
+
+def _repo_folder(repo: str) -> Path:
+    """The repo's part of the cache."""
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
 
 
 class HubSource:
@@ -77,6 +87,8 @@ class HubSource:
         }
         self._sha256: dict[str, str] = {}
         self._starts: dict[str, bytes] = {}  # read for the headers; not asked for again
+        self._remembered = Remembered(self._folder, self._commit)
+        self._remembered.keep_files(self._files)
 
     @property
     def label(self) -> str:
@@ -96,8 +108,7 @@ class HubSource:
 
     @property
     def _folder(self) -> Path:
-        """This repo's part of the cache."""
-        return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self._repo, repo_type="model")
+        return _repo_folder(self._repo)
 
     def cached(self, file: str) -> Path | None:
         path = try_to_load_from_cache(self._repo, file, revision=self._commit)
@@ -121,6 +132,7 @@ class HubSource:
         try:
             if len(self._starts.get(file, b"")) < length:
                 retrying(read)
+                self._remembered.keep_start(self._files[file], self._starts[file])
         except Exception as error:
             raise_clearly(error, self._repo, self._commit, self._endpoint)
         return self._starts[file][:length]
@@ -131,6 +143,7 @@ class HubSource:
         if path := self.cached(file):
             if self._is_as_promised(file, path):
                 advance(self._files[file].size)
+                self._remember_revision()
                 return path
             self._forget(file, path)  # damaged in the cache: fetch it again
         if self._files[file].sha256 is not None:
@@ -181,6 +194,9 @@ class HubSource:
                 "command again; it resumes where it stopped."
             ) from error
 
+    def check_obtainable(self, files: Iterable[str], cache: bool) -> None:
+        """Whether the Hub gives them is known only when they are fetched."""
+
     def sha256(self, file: str) -> str:
         if promised := self._files[file].sha256:
             return promised  # every read of the file is checked against it
@@ -196,10 +212,13 @@ class HubSource:
 
     def _remember_revision(self) -> None:
         """Cache which commit the branch or tag names, for offline use."""
-        if self._revision != self._commit:
-            ref = self._folder / "refs" / self._revision
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(self._commit)
+        if self._revision == self._commit:
+            return
+        ref = self._folder / "refs" / self._revision
+        with suppress(OSError):  # of a cache that cannot be written to
+            if not ref.is_file() or ref.read_text() != self._commit:
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                ref.write_text(self._commit)
 
     def _forget(self, file: str, path: Path) -> None:
         self._sha256.pop(file, None)
@@ -289,9 +308,3 @@ def hash_of_open(file: RawIOBase) -> _Hash:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest
-
-
-def git_blob_oid(path: Path) -> str:
-    """The id that git gives to a file's content."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

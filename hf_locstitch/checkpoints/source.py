@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -68,6 +68,10 @@ class Source(Protocol):
         """
         ...
 
+    def check_obtainable(self, files: Iterable[str], cache: bool) -> None:
+        """Raises RequestError if one of the files could not be fetched. cache: whether downloads are to be kept."""
+        ...
+
     def sha256(self, file: str) -> str:
         """SHA-256 of the fetched file's content, hex; computed once."""
         ...
@@ -83,3 +87,9 @@ def file_sha256(path: Path, advance: Advance = lambda _: None) -> str:
             digest.update(view[:count])
             advance(count)
     return digest.hexdigest()
+
+
+def git_blob_oid(path: Path) -> str:
+    """The id that git gives to a file's content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

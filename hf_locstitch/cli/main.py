@@ -105,6 +105,9 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
     plan = make(recipe, make_settings(cache=not args.no_cache, max_memory=args.max_memory, device=device))
     quiet = args.quiet or not _speaks()
     if args.dry_run:
+        from hf_locstitch.engine.execute import check_possible
+
+        check_possible(plan)
         print(json.dumps(plan_json(plan), indent=2) if args.json else format_plan(plan))
         return 0
     if not quiet:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.checkpoints.hashes import InputHashes
-from hf_locstitch.engine.preflight import check_disk, check_out, warn_of_memory
+from hf_locstitch.engine.preflight import check_disk, check_inputs, check_out, warn_of_memory
 from hf_locstitch.errors import PublishError, RecipeError
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.runtime.processes import Processes, find_processes
@@ -48,10 +48,7 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
             f"--no-cache works in one process, not in {processes.count}: several processes share inputs through the "
             "cache. Drop --no-cache, or the launcher."
         )
-    if recipe.push_to is not None:
-        from hf_locstitch.report.publish import check_target
-
-        check_target(recipe.push_to)
+    check_possible(plan)
     with hide_library_bars():
         if recipe.out is not None:
             return _into(recipe.out, plan, progress, processes, prepare)
@@ -62,6 +59,15 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
         if processes.first:
             shutil.rmtree(scratch, ignore_errors=True)
         return Finished(None, done.url, done.commit, done.manifest)
+
+
+def check_possible(plan: Plan) -> None:
+    """Raises RequestError if the result could not be pushed, or an input not be fetched."""
+    if plan.recipe.push_to is not None:
+        from hf_locstitch.report.publish import check_target
+
+        check_target(plan.recipe.push_to)
+    check_inputs(plan)
 
 
 def _scratch(plan: Plan) -> Path:

@@ -35,6 +35,12 @@ def _read_manifest(folder: Path) -> Manifest | None:
         return None
 
 
+def check_inputs(plan: Plan) -> None:
+    """Raises RequestError if a file that will be read is not here and cannot be fetched."""
+    for name, files in plan.needed.items():
+        plan.inputs[name].source.check_obtainable(files, plan.settings.cache)
+
+
 def check_disk(folder: Path, plan: Plan) -> None:
     """Raises OutputError if the output and its temporary files will not fit beside `folder`."""
     free, needed = shutil.disk_usage(_existing(folder)).free, estimate(plan, files_here(plan)).disk

@@ -14,8 +14,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from hf_locstitch.artifacts.manifest import FILE
-from hf_locstitch.checkpoints.hub import git_blob_oid
 from hf_locstitch.checkpoints.hub_client import is_transient, retrying, status_of, wait_before
+from hf_locstitch.checkpoints.source import git_blob_oid
 from hf_locstitch.errors import OutputError, PublishError
 from hf_locstitch.runtime.progress import Progress
 
