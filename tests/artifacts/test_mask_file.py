@@ -60,7 +60,7 @@ def test_what_is_no_mask(merged: Path, tmp_path: Path) -> None:
         load_mask(merged, "fd")
     with pytest.raises(CheckpointError, match="not made by hf-locstitch"):
         load_mask(tmp_path / "base", "ft")
-    with pytest.raises(CheckpointError, match="no mask of hf-locstitch"):
+    with pytest.raises(CheckpointError, match="not a mask made by hf-locstitch"):
         load_mask(merged / "model.safetensors")
 
 
