@@ -60,6 +60,11 @@ def _add_merge(commands: Any) -> None:
     )
     group.add_argument("--files-from", metavar="NAME", help="finetune to take tokenizer and config from")
     _add_non_finite(group)
+    group.add_argument(
+        "--allow-task-code",
+        action="store_true",
+        help="let the recipe evaluate on a folder of task files (evaluate.include_path), which can run Python code",
+    )
 
     output = parser.add_argument_group("output")
     _add_layout(output)
@@ -153,6 +158,12 @@ def _add_non_finite(group: Any) -> None:
 
 
 def _add_layout(output: Any) -> None:
+    output.add_argument(
+        "--also-copy",
+        nargs="+",
+        metavar="GLOB",
+        help="copy these files too, beside those that transformers and sentence-transformers load and licences",
+    )
     output.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],

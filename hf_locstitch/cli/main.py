@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from hf_locstitch.runtime.settings import Settings
 
 # Flags whose destination is a recipe's field of the same name.
-FIELDS = ("method", "stitch", "scale", "include", "exclude", "rest_from", "files_from", "dtype", "shard_size",
-          "allow_non_finite", "figures", "out", "push_to", "private")  # fmt: skip
+FIELDS = ("method", "stitch", "scale", "include", "exclude", "rest_from", "files_from", "also_copy", "dtype",
+          "shard_size", "allow_non_finite", "figures", "out", "push_to", "private")  # fmt: skip
 # Flags of the localizer -> its fields.
 LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
 
@@ -126,9 +126,11 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
 
 def _fields(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe's fields, overridden by the flags that this sub-command has and that were given."""
-    from hf_locstitch.plan.recipe import load_recipe
+    from hf_locstitch.plan.recipe import check_task_code, load_recipe
 
     fields = load_recipe(args.recipe) if args.recipe is not None else {}
+    if not getattr(args, "allow_task_code", False):
+        check_task_code(fields, str(args.recipe))
     flags = {key: value for key, value in vars(args).items() if value is not None}
     if "base" in flags:
         fields["base"] = args.base

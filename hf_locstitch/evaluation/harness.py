@@ -20,6 +20,7 @@ from hf_locstitch.errors import CheckpointError, WorkError
 from hf_locstitch.evaluation.lm_eval_tasks import explaining_data
 from hf_locstitch.evaluation.scores import Score, TaskResult, common
 from hf_locstitch.tasks.benchmarks import TaskSpec
+from hf_locstitch.tasks.custom_code import load_failure
 from hf_locstitch.tasks.leaks import texts_of
 
 if TYPE_CHECKING:
@@ -71,11 +72,12 @@ def load_model(folder: Path, label: str, batch_size: int | None) -> HFLM:
     size = batch_size or ("auto" if device == "cuda" else CPU_BATCH)
     try:
         with explaining_memory(label, batch_size):
-            return build(pretrained=str(folder), batch_size=size, device=device, use_safetensors=True)
+            return build(
+                pretrained=str(folder), batch_size=size, device=device, use_safetensors=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"transformers cannot load {label}: {reason.rstrip('.')}. "
+            f"transformers cannot load {label}: {load_failure(error).rstrip('.')}. "
             "Check that AutoModelForCausalLM and AutoTokenizer load it."
         ) from error
 

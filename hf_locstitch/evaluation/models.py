@@ -14,10 +14,11 @@ from hf_locstitch.artifacts.manifest import open_manifest
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source
 from hf_locstitch.checkpoints.opening import read_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
-from hf_locstitch.checkpoints.side_files import side_files
+from hf_locstitch.checkpoints.side_files import choose_side_files
 from hf_locstitch.errors import CheckpointError, LocstitchError, RecipeError
 from hf_locstitch.inspection.verification.inputs import input_refs as recorded_refs
 from hf_locstitch.runtime.version import __version__
+from hf_locstitch.tasks.custom_code import refuse_custom_code
 
 Role = Literal["model", "base", "finetuned", "average"]
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -57,7 +58,7 @@ def open_model(ref: str, role: Role, name: str | None = None) -> Model:
 def content_of(checkpoint: Checkpoint) -> str:
     """One hash of weights, config, tokenizer, templates; the same for a folder and a repo of the same files."""
     source = checkpoint.source
-    files = [*(shard.file for shard in checkpoint.shards), *side_files(list(source.files))]
+    files = [*(shard.file for shard in checkpoint.shards), *choose_side_files(checkpoint).copied]
     digests = {file: source.files[file].sha256 or source.sha256(file) for file in files}
     return _hash(f"{file} {digest}" for file, digest in sorted(digests.items()))
 
@@ -83,6 +84,7 @@ def check_language_model(checkpoint: Checkpoint) -> None:
             f"{label} has no config.json with a model_type, so transformers cannot load it. Name a complete model; "
             "merge an adapter into its base first."
         )
+    refuse_custom_code(checkpoint, "lm-eval")
     architecture = str((config.get("architectures") or [""])[0])
     known = (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -108,7 +110,7 @@ def _listed(names: str | Sequence[str]) -> Sequence[str]:
 def fetch(checkpoint: Checkpoint) -> Path:
     """The folder that holds weights, config and tokenizer. Raises DownloadError or IntegrityError."""
     source = checkpoint.source
-    for file in [*(shard.file for shard in checkpoint.shards), *side_files(list(source.files))]:
+    for file in [*(shard.file for shard in checkpoint.shards), *choose_side_files(checkpoint).copied]:
         source.fetch(file)
     return source.fetch("config.json").parent
 

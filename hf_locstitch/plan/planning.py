@@ -4,35 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from difflib import get_close_matches
 from types import MappingProxyType
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from hf_locstitch.artifacts.fit import localized_mismatches, unlike
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, open_localized
 from hf_locstitch.artifacts.values_file import values_metadata
-from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.checkpoint import INDEX, Checkpoint
 from hf_locstitch.checkpoints.compatibility import differences, dtype_warnings, licence_warning, mismatches
 from hf_locstitch.checkpoints.localizable import localizable, unknown_globs
-from hf_locstitch.checkpoints.names import make_name, same_place
+from hf_locstitch.checkpoints.names import is_own, make_name, same_place
 from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.checkpoints.side_files import check_side_files, choose_side_files
 from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.plan.layout import OutputShard, guessed, output_shards
-from hf_locstitch.plan.plans import LocalizePlan, MergePlan, StitchPlan
+from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
+from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import hide_library_bars
 from hf_locstitch.runtime.settings import DEFAULT, Settings
 from hf_locstitch.tasks.benchmarks import chosen_tasks
+from hf_locstitch.tasks.custom_code import refuse_custom_code
 from hf_locstitch.tasks.leaks import JudgedTask, leaks
 from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, open_set
 
 ALL = ("*",)
 # Fields of a recipe that apply to a merged model only.
-OF_MODELS = ("scale", "rest_from", "files_from", "dtype", "shard_size", "evaluate")
+OF_MODELS = ("scale", "rest_from", "files_from", "also_copy", "dtype", "shard_size", "evaluate")
+AnyModelPlan = TypeVar("AnyModelPlan", bound=ModelPlan)
 NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
 
 
@@ -41,7 +47,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     if recipe.localized:
         return _open_and_stitch(recipe, settings)
     base, finetuned, data, fit_data = _open_inputs(recipe)
-    plan = merge_plan(recipe, base, finetuned, settings, data, fit_data)
+    plan = _with_side_files(merge_plan(recipe, base, finetuned, settings, data, fit_data))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
     return plan
@@ -74,7 +80,28 @@ def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
         base = pool.submit(open_checkpoint, parse_ref(recipe.base.ref))
         localized = list(pool.map(open_localized, refs))
         names = finetuned_names(recipe, [checkpoint.name for checkpoint in localized])
-        return stitch_plan(recipe, base.result(), dict(zip(names, localized, strict=True)), settings)
+        named = dict(zip(names, localized, strict=True))
+        return _with_side_files(stitch_plan(recipe, base.result(), named, settings))
+
+
+def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
+    """The plan with the files that go along with the weights. Raises MismatchError, CheckpointError."""
+    source, globs = plan.files.source, plan.recipe.also_copy
+    free = [file for file in source.files if not is_own(file)]
+    if problems := unknown_globs(free, globs, f"{source.label} (--also-copy)", "file"):
+        raise MismatchError(problems)
+    chosen = choose_side_files(plan.files, globs)
+    check_side_files(source, chosen)
+    if twice := same_place([INDEX, *(shard.file for shard in plan.shards), *chosen.copied]):
+        raise RecipeError(f"also_copy asks for {twice[1]}, but the merge writes {twice[0]} itself. Name other files.")
+    whose = "the base" if plan.files is plan.base else plan.recipe.files_from or plan.recipe.rest_from
+    warnings = [
+        f"{some(names)} of {whose}: weights that nothing says the model loads are neither merged nor copied "
+        "(--also-copy copies them)."
+        for names in [chosen.left_weights]
+        if names
+    ]
+    return replace(plan, side_files=chosen, warnings=(*plan.warnings, *warnings))
 
 
 def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
@@ -257,6 +284,9 @@ def _check_inputs(
             f"{recipe.fitting.called} reads the finetunes repeatedly, a layer at a time: it cannot be combined with "
             "--no-cache. Drop one of the two."
         )
+    if purpose := _loads_models(recipe, data, fit_data):
+        for checkpoint in (base, *finetuned.values()):
+            refuse_custom_code(checkpoint, purpose)
     everywhere = list(dict.fromkeys([*base.tensors, *(t for one in finetuned.values() for t in one.tensors)]))
     problems = unknown_globs(list(base.tensors), recipe.include, "the base")
     problems += unknown_globs(everywhere, recipe.exclude, "the base or a finetune")
@@ -282,6 +312,16 @@ def _check_inputs(
     warnings += recipe.fitting.warnings() if recipe.fitting else []
     wanted = set(chosen)
     return [name for name in base.tensors if name in wanted], tuple(warnings)
+
+
+def _loads_models(recipe: Recipe, data: Mapping[str, OpenSet], fit_data: Mapping[str, OpenSet]) -> str | None:
+    """What has transformers load the models; None if nothing does."""
+    if data:
+        return "a localizer that uses data"
+    if fit_data:
+        assert recipe.fitting is not None
+        return recipe.fitting.called
+    return "an evaluation" if recipe.evaluate is not None else None
 
 
 def _judged(recipe: Recipe) -> Iterator[JudgedTask]:

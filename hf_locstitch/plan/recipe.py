@@ -98,6 +98,8 @@ class Recipe(Strict):
     """Name of the finetune that gives the tensors that are not localized; the base by default."""
     files_from: str | None = None
     """Name of the finetune that gives config, tokenizer and the like; as `rest_from` by default."""
+    also_copy: tuple[str, ...] = ()
+    """Globs of more files to copy, beside those that a model is known to need."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     shard_size: ByteSize | None = Field(default=None, gt=0)
     """Largest output file in bytes ("5GB"); the base's own division by default."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.checkpoints.side_files import side_files
+from hf_locstitch.checkpoints.side_files import choose_side_files
 from hf_locstitch.errors import RequestError
+from hf_locstitch.tasks.custom_code import load_failure
 from hf_locstitch.tasks.objective import Objective
 
 
@@ -27,7 +28,7 @@ def link_files(checkpoint: Checkpoint, folder: Path) -> Path:
     source = checkpoint.source
     shards = [shard.file for shard in checkpoint.shards]
     indices = [file for file in source.files if file.endswith(".safetensors.index.json")]
-    for file in [*shards, *indices, *side_files(list(source.files))]:
+    for file in [*shards, *indices, *choose_side_files(checkpoint).copied]:
         link = folder / file
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
@@ -43,11 +44,17 @@ def load_model(folder: Path, objective: Objective, config: Any, dtype: torch.dty
     options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}  # grouped products lack float64
     try:
         model, report = loader.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            folder,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
         )
     except (ValueError, OSError, KeyError) as error:
         raise RequestError(
-            f"{objective.auto_class} cannot load the model ({' '.join(str(error).split())[:300]}). A localizer that "
+            f"{objective.auto_class} cannot load the model ({load_failure(error)}). A localizer that "
             "uses data needs a model that transformers supports without code from the repo; use one without data."
         ) from error
     absent = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
@@ -58,10 +65,10 @@ def load_config(folder: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(folder)
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise RequestError(
-            f"transformers cannot read the config.json of {folder.name} ({' '.join(str(error).split())[:300]}). "
+            f"transformers cannot read the config.json of {folder.name} ({load_failure(error)}). "
             "A localizer that uses data needs it; use one without data."
         ) from error
 
@@ -74,9 +81,9 @@ def load_processor(objective: Objective, *folders: Path) -> Any:
     errors = []
     for folder in folders:
         try:
-            return loader.from_pretrained(folder)
+            return loader.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, OSError, KeyError, TypeError) as error:
-            errors.append(" ".join(str(error).split())[:200])
+            errors.append(load_failure(error))
     raise RequestError(
         f"neither the finetune nor the base has a tokenizer or processor that {loader.__name__} can read "
         f"({errors[0]}). "

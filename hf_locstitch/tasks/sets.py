@@ -167,7 +167,7 @@ def _load(opened: OpenSet) -> Any:
             builder = BUILDERS[opened.file.suffix]
             return datasets.load_dataset(builder, data_files={asked.split: str(opened.file)}, split=asked.split)
         return datasets.load_dataset(str(opened.repo), opened.config, split=asked.split, revision=opened.commit)
-    except (ValueError, OSError, DatasetsError) as error:
+    except (ValueError, OSError, RuntimeError, DatasetsError) as error:  # RuntimeError: a script, which is never run
         raise RequestError(
             f"{opened.label} cannot be read as a data set ({' '.join(str(error).split())[:300]}). "
             "Check its config and split."

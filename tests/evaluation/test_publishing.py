@@ -115,7 +115,7 @@ def test_from_checkpoints_to_an_evaluated_page(
     }  # fmt: skip
     recipe.write_text(yaml.safe_dump(fields))
     out = tmp_path / "out"
-    status, _, err = run("merge", recipe, "--out", out)
+    status, _, err = run("merge", recipe, "--out", out, "--allow-task-code")
     assert status == 0, err
     assert len(home_hub.commits(target)) == 2  # the repo's own first one, and all of ours together
     data: Any = ModelCard.load(out / "README.md").data
@@ -124,14 +124,14 @@ def test_from_checkpoints_to_an_evaluated_page(
     assert str(tmp_path) not in (out / "README.md").read_text() + (out / "figures" / "scores.json").read_text()
 
     only = target.replace("merged", "only")
-    assert run("merge", recipe, "--push-to", only, "--quiet")[0] == 0  # nothing but the scores stays here
+    assert run("merge", recipe, "--push-to", only, "--quiet", "--allow-task-code")[0] == 0  # nothing but the scores stays here
     assert home_hub.read(only, "model.safetensors") == (out / "model.safetensors").read_bytes()
     assert b"## Evaluation" in home_hub.read(only, "README.md")
     assert [path.name for path in cache_folder().parent.iterdir()] == ["evaluations"]
-    status, _, err = run("merge", recipe, "--push-to", only, "--no-cache")
+    status, _, err = run("merge", recipe, "--push-to", only, "--no-cache", "--allow-task-code")
     assert status == 2 and "Drop --no-cache" in err
 
-    status, _, err = run("merge", recipe, "--out", out)  # a finished merge is recognised, its scores are known
+    status, _, err = run("merge", recipe, "--out", out, "--allow-task-code")  # a finished merge is recognised, its scores are known
     assert status == 0 and "measured   0 scores, 4 more from the cache" in err
 
 
@@ -143,10 +143,10 @@ def test_a_recipe_with_a_wrong_evaluation_writes_nothing(
     for evaluation, words in [
         ({"tasks": ["lettres"], "include_path": str(tasks)}, "did you mean letters"),
         ({"task": ["letters"]}, "did you mean 'tasks'"),
-        ({}, "neither tasks nor a suite"),
+        ({}, "set tasks or a suite"),
     ]:
         recipe.write_text(yaml.safe_dump({**fields, "evaluate": evaluation}))
-        status, _, err = run("merge", recipe, "--out", tmp_path / "out", "--quiet")
+        status, _, err = run("merge", recipe, "--out", tmp_path / "out", "--quiet", "--allow-task-code")
         assert status == 2 and words in err, err
         assert not (tmp_path / "out").exists()
 
@@ -163,6 +163,6 @@ def test_a_failed_evaluation_keeps_the_merge(
 
     with monkeypatch.context() as patch:
         patch.setattr(harness, "load_model", fail)
-        status, _, err = run("merge", recipe, "--out", tmp_path / "out")
+        status, _, err = run("merge", recipe, "--out", tmp_path / "out", "--allow-task-code")
     assert status == 1 and "is complete, but its evaluation failed" in err and "lights" in err
-    assert run("merge", recipe, "--out", tmp_path / "out")[0] == 0
+    assert run("merge", recipe, "--out", tmp_path / "out", "--allow-task-code")[0] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hf_locstitch.stitch.refit.passes import Pass, watch
 from hf_locstitch.stitch.refit.plain import PlainStitch
 from hf_locstitch.stitch.refit.settings import JUDGED, InputSettings, RefitSettings
 from hf_locstitch.stitch.refit.weights import Part, Weights, hollow
+from hf_locstitch.tasks.custom_code import load_failure
 from hf_locstitch.tasks.loading import link_files, load_config, load_processor
 from hf_locstitch.tasks.objective import Objective
 from hf_locstitch.tasks.objectives import suggest
@@ -201,14 +203,15 @@ def empty_model(objective: Objective, config: Any) -> Any:
     from accelerate import init_empty_weights
 
     loader = getattr(transformers, objective.auto_class)
-    make = getattr(loader, "from_config", None) or loader._from_config
+    automatic = hasattr(loader, "from_config")  # such as AutoModel; a class of one architecture runs its own code only
+    make = partial(loader.from_config, trust_remote_code=False) if automatic else loader._from_config
     config.use_cache = False
     try:
         with init_empty_weights(include_buffers=False):
             model = make(config, dtype=torch.float32, experts_implementation="eager")
     except (ValueError, OSError, KeyError) as error:
         raise RequestError(
-            f"{objective.auto_class} cannot make the model ({' '.join(str(error).split())[:300]}). A refit needs a "
+            f"{objective.auto_class} cannot make the model ({load_failure(error)}). A refit needs a "
             "model that transformers knows without code from the repo; use --stitch mean."
         ) from error
     model.tie_weights()
