@@ -6,7 +6,6 @@ dtype. So nothing is lost: where the mask is one, the finetuned bits are stored.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.artifacts.manifest import FILE, InputRecord, Manifest, open_manifest
 from hf_locstitch.artifacts.mask_file import FORMAT as MASK_FORMAT
-from hf_locstitch.artifacts.mask_file import MaskFile, Positions
+from hf_locstitch.artifacts.mask_file import MaskFile, Positions, parse_shapes
 from hf_locstitch.artifacts.values_file import FORMAT as VALUES_FORMAT
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, Shard, open_source, read_card, read_shard
 from hf_locstitch.checkpoints.header import TensorInfo
@@ -159,7 +158,7 @@ def read_localized(source: Source, record: Manifest) -> LocalizedCheckpoint:
         files = entry.file, str(entry.values)
         _check_sizes(source, record, files)
         mask, values = (read_shard(source, file) for file in files)
-        shapes = {name: tuple(shape) for name, shape in json.loads(mask.header.metadata["shapes"]).items()}
+        shapes = parse_shapes(mask.header.metadata)
         localized = LocalizedCheckpoint(source, record, (mask, values), dict(record.localizer or {}), shapes)
         _check_headers(localized)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
@@ -197,6 +196,8 @@ def _check_headers(checkpoint: LocalizedCheckpoint) -> None:
             )
     if (count := sum(checkpoint.stored(name).numel for name in checkpoint.shapes)) != checkpoint.ones:
         raise ValueError(f"{checkpoint.shards[1].file} holds {count} values, but the mask has {checkpoint.ones} ones")
+    if (stated := checkpoint.shards[0].header.metadata.get("ones")) != str(checkpoint.ones):
+        raise ValueError(f"its mask states {stated} ones, its manifest {checkpoint.ones}")
     if (n := sum(map(math.prod, checkpoint.shapes.values()))) != checkpoint.N:
         raise ValueError(f"its mask ranges over {n} elements, its manifest says N = {checkpoint.N}")
     _ = checkpoint.base, checkpoint.finetuned

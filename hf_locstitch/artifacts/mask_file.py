@@ -20,18 +20,22 @@ import numpy.typing as npt
 
 from hf_locstitch.artifacts.mask_source import MaskSource
 from hf_locstitch.checkpoints.header import TensorInfo, TensorSpec
+from hf_locstitch.checkpoints.mapped import MappedFile, read_header
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.errors import CheckpointError, IntegrityError
 from hf_locstitch.runtime import kernels
 from hf_locstitch.runtime.chunks import chunks_by_name, for_each
 from hf_locstitch.runtime.kernels import ESCAPE
+from hf_locstitch.runtime.parsing import parse_json
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT = "hf-locstitch mask 1"
+MOST_ELEMENTS = 2**48  # of a mask, empty dimensions aside
 
 Positions = npt.NDArray[np.int64]
+Coded = bytes | memoryview
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -49,24 +53,32 @@ def encode_positions(pieces: Iterable[tuple[int, kernels.Positions]]) -> bytes:
     return b"".join(coded) + deflate.flush() if coded else b""
 
 
-def iter_positions(coded: bytes, piece: int = 1 << 20) -> Iterator[Positions]:
-    """As decode_positions, a part at a time: of `piece` bytes of gaps. Raises zlib.error if the end is missing."""
-    if not coded:
+def iter_positions(coded: Coded, numel: int, piece: int = 1 << 20) -> Iterator[Positions]:
+    """As decode_positions, a part at a time: of `piece` bytes of gaps.
+
+    Stops inflating at the first byte beyond `numel` elements. Raises zlib.error, and ValueError if it gets there.
+    """
+    if not len(coded):
         return
-    inflate, rest, total, count = zlib.decompressobj(), coded, 0, 0
+    inflate, rest, total, count, content = zlib.decompressobj(), coded, 0, 0, np.empty(0, np.uint8)
     while not inflate.eof:
         content = np.frombuffer(inflate.decompress(rest, piece), dtype=np.uint8)
         rest = inflate.unconsumed_tail
         if not len(content) and not rest and not inflate.eof:
             raise zlib.error("incomplete")
         ends = np.flatnonzero(content != ESCAPE)
-        yield np.cumsum(content, dtype=np.int64)[ends] + total + count + np.arange(len(ends))
+        positions = np.cumsum(content, dtype=np.int64)[ends] + total + count + np.arange(len(ends))
         total, count = total + int(content.sum(dtype=np.int64)), count + len(ends)
+        if total + count > numel:
+            raise ValueError(f"its gaps reach beyond its {numel} elements")
+        yield positions
+    if inflate.unused_data or (len(content) and content[-1] == ESCAPE):
+        raise ValueError("something follows its last one")
 
 
-def decode_positions(coded: bytes) -> Positions:
-    """Ascending flat indices. Returns int64 [ones]. Raises zlib.error."""
-    return np.concatenate([np.empty(0, np.int64), *iter_positions(coded)])
+def decode_positions(coded: bytes, numel: int) -> Positions:
+    """Ascending flat indices among `numel` elements. Returns int64 [ones]. Raises zlib.error, ValueError."""
+    return np.concatenate([np.empty(0, np.int64), *iter_positions(coded, numel)])
 
 
 def mask_metadata(
@@ -137,39 +149,48 @@ class DamagedMask(IntegrityError):
 
 
 class MaskFile:
-    """A mask whose tensors are decoded on demand. shapes: of the localized tensors.
+    """A mask whose tensors are decoded on demand. shapes: of the localized tensors. ones: as the file states them.
 
     label: what errors call it, the path by default. Raises ForeignMask, DamagedMask. Safe to share between threads.
     """
 
     def __init__(self, path: Path, label: str | None = None) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.label = label or str(path)
         try:
-            self._file = safe_open(path, framework="np")
-            metadata = self._file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ForeignMask(self.label, f"format {metadata.get('format')!r}, expected {FORMAT!r}")
-            self.shapes: Shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-            stored = set(self._file.keys())
-        except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+            header = read_header(path, self.label)
+        except (CheckpointError, OSError) as error:
             raise DamagedMask(self.label, str(error)) from error
-        if stored != self.shapes.keys():
-            at = min(stored ^ self.shapes.keys())
+        if (form := header.metadata.get("format")) != FORMAT:
+            raise ForeignMask(self.label, f"format {form!r}, expected {FORMAT!r}")
+        try:
+            self.shapes = parse_shapes(header.metadata)
+            self.ones = int(header.metadata["ones"])
+            self._coded = {info.name: _checked(info) for info in header.tensors}
+            if int(header.metadata["N"]) != self.N or not 0 <= self.ones <= self.N:
+                raise ValueError(f"N = {header.metadata['N']} and ones = {self.ones} for {self.N} elements")
+        except KeyError as error:
+            raise DamagedMask(self.label, f"its metadata lacks {error.args[0]!r}") from error
+        except ValueError as error:
+            raise DamagedMask(self.label, str(error)) from error
+        if self._coded.keys() != self.shapes.keys():
+            at = min(self._coded.keys() ^ self.shapes.keys())
             raise DamagedMask(self.label, f"its metadata and its tensors disagree on {at}")
+        self._file = MappedFile(path)
+
+    @property
+    def N(self) -> int:
+        """Elements that it ranges over."""
+        return sum(map(math.prod, self.shapes.values()))
 
     def iter_positions(self, tensor: str) -> Iterator[Positions]:
         """Ascending flat indices of a tensor's ones, a part at a time. Raises KeyError for a tensor it lacks."""
-        from safetensors import SafetensorError
-
-        numel = math.prod(self.shapes[tensor])
+        numel, info, count = math.prod(self.shapes[tensor]), self._coded[tensor], 0
         try:
-            for part in iter_positions(self._file.get_tensor(tensor).tobytes()):
-                if len(part) and part[-1] >= numel:
-                    raise ValueError(f"a one at index {part[-1]}, beyond its {numel} elements")
-                yield part
-        except (SafetensorError, zlib.error, ValueError) as error:
+            for positions in iter_positions(self._file.raw(info.start, info.stop), numel):
+                if (count := count + len(positions)) > self.ones:
+                    raise ValueError(f"{count} ones or more, where the whole mask has {self.ones}")
+                yield positions
+        except (zlib.error, ValueError) as error:
             raise DamagedMask(self.label, f"in {tensor}: {error}") from error
 
     def positions(self, tensor: str) -> Positions:
@@ -180,9 +201,29 @@ class MaskFile:
         """Returns bool [*shape]."""
         import torch
 
-        mask = torch.zeros(math.prod(self.shapes[tensor]), dtype=torch.bool)
-        mask[torch.from_numpy(self.positions(tensor))] = True
-        return mask.reshape(self.shapes[tensor])
+        mask = np.zeros(math.prod(self.shapes[tensor]), dtype=bool)  # memory is taken where ones are set only
+        for positions in self.iter_positions(tensor):
+            mask[positions] = True
+        return torch.from_numpy(mask).reshape(self.shapes[tensor])
+
+
+def parse_shapes(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """The localized tensors' shapes, as a mask file states them. Raises ValueError, KeyError."""
+    shapes = parse_json(metadata["shapes"].encode())
+    if not isinstance(shapes, dict):
+        raise ValueError("its shapes are no mapping of tensors")
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"the shape of {name} is no list of sizes")
+    if sum(math.prod(size or 1 for size in shape) for shape in shapes.values()) > MOST_ELEMENTS:
+        raise ValueError(f"its shapes have more than {MOST_ELEMENTS:,} elements")
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _checked(info: TensorInfo) -> TensorInfo:
+    if info.dtype != "U8" or len(info.shape) != 1:
+        raise ValueError(f"{info.name} is {info.dtype} {list(info.shape)}, expected U8 [bytes]")
+    return info
 
 
 def load_mask(ref: str | Path, name: str | None = None) -> dict[str, torch.Tensor]:
@@ -193,13 +234,29 @@ def load_mask(ref: str | Path, name: str | None = None) -> dict[str, torch.Tenso
     Raises CheckpointError if there is no such mask, IntegrityError if the file is damaged.
     """
     path = Path(ref)
-    if name is not None or not path.is_file():
-        path = _mask_in(str(ref), name)
-    mask = MaskFile(path)
-    return {tensor: mask.mask(tensor) for tensor in mask.shapes}
+    mask = _mask_in(str(ref), name) if name is not None or not path.is_file() else MaskFile(path)
+    _check_memory(mask)
+    loaded = {tensor: mask.mask(tensor) for tensor in mask.shapes}
+    if (ones := sum(int(values.sum()) for values in loaded.values())) != mask.ones:
+        raise DamagedMask(mask.label, f"{ones} ones, its metadata says {mask.ones}")
+    return loaded
 
 
-def _mask_in(ref: str, name: str | None) -> Path:
+def _check_memory(mask: MaskFile) -> None:
+    """Raises CheckpointError if the bool tensors would not fit into memory."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if free < mask.N:
+        raise CheckpointError(
+            f"the mask {mask.label} ranges over {mask.N:,} elements, which take as many bytes as bool tensors, but "
+            f"{free:,} bytes of memory are free. Use a machine with more memory; load_localized reads the mask of "
+            "a localized checkpoint a tensor at a time."
+        )
+
+
+def _mask_in(ref: str, name: str | None) -> MaskFile:
+    from hf_locstitch.artifacts.manifest import FILE, open_manifest
     from hf_locstitch.checkpoints.checkpoint import open_source
     from hf_locstitch.checkpoints.ref import parse_ref
 
@@ -212,4 +269,8 @@ def _mask_in(ref: str, name: str | None) -> Path:
             f"{source.label} has no mask {name!r}: "
             + (f"it has {', '.join(names)}. Use one of them." if names else "it was not made by hf-locstitch.")
         )
-    return source.fetch(f"masks/{name}.safetensors")
+    mask = MaskFile(source.fetch(file := f"masks/{name}.safetensors"), f"{source.label}/{file}")
+    record = open_manifest(source) if FILE in source.files else None
+    if record and name in record.masks and (due := (record.N, record.masks[name].ones)) != (mask.N, mask.ones):
+        raise DamagedMask(mask.label, f"(N, ones) = {mask.N, mask.ones}, its manifest says {due}")
+    return mask

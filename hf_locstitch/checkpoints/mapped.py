@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.header import Header, header_length, parse_header
 from hf_locstitch.checkpoints.reader import CheckpointReader
 
 STRETCH = 1 << 22  # bytes; Python holds its lock during madvise
@@ -32,6 +33,14 @@ class MappedFile:
         if last > first and hasattr(self._map, "madvise"):
             first = max(0, first - LAGGING)
             self._map.madvise(mmap.MADV_DONTNEED, first * STRETCH, (last - first) * STRETCH)
+
+
+def read_header(path: Path, label: str) -> Header:
+    """Of a safetensors file on this machine. Raises CheckpointError, which calls it `label`, and OSError."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        return parse_header(prefix + file.read(header_length(prefix, size, label) - 8), size, label)
 
 
 class MappedCheckpoint(CheckpointReader):

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_locstitch.checkpoints.header import TensorInfo, TensorSpec, header_length, parse_header
-from hf_locstitch.checkpoints.mapped import MappedFile
+from hf_locstitch.checkpoints.header import TensorInfo, TensorSpec
+from hf_locstitch.checkpoints.mapped import MappedFile, read_header
 from hf_locstitch.checkpoints.reader import read_values
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.runtime.files import replacing
@@ -26,12 +26,7 @@ class ScoreFile:
     """ones: how many elements the mask keeps, where the scores decide it; else None. losses: seen on the way."""
 
     def __init__(self, path: Path) -> None:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = header_length(file.read(8), size, str(path))
-            file.seek(0)
-            raw = file.read(length)
-        header = parse_header(raw, size, str(path))
+        header = read_header(path, str(path))
         self._infos = {info.name: info for info in header.tensors}
         self._file = MappedFile(path)
         self.ones: int | None = json.loads(header.metadata["ones"])

@@ -214,11 +214,12 @@ def test_a_mask_of_other_tensors(home: Path) -> None:
     assert "metadata and its tensors disagree" in found(report)[0]
     assert report.skipped == ("values: the masks cannot be used",)
     path = home / "out" / "masks" / "ft0.safetensors"
-    save_file(load_file(path), path, metadata={"format": "hf-locstitch mask 1", "shapes": '{"lm_head.weight": [2]}'})
+    stated = {"format": "hf-locstitch mask 1", "ones": "0"}
+    save_file(load_file(path), path, metadata={**stated, "N": "2", "shapes": '{"lm_head.weight": [2]}'})
     adjust(home / "out", "masks/ft0.safetensors")
     assert "disagree" in found(verify("out"))[0]
     coded = torch.tensor([], dtype=torch.uint8)
-    save_file({NAME: coded}, path, metadata={"format": "hf-locstitch mask 1", "shapes": f'{{"{NAME}": [9, 7]}}'})
+    save_file({NAME: coded}, path, metadata={**stated, "N": "63", "shapes": f'{{"{NAME}": [9, 7]}}'})
     adjust(home / "out", "masks/ft0.safetensors")
     text = "\n".join(found(verify("out")))
     assert f"the shape of {NAME} is [9, 7], expected [9, 6]" in text

@@ -17,6 +17,8 @@ from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.inspection.verification.report import Finding
 from hf_locstitch.localize.density import exact_share
 
+SPARSE = 256  # elements for each one; real masks have fewer
+
 
 def mask_finding(error: DamagedMask | ForeignMask) -> Finding:
     return Finding("masks", error.file, "the file", error.fault, "a mask file of hf-locstitch")
@@ -66,18 +68,29 @@ def tally(masks: Mapping[str, MaskFile], shapes: Shapes) -> Tally:
     both = dict.fromkeys(combinations(masks, 2), 0)
     covered = np.zeros(len(masks) + 1, dtype=np.int64)
     for tensor, shape in shapes.items():
-        positions = positions_of(masks, tensor)
-        times = np.zeros(math.prod(shape), dtype=np.uint8)
+        numel, (size, positions) = math.prod(shape), _renumbered(positions_of(masks, tensor), math.prod(shape))
+        times = np.zeros(size, dtype=np.uint8)
         for i, (name, own) in enumerate(positions.items()):
             ones[name][tensor] = len(own)
-            member = np.zeros(len(times), dtype=bool)
+            member = np.zeros(size, dtype=bool)
             member[own] = True
             times += member
             for other in list(positions)[i + 1 :]:
                 both[name, other] += int(np.count_nonzero(member[positions[other]]))
         covered[1:] += [np.count_nonzero(times == count) for count in range(1, len(covered))]
-        covered[0] += len(times) - np.count_nonzero(times)
+        covered[0] += numel - np.count_nonzero(times)
     return Tally(ones, covered.tolist(), both)
+
+
+def _renumbered(positions: dict[str, Positions], numel: int) -> tuple[int, dict[str, Positions]]:
+    """The masks of one tensor as positions among `size` elements, of which few are in no mask.
+
+    So what is allocated is in proportion to the ones, however many elements a file claims to have.
+    """
+    if SPARSE * sum(map(len, positions.values())) >= numel:
+        return numel, positions
+    used = np.unique(np.concatenate([np.empty(0, np.int64), *positions.values()]))
+    return len(used), {name: np.searchsorted(used, own) for name, own in positions.items()}
 
 
 def positions_of(masks: Mapping[str, MaskFile], tensor: str) -> dict[str, Positions]:
