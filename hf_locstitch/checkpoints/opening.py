@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_locstitch.checkpoints.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, Config, open_source, read_json
 from hf_locstitch.checkpoints.kinds import KINDS
+from hf_locstitch.checkpoints.quantized import quantized_tensor
 from hf_locstitch.checkpoints.ref import Ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
@@ -20,8 +21,20 @@ def read_checkpoint(source: Source) -> Checkpoint:
     _refuse_quantized(source, config)
     for kind in sorted(KINDS.all(), key=lambda kind: kind.rank):
         if kind().matches(source.files):
-            return kind().read(source, config)
+            checkpoint = kind().read(source, config)
+            _refuse_quantized_weights(checkpoint)
+            return checkpoint
     raise CheckpointError(f"{source.label} holds no weights (no {SINGLE}, no {INDEX}). Check the name.")
+
+
+def _refuse_quantized_weights(checkpoint: Checkpoint) -> None:
+    if info := quantized_tensor(info for _, info in checkpoint.tensors.values()):
+        shard, _ = checkpoint.tensors[info.name]
+        raise CheckpointError(
+            f"{checkpoint.label} is quantized, though its config does not say so: {shard.file} holds {info.name} as "
+            f"{info.dtype} {list(info.shape)}. Task vectors need the full weights: use the unquantized checkpoint it "
+            "was made from, or dequantize it and save_pretrained() it first."
+        )
 
 
 def _refuse_quantized(source: Source, config: Config) -> None:
