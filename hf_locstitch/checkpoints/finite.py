@@ -1,13 +1,15 @@
-"""Whether a checkpoint's values are numbers."""
+"""Whether values are finite: those of a checkpoint, and those to be written in a narrower dtype."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import NonFiniteError
 from hf_locstitch.runtime.chunks import Chunk
-from hf_locstitch.runtime.dtypes import DTYPE, Values
+from hf_locstitch.runtime.dtypes import DTYPE, ON_DISK, Values
 from hf_locstitch.runtime.kernels import bits
 
 
@@ -30,4 +32,22 @@ def check_finite(reader: CheckpointReader, name: str, chunk: Chunk, values: Valu
         f"{name} in {reader.where(name)} holds {kind} at flat index {chunk.first + first} of "
         f"{reader.checkpoint.info(name).numel}. The checkpoint is damaged, or was saved in too narrow a dtype; "
         "--allow-non-finite lets such values through."
+    )
+
+
+def check_fits(tensor: str, chunk: Chunk, values: Values, exact: Callable[[], Values]) -> None:
+    """Raises NonFiniteError if values [n] to be written hold NaN or infinity. exact: the same in float64."""
+    if all_finite(values):
+        return
+    first = int(np.flatnonzero(~np.isfinite(values))[0])
+    due, at = float(exact()[first]), f"flat index {chunk.first + first}"
+    dtype = next(name for name, on_disk in ON_DISK.items() if DTYPE[on_disk] == values.dtype)
+    if np.isfinite(due):
+        raise NonFiniteError(
+            f"{tensor}: the value {due:g} at {at} is beyond the range of {dtype} and would become infinity. Write the "
+            "model in a wider dtype, such as --dtype bfloat16 or float32; --allow-non-finite lets such values through."
+        )
+    raise NonFiniteError(
+        f"{tensor}: the value to be written at {at} is {'NaN' if np.isnan(due) else 'infinity'}. An input is damaged, "
+        "or was saved in too narrow a dtype; --allow-non-finite lets such values through."
     )

@@ -13,7 +13,7 @@ from hf_locstitch.artifacts.overlap import Overlap
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.plan.layout import OutputShard, PlannedTensor
 from hf_locstitch.runtime.chunks import Chunk, chunks_of, for_each
-from hf_locstitch.runtime.dtypes import DTYPE, Values
+from hf_locstitch.runtime.dtypes import Values
 from hf_locstitch.stitch.view import StitchView
 
 
@@ -74,8 +74,7 @@ class ShardWriter:
         unmasked = self._view.unmasked
         info = unmasked.checkpoint.info(tensor.name)
         if info.floating:
-            values = self._view.checked(unmasked, tensor.name, chunk)
-            self._put(writer, tensor, chunk, values.astype(DTYPE[tensor.dtype], copy=False))
+            self._put(writer, tensor, chunk, self._view.copied(tensor.name, chunk))
         else:
             item = info.nbytes // info.numel
             first = chunk.first * item

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hf_locstitch.artifacts.mask_source import MaskedValues, MaskSource
 from hf_locstitch.artifacts.overlap import Overlap
-from hf_locstitch.checkpoints.finite import check_finite
+from hf_locstitch.checkpoints.finite import check_finite, check_fits
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.localizable import is_buffer
 from hf_locstitch.checkpoints.reader import CheckpointReader
@@ -61,20 +61,31 @@ class StitchView:
 
         Raises NonFiniteError.
         """
-        if isinstance(self.method, MaskedMethod):
-            return self._merge_masked(self.method, tensor, chunk)
-        assert isinstance(self.method, DenseMethod)
-        return self._merge_dense(self.method, tensor, chunk), None
+        merged, overlap = self._merged(tensor, chunk, DTYPE[self.dtypes[tensor]])
+        if not self._may_be_infinite(self.base, tensor):
+            check_fits(tensor, chunk, merged, lambda: self._merged(tensor, chunk, np.dtype(np.float64))[0])
+        for reader in (self.base, *self.finetuned):
+            reader.release(tensor, chunk.first, chunk.count)
+        return merged, overlap
+
+    def _merged(self, tensor: str, chunk: Chunk, dtype: np.dtype[Any]) -> tuple[Values, Overlap | None]:
+        with np.errstate(over="ignore"):  # checked above, with a clearer message
+            if isinstance(self.method, MaskedMethod):
+                return self._merge_masked(self.method, tensor, chunk, dtype)
+            assert isinstance(self.method, DenseMethod)
+            return self._merge_dense(self.method, tensor, chunk, dtype), None
 
     def values(self, tensor: str, chunk: Chunk) -> Values:
         """The merged values alone."""
         return self.merge(tensor, chunk)[0]
 
-    def _merge_masked(self, method: MaskedMethod, tensor: str, chunk: Chunk) -> tuple[Values, Overlap]:
+    def _merge_masked(
+        self, method: MaskedMethod, tensor: str, chunk: Chunk, dtype: np.dtype[Any]
+    ) -> tuple[Values, Overlap]:
         kept = self.kept(chunk)
         covered = coverage(chunk.count, kept)
         overlap = Overlap(*overlaps(covered, kept))
-        base, dtype = self.base.values(tensor, chunk.first, chunk.count), DTYPE[self.dtypes[tensor]]
+        base = self.base.values(tensor, chunk.first, chunk.count)
         if self.fitted is not None and tensor in self.fitted:
             merged = base.astype(dtype)
             number = chunk.index - self.chunks[tensor][0].index
@@ -82,24 +93,33 @@ class StitchView:
         else:
             place = Place(tensor, chunk.first)
             merged = method.combine(base, kept, covered, place=place, scale=self.scale, dtype=dtype)
-        self.base.release(tensor, chunk.first, chunk.count)
         return merged, overlap
 
-    def _merge_dense(self, method: DenseMethod, tensor: str, chunk: Chunk) -> Values:
+    def _merge_dense(self, method: DenseMethod, tensor: str, chunk: Chunk, dtype: np.dtype[Any]) -> Values:
         base = self.checked(self.base, tensor, chunk)
         if self.fitted is not None and tensor in self.fitted:
             finetuned = [self.fitted.values(tensor, chunk.first, chunk.count)]
         else:
             finetuned = [self.checked(reader, tensor, chunk) for reader in self.finetuned]
-        place, dtype = Place(tensor, chunk.first), DTYPE[self.dtypes[tensor]]
-        merged = method.combine(base, finetuned, place=place, scale=self.scale, dtype=dtype)
-        for reader in (self.base, *self.finetuned):
-            reader.release(tensor, chunk.first, chunk.count)
-        return merged
+        place = Place(tensor, chunk.first)
+        return method.combine(base, finetuned, place=place, scale=self.scale, dtype=dtype)
+
+    def copied(self, tensor: str, chunk: Chunk) -> Values:
+        """The values of a chunk that is not merged, in the output's dtype. Raises NonFiniteError."""
+        values = self.checked(self.unmasked, tensor, chunk)
+        with np.errstate(over="ignore"):
+            written = values.astype(DTYPE[self.dtypes[tensor]], copy=False)
+        if not self._may_be_infinite(self.unmasked, tensor):
+            check_fits(tensor, chunk, written, lambda: values.astype(np.float64))
+        return written
+
+    def _may_be_infinite(self, model: CheckpointReader, tensor: str) -> bool:
+        """Whether infinite values are let through: if the recipe says so, and in buffers, such as attention masks."""
+        return self.allow_non_finite or is_buffer(model.checkpoint.info(tensor))
 
     def checked(self, model: CheckpointReader, tensor: str, chunk: Chunk) -> Values:
         """A chunk of a model. Raises NonFiniteError."""
         values = model.values(tensor, chunk.first, chunk.count)
-        if not self.allow_non_finite and not is_buffer(model.checkpoint.info(tensor)):
+        if not self._may_be_infinite(model, tensor):
             check_finite(model, tensor, chunk, values)
         return values

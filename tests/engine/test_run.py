@@ -251,7 +251,7 @@ def test_inputs_stay_as_they_are_and_nothing_else_is_left(tmp_path: Path) -> Non
 
 def test_side_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
     base = random_state(0)
-    save(tmp_path / "base", base)
+    save(tmp_path / "base", base, config='{"model_type": "toy", "auto_map": {"AutoModel": "modeling_toy.Toy"}}')
     save(tmp_path / "ft0", finetune(base, 1), config='{"model_type": "toy", "of": "ft0"}')
     copied = {
         "tokenizer.json": b'{"a":\r\n 1}',
@@ -311,6 +311,28 @@ def test_non_finite_let_through(tmp_path: Path) -> None:
     other["model.layers.1.norm.weight"][3] = float("nan")
     result = load(merged(tmp_path, base, [other], allow_non_finite=True))
     assert result["model.layers.1.norm.weight"][3].isnan()
+
+
+@pytest.mark.parametrize("method", ["locstitch", "average", "task-arithmetic", "ties"])
+@pytest.mark.parametrize("name", ["model.layers.1.norm.weight", "lm_head.weight"])
+def test_beyond_the_range_of_the_output(tmp_path: Path, method: str, name: str) -> None:
+    """Merged, covered by a mask or not, or copied: no finite value becomes infinity unsaid."""
+    base = random_state(0)
+    base[name].view(-1)[3] = 1e5
+    with pytest.raises(
+        NonFiniteError, match=r"the value (100000|\d{5}\.\d) at flat index 3 is beyond the range of float16"
+    ) as raised:
+        merged(tmp_path, base, [finetune(base, 1)], method=method, dtype="float16")
+    assert str(raised.value).startswith(f"{name}:")
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".out*"))
+
+
+def test_a_sum_beyond_the_range(tmp_path: Path) -> None:
+    base = random_state(0, torch.float16)
+    other = {name: tensor.clone() for name, tensor in base.items()}
+    other["model.layers.1.norm.weight"][0] = 60000
+    with pytest.raises(NonFiniteError, match="beyond the range of float16"):
+        merged(tmp_path, base, [other], method="task-arithmetic", scale=2.0)
 
 
 def test_manifest_counts(tmp_path: Path) -> None:

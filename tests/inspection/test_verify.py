@@ -291,24 +291,33 @@ def test_other_inputs(home: Path) -> None:
 
 @pytest.mark.parametrize("method", ["average", "ties"])
 def test_other_methods(home: Path, method: str) -> None:
-    out = home / "out"
-
-    def change(record: dict[str, Any]) -> None:
-        record["method"] = method
-        if method == "average":
-            shutil.rmtree(out / "masks")
-            record["outputs"] = {f: e for f, e in record["outputs"].items() if not f.startswith("masks/")}
-            record.update(masks={}, covered_by=[], overlap=[])
-
-    edit_manifest(out, change)
-    report = verify("out")
+    out = home / "other"
+    quick_merge("./base", ["./ft0", "./ft1"], out=out, method=method)
+    report = verify("other")
     assert found(report) == [] and report.checked.tensors == 0
     assert report.skipped[-1] == (
         f"values: they are recomputed for method locstitch only; this merge was made by {method}"
     )
     assert report.checked.masks == (0 if method == "average" else 2)
     (out / "config.json").unlink()
-    assert not verify("out").ok
+    assert not verify("other").ok
+
+
+@pytest.mark.parametrize("method", ["locstitch", "average"])
+def test_infinity_in_the_output(home: Path, method: str) -> None:
+    """Even where hashes match; unless the recipe lets it through."""
+    base = random_state(0)
+    base["lm_head.weight"][1, 2] = float("inf")
+    save(home / "infinite", base)
+    save(home / "tuned", finetune(base, 3))
+    quick_merge("./infinite", ["./tuned"], out="out2", allow_non_finite=True, method=method)
+    assert found(verify("out2")) == []
+    recipe = home / "out2" / "locstitch.yaml"
+    recipe.write_text(recipe.read_text().replace("allow_non_finite: true", "allow_non_finite: false"))
+    adjust(home / "out2", "locstitch.yaml")
+    assert found(verify("out2")) == [
+        "lm_head.weight: the number of values that are NaN or infinite is 1 (the first at [1, 2]), expected 0"
+    ]
 
 
 def test_on_the_hub(home_hub: LoopbackHub, home: Path, hub_cache: Path) -> None:

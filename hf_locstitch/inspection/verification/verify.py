@@ -21,6 +21,7 @@ from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
 from hf_locstitch.inspection.verification.files import check_files, check_recipe
+from hf_locstitch.inspection.verification.finite import check_all_finite
 from hf_locstitch.inspection.verification.inputs import InputRef, check_hashes, fetch_tensors, input_refs, open_inputs
 from hf_locstitch.inspection.verification.localized import GraftReader
 from hf_locstitch.inspection.verification.masks import (
@@ -67,16 +68,23 @@ def verify(
     )
     notes, progress = Notes(), Progress(show_progress)
     _files(source, record, progress, notes)
+    recipe = _recipe(source, record, notes)
     if record.is_localized:
         _localized(source, record, refs, tensors, progress, notes)
-    elif record.method == METHOD:
-        if merge := _read_merge(source, record, notes):
-            _values(merge, refs, tensors, progress, notes)
+    elif (weights := _weights(source, notes)) is None:
+        notes.skipped.append("masks and values: the weights cannot be read")
     else:
-        _foreign_masks(source, record, notes)
-        notes.skipped.append(
-            f"values: they are recomputed for method {METHOD} only; this merge was made by {record.method}"
-        )
+        if record.method != METHOD:
+            _foreign_masks(source, record, weights, notes)
+            notes.skipped.append(
+                f"values: they are recomputed for method {METHOD} only; this merge was made by {record.method}"
+            )
+        elif recipe is None:
+            notes.skipped.append("masks and values: the recipe cannot be read")
+        elif merge := _read_merge(source, record, recipe, weights, notes):
+            _values(merge, refs, tensors, progress, notes)
+        if recipe is None or not recipe.allow_non_finite:
+            notes.findings += check_all_finite(weights)
     return VerifyReport(source.pinned, record.method, notes.checked, tuple(notes.skipped), tuple(notes.findings))
 
 
@@ -87,12 +95,10 @@ def _files(source: Source, record: Manifest, progress: Progress, notes: Notes) -
     notes.count(files=len(record.outputs), bytes=total)
 
 
-def _foreign_masks(source: Source, record: Manifest, notes: Notes) -> None:
+def _foreign_masks(source: Source, record: Manifest, merged: Checkpoint, notes: Notes) -> None:
     """Masks of another method may cover other tensors: those of the first mask are expected in all."""
     if not record.masks:
         notes.skipped.append("masks: the manifest lists none")
-        return
-    if (merged := _weights(source, notes)) is None:
         return
     masks, damaged = open_masks(source, record)
     shapes = next(iter(masks.values())).shapes if masks else {}
@@ -116,12 +122,8 @@ class Merge:
         return self.recipe.rest_from or "base"
 
 
-def _read_merge(source: Source, record: Manifest, notes: Notes) -> Merge | None:
-    """Check recipe and masks. None, with the reason noted, if values cannot be computed from them."""
-    weights, recipe = _weights(source, notes), _recipe(source, record, notes)
-    if weights is None or recipe is None:
-        notes.skipped.append("masks and values: the weights or the recipe cannot be read")
-        return None
+def _read_merge(source: Source, record: Manifest, recipe: Recipe, weights: Checkpoint, notes: Notes) -> Merge | None:
+    """Check the masks. None, with the reason noted, if values cannot be computed from them."""
     masks, damaged = open_masks(source, record)
     if recipe.localized and masks:  # the recipe does not say which tensors were localized
         chosen = [name for name in next(iter(masks.values())).shapes if name in weights.tensors]
@@ -143,7 +145,6 @@ def _localized(
     source: Source, record: Manifest, refs: Sequence[InputRef], tensors: Tensors, progress: Progress, notes: Notes
 ) -> None:
     """Mask and values of a localized checkpoint."""
-    _recipe(source, record, notes)
     try:
         given = read_localized(source, record)
     except CheckpointError as error:
