@@ -12,6 +12,7 @@ COMPANIONS = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_scale(_inv|_2)?|weight_packed|weight_zero_point|weight_g_idx|input_scale|SCB|"
     r"weight_format|(weight\.)?(nested_)?(absmax|quant_map)|weight\.quant_state\.\w+)$"
 )
+NARROW = re.compile(r"F[468](_|$)")  # F8_E4M3, F6_E2M3, F4
 PACKED = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})  # of a weight matrix; whole numbers else are state
 
 
@@ -21,6 +22,5 @@ def quantized_tensor(tensors: Iterable[TensorInfo]) -> TensorInfo | None:
 
 
 def _is_quantized(info: TensorInfo) -> bool:
-    narrow = info.dtype.startswith(("F8", "F6", "F4"))
     packed = info.dtype in PACKED and len(info.shape) >= 2 and info.name.endswith(("weight", "_proj", "_blocks"))
-    return narrow or packed or COMPANIONS.search(info.name) is not None
+    return bool(NARROW.match(info.dtype)) or packed or COMPANIONS.search(info.name) is not None

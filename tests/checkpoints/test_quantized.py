@@ -65,6 +65,7 @@ def test_state_of_whole_numbers_is_not_taken_for_quantized(tmp_path: Path) -> No
         "model.layers.0.attn.bias": torch.ones(1, 1, 2, 2, dtype=torch.uint8),
         "model.layers.0.bn.num_batches_tracked": torch.tensor(3),
         "logit_scale": torch.tensor(1.0),
+        "model.layers.0.mlp.down_proj.weight": torch.ones(2, 2, dtype=torch.float64),
     }
     open_checkpoint(parse_ref(str(save(tmp_path / "base", {**random_state(0), **buffers}))))
 
