@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 
 from loopback_hub.api import Api
-from loopback_hub.faults import Fault, FaultKind, Faults, Request
+from loopback_hub.faults import Fault, FaultKind, Faults, RateLimit, RateLimiter, Request
 from loopback_hub.git import Change, Commit, Entry, Refusal, Repo, check_path, wants_lfs
 from loopback_hub.rights import Rights
 from loopback_hub.server import Server
@@ -26,7 +26,7 @@ from loopback_hub.store import Store
 from loopback_hub.upload import check_readme
 from loopback_hub.wire import CHUNK
 
-__all__ = ["Commit", "Entry", "Fault", "FaultKind", "LoopbackHub", "Refusal", "Request"]
+__all__ = ["Commit", "Entry", "Fault", "FaultKind", "LoopbackHub", "RateLimit", "Refusal", "Request"]
 
 DEFAULT_USERS: Mapping[str, str] = MappingProxyType({"hf_loopback": "demo"})
 NO_ORGS: Mapping[str, Sequence[str]] = MappingProxyType({})
@@ -44,6 +44,7 @@ class LoopbackHub:
     Settings that may be changed at any time:
     page_size: entries in a page of a tree or commit list.
     multipart_chunk: bytes of a part; larger LFS files are then uploaded in parts. None: never in parts.
+    rate_limit: how many requests are answered in a window of time. None: all.
     redirect_lfs: LFS files are answered with a 302 to another origin (localhost), as the real Hub does.
     """
 
@@ -61,12 +62,14 @@ class LoopbackHub:
         self._rights = Rights(self._store, users, orgs)
         self._api = Api(self._store, self._rights, lambda: self.endpoint)
         self._faults = Faults()
+        self._limiter = RateLimiter()
         self._log: list[Request] = []
 
     def start(self) -> LoopbackHub:
         """Listen; returns itself. A hub that was stopped listens on its old port again."""
         if self._server is None:
-            self._server = Server(self._port, self._api.respond, self._rights.identify, self._faults, self._log)
+            faults, limiter = self._faults, self._limiter
+            self._server = Server(self._port, self._api.respond, self._rights.identify, faults, limiter, self._log)
             self._port = self._server.server_address[1]
             threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
@@ -121,6 +124,15 @@ class LoopbackHub:
     @multipart_chunk.setter
     def multipart_chunk(self, size: int | None) -> None:
         self._api.uploads.multipart_chunk = size
+
+    @property
+    def rate_limit(self) -> RateLimit | None:
+        """How many requests are answered in a window of time; None: all."""
+        return self._limiter.limit
+
+    @rate_limit.setter
+    def rate_limit(self, limit: RateLimit | None) -> None:
+        self._limiter.limit = limit
 
     @property
     def redirect_lfs(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -67,6 +69,43 @@ class Request:
     received: int
     fault: FaultKind | None = None
     number: int = 0
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    """requests: how many calls of a kind ("api", or "resolvers" for files) are answered in each window of so many
+    seconds; others get a 429. headers: what the answers tell of it, as the Hub's `RateLimit` or as `Retry-After`, or
+    nothing.
+    """
+
+    requests: int
+    seconds: float
+    headers: Literal["RateLimit", "Retry-After", ""] = "RateLimit"
+
+
+class RateLimiter:
+    """Counts requests against the limit of the moment, in fixed windows."""
+
+    def __init__(self) -> None:
+        self.limit: RateLimit | None = None
+        self._lock = threading.Lock()
+        self._windows: dict[str, tuple[float, int]] = {}  # kind -> when its window began, requests in it
+
+    def count(self, path: str) -> tuple[bool, dict[str, str]]:
+        """Whether a request is answered, and headers of its answer."""
+        if (limit := self.limit) is None:
+            return True, {}
+        kind, now = "resolvers" if "/resolve/" in path else "api", time.monotonic()
+        with self._lock:
+            began, count = self._windows.get(kind, (now, 0))
+            if now >= began + limit.seconds:
+                began, count = now, 0
+            self._windows[kind] = began, count + 1
+        resets, left = math.ceil(began + limit.seconds - now), max(0, limit.requests - count - 1)
+        told = {"RateLimit": f'"{kind}";r={left};t={resets}'} if limit.headers == "RateLimit" else {}
+        if count < limit.requests:
+            return True, told
+        return False, told | ({"Retry-After": str(resets)} if limit.headers == "Retry-After" else {})
 
 
 class Faults:

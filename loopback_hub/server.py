@@ -11,10 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from loopback_hub.faults import Fault, FaultKind, Faults, Request
+from loopback_hub.faults import Fault, FaultKind, Faults, RateLimiter, Request
 from loopback_hub.git import Refusal
 from loopback_hub.wire import Answer, Body, Call, Dropped, refusal
 
@@ -35,10 +36,11 @@ class Server(ThreadingHTTPServer):
         respond: Callable[[Call], Answer],
         identify: Callable[[str | None], str | None],
         faults: Faults,
+        limiter: RateLimiter,
         log: list[Request],
     ) -> None:
         super().__init__(("127.0.0.1", port), Handler)
-        self.respond, self.identify, self.faults, self.log = respond, identify, faults, log
+        self.respond, self.identify, self.faults, self.limiter, self.log = respond, identify, faults, limiter, log
         self.stopping = threading.Event()
         self.idle = threading.Condition()
         self.active = 0
@@ -136,7 +138,9 @@ class Handler(BaseHTTPRequestHandler):
             if early.after_bytes is None:
                 raise Dropped("fault")
             self._body = Body(self.rfile, self.headers, early.after_bytes)
-        answer = self._answer(early)
+        answered, limits = self.server.limiter.count(self.path)
+        answer = self._answer(early) if answered else Answer({"error": "Too Many Requests"}, 429)
+        answer = replace(answer, headers={**answer.headers, **limits})
         self._body.drain()
         if self._take(lambda fault: fault.kind == "lost_answer"):
             raise Dropped("fault")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from io import RawIOBase
@@ -27,13 +26,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from hf_locstitch.checkpoints.cached_repo import CachedRepoSource, find_snapshot
-from hf_locstitch.checkpoints.hub_client import (
-    ATTEMPTS,
-    is_transient,
-    raise_clearly,
-    retrying,
-    wait_before,
-)
+from hf_locstitch.checkpoints.hub_client import RATE_LIMIT, Attempts, raise_clearly, retrying
 from hf_locstitch.checkpoints.remembered import Remembered
 from hf_locstitch.checkpoints.source import Advance, FileInfo, Source, file_sha256, git_blob_oid
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
@@ -165,12 +158,13 @@ class HubSource:
 
         A server that ignores Range sends the file from its beginning; bytes already received are skipped.
         """
-        size, at, failures = self._files[file].size, start, 0
+        size, at, attempts = self._files[file].size, start, Attempts()
         if known := self._starts.get(file, b"")[start:]:
             at += len(known)
             yield known
         while at < size:
             before = at
+            RATE_LIMIT.wait()
             try:
                 with self._get(file, {"Range": f"bytes={at}-"} if at else {}) as response:
                     for block in _fresh(response, at):
@@ -179,10 +173,8 @@ class HubSource:
                 if at < size:
                     raise ConnectionError(f"the connection ended at byte {at} of {size}")
             except Exception as error:
-                failures = 0 if at > before else failures + 1
-                if not is_transient(error) or failures >= ATTEMPTS:
+                if not attempts.wait_after(error, progress=at > before):
                     self._give_up(error)
-                time.sleep(wait_before(failures, error))
 
     def _give_up(self, error: Exception) -> NoReturn:
         """In the middle of a file: access that worked when the headers were read has now failed."""

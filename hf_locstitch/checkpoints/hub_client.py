@@ -1,14 +1,17 @@
-"""One way to call the Hub: transient failures are retried, lasting ones become a clear error."""
+"""One way to call the Hub: transient failures are retried, rate limits waited out, lasting failures a clear error."""
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn, TypeVar
 
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -17,22 +20,40 @@ from huggingface_hub.errors import (
 # The transport's own base error; the client has changed its HTTP library before.
 from huggingface_hub.errors import HTTPError as TransportError  # pyright: ignore[reportPrivateImportUsage]
 
+from huggingface_hub.utils import parse_ratelimit_headers
+
 from hf_locstitch.errors import CheckpointError, DownloadError
 
+LOG = logging.getLogger("hf_locstitch")
 ATTEMPTS = 6
 LONGEST_WAIT = 30.0  # seconds; a server's Retry-After is honoured up to four times this
+RATE_LIMITED = 429
+LONGEST_LIMIT = 600.0  # seconds to wait for a rate limit to be lifted; the Hub's windows take 300
+LONGEST_LIMITED = 3600.0  # seconds in which one call may be turned away for a rate limit, before it counts as failed
+WORTH_SAYING = 5.0  # seconds of waiting
 TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
 T = TypeVar("T")
 
 
-def status_of(error: BaseException) -> int | None:
+def on_the_wire(error: Exception) -> Exception:
+    """What went wrong with the request: `hf_hub_download` says instead that the file is not in its cache."""
+    cause = error.__cause__
+    return cause if isinstance(error, LocalEntryNotFoundError) and isinstance(cause, Exception) else error
+
+
+def _headers_of(error: Exception) -> Mapping[str, str]:
+    return getattr(getattr(on_the_wire(error), "response", None), "headers", {})
+
+
+def status_of(error: Exception) -> int | None:
     """The HTTP status behind an error, if a server answered at all."""
-    return getattr(getattr(error, "response", None), "status_code", None)
+    return getattr(getattr(on_the_wire(error), "response", None), "status_code", None)
 
 
-def is_transient(error: BaseException) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed a moment later."""
+    error = on_the_wire(error)
     if isinstance(error, OfflineModeIsEnabled):
         return False
     if isinstance(error, HfHubHTTPError):
@@ -40,10 +61,74 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, (TransportError, ConnectionError, TimeoutError))
 
 
-def wait_before(attempt: int, error: BaseException) -> float:
-    """Seconds to wait after failure number `attempt` (from 0)."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
+class RateLimit:
+    """A gate that all requests of this process pass; the Hub closes it when it answers that there were too many."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._opens = 0.0  # time.monotonic()
+
+    def wait(self) -> None:
+        """Until the gate is open."""
+        while (seconds := self._opens - time.monotonic()) > 0:
+            time.sleep(seconds)
+
+    def close(self, seconds: float) -> None:
+        """From now on; a gate that is closed for longer stays so."""
+        opens = time.monotonic() + seconds
+        with self._lock:
+            news = seconds >= WORTH_SAYING and opens > self._opens + WORTH_SAYING
+            self._opens = max(self._opens, opens)
+        if news:
+            LOG.warning(f"the Hub limits the rate of requests: going on in {seconds:.0f} seconds.")
+
+
+RATE_LIMIT = RateLimit()
+
+
+class Attempts:
+    """Of one call. Failures are counted; being turned away for a rate limit is none, but is not borne for ever."""
+
+    def __init__(self) -> None:
+        self._failures = self._turned_away = 0
+        self._since = time.monotonic()  # of the last progress
+
+    def wait_after(self, error: Exception, *, progress: bool = False, transient: bool | None = None) -> bool:
+        """Wait until the call may be made again; False if it should not be.
+
+        progress: the call got further than the one before. transient: whether it may succeed later, if the error does
+        not tell.
+        """
+        if progress:
+            self._failures, self._turned_away, self._since = -1, 0, time.monotonic()
+        if status_of(error) == RATE_LIMITED:
+            RATE_LIMIT.close(limited_for(self._turned_away, error))
+            self._turned_away += 1
+            return time.monotonic() - self._since < LONGEST_LIMITED
+        self._failures += 1
+        if self._failures >= ATTEMPTS or not (is_transient(error) if transient is None else transient):
+            return False
+        time.sleep(wait_before(max(self._failures - 1, 0), error))
+        return True
+
+
+def limited_for(attempt: int, error: Exception) -> float:
+    """Seconds until a rate limit is lifted, by its headers. attempt: of this call, from 0, where they do not tell."""
+    headers = _headers_of(error)
+    limit = parse_ratelimit_headers(headers)
     asked = str(headers.get("Retry-After", ""))
+    if limit is not None and limit.remaining == 0:
+        told = limit.reset_in_seconds
+    elif asked.isdigit():
+        told = int(asked)
+    else:
+        return wait_before(attempt, error)
+    return min(max(told, 1), LONGEST_LIMIT)  # whole seconds: 0 stands for less than one
+
+
+def wait_before(attempt: int, error: Exception) -> float:
+    """Seconds to wait after failure number `attempt` (from 0)."""
+    asked = str(_headers_of(error).get("Retry-After", ""))
     if asked.isdigit():
         return min(float(asked), 4 * LONGEST_WAIT)
     return min(0.5 * 2**attempt, LONGEST_WAIT)
@@ -51,19 +136,20 @@ def wait_before(attempt: int, error: BaseException) -> float:
 
 def retrying(call: Callable[[], T]) -> T:
     """The call's result; a transient failure is retried, ATTEMPTS calls in all, then raised as it is."""
-    for attempt in range(ATTEMPTS - 1):
+    attempts = Attempts()
+    while True:
+        RATE_LIMIT.wait()
         try:
             return call()
         except Exception as error:
-            if not is_transient(error):
+            if not attempts.wait_after(error):
                 raise
-            time.sleep(wait_before(attempt, error))
-    return call()
 
 
 def raise_clearly(error: Exception, repo: str, revision: str | None, endpoint: str) -> NoReturn:
     """Turn the client's error into one paragraph with a next step."""
     at = f"{repo}@{revision}" if revision else repo
+    error = on_the_wire(error)
     if isinstance(error, GatedRepoError):
         raise CheckpointError(
             f"{at} is gated: ask for access at {endpoint}/{repo}, then log in with `hf auth login` or set HF_TOKEN."

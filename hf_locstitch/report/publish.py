@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from hf_locstitch.artifacts.manifest import FILE
-from hf_locstitch.checkpoints.hub_client import is_transient, retrying, status_of, wait_before
+from hf_locstitch.checkpoints.hub_client import RATE_LIMIT, Attempts, is_transient, retrying, status_of
 from hf_locstitch.checkpoints.source import git_blob_oid
 from hf_locstitch.errors import OutputError, PublishError
 from hf_locstitch.runtime.progress import Progress
@@ -31,7 +30,6 @@ REPLACED = (
     "figures/*",
     ".eval_results/*",
 )
-COMMIT_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,9 @@ def _commit(
     message: str,
 ) -> str:
     """Commit once on top of `parent`. If the response is lost, the head shows whether the commit landed."""
-    for attempt in range(COMMIT_ATTEMPTS):
+    attempts = Attempts()
+    while True:
+        RATE_LIMIT.wait()
         try:
             return str(api.create_commit(repo, operations, commit_message=message, parent_commit=parent).oid)
         except Exception as error:
@@ -203,10 +203,8 @@ def _commit(
                     f"{repo} moved from {parent[:7]} to {head[:7]} during the upload; nothing was committed. "
                     "Run the same command again."
                 ) from error
-            if attempt == COMMIT_ATTEMPTS - 1:
+            if not attempts.wait_after(error, transient=True):
                 raise
-            time.sleep(wait_before(attempt, error))
-    raise AssertionError("unreachable")
 
 
 def _landed(api: HfApi, repo: str, head: str, operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> bool:

@@ -141,7 +141,7 @@ def test_a_damaged_cache_is_repaired(home_hub: LoopbackHub, repo: str) -> None:
 
 def test_a_killed_download_goes_on(home_hub: LoopbackHub, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later process finds what an earlier one had fetched."""
-    monkeypatch.setattr("hf_locstitch.checkpoints.hub.ATTEMPTS", 1)
+    monkeypatch.setattr(hub_client, "ATTEMPTS", 1)
     home_hub.fail(Fault("cut", method="GET", path=f"{repo}/resolve/.*{FILE}", after_bytes=2_000_000))
     home_hub.fail(Fault("status", method="GET", path=f"{repo}/resolve/.*{FILE}", skip=1))
     with pytest.raises(DownloadError, match="Run the same command again"):

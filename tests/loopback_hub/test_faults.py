@@ -14,7 +14,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError
 
-from loopback_hub import Fault, LoopbackHub
+from loopback_hub import Fault, LoopbackHub, RateLimit
 
 
 def test_status_and_how_often(hub: LoopbackHub) -> None:
@@ -44,6 +44,20 @@ def test_the_client_waits_out_a_429(hub: LoopbackHub, api: HfApi) -> None:
     seed(hub)
     hub.fail(Fault("status", "safetensors", "GET", status=429, retry_after=0))
     assert Path(api.hf_hub_download("demo/base", "sub/model.safetensors")).read_bytes() == WEIGHTS
+
+
+def test_a_rate_limit(hub: LoopbackHub) -> None:
+    seed(hub)
+    hub.rate_limit = RateLimit(2, 60)
+    path = "/demo/base/resolve/main/config.json"
+    answers = [raw(hub, "GET", path) for _ in range(3)]
+    assert [answer[0] for answer in answers] == [200, 200, 429]
+    assert [answer[1]["ratelimit"] for answer in answers] == [f'"resolvers";r={left};t=60' for left in (1, 0, 0)]
+    assert raw(hub, "GET", "/api/models/demo/base")[0] == 200  # of another kind
+    hub.rate_limit = RateLimit(2, 60, "Retry-After")
+    assert raw(hub, "GET", path)[1]["retry-after"] == "60"
+    hub.rate_limit = None
+    assert raw(hub, "GET", path)[0] == 200
 
 
 def test_reset_before_anything(hub: LoopbackHub) -> None:
