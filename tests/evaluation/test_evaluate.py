@@ -120,7 +120,9 @@ def test_wrong_requests(run: Run, a: Path, tasks: Path, tmp_path: Path) -> None:
     paragraph(run("evaluate", a, "--tasks", "mmlu", "mmlu:5"), 2, "'mmlu' is given twice")
     paragraph(run("evaluate", a, "--tasks", "letters", "--include-path", tmp_path / "none"), 2, "is not a folder")
     paragraph(run("evaluate", a, "--tasks", "letters", "--limit", "0"), 2, "--limit must be 1 or more")
-    paragraph(run("evaluate", a, "--tasks", "letters", "--parents", "--include-path", tasks), 2, "is no merge")
+    paragraph(
+        run("evaluate", a, "--tasks", "letters", "--parents", "--include-path", tasks), 2, "not made by hf-locstitch"
+    )
     paragraph(
         run("evaluate", a, "--tasks", "letters", "--include-path", tasks, "--track", "wandb"), 2, "pip install wandb"
     )

@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 import yaml
 from helpers.language_models import add_benchmark, favouring
+from helpers.models import load
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from hf_locstitch import evaluate
@@ -56,16 +57,16 @@ def test_pushed_scores_survive(home_hub: LoopbackHub, published: str, tasks: Pat
     assert {entry.metric_value for entry in data.eval_results} == {0.8} and len(data.eval_results) == 2
 
 
-def test_the_card_can_be_run(published: str, home_hub: LoopbackHub) -> None:
+def test_the_card_can_be_run(published: str, home_hub: LoopbackHub, a: Path, b: Path) -> None:
     card = ModelCard(home_hub.read(published, "README.md").decode())
     snippets = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
     names: dict[str, Any] = {}
     for snippet in snippets:
         exec(snippet, names)
     assert len(snippets) == 2 and type(names["model"]).__name__ == "LlamaForCausalLM"
-    assert f"# {names['kept']:,}" in snippets[1] and names["kept"] == sum(
-        mask.numel() for mask in names["mask"].values()
-    )
+    base, words = load(a), load(b)
+    changed = sum(int((words[name] != base[name]).sum()) for name in base)
+    assert f"# {names['kept']:,}" in snippets[1] and names["kept"] == changed > 0
 
 
 def test_scores_of_others_stay_in_the_card(a: Path, tasks: Path) -> None:
@@ -124,14 +125,18 @@ def test_from_checkpoints_to_an_evaluated_page(
     assert str(tmp_path) not in (out / "README.md").read_text() + (out / "figures" / "scores.json").read_text()
 
     only = target.replace("merged", "only")
-    assert run("merge", recipe, "--push-to", only, "--quiet", "--allow-task-code")[0] == 0  # nothing but the scores stays here
+    assert (
+        run("merge", recipe, "--push-to", only, "--quiet", "--allow-task-code")[0] == 0
+    )  # nothing but the scores stays here
     assert home_hub.read(only, "model.safetensors") == (out / "model.safetensors").read_bytes()
     assert b"## Evaluation" in home_hub.read(only, "README.md")
     assert [path.name for path in cache_folder().parent.iterdir()] == ["evaluations"]
     status, _, err = run("merge", recipe, "--push-to", only, "--no-cache", "--allow-task-code")
     assert status == 2 and "Drop --no-cache" in err
 
-    status, _, err = run("merge", recipe, "--out", out, "--allow-task-code")  # a finished merge is recognised, its scores are known
+    status, _, err = run(
+        "merge", recipe, "--out", out, "--allow-task-code"
+    )  # a finished merge is recognised, its scores are known
     assert status == 0 and "measured   0 scores, 4 more from the cache" in err
 
 

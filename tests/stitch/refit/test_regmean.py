@@ -190,7 +190,7 @@ def test_the_page_the_record_and_verify(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(record["stitch"]["data"]["ft0"]["sha256"]) == 64
     inputs = ["--base", str(tmp_path / "base"), "--ft", str(tmp_path / "ft0"), str(tmp_path / "ft1")]
     assert main(["verify", str(out), *inputs]) == 0
-    assert "only those of method locstitch are computed again, this one is regmean" in capsys.readouterr().err
+    assert "recomputed for method locstitch only; this merge was made by regmean" in capsys.readouterr().err
 
 
 def test_the_pinned_recipe_makes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
