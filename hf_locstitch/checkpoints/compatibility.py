@@ -101,6 +101,31 @@ def differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence
     return warnings
 
 
+def misfit_files(files: Checkpoint, unmasked_from: Checkpoint) -> tuple[list[str], list[str]]:
+    """Why config and tokenizer of one checkpoint do not describe a model whose unmerged tensors are another's.
+
+    Returns problems, for which transformers would refuse the model, and warnings.
+    """
+    if files is unmasked_from:
+        return [], []
+    shared = [name for name in files.tensors if name in unmasked_from.tensors]
+    problems, warnings = [], []
+    if unlike := [name for name in shared if files.info(name).shape != unmasked_from.info(name).shape]:
+        name = unlike[0]
+        kept, asked = (list(one.info(name).shape) for one in (unmasked_from, files))
+        problems.append(
+            f"{name} is {kept} in {unmasked_from.label} but {asked} in {files.label}{more(len(unlike))}: with the "
+            "weights of the one and the config of the other the merge "
+            "would not load. Take both from one model: give rest_from and files_from the same name, or neither"
+        )
+    if lost := [name for name in files.tensors if name not in unmasked_from.tensors]:
+        warnings.append(
+            f"the config is that of {files.label}, which has {lost[0]}{more(len(lost))}; the merge does not: unless it "
+            "is a tied weight, it will be random numbers when the merge is loaded. rest_from of the same name keeps it."
+        )
+    return problems, warnings
+
+
 def dtype_warnings(name: str, dtypes: Iterable[tuple[str, str]]) -> list[str]:
     """dtypes: of each localized tensor, in the finetune and in the base."""
     return [

@@ -32,7 +32,7 @@ class OutputShard:
 def output_shards(
     recipe: Recipe, base: Checkpoint, unmasked_from: Checkpoint, chosen: frozenset[str]
 ) -> tuple[OutputShard, ...]:
-    """Names and order as in `unmasked_from`, unless a shard size is given."""
+    """Names and order as in `unmasked_from`, unless a shard size is given; dtypes as `Recipe.dtype` says."""
     planned = [
         [_planned(recipe, base, info, info.name in chosen) for info in shard.header.tensors]
         for shard in unmasked_from.shards
@@ -46,9 +46,10 @@ def output_shards(
 
 
 def _standard_files(unmasked_from: Checkpoint, count: int) -> list[str]:
-    """The shards' own names where transformers will find them, else standard ones."""
+    """The shards' own names where transformers will find them in one folder, else standard ones."""
     files = [shard.file for shard in unmasked_from.shards]
-    standard = files == [SINGLE] or (INDEX in unmasked_from.source.files and SINGLE not in files)
+    indexed = INDEX in unmasked_from.source.files and not any(file == SINGLE or "/" in file for file in files)
+    standard = files == [SINGLE] or indexed
     return files if standard else [shard_name(i, count) for i in range(count)]
 
 
@@ -71,10 +72,12 @@ def _pack(tensors: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTens
 
 
 def _planned(recipe: Recipe, base: Checkpoint, info: TensorInfo, localized: bool) -> PlannedTensor:
-    source = base.info(info.name) if localized else info
+    known = base.info(info.name) if info.name in base.tensors else info
+    source = known if localized else info
     dtype, nbytes = source.dtype, source.nbytes
-    if recipe.dtype != "auto" and dtype in FLOATING:
-        dtype = ON_DISK[recipe.dtype]
+    if dtype in FLOATING:
+        asked = known.dtype if known.floating else dtype
+        dtype = asked if recipe.dtype == "auto" else ON_DISK[recipe.dtype]
         nbytes = source.numel * ITEM_BYTES[dtype]
     return PlannedTensor(info.name, dtype, source.shape, nbytes, localized)
 

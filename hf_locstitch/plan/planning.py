@@ -15,7 +15,13 @@ from hf_locstitch.artifacts.fit import localized_mismatches, unlike
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, open_localized
 from hf_locstitch.artifacts.values_file import values_metadata
 from hf_locstitch.checkpoints.checkpoint import INDEX, Checkpoint
-from hf_locstitch.checkpoints.compatibility import differences, dtype_warnings, licence_warning, mismatches
+from hf_locstitch.checkpoints.compatibility import (
+    differences,
+    dtype_warnings,
+    licence_warning,
+    misfit_files,
+    mismatches,
+)
 from hf_locstitch.checkpoints.localizable import localizable, unknown_globs
 from hf_locstitch.checkpoints.names import is_own, make_name, same_place
 from hf_locstitch.checkpoints.opening import open_checkpoint
@@ -148,7 +154,7 @@ def merge_plan(
 ) -> MergePlan:
     """Plan the merge. Raises MismatchError with every problem in the headers."""
     chosen, warnings = _check_inputs(recipe, base, finetuned, settings, data, fit_data)
-    unmasked_from = finetuned[recipe.rest_from] if recipe.rest_from else base
+    files, unmasked_from = _given_files(recipe, base, finetuned)
     localizer, numels = recipe.localizer, [base.info(name).numel for name in chosen]
     n = sum(numels)
     return MergePlan(
@@ -166,7 +172,7 @@ def merge_plan(
         scanned=_whole(base, chosen, finetuned) if localizer else {},
         warnings=warnings,
         unmasked_from=unmasked_from,
-        files=finetuned[recipe.files_from] if recipe.files_from else unmasked_from,
+        files=files,
         groups=tuple(localizer.groups(numels)) if localizer else (),
         data=data,
         fit_data=fit_data,
@@ -305,6 +311,8 @@ def _check_inputs(
         candidates = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
         problems += mismatches(base, checkpoint, chosen, candidates)
         warnings += differences(base, name, checkpoint, chosen)
+    found = misfit_files(*_given_files(recipe, base, finetuned))
+    problems, warnings = problems + found[0], warnings + found[1]
     if problems:
         raise MismatchError(problems)
     warnings += licence_warning({"the base": base, **finetuned})
@@ -312,6 +320,14 @@ def _check_inputs(
     warnings += recipe.fitting.warnings() if recipe.fitting else []
     wanted = set(chosen)
     return [name for name in base.tensors if name in wanted], tuple(warnings)
+
+
+def _given_files(
+    recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint]
+) -> tuple[Checkpoint, Checkpoint]:
+    """Where config and tokenizer come from, and the tensors that are not merged; the base for an unknown name."""
+    unmasked_from = finetuned.get(recipe.rest_from, base) if recipe.rest_from else base
+    return finetuned.get(recipe.files_from, base) if recipe.files_from else unmasked_from, unmasked_from
 
 
 def _loads_models(recipe: Recipe, data: Mapping[str, OpenSet], fit_data: Mapping[str, OpenSet]) -> str | None:

@@ -101,6 +101,8 @@ class Recipe(Strict):
     also_copy: tuple[str, ...] = ()
     """Globs of more files to copy, beside those that a model is known to need."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the output's floating-point tensors. `auto`: the base's dtype of each tensor, also where `rest_from` gives its
+    values; a tensor that the base lacks keeps its own."""
     shard_size: ByteSize | None = Field(default=None, gt=0)
     """Largest output file in bytes ("5GB"); the base's own division by default."""
     allow_non_finite: bool = False

@@ -198,7 +198,7 @@ def test_packed_weights(merge: Run, base: State, tmp_path: Path) -> None:
     packed = finetune(base, 2)
     packed["model.layers.1.mlp.up_proj.weight"] = torch.zeros(9, 6, dtype=torch.uint8)
     save(tmp_path / "packed", packed)
-    refused(tmp_path, merge("--ft", tmp_path / "packed"), "packed is quantized", "as U8 [9, 6]", "unquantized checkpoint")
+    refused(tmp_path, merge("--ft", tmp_path / "packed"), "packed is quantized", "as U8 [9, 6]", "unquantized")
 
 
 def test_nothing_localizable(run: Run, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.inspection.verification.masks import positions_of
 from hf_locstitch.inspection.verification.report import Finding
-from hf_locstitch.runtime.dtypes import FLOATING, ON_DISK
+from hf_locstitch.runtime.dtypes import ON_DISK
 
 PIECE = 1 << 18  # elements checked at once
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -159,7 +159,7 @@ class ValueCheck:
             reader.release(tensor, first, count)
 
     def other(self, tensor: str) -> Iterator[Finding]:
-        """Check a tensor that is not localized: the values of `rest`, cast if the recipe sets a dtype."""
+        """Check a tensor that is not localized: the values of `rest`, cast to the merge's dtype."""
         got, due = self.merged.checkpoint.info(tensor), self.rest.checkpoint.info(tensor)
         wrong = Differences(tensor, self.merged.where(tensor), got.shape)
         for first in range(0, got.numel, PIECE):
@@ -229,12 +229,19 @@ def check_layout(
     for name in sorted(merged.tensors.keys() | rest.tensors.keys()):
         source = base if name in localized else rest
         actual = _kind(merged.info(name)) if name in merged.tensors else "absent"
-        expected = _kind(source.info(name), dtype) if name in source.tensors else "absent"
+        known = base.info(name) if name in base.tensors else None
+        expected = _kind(source.info(name), _dtype_due(known, dtype)) if name in source.tensors else "absent"
         if actual != expected:
             yield Finding("values", name, "the tensor in the merge", actual, f"{expected} as in {source.label}")
 
 
-def _kind(info: TensorInfo, dtype: str = "auto") -> str:
-    """dtype: the one that the recipe asks for."""
-    cast = info.dtype in FLOATING and dtype != "auto"
-    return f"{ON_DISK[dtype] if cast else info.dtype} {list(info.shape)}"
+def _dtype_due(known: TensorInfo | None, dtype: str) -> str | None:
+    """The dtype of a floating-point tensor in the merge; None: its own. known: it in the base. dtype: the recipe's."""
+    if dtype != "auto":
+        return ON_DISK[dtype]
+    return known.dtype if known is not None and known.floating else None
+
+
+def _kind(info: TensorInfo, dtype: str | None = None) -> str:
+    """dtype: what it is cast to if it is floating-point."""
+    return f"{dtype if dtype and info.floating else info.dtype} {list(info.shape)}"
