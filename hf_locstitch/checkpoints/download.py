@@ -210,5 +210,8 @@ class ArrivingFile:
     def raw(self, start: int, stop: int) -> memoryview:
         return memoryview(self._download.read(self._file, start, stop))
 
+    def private(self, start: int, stop: int) -> memoryview:
+        return self.raw(start, stop)  # read into memory of its own
+
     def release(self, start: int, stop: int) -> None:
         self._download.release(self._file, start, stop)

@@ -14,15 +14,27 @@ STRETCH = 1 << 22  # bytes; Python holds its lock during madvise
 LAGGING = 16  # stretches that the slowest thread may be behind
 
 
+COPIED = 1 << 20  # bytes; a smaller private part is copied, as each mapping keeps a file open
+
+
 class MappedFile:
-    """A reader.TensorFile; read-only. Views stay valid as long as they are referenced."""
+    """A reader.TensorFile. Views stay valid as long as they are referenced."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def raw(self, start: int, stop: int) -> memoryview:
         return memoryview(self._map)[start:stop]
+
+    def private(self, start: int, stop: int) -> memoryview:
+        if stop - start < COPIED:
+            return memoryview(bytearray(self.raw(start, stop)))
+        aligned = start - start % mmap.ALLOCATIONGRANULARITY
+        with self._path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), stop - aligned, access=mmap.ACCESS_COPY, offset=aligned)
+        return memoryview(pages)[start - aligned :]
 
     def release(self, start: int, stop: int) -> None:
         """Advise the kernel to drop whole stretches once their end is reached, so that resident memory stays small.

@@ -22,6 +22,10 @@ class TensorFile(Protocol):
         """Bytes start … stop of the file."""
         ...
 
+    def private(self, start: int, stop: int) -> memoryview:
+        """The same bytes, writable: what is written changes neither the file nor what anyone else reads of it."""
+        ...
+
     def release(self, start: int, stop: int) -> None:
         """These bytes will not be needed soon."""
         ...
@@ -49,10 +53,14 @@ class CheckpointReader:
         return read_values(self._files[shard.file], info, first, count)
 
     def flat(self, name: str, first: int, count: int) -> torch.Tensor:
-        """The same as a torch tensor."""
+        """The same as a torch tensor of its own: models may write into their weights, and nobody else sees it."""
         from hf_locstitch.checkpoints.tensors import as_tensor
 
-        return as_tensor(self.values(name, first, count))
+        shard, info = self.checkpoint.tensors[name]
+        dtype = DTYPE[info.dtype]
+        start = info.start + first * dtype.itemsize
+        raw = self._files[shard.file].private(start, start + count * dtype.itemsize) if count else b""
+        return as_tensor(np.frombuffer(raw, dtype=dtype))
 
     def raw(self, name: str, first: int, stop: int) -> memoryview:
         """Bytes first … stop of a tensor, of whatever dtype."""
