@@ -13,7 +13,7 @@ repositories. Xet is not spoken: clients need HF_HUB_DISABLE_XET=1, which `envir
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
@@ -44,6 +44,7 @@ class LoopbackHub:
     Settings that may be changed at any time:
     page_size: entries in a page of a tree or commit list.
     multipart_chunk: bytes of a part; larger LFS files are then uploaded in parts. None: never in parts.
+    read_tokens: those that may only read.
     rate_limit: how many requests are answered in a window of time. None: all.
     redirect_lfs: LFS files are answered with a 302 to another origin (localhost), as the real Hub does.
     """
@@ -124,6 +125,15 @@ class LoopbackHub:
     @multipart_chunk.setter
     def multipart_chunk(self, size: int | None) -> None:
         self._api.uploads.multipart_chunk = size
+
+    @property
+    def read_tokens(self) -> Collection[str]:
+        """Tokens that may only read."""
+        return self._rights.read_tokens
+
+    @read_tokens.setter
+    def read_tokens(self, tokens: Collection[str]) -> None:
+        self._rights.read_tokens = tokens
 
     @property
     def rate_limit(self) -> RateLimit | None:

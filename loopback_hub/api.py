@@ -76,6 +76,7 @@ class Api:
 
     def _whoami(self, call: Call) -> Answer:
         user = self._rights.signed_in(call)
+        role = "read" if self._rights.only_reads(call) else "write"
         return Answer(
             {
                 "type": "user",
@@ -89,7 +90,7 @@ class Api:
                 ],
                 "auth": {
                     "type": "access_token",
-                    "accessToken": {"displayName": "loopback", "role": "write"},
+                    "accessToken": {"displayName": "loopback", "role": role},
                 },
             }
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
 from loopback_hub.git import Refusal, Repo
@@ -11,17 +11,18 @@ from loopback_hub.wire import Call
 
 
 class Rights:
-    """Users, by token, and the organisations they write for."""
+    """Users, by token, the organisations they write for, and tokens that may only read."""
 
     def __init__(self, store: Store, users: Mapping[str, str], orgs: Mapping[str, Sequence[str]]) -> None:
         self.users, self.orgs = users, orgs
+        self.read_tokens: Collection[str] = ()
         self._store = store
 
     def identify(self, authorization: str | None) -> str | None:
         """The user of an Authorization header; None without one. Raises Refusal 401 for an unknown token."""
         if authorization is None:
             return None
-        user = self.users.get(authorization.removeprefix("Bearer "))
+        user = self.users.get(_token(authorization))
         if user is None:
             raise Refusal(401, "Invalid credentials in Authorization header")
         return user
@@ -38,6 +39,10 @@ class Rights:
             raise Refusal(401, "Invalid username or password.", "RepoNotFound")
         raise Refusal(404, "Repository not found", "RepoNotFound")
 
+    def only_reads(self, call: Call) -> bool:
+        """Whether the call's token may not write, whoever its user is."""
+        return _token(call.headers.get("Authorization") or "") in self.read_tokens
+
     def signed_in(self, call: Call) -> str:
         if call.user is None:
             raise Refusal(401, "Invalid username or password.")
@@ -45,6 +50,8 @@ class Rights:
 
     def writer(self, call: Call, owner: str) -> str:
         user = self.signed_in(call)
+        if self.only_reads(call):
+            raise Refusal(403, "Forbidden: the token may only read")
         if not self._member(user, owner):
             raise Refusal(403, f"Forbidden: {user} does not have the right to write to {owner}")
         return user
@@ -56,3 +63,7 @@ class Rights:
                 f"Access to {repo.type} {repo.id} is restricted. You must be granted access to it.",
                 "GatedRepo",
             )
+
+
+def _token(authorization: str) -> str:
+    return authorization.removeprefix("Bearer ")

@@ -159,7 +159,12 @@ def raise_clearly(error: Exception, repo: str, revision: str | None, endpoint: s
             f"{repo} has no revision {revision!r}. Name a branch, a tag or a full commit "
             f"({endpoint}/{repo}/commits/main lists them)."
         ) from error
-    if isinstance(error, RepositoryNotFoundError) or status_of(error) in (401, 403):
+    if status_of(error) == 401 and not isinstance(error, RepositoryNotFoundError):
+        raise CheckpointError(
+            f"{endpoint} rejects the token that was sent with the request for {at} (status 401): it is invalid or has "
+            "expired. To replace it log in with `hf auth login` or set HF_TOKEN; a public repo needs no token."
+        ) from error
+    if isinstance(error, RepositoryNotFoundError) or status_of(error) == 403:
         raise CheckpointError(
             f"{at} does not exist on {endpoint}, or is private and not accessible with this token. Check the "
             "name; for a private repo log in with `hf auth login` or set HF_TOKEN."

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from hf_locstitch.artifacts.manifest import FILE
 from hf_locstitch.checkpoints.hub_client import RATE_LIMIT, Attempts, is_transient, retrying, status_of
@@ -43,9 +51,20 @@ class Published:
 def check_target(repo: str) -> None:
     """Raises OutputError unless this user may write to `repo`. Creates nothing."""
     try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise OutputError(
+            f"{repo} cannot be the name of a repo on the Hub: {str(error).splitlines()[0]} Use another --push-to."
+        ) from error
+    try:
         user = retrying(lambda: HfApi().whoami())
     except OfflineModeIsEnabled as error:
         raise OutputError(f"HF_HUB_OFFLINE is set, so {repo} cannot be pushed to. Unset it, or use --out.") from error
+    except LocalTokenNotFoundError as error:
+        raise OutputError(
+            f"pushing to {repo} needs a token with the right to write, and there is none: log in with "
+            "`hf auth login` or set HF_TOKEN."
+        ) from error
     except Exception as error:
         if is_transient(error):
             raise PublishError(f"{constants.ENDPOINT} does not respond ({error}). Try again later.") from error
@@ -53,12 +72,27 @@ def check_target(repo: str) -> None:
             f"pushing to {repo} needs a token that {constants.ENDPOINT} accepts ({_short(error)}): "
             "log in with `hf auth login` or set HF_TOKEN."
         ) from error
-    writable = [user["name"], *(org["name"] for org in user.get("orgs", []))]
-    if repo.split("/")[0] not in writable:
-        raise OutputError(
-            f"{user['name']} cannot push to {repo}: the token can write to {', '.join(writable)} only. "
-            "Choose one of these namespaces, or use another token."
+    if refusal := why_not(user, repo):
+        raise OutputError(f"{user['name']} cannot push to {repo}: {refusal}")
+
+
+def why_not(user: Mapping[str, Any], repo: str) -> str | None:
+    """What keeps a token from writing to a repo, and what to do; None if nothing does. user: as whoami answers."""
+    namespace, token = repo.split("/")[0], user.get("auth", {}).get("accessToken") or {}
+    make_one = f"Make one that can at {constants.ENDPOINT}/settings/tokens, or use --out."
+    if token.get("role") == "read":
+        return f"the token may only read. {make_one}"
+    orgs = [org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read"]
+    writable = [user["name"], *orgs]
+    if namespace not in writable:
+        return (
+            f"the token can write to {', '.join(writable)} only. Choose one of these namespaces, or use another token."
         )
+    scoped = (token.get("fineGrained") or {}).get("scoped")
+    if scoped is None:
+        return None
+    allowed = [one["entity"].get("name") for one in scoped if "repo.write" in one.get("permissions", ())]
+    return None if {namespace, repo} & {*allowed} else f"the fine-grained token may not write there. {make_one}"
 
 
 class Upload:
@@ -232,6 +266,8 @@ def _short(error: Exception) -> str:
     """One line, without request id and URL."""
     if isinstance(error, RepositoryNotFoundError):
         return "the repo does not exist or is not accessible with this token"
+    if status_of(error) == 401:
+        return "status 401: the token is invalid or has expired"
     if isinstance(error, HfHubHTTPError):
         return f"status {status_of(error)}: {str(error).splitlines()[0]}"
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
