@@ -22,6 +22,7 @@ os.environ.update(
     NO_PROXY="127.0.0.1,localhost",
     no_proxy="127.0.0.1,localhost",
 )
+os.environ["TMPDIR"] = _HOME  # what processes of tests leave, such as torchrun its logs, goes with it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny, and tests run side by side
 
 from helpers.models import State, random_state, save  # noqa: E402
