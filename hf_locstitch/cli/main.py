@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.cli.arguments import build_parser
 from hf_locstitch.errors import LocstitchError, RecipeError
+from hf_locstitch.runtime.escape import line, terminal
+from hf_locstitch.runtime.interrupts import Interrupted, raising_interrupts
 
 if TYPE_CHECKING:
     from hf_locstitch.plan.plans import Plan
@@ -29,16 +31,19 @@ LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0 done, 2 invalid request, 1 the work failed."""
+    """Run one command; returns its exit status: 0 done, 2 invalid request, 1 the work failed, 128 + n signal n."""
     args = build_parser().parse_args(argv)
     log = logging.getLogger("hf_locstitch")
     if not log.handlers:
         log.addHandler(LogToStderr())
     gc.set_threshold(100_000, 20, 20)  # else a small merge spends a twelfth of its time collecting garbage
     try:
-        return COMMANDS[args.command](args)
-    except KeyboardInterrupt:
-        return _fail("interrupted; no partial output was left behind.", 130)
+        with raising_interrupts():
+            return COMMANDS[args.command](args)
+    except KeyboardInterrupt as error:
+        stop = Interrupted.of(error)
+        kept = f"; what is done so far is kept in {stop.kept}" if stop.kept is not None else ""
+        return _fail(f"interrupted. Run the same command again to continue{kept}.", stop.exit_status)
     except LocstitchError as error:
         if args.debug:
             traceback.print_exc()
@@ -55,7 +60,7 @@ class LogToStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if _speaks():
-            print(f"hf-locstitch: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+            print(f"hf-locstitch: {record.levelname.lower()}: {line(record.getMessage())}", file=sys.stderr)
 
 
 def _speaks() -> bool:
@@ -66,7 +71,7 @@ def _speaks() -> bool:
 def _fail(message: str, status: int) -> int:
     if not _speaks():
         return status
-    print(f"hf-locstitch: error: {message}", file=sys.stderr)
+    print(f"hf-locstitch: error: {terminal(message)}", file=sys.stderr)
     return status
 
 

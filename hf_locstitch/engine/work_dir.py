@@ -20,6 +20,7 @@ from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import OutputError, RequestError, WorkError
 from hf_locstitch.plan.plans import Plan
 from hf_locstitch.runtime.files import write_atomically
+from hf_locstitch.runtime.interrupts import Interrupted
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.version import __version__
 
@@ -109,6 +110,8 @@ def open_work_dir(plan: Plan, near: Path, out: Path | None, processes: Processes
         if locks:
             shutil.rmtree(work.folder, ignore_errors=True)
         raise
+    except KeyboardInterrupt as stop:
+        raise Interrupted.of(stop, work.folder if work.folder.exists() else None) from stop
     except OSError as error:
         if error.errno not in FULL:
             raise

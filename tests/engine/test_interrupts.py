@@ -1,0 +1,83 @@
+"""Ctrl-C, SIGTERM and SIGHUP: what is said is true, and the same command continues."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import finetune, random_state, save
+from helpers.runs import files_of, quick_merge
+
+from hf_locstitch.cli.main import main
+
+SHAPES = {f"layers.{i}.w": (60, 40) for i in range(12)}
+SLOWLY = str(Path(__file__).parents[1] / "helpers" / "slowly")
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[Path]:
+    base = random_state(0, torch.bfloat16, SHAPES)
+    return [save(tmp_path / "base", base), save(tmp_path / "ft", finetune(base, 1))]
+
+
+def command(inputs: list[Path], out: Path) -> list[str]:
+    return ["merge", "--base", str(inputs[0]), "--ft", str(inputs[1]), "--out", str(out), "--no-figures", "--quiet"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_keeps_the_work_and_says_so(
+    inputs: list[Path], tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    out = tmp_path / "out"
+    path = os.pathsep.join([SLOWLY, *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = subprocess.Popen(
+        [sys.executable, "-m", "hf_locstitch", *command(inputs, out)],
+        env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    due = time.monotonic() + 60
+    while not (kept := list(tmp_path.glob(".out.*.partial"))) and time.monotonic() < due:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    run.send_signal(number)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == status, said
+    assert said.strip() == (
+        "hf-locstitch: error: interrupted. Run the same command again to continue; "
+        f"what is done so far is kept in {kept[0]}."
+    )
+    assert kept[0].is_dir() and not out.exists()
+    assert main(command(inputs, out)) == 0
+    quick_merge(inputs[0], inputs[1:], out=tmp_path / "due")
+    assert files_of(out) == files_of(tmp_path / "due")
+
+
+def test_before_the_work_begins_no_folder_is_named(
+    inputs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    monkeypatch.setattr("hf_locstitch.plan.planning.open_checkpoint", stop)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    assert main(command(inputs, tmp_path / "out")) == 143
+    assert capsys.readouterr().err.endswith("interrupted. Run the same command again to continue.\n")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_what_nohup_ignores_stays_ignored(inputs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang_up(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr("hf_locstitch.engine.execute.warn_of_memory", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(command(inputs, tmp_path / "out")) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
