@@ -6,7 +6,6 @@ Its name holds a fingerprint of what is merged and how, so that different merges
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -19,12 +18,14 @@ from pathlib import Path
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import OutputError, RequestError, WorkError
 from hf_locstitch.plan.plans import Plan
-from hf_locstitch.runtime.files import write_atomically
 from hf_locstitch.runtime.interrupts import Interrupted
+from hf_locstitch.runtime.journal import append_lines, read_lines, read_record, write_record
+from hf_locstitch.runtime.locks import try_lock
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.version import __version__
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EBUSY, errno.EXDEV)
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,23 @@ class WorkDir:
 
     def record(self, file: str, shard: ShardRecord) -> None:
         """Note that a shard of the output is finished."""
-        write_atomically(self._journal(file), json.dumps(asdict(shard)))
+        write_record(self._journal(file), asdict(shard))
 
     def finished(self, file: str) -> ShardRecord | None:
-        """The record of a shard, if its bytes still match."""
-        if not self._journal(file).exists() or not (self.stage / file).exists():
+        """The record of a shard, if it is whole and the shard's bytes match it."""
+        found = read_record(self._journal(file))
+        if found is None or not (self.stage / file).is_file():
             return None
-        shard = ShardRecord(**json.loads(self._journal(file).read_text()))
+        shard = ShardRecord(**found)
         return shard if file_sha256(self.stage / file) == shard.sha256 else None
 
     def note_verified(self, files: Iterable[tuple[str, str]]) -> None:
         """Note (input, file) pairs that were verified after reading."""
-        with (self.folder / "verified").open("a") as journal:
-            journal.writelines(json.dumps(file) + "\n" for file in files)
+        append_lines(self.folder / "verified", files)
 
     def verified(self) -> set[tuple[str, str]]:
-        """The noted pairs; a line cut short by a kill is ignored."""
-        path = self.folder / "verified"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return {(name, file) for name, file in map(json.loads, lines)}
+        """The noted pairs."""
+        return {(name, file) for name, file in read_lines(self.folder / "verified")}
 
     def _journal(self, file: str) -> Path:
         return self.folder / f"{file}.done"
@@ -95,8 +94,9 @@ def fingerprint(plan: Plan) -> str:
 def open_work_dir(plan: Plan, near: Path, out: Path | None, processes: Processes) -> Iterator[WorkDir]:
     """A folder beside `near`; on success its stage becomes `out`, or is removed if that is None.
 
-    A RequestError removes the folder, any other failure keeps it.
+    Links in `near` and `out` are followed. A RequestError removes the folder, any other failure keeps it.
     """
+    near = near.resolve()
     work = WorkDir(near.absolute().parent / f".{near.name}.{fingerprint(plan)[:16]}.partial")
     locks: list[int] = []
     try:
@@ -104,7 +104,7 @@ def open_work_dir(plan: Plan, near: Path, out: Path | None, processes: Processes
         yield work
         if processes.first:
             if out is not None:
-                work.stage.replace(out)
+                _move(work.stage, out)
             shutil.rmtree(work.folder, ignore_errors=True)
     except RequestError:
         if locks:
@@ -125,16 +125,26 @@ def open_work_dir(plan: Plan, near: Path, out: Path | None, processes: Processes
         processes.leave()
 
 
+def _move(stage: Path, out: Path) -> None:
+    """Make the finished folder `out`, in one step. Raises WorkError if something has come to be there meanwhile."""
+    try:
+        stage.rename(out.resolve())  # replaces an empty folder, and nothing else
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise
+        raise WorkError(
+            f"{out} could not be made ({error.strerror}): something is there that was not when the work began, such "
+            f"as another merge's result. It is left as it is; the finished merge is in {stage}. Move it where you "
+            "want it."
+        ) from error
+
+
 def _make(work: WorkDir) -> int:
     """The folders, and a lock that ends with the process. Raises OutputError if another process works here."""
     work.stage.mkdir(parents=True, exist_ok=True)
     work.spill.mkdir(exist_ok=True)
-    handle = os.open(work.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
+    if (lock := try_lock(work.folder / "lock")) is None:
         raise OutputError(
             f"another process is making the same merge in {work.folder}. Wait for it, or use another --out."
-        ) from error
-    return handle
+        )
+    return lock

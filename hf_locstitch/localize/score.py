@@ -17,7 +17,7 @@ from hf_locstitch.localize.kth_largest import Keys, kth_largest, pieces, sortabl
 from hf_locstitch.localize.learn import Room
 from hf_locstitch.localize.open_grafted_model import open_grafted_model
 from hf_locstitch.localize.passes import State
-from hf_locstitch.localize.score_file import LARGEST, ScoreFile, write_scores
+from hf_locstitch.localize.score_file import LARGEST, ScoreFile, is_whole, write_scores
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.runtime.dtypes import Values
 from hf_locstitch.tasks.sets import OpenSet
@@ -39,7 +39,7 @@ def score(
     name: of the finetune. tensors: the localized ones, as the base holds them. Raises RequestError or WorkError.
     """
     path = room.folder / f"{name}.scores"
-    if not any(room.processes.gather(path.exists())):
+    if not room.processes.gather(room.processes.first and is_whole(path))[0]:
         grafted, task = room.processes.together(
             lambda: open_grafted_model(
                 how, f"{name}.{room.processes.rank}", base, finetuned, tensors, data, room.folder

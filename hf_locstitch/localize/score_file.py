@@ -1,6 +1,6 @@
 """One non-negative float32 score for every localizable element of a finetune, under its name on disk, in a file.
 
-Written whole or not at all, so that a killed run need not score again.
+Written whole or not at all and with its hash beside it, so that a killed run need not score again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 from hf_locstitch.checkpoints.header import TensorInfo, TensorSpec
 from hf_locstitch.checkpoints.mapped import MappedFile, read_header
 from hf_locstitch.checkpoints.reader import read_values
+from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.runtime.files import replacing
+from hf_locstitch.runtime.journal import read_record, write_record
 
 LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
 
@@ -49,7 +51,19 @@ def write_scores(
     metadata = {"ones": json.dumps(ones), "losses": json.dumps(list(losses))}
     entries = [TensorSpec(info.name, "F32", info.shape, 4 * info.numel) for info in tensors]
     with replacing(path) as new, SafetensorsWriter(new, entries, metadata) as writer:
-        for name, first, scores in pieces:
-            writer.write(name, scores.contiguous().view(torch.uint8).numpy().data, 4 * first)
-            advance(len(scores))
+        with writer.hashing() as hashed:
+            for name, first, scores in pieces:
+                writer.write(name, scores.contiguous().view(torch.uint8).numpy().data, 4 * first)
+                advance(len(scores))
+        sha256 = hashed.result()
+    write_record(_done(path), sha256)
     return ScoreFile(path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the scores of an earlier process are there, as it wrote them."""
+    return path.is_file() and read_record(_done(path)) == file_sha256(path)
+
+
+def _done(path: Path) -> Path:
+    return path.with_name(f"{path.name}.done")

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from hf_locstitch.localize.candidates import Candidates
 from hf_locstitch.runtime.kernels import Bools, bits
 
-RECORD = struct.Struct("<QQQQQ")  # chunk, offset, sure, inside, CRC-32 of the block
+PLACE = struct.Struct("<QQQQ")  # chunk, offset, sure, inside
+RECORD = struct.Struct("<QQQQQ")  # the same, and the CRC-32 of that and of the block
 
 
 class Spill:
@@ -52,13 +53,17 @@ class Spill:
         found = self._index_path.read_bytes() if self._index_path.exists() else b""
         records = found[len(self._heading) :] if found.startswith(self._heading) else b""
         whole = len(records) // RECORD.size * RECORD.size
+        length = os.fstat(self._file.fileno()).st_size
         with self._index_path.open("wb") as file:
             file.write(self._heading)
             for chunk, offset, sure, inside, crc in RECORD.iter_unpack(records[:whole]):
+                size = self._size(sure + inside, inside)
+                if chunk >= len(self.done) or offset + size > length:
+                    continue
                 if self._trusted is not None and not self._trusted[chunk]:
                     continue
-                size = self._size(sure + inside, inside)
-                if zlib.crc32(os.pread(self._file.fileno(), size, offset)) == crc:
+                place = PLACE.pack(chunk, offset, sure, inside)
+                if zlib.crc32(os.pread(self._file.fileno(), size, offset), zlib.crc32(place)) == crc:
                     self._offsets[chunk], self.sure[chunk], self.open[chunk] = offset, sure, inside
                     self.done[chunk] = True
                     self.size = max(self.size, offset + size)
@@ -83,9 +88,10 @@ class Spill:
     def _write(self, file: FileIO, offset: int, index: int, kept: Candidates) -> bytes:
         """Returns the index's record."""
         values = bits(kept.values.astype(self.dtype, copy=False))
-        crc = _write_parts(file.fileno(), offset, (kept.flagged, values, kept.scores))
         inside = len(kept.scores)
         sure = len(kept.flagged) - inside
+        place = zlib.crc32(PLACE.pack(index, offset, sure, inside))
+        crc = _write_parts(file.fileno(), offset, (kept.flagged, values, kept.scores), place)
         self._offsets[index], self.sure[index], self.open[index] = offset, sure, inside
         return RECORD.pack(index, offset, sure, inside, crc)
 
@@ -136,9 +142,8 @@ def _open_both_ways(path: Path) -> FileIO:
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
 
 
-def _write_parts(fd: int, offset: int, parts: Iterable[npt.NDArray[Any]]) -> int:
-    """One after the other. Returns their CRC-32."""
-    crc = 0
+def _write_parts(fd: int, offset: int, parts: Iterable[npt.NDArray[Any]], crc: int) -> int:
+    """One after the other. crc: of what goes before. Returns the CRC-32 of all."""
     for part in parts:
         view = np.ascontiguousarray(part).data.cast("B") if part.nbytes else memoryview(b"")
         crc = zlib.crc32(view, crc)

@@ -13,6 +13,12 @@ from pathlib import Path
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, or the folder itself if it does not exist."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that replaces `path` on success: readers see either the old file or the complete new one."""
@@ -25,9 +31,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Text, in UTF-8."""
+    """Text, in UTF-8; it is on the disk before it replaces what was there."""
     with replacing(path) as new:
         new.write_text(content, encoding="utf-8")
+        sync_file(new)
 
 
 def write_all(file: RawIOBase, content: bytes) -> None:
@@ -41,6 +48,16 @@ def sync_file(path: Path) -> None:
     """Return once everything written to the file is on the disk."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether a file system is mounted there, also a folder of the same one, as in a container."""
+    place = path.resolve()
+    if os.path.ismount(place):
+        return True
+    import psutil
+
+    return str(place) in {mount.mountpoint for mount in psutil.disk_partitions(all=True)}
 
 
 def punch_hole(fd: int, start: int, stop: int) -> bool:

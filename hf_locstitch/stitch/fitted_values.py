@@ -3,7 +3,6 @@ tensors."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Collection, Sequence
@@ -15,7 +14,7 @@ import torch
 
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.runtime.dtypes import DTYPE, Values
-from hf_locstitch.runtime.files import write_atomically
+from hf_locstitch.runtime.journal import read_record, write_record
 from hf_locstitch.runtime.processes import Processes
 
 INDEX = "index.json"
@@ -59,8 +58,8 @@ class FittedWriter:
         """heading: what these values belong to. notes: what else is to be known of them, as JSON has it."""
         self._tensors = {name: entry for told in self._processes.gather(self._tensors) for name, entry in told.items()}
 
-        content = json.dumps({"heading": heading, "tensors": self._tensors, "notes": notes})
-        self._processes.on_first(lambda: write_atomically(self._folder / INDEX, content))
+        content = {"heading": heading, "tensors": self._tensors, "notes": notes}
+        self._processes.on_first(lambda: write_record(self._folder / INDEX, content))
 
 
 class FittedValues:
@@ -105,17 +104,7 @@ def open_fitted(folder: Path, heading: str, own: Collection[str], processes: Pro
 
     Every process calls it, and gets the same answer.
     """
-    index = processes.gather(_read_index(folder) if processes.first else None)[0]
-    try:
-        found = FittedValues(folder, index)
-        whole = found.heading == heading and found.intact(own)
-    except (OSError, ValueError, KeyError, TypeError):
-        found, whole = None, False
+    index = processes.gather(read_record(folder / INDEX) if processes.first else None)[0]
+    found = None if index is None else FittedValues(folder, index)
+    whole = found is not None and found.heading == heading and found.intact(own)
     return found if all(processes.gather(whole)) else None
-
-
-def _read_index(folder: Path) -> Any:
-    try:
-        return json.loads((folder / INDEX).read_text())
-    except (OSError, ValueError):
-        return None

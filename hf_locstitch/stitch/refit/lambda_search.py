@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_locstitch.errors import RequestError
-from hf_locstitch.runtime.files import write_atomically
+from hf_locstitch.runtime.journal import read_record, write_record
 from hf_locstitch.stitch.fitted_values import FittedValues, FittedWriter, open_fitted
 from hf_locstitch.stitch.fitting import FitJob
 from hf_locstitch.stitch.refit.fit import Advance, Fit, Seen
@@ -61,7 +61,7 @@ def refit(how: RefitSettings, job: FitJob) -> tuple[FittedValues | None, dict[st
     def keep() -> None:
         for other in journal.scores.keys() - {journal.best}:
             shutil.rmtree(folder / other, ignore_errors=True)
-        write_atomically(folder / JOURNAL, json.dumps(asdict(journal)))
+        write_record(folder / JOURNAL, asdict(journal))
 
     def found(name: str) -> FittedValues | None:
         return open_fitted(folder / name, journal.heading, job.own, processes)
@@ -167,8 +167,5 @@ def record(job: FitJob, how: RefitSettings, journal: Journal, values: FittedValu
 
 def _read(folder: Path, heading: str) -> Journal:
     """What an earlier process left under the same heading."""
-    try:
-        found = Journal(**json.loads((folder / JOURNAL).read_text()))
-    except (OSError, ValueError, TypeError):
-        return Journal(heading)
-    return found if found.heading == heading else Journal(heading)
+    known = read_record(folder / JOURNAL)
+    return Journal(**known) if known is not None and known["heading"] == heading else Journal(heading)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from helpers.runs import Killed
 from safetensors.torch import save_file
 
 from hf_locstitch.cli.main import main
+from hf_locstitch.runtime import journal
 from hf_locstitch.stitch.fitted_values import FittedWriter
 
 CLOSE = 1e-4  # of the largest change that the refit makes to the plain stitch
@@ -138,7 +138,7 @@ def test_two_go_on_where_one_was_killed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(FittedWriter, "write", cut)
     with pytest.raises(Killed):
         merge("recipe", "out")
-    (journal,) = tmp_path.glob(".out*/spill/fit/refit.json")
-    assert list(json.loads(journal.read_text())["scores"]) == ["1"]
+    (found,) = tmp_path.glob(".out*/spill/fit/refit.json")
+    assert list(journal.read_record(found)["scores"]) == ["1"]
     merge_in(2, tmp_path, "out")
     assert same_bits(load(Path("out")), load(Path("one")))
