@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import chain
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from hf_locstitch.checkpoints.compatibility import (
     misfit_files,
     mismatches,
 )
+from hf_locstitch.checkpoints.config_differences import config_differences, text_differences
 from hf_locstitch.checkpoints.localizable import localizable, unknown_globs
 from hf_locstitch.checkpoints.names import is_own, make_name, same_place
 from hf_locstitch.checkpoints.opening import open_checkpoint
@@ -41,6 +43,7 @@ from hf_locstitch.tasks.custom_code import refuse_custom_code
 from hf_locstitch.tasks.leaks import JudgedTask, leaks
 from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, open_set
 
+AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
 ALL = ("*",)
 # Fields of a recipe that apply to a merged model only.
 OF_MODELS = ("scale", "rest_from", "files_from", "also_copy", "dtype", "shard_size", "evaluate")
@@ -53,7 +56,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     if recipe.localized:
         return _open_and_stitch(recipe, settings)
     base, finetuned, data, fit_data = _open_inputs(recipe)
-    plan = _with_side_files(merge_plan(recipe, base, finetuned, settings, data, fit_data))
+    plan = _with_side_files(_with_text_warnings(merge_plan(recipe, base, finetuned, settings, data, fit_data)))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
     return plan
@@ -63,7 +66,7 @@ def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> Localize
     """The plan for a localized checkpoint of the recipe's one finetune. Raises like make_plan."""
     _check_localizable(recipe)
     base, finetuned, data, _ = _open_inputs(recipe)
-    return localize_plan(recipe, base, finetuned, settings, data)
+    return _with_text_warnings(localize_plan(recipe, base, finetuned, settings, data))
 
 
 def _open_inputs(
@@ -78,6 +81,19 @@ def _open_inputs(
     data = {name: open_set(asked) for name, asked in _by_name(recipe.data if needs_data else (), names).items()}
     fit_data = {name: open_set(asked) for name, asked in _by_name(recipe.fit_sets, names).items()}
     return base, dict(zip(names, finetuned, strict=True)), data, fit_data
+
+
+def _with_text_warnings(plan: AnyPlan) -> AnyPlan:
+    """The plan, with what small files of the inputs say of texts, such as other chat templates."""
+    kept = _kept_name(plan.recipe)
+    with hide_library_bars():
+        found = [text_differences(plan.base.source, name, one.source, kept) for name, one in plan.finetuned.items()]
+    return replace(plan, warnings=(*plan.warnings, *chain.from_iterable(found)))
+
+
+def _kept_name(recipe: Recipe) -> str:
+    """Whose config and tokenizer the output gets."""
+    return recipe.files_from or recipe.rest_from or "the base"
 
 
 def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
@@ -311,6 +327,7 @@ def _check_inputs(
         candidates = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
         problems += mismatches(base, checkpoint, chosen, candidates)
         warnings += differences(base, name, checkpoint, chosen)
+        warnings += config_differences(base, name, checkpoint, _kept_name(recipe))
     found = misfit_files(*_given_files(recipe, base, finetuned))
     problems, warnings = problems + found[0], warnings + found[1]
     if problems:
