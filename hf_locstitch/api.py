@@ -88,6 +88,7 @@ def merge_from_hub(
     exclude: Sequence[str] | None = None,
     rest_from: str | None = None,
     files_from: str | None = None,
+    also_copy: Sequence[str] | None = None,
     dtype: Dtype | None = None,
     shard_size: int | str | None = None,
     allow_non_finite: bool | None = None,
@@ -117,6 +118,7 @@ def merge_from_hub(
         exclude: Globs of tensors that are left out.
         rest_from: Name of the finetune that gives the tensors that are not localized; the base by default.
         files_from: Name of the finetune that gives config and tokenizer; as `rest_from` by default.
+        also_copy: Globs of more files to copy, beside those that a model is known to need.
         dtype: Dtype of the output; the base's by default.
         shard_size: Largest file in bytes, or a string such as "5GB"; shards as in the base by default.
         allow_non_finite: Let NaN and infinity through.
@@ -144,7 +146,7 @@ def merge_from_hub(
     recipe = _recipe(
         base=base, finetuned=_entries(finetuned, names), out=out, push_to=push_to, private=private, method=method,
         localizer=localizer, data=data, stitch=stitch, scale=scale, include=include, exclude=exclude,
-        rest_from=rest_from, files_from=files_from, dtype=dtype, shard_size=shard_size,
+        rest_from=rest_from, files_from=files_from, also_copy=also_copy, dtype=dtype, shard_size=shard_size,
         allow_non_finite=allow_non_finite, figures=figures, evaluate=evaluate,
     )  # fmt: skip
     return carry_out(make_plan(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
@@ -205,6 +207,7 @@ def stitch_from_hub(
     private: bool | None = None,
     names: Sequence[str] | None = None,
     scale: float | None = None,
+    also_copy: Sequence[str] | None = None,
     dtype: Dtype | None = None,
     shard_size: int | str | None = None,
     allow_non_finite: bool | None = None,
@@ -221,8 +224,8 @@ def stitch_from_hub(
         base: The pretrained model: a folder, org/name or org/name@revision.
         localized: One or several localized checkpoints, likewise.
         names: Names of the masks; those they were localized under by default.
-        out, push_to, private, scale, dtype, shard_size, allow_non_finite, figures, cache, max_memory, show_progress: As
-            of `merge_from_hub`.
+        out, push_to, private, scale, also_copy, dtype, shard_size, allow_non_finite, figures, cache, max_memory,
+            show_progress: As in `merge_from_hub`.
 
     Returns:
         Where the merge is, and its record.
@@ -236,7 +239,7 @@ def stitch_from_hub(
     """
     recipe = _recipe(
         base=base, localized=_entries(localized, names), out=out, push_to=push_to, private=private, scale=scale,
-        dtype=dtype, shard_size=shard_size, allow_non_finite=allow_non_finite, figures=figures,
+        also_copy=also_copy, dtype=dtype, shard_size=shard_size, allow_non_finite=allow_non_finite, figures=figures,
     )  # fmt: skip
     return carry_out(make_plan(recipe, make_settings(cache, max_memory)), Progress(show_progress))
 

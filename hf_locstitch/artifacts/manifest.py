@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from hf_locstitch.checkpoints.names import SafeFile, SafeName
 from hf_locstitch.checkpoints.source import Source, file_sha256
 from hf_locstitch.errors import CheckpointError
 
@@ -18,20 +19,28 @@ FILE = "locstitch.json"
 RECIPE_FILE = "locstitch.yaml"  # reproduces the merge
 
 
+def mask_file(name: str) -> str:
+    return f"masks/{name}.safetensors"
+
+
+def values_file(name: str) -> str:
+    return f"values/{name}.safetensors"
+
+
 @dataclass(frozen=True)
 class InputRecord:
     """ref: org/name@commit, or ./folder for a local one, whose path stays private. files: shard -> sha256."""
 
     role: str
-    name: str
+    name: SafeName
     ref: str
     commit: str | None
-    files: dict[str, str]
+    files: dict[SafeFile, str]
 
 
 @dataclass(frozen=True)
 class MaskRecord:
-    """density: as requested; real_density = ones / N.
+    """density: as requested; real_density = ones / N. examples: of the localization set that it was found with, if any.
 
     values: file of the finetuned values under the mask, in a localized checkpoint; a model holds them itself.
     """
@@ -41,6 +50,7 @@ class MaskRecord:
     density: float | None
     real_density: float
     values: str | None = None
+    examples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,18 +73,24 @@ class Manifest:
     inputs: list[InputRecord]
     N: int
     k: int | None
-    masks: dict[str, MaskRecord]
+    masks: dict[SafeName, MaskRecord]
     covered_by: list[int]
     overlap: list[dict[str, Any]]
     warnings: list[str]
     versions: dict[str, str]
     fingerprint: str
-    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    outputs: dict[SafeFile, dict[str, Any]] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
-    localized: dict[str, InputRecord] = field(default_factory=dict)
+    localized: dict[SafeName, InputRecord] = field(default_factory=dict)
     stitch: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a mask's file is not the one that its name gives it."""
+        for name, mask in self.masks.items():
+            if mask.file != mask_file(name) or mask.values not in (None, values_file(name)):
+                raise ValueError(f"the mask {name} must be in {mask_file(name)}, its values in {values_file(name)}")
 
     @property
     def is_localized(self) -> bool:

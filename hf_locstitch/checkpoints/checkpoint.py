@@ -71,18 +71,30 @@ def read_shard(source: Source, file: str) -> Shard:
 
 def read_json(source: Source, file: str) -> dict[str, Any]:
     """A small JSON object of the source. Raises CheckpointError if it is not one."""
+    content = _read_json(source, file)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{source.label}/{file} must hold a JSON object, but holds a {type(content).__name__}.")
+    return content
+
+
+def read_json_list(source: Source, file: str) -> list[Any]:
+    """Likewise a list."""
+    content = _read_json(source, file)
+    if not isinstance(content, list):
+        raise CheckpointError(f"{source.label}/{file} must hold a JSON list, but holds a {type(content).__name__}.")
+    return content
+
+
+def _read_json(source: Source, file: str) -> Any:
     if (size := source.files[file].size) > JSON_BYTES:
         raise CheckpointError(
             f"{source.label}/{file} has {size:,} bytes, more than the {JSON_BYTES:,} that are read of such a file. "
             "It is not one that a model needs: use another checkpoint."
         )
     try:
-        content = parse_json(source.fetch(file).read_bytes())
+        return parse_json(source.fetch(file).read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{source.label}/{file} is not valid JSON ({error}). Fetch it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{source.label}/{file} must hold a JSON object, but holds a {type(content).__name__}.")
-    return content
 
 
 def read_card(source: Source) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from hf_locstitch.checkpoints.names import is_safe_file
 from hf_locstitch.checkpoints.source import Advance, FileInfo, file_sha256
 from hf_locstitch.errors import CheckpointError
 
@@ -19,6 +20,7 @@ class FolderSource:
             )
         self.folder = folder
         self._files = _list_files(folder)
+        self._states = {file: _state(folder / file) for file in self._files}
         self._sha256: dict[str, str] = {}
 
     @property
@@ -31,38 +33,80 @@ class FolderSource:
 
     @property
     def identity(self) -> str:
-        times = {file: (self.folder / file).stat().st_mtime_ns for file in self._files}
-        return f"{self.folder.resolve()} {[(file, info.size, times[file]) for file, info in self._files.items()]}"
+        states = [(file, size, time) for file, (size, time, _) in self._states.items()]
+        return f"{self.folder.resolve()} {states}"
 
     @property
     def files(self) -> Mapping[str, FileInfo]:
         return self._files
 
     def read_start(self, file: str, length: int) -> bytes:
-        with (self.folder / file).open("rb") as handle:
+        with self._path(file).open("rb") as handle:
             return handle.read(length)
 
     def cached(self, file: str) -> Path | None:
-        return self.folder / file
+        return self._path(file)
 
     def fetch(self, file: str, advance: Advance = lambda _: None) -> Path:
+        path = self._path(file)
         advance(self._files[file].size)
-        return self.folder / file
+        return path
 
     def check_obtainable(self, files: Iterable[str], cache: bool) -> None:
         """Nothing to fetch."""
 
     def sha256(self, file: str) -> str:
         if file not in self._sha256:
-            self._sha256[file] = file_sha256(self.folder / file)
+            self._sha256[file] = file_sha256(self._path(file))
         return self._sha256[file]
+
+    def check_unchanged(self, files: Iterable[str]) -> None:
+        for file in self._states.keys() & set(files):
+            if (now := _state(self.folder / file)) != (then := self._states[file]):
+                what = f"its size was {then[0]} bytes and is {now[0]}" if now[0] != then[0] else "it was written to"
+                raise CheckpointError(
+                    f"{self.label}/{file} changed while it was read ({what}), so the result would be of no known "
+                    "weights. Nothing was written; run the same command again once nothing writes there."
+                )
+
+    def _path(self, file: str) -> Path:
+        """Where a file is read. Raises CheckpointError if that is a link to something that is not the model's."""
+        path = self.folder / file
+        target = path.resolve()
+        if not target.is_relative_to(self.folder.resolve()) and not _is_blob(target, self.folder):
+            raise CheckpointError(
+                f"{path} is a link to {target}, outside the folder, and is not followed: what it holds would become "
+                "part of the merge. If it belongs to the model, replace the link with a copy; else remove it."
+            )
+        return path
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """Size in bytes, time of the last change in nanoseconds, inode; zeros if the file is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0, 0
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _list_files(folder: Path) -> dict[str, FileInfo]:
-    """Hidden files and folders (.git, .cache) are not part of a checkpoint."""
+    """Hidden files and folders (.git, .cache) are not part of a checkpoint. Links are listed; see FolderSource."""
     relative = {path: path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         name.as_posix(): FileInfo(path.stat().st_size)
         for path, name in relative.items()
-        if not any(part.startswith(".") for part in name.parts)
+        if not any(part.startswith(".") for part in name.parts) and is_safe_file(name.as_posix())
     }
+
+
+def _is_blob(target: Path, folder: Path) -> bool:
+    """Whether a link's target is CACHE/models--ORG--NAME/blobs/HASH: of the Hub cache, or of the snapshot `folder`."""
+    repo = target.parent.parent
+    if target.parent.name != "blobs" or not repo.name.startswith("models--"):
+        return False
+    if folder.resolve().parent == repo / "snapshots":
+        return True
+    from huggingface_hub import constants
+
+    return repo.parent == Path(constants.HF_HUB_CACHE).resolve()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
+from functools import lru_cache
 from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,10 +29,12 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_s
 
 from hf_locstitch.checkpoints.cached_repo import CachedRepoSource, find_snapshot
 from hf_locstitch.checkpoints.hub_client import RATE_LIMIT, Attempts, raise_clearly, retrying
+from hf_locstitch.checkpoints.names import is_safe_file
 from hf_locstitch.checkpoints.remembered import Remembered
 from hf_locstitch.checkpoints.source import Advance, FileInfo, Source, file_sha256, git_blob_oid
-from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
-from hf_locstitch.runtime.files import write_all
+from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError, OutputError
+from hf_locstitch.runtime.files import is_writable, write_all
+from hf_locstitch.runtime.human import some
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -57,9 +61,20 @@ def open_repo(repo: str, revision: str | None) -> Source:
         raise
 
 
-def _repo_folder(repo: str) -> Path:
-    """The repo's part of the cache."""
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+def _repo_folder(repo: str, cache: Path | None = None) -> Path:
+    """The repo's part of a cache, by default the user's."""
+    return Path(cache or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+def _cache_for(repo: str) -> Path:
+    """The user's Hub cache, or where that cannot be written to a folder that goes with this process."""
+    cache = Path(constants.HF_HUB_CACHE)
+    return cache if is_writable(_repo_folder(repo)) and is_writable(cache / ".locks") else Path(_passing_cache().name)
+
+
+@lru_cache(1)
+def _passing_cache() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="hf-locstitch-cache-")
 
 
 class HubSource:
@@ -77,9 +92,11 @@ class HubSource:
         self._files = {
             s.rfilename: FileInfo(s.size or 0, s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
             for s in info.siblings or []
+            if is_safe_file(s.rfilename)
         }
         self._sha256: dict[str, str] = {}
         self._starts: dict[str, bytes] = {}  # read for the headers; not asked for again
+        self._cache = _cache_for(repo)
         self._remembered = Remembered(self._folder, self._commit)
         self._remembered.keep_files(self._files)
 
@@ -101,11 +118,14 @@ class HubSource:
 
     @property
     def _folder(self) -> Path:
-        return _repo_folder(self._repo)
+        return _repo_folder(self._repo, self._cache)
 
     def cached(self, file: str) -> Path | None:
-        path = try_to_load_from_cache(self._repo, file, revision=self._commit)
-        return Path(path) if isinstance(path, str) else None
+        for cache in dict.fromkeys((Path(constants.HF_HUB_CACHE), self._cache)):
+            path = try_to_load_from_cache(self._repo, file, cache_dir=cache, revision=self._commit)
+            if isinstance(path, str):
+                return Path(path)
+        return None
 
     def read_start(self, file: str, length: int) -> bytes:
         if path := self.cached(file):
@@ -142,7 +162,8 @@ class HubSource:
         if self._files[file].sha256 is not None:
             self._download(file, advance, arrived)
         try:  # links what was downloaded into the snapshot; small files outside LFS are downloaded here
-            path = Path(retrying(lambda: hf_hub_download(self._repo, file, revision=self._commit)))
+            where = {"revision": self._commit, "cache_dir": self._cache}
+            path = Path(retrying(lambda: hf_hub_download(self._repo, file, **where)))
         except Exception as error:
             raise_clearly(error, self._repo, self._commit, self._endpoint)
         if self._files[file].sha256 is None:
@@ -187,7 +208,14 @@ class HubSource:
             ) from error
 
     def check_obtainable(self, files: Iterable[str], cache: bool) -> None:
-        """Whether the Hub gives them is known only when they are fetched."""
+        """Of what the Hub gives: whether it can be kept."""
+        if not cache or self._cache == Path(constants.HF_HUB_CACHE):
+            return
+        if absent := [file for file in files if self.cached(file) is None]:
+            raise OutputError(
+                f"{some(absent)} of {self.label} would be downloaded into the Hub cache {constants.HF_HUB_CACHE}, "
+                "which cannot be written to. Set HF_HOME to a folder that can, or use --no-cache."
+            )
 
     def sha256(self, file: str) -> str:
         if promised := self._files[file].sha256:
@@ -195,6 +223,9 @@ class HubSource:
         if file not in self._sha256:
             self._sha256[file] = file_sha256(self.fetch(file))
         return self._sha256[file]
+
+    def check_unchanged(self, files: Iterable[str]) -> None:
+        """A commit does not change, and what is read of it is checked against its hashes."""
 
     def _is_as_promised(self, file: str, path: Path) -> bool:
         info = self._files[file]
@@ -214,8 +245,14 @@ class HubSource:
 
     def _forget(self, file: str, path: Path) -> None:
         self._sha256.pop(file, None)
-        path.resolve().unlink()
-        path.unlink(missing_ok=True)
+        try:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise IntegrityError(
+                f"{file} of {self.label} is damaged in the cache and cannot be removed from it ({path}: "
+                f"{error.strerror}). Remove it, or set HF_HOME to another folder."
+            ) from error
 
     def damaged(self, file: str, got: str) -> IntegrityError:
         """The error to raise when a file does not match its hash; forgets the bytes read of it."""
@@ -243,7 +280,7 @@ class HubSource:
         due = str(self._files[file].sha256)
         blob = self._folder / "blobs" / due
         partial = blob.with_name(f"{due}.locstitch-incomplete")
-        lock = Path(constants.HF_HUB_CACHE) / ".locks" / self._folder.name / f"{due}.lock"
+        lock = self._cache / ".locks" / self._folder.name / f"{due}.lock"
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):

@@ -38,14 +38,14 @@ def localizable(tensors: Iterable[TensorInfo], include: Sequence[str], exclude: 
     return [name for name in chosen if not _matches(name, exclude)]
 
 
-def unknown_globs(names: Sequence[str], globs: Iterable[str], where: str) -> list[str]:
-    """A sentence for each glob that matches no name, with the nearest names. where: they are from."""
+def unknown_globs(names: Sequence[str], globs: Iterable[str], where: str, what: str = "tensor") -> list[str]:
+    """A sentence for each glob that matches no name, with the nearest names. where: they are from; what: they name."""
     problems = []
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             near = get_close_matches(glob, names, n=2, cutoff=0.3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            problems.append(f"the glob {glob!r} matches no tensor in {where}{hint}")
+            problems.append(f"the glob {glob!r} matches no {what} in {where}{hint}")
     return problems
 
 

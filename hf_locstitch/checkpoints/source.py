@@ -58,7 +58,7 @@ class Source(Protocol):
         ...
 
     def cached(self, file: str) -> Path | None:
-        """The file on this machine, if it is already there."""
+        """The file on this machine, if it is already there. Raises CheckpointError if it is a link to elsewhere."""
         ...
 
     def fetch(self, file: str, advance: Advance = lambda _: None) -> Path:
@@ -74,6 +74,10 @@ class Source(Protocol):
 
     def sha256(self, file: str) -> str:
         """SHA-256 of the fetched file's content, hex; computed once."""
+        ...
+
+    def check_unchanged(self, files: Iterable[str]) -> None:
+        """Raises CheckpointError if one of the files is not as it was when the source was opened."""
         ...
 
 

@@ -12,13 +12,26 @@ from hf_locstitch.errors import CheckpointError, OutputError
 from hf_locstitch.localize.cost import LearningCost, free_memory
 from hf_locstitch.plan.cost import estimate, files_here, localizing_cost
 from hf_locstitch.plan.plans import Plan
+from hf_locstitch.runtime.files import is_mount_point, is_writable
 from hf_locstitch.runtime.human import human
 
 LOG = logging.getLogger("hf_locstitch")
 
 
 def check_out(out: Path, plan: Plan) -> Manifest | None:
-    """The record of this very merge if `out` holds it complete. Raises OutputError if it holds anything else."""
+    """The record of this very merge if `out` holds it complete.
+
+    Raises OutputError if it holds anything else, or a finished folder cannot be moved there.
+    """
+    if out.is_symlink() and not out.exists():
+        raise OutputError(
+            f"{out} is a link to {out.resolve()}, which does not exist. Make that folder, or use another --out."
+        )
+    if is_mount_point(out):
+        raise OutputError(
+            f"{out} is a mount point, and a finished folder cannot be moved onto one. Use a folder in it: "
+            f"--out {out / 'merged'}."
+        )
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     record = _read_manifest(out)
@@ -39,6 +52,15 @@ def check_inputs(plan: Plan) -> None:
     """Raises RequestError if a file that will be read is not here and cannot be fetched."""
     for name, files in plan.needed.items():
         plan.inputs[name].source.check_obtainable(files, plan.settings.cache)
+
+
+def check_place(near: Path) -> None:
+    """Raises OutputError if nothing can be written beside `near`."""
+    if not is_writable(near.absolute().parent):
+        raise OutputError(
+            f"{near.absolute().parent} cannot be written to, and the work is done there. Use --out with a folder "
+            "elsewhere; without --out, HF_HOME names the place."
+        )
 
 
 def check_disk(folder: Path, plan: Plan) -> None:

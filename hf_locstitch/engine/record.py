@@ -7,10 +7,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
-from hf_locstitch.artifacts.manifest import InputRecord, Manifest, MaskRecord, weights_sha256
+from hf_locstitch.artifacts.manifest import (
+    InputRecord,
+    Manifest,
+    MaskRecord,
+    mask_file,
+    values_file,
+    weights_sha256,
+)
 from hf_locstitch.artifacts.overlap import Overlap
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.source import file_sha256
@@ -21,15 +29,24 @@ from hf_locstitch.runtime.version import __version__
 
 LIBRARIES = ("torch", "safetensors", "huggingface_hub", "numpy")
 
+NO_EXAMPLES: Mapping[str, int] = MappingProxyType({})
 FileHashes = Mapping[str, Mapping[str, str]]  # input -> shard -> sha256
 
 
 def make_manifest(
-    plan: Plan, files: FileHashes, overlap: Overlap, fingerprint: str, stitch: dict[str, Any] | None = None
+    plan: Plan,
+    files: FileHashes,
+    overlap: Overlap,
+    fingerprint: str,
+    stitch: dict[str, Any] | None = None,
+    examples: Mapping[str, int] = NO_EXAMPLES,
 ) -> Manifest:
-    """The record without what is known only at the end: the output's files and the time."""
+    """The record without what is known only at the end: the output's files and the time.
+
+    examples: how many each mask was found with.
+    """
     localized = _localized_inputs(plan)
-    masks = _mask_records(plan, overlap) if plan.masked else {}
+    masks = _mask_records(plan, overlap, examples) if plan.masked else {}
     smaller = list(_smaller_masks(plan, masks))
     return Manifest(
         hf_locstitch=__version__,
@@ -63,15 +80,17 @@ def _smaller_masks(plan: Plan, masks: Mapping[str, MaskRecord]) -> Iterator[str]
                 )
 
 
-def _mask_records(plan: Plan, overlap: Overlap) -> dict[str, MaskRecord]:
+def _mask_records(plan: Plan, overlap: Overlap, examples: Mapping[str, int]) -> dict[str, MaskRecord]:
+    stored = {name: one.record.masks[one.name].examples for name, one in _localized_inputs(plan).items()}
     ones = dict(zip(plan.finetuned, overlap.pairs.diagonal().tolist(), strict=True))
     return {
         name: MaskRecord(
-            f"masks/{name}.safetensors",
+            mask_file(name),
             count,
             plan.localizers[name].density,
             count / plan.n if plan.n else 0.0,
-            f"values/{name}.safetensors" if isinstance(plan, LocalizePlan) else None,
+            values_file(name) if isinstance(plan, LocalizePlan) else None,
+            examples.get(name, stored.get(name)),
         )
         for name, count in ones.items()
     }

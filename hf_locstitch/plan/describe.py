@@ -24,6 +24,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "k": plan.k,
         "localized": [tensor.name for shard in plan.shards for tensor in shard.tensors if tensor.localized],
         "kept_from_base": [t.name for shard in plan.shards for t in shard.tensors if not t.localized],
+        "files": _files_json(plan) if isinstance(plan, ModelPlan) else None,
         "shards": {shard.file: shard.nbytes for shard in plan.shards},
         "bytes": asdict(cost),
         "localizing": localizing.as_json() if (localizing := localizing_cost(plan)) else None,
@@ -32,6 +33,18 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "refitting": fitting.as_json() if (fitting := fit_cost(plan)) else None,
         "warnings": list(plan.warnings),
     }
+
+
+def _files_json(plan: ModelPlan) -> dict[str, Any]:
+    files = plan.side_files
+    return {"from": plan.files.source.pinned, "copied": list(files.copied), "left": len(files.left)}
+
+
+def _files(plan: ModelPlan) -> str:
+    """The files that go along with the weights, and how many do not."""
+    files = plan.side_files
+    copied = f"from {plan.files.label}: {', '.join(files.copied)}" if files.copied else "none beside the weights"
+    return copied + (f"; {len(files.left)} others left (--also-copy GLOB copies more)" if files.left else "")
 
 
 def format_plan(plan: Plan) -> str:
@@ -61,6 +74,7 @@ def format_plan(plan: Plan) -> str:
         + (f"; {kept} tensors kept from {plan.unmasked_from.label}" if isinstance(plan, ModelPlan) else ""),
         f"output     {len(plan.shards)} {'shard' if len(plan.shards) == 1 else 'shards'}, {human(cost.write)}"
         f" ({', '.join(sorted({t.dtype for s in plan.shards for t in s.tensors}))})",
+        *([f"files      {_files(plan)}"] if isinstance(plan, ModelPlan) else []),
         f"cost       read {human(cost.read)} (to download: {human(cost.download)}), "
         f"disk up to {human(cost.disk)}, memory about {human(cost.memory)}",
         *([localizing.describe()] if (localizing := localizing_cost(plan)) else []),

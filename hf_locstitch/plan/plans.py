@@ -11,6 +11,7 @@ from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
 from hf_locstitch.checkpoints.byte_ranges import Piece, Pieces, byte_ranges
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.side_files import SideFiles
 from hf_locstitch.localize.job import Group
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.plan.layout import OutputShard
@@ -108,6 +109,8 @@ class ModelPlan(Plan):
 
     unmasked_from: Checkpoint
     files: Checkpoint
+    side_files: SideFiles = field(default_factory=SideFiles)
+    """Which of these go along with the weights."""
 
     def written_from(self, shards: Sequence[OutputShard]) -> Pieces:
         pieces: dict[str, list[Piece]] = {}

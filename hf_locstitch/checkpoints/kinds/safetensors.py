@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hf_locstitch.checkpoints.checkpoint import (
     INDEX,
@@ -18,6 +18,7 @@ from hf_locstitch.checkpoints.checkpoint import (
 )
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.kind import CheckpointKind
+from hf_locstitch.checkpoints.names import safe_shard, same_place
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
 from hf_locstitch.runtime.human import some
@@ -33,19 +34,40 @@ class Safetensors(CheckpointKind):
         """The index decides where there is no single file, as in transformers."""
         if SINGLE in source.files:
             return read_files(source, config, [SINGLE])
-        weight_map = read_json(source, INDEX).get("weight_map") or {}
-        shards = sorted(set(weight_map.values()))
-        if not shards:
-            raise CheckpointError(f"{source.label}: {INDEX} lists no shards. Fetch it again.")
+        weight_map = read_json(source, INDEX).get("weight_map")
+        shards = _shard_names(f"{source.label}/{INDEX}", weight_map)
         if absent := [shard for shard in shards if shard not in source.files]:
             raise CheckpointError(f"{source.label} lacks {some(absent)}, which its {INDEX} lists. Fetch it again.")
         checkpoint = read_files(source, config, shards)
-        if absent := [name for name in weight_map if name not in checkpoint.tensors]:
+        if absent := [name for name in weight_map or () if name not in checkpoint.tensors]:
             raise CheckpointError(
                 f"{source.label}: {INDEX} lists {len(absent)} tensors that no shard holds ({some(absent)}). "
                 "Fetch it again."
             )
         return checkpoint
+
+
+def _shard_names(where: str, weight_map: Any) -> list[str]:
+    """The files that an index lists, sorted. Raises CheckpointError unless all may be shards, each in its own place."""
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{where} has no weight_map from tensors to files. Fetch it again.")
+    shards: list[str] = sorted(set(weight_map.values()))
+    if not shards:
+        raise CheckpointError(f"{where} lists no shards. Fetch it again.")
+    try:
+        for file in shards:
+            safe_shard(file)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{where} lists a file that cannot be a shard: {error}. Shards are *.safetensors in the model's own "
+            "folder. Save the model again with save_pretrained()."
+        ) from error
+    if twice := same_place(shards):
+        raise CheckpointError(
+            f"{where} lists {' and '.join(twice)}, which are one file where names have no case. "
+            "Save the model again with save_pretrained()."
+        )
+    return shards
 
 
 def read_files(source: Source, config: Config, files: Sequence[str]) -> Checkpoint:
