@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.checkpoints.hashes import InputHashes
-from hf_locstitch.engine.preflight import check_disk, check_inputs, check_out, warn_of_memory
+from hf_locstitch.engine.preflight import check_disk, check_inputs, check_out, check_place, warn_of_memory
 from hf_locstitch.errors import PublishError, RecipeError
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.runtime.processes import Processes, find_processes
@@ -48,7 +48,7 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
             f"--no-cache works in one process, not in {processes.count}: several processes share inputs through the "
             "cache. Drop --no-cache, or the launcher."
         )
-    check_possible(plan)
+    _check_push(plan)
     with hide_library_bars():
         if recipe.out is not None:
             return _into(recipe.out, plan, progress, processes, prepare)
@@ -62,12 +62,18 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
 
 
 def check_possible(plan: Plan) -> None:
-    """Raises RequestError if the result could not be pushed, or an input not be fetched."""
+    """As `execute` before its work: whether the Hub takes the result, and inputs and disk are there. RequestError."""
+    _check_push(plan)
+    if plan.recipe.out is not None or plan.recipe.push_to is not None:
+        check_place(plan.recipe.out or _scratch(plan) / "merged")
+    check_inputs(plan)
+
+
+def _check_push(plan: Plan) -> None:
     if plan.recipe.push_to is not None:
         from hf_locstitch.report.publish import check_target
 
         check_target(plan.recipe.push_to)
-    check_inputs(plan)
 
 
 def _scratch(plan: Plan) -> Path:
@@ -82,6 +88,8 @@ def _into(
 ) -> Finished:
     record = check_out(out, plan)
     if record is None:
+        check_place(out)
+        check_inputs(plan)
         check_disk(out, plan)
         warn_of_memory(plan)
     after = prepare()
@@ -105,6 +113,8 @@ def _into(
 def _to_hub(plan: Plan, progress: Progress, processes: Processes) -> Finished:
     """Nothing stays on this machine; after a failure the same command resumes."""
     scratch = _scratch(plan)
+    check_place(scratch / "merged")
+    check_inputs(plan)
     check_disk(scratch, plan)
     warn_of_memory(plan)
     published: list[Published] = []
@@ -138,7 +148,9 @@ def make(
     processes = processes or Processes()
     with InputHashes(plan.inputs, processes.rank, processes.count) as hashes:  # begins while libraries are imported
         from hf_locstitch.engine.work_dir import open_work_dir
+        from hf_locstitch.runtime.bus_error import explain_bus_errors
 
+        explain_bus_errors()
         with ExitStack() as stack:
             if _runs_models(plan):
                 from hf_locstitch.runtime.allocator import freed_memory_goes_back

@@ -5,10 +5,12 @@ OUT appears whole or not at all.
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
     from hf_locstitch.report.publish import Upload
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
+T = TypeVar("T")
+
+CARD = "README.md"
+LOG = logging.getLogger("hf_locstitch")
 
 
 class Run(ABC, Generic[AnyPlan]):
@@ -50,9 +56,11 @@ class Run(ABC, Generic[AnyPlan]):
         self.plan, self.work, self.processes, self.hashes, self.upload = plan, work, processes, hashes, upload
         self.progress = progress if processes.first else Progress(False)
         self.settings = plan.settings
+        self.warnings: list[str] = []  # of this run, beside the plan's
         tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
         owners = divide([tensor.nbytes for tensor in tensors], processes.count)
         self.own = {t.name for t, owner in zip(tensors, owners, strict=True) if owner == processes.rank}
+        self.examples: dict[str, int] = {}  # of each localization set, as many as there were
         self.verified_before = processes.gather(work.verified())[0]
 
     @abstractmethod
@@ -105,7 +113,22 @@ class Run(ABC, Generic[AnyPlan]):
     def _survey(self, written: Future[None]) -> Survey | None:
         """What the figures show about masks and inputs."""
         written.result()
-        return survey_merge(self.plan, self.work.stage) if self.first else None
+        return self.spared("the masks were not surveyed", lambda: survey_merge(self.plan, self.work.stage))
+
+    def spared(self, without: str, make: Callable[[], T]) -> T | None:
+        """What `make` makes, in the first process; None if it fails: what only people look at takes no merge down.
+
+        without: what is missing then, for a warning.
+        """
+        if not self.first:
+            return None
+        try:
+            return make()
+        except Exception as error:
+            warning = f"{without} ({type(error).__name__}: {' '.join(str(error).split())[:300]}); the rest is complete."
+            LOG.warning(warning)
+            self.warnings.append(warning)
+            return None
 
     @cached_property
     def files(self) -> dict[str, dict[str, str]]:
@@ -144,12 +167,16 @@ class Run(ABC, Generic[AnyPlan]):
     ) -> Manifest:
         """Write everything except weights and masks."""
         plan, stage = self.plan, self.work.stage
+        for checkpoint in plan.inputs.values():
+            checkpoint.source.check_unchanged(shard.file for shard in checkpoint.shards)
         check_pins(plan, files)
         self.write_side_files()
-        record = make_manifest(plan, files, overlap, fingerprint(plan), stitch)
+        record = make_manifest(plan, files, overlap, fingerprint(plan), stitch, self.examples)
         (stage / RECIPE_FILE).write_text(pinned_recipe(plan, files), encoding="utf-8")
-        figures = draw_merge(record, survey, stage)
-        write_card(plan, record, stage / "README.md", figures)
+        figures = self.spared("the figures could not be drawn", lambda: draw_merge(record, survey, stage)) or []
+        record = replace(record, warnings=[*record.warnings, *self.warnings])
+        self.spared("the model card could not be written", lambda: write_card(plan, record, stage / CARD, figures))
+        record = replace(record, warnings=list(dict.fromkeys([*record.warnings, *self.warnings])))
         known = {file: (shard.size, shard.sha256) for file, shard in shards.items()}
         record = finish(record, stage, known, time.monotonic() - began)
         (stage / FILE).write_text(to_json(record), encoding="utf-8")
@@ -180,5 +207,6 @@ def localize(run: Run[MergePlan] | Run[LocalizePlan], inputs: Inputs) -> Mapping
         kept={name: pieces for name, pieces in run.read_later().items() if name != "base"},
         trusted=trusted,
         allow_non_finite=plan.recipe.allow_non_finite,
+        note_examples=run.examples.__setitem__,
     )
     return plan.localizer.find_masks(job)
