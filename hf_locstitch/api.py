@@ -16,6 +16,7 @@ from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.plan.planning import make_localize_plan, make_plan
 from hf_locstitch.plan.plans import MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe, load_recipe, make_recipe
+from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import make_settings
 from hf_locstitch.stitch.fitting import Stitcher
@@ -67,7 +68,7 @@ class MergeResult:
         lines += [f"published  {self.url} at {self.commit}"] if self.url else []
         densities = [f"{name} {100 * mask.real_density:.4g} %" for name, mask in self.manifest.masks.items()]
         lines += ["density    " + ", ".join(densities)] if densities else []
-        lines += ["", self.evaluation.describe()] if self.evaluation else []
+        lines = [*map(line, lines), *(["", self.evaluation.describe()] if self.evaluation else [])]
         return "\n".join(lines)
 
 

@@ -49,7 +49,7 @@ class MismatchError(RequestError):
             if len(problems) == 1
             else f"the checkpoints do not fit together, {len(problems)} problems"
         )
-        super().__init__(head + ":\n" + "\n".join(f"  - {problem}" for problem in problems))
+        super().__init__(head + ":\n" + "\n".join(f"  - {' '.join(problem.split())}" for problem in problems))
 
 
 class NonFiniteError(RequestError):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_locstitch.checkpoints.config import part
+
+LARGEST = 2**40  # of any size; more is nonsense
 WIDTH = ("hidden_size", "n_embd", "d_model")
 LAYERS = ("num_hidden_layers", "n_layer")
 MLP = ("moe_intermediate_size", "intermediate_size", "n_inner")
@@ -12,9 +15,9 @@ MLP = ("moe_intermediate_size", "intermediate_size", "n_inner")
 
 def find_size(config: Mapping[str, Any], *names: str, within: Sequence[str] = ("text_config", "vision_config")) -> int:
     """The first of these names found in a part of the config, or in the config itself; 0 if none is."""
-    parts = [*(config.get(part) or {} for part in within), config]
-    values = (part.get(name) for name in names for part in parts)
-    return next((value for value in values if isinstance(value, int) and value > 0), 0)
+    parts = [*(part(config, name) for name in within), config]
+    values = (one.get(name) for name in names for one in parts)
+    return next((value for value in values if type(value) is int and 0 < value <= LARGEST), 0)
 
 
 def find_patches(config: Mapping[str, Any]) -> int:

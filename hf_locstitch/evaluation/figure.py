@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_locstitch.evaluation.report import EvaluationReport
 from hf_locstitch.report.figures.draw import COLOURS, INK, MARKERS, NOTHING, PAGE, new_figure, save, styled
+from hf_locstitch.runtime.escape import figure as text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,9 +42,9 @@ def draw_scores(report: EvaluationReport) -> Figure:
         judged = model is report.subject
         axes.errorbar(
             values, heights, xerr=errors, fmt=marker, color=colour, markersize=7 if judged else 5, capsize=2,
-            elinewidth=1, markeredgecolor=INK if judged else colour, label=model.name, zorder=3 if judged else 2,
+            elinewidth=1, markeredgecolor=INK if judged else colour, label=text(model.name), zorder=3 if judged else 2,
         )  # fmt: skip
-    axes.set_yticks(range(len(results)), [f"{r.title}\n{r.main.metric}" for r in results])
+    axes.set_yticks(range(len(results)), [f"{text(r.title)}\n{text(r.main.metric)}" for r in results])
     axes.set_ylim(len(results) - 0.45, -0.55)
     axes.grid(axis="x", color=NOTHING, linewidth=0.7)
     axes.set_axisbelow(True)

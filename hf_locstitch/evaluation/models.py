@@ -12,6 +12,7 @@ from typing import Literal
 
 from hf_locstitch.artifacts.manifest import open_manifest
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source
+from hf_locstitch.checkpoints.config import architecture
 from hf_locstitch.checkpoints.opening import read_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.side_files import choose_side_files
@@ -85,15 +86,15 @@ def check_language_model(checkpoint: Checkpoint) -> None:
             "merge an adapter into its base first."
         )
     refuse_custom_code(checkpoint, "lm-eval")
-    architecture = str((config.get("architectures") or [""])[0])
+    named = architecture(config)
     known = (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
-    if architecture not in {name for mapping in known for names in mapping.values() for name in _listed(names)}:
+    if named not in {name for mapping in known for names in mapping.values() for name in _listed(names)}:
         raise CheckpointError(
             f"{label} is not a language model that generates text: its config has the architecture "
-            f"{architecture or 'nothing'!r} ({config['model_type']}). lm-eval runs causal and sequence-to-sequence "
+            f"{named or 'nothing'!r} ({config['model_type']}). lm-eval runs causal and sequence-to-sequence "
             "models; evaluate this one with a tool for its own task."
         )
     if not any(file in checkpoint.source.files for file in TOKENIZERS):

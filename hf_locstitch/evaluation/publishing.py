@@ -13,14 +13,16 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from markupsafe import Markup
 
 from hf_locstitch.artifacts.manifest import FILE, parse_manifest, to_json
 from hf_locstitch.checkpoints.checkpoint import open_source
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import OutputError
-from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, markdown
+from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, Table, markdown
 from hf_locstitch.evaluation.scores import TaskResult
+from hf_locstitch.runtime import escape
 from hf_locstitch.runtime.files import write_atomically
 
 CARD = "README.md"
@@ -155,7 +157,7 @@ def describe_for_card(report: EvaluationReport) -> str:
     """The section of the card, Markdown."""
     subject = report.subject
     parts = ["## Evaluation", *_summary(report)]
-    scores = [[cell.replace(" ± ", "<br>±\u00a0") for cell in row] for row in report.score_table(digits=3)]
+    scores = [[_on_two_lines(cell) for cell in row] for row in report.score_table(digits=3)]
     parts.append(markdown(_emphasized(scores, subject.name), left=2))
     comparison = report.comparison_table()
     if len(comparison) > 1:
@@ -165,16 +167,23 @@ def describe_for_card(report: EvaluationReport) -> str:
         )
         parts.append(markdown(comparison, left=3))
     parts.append("![Scores by lm-eval, one marker per model, with standard errors](figures/scores.png)")
-    parts.append(", ".join(f"**{model.name}**: {_where(model)}" for model in report.models) + ".")
+    parts.append(", ".join(f"**{escape.markdown(model.name)}**: {_where(model)}" for model in report.models) + ".")
     version = subject.results[0].lm_eval
     parts.append(f"Measured with [lm-eval]({HARNESS}) {version}; all numbers are in [{SCORES}]({SCORES}). To repeat:")
     flags = " ".join(report.flags).split(" --")
     flags += ["parents"] if any(model.role == "finetuned" for model in report.models) else []
     flags += ["average"] if any(model.role == "average" for model in report.models) else []
-    command = " \\\n  --".join([f"hf-locstitch evaluate {subject.ref.split('@')[0]}", flags[0][2:], *flags[1:]])
+    command = " \\\n  --".join(
+        [f"hf-locstitch evaluate {escape.shell(subject.ref.split('@')[0])}", flags[0][2:], *flags[1:]]
+    )
     parts.append(f"```bash\n{command}\n```")
-    parts += [f"> **Warning**: {warning}" for warning in report.warnings]
+    parts += [f"> **Warning**: {escape.markdown(warning)}" for warning in report.warnings]
     return "\n\n".join(parts)
+
+
+def _on_two_lines(cell: str) -> Markup:
+    """A score above its standard error."""
+    return Markup(escape.markdown(cell).replace(" ± ", Markup("<br>±\u00a0")))
 
 
 def _summary(report: EvaluationReport) -> list[str]:
@@ -183,21 +192,26 @@ def _summary(report: EvaluationReport) -> list[str]:
         return []
     mean = sum(share for _, share in kept) / len(kept)
     task, least = min(kept, key=lambda one: one[1])
-    tasks = "one task" if len(kept) == 1 else f"{len(kept)} tasks (at least {100 * least:.0f} %, on {task})"
+    at_least = f"at least {100 * least:.0f} %, on {escape.markdown(task)}"
+    tasks = "one task" if len(kept) == 1 else f"{len(kept)} tasks ({at_least})"
     return [f"It keeps {100 * mean:.0f} % of the best finetune's score, averaged over {tasks}."]
 
 
-def _emphasized(table: list[list[str]], name: str) -> list[list[str]]:
+def _emphasized(table: Sequence[Sequence[str]], name: str) -> Table:
     """The table with the subject's column in bold."""
     bold = {place for place, title in enumerate(table[0]) if title == name}
-    return [[f"**{cell}**" if place in bold else cell for place, cell in enumerate(row)] for row in table]
+    return [[_bold(cell) if place in bold else cell for place, cell in enumerate(row)] for row in table]
+
+
+def _bold(text: str) -> Markup:
+    return Markup(f"**{escape.markdown(text)}**")
 
 
 def _where(model: ModelScores) -> str:
     repo, at, commit = model.ref.partition("@")
     if not at:
-        return f"`{model.ref}`" if model.role != "average" else model.ref
-    return f"[{repo}](https://huggingface.co/{repo}/tree/{commit}) at `{commit[:7]}`"
+        return escape.code(model.ref) if model.role != "average" else escape.markdown(model.ref)
+    return f"{escape.link(repo, f'https://huggingface.co/{repo}/tree/{commit}')} at {escape.code(commit[:7])}"
 
 
 def _tell_manifest(folder: Path, paths: Sequence[Path]) -> None:

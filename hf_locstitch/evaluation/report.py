@@ -7,6 +7,8 @@ from typing import Any
 
 from hf_locstitch.evaluation.models import Role
 from hf_locstitch.evaluation.scores import Comparison, Score, TaskResult, compare
+from hf_locstitch.runtime import escape
+from hf_locstitch.runtime.escape import line
 
 Table = list[list[str]]  # the first row is the head
 
@@ -90,7 +92,7 @@ class EvaluationReport:
         notes = [f"warning    {warning}" for warning in self.warnings]
         notes += [f"figure     {figure}" for figure in self.figures]
         notes += [f"published  {self.url} at {self.commit}"] if self.url else []
-        return "\n\n".join([*parts, "\n".join([counts, *notes])])
+        return "\n\n".join([*parts, "\n".join(map(line, [counts, *notes]))])
 
     def score_table(self, digits: int = 4) -> Table:
         """A row for each task and metric, a column for each model: value ± standard error."""
@@ -140,6 +142,7 @@ def show_comparison(beside: Comparison) -> list[str]:
 
 def align(table: Table) -> str:
     """Aligned columns; the first to the left."""
+    table = [[line(cell) for cell in row] for row in table]
     widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
     return "\n".join(
         "  ".join(
@@ -151,7 +154,7 @@ def align(table: Table) -> str:
 
 
 def markdown(table: Table, left: int = 1) -> str:
-    """A Markdown table; the first `left` columns to the left, the others to the right."""
-    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table]
+    """A Markdown table; the first `left` columns to the left, the others to the right. Cells are escaped for it."""
+    head, *rows = [[escape.markdown(cell) for cell in row] for row in table]
     rule = [":---" if place < left else "---:" for place in range(len(head))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])

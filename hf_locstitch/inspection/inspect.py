@@ -22,6 +22,7 @@ from hf_locstitch.inspection.verification.inputs import fetch_tensors, input_ref
 from hf_locstitch.inspection.verification.masks import tally
 from hf_locstitch.report.figures.survey import Survey, draw_masks, noted_task_vectors, survey
 from hf_locstitch.report.figures.task_vectors import TaskVectors
+from hf_locstitch.runtime.escape import line
 
 FAR = 3.0  # times the median norm of the other task vectors
 CONCENTRATED = 0.5  # share of a mask's ones that lie in one tensor ...
@@ -106,7 +107,7 @@ class Inspection:
         lines += [f"note       {warning}" for warning in self.warnings]
         lines += [f"anomaly    {sign}" for sign in self.signs]
         lines += [f"figure     {figure}" for figure in self.figures]
-        return "\n".join([*lines, *([] if self.signs else ["no anomalies"])])
+        return "\n".join(map(line, [*lines, *([] if self.signs else ["no anomalies"])]))
 
 
 def _describe_mask(mask: MaskView) -> str:

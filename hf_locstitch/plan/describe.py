@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.ref import could_be_repo
 from hf_locstitch.plan.cost import estimate, files_here, fit_cost, localizing_cost
 from hf_locstitch.plan.plans import ModelPlan, Plan, StitchPlan
+from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.human import human
 
 
@@ -47,6 +50,13 @@ def _files(plan: ModelPlan) -> str:
     return copied + (f"; {len(files.left)} others left (--also-copy GLOB copies more)" if files.left else "")
 
 
+def _shadowing(ref: str, checkpoint: Checkpoint) -> str:
+    """A note on a folder that is named as a repo could be."""
+    if checkpoint.source.repo is not None or not could_be_repo(ref):
+        return ""
+    return f" (the folder here, not the repo {ref} on the Hub; write ./{ref} for a folder)"
+
+
 def format_plan(plan: Plan) -> str:
     """The plan for a person to read."""
     cost = estimate(plan, files_here(plan))
@@ -57,9 +67,14 @@ def format_plan(plan: Plan) -> str:
     kind = "localized" if stitches else "finetuned"
     keeps = "k =" if plan.exact_k else "up to" if stitches else "about"
     wide = max(len(name) for name in plan.finetuned)
+    entries = (plan.recipe.base, *plan.recipe.entries)
+    inputs = {
+        name: checkpoint.label + _shadowing(entry.ref, checkpoint)
+        for (name, checkpoint), entry in zip(plan.inputs.items(), entries, strict=True)
+    }
     lines = [
-        f"base       {plan.base.label}",
-        *(f"{kind:<9}  {name:<{wide}}  {checkpoint.label}" for name, checkpoint in plan.finetuned.items()),
+        f"base       {inputs['base']}",
+        *(f"{kind:<9}  {name:<{wide}}  {inputs[name]}" for name in plan.finetuned),
         f"method     {plan.recipe.method.describe()}"
         + (f", scale {plan.recipe.scale:g}" if plan.recipe.scale != 1 else ""),
         *(
@@ -81,4 +96,4 @@ def format_plan(plan: Plan) -> str:
         *([fitting.describe()] if (fitting := fit_cost(plan)) else []),
         *(f"warning    {warning}" for warning in plan.warnings),
     ]
-    return "\n".join(lines)
+    return "\n".join(map(line, lines))

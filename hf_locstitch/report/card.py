@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import jinja2
+from huggingface_hub import ModelCardData
+from markupsafe import Markup
 
 from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.config import architecture
 from hf_locstitch.plan.plans import LocalizePlan, ModelPlan, Plan, StitchPlan
+from hf_locstitch.runtime.escape import code, link, markdown, python, shell
 from hf_locstitch.tasks.sets import OpenSet
 
 NON_COMMERCIAL = re.compile(r"(^|[^a-z])(nc|non-?commercial|research)([^a-z]|$)", re.IGNORECASE)
@@ -77,7 +81,7 @@ def licence_note(plan: Plan) -> str:
 
 
 def settings(plan: Plan, record: Manifest) -> dict[str, str]:
-    """Every setting of the merge, as rows of a Markdown table."""
+    """Every setting of the merge; text of Markdown is marked as such."""
     recipe, model = plan.recipe, isinstance(plan, ModelPlan)
     localizers = dict.fromkeys(localizer.describe() for localizer in plan.localizers.values())
     of_model: dict[str, str] = {}
@@ -85,7 +89,7 @@ def settings(plan: Plan, record: Manifest) -> dict[str, str]:
         of_model["other tensors"] = _rest(plan)
         of_model["config and tokenizer"] = "the base's" if plan.files is plan.base else f"{plan.files.label}'s"
     rows = {
-        **({"method": f"`{recipe.method.name}` ({recipe.method.describe()})"} if model else {}),
+        **({"method": Markup(f"{code(recipe.method.name)} ({markdown(recipe.method.describe())})")} if model else {}),
         **({"localizer": "; ".join(localizers)} if localizers else {}),
         **({"stitch": recipe.stitch.describe()} if recipe.stitch else {}),
         **({"scale": f"{record.scale:g}"} if model else {}),
@@ -96,23 +100,22 @@ def settings(plan: Plan, record: Manifest) -> dict[str, str]:
         "dtype": ", ".join(sorted({tensor.dtype for shard in plan.shards for tensor in shard.tensors})),
         "made with": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
-    return {key: value.replace("|", "\\|") for key, value in {"hf-locstitch": record.hf_locstitch, **rows}.items()}
+    return {"hf-locstitch": record.hf_locstitch, **rows}
 
 
-def _globs(globs: Sequence[str]) -> str:
-    return ", ".join(f"`{glob}`" for glob in globs)
+def _globs(globs: Sequence[str]) -> Markup:
+    return Markup(", ".join(map(code, globs)))
 
 
 def pipeline_tag(checkpoint: Checkpoint) -> str | None:
     if tag := checkpoint.card.get("pipeline_tag"):
         return str(tag)
-    architectures = checkpoint.config.get("architectures") or [""]
-    return "text-generation" if str(architectures[0]).endswith("ForCausalLM") else None
+    return "text-generation" if architecture(checkpoint.config).endswith("ForCausalLM") else None
 
 
 def auto_class(checkpoint: Checkpoint) -> str:
     """The transformers class that loads the model, judging by its config."""
-    architecture = str((checkpoint.config.get("architectures") or [""])[0])
+    named = architecture(checkpoint.config)
     heads = {
         "ForCausalLM": "AutoModelForCausalLM",
         "ForMaskedLM": "AutoModelForMaskedLM",
@@ -120,7 +123,7 @@ def auto_class(checkpoint: Checkpoint) -> str:
         "ForSequenceClassification": "AutoModelForSequenceClassification",
         "ForImageClassification": "AutoModelForImageClassification",
     }
-    return next((auto for ending, auto in heads.items() if architecture.endswith(ending)), "AutoModel")
+    return next((auto for ending, auto in heads.items() if named.endswith(ending)), "AutoModel")
 
 
 def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] = ()) -> None:
@@ -128,9 +131,9 @@ def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] 
     title = " + ".join(plan.finetuned) + (", localized" if isinstance(plan, LocalizePlan) else "")
     method, fitting = plan.recipe.method, plan.recipe.fitting
     fitted = fitting.card(record.stitch, _inputs_table(plan, record.stitch)) if fitting and record.stitch else ""
-    card = ModelCard.from_template(
-        card_data(plan),
-        template_path=str(TEMPLATE),
+    template = page(TEMPLATE.read_text(encoding="utf-8"))
+    text = template.render(
+        card_data=Markup(card_data(plan).to_yaml()),
         title=title,
         repo=plan.recipe.push_to or "DIR",
         auto_class=auto_class(plan.files) if isinstance(plan, ModelPlan) else "",
@@ -145,26 +148,43 @@ def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] 
         licence_note=licence_note(plan),
         settings=settings(plan, record),
         data_links={name: data_link(found) for name, found in plan.data.items()},
+        pins=pins(plan),
         first=next(iter(plan.finetuned)),
         rest=_rest(plan) if isinstance(plan, ModelPlan) else "",
     )
-    card.save(path)
+    path.write_text(text, encoding="utf-8", newline="")
 
 
-def data_link(data: OpenSet) -> str:
+def page(template: str) -> jinja2.Template:
+    """A template of a Markdown page: every value is escaped for it, unless it is marked as Markdown."""
+    environment = jinja2.Environment(finalize=markdown)
+    environment.filters |= {"shell": shell, "python": python}
+    return environment.from_string(template)
+
+
+def pins(plan: Plan) -> str:
+    """What locstitch.yaml pins inputs to: weights and data, from the Hub and local ones."""
+    commits = [checkpoint.source.commit for checkpoint in plan.inputs.values()]
+    commits += [found.commit for found in (*plan.data.values(), *plan.fit_data.values())]
+    if all(commits):
+        return "to its commit"
+    return "from the Hub to its commit, every local one to its hash" if any(commits) else "to the hash of its content"
+
+
+def data_link(data: OpenSet) -> Markup:
     if data.repo is None:
-        return f"local file `{data.pinned.ref}`"
-    at = f"[{data.repo}](https://huggingface.co/datasets/{data.repo}/tree/{data.commit})"
-    return f"{at} ({data.config})" if data.config else at
+        return Markup(f"local file {code(data.pinned.ref)}")
+    at = link(data.repo, f"https://huggingface.co/datasets/{data.repo}/tree/{data.commit}")
+    return Markup(f"{at} ({markdown(data.config)})") if data.config else at
 
 
-def _link(plan: Plan, name: str) -> str:
+def _link(plan: Plan, name: str) -> Markup:
     source = plan.inputs[name].source
-    through = f", localized from `{plan.origins[name]}`" if isinstance(plan, StitchPlan) and name != "base" else ""
+    through = f", localized from {code(plan.origins[name])}" if isinstance(plan, StitchPlan) and name != "base" else ""
     if source.repo is None:
-        return f"local folder `{source.pinned}`{through}"
-    at = f"[{source.repo}](https://huggingface.co/{source.repo}/tree/{source.commit}) at `{(source.commit or '')[:7]}`"
-    return at + through
+        return Markup(f"local folder {code(source.pinned)}{through}")
+    at = link(source.repo, f"https://huggingface.co/{source.repo}/tree/{source.commit}")
+    return Markup(f"{at} at {code((source.commit or '')[:7])}{through}")
 
 
 def _rest(plan: ModelPlan) -> str:
@@ -177,7 +197,7 @@ def _inputs_table(plan: Plan, stitch: Mapping[str, Any]) -> str:
     rows = ["| finetune | inputs | what they are | fitted to | held out |", "| :--- | :--- | :--- | ---: | ---: |"]
     for name, data in plan.fit_data.items():
         asked, counts = data.asked, stitch.get("counts", {}).get(name, {})
-        source = f"{data_link(data)}, split {asked.split}, seed {asked.seed}"
+        source = f"{data_link(data)}, split {markdown(asked.split)}, seed {asked.seed}"
         fitted, held_out = counts.get("fitted", "–"), counts.get("held_out", "–")
-        rows.append(f"| {name} | {source} | {asked.role or 'not stated'} | {fitted} | {held_out} |")
+        rows.append(f"| {markdown(name)} | {source} | {markdown(asked.role or 'not stated')} | {fitted} | {held_out} |")
     return "\n".join(rows)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.human import human
 
 Part = Literal["files", "recipe", "masks", "inputs", "values"]
@@ -81,9 +82,8 @@ class VerifyReport:
         failed = [finding for finding in self.findings if not finding.warning]
         lines += _shown("failed     ", failed)
         verdict = f"{len(failed)} {'check' if len(failed) == 1 else 'checks'} failed"
-        return "\n".join(
-            [*lines, *([f"result     {verdict if failed else 'all checks passed'}"] if failed or not quiet else [])]
-        )
+        lines += [f"result     {verdict if failed else 'all checks passed'}"] if failed or not quiet else []
+        return "\n".join(map(line, lines))
 
     def _counts(self) -> list[str]:
         done = self.checked

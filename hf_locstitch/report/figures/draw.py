@@ -15,6 +15,7 @@ import numpy as np
 
 from hf_locstitch.report.figures.mask_layout import MaskLayout
 from hf_locstitch.report.figures.task_vectors import TaskVectors
+from hf_locstitch.runtime.escape import figure as text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +94,7 @@ def new_figure(width: float, height: float) -> Figure:
 @styled
 def draw_overlap(names: Sequence[str], jaccard: np.ndarray) -> Figure:
     """Heat map of the masks' pairwise Jaccard index. jaccard: [masks, masks], 1 on the diagonal."""
-    count = len(names)
+    count, labels = len(names), list(map(text, names))
     figure = new_figure(PAGE, max(2.6, min(PAGE, 1.6 + 0.42 * count)))
     axes = figure.subplots()
     apart = jaccard[~np.eye(count, dtype=bool)]
@@ -101,8 +102,8 @@ def draw_overlap(names: Sequence[str], jaccard: np.ndarray) -> Figure:
     shown = np.ma.masked_array(jaccard, np.eye(count, dtype=bool))
     image = axes.imshow(shown, cmap=MAP, vmin=0, vmax=top, aspect="auto")
     axes.set_facecolor(NOTHING)
-    axes.set_xticks(range(count), list(names), rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(count), list(names))
+    axes.set_xticks(range(count), labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(count), labels)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if count <= ANNOTATED:
@@ -131,12 +132,12 @@ def draw_mask_layout(layout: MaskLayout) -> Figure:
         share = np.ma.masked_array(100 * layout.share[name], layout.elements == 0)
         image = panel.imshow(share, cmap=MAP, vmin=0, vmax=100 * top, aspect="auto")
         panel.set_facecolor(NOTHING)
-        panel.set_title(name)
+        panel.set_title(text(name))
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
         step = max(1, -(-len(layers) // 8))
-        panel.set_xticks(range(0, len(layers), step), layers[::step])
-        panel.set_yticks(range(len(kinds)), kinds)
+        panel.set_xticks(range(0, len(layers), step), list(map(text, layers[::step])))
+        panel.set_yticks(range(len(kinds)), list(map(text, kinds)))
     for panel in axes[len(names) :]:
         panel.set_visible(False)
     for lowest in axes[max(0, len(names) - columns) : len(names)]:
@@ -154,7 +155,7 @@ def draw_task_vectors(vectors: Mapping[str, TaskVectors]) -> Figure:
     figure = new_figure(PAGE, 3.6)
     axes = figure.subplots()
     for (name, vector), colour, line in zip(vectors.items(), cycle(COLOURS), cycle(LINES), strict=False):
-        label = name if vector.unchanged < 5e-4 else f"{name} ({100 * vector.unchanged:.1f} % unchanged)"
+        label = text(name) if vector.unchanged < 5e-4 else f"{text(name)} ({100 * vector.unchanged:.1f} % unchanged)"
         axes.stairs(
             100 * np.array(vector.shares), vector.edges, color=colour, linestyle=line, linewidth=1.6, label=label
         )

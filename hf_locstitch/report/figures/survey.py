@@ -26,6 +26,7 @@ from hf_locstitch.report.figures.task_vectors import (
     summarize,
     write_task_vectors,
 )
+from hf_locstitch.runtime.escape import cell
 
 if TYPE_CHECKING:
     from hf_locstitch.artifacts.manifest import Manifest
@@ -158,5 +159,7 @@ def draw_masks(overlap: Sequence[Mapping[str, Any]], surveyed: Survey, folder: P
 def _write_matrix(names: Sequence[str], matrix: np.ndarray, path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["jaccard", *names])
-        rows.writerows([name, *(f"{value:.6g}" for value in row)] for name, row in zip(names, matrix, strict=True))
+        rows.writerow(["jaccard", *map(cell, names)])
+        rows.writerows(
+            [cell(name), *(f"{value:.6g}" for value in row)] for name, row in zip(names, matrix, strict=True)
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from hf_locstitch.checkpoints.config import architectures
 from hf_locstitch.checkpoints.localizable import BLOCKS
 from hf_locstitch.checkpoints.sizes import WIDTH, find_patches, find_size
 from hf_locstitch.runtime.dtypes import ITEM_BYTES
@@ -112,7 +113,7 @@ def _length(plan: Fittable, how: InputSettings, name: str) -> int:
 def _outputs(plan: Fittable, how: InputSettings) -> int:
     """Bytes of what a language model gives for the batches that end at once: tokens times words. Others give little."""
     config = plan.base.config
-    if not any("LM" in name for name in config.get("architectures") or ()):
+    if not any("LM" in name for name in architectures(config)):
         return 0
     one = max(_length(plan, how, name) for name in plan.finetuned) * find_size(config, "vocab_size")
     return FLOAT * OUTPUTS * plan.settings.workers * min(how.batch * one, max(one, JUDGED))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, model_validator
 
+from hf_locstitch.runtime.escape import markdown
 from hf_locstitch.stitch.fitting import FitJob, Fittable, Stitcher
 from hf_locstitch.stitch.refit.settings import SCORES
 
@@ -120,10 +121,10 @@ what that finetuned model's own linear gives (masked least squares, lambda {reco
             f"| {f'**{name}**' if name == record['lambda'] else name} | {score:.4g} |" for name, score in curve.items()
         ]
         yield "\n".join([f"| lambda | {title} |", "| :--- | ---: |", *rows])
-    yield from (f"> {note}" for note in record["notes"])
+    yield from (f"> {markdown(note)}" for note in record["notes"])
     if kept := record["kept_plain"]:
         matrices = "1 matrix keeps" if len(kept) == 1 else f"{len(kept)} matrices keep"
-        first = ": ".join(next(iter(kept.items())))
+        first = markdown(": ".join(next(iter(kept.items()))))
         yield f"{matrices} the mean of the finetuned values ({first}); [locstitch.json](locstitch.json) lists them."
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hf_locstitch.checkpoints.config import architecture
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.registry import Registry
 from hf_locstitch.tasks.objective import Objective
@@ -19,12 +20,12 @@ else:
 
 def suggest(config: Mapping[str, Any], label: str) -> Objective:
     """For a finetune with this config.json. Raises RecipeError if there is no default objective."""
-    architecture = str((config.get("architectures") or ["model that names no architecture"])[0])
+    named = architecture(config) or "model that names no architecture"
     for objective in OBJECTIVES.all():
-        if objective.architectures and architecture.endswith(objective.architectures):
+        if objective.architectures and named.endswith(objective.architectures):
             return objective()
     raise RecipeError(
-        f"{label} is a {architecture}, for which no objective is known. Set the objective of its data in the "
+        f"{label} is a {named}, for which no objective is known. Set the objective of its data in the "
         "recipe: {kind: masked-lm, label_words: [...]}, {kind: clip-zero-shot, classes: [...]} or "
         "{kind: text-zero-shot, classes: [...]}."
     )

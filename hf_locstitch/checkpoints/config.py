@@ -1,0 +1,24 @@
+"""What is read of a config.json, whatever a stranger put there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """The names of the model's classes; those that are no texts are left out."""
+    named = config.get("architectures")
+    listed = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+    return [name for name in listed if isinstance(name, str)]
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The first of them; empty if there is none."""
+    return next(iter(architectures(config)), "")
+
+
+def part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A config inside the config; empty if there is none."""
+    value = config.get(name)
+    return value if isinstance(value, dict) else {}
