@@ -40,8 +40,9 @@ bench-speed: $(READY)  ## time and memory beside the floor and the peers, and th
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/parity.py
 
-bench-faults: $(READY)  ## merges killed at random moments
-	$(BIN)/python benchmarks/kills.py --kills 50
+bench-faults: $(READY)  ## commands of every kind, killed at random moments, and what they left damaged
+	$(BIN)/python benchmarks/kills.py --kills 100
+	$(BIN)/python benchmarks/damage.py --damages 100
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hf_locstitch.checkpoints.header import TensorSpec
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 
 CHUNK = 1 << 18  # elements written at once
@@ -179,7 +180,7 @@ def shard_names(count: int) -> list[str]:
 
 def write_shard(path: Path, tensors: Tensors, weights: Weights, first: int) -> None:
     """first: the place of the shard's first element in the model."""
-    layout = [(name, "BF16", shape, ITEM * prod(shape)) for name, shape in tensors.items()]
+    layout = [TensorSpec(name, "BF16", shape, ITEM * prod(shape)) for name, shape in tensors.items()]
     with SafetensorsWriter(path, layout, {"format": "pt"}) as writer:
         for name, shape in tensors.items():
             numel = prod(shape)
