@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_locstitch.evaluation.scores import TaskResult, result_from_json
+from hf_locstitch.runtime.files import is_writable
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:
@@ -33,8 +34,10 @@ def read_cached(key: str, folder: Path) -> list[TaskResult] | None:
 
 
 def write_cached(key: str, results: Sequence[TaskResult], folder: Path) -> None:
-    """The file appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The file appears whole or not at all, in a folder that cannot be written to not at all."""
     partial = folder / f".{key}.{os.getpid()}"
+    if not is_writable(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps([asdict(result) for result in results]), encoding="utf-8")
     partial.replace(folder / f"{key}.json")

@@ -1,0 +1,115 @@
+"""File systems that cannot lock files, and folders that cannot be written to."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from helpers.models import State, finetune, random_state, save
+from helpers.runs import files_of, quick_merge
+from huggingface_hub import constants
+
+from hf_locstitch.cli.main import main
+from hf_locstitch.errors import OutputError
+from hf_locstitch.runtime.files import is_writable
+from hf_locstitch.runtime.locks import try_lock
+from loopback_hub import LoopbackHub
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *names: str, why: int = errno.ENOSYS) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(why, os.strerror(why))
+
+    for name in names:
+        monkeypatch.setattr(fcntl, name, refuse)
+
+
+@pytest.fixture
+def models(base: State, tmp_path: Path) -> list[str]:
+    return [str(tmp_path / "base"), str(save(tmp_path / "ft", finetune(base, 1)))]
+
+
+@pytest.mark.parametrize("why", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_flock(models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: int) -> None:
+    without(monkeypatch, "flock", why=why)
+    quick_merge(*models, out=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_without_any_lock(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without(monkeypatch, "flock", "lockf")
+    with caplog.at_level(logging.WARNING, "hf_locstitch"):
+        quick_merge(*models, out=tmp_path / "out")
+    assert "cannot lock files" in caplog.text and (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_lock_that_is_held(tmp_path: Path) -> None:
+    first = try_lock(tmp_path / "lock")
+    assert first is not None and try_lock(tmp_path / "lock") is None
+    os.close(first)
+    second = try_lock(tmp_path / "lock")
+    assert second is not None
+    os.close(second)
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path) -> Path:
+    """No folder can be made there, by anybody."""
+    (tmp_path / "file").write_text("")
+    assert not is_writable(tmp_path / "file" / "folder") and is_writable(tmp_path / "new" / "folder")
+    return tmp_path / "file" / "folder"
+
+
+@pytest.fixture
+def repos(home_hub: LoopbackHub, tmp_path: Path) -> list[str]:
+    base = random_state(0)
+    refs = []
+    for name, state in {"base": base, "maths": finetune(base, 1)}.items():
+        folder = save(tmp_path / "in" / name, state)
+        refs.append(f"demo/{uuid4().hex[:8]}-{name}")
+        home_hub.add_repo(refs[-1], {file.name: file for file in folder.iterdir()})
+    return refs
+
+
+def test_a_cache_that_cannot_be_written_to(
+    repos: list[str], tmp_path: Path, nowhere: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick_merge(*repos, out=tmp_path / "expected", names=["maths"])
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(nowhere / "hub"))
+    with pytest.raises(OutputError, match=r"model\.safetensors of .* cannot be written to.*HF_HOME.*--no-cache"):
+        quick_merge(*repos, out=tmp_path / "out", names=["maths"])
+    assert not list(tmp_path.glob(".out*")) and not (tmp_path / "out").exists()
+    quick_merge(*repos, out=tmp_path / "out", names=["maths"], cache=False)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    assert not nowhere.exists()
+
+
+def test_a_full_cache_is_only_read(
+    repos: list[str], tmp_path: Path, hub_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick_merge(*repos, out=tmp_path / "expected", names=["maths"])
+    monkeypatch.setattr("hf_locstitch.checkpoints.hub.is_writable", lambda _: False)
+    before = {path: path.stat().st_mtime_ns for path in hub_cache.rglob("*")}
+    quick_merge(*repos, out=tmp_path / "out", names=["maths"])
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    assert before == {path: path.stat().st_mtime_ns for path in hub_cache.rglob("*")}
+
+
+def test_a_place_that_cannot_be_written_to(
+    models: list[str], home_hub: LoopbackHub, nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["merge", "--base", models[0], "--ft", models[1], "--dry-run"]
+    with pytest.raises(OutputError, match="cannot be written to"):
+        quick_merge(*models, out=nowhere / "out")
+    assert main([*command, "--out", str(nowhere / "out")]) == 2
+    monkeypatch.setattr(constants, "HF_HOME", str(nowhere))
+    with pytest.raises(OutputError, match=r"cannot be written to.*--out.*HF_HOME"):
+        quick_merge(*models, push_to="demo/from-nowhere")
+    assert main([*command, "--push-to", "demo/from-nowhere"]) == 2
