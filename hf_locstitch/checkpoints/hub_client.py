@@ -19,7 +19,6 @@ from huggingface_hub.errors import (
 
 # The transport's own base error; the client has changed its HTTP library before.
 from huggingface_hub.errors import HTTPError as TransportError  # pyright: ignore[reportPrivateImportUsage]
-
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from hf_locstitch.errors import CheckpointError, DownloadError
