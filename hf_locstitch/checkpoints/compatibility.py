@@ -135,6 +135,18 @@ def dtype_warnings(name: str, dtypes: Iterable[tuple[str, str]]) -> list[str]:
     ]
 
 
+def swap_warnings(base: Checkpoint, finetuned: Mapping[str, Checkpoint]) -> list[str]:
+    """What tells that base and finetune may have changed places: the base's card names a finetune as its own base."""
+    named = base.card.get("base_model")
+    parents = set(map(str, named if isinstance(named, list) else [named]))
+    return [
+        f"the card of the base {base.label} says that it was made from {checkpoint.source.repo}, which is given as the "
+        f"finetune {name}: base and finetune may be swapped."
+        for name, checkpoint in finetuned.items()
+        if checkpoint.source.repo in parents
+    ]
+
+
 def licence_warning(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     licences = {name: str(checkpoint.card.get("license", "none named")) for name, checkpoint in checkpoints.items()}
     if len(set(licences.values())) == 1:

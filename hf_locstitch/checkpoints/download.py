@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hf_locstitch.checkpoints.byte_ranges import Range
@@ -122,10 +122,22 @@ class Download(ABC):
 
 
 class CachingDownload(Download):
-    """Into the user's Hub cache, at full speed."""
+    """Into the user's Hub cache, at full speed. here: files that are in it already, which make no progress."""
+
+    def __init__(
+        self,
+        source: HubSource,
+        files: Sequence[str],
+        advance: Advance,
+        on_verified: Callable[[str], object],
+        here: Collection[str] = (),
+    ) -> None:
+        super().__init__(source, files, advance, on_verified)
+        self._here = frozenset(here)
 
     def _fetch(self, file: str) -> None:
-        path = self.source.fetch(file, self.advance, lambda fd, upto: self._tell(file, fd, upto))
+        advance: Advance = (lambda _: None) if file in self._here else self.advance
+        path = self.source.fetch(file, advance, lambda fd, upto: self._tell(file, fd, upto))
         with path.open("rb") as whole:
             self._tell(file, whole.fileno(), self.source.files[file].size)
 

@@ -26,6 +26,11 @@ class Ref:
         return self.folder.resolve().name if self.folder is not None else str(self.repo).rpartition("/")[2]
 
 
+def could_be_repo(text: str) -> bool:
+    """Whether a folder of this name hides a repo: it is org/name, not written as a path."""
+    return "/" in text and not text.startswith(FOLDER_PREFIXES) and REPO_ID.fullmatch(text) is not None
+
+
 def expand_home(path: Path) -> Path:
     """`~` and `~user` as the folders they stand for. Raises RecipeError if there is no such user."""
     try:

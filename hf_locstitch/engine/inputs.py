@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +66,7 @@ class Inputs:
         """All inputs complete on this machine, for any number of passes."""
         if self._whole is None:
             inputs, needed = self._plan.inputs, self._plan.needed
-            with self._progress.bar("fetching", self._size(needed)) as advance:
+            with self._fetching(needed) as advance:
                 paths = {name: self._paths(name, files, advance) for name, files in needed.items()}
             self._whole = OpenInputs({name: MappedCheckpoint(inputs[name], paths[name]) for name in inputs}, {})
         return self._whole
@@ -84,7 +84,7 @@ class Inputs:
         readers, downloads = dict(self._kept), {}
         files = {name: [*{**wanted[name], **later[name]}] for name in names}
         with ExitStack() as stack:
-            advance = stack.enter_context(self._progress.bar("fetching", self._size(files)))
+            advance = stack.enter_context(self._fetching(files))
             for name in names:
                 if isinstance(inputs[name].source, FolderSource):
                     paths = self._paths(name, files[name], advance)
@@ -97,12 +97,23 @@ class Inputs:
                     self._kept[name] = readers[name]
             yield OpenInputs(readers, downloads)
 
-    def _size(self, files: Mapping[str, Sequence[str]]) -> int:
+    def _fetching(self, files: Mapping[str, Sequence[str]]) -> AbstractContextManager[Advance]:
+        """A bar over what will be downloaded; none if nothing is."""
         sources = {name: self._plan.inputs[name].source for name in files}
-        return sum(sources[name].files[file].size for name in files for file in files[name])
+        size = sum(
+            sources[name].files[file].size for name in files for file in files[name] if self._is_fetched(name, file)
+        )
+        return self._progress.bar("fetching", size) if size else nullcontext(_uncounted)
+
+    def _is_fetched(self, name: str, file: str) -> bool:
+        """Whether a file's bytes will come from the Hub."""
+        source = self._plan.inputs[name].source
+        streamed = not self._plan.settings.cache and not isinstance(source, FolderSource) and not self.all_here
+        return source.cached(file) is None or (streamed and source.files[file].sha256 is not None)
 
     def _paths(self, name: str, files: Sequence[str], advance: Advance) -> dict[str, Path]:
-        paths = {file: self._plan.inputs[name].source.fetch(file, advance) for file in files}
+        source = self._plan.inputs[name].source
+        paths = {file: source.fetch(file, advance if self._is_fetched(name, file) else _uncounted) for file in files}
         self._verified((name, file) for file in files)
         return paths
 
@@ -116,11 +127,16 @@ class Inputs:
             self._verified([(name, file)])
 
         if settings.cache:
-            download = CachingDownload(source, [*{**wanted, **later}], advance, verified)  # pyright: ignore[reportArgumentType]
+            here = {file for file in {**wanted, **later} if not self._is_fetched(name, file)}
+            download = CachingDownload(source, [*{**wanted, **later}], advance, verified, here)  # pyright: ignore[reportArgumentType]
         else:
             download = StreamingDownload(source, wanted, later, self._folder, settings.window, advance, verified)  # pyright: ignore[reportArgumentType]
         download.start()
         return download
+
+
+def _uncounted(nbytes: int) -> None:
+    """In place of a bar, for bytes that nobody waits for."""
 
 
 def _arriving(checkpoint: Checkpoint, download: Download) -> CheckpointReader:

@@ -41,7 +41,8 @@ class LocalizeRun(Run[LocalizePlan]):
             SafetensorsWriter(path, layout.entries, shard.metadata).close()
 
         self.processes.on_first(lay_out)
-        with self.progress.bar("writing", sum(spec.nbytes for spec in layout.entries)) as advance:
+        nbytes = sum(spec.nbytes for spec in layout.entries if spec.name in self.own)
+        with self.progress.bar("writing", nbytes) as advance:
 
             def write() -> None:
                 with SafetensorsWriter(path, layout.entries, shard.metadata, new=False) as writer:

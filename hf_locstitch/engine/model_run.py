@@ -84,7 +84,7 @@ class ModelRun(Run[AnyModelPlan]):
         noted: list[Future[None]] = []
         todo = self._unfinished()
         with (
-            self.progress.bar("merging", sum(shard.nbytes for shard in plan.shards)) as advance,
+            self.progress.bar("merging", sum(map(self._own_bytes, plan.shards))) as advance,
             ThreadPoolExecutor(1) as journal,
             inputs.opened(plan.written_from(todo)) as opened,
         ):
@@ -99,7 +99,7 @@ class ModelRun(Run[AnyModelPlan]):
                         hashed[shard.file] = background.submit(self._finish_shard, shard, overlap, sha256)
                         noted.append(journal.submit(self._note, shard, hashed[shard.file], opened))
                 else:
-                    advance(shard.nbytes)
+                    advance(self._own_bytes(shard))
             self.processes.together(lambda: [future.result() for future in noted])
             done = {file: future.result() for file, future in hashed.items()}
         records = {**self._finished, **self.processes.gather(done)[0]}
@@ -108,6 +108,10 @@ class ModelRun(Run[AnyModelPlan]):
         for record in shards.values():
             total += Overlap(np.array(record.covered), np.array(record.pairs))
         return total, shards
+
+    def _own_bytes(self, shard: OutputShard) -> int:
+        """Bytes of the shard that this process writes."""
+        return sum(tensor.nbytes for tensor in shard.tensors if tensor.name in self.own)
 
     def _await_room(self, hashed: Iterable[Future[ShardRecord]]) -> None:
         """If shards are deleted once uploaded: at most one waits while the next is written."""
@@ -184,9 +188,9 @@ class StitchRun(ModelRun[StitchPlan]):
         localized, settings = self.plan.localized_inputs, self.settings
         masks: dict[str, LocalizedMask] = {}
         suffix = f"{self.processes.rank}-of-{self.processes.count}"
-        with self.progress.bar(
-            "reading", sum(checkpoint.shards[1].size for checkpoint in localized.values())
-        ) as advance:
+        own = [info.name for info in self.plan.mask_tensors if info.name in self.own]
+        nbytes = sum(checkpoint.stored(name).nbytes for checkpoint in localized.values() for name in own)
+        with self.progress.bar("reading", nbytes) as advance:
             for name, checkpoint in localized.items():
                 spill = self.work.spill / f"{name}.{suffix}"
                 masks[name] = LocalizedMask(checkpoint, self.plan.mask_tensors, spill, settings.chunk)

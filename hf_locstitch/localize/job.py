@@ -79,7 +79,8 @@ class LocalizeJob:
 
     tensors: the localizable ones, as the base holds them; groups: which of them compete. own: the names of those that
     this process looks at. folder: for temporary files. kept: what of the finetuned models is read later, beside the
-    masks. trusted: whether what an earlier process took of (model, tensor) was right.
+    masks. trusted: whether what an earlier process took of (model, tensor) was right. note_examples: is told how many
+    examples a finetune's mask was found with.
     """
 
     base: Checkpoint
@@ -96,3 +97,4 @@ class LocalizeJob:
     kept: Pieces
     trusted: Callable[[str, str], bool]
     allow_non_finite: bool
+    note_examples: Callable[[str, int], object] = lambda name, count: None

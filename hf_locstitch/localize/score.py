@@ -52,7 +52,7 @@ def score(
             found = ranked(grafted, learned.state, finetuned, base, k)
 
         def write() -> None:
-            write_scores(path, tensors, found, learned.ones, learned.losses)
+            write_scores(path, tensors, found, learned.ones, learned.losses, len(task.examples))
 
         if how.sharded:  # all gather what the first one writes
             room.processes.together(write if room.processes.first else lambda: deque(found, maxlen=0))

@@ -25,7 +25,8 @@ LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
 
 
 class ScoreFile:
-    """ones: how many elements the mask keeps, where the scores decide it; else None. losses: seen on the way."""
+    """ones: how many elements the mask keeps, where the scores decide it; else None. losses: seen on the way. examples:
+    that the scores were learned from."""
 
     def __init__(self, path: Path) -> None:
         header = read_header(path, str(path))
@@ -33,6 +34,7 @@ class ScoreFile:
         self._file = MappedFile(path)
         self.ones: int | None = json.loads(header.metadata["ones"])
         self.losses: list[float] = json.loads(header.metadata["losses"])
+        self.examples: int = json.loads(header.metadata["examples"])
 
     def bits(self, name: str, first: int, count: int) -> npt.NDArray[np.int32]:
         """Scores of the elements first … first + count of a tensor, as their bits. Returns [count]."""
@@ -45,10 +47,11 @@ def write_scores(
     pieces: Iterable[tuple[str, int, torch.Tensor]],
     ones: int | None,
     losses: Sequence[float],
+    examples: int = 0,
     advance: Callable[[int], object] = lambda _: None,
 ) -> ScoreFile:
     """pieces: (tensor's name, first element, scores float32 [count]), covering every element once."""
-    metadata = {"ones": json.dumps(ones), "losses": json.dumps(list(losses))}
+    metadata = {"ones": json.dumps(ones), "losses": json.dumps(list(losses)), "examples": json.dumps(examples)}
     entries = [TensorSpec(info.name, "F32", info.shape, 4 * info.numel) for info in tensors]
     with replacing(path) as new, SafetensorsWriter(new, entries, metadata) as writer:
         with writer.hashing() as hashed:

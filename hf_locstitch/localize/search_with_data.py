@@ -24,6 +24,7 @@ def find_with_data(localizer: WithData, job: LocalizeJob) -> dict[str, Selection
         with job.progress.bar(f"{how.method} {name}", 0, " examples") as advance:  # how many there are shows only later
             room = Room(job.folder, job.processes, advance)
             scores = score(how, name, readers["base"], readers[name], job.tensors, data, room)
+        job.note_examples(name, scores.examples)
         scan = Scan(
             job.base,
             {name: job.finetuned[name]},

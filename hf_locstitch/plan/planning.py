@@ -22,6 +22,7 @@ from hf_locstitch.checkpoints.compatibility import (
     licence_warning,
     misfit_files,
     mismatches,
+    swap_warnings,
 )
 from hf_locstitch.checkpoints.config_differences import config_differences, text_differences
 from hf_locstitch.checkpoints.localizable import localizable, unknown_globs
@@ -332,6 +333,7 @@ def _check_inputs(
     problems, warnings = problems + found[0], warnings + found[1]
     if problems:
         raise MismatchError(problems)
+    warnings += swap_warnings(base, finetuned)
     warnings += licence_warning({"the base": base, **finetuned})
     warnings += leaks(list(_judged(recipe)), recipe.used_data)
     warnings += recipe.fitting.warnings() if recipe.fitting else []

@@ -82,7 +82,8 @@ class OpenSet:
         asked = self.asked
         part = f"{self.config}, " if self.config else ""
         role = f", {asked.role} data" if asked.role else ""
-        return f"{self.label} ({part}{asked.split}, {asked.number} examples, seed {asked.seed}{role})"
+        number = f"up to {asked.number} examples, or of each class"
+        return f"{self.label} ({part}{asked.split}, {number}, seed {asked.seed}{role})"
 
 
 def open_set(asked: LocalizationSet) -> OpenSet:
