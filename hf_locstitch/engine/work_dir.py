@@ -73,6 +73,14 @@ class WorkDir:
         """The noted pairs."""
         return {(name, file) for name, file in read_lines(self.folder / "verified")}
 
+    def clear_stage(self) -> None:
+        """Remove what an earlier process left there, all but the shards that it noted: everything else is made anew."""
+        for path in self.stage.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not self._journal(path.name).exists():
+                path.unlink()
+
     def _journal(self, file: str) -> Path:
         return self.folder / f"{file}.done"
 
@@ -147,4 +155,5 @@ def _make(work: WorkDir) -> int:
         raise OutputError(
             f"another process is making the same merge in {work.folder}. Wait for it, or use another --out."
         )
+    work.clear_stage()
     return lock
