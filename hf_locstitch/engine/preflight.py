@@ -11,7 +11,7 @@ from hf_locstitch.engine.work_dir import fingerprint
 from hf_locstitch.errors import CheckpointError, OutputError
 from hf_locstitch.localize.cost import LearningCost, free_memory
 from hf_locstitch.plan.cost import estimate, files_here, localizing_cost
-from hf_locstitch.plan.plans import Plan
+from hf_locstitch.plan.plans import ModelPlan, Plan
 from hf_locstitch.runtime.files import is_mount_point, is_writable
 from hf_locstitch.runtime.human import human
 
@@ -52,6 +52,8 @@ def check_inputs(plan: Plan) -> None:
     """Raises RequestError if a file that will be read is not here and cannot be fetched."""
     for name, files in plan.needed.items():
         plan.inputs[name].source.check_obtainable(files, plan.settings.cache)
+    if isinstance(plan, ModelPlan):
+        plan.files.source.check_obtainable(plan.side_files.copied, cache=False)  # small: see HubSource
 
 
 def check_place(near: Path) -> None:

@@ -108,3 +108,19 @@ def test_damaged_notes_are_ignored(repos: list[str], hub_cache: Path, monkeypatc
         note.write_bytes(note.read_bytes()[:-3])
     go_offline(monkeypatch)
     assert len(open_checkpoint(parse_ref(repos[0])).shards) == 3
+
+
+def test_files_beside_the_weights_are_needed_too(
+    repos: list[str], home_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that is listed but not in the cache is missed before the work, not left out."""
+    home_hub.add_repo(repos[0], {"tokenizer.json": "{}"})
+    for repo in repos:
+        source = HubSource(repo, None)
+        for file in source.files:
+            if file != "tokenizer.json":
+                source.fetch(file)
+    go_offline(monkeypatch)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json of .* is not in the cache"):
+        merge(repos, tmp_path / "offline")
+    assert not list(tmp_path.glob("*offline*"))
