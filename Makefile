@@ -5,13 +5,27 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 
-.PHONY: demo test quality format docs bench bench-quality bench-speed bench-faults clean
+.PHONY: demo test test-oldest quality format docs bench bench-quality bench-speed bench-faults clean
 
 demo: $(READY)  ## train tiny models, push them to a Hub on this machine, merge, compare
 	PYTHONPATH=.:examples $(BIN)/python -m demo $(if $(WORK),--work $(WORK))
 
 test: $(READY)  ## all tests that need neither a GPU nor a network
 	$(BIN)/python -m pytest -n auto
+
+# What touches the libraries most. torch stays at the version in constraints.txt: KEEP= tests its oldest, too.
+OLDEST ?= .venv-oldest
+KEEP ?= torch
+OLDEST_TESTS ?= tests/api tests/checkpoints tests/report tests/artifacts tests/golden tests/cli tests/evaluation \
+	tests/engine/test_run.py tests/localize/test_with_data.py tests/stitch/refit/test_refit.py
+
+test-oldest: $(READY)  ## these tests with the oldest versions that pyproject.toml declares, in a venv of their own
+	$(PYTHON) -m venv $(OLDEST)
+	$(BIN)/python tests/oldest_versions.py $(KEEP) > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt torch
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
+		-e . hypothesis pytest pytest-xdist scikit-learn
+	$(OLDEST)/bin/python -m pytest -n auto $(OLDEST_TESTS)
 
 quality: $(READY)  ## lint, format, types, and who may import whom
 	$(BIN)/ruff check .
@@ -54,4 +68,4 @@ $(DOCS_READY): $(READY)
 	touch $(DOCS_READY)
 
 clean:
-	rm -rf $(VENV) build site *.egg-info
+	rm -rf $(VENV) $(OLDEST) build site *.egg-info
