@@ -7,16 +7,44 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, NonNegativeInt, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from hf_locstitch.checkpoints.names import SafeFile, SafeName
 from hf_locstitch.checkpoints.source import Source, file_sha256
 from hf_locstitch.errors import CheckpointError
+from hf_locstitch.runtime.parsing import JSON_BYTES
 
 FILE = "locstitch.json"
 RECIPE_FILE = "locstitch.yaml"  # reproduces the merge
+
+
+class _Pair(TypedDict):
+    masks: tuple[str, str]
+    both: NonNegativeInt
+    jaccard: float
+
+
+class _File(TypedDict):
+    size: NonNegativeInt
+    sha256: str
+
+
+def _checked(form: type) -> AfterValidator:
+    """The value itself, once it has been validated as of this form."""
+    adapter = TypeAdapter(form)
+
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        adapter.validate_python(value)
+        return value
+
+    return AfterValidator(check)
+
+
+Pair = Annotated[dict[str, Any], _checked(_Pair)]
+OutputFile = Annotated[dict[str, Any], _checked(_File)]
 
 
 def mask_file(name: str) -> str:
@@ -46,7 +74,7 @@ class MaskRecord:
     """
 
     file: str
-    ones: int
+    ones: NonNegativeInt
     density: float | None
     real_density: float
     values: str | None = None
@@ -71,15 +99,15 @@ class Manifest:
     localizer: dict[str, Any] | None
     scale: float
     inputs: list[InputRecord]
-    N: int
-    k: int | None
+    N: NonNegativeInt
+    k: NonNegativeInt | None
     masks: dict[SafeName, MaskRecord]
     covered_by: list[int]
-    overlap: list[dict[str, Any]]
+    overlap: list[Pair]
     warnings: list[str]
     versions: dict[str, str]
     fingerprint: str
-    outputs: dict[SafeFile, dict[str, Any]] = field(default_factory=dict)
+    outputs: dict[SafeFile, OutputFile] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -105,19 +133,42 @@ def open_manifest(source: Source) -> Manifest:
             f"{source.label} has no {FILE}, so it was not made by hf-locstitch. Give the folder or repo of a merge "
             "or of a localized checkpoint."
         )
+    if (size := source.files[FILE].size) > JSON_BYTES:
+        raise CheckpointError(
+            f"{source.label}/{FILE} has {size:,} bytes, more than the {JSON_BYTES:,} that are read: it is no manifest "
+            "of a merge. Use another one."
+        )
     return parse_manifest(source.fetch(FILE).read_bytes(), f"{source.label}/{FILE}")
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
     """Raises CheckpointError naming `where`."""
     try:
-        return TypeAdapter(Manifest).validate_json(content)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        at = ".".join(str(part) for part in fault["loc"]) or "the whole file"
+        record = TypeAdapter(Manifest).validate_json(content)
+        _check_names(record)
+    except ValueError as error:
         raise CheckpointError(
-            f"{where} is not a manifest that this version can read ({at}: {fault['msg']}). Fetch it again."
+            f"{where} is not a manifest that this version can read ({_fault(error)}). Fetch it again."
         ) from error
+    return record
+
+
+def _fault(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or 'the whole file'}: {first['msg']}"
+
+
+def _check_names(record: Manifest) -> None:
+    """Raises ValueError unless there is one base, and all parts speak of the same finetunes."""
+    names = [entry.name for entry in record.inputs if entry.role != "base"]
+    if len(record.inputs) != len(names) + 1 or len({"base", *names}) != len(record.inputs):
+        raise ValueError("inputs: they must be one base, and finetunes of different names")
+    if unknown := sorted(record.masks.keys() - set(names)):
+        raise ValueError(f"masks: {unknown[0]} is not one of the inputs")
+    if unknown := sorted({name for pair in record.overlap for name in pair["masks"]} - record.masks.keys()):
+        raise ValueError(f"overlap: {unknown[0]} is not one of the masks")
 
 
 def is_intact(record: Manifest, folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ class FolderSource:
     def __init__(self, folder: Path) -> None:
         self.repo: str | None = None
         self.commit: str | None = None
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # also of a name too long for a file system
             raise CheckpointError(
                 f"the folder {folder} does not exist. Give an existing folder, or a repo as org/name."
             )

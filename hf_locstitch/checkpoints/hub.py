@@ -24,8 +24,15 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status, http_stream_backoff
+from huggingface_hub.utils import (
+    WeakFileLock,
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+    validate_repo_id,
+)
 
 from hf_locstitch.checkpoints.cached_repo import CachedRepoSource, find_snapshot
 from hf_locstitch.checkpoints.hub_client import RATE_LIMIT, Attempts, raise_clearly, retrying
@@ -44,6 +51,12 @@ Arrived = Callable[[int, int], object]  # an open file and how many bytes from i
 
 def open_repo(repo: str, revision: str | None) -> Source:
     """The repo at the commit that `revision` currently names. Offline, at the newest cached commit."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{repo} cannot be the name of a repo on the Hub: {str(error).splitlines()[0]} Check the name."
+        ) from error
     if constants.is_offline_mode():
         if snapshot := find_snapshot(_repo_folder(repo), revision):
             return CachedRepoSource(snapshot, repo)

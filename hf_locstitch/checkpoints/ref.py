@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def parse_ref(text: str) -> Ref:
 
     Raises RecipeError if the text is neither.
     """
-    if text.startswith(FOLDER_PREFIXES) or (text and Path(text).is_dir()):
+    if text.startswith(FOLDER_PREFIXES) or os.path.isdir(text):
         return Ref(folder=expand_home(Path(text)))
     repo, at, revision = text.partition("@")
     if not REPO_ID.fullmatch(repo) or (at and not revision):

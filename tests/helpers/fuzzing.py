@@ -68,7 +68,7 @@ def changed(rng: Random, value: Any) -> Any:
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(value))
         if not places:
-            return rng.choice(VALUES)
+            return copy.deepcopy(rng.choice(VALUES))
         holder, key = rng.choice(places)
         act = rng.randrange(6)
         if act == 0:
@@ -83,7 +83,7 @@ def changed(rng: Random, value: Any) -> Any:
         elif act == 4 and isinstance(holder[key], int) and not isinstance(holder[key], bool):
             holder[key] = holder[key] + rng.choice((-1, 1, 7, -(2**40)))
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
     return value
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -123,6 +124,9 @@ def check_shares(record: Manifest, counts: Tally, localized: Sequence[TensorInfo
         yield Finding("masks", "locstitch.json", "N", record.N, f"{n}, the number of elements in the localized tensors")
     localizer = dict(record.localizer or {})
     density = localizer.get("density")
+    if density is not None and not _is_share(density):
+        yield Finding("masks", "locstitch.json", "density of the localizer", str(density), "a number from 0 to 1")
+        return
     for name, entry in record.masks.items():
         if entry.density != density and density is not None:
             yield Finding("masks", "locstitch.json", f"density of mask {name}", str(entry.density), str(density))
@@ -133,6 +137,10 @@ def check_shares(record: Manifest, counts: Tally, localized: Sequence[TensorInfo
             yield Finding("masks", "locstitch.json", f"real density of mask {name}", str(entry.real_density), str(real))
     if density is not None:
         yield from _check_k(record, counts, localized, float(density), localizer.get("scope") == "tensor")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1
 
 
 def _check_k(

@@ -103,7 +103,7 @@ def noted_task_vectors(source: Source) -> Mapping[str, TaskVectors]:
     file = f"{FOLDER}/{FILE}"
     try:
         return read_task_vectors(source.fetch(file)) if file in source.files else {}
-    except (ValueError, TypeError):
+    except ValueError:
         return {}
 
 

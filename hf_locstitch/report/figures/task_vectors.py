@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from hf_locstitch.artifacts.mask_file import Positions
 from hf_locstitch.runtime.dtypes import Values
@@ -136,5 +137,5 @@ def write_task_vectors(vectors: Mapping[str, TaskVectors], path: Path) -> None:
 
 
 def read_task_vectors(path: Path) -> dict[str, TaskVectors]:
-    """Raises ValueError, TypeError or OSError if the file is invalid."""
-    return {name: TaskVectors(**one) for name, one in json.loads(path.read_text(encoding="utf-8")).items()}
+    """Raises ValueError or OSError if the file is invalid."""
+    return TypeAdapter(dict[str, TaskVectors]).validate_json(path.read_bytes())
