@@ -320,7 +320,9 @@ def test_nan_is_refused_and_let_through(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="allow-non-finite"):
         quick_localize(tmp_path / "base", tmp_path / "ft", out=tmp_path / "loc")
     quick_localize(tmp_path / "base", tmp_path / "ft", out=tmp_path / "loc", allow_non_finite=True)
-    quick_stitch(tmp_path / "base", [tmp_path / "loc"], out=tmp_path / "out")
+    with pytest.raises(NonFiniteError, match="allow-non-finite"):
+        quick_stitch(tmp_path / "base", [tmp_path / "loc"], out=tmp_path / "out")
+    quick_stitch(tmp_path / "base", [tmp_path / "loc"], out=tmp_path / "out", allow_non_finite=True)
     quick_merge(tmp_path / "base", [tmp_path / "ft"], out=tmp_path / "merged", allow_non_finite=True)
     assert load(tmp_path / "out")[UP][0, 0].isnan() and same_model(tmp_path / "out", tmp_path / "merged")
 
