@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from psutil import virtual_memory
 
 from hf_locstitch.artifacts.mask_source import MaskSource
 from hf_locstitch.checkpoints.header import TensorInfo, TensorSpec
@@ -201,7 +202,10 @@ class MaskFile:
         """Returns bool [*shape]."""
         import torch
 
-        mask = np.zeros(math.prod(self.shapes[tensor]), dtype=bool)  # memory is taken where ones are set only
+        try:
+            mask = np.zeros(math.prod(self.shapes[tensor]), dtype=bool)  # memory is taken where ones are set only
+        except MemoryError as error:
+            raise _too_large(self, "this process may not use so much memory") from error
         for positions in self.iter_positions(tensor):
             mask[positions] = True
         return torch.from_numpy(mask).reshape(self.shapes[tensor])
@@ -235,24 +239,20 @@ def load_mask(ref: str | Path, name: str | None = None) -> dict[str, torch.Tenso
     """
     path = Path(ref)
     mask = _mask_in(str(ref), name) if name is not None or not path.is_file() else MaskFile(path)
-    _check_memory(mask)
+    free = virtual_memory().available
+    if free < mask.N:
+        raise _too_large(mask, f"{free:,} bytes of memory are free")
     loaded = {tensor: mask.mask(tensor) for tensor in mask.shapes}
-    if (ones := sum(int(values.sum()) for values in loaded.values())) != mask.ones:
+    if (ones := sum(np.count_nonzero(values.numpy()) for values in loaded.values())) != mask.ones:
         raise DamagedMask(mask.label, f"{ones} ones, its metadata says {mask.ones}")
     return loaded
 
 
-def _check_memory(mask: MaskFile) -> None:
-    """Raises CheckpointError if the bool tensors would not fit into memory."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    if free < mask.N:
-        raise CheckpointError(
-            f"the mask {mask.label} ranges over {mask.N:,} elements, which take as many bytes as bool tensors, but "
-            f"{free:,} bytes of memory are free. Use a machine with more memory; load_localized reads the mask of "
-            "a localized checkpoint a tensor at a time."
-        )
+def _too_large(mask: MaskFile, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"the mask {mask.label} ranges over {mask.N:,} elements, which take as many bytes as bool tensors, but {why}. "
+        "Use a machine with more memory; load_localized reads the mask of a localized checkpoint a tensor at a time."
+    )
 
 
 def _mask_in(ref: str, name: str | None) -> MaskFile:

@@ -71,8 +71,13 @@ def test_more_ones_than_stated(tmp_path: Path) -> None:
 
 def test_more_elements_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_mask(tmp_path / "m.safetensors", [3, GB], b"", 0)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2 * GB))
+    memory = SimpleNamespace(available=2 * GB)
+    monkeypatch.setattr("hf_locstitch.artifacts.mask_file.virtual_memory", lambda: memory)
     with pytest.raises(CheckpointError, match=r"3,000,000,000 elements.*2,000,000,000 bytes of memory are free"):
+        load_mask(path)
+    memory.available = 2**60
+    path = write_mask(tmp_path / "n.safetensors", [2**47], b"", 0)
+    with pytest.raises(CheckpointError, match=r"this process may not use so much memory"):
         load_mask(path)
 
 
