@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_locstitch.artifacts.manifest import FILE, InputRecord, Manifest, open_manifest
+from hf_locstitch.artifacts.manifest import FILE, InputRecord, Manifest, check_names, open_manifest
 from hf_locstitch.artifacts.mask_file import FORMAT as MASK_FORMAT
 from hf_locstitch.artifacts.mask_file import MaskFile, Positions, parse_shapes
 from hf_locstitch.artifacts.values_file import FORMAT as VALUES_FORMAT
@@ -155,6 +155,7 @@ def read_localized(source: Source, record: Manifest) -> LocalizedCheckpoint:
     """record: of a localized checkpoint. Raises CheckpointError."""
     try:
         ((_, entry),) = record.masks.items()
+        check_names(record)
         files = entry.file, str(entry.values)
         _check_sizes(source, record, files)
         mask, values = (read_shard(source, file) for file in files)

@@ -145,7 +145,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     """Raises CheckpointError naming `where`."""
     try:
         record = TypeAdapter(Manifest).validate_json(content)
-        _check_names(record)
+        _check_inputs(record)
     except ValueError as error:
         raise CheckpointError(
             f"{where} is not a manifest that this version can read ({_fault(error)}). Fetch it again."
@@ -160,12 +160,20 @@ def _fault(error: ValueError) -> str:
     return f"{'.'.join(str(part) for part in first['loc']) or 'the whole file'}: {first['msg']}"
 
 
-def _check_names(record: Manifest) -> None:
-    """Raises ValueError unless there is one base, and all parts speak of the same finetunes."""
-    names = [entry.name for entry in record.inputs if entry.role != "base"]
+def _finetunes(record: Manifest) -> list[str]:
+    return [entry.name for entry in record.inputs if entry.role != "base"]
+
+
+def _check_inputs(record: Manifest) -> None:
+    """Raises ValueError unless there is one base, and the finetunes have different names."""
+    names = _finetunes(record)
     if len(record.inputs) != len(names) + 1 or len({"base", *names}) != len(record.inputs):
         raise ValueError("inputs: they must be one base, and finetunes of different names")
-    if unknown := sorted(record.masks.keys() - set(names)):
+
+
+def check_names(record: Manifest) -> None:
+    """Raises ValueError unless masks and their overlaps are those of the inputs."""
+    if unknown := sorted(record.masks.keys() - set(_finetunes(record))):
         raise ValueError(f"masks: {unknown[0]} is not one of the inputs")
     if unknown := sorted({name for pair in record.overlap for name in pair["masks"]} - record.masks.keys()):
         raise ValueError(f"overlap: {unknown[0]} is not one of the masks")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from hf_locstitch.artifacts.fit import unlike
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, read_localized
-from hf_locstitch.artifacts.manifest import Manifest, MaskRecord, open_manifest
+from hf_locstitch.artifacts.manifest import FILE, Manifest, MaskRecord, check_names, open_manifest
 from hf_locstitch.artifacts.mask_file import MaskFile
 from hf_locstitch.artifacts.overlap import pair_record
 from hf_locstitch.checkpoints.checkpoint import open_source
@@ -151,7 +151,7 @@ def inspect(
 
 def _open(sources: Sequence[Source]) -> tuple[str, Manifest, dict[str, Path], Mapping[str, TaskVectors]]:
     """Their pinned refs, their manifest, their mask files by name, and the recorded statistics of the inputs."""
-    records = [open_manifest(source) for source in sources]
+    records = [_open_checked(source) for source in sources]
     record, masks, noted = records[0], {}, {}
     if len(records) > 1:
         checkpoints = [_localized(source, record) for source, record in zip(sources, records, strict=True)]
@@ -168,6 +168,15 @@ def _open(sources: Sequence[Source]) -> tuple[str, Manifest, dict[str, Path], Ma
     if len(records) > 1:
         record = _joined(records, masks)
     return ", ".join(source.pinned for source in sources), record, masks, noted
+
+
+def _open_checked(source: Source) -> Manifest:
+    record = open_manifest(source)
+    try:
+        check_names(record)
+    except ValueError as error:
+        raise CheckpointError(f"{source.label}/{FILE} contradicts itself ({error}). Fetch it again.") from error
+    return record
 
 
 def _localized(source: Source, record: Manifest) -> LocalizedCheckpoint:
