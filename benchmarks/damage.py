@@ -11,7 +11,6 @@ Ctrl-C ends it early.
 
 from __future__ import annotations
 
-import subprocess
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -52,7 +51,8 @@ def trial(bench: Bench, way: Way, outcomes: Counter[tuple[str, str]], files: Cou
     try:
         if not bench.run_and_kill(way) or not (left := bench.left(way)):
             return
-        path, damage = bench.random.choice(left), bench.random.choice(DAMAGES)
+        full = [path for path in left if path.name != "lock"]  # which holds nothing
+        path, damage = bench.random.choice(full or left), bench.random.choice(DAMAGES)
         path.write_bytes(damage(path.read_bytes(), bench.random))
         what = f"{kind_of(path)} {damage.__name__}"
         outcome, why = started_again(bench, way)
@@ -66,23 +66,18 @@ def trial(bench: Bench, way: Way, outcomes: Counter[tuple[str, str]], files: Cou
 
 def started_again(bench: Bench, way: Way) -> tuple[str, str]:
     """What becomes of it, and what there is to say of that."""
-    status, said = end_of(bench.start(way))
+    status, said = bench.start(way).end()
     refusal = ""
     if status:
         if not is_clean(status, said):
             return WRONG, f"exit status {status}: {said}"
         refusal = said
-        status, said = end_of(bench.start(way))
+        status, said = bench.start(way).end()
         if status:
             return WRONG, f"refused again: {said}"
     if wrong := bench.differing(way):
         return WRONG, ", ".join(wrong)
     return (REFUSED, refusal) if refusal else (SAME, "")
-
-
-def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, said = process.communicate()
-    return process.returncode, said.strip()
 
 
 def is_clean(status: int, said: str) -> bool:

@@ -2,6 +2,8 @@
 
 Two families of models, each a base and two finetunes, lie in folders and on a loopback Hub: `weights`, of made-up
 weights (see synthetic.py), and `model`, tiny Llamas that transformers runs, with their heads in shards of their own.
+Each command has a process of its own, forked from one that has the libraries imported: else that would take most of the
+time, and most of the kills.
 """
 
 from __future__ import annotations
@@ -9,10 +11,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,18 +22,27 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import beside  # noqa: F401
 from demo.skills import SKILLS, examples, make_tokenizer
 from huggingface_hub import HfApi
 from synthetic import shape_of, write_models
 
+from hf_locstitch.cli.main import main
 from loopback_hub import LoopbackHub
 
 NAMES = ("base", "ft1", "ft2")
 HOME = "home"  # of the Hub's cache
+TICK = 0.005  # seconds
+IMPORTED = [
+    "datasets", "transformers", "transformers.models.llama.modeling_llama", "hf_locstitch.engine.localize_run",
+    "hf_locstitch.engine.model_run", "hf_locstitch.localize.search_with_data", "hf_locstitch.plan.planning",
+    "hf_locstitch.report.figures.draw", "hf_locstitch.report.publish", "hf_locstitch.stitch.refit.lambda_search",
+    "hf_locstitch.stitch.refit.regression_mean", "hf_locstitch.tasks.objectives.causal_lm", "stopping",
+]  # fmt: skip
 INCOMPLETE = "hub/**/*.locstitch-incomplete"
 
 
@@ -64,6 +75,33 @@ WAYS = [
 ]
 
 
+@dataclass(frozen=True)
+class Command:
+    """One that runs. said: the file that holds what it says."""
+
+    process: Any
+    said: Path
+
+    def ends_within(self, seconds: float) -> bool:
+        self.process.join(seconds)
+        return self.process.exitcode is not None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def end(self) -> tuple[int, str]:
+        """Its exit status and what it said, once it has ended."""
+        self.process.join()
+        return self.process.exitcode, self.said.read_text().strip()
+
+
+def _run(words: Sequence[str], said: Path) -> None:
+    """In a process of its own."""
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    sys.exit(main(words))
+
+
 @dataclass
 class Undisturbed:
     """What a command makes when nothing disturbs it, and when (in seconds) it begins to write and ends."""
@@ -82,22 +120,21 @@ class Bench:
     random: random.Random
     shards: int
     undisturbed: dict[str, Undisturbed] = field(default_factory=dict)
+    server: Any = field(default_factory=lambda: multiprocessing.get_context("forkserver"))
+    numbers: Iterator[int] = field(default_factory=count)
     pace: float = 1.0  # time that things take now, by what they took undisturbed
 
-    def start(self, way: Way) -> subprocess.Popen[str]:
+    def start(self, way: Way) -> Command:
         words = way.command.format(work=self.work, shards=self.shards).split()
         words += ["--out", str(self._out(way))] if way.folder else []
         words += ["--push-to", _target(way)] if way.hub else []
         return self.run([*words, "--quiet"])
 
-    def run(self, words: Sequence[str]) -> subprocess.Popen[str]:
-        kept = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_CACHE")}
-        return subprocess.Popen(
-            [sys.executable, "-m", "hf_locstitch", *words],
-            env=kept | self.hub.environment(self.work / HOME),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def run(self, words: Sequence[str]) -> Command:
+        said = self.work / f"said-{next(self.numbers)}"
+        process = self.server.Process(target=_run, args=(words, said))
+        process.start()
+        return Command(process, said)
 
     def _out(self, way: Way) -> Path:
         return self.work / f"out-{_slug(way)}"
@@ -148,13 +185,12 @@ class Bench:
     def measure(self, way: Way) -> None:
         """Carry it out undisturbed."""
         start, began = time.monotonic(), 0.0
-        process = self.start(way)
-        while process.poll() is None:
+        command = self.start(way)
+        while not command.ends_within(TICK):
             if not began and self._partial(way):
                 began = time.monotonic() - start
-            time.sleep(0.02)
         ended = time.monotonic() - start
-        finish(process, way.name)
+        finish(command, way.name)
         self.undisturbed[way.name] = Undisturbed(self.results(way), began, ended)
         self.clear(way)
 
@@ -163,18 +199,15 @@ class Bench:
         known, first = self.undisturbed[way.name], self._partial(way) is None
         moment = self.random.uniform(0.8 * known.began, known.ended)
         start = time.monotonic()
-        process = self.start(way)
+        command = self.start(way)
         if first and moment > known.began:  # see how fast the machine is just now
-            while process.poll() is None and self._partial(way) is None:
-                time.sleep(0.02)
+            while self._partial(way) is None and not command.ends_within(TICK):
+                pass
             self.pace = (time.monotonic() - start) / known.began
-        try:
-            process.wait(max(0, start + moment * self.pace - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+        if not command.ends_within(max(0, start + moment * self.pace - time.monotonic())):
+            command.kill()
             return True
-        finish(process, way.name)
+        finish(command, way.name)
         return False
 
     def differing(self, way: Way) -> list[str]:
@@ -184,11 +217,11 @@ class Bench:
         return wrong + [f"left behind: {path}" for path in (*self.left(way), self._partial(way)) if path]
 
 
-def finish(process: subprocess.Popen[str], name: str) -> None:
+def finish(command: Command, name: str) -> None:
     """Wait for its end, which is to be a success."""
-    _, said = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"{name}: exit status {process.returncode}: {said}")
+    status, said = command.end()
+    if status:
+        raise SystemExit(f"{name}: exit status {status}: {said}")
 
 
 @contextmanager
@@ -203,6 +236,10 @@ def bench_of(arguments: argparse.Namespace) -> Iterator[tuple[Bench, list[Way]]]
         for family in ("weights", "model"):
             for name in NAMES:
                 hub.add_repo(f"{family}/{name}", {path.name: path for path in (work / family / name).iterdir()})
+        for name in ("HF_TOKEN", "HF_HUB_CACHE"):
+            os.environ.pop(name, None)
+        os.environ.update(hub.environment(work / HOME))
+        multiprocessing.set_forkserver_preload(IMPORTED)
         bench = Bench(work, hub, random.Random(arguments.seed), shape.parameters * 2 // 4)
         for name in NAMES[1:]:  # for stitch
             words = ["localize", "--base", "weights/base", "--ft", f"weights/{name}", "--no-figures", "--quiet"]

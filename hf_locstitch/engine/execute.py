@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.engine.preflight import check_disk, check_inputs, check_out, check_place, warn_of_memory
+from hf_locstitch.engine.work_dir import clear_work
 from hf_locstitch.errors import PublishError, RecipeError
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.runtime.processes import Processes, find_processes
@@ -92,6 +93,8 @@ def _into(
         check_inputs(plan)
         check_disk(out, plan)
         warn_of_memory(plan)
+    elif processes.first:
+        clear_work(plan, out)
     after = prepare()
     with _upload(plan, processes) as upload:
         record = record or make(plan, out, progress, processes, upload)

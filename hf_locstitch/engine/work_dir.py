@@ -104,8 +104,7 @@ def open_work_dir(plan: Plan, near: Path, out: Path | None, processes: Processes
 
     Links in `near` and `out` are followed. A RequestError removes the folder, any other failure keeps it.
     """
-    near = near.resolve()
-    work = WorkDir(near.absolute().parent / f".{near.name}.{fingerprint(plan)[:16]}.partial")
+    work = _work_dir(plan, near)
     locks: list[int] = []
     try:
         processes.on_first(lambda: locks.append(_make(work)))
@@ -131,6 +130,19 @@ def open_work_dir(plan: Plan, near: Path, out: Path | None, processes: Processes
         for lock in locks:
             os.close(lock)
         processes.leave()
+
+
+def clear_work(plan: Plan, out: Path) -> None:
+    """Remove what a process left that was killed after it had made `out`, unless it is still there."""
+    work = _work_dir(plan, out)
+    if work.folder.exists() and (lock := try_lock(work.folder / "lock")) is not None:
+        shutil.rmtree(work.folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _work_dir(plan: Plan, near: Path) -> WorkDir:
+    near = near.resolve()
+    return WorkDir(near.absolute().parent / f".{near.name}.{fingerprint(plan)[:16]}.partial")
 
 
 def _move(stage: Path, out: Path) -> None:

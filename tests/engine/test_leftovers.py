@@ -56,3 +56,13 @@ def test_a_kill_before_the_commit(
         quick_merge(*models, push_to=repo)
     quick_merge(*models, push_to=repo)
     assert "locstitch.json" not in json.loads(home_hub.read(repo, "locstitch.json"))["outputs"]
+
+
+def test_a_kill_after_the_last_step(base: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [tmp_path / "base", save(tmp_path / "ft", finetune(base, 1))]
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(work_dir.shutil, "rmtree", stop)
+        quick_merge(*models, out=tmp_path / "out")
+    assert list(tmp_path.glob(".out.*.partial"))
+    quick_merge(*models, out=tmp_path / "out")
+    assert not list(tmp_path.glob(".out.*"))
