@@ -47,7 +47,7 @@ def make_manifest(
     """
     localized = _localized_inputs(plan)
     masks = _mask_records(plan, overlap, examples) if plan.masked else {}
-    smaller = list(_smaller_masks(plan, masks))
+    ones = {mask.ones for mask in masks.values()} or {plan.k}
     return Manifest(
         hf_locstitch=__version__,
         method=plan.recipe.method.name,
@@ -56,11 +56,11 @@ def make_manifest(
         inputs=[_input_record(plan, name, checkpoint, files[name]) for name, checkpoint in plan.inputs.items()],
         localized={name: _record("localized", name, plan.inputs[name], files[name]) for name in localized},
         N=plan.n,
-        k=plan.k if plan.exact_k and not smaller else None,
+        k=ones.pop() if plan.exact_k and len(ones) == 1 else None,
         masks=masks,
         covered_by=[plan.n - int(overlap.covered[1:].sum()), *overlap.covered[1:].tolist()] if plan.masked else [],
         overlap=overlap.pair_records(list(plan.finetuned)) if plan.masked else [],
-        warnings=[*plan.warnings, *smaller],
+        warnings=[*plan.warnings, *_smaller_masks(plan, masks)],
         versions={"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
         fingerprint=fingerprint,
         data={name: found.pinned.dump() for name, found in plan.data.items()}

@@ -58,10 +58,11 @@ def checked_scores(localizer: str, scores: OwnScores) -> ScoreBits:
 
     def bits(tensor: str, first: int, finetuned: Values, base: Values) -> Scores:
         found = np.ascontiguousarray(scores(tensor, first, finetuned, base), dtype=np.float32)
-        if found.shape != base.shape or (len(found) and float(found.min()) < 0):
+        if found.shape != base.shape or not (np.isfinite(found) & (found >= 0)).all():
             raise RequestError(
-                f"the localizer {localizer} gives {list(found.shape)} scores, the least {found.min(initial=0)}, for "
-                f"{len(base)} elements of {tensor}; due is one for each, not negative. Mend the localizer."
+                f"the localizer {localizer} gives {list(found.shape)} scores, from {found.min(initial=0)} to "
+                f"{found.max(initial=0)}, for {len(base)} elements of {tensor}; due is one for each, finite and not "
+                "negative. Mend the localizer."
             )
         return (found + np.float32(0)).view(np.int32)  # −0 counts as 0
 

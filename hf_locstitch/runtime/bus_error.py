@@ -35,9 +35,9 @@ def explain_bus_errors() -> None:
     if not hasattr(signal, "SIGBUS"):
         return
     try:
-        handler = numba.cfunc(HANDLER, nopython=True, cache=True)(_on_bus_error)
+        handler = numba.cfunc(HANDLER, cache=True)(_on_bus_error)
     except RuntimeError:  # no place for compiled code can be written to
-        handler = numba.cfunc(HANDLER, nopython=True)(_on_bus_error)
+        handler = numba.cfunc(HANDLER)(_on_bus_error)
     install = ctypes.CDLL(None).signal
     install.argtypes, install.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     if before := install(signal.SIGBUS, handler.address):

@@ -78,7 +78,7 @@ from hf_locstitch.localize.density import TopShare
 
 class Broken(TopShare):
     method: Literal["broken"] = "broken"
-    how: Literal["negative", "short", "long", "column"] = "negative"
+    how: Literal["negative", "nan", "infinite", "short", "long", "column"] = "negative"
 
     def describe(self):
         return f"broken, {self.how}"
@@ -87,6 +87,8 @@ class Broken(TopShare):
         size = np.abs(finetuned - base)
         if self.how == "negative":
             return -size
+        if self.how in ("nan", "infinite"):
+            return np.where(size > size.mean(), np.float32(self.how[:3]), size)
         if self.how == "short":
             return size[1:]
         return np.concatenate([size, size]) if self.how == "long" else size[:, None]
@@ -256,7 +258,7 @@ def test_a_method(run: Run, home: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["merge", "localize"])
-@pytest.mark.parametrize("how", ["negative", "short", "long", "column"])
+@pytest.mark.parametrize("how", ["negative", "nan", "infinite", "short", "long", "column"])
 def test_wrong_scores_are_refused(command: str, how: str, run: Run, home: Path) -> None:
     (home / "recipe.yaml").write_text(yaml.safe_dump({"localizer": {"method": "broken", "how": how}}))
     before = sorted(home.rglob("*"))
