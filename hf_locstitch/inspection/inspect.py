@@ -20,6 +20,7 @@ from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError, LocstitchError, MismatchError, RecipeError
 from hf_locstitch.inspection.verification.inputs import fetch_tensors, input_refs, open_inputs
 from hf_locstitch.inspection.verification.masks import tally
+from hf_locstitch.localize.density import exact_share
 from hf_locstitch.report.figures.survey import Survey, draw_masks, noted_task_vectors, survey
 from hf_locstitch.report.figures.task_vectors import TaskVectors
 from hf_locstitch.runtime.escape import line
@@ -30,7 +31,7 @@ CROWDED = 3.0  # ... and how many times larger it is than the tensor's share of 
 ALIKE = 0.9  # Jaccard index
 DISTANT = 0.5  # norm of a task vector over that of the base: finetuning changes far less
 TIED = 0.25  # share of a mask that ties at the threshold may decide
-FULL = 0.99  # of the density asked for: below, a mask is smaller than the rounding of k makes it
+FULL = 0.99  # of the elements asked for: below, a mask is smaller than rounding in each tensor makes it
 LARGEST = 3  # tensors listed for each mask
 
 
@@ -315,7 +316,7 @@ def _anomalous_vectors(record: Manifest, vectors: Mapping[str, TaskVectors]) -> 
                 "it may have been finetuned from another model"
             )
         mask = record.masks.get(name)
-        if mask is not None and mask.density is not None and mask.real_density < FULL * mask.density:
+        if mask is not None and mask.density is not None and mask.ones < FULL * exact_share(mask.density, record.N):
             yield (
                 f"{name} changed {100 * mask.real_density:.2g} % of the weights, less than the "
                 f"{100 * mask.density:.2g} % requested: its mask keeps only those"
