@@ -35,6 +35,7 @@ class Download(ABC):
         self._arrived = dict.fromkeys(self.files, 0)
         self._fds: dict[str, int] = {}
         self._awaited: list[tuple[str, int]] = []  # (file, stop): a reader waits for the bytes before stop
+        self._read_from: set[str] = set()
         self._verified: set[str] = set()
         self._error: BaseException | None = None
         self._read_out = False  # nothing more will be read
@@ -48,6 +49,7 @@ class Download(ABC):
         """Bytes start … stop, once they have arrived. Raises what the download raised."""
         content = bytearray(stop - start)
         with self._changed:
+            self._read_from.add(file)
             self._awaited.append((file, stop))
             self._changed.notify_all()
             self._wait(lambda: self._arrived[file] >= stop)
@@ -72,6 +74,13 @@ class Download(ABC):
             self._read_out |= files is None
             self._changed.notify_all()
             self._wait(lambda: wanted <= self._verified)
+
+    def verify_read(self) -> None:
+        """Wait until every file that was read from is complete and verified; nothing more will be read."""
+        with self._changed:
+            self._read_out = True
+            self._changed.notify_all()
+        self.verify(self._read_from)
 
     def close(self) -> None:
         """Stop the download and release its files."""

@@ -22,6 +22,7 @@ def all_finite(values: Values) -> bool:
     return len(values) == 0 or int(without_sign.max()) < infinity
 
 
+@np.errstate(invalid="ignore")  # numpy warns of signalling NaN in the narrow dtypes
 def check_finite(reader: CheckpointReader, name: str, chunk: Chunk, values: Values) -> None:
     """Raises NonFiniteError if the chunk's values [n] hold NaN or infinity."""
     if all_finite(values):
@@ -35,6 +36,7 @@ def check_finite(reader: CheckpointReader, name: str, chunk: Chunk, values: Valu
     )
 
 
+@np.errstate(invalid="ignore")
 def check_fits(tensor: str, chunk: Chunk, values: Values, exact: Callable[[], Values]) -> None:
     """Raises NonFiniteError if values [n] to be written hold NaN or infinity. exact: the same in float64."""
     if all_finite(values):

@@ -12,6 +12,7 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.folder import FolderSource
 from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.errors import RequestError
 from hf_locstitch.plan.plans import Plan
 from hf_locstitch.runtime.progress import Advance, Progress
 
@@ -33,6 +34,11 @@ class OpenInputs:
         for name, download in self._downloads.items():
             places = self.readers[name].checkpoint.tensors
             download.verify(None if names is None else {places[tensor][0].file for tensor in names if tensor in places})
+
+    def verify_read(self) -> None:
+        """Wait until every file that was read from is verified; nothing more will be read. Raises IntegrityError."""
+        for download in self._downloads.values():
+            download.verify_read()
 
 
 class Inputs:
@@ -95,7 +101,12 @@ class Inputs:
                     readers[name] = _arriving(inputs[name], downloads[name])
                 if name in kept:
                     self._kept[name] = readers[name]
-            yield OpenInputs(readers, downloads)
+            opened = OpenInputs(readers, downloads)
+            try:
+                yield opened
+            except RequestError:  # such as NaN: to be believed only if no byte was damaged on the way
+                opened.verify_read()
+                raise
 
     def _fetching(self, files: Mapping[str, Sequence[str]]) -> AbstractContextManager[Advance]:
         """A bar over what will be downloaded; none if nothing is."""

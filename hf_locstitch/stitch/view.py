@@ -69,7 +69,7 @@ class StitchView:
         return merged, overlap
 
     def _merged(self, tensor: str, chunk: Chunk, dtype: np.dtype[Any]) -> tuple[Values, Overlap | None]:
-        with np.errstate(over="ignore"):  # checked above, with a clearer message
+        with np.errstate(over="ignore", invalid="ignore"):  # checked above, with a clearer message
             if isinstance(self.method, MaskedMethod):
                 return self._merge_masked(self.method, tensor, chunk, dtype)
             assert isinstance(self.method, DenseMethod)
@@ -107,7 +107,7 @@ class StitchView:
     def copied(self, tensor: str, chunk: Chunk) -> Values:
         """The values of a chunk that is not merged, in the output's dtype. Raises NonFiniteError."""
         values = self.checked(self.unmasked, tensor, chunk)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             written = values.astype(DTYPE[self.dtypes[tensor]], copy=False)
         if not self._may_be_infinite(self.unmasked, tensor):
             check_fits(tensor, chunk, written, lambda: values.astype(np.float64))
