@@ -1,4 +1,4 @@
-"""Where the k-th largest score is looked for: from a sample, from a histogram, or risen while scores are seen."""
+"""Where to look for the k-th largest score: from a sample, from a histogram, or raised while scores arrive."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BINS = 1 << 15  # of the upper 16 bits, whose first is the sign
 
 
 class Bracket(Protocol):
-    """low ≤ bits < high. Scores from `high` on are kept surely, those below `low` surely not.
+    """low ≤ bits < high. Scores of at least `high` are certainly kept, scores below `low` certainly not.
 
     A low of 0 keeps every element that differs from the base in any bit: what is not kept equals the base.
     """
@@ -40,9 +40,9 @@ EVERYTHING = FixedBracket(0, ABOVE_ALL)
 
 
 class RisingBracket:
-    """Begins with everything and rises while scores are seen: once k of them reach a bound, so does the k-th largest.
+    """Starts with everything and rises as scores arrive: once k of them reach a bound, so does the k-th largest.
 
-    Never misses, as a sampled one may, and needs no look ahead; but keeps more candidates. n: elements to be seen.
+    Unlike a sampled one, it never misses and needs no look-ahead, but it keeps more candidates. n: elements in total.
     """
 
     high = ABOVE_ALL
@@ -52,7 +52,7 @@ class RisingBracket:
         self._histogram: npt.NDArray[np.int64] | None = None
         self._lock = threading.Lock()
         self.low = NON_FINITE if k == 0 else 0
-        self.reaching = 0  # candidates seen that reach `low`
+        self.reaching = 0  # candidates so far that reach `low`
 
     def see(self, candidates: Ints, count: int) -> None:
         """candidates: bits of those scores among `count` more elements that may be among the k largest."""
@@ -67,18 +67,18 @@ class RisingBracket:
             self.reaching = int(at_least[self.low >> 16])
             self._unseen -= count
             if self._unseen == 0:
-                self._histogram = None  # many groups are not held at once
+                self._histogram = None  # so that many groups do not keep theirs at once
 
 
 def sample_bracket(sample: npt.NDArray[np.int32], k: int, n: int) -> FixedBracket:
-    """A bracket that hardly misses the k-th largest of n scores. sample: [runs, neighbours], spread evenly."""
+    """A bracket that rarely misses the k-th largest of n scores. sample: [runs, neighbours], spread evenly."""
     if k == 0:
         return FixedBracket(NON_FINITE, NON_FINITE)
     share, size = k / n, sample.size
     ascending = np.sort(sample, axis=None)
 
     def reaching(bits: int) -> tuple[float, float]:
-        """Share of scores from `bits` on, and four standard errors of it; neighbours are alike, runs are not."""
+        """Share of scores ≥ `bits`, and four standard errors of it; neighbours are correlated, runs are independent."""
         shares = (sample >= bits).mean(axis=1)
         return float(shares.mean()), float(4 * shares.std() / len(shares) ** 0.5)
 
@@ -87,16 +87,16 @@ def sample_bracket(sample: npt.NDArray[np.int32], k: int, n: int) -> FixedBracke
         rank = int(factor * share * size) + 16
         if rank >= size:
             break
-        found, error = reaching(int(ascending[-rank]))
-        if found - error >= share:
+        reached, error = reaching(int(ascending[-rank]))
+        if reached - error >= share:
             low = int(ascending[-rank])
             break
     for factor in (0.97, 0.94, 0.88, 0.75, 0.5, 0.25):
         rank = int(factor * share * size) - 16
         if rank <= 0:
             break
-        found, error = reaching(int(ascending[-rank]) + 1)
-        if found + error <= share:
+        reached, error = reaching(int(ascending[-rank]) + 1)
+        if reached + error <= share:
             high = int(ascending[-rank]) + 1
             break
     return FixedBracket(low, high)

@@ -1,4 +1,4 @@
-"""Which elements of a chunk may be in a mask: those that reach a bracket. on_device.py finds the same on a GPU."""
+"""Which elements of a chunk may be in a mask: those that reach a bracket. on_device.py does the same on a GPU."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hf_locstitch.runtime.kernels import KIND, SURE, Bools, Flagged, Positions, 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What may be kept of one chunk. flagged: positions [m], ascending; those above the bracket are flagged as SURE.
+    """What may be kept of one chunk. flagged: positions [m], ascending; those above the bracket have the flag SURE.
 
-    values: finetuned [m]. scores: bits of the others' scores, in their order.
+    values: finetuned [m]. scores: bits of the scores of the others, in their order.
     """
 
     flagged: Flagged
@@ -34,7 +34,7 @@ class Candidates:
         return self.flagged >= SURE
 
     def among(self, wanted: Bools) -> tuple[Positions, Values]:
-        """Positions and values of those that are sure and, of the others, the wanted ones [as scores]."""
+        """Positions and values of the sure ones and, of the others, of those in `wanted` (in the order of scores)."""
         size = len(self.flagged) + 1
         positions, values = np.empty(size, np.int32), np.empty(size, self.values.dtype)
         count = kernels.among(self.flagged, bits(self.values), wanted, positions, bits(values))
@@ -57,16 +57,16 @@ def magnitude_scores(finetuned: Values, base: Values) -> Scores:
 
 
 class Finder(Protocol):
-    """Looks at one chunk after the other; one instance for many threads."""
+    """Finds the candidates of one chunk after another; one instance serves many threads."""
 
     def begin(self, base: Values) -> None:
-        """This thread's next chunk. base: [n], any float."""
+        """Start this thread's next chunk. base: [n], any float."""
         ...
 
     def find(self, finetuned: Values, bracket: Bracket) -> tuple[Candidates, int]:
-        """What reaches the bracket, and the largest score. finetuned: [n], any float.
+        """The candidates that reach the bracket, and the largest score. finetuned: [n], any float.
 
-        With a low of 0: what differs from the base in any bit. Overwritten by this thread's next.
+        With a low of 0: what differs from the base in any bit. The result is overwritten by this thread's next call.
         """
         ...
 
@@ -90,14 +90,14 @@ class OnCpu:
         if bracket.low == 0:
             return self.reaching(magnitude_scores(finetuned, base), finetuned, bracket)
         found = self._buffers(finetuned)
-        theirs, ours = bits(finetuned), bits(base)
+        finetuned_bits, base_bits = bits(finetuned), bits(base)
         counts = kernels.candidates(
-            theirs, KIND[finetuned.dtype], ours, KIND[base.dtype], bracket.low, bracket.high, found
+            finetuned_bits, KIND[finetuned.dtype], base_bits, KIND[base.dtype], bracket.low, bracket.high, found
         )
         return _cut(found, finetuned, counts)
 
     def reaching(self, scores: Scores, finetuned: Values, bracket: Bracket) -> tuple[Candidates, int]:
-        """What `find` gives where the scores [n] are known."""
+        """As `find`, for given scores [n]."""
         if bracket.low == 0:
             reach = differing(finetuned, self._local.base)
             return candidates_at(np.flatnonzero(reach), scores[reach], finetuned, bracket.high)
@@ -111,14 +111,14 @@ class OnCpu:
 
 
 def _cut(found: kernels.Found, finetuned: Values, counts: kernels.Ints) -> tuple[Candidates, int]:
-    """What a loop has found. counts: as kernels.reaching returns them."""
+    """The candidates that a kernel found. counts: as kernels.reaching returns them."""
     flagged, chosen, inside = found
     count, open_, largest = counts.tolist()
     return Candidates(flagged[:count], chosen[:count].view(finetuned.dtype), inside[:open_]), largest
 
 
 def candidates_at(positions: np.ndarray, scores: Scores, finetuned: Values, high: int) -> tuple[Candidates, int]:
-    """Of those at `positions` [m], whose scores [m] reach the bracket; and the largest score."""
+    """The candidates at `positions` [m], whose scores [m] reach the bracket, and the largest score."""
     sure = scores >= high
     flagged = positions.astype(np.uint32)
     flagged[sure] |= np.uint32(SURE)

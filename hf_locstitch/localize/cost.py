@@ -1,4 +1,4 @@
-"""What localizing with data will take, told from headers and configs before any weight is read."""
+"""What localizing with data will cost, estimated from headers and configs before any weight is read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LearningCost:
-    """Bytes on the device, but for `elsewhere` (memory or files of this machine). flops: of one pass over a set.
+    """Bytes on the device, except `elsewhere` (memory or files of this machine). flops: of one pass over a set.
 
-    examples: of the set that takes most, at most; micro_batch: as settled for it. numbers: kept for a parameter.
-    tokens: of a set, at most. memory: bytes that the device has. activations: 0 where the config tells no sizes.
+    examples: of the most expensive set, at most; micro_batch: as settled for it. numbers: kept per parameter.
+    tokens: of a set, at most. memory: bytes of the device. activations: 0 where the config has no sizes.
     """
 
     device: str
@@ -59,20 +59,20 @@ class LearningCost:
         verdict = f"of {human(self.memory)} on {self.device}"
         if not self.fits:
             verdict += ": it may not fit; set micro_batch: 1, checkpointing: true, or state_on: cpu"
-        elsewhere = f", {human(self.elsewhere)} scores elsewhere" if self.elsewhere else ""
+        elsewhere = f", {human(self.elsewhere)} scores off the device" if self.elsewhere else ""
         whole = self.micro_batch == self.examples
         together = (
             f"all {self.examples} examples in one micro-batch" if whole else f"micro-batches of {self.micro_batch}"
         )
         return (
             f"localizing about {human(self.peak)} ({', '.join(parts)}{elsewhere}) {verdict}; "
-            f"{self.numbers} {'number' if self.numbers == 1 else 'numbers'} a parameter, {together}, "
-            f"{self.passes} {'pass' if self.passes == 1 else 'passes'} of at most {self.flops / 1e12:.3g} TFLOP"
+            f"{self.numbers} {'number' if self.numbers == 1 else 'numbers'} per parameter, {together}, "
+            f"{self.passes} {'pass' if self.passes == 1 else 'passes'} of at most {self.flops / 1e12:.3g} TFLOP each"
         )
 
 
 def learning_cost(asked: WithData, localizing: Localizing) -> LearningCost:
-    """Raises RecipeError where an objective needs to be told, RequestError if there is no such device."""
+    """Raises RecipeError if an objective must be specified, RequestError if there is no such device."""
     from hf_locstitch.tasks.loading import find_device  # imports torch
 
     device, processes, tensors = find_device(asked.device), launched(), localizing.mask_tensors
@@ -84,7 +84,7 @@ def learning_cost(asked: WithData, localizing: Localizing) -> LearningCost:
     numbers = [way.numbers(load.examples, processes) for way, load in ways]
     held = [load.activated(way) + count * load.number for (way, load), count in zip(ways, numbers, strict=True)]
     largest = held.index(max(held))
-    (how, most), kept = ways[largest], numbers[largest]
+    (config, most), kept = ways[largest], numbers[largest]
     item = max((ITEM_BYTES[info.dtype] for info in tensors), default=4)
     parameters = sum(info.numel for _, info in localizing.base.tensors.values())
     tokens = max(load.examples * load.tokens for load in loads)
@@ -92,13 +92,13 @@ def learning_cost(asked: WithData, localizing: Localizing) -> LearningCost:
         device=str(device),
         weights=item * parameters,
         state=kept * most.number if asked.state_on == "device" else 0,
-        # A gradient, and the float32 copies that it is added up with.
+        # A gradient, and the float32 copies used to accumulate it.
         gradients=max((info.numel for info in tensors), default=0) * (item + 3 * 4),
-        activations=most.activated(how),
+        activations=most.activated(config),
         elsewhere=0 if asked.state_on == "device" else kept * most.number,
         numbers=kept,
         examples=most.examples,
-        micro_batch=min(how.together, most.examples),
+        micro_batch=min(config.together, most.examples),
         memory=_memory(device),
         tokens=tokens,
         flops=(8 if asked.checkpointing else 6) * parameters * tokens,
@@ -107,7 +107,7 @@ def learning_cost(asked: WithData, localizing: Localizing) -> LearningCost:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that a device can give now; what this machine's caches would give back counts."""
+    """Bytes that a device has available now, reclaimable caches of this machine included."""
     import psutil
     import torch
 

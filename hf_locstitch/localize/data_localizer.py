@@ -1,4 +1,4 @@
-"""A localizer that looks at data: scores are learned first, then masks are searched as without."""
+"""A localizer that uses data: it learns scores, then selects masks as other localizers do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class DataLocalizer(WithData):
-    """One of your own says what it learns: see WithData.learn."""
+    """Subclasses implement WithData.learn."""
 
     def cost(self, localizing: Localizing) -> Cost | None:
         from hf_locstitch.localize.cost import learning_cost  # reads objectives, slow to import

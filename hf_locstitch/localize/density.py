@@ -1,4 +1,4 @@
-"""Densities: which part of the elements a mask keeps, to the last element."""
+"""Densities: the share of the elements that a mask keeps, exact to one element."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TopShare(Localizer):
     """A localizer whose masks keep a fixed share of the elements.
 
     density: share of the localizable elements that a mask keeps, 0 … 1. scope: "model" takes the top k over all
-    localizable tensors together (the paper's), "tensor" inside each.
+    localizable tensors together (as in the paper), "tensor" within each tensor.
     """
 
     method: Any = None
@@ -32,9 +32,9 @@ class TopShare(Localizer):
     @property
     def where(self) -> str:
         """The scope, for people."""
-        return "over the whole model" if self.scope == "model" else "inside each tensor"
+        return "over the whole model" if self.scope == "model" else "within each tensor"
 
 
 def exact_share(density: float, n: int) -> int:
-    """⌊density·n⌋ for the decimal that was written: 0.29 of 100 is 29, though 0.29 * 100 < 29 in floating point."""
+    """⌊density·n⌋ for the decimal as written: 0.29 of 100 is 29, though 0.29 * 100 < 29 in floating point."""
     return math.floor(Fraction(repr(density)) * n)

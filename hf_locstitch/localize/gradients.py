@@ -1,4 +1,4 @@
-"""The gradient of a set's loss, parameter by parameter: used up as it appears where that is possible, else added."""
+"""The gradient of a set's loss, parameter by parameter: consumed as it appears where possible, else accumulated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Use = Callable[[MaskedParameter, Tensor], None]
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass needs. batches: micro-batches of the whole set, the same in all processes."""
+    """What a pass needs. batches: micro-batches of the whole set, identical in all processes."""
 
     grafted: GraftedModel
     task: Task
@@ -29,20 +29,20 @@ class Work:
 
 
 class Gradients(Protocol):
-    """Of the loss at the present weights, over all micro-batches and processes."""
+    """Gradients of the loss at the current weights, over all micro-batches and processes."""
 
     def renew(self) -> None:
-        """Weights have changed."""
+        """Called after the weights have changed."""
         ...
 
     def feed(self, use: Use) -> float:
-        """Give `use` every parameter once, with its gradient [*its shape]; return the loss. Raises as pass_over."""
+        """Call `use` once for every parameter, with its gradient [*shape]; return the loss. Raises as pass_over."""
         ...
 
 
 @dataclass
 class Passing(Gradients):
-    """Kept nowhere: every feed is a pass. For gradients that come whole."""
+    """Not stored: every feed is a pass. For gradients that are complete after one micro-batch."""
 
     work: Work
 
@@ -57,14 +57,14 @@ class Passing(Gradients):
             use(masked, gradient)
 
         loss = pass_over(work.grafted, work.task, work.batches, take, work.processes, work.advance)
-        for masked in left.values():  # no example has come by, as with an expert that none was sent to
+        for masked in left.values():  # unused by all examples, such as an expert that no token was routed to
             use(masked, torch.zeros((), device=masked.device).expand(masked.shape))
         return loss
 
 
 @dataclass
 class AddedUp(Gradients):
-    """In a number an element, by one pass over all micro-batches; feeds cost nothing."""
+    """Stored as one number per element, by one pass over all micro-batches; feeds cost nothing."""
 
     work: Work
     total: State

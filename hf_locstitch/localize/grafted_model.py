@@ -19,21 +19,21 @@ OnDisk = Callable[[str], Tensor]
 
 
 def is_shared_out(parameter: Any) -> bool:
-    """Whether processes hold rows of it, as FSDP2 has them."""
+    """Whether it is sharded by rows over processes (FSDP2)."""
     return hasattr(parameter, "device_mesh")
 
 
 def own_rows(tensor: Any) -> Tensor:
-    """What this process holds of a tensor that may be shared out."""
+    """This process's rows of a tensor that may be sharded."""
     return tensor.to_local() if is_shared_out(tensor) else tensor
 
 
 @dataclass(frozen=True)
 class MaskedParameter:
-    """A parameter that is localized. base, finetuned: its values, on the CPU, views of the mapped files where that
-    is possible; nothing writes into them.
+    """A localized parameter. base, finetuned: its values, on the CPU, views of the mapped files where possible;
+    nothing writes to them.
 
-    Where parameters are shared out over processes (FSDP2), each holds rows of its own: its part.
+    Where parameters are sharded over processes (FSDP2), each process holds some rows: its part.
     """
 
     name: str
@@ -43,7 +43,7 @@ class MaskedParameter:
 
     @property
     def shape(self) -> torch.Size:
-        """Of this process's part."""
+        """The shape of this process's part."""
         return self.part(self.base).shape
 
     @property
@@ -51,7 +51,7 @@ class MaskedParameter:
         return self.parameter.device
 
     def part(self, whole: Tensor) -> Tensor:
-        """This process's rows of something of the parameter's shape; all of them unless it is shared out."""
+        """This process's rows of a tensor of the parameter's shape; all rows unless it is sharded."""
         if not is_shared_out(self.parameter):
             return whole
         rows = whole.chunk(self.parameter.device_mesh.size())
@@ -70,7 +70,7 @@ class MaskedParameter:
         return DTensor.from_local(local, mesh, placements, shape=shape, stride=stride).full_tensor()
 
     def task_vector_pieces(self, device: torch.device) -> Iterator[Tensor]:
-        """finetuned − base of this process's part, in float32 (float64 if stored so), in step with `pieces`."""
+        """finetuned − base of this process's part, in float32 (float64 if stored so), in the order of `pieces`."""
         wide = torch.promote_types(self.base.dtype, torch.float32)
         for finetuned, base in zip(pieces(self.part(self.finetuned)), pieces(self.part(self.base)), strict=True):
             yield finetuned.to(device, wide) - base.to(device, wide)
@@ -78,10 +78,10 @@ class MaskedParameter:
     def graft(self, share: Iterable[Tensor] | float) -> None:
         """Set the parameter to base + share·τ, always from the untouched base.
 
-        share: of this process's part, in step with `pieces`, on the parameter's device; or a number for all.
+        share: of this process's part, in the order of `pieces`, on the parameter's device; or one number for all.
         """
         values = own_rows(self.parameter).detach()
-        mapped = values.data_ptr() == self.base.data_ptr()  # still the file's, which nothing writes into
+        mapped = values.data_ptr() == self.base.data_ptr()  # still a view of the file, which must not be written to
         if not is_shared_out(self.parameter) and (mapped or not values.is_contiguous()):
             values = self.parameter.data = torch.empty_like(values, memory_format=torch.contiguous_format)
         shares = repeat(share) if isinstance(share, float | int) else share
@@ -92,9 +92,9 @@ class MaskedParameter:
 
 @dataclass(frozen=True)
 class GraftedModel:
-    """model: with the base's weights where the base has them, else the finetune's (a head that only it has).
+    """model: has the base's weights where the base has them, else the finetune's (a head that only it has).
 
-    parameters: by the parameter's name, sorted. groups: those of them, with the tensors on disk.
+    parameters: sorted by name. groups: these parameters, with their tensors on disk.
     """
 
     model: Any
@@ -103,16 +103,16 @@ class GraftedModel:
 
     @property
     def sharded(self) -> bool:
-        """Whether parameters are shared out over the processes (FSDP2)."""
+        """Whether parameters are sharded over the processes (FSDP2)."""
         return any(is_shared_out(masked.parameter) for masked in self.parameters.values())
 
     @property
     def size(self) -> int:
-        """How many elements are localized, in all processes."""
+        """The number of localized elements, over all processes."""
         return sum(masked.base.numel() for masked in self.parameters.values())
 
     def to_disk(self, of: Callable[[MaskedParameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Parts of each parameter, whole and under the names on disk, one group of parameters in memory at a time."""
+        """Parts of each parameter, gathered, under the names on disk; one group of parameters in memory at a time."""
         for group in self.groups:
             tensors = {name: self.parameters[name].whole(of(self.parameters[name])) for name in group.parameters}
             yield from to_disk(self.model, group, tensors).items()
@@ -129,17 +129,17 @@ def make_grafted_model(
     where: str,
     sharded: bool = False,
 ) -> GraftedModel:
-    """Set the finetuned model up for passes; the base model is not needed afterwards.
+    """Prepare the finetuned model for passes; the base model is not needed afterwards.
 
     absent: parameters that the base lacks. names: of the finetune's tensors on disk, some of which are `localized`.
-    on_disk: those tensors, [*shape]. sharded: parameters are shared out over the processes.
+    on_disk: reads such a tensor, [*shape]. sharded: shard the parameters over the processes.
     Raises MismatchError or RequestError if parameters and tensors on disk do not correspond.
     """
     groups = chosen_groups(group_names(finetuned, names), localized, where)
     originals = dict(base.named_parameters())
     wanted = {name for group in groups for name in group.parameters}
     if missing := sorted(wanted & set(absent)):
-        raise RequestError(f"{missing[0]} of {where} is not in the base. Leave it out with --exclude.")
+        raise RequestError(f"{missing[0]} of {where} is not in the base. Exclude it with --exclude.")
     values = {name: parameter.data for name, parameter in finetuned.named_parameters() if name in wanted}
     check(finetuned, groups, values, on_disk)
     for name, parameter in finetuned.named_parameters():
@@ -160,7 +160,7 @@ def make_grafted_model(
 
 
 def share_out(model: Any, device: torch.device) -> None:
-    """FSDP2: each process keeps some rows of every parameter; a layer is whole only while it is at work."""
+    """FSDP2: each process keeps some rows of every parameter; a layer is gathered only while it runs."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -173,11 +173,14 @@ def share_out(model: Any, device: torch.device) -> None:
 
 
 def keep_no_activations(model: Any) -> None:
-    """Activation checkpointing in a model that stays in evaluation mode: only its layers believe they train."""
+    """Activation checkpointing in a model that stays in evaluation mode: only its layers are in training mode."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise RequestError(f"{type(model).__name__} cannot checkpoint activations. Leave `checkpointing` out.")
+        raise RequestError(
+            f"{type(model).__name__} does not support activation checkpointing. "
+            "Remove `checkpointing` from the localizer's settings."
+        )
     if hasattr(model, "activation_checkpointing_enable"):  # the newer name
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:

@@ -1,4 +1,4 @@
-"""What localizing is told and given: by plans before it begins, and by the engine when it does."""
+"""What a localizer is given: by plans before the work starts, and by the engine when it does."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from hf_locstitch.runtime.settings import Settings
     from hf_locstitch.tasks.sets import OpenSet
 
-Group = tuple[Sequence[int], int]  # tensors, by number, that compete with one another, and how many elements they keep
+Group = tuple[Sequence[int], int]  # indices of tensors that compete with one another, and how many elements they keep
 
 
 class Localizing(Protocol):
-    """What localizing is told of before it begins, as plans have it: of headers and configs alone."""
+    """What a localizer knows before the work starts, from the plan: headers and configs only."""
 
     @property
     def base(self) -> Checkpoint: ...
@@ -38,10 +38,10 @@ class Localizing(Protocol):
 
 
 class Cost(Protocol):
-    """What a component will take."""
+    """What a component will cost."""
 
     def describe(self) -> str:
-        """For a person, one line."""
+        """For people, one line."""
         ...
 
     def as_json(self) -> dict[str, Any]: ...
@@ -52,7 +52,7 @@ class OpenedInputs(Protocol):
     def readers(self) -> Mapping[str, CheckpointReader]: ...
 
     def verify(self) -> None:
-        """Wait until all that was read proved right. Raises IntegrityError."""
+        """Wait until everything that was read is verified. Raises IntegrityError."""
         ...
 
 
@@ -61,26 +61,26 @@ class InputFiles(Protocol):
 
     @property
     def all_here(self) -> bool:
-        """Whether every file that is read is on this machine by now."""
+        """Whether all files needed are on this machine by now."""
         ...
 
     def fetch(self) -> OpenedInputs:
-        """All of them whole, on this machine, for any number of passes."""
+        """Download all files completely, for any number of passes."""
         ...
 
     def opened(self, pieces: Pieces, kept: Pieces | None = None) -> AbstractContextManager[OpenedInputs]:
-        """For one pass over `pieces`. kept: what a later pass will read."""
+        """Open for one pass over `pieces`. kept: what a later pass will read."""
         ...
 
 
 @dataclass(frozen=True)
 class LocalizeJob:
-    """All that finding masks needs. Every process makes the same calls.
+    """All that is needed to find masks. Every process makes the same calls.
 
-    tensors: the localizable ones, as the base holds them; groups: which of them compete. own: the names of those that
-    this process looks at. folder: for temporary files. kept: what of the finetuned models is read later, beside the
-    masks. trusted: whether what an earlier process took of (model, tensor) was right. note_examples: is told how many
-    examples a finetune's mask was found with.
+    tensors: the localizable ones, as in the base; groups: which of them compete. own: the names of those that this
+    process handles. folder: for temporary files. kept: what of the finetuned models is read later, beside the
+    masks. trusted: whether what an earlier process kept of (model, tensor) can be used. note_examples: called with
+    the number of examples that a finetune's mask was found with.
     """
 
     base: Checkpoint

@@ -1,7 +1,7 @@
-"""The exact k-th largest of numbers that lie in several tensors, found by counting: no copy, no sort.
+"""The exact k-th largest of the numbers in several tensors, found by counting: no copy, no sort.
 
 Numbers are compared as unsigned integers of the same order (`sortable`). Ties at the threshold are kept evenly, as
-selection.py has it.
+in selection.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from hf_locstitch.localize.selection import Threshold, evenly
 
 Keys = npt.NDArray[np.uint32]
 Counts = npt.NDArray[np.int64]
-PIECE = 1 << 20  # elements looked at together
+PIECE = 1 << 20  # elements processed at once
 SIGN = np.uint32(1 << 31)
-FINE = 11  # bits of a float32 that tell less than one part in 4096
+FINE = 11  # low bits of a float32, worth less than one part in 4096
 
 
 def sortable(values: torch.Tensor) -> Keys:
@@ -35,9 +35,9 @@ def pieces(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
 def kth_largest(
     keys: Callable[[], Iterable[Keys]], k: int, add_up: Callable[[Counts], Counts] = lambda counts: counts
 ) -> Threshold:
-    """Where the k largest of all keys end. keys: gives them anew at every call. k: 0 … their number.
+    """The threshold of the k largest keys. keys: iterates over all of them at every call. k: 0 … their number.
 
-    add_up: counts of one process -> of all, where each has keys of its own.
+    add_up: counts of one process -> of all processes, where each has its own keys.
     """
     if k == 0:
         return Threshold((1 << 32) - 1, 0, 0)
@@ -55,14 +55,14 @@ def kth_largest(
 
 
 def _last_reaching(histogram: Counts, wanted: int, before: int = 0) -> tuple[int, int]:
-    """The highest bin that with all above it holds `wanted`, and how many lie above it (and `before`)."""
+    """The highest bin that, together with all above it, holds `wanted`, and how many lie above it (plus `before`)."""
     at_least = np.cumsum(histogram[::-1])[::-1]
     bin_ = int(np.flatnonzero(at_least >= wanted)[-1])
     return bin_, before + int(at_least[bin_] - histogram[bin_])
 
 
 class Sizes:
-    """How many numbers there are of every size, told to one part in 4096, so that they need not be seen again."""
+    """A histogram of magnitudes, to one part in 4096, so that the numbers need not be read again."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(1 << (31 - FINE), dtype=np.int64)
@@ -73,7 +73,7 @@ class Sizes:
         self._counts += np.bincount(size, minlength=len(self._counts))
 
     def kth_largest(self, k: int, add_up: Callable[[Counts], Counts] | None = None) -> float:
-        """A size that the k largest reach, and no more than one part in 4096 less than the k-th; 0 if there is none.
+        """The k-th largest magnitude, rounded down by at most one part in 4096; 0 if there are fewer.
 
         k ≥ 1. add_up: as kth_largest's.
         """
@@ -83,7 +83,7 @@ class Sizes:
 
 
 class TopK:
-    """Says of one tensor after another which elements are among the k largest. Ties count in the order of the calls."""
+    """Selects the k largest elements, one tensor after another. Ties are numbered in the order of the calls."""
 
     def __init__(self, threshold: Threshold) -> None:
         self._threshold = threshold

@@ -1,4 +1,4 @@
-"""The two ways to score with data: `saliency_scores` and `learn_mask`. Both leave one number an element in a State."""
+"""The two ways to score with data: `saliency_scores` and `learn_mask`. Both leave one number per element in a State."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class MaskSettings(MachineUse, Protocol):
 
 @dataclass(frozen=True)
 class Room:
-    """Where the work is done. folder: for mapped files."""
+    """Where the work runs. folder: for mapped files."""
 
     folder: Path
     processes: Processes
@@ -83,10 +83,10 @@ class Room:
 
 @dataclass(frozen=True)
 class Learned:
-    """state: what ranks the elements. losses: seen on the way. ones: how many the mask keeps, if the state decides.
+    """state: what ranks the elements. losses: during learning. ones: how many the mask keeps, if the state decides.
 
-    ranks: whether only the order of the numbers counts, so that equal ones go by |τ|; else they are scores, not
-    negative.
+    ranks: whether only the order of the numbers counts, so that ties are broken by |τ|; else they are non-negative
+    scores.
     """
 
     state: State
@@ -100,54 +100,55 @@ def count_positive(grafted: GraftedModel, state: State) -> int:
     return sum(int((tensor > 0).sum()) for _, tensor in grafted.to_disk(state.__getitem__))
 
 
-def saliency_scores(how: SaliencySettings, grafted: GraftedModel, task: Task, room: Room) -> State:
-    """|ḡ·τ| of every element, ḡ the gradient of the mean loss, averaged over the points `how.at`."""
-    batches = list(micro_batches(task, how.together))
-    total, rounding = _state(how, grafted, room, "gradient"), Rounding(how.seed)
-    for point in how.at:
+def saliency_scores(config: SaliencySettings, grafted: GraftedModel, task: Task, room: Room) -> State:
+    """|ḡ·τ| of every element, ḡ the gradient of the mean loss, averaged over the points `config.at`."""
+    batches = list(micro_batches(task, config.together))
+    total, rounding = _state(config, grafted, room, "gradient"), Rounding(config.seed)
+    for point in config.at:
         for masked in grafted.parameters.values():
             masked.graft(point)
         add_gradients(grafted, task, batches, total, rounding, room.processes, room.advance)
     for masked in grafted.parameters.values():
         for kept, gradient, task_vector in _aligned(masked, total, total[masked]):
-            kept.copy_(saliency(gradient, task_vector) / len(how.at))
+            kept.copy_(saliency(gradient, task_vector) / len(config.at))
     return total
 
 
-def learn_mask(how: MaskSettings, grafted: GraftedModel, task: Task, room: Room) -> tuple[State, list[float]]:
-    """S of every element, and the loss before every step. One step an epoch, from the gradient over the whole set.
+def learn_mask(config: MaskSettings, grafted: GraftedModel, task: Task, room: Room) -> tuple[State, list[float]]:
+    """S of every element, and the loss before every step. One step per epoch, from the gradient over the whole set.
 
-    Where gradients come whole, each changes S as it appears and S is all that is kept; a relative step then takes two
-    passes, since its length depends on all of them. Else they are added up first, in a second number an element.
+    Where one micro-batch gives the complete gradient, S is updated as gradients appear, and only S is stored; a
+    relative step then takes two passes, since its length depends on all of them. Else gradients are accumulated first,
+    in a second number per element.
     """
-    official = how.preset == "official"
-    batches = list(micro_batches(task, how.together, how.batch if official else None))
-    rounding = Rounding(how.seed)
-    scores = start_scores(how, grafted, room)
+    official = config.preset == "official"
+    batches = list(micro_batches(task, config.together, config.batch if official else None))
+    rounding = Rounding(config.seed)
+    scores = start_scores(config, grafted, room)
     gradients: Gradients = Passing(work := Work(grafted, task, batches, room.processes, room.advance))
-    if not how.comes_whole(len(batches), room.processes.count):
-        gradients = AddedUp(work, _state(how, grafted, room, "gradient"), rounding)
-    losses, lr = [], how.lr
-    for _ in range(how.epochs):
+    if not config.comes_whole(len(batches), room.processes.count):
+        gradients = AddedUp(work, _state(config, grafted, room, "gradient"), rounding)
+    losses, lr = [], config.lr
+    for _ in range(config.epochs):
         for masked in grafted.parameters.values():
             masked.graft(torch.sigmoid(_wide(piece)).to(masked.device) for piece in pieces(scores[masked]))
         gradients.renew()
-        if how.relative_lr:
-            lr = how.lr / unit_step(how, grafted, scores, gradients, room.processes)
-        losses.append(gradients.feed(partial(_step, how, scores, lr, rounding)))
+        if config.relative_lr:
+            lr = config.lr / unit_step(config, grafted, scores, gradients, room.processes)
+        losses.append(gradients.feed(partial(_step, config, scores, lr, rounding)))
     return scores, losses
 
 
-def start_scores(how: MaskSettings, grafted: GraftedModel, room: Room) -> State:
-    """S before the first step: how.start[1] for the largest |τ|, how.start[0] elsewhere."""
-    scores = _state(how, grafted, room, "scores")
+def start_scores(config: MaskSettings, grafted: GraftedModel, room: Room) -> State:
+    """S before the first step: config.start[1] for the largest |τ|, config.start[0] elsewhere."""
+    scores = _state(config, grafted, room, "scores")
 
     def magnitudes() -> Iterable[Keys]:
         masked = grafted.parameters.values()
         return (sortable(piece) for one in masked for piece in pieces(_magnitudes(one)))
 
-    top = TopK(kth_largest(magnitudes, how.started(grafted.size)))
-    outside, inside = how.start
+    top = TopK(kth_largest(magnitudes, config.started(grafted.size)))
+    outside, inside = config.start
     for masked in grafted.parameters.values():
         kept = [torch.from_numpy(top.keep(sortable(piece))) for piece in pieces(_magnitudes(masked))]
         chosen = torch.cat(kept).view(masked.base.shape) if kept else torch.zeros(masked.base.shape, dtype=torch.bool)
@@ -156,9 +157,9 @@ def start_scores(how: MaskSettings, grafted: GraftedModel, room: Room) -> State:
 
 
 def unit_step(
-    how: MaskSettings, grafted: GraftedModel, scores: State, gradients: Gradients, processes: Processes
+    config: MaskSettings, grafted: GraftedModel, scores: State, gradients: Gradients, processes: Processes
 ) -> float:
-    """The k-th largest |∂loss/∂S|: divided by it, the k-th most changed element moves by one."""
+    """The k-th largest |∂loss/∂S|: with gradients divided by it, the k-th most changed element changes by one."""
     sizes = Sizes()
 
     def measure(masked: MaskedParameter, gradient: Tensor) -> None:
@@ -166,22 +167,22 @@ def unit_step(
             sizes.add(score_gradient(part, task_vector, _wide(score), 0.0))
 
     gradients.feed(measure)
-    # Where parameters are not shared out every process has measured all of them.
-    unit = sizes.kth_largest(max(1, how.started(grafted.size)), processes.sum if grafted.sharded else None)
+    # Unless parameters are sharded, every process has measured all of them.
+    unit = sizes.kth_largest(max(1, config.started(grafted.size)), processes.sum if grafted.sharded else None)
     return max(unit, torch.finfo(torch.float32).tiny)
 
 
 def _step(
-    how: MaskSettings, scores: State, lr: float, rounding: Rounding, masked: MaskedParameter, gradient: Tensor
+    config: MaskSettings, scores: State, lr: float, rounding: Rounding, masked: MaskedParameter, gradient: Tensor
 ) -> None:
     for score, part, task_vector in _aligned(masked, scores, gradient):
         wide = _wide(score)
-        if how.preset == "official":
-            change = official_step(wide, part, task_vector, lr, how.penalty) - wide
+        if config.preset == "official":
+            change = official_step(wide, part, task_vector, lr, config.penalty) - wide
         else:
-            change = score_gradient(part, task_vector, wide, how.penalty).mul_(-lr)
-            if how.relative_lr:
-                change = softened(change, how.lr)
+            change = score_gradient(part, task_vector, wide, config.penalty).mul_(-lr)
+            if config.relative_lr:
+                change = softened(change, config.lr)
         add_rounding(score, change, rounding.on(score.device))
 
 
@@ -193,8 +194,8 @@ def _aligned(masked: MaskedParameter, state: State, gradient: Tensor) -> Iterato
         yield kept, part.to(device, task_vector.dtype), task_vector
 
 
-def _state(how: MachineUse, grafted: GraftedModel, room: Room, name: str) -> State:
-    return State(grafted.parameters, how.state_dtype, how.state_on, room.folder, f"{name}.{room.processes.rank}")
+def _state(config: MachineUse, grafted: GraftedModel, room: Room, name: str) -> State:
+    return State(grafted.parameters, config.state_dtype, config.state_on, room.folder, f"{name}.{room.processes.rank}")
 
 
 def _wide(scores: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A localized checkpoint read back: what its mask keeps of any chunk, as a scan's selection tells it."""
+"""A localized checkpoint read back: what its mask keeps of any chunk, in the form of a scan's selection."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ NONE = np.empty(0, dtype=np.int32)
 class LocalizedMask:
     """A mask found before, and the finetuned values there, laid out chunk by chunk in a temporary file.
 
-    tensors: the localized ones, as the base holds them. spill: the file; what an earlier process put there is used.
+    tensors: the localized ones, as in the base. spill: the file; what an earlier process wrote is reused.
     """
 
-    def __init__(self, given: LocalizedCheckpoint, tensors: Sequence[TensorInfo], spill: Path, chunk: int) -> None:
-        self.ones = given.ones
+    def __init__(self, localized: LocalizedCheckpoint, tensors: Sequence[TensorInfo], spill: Path, chunk: int) -> None:
+        self.ones = localized.ones
         self.names = [info.name for info in tensors]
         self.chunks = chunks_of([info.numel for info in tensors], chunk)
-        common = common_dtype({given.stored(name).dtype for name in self.names})
-        self._given = given
+        common = common_dtype({localized.stored(name).dtype for name in self.names})
+        self._localized = localized
         self._spill = Spill(spill, len(self.chunks), common, heading=json.dumps([chunk, str(common), "given"]))
 
     def read(self, own: Collection[str], workers: int, advance: Callable[[int], object]) -> None:
@@ -44,15 +44,15 @@ class LocalizedMask:
         def read(name: str) -> None:
             if not all(self._spill.done[chunk.index] for chunk in chunks[name]):
                 self._read(name, chunks[name])
-            advance(self._given.stored(name).nbytes)
+            advance(self._localized.stored(name).nbytes)
 
         for_each(read, chunks, workers)
 
     def _read(self, name: str, chunks: Sequence[Chunk]) -> None:
-        first, stored = 0, self._given.stored(name).numel
+        first, stored = 0, self._localized.stored(name).numel
         try:
-            for chunk, positions in by_chunk(self._given.iter_positions(name), chunks):
-                values = self._given.read(name, first, min(len(positions), stored - first))
+            for chunk, positions in by_chunk(self._localized.iter_positions(name), chunks):
+                values = self._localized.read(name, first, min(len(positions), stored - first))
                 first += len(positions)
                 if first > stored:
                     break
@@ -61,22 +61,23 @@ class LocalizedMask:
         except IntegrityError as error:
             raise CheckpointError(str(error)) from error
         if first != stored:
+            ones = f"more than {stored}" if first > stored else first
             raise CheckpointError(
-                f"{self._given.label} is damaged: the mask keeps {'more' if first > stored else first} of {name}, of "
-                f"which {stored} values are stored. Fetch it again."
+                f"{self._localized.label} is damaged: its mask keeps {ones} elements of {name}, but "
+                f"{stored} values are stored. Download it again."
             )
 
     def kept(self, chunk: Chunk) -> MaskedValues:
         """The mask and the finetuned values in one chunk."""
-        found = self._spill.read(chunk.index)
-        return MaskedValues(found.positions, found.values)
+        candidates = self._spill.read(chunk.index)
+        return MaskedValues(candidates.positions, candidates.values)
 
     def close(self) -> None:
         self._spill.close()
 
 
 def by_chunk(parts: Iterable[Positions], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Positions]]:
-    """Ascending positions in a tensor, shared out to its chunks, in order and from each one's start."""
+    """Ascending positions in a tensor, divided among its chunks in order, relative to each chunk's start."""
     rest, held = iter(parts), np.empty(0, dtype=np.int64)
     for chunk in chunks:
         end = chunk.first + chunk.count

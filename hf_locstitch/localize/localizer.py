@@ -1,6 +1,6 @@
-"""What a localizer is: its settings as a recipe names them, and how it finds masks.
+"""What a localizer is: its settings, as in a recipe, and how it finds masks.
 
-A localizer of your own is one class in one file: see docs/extending.md.
+To add your own, write one class in one file: see docs/extending.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Localizer(BaseModel, ABC):
     """density: the share of the localizable elements that a mask keeps; None where the localizer decides.
 
-    needs_data: whether it looks at examples of each finetune's task. A subclass has a field `method: Literal[NAME]`
+    needs_data: whether it uses examples of each finetune's task. A subclass has a field `method: Literal[NAME]`
     and says which elements score highest: `scores` if a score follows from the element's two values (and its place),
     `find_masks` for anything else.
     """
@@ -33,36 +33,36 @@ class Localizer(BaseModel, ABC):
 
     needs_data: ClassVar[bool] = False
 
-    if TYPE_CHECKING:  # fields of each localizer, in its own order: they are recorded as they come
+    if TYPE_CHECKING:  # fields of each localizer, recorded in its own order
         method: Any = None
         density: Any = None
 
     @abstractmethod
     def groups(self, numels: Sequence[int]) -> list[Group]:
-        """Which tensors (by number) compete with one another, and how many elements each group keeps."""
+        """Which tensors (by index) compete with one another, and how many elements each group keeps."""
 
     @abstractmethod
     def describe(self) -> str:
-        """For a person: the settings, in one line."""
+        """For people: the settings, in one line."""
 
     def kept(self, numels: Sequence[int]) -> int:
         """Number of ones in a mask over tensors of these sizes (k)."""
         return sum(k for _, k in self.groups(numels))
 
     def scores(self, tensor: str, first: int, finetuned: Values, base: Values) -> npt.NDArray[np.float32] | None:
-        """How much each element matters: float32 [n], not negative. None: |task vector|, the size of its change.
+        """How much each element matters: float32 [n], non-negative. None: |task vector|, the magnitude of its change.
 
-        tensor: its name on disk. first: the place of the first element in it. finetuned, base: [n].
+        tensor: its name on disk. first: the flat index of the first element. finetuned, base: [n].
         """
         return None
 
     def cost(self, localizing: Localizing) -> Cost | None:
-        """What it will take beyond reading the models once."""
+        """What it will cost beyond reading the models once."""
         return None
 
     def find_masks(self, job: LocalizeJob) -> Mapping[str, MaskSource]:
         """The mask of each finetune, by name: where its scores are largest. Raises RequestError or WorkError."""
-        from hf_locstitch.localize.search import checked_scores, find_by_scores  # needs what is slow to import
+        from hf_locstitch.localize.search import checked_scores, find_by_scores  # slow to import
 
         own = type(self).scores is not Localizer.scores
         return find_by_scores(job, checked_scores(self.method, self.scores) if own else None)

@@ -1,4 +1,4 @@
-"""The candidates of a chunk found on a device, with the bits of those that the CPU finds."""
+"""Finding the candidates of a chunk on a device, bit for bit as the CPU does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_locstitch.runtime.dtypes import Values
 
 
 class OnDevice:
-    """OnCpu's twin on `device`. Every thread has a stream of its own: its copies overlap with others' arithmetic."""
+    """OnCpu on `device`. Every thread has its own stream, so that its copies overlap with other threads' arithmetic."""
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)

@@ -1,4 +1,4 @@
-"""Both models of a finetune, loaded by transformers, and its examples: all that a pass needs, from open checkpoints."""
+"""From open checkpoints to what a pass needs: base and finetune, loaded by transformers, and the examples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_locstitch.tasks.task import Task
 
 @hide_all_library_bars()
 def open_grafted_model(
-    how: WithData,
+    config: WithData,
     name: str,
     base: CheckpointReader,
     finetuned: CheckpointReader,
@@ -36,9 +36,9 @@ def open_grafted_model(
     objective = data.asked.objective or suggest(checkpoint.config, checkpoint.label)
     folder_base = link_files(base.checkpoint, folder / f"{name}.base")
     folder_finetuned = link_files(checkpoint, folder / f"{name}.finetuned")
-    config = load_config(folder_base if objective.base_config else folder_finetuned)
-    model, _ = load_model(folder_finetuned, objective, config, _dtype(checkpoint, tensors))
-    original, absent = load_model(folder_base, objective, config, _dtype(base.checkpoint, tensors))
+    model_config = load_config(folder_base if objective.base_config else folder_finetuned)
+    model, _ = load_model(folder_finetuned, objective, model_config, _dtype(checkpoint, tensors))
+    original, absent = load_model(folder_base, objective, model_config, _dtype(base.checkpoint, tensors))
     processor = load_processor(objective, folder_finetuned, folder_base)
     task = objective.prepare(read_rows(data), processor, original)
     localized = [info.name for info in tensors]
@@ -47,16 +47,16 @@ def open_grafted_model(
         info = checkpoint.info(tensor)
         return finetuned.flat(tensor, 0, info.numel).view(info.shape)
 
-    device, where = find_device(how.device), checkpoint.label
+    device, where = find_device(config.device), checkpoint.label
     grafted = make_grafted_model(model, original, absent, list(checkpoint.tensors), localized, on_disk, device, where,
-                                 how.sharded)  # fmt: skip
-    if how.checkpointing:
+                                 config.sharded)  # fmt: skip
+    if config.checkpointing:
         keep_no_activations(grafted.model)
     return grafted, task
 
 
 def _dtype(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> torch.dtype:
-    """That of most localized elements on disk."""
+    """The dtype of most localized elements on disk."""
     counts: Counter[str] = Counter()
     for info in tensors:
         counts[checkpoint.info(info.name).dtype] += info.numel

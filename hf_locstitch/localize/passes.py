@@ -21,9 +21,9 @@ Advance = Callable[[int], object]
 
 
 class State:
-    """One number for every element of every parameter: tensors of their shapes, in memory or in a mapped file.
+    """One number for every element of every parameter: tensors of their shapes, in memory or in mapped files.
 
-    on: "device" is each parameter's own.
+    on: "device" means each parameter's own device.
     """
 
     def __init__(self, parameters: Mapping[str, MaskedParameter], dtype: str, on: str, folder: Path, name: str) -> None:
@@ -35,7 +35,7 @@ class State:
             if on == "disk":
                 file = folder / f"{name}.{number}"
                 flat = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=kind)
-                file.unlink()  # the mapping keeps it; nothing is left behind, however the process ends
+                file.unlink()  # the mapping keeps it alive; nothing is left behind, however the process ends
                 self.tensors[key] = flat.zero_().view(shape)
             else:
                 device = masked.device if on == "device" else torch.device("cpu")
@@ -70,7 +70,7 @@ class Rounding:
 def consuming(
     parameters: Iterable[MaskedParameter], consume: Callable[[MaskedParameter, Tensor], None]
 ) -> Iterator[None]:
-    """While inside, `consume` gets the gradient of each parameter as soon as it is whole; then it is freed."""
+    """While inside, `consume` gets the gradient of each parameter as soon as it is complete; then it is freed."""
 
     def hook(masked: MaskedParameter) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
@@ -104,7 +104,7 @@ def add_gradients(
     """
     alone = processes.count == 1 or grafted.sharded
     if not alone and not processes.first:
-        total.clear()  # it is in the first one's sum
+        total.clear()  # it counts in the first process's sum
 
     def consume(masked: MaskedParameter, gradient: Tensor) -> None:
         into = total[masked]
@@ -127,8 +127,8 @@ def pass_over(
 ) -> float:
     """Forward and backward passes over this process's share of the batches; returns the loss of all of them.
 
-    consume: gets the gradient of a parameter in one micro-batch, on its device; of its own rows, over all
-    processes, where parameters are shared out. Raises as add_gradients.
+    consume: gets the gradient of a parameter for one micro-batch, on its device; where parameters are sharded, of its
+    own rows, over all processes. Raises as add_gradients.
     """
     own = batches[processes.rank :: processes.count]
     if grafted.sharded:  # every process takes part in every pass, and gradients come averaged over the processes
@@ -152,8 +152,8 @@ def pass_over(
         loss /= processes.count
     if not torch.isfinite(loss):
         raise RequestError(
-            f"the loss is {loss.item()} on the localization set: the model does not bear it in its dtype, or is "
-            "broken. Check the finetune and the data."
+            f"the loss on the localization set is {loss.item()}: the model overflows in its dtype or is damaged. "
+            "Check the finetune and the data."
         )
     return loss.item()
 
@@ -174,7 +174,7 @@ def memory_guard() -> Iterator[None]:
 def _too_large(error: BaseException) -> str:
     first_line = (str(error) or type(error).__name__).splitlines()[0]
     return (
-        f"memory ran out in a pass over the localization set ({first_line[:160]}). In the recipe's "
+        f"out of memory in a pass over the localization set ({first_line[:160]}). In the recipe's "
         "localizer set micro_batch: 1, then checkpointing: true, then state_on: cpu or disk, or state_dtype: bfloat16; "
         "shorter examples (max_length of the data) help too."
     )

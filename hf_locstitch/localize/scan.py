@@ -1,4 +1,4 @@
-"""One pass over the base and all finetuned models at once: scores in, the selections out."""
+"""One pass over the base and all finetuned models at once: scores in, selections out."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.settings import BATCH
 
 SAMPLE = 1 << 20  # elements of one model that the brackets are estimated from
-SMALLEST_SAMPLE = 1 << 16  # of one group of tensors; smaller groups are kept whole
-SAMPLE_RUN = 1 << 11  # neighbours sampled together: few places of a file are visited
+SMALLEST_SAMPLE = 1 << 16  # for one group of tensors; smaller groups are kept completely
+SAMPLE_RUN = 1 << 11  # neighbours sampled together, so that few places of a file are read
 
 Group = tuple[Sequence[int], int]
 Readers = Mapping[str, CheckpointReader]  # "base" and the finetuned models
@@ -48,7 +48,7 @@ ScoreBits = Callable[[str, int, Values, Values], npt.NDArray[np.int32]]
 
 
 class Scan:
-    """base, finetuned: checkpoints. tensors: the localized ones, as the base holds them.
+    """base, finetuned: checkpoints. tensors: the localized ones, as in the base.
 
     own: the names of those that this process scans; every process makes the same calls.
     trusted: whether what an earlier process kept of (model, tensor) may be used.
@@ -85,7 +85,7 @@ class Scan:
         self.finder = self.cpu if device == "cpu" else _on_device(device)
 
     def select(self, inputs: Readers) -> dict[str, Selection]:
-        """The mask of each finetuned model, whose files all lie on this machine. Raises NonFiniteError."""
+        """The mask of each finetuned model, whose files are all on this machine. Raises NonFiniteError."""
         with ThreadPoolExecutor(self.workers) as pool:
             sampled = list(pool.map(partial(self._sampled_brackets, inputs), self.finetuned))
         selections = self._pass(inputs, dict(zip(self.finetuned, sampled, strict=True)))
@@ -99,7 +99,7 @@ class Scan:
         return selections
 
     def begin(self) -> dict[str, Selection]:
-        """Selections that files which are still on their way can be streamed into."""
+        """Selections to stream files into that are still being downloaded."""
         sizes = [sum(self.tensors[tensor].numel for tensor in tensors) for tensors, _ in self.groups]
         return {
             name: self._selection(
@@ -109,7 +109,7 @@ class Scan:
         }
 
     def pieces(self, selections: Mapping[str, Selection]) -> dict[str, list[Piece]]:
-        """What of the base and of each finetuned model a stream will read, in this order, once."""
+        """What `stream` will read of the base and of each finetuned model, in this order, once."""
         todo = {
             name: [chunk for chunk in self.own_chunks if not selection.has(chunk)]
             for name, selection in selections.items()
@@ -122,7 +122,7 @@ class Scan:
         }
 
     def stream(self, inputs: Readers, selections: Mapping[str, Selection]) -> None:
-        """Offer every chunk to the selections, which then can be settled. Raises NonFiniteError."""
+        """Offer every chunk to the selections, which can then be settled. Raises NonFiniteError."""
         offer = partial(self._offer, inputs, selections)
         step = BATCH * self.workers
         for first in range(0, len(self.own_chunks), step):
@@ -186,17 +186,17 @@ class Scan:
         return chunk.count * ITEM_BYTES[self.finetuned[model].info(self.names[chunk.tensor]).dtype]
 
     def _raise_non_finite(self, inputs: Readers, model: str, chunk: Chunk) -> NoReturn:
-        """Say which of the two models is at fault."""
+        """Say which of the two models contains non-finite values."""
         name = self.names[chunk.tensor]
         for reader in (inputs["base"], inputs[model]):
             check_finite(reader, name, chunk, reader.values(name, chunk.first, chunk.count))
         raise NonFiniteError(
             f"the difference between {inputs[model].where(name)} and the base overflows float32 in {name}. "
-            "Leave the tensor out with --exclude."
+            "Exclude the tensor with --exclude."
         )
 
     def _exact_brackets(self, inputs: Readers, models: Sequence[str]) -> dict[str, list[FixedBracket]]:
-        """From the histogram of every score: a pass more, for models that a sample misjudged."""
+        """From the histogram of all scores: one more pass, for models whose sampled bracket missed."""
         groups_of = {tensor: group for group, (tensors, _) in enumerate(self.groups) for tensor in tensors}
         counts = np.zeros((len(models), len(self.groups), BINS), dtype=np.int64)
         lock = threading.Lock()
@@ -251,6 +251,6 @@ class Scan:
 
 
 def _on_device(device: str) -> Finder:
-    from hf_locstitch.localize.on_device import OnDevice  # needs torch, which the CPU does not
+    from hf_locstitch.localize.on_device import OnDevice  # imports torch, which the CPU does not need
 
     return OnDevice(device)

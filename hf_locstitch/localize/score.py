@@ -1,4 +1,4 @@
-"""From a finetune and its localization set to a file of scores that the selection reads."""
+"""From a finetune and its localization set to a file of scores for the selection."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Pieces = Iterator[tuple[str, int, torch.Tensor]]
 
 
 def score(
-    how: WithData,
+    config: WithData,
     name: str,
     base: CheckpointReader,
     finetuned: CheckpointReader,
@@ -34,28 +34,28 @@ def score(
     data: OpenSet,
     room: Room,
 ) -> ScoreFile:
-    """The scores of one finetune, from an earlier process if it left them. Every process calls it.
+    """The scores of one finetune, from an earlier process if it left them. Every process calls this.
 
-    name: of the finetune. tensors: the localized ones, as the base holds them. Raises RequestError or WorkError.
+    name: of the finetune. tensors: the localized ones, as in the base. Raises RequestError or WorkError.
     """
     path = room.folder / f"{name}.scores"
     if not room.processes.gather(room.processes.first and is_whole(path))[0]:
         grafted, task = room.processes.together(
             lambda: open_grafted_model(
-                how, f"{name}.{room.processes.rank}", base, finetuned, tensors, data, room.folder
+                config, f"{name}.{room.processes.rank}", base, finetuned, tensors, data, room.folder
             )
         )
-        learned = how.learn(grafted, task, room)
-        found = _pieces(grafted, learned.state)
+        learned = config.learn(grafted, task, room)
+        scored = _pieces(grafted, learned.state)
         if learned.ranks:
-            k = how.kept([info.numel for info in tensors]) if learned.ones is None else learned.ones
-            found = ranked(grafted, learned.state, finetuned, base, k)
+            k = config.kept([info.numel for info in tensors]) if learned.ones is None else learned.ones
+            scored = ranked(grafted, learned.state, finetuned, base, k)
 
         def write() -> None:
-            write_scores(path, tensors, found, learned.ones, learned.losses, len(task.examples))
+            write_scores(path, tensors, scored, learned.ones, learned.losses, len(task.examples))
 
-        if how.sharded:  # all gather what the first one writes
-            room.processes.together(write if room.processes.first else lambda: deque(found, maxlen=0))
+        if config.sharded:  # all processes gather what the first one writes
+            room.processes.together(write if room.processes.first else lambda: deque(scored, maxlen=0))
         else:
             room.processes.on_first(write)
     return ScoreFile(path)
@@ -68,8 +68,8 @@ def _pieces(grafted: GraftedModel, state: State) -> Pieces:
         for piece in pieces(tensor):
             if not torch.isfinite(piece).all():
                 raise NonFiniteError(
-                    f"the scores hold NaN or infinity in {name}: a weight or a gradient there does. "
-                    "Leave the tensor out with --exclude, or check the checkpoints."
+                    f"the scores of {name} contain NaN or infinity, because one of its weights or gradients does. "
+                    "Exclude the tensor with --exclude, or check the checkpoints."
                 )
             yield name, first, piece.detach().float().cpu()
             first += len(piece)

@@ -25,8 +25,8 @@ LARGEST = 0x7F7FFFFF  # bits of the largest finite float32
 
 
 class ScoreFile:
-    """ones: how many elements the mask keeps, where the scores decide it; else None. losses: seen on the way. examples:
-    that the scores were learned from."""
+    """ones: how many elements the mask keeps, where the scores decide it; else None. losses: during learning.
+    examples: how many the scores were learned from."""
 
     def __init__(self, path: Path) -> None:
         header = read_header(path, str(path))

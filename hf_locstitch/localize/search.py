@@ -1,4 +1,4 @@
-"""Masks from scores: one pass over the base and all finetuned models, from files here or on their way."""
+"""Masks from scores: one pass over the base and all finetuned models, from local files or while they are downloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OwnScores = Callable[[str, int, Values, Values], npt.NDArray[Any] | None]
 
 
 def find_by_scores(job: LocalizeJob, scores: ScoreBits | None) -> Mapping[str, MaskSource]:
-    """The mask of each finetune: where its scores are largest; its magnitudes if there are no others.
+    """The mask of each finetune: where its scores are largest; without scores, where |task vector| is.
 
     Raises RequestError or WorkError.
     """
@@ -54,16 +54,16 @@ def find_by_scores(job: LocalizeJob, scores: ScoreBits | None) -> Mapping[str, M
 
 
 def checked_scores(localizer: str, scores: OwnScores) -> ScoreBits:
-    """A localizer's own scores as their bits. Raises RequestError where they are none."""
+    """A localizer's own scores as bits. Raises RequestError if they are invalid."""
 
     def bits(tensor: str, first: int, finetuned: Values, base: Values) -> Scores:
-        found = np.ascontiguousarray(scores(tensor, first, finetuned, base), dtype=np.float32)
-        if found.shape != base.shape or not (np.isfinite(found) & (found >= 0)).all():
+        values = np.ascontiguousarray(scores(tensor, first, finetuned, base), dtype=np.float32)
+        if values.shape != base.shape or not (np.isfinite(values) & (values >= 0)).all():
             raise RequestError(
-                f"the localizer {localizer} gives {list(found.shape)} scores, from {found.min(initial=0)} to "
-                f"{found.max(initial=0)}, for {len(base)} elements of {tensor}; due is one for each, finite and not "
-                "negative. Mend the localizer."
+                f"the localizer {localizer} returned scores of shape {list(values.shape)}, from {values.min(initial=0)} "
+                f"to {values.max(initial=0)}, for the {len(base)} elements of {tensor}; expected one finite, "
+                "non-negative score per element. Fix the localizer."
             )
-        return (found + np.float32(0)).view(np.int32)  # −0 counts as 0
+        return (values + np.float32(0)).view(np.int32)  # −0 counts as 0
 
     return bits

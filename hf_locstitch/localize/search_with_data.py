@@ -1,4 +1,4 @@
-"""Masks of localizers that look at data: scores first, then the same search as without."""
+"""Masks of localizers that use data: scores first, then the same search as without data."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def find_with_data(localizer: WithData, job: LocalizeJob) -> dict[str, Selection
     selections: dict[str, Selection] = {}
     for name, data in job.data.items():
         load = find_load(localizer, data, job.finetuned[name], job.base, job.tensors)
-        how = settled(localizer, load, job.processes.count)
-        with job.progress.bar(f"{how.method} {name}", 0, " examples") as advance:  # how many there are shows only later
+        config = settled(localizer, load, job.processes.count)
+        with job.progress.bar(f"{config.method} {name}", 0, " examples") as advance:  # the total is known only later
             room = Room(job.folder, job.processes, advance)
-            scores = score(how, name, readers["base"], readers[name], job.tensors, data, room)
+            scores = score(config, name, readers["base"], readers[name], job.tensors, data, room)
         job.note_examples(name, scores.examples)
         scan = Scan(
             job.base,
@@ -42,7 +42,7 @@ def find_with_data(localizer: WithData, job: LocalizeJob) -> dict[str, Selection
 
 
 class _Stored:
-    """The scores of a file, as a scan asks for them."""
+    """The scores in a file, in the form that a scan expects."""
 
     def __init__(self, file: ScoreFile) -> None:
         self._file = file

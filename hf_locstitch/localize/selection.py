@@ -1,13 +1,13 @@
 """The exact top k of billions of scores in one pass over them, in bounded memory.
 
 Scores are non-negative float32, compared as their bits (their order is that of the numbers, with NaN the largest).
-A bracket says where the k-th largest score may lie. The pass keeps what reaches the bracket in a spill file: what
-lies above it surely is among the k largest, what lies inside keeps its score too, and the exact threshold is found
-among those by counting their upper and lower 16 bits. A bracket from a sample may miss the k-th largest; the counts
-show it, and the pass is made again with one from a full histogram.
+A bracket says where the k-th largest score may lie. The pass writes what reaches the bracket to a spill file. What
+lies above the bracket is certainly among the k largest; what lies inside keeps its score too, and the exact threshold
+is found among those by counting their upper and lower 16 bits. A bracket from a sample may miss the k-th largest; the
+counts show this, and the pass is repeated with a bracket from a full histogram.
 
 Ties at the threshold are kept evenly: numbered in (tensor name, flat index) order, tie j of T is kept iff
-⌊(j+1)·r/T⌋ > ⌊j·r/T⌋ where r are wanted. So the mask depends on nothing but the scores.
+⌊(j+1)·r/T⌋ > ⌊j·r/T⌋ where r are wanted. So the mask depends only on the scores.
 An element whose finetuned bits are the base's is in no mask: it carries no skill, and would pull others' values back.
 """
 
@@ -29,14 +29,14 @@ from hf_locstitch.runtime.kernels import Bools
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.settings import COMPACT_FROM, COMPACT_SLACK
 
-COUNTED = 1 << 17  # scores counted together: fewer would take less time than the empty bins
+COUNTED = 1 << 17  # scores counted together: with fewer, the empty bins would dominate the time
 
 
 def evenly(first: int, count: int, keep: int, total: int) -> Bools:
     """Which of the ties first … first + count of `total` are kept, when `keep` of all are. Returns [count]."""
     if keep == 0 or count == 0:
         return np.zeros(count, dtype=bool)
-    # Only the remainder of first·keep matters; Python's integers hold the product, int64 might not.
+    # Only the remainder of first·keep matters; Python integers hold the product, int64 might overflow.
     steps = (first * keep) % total + keep * np.arange(count + 1, dtype=np.int64)
     return np.diff(steps // total) > 0
 
@@ -58,7 +58,7 @@ class Selection:
     """The mask of one finetune, and its values there, read chunk by chunk.
 
     chunks: of the localized tensors, whose names are `names`. groups: (tensors that compete, k); brackets: one each.
-    Under several processes each offers and reads the chunks of its own, and all settle together.
+    With several processes, each offers and reads its own chunks, and all settle together.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class Selection:
             bracket.see(candidates, chunk.count)
 
     def compact(self) -> None:
-        """Drop candidates that the risen brackets rule out, if that is worth it; while nobody offers."""
+        """Drop candidates that the raised brackets rule out, if worthwhile. Nothing may be offered meanwhile."""
         live = sum(bracket.reaching for bracket in self._brackets if isinstance(bracket, RisingBracket))
         if self._spill.size > COMPACT_FROM * self._spill.size_of(live) + COMPACT_SLACK:
             self._spill.compact(lambda index: self.bracket(self.chunks[index]).low)
 
     def has(self, chunk: Chunk) -> bool:
-        """Whether the chunk was offered already, perhaps by an earlier process."""
+        """Whether the chunk was already offered, perhaps by an earlier process."""
         return bool(self._spill.done[chunk.index])
 
     @property
@@ -116,7 +116,7 @@ class Selection:
         self._spill.close()
 
     def settle(self, workers: int) -> None:
-        """Find the thresholds once every chunk was offered. Raises BracketMissed."""
+        """Find the thresholds after every chunk was offered. Raises BracketMissed."""
         of_group: list[list[Chunk]] = [[] for _ in self._groups]
         for chunk in self.chunks:
             of_group[self._group_of[chunk.tensor]].append(chunk)
@@ -183,10 +183,10 @@ class Selection:
     def kept(self, chunk: Chunk) -> MaskedValues:
         """The mask and the finetuned values in one chunk."""
         threshold = self._thresholds[self._group_of[chunk.tensor]]
-        found = self._spill.read(chunk.index)
-        keep = found.scores > threshold.bits
+        candidates = self._spill.read(chunk.index)
+        keep = candidates.scores > threshold.bits
         if threshold.keep:
             first = int(self._tie_starts[chunk.index])
-            tied = np.flatnonzero(found.scores == threshold.bits)
+            tied = np.flatnonzero(candidates.scores == threshold.bits)
             keep[tied[evenly(first, len(tied), threshold.keep, threshold.ties)]] = True
-        return MaskedValues(*found.among(keep))
+        return MaskedValues(*candidates.among(keep))

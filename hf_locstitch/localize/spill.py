@@ -1,4 +1,4 @@
-"""Candidates on disk: what a pass keeps of one finetuned model until the threshold is known."""
+"""Candidates on disk: what a pass keeps of one finetuned model until its threshold is known."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ RECORD = struct.Struct("<QQQQQ")  # the same, and the CRC-32 of that and of the 
 class Spill:
     """Candidates of one finetune in one file, chunk by chunk: positions uint32 whose top bit is `sure`, values, scores.
 
-    An index beside the file says which chunks are done: a later process with the same `heading` goes on with them,
-    each block checked first.
+    An index beside the file says which chunks are done: a later process with the same `heading` reuses them,
+    after checking each block.
     """
 
     def __init__(
         self, path: Path, chunks: int, dtype: np.dtype[Any], heading: str, trusted: Bools | None = None
     ) -> None:
-        """trusted: of which chunks [chunks] an earlier process's candidates are believed; all by default."""
+        """trusted: the chunks [chunks] whose candidates from an earlier process may be used; all by default."""
         self._path, self.dtype, self._heading = path, dtype, heading.encode() + b"\n"
         self._lock = threading.Lock()
         self._trusted = trusted
@@ -49,9 +49,9 @@ class Spill:
         return self._path.with_name(self._path.name + ".index")
 
     def _take_up(self) -> None:
-        """Believe what an earlier process left as far as it is whole; begin anew where it is another's."""
-        found = self._index_path.read_bytes() if self._index_path.exists() else b""
-        records = found[len(self._heading) :] if found.startswith(self._heading) else b""
+        """Reuse what an earlier process left, as far as it is intact; start afresh if the heading differs."""
+        content = self._index_path.read_bytes() if self._index_path.exists() else b""
+        records = content[len(self._heading) :] if content.startswith(self._heading) else b""
         whole = len(records) // RECORD.size * RECORD.size
         length = os.fstat(self._file.fileno()).st_size
         with self._index_path.open("wb") as file:
@@ -96,7 +96,7 @@ class Spill:
         return RECORD.pack(index, offset, sure, inside, crc)
 
     def compact(self, low_of: Callable[[int], int]) -> None:
-        """Drop the candidates of each chunk whose scores do not reach low_of(chunk). Nobody may append meanwhile."""
+        """Drop the candidates of each chunk whose scores are below low_of(chunk). Nothing may be appended meanwhile."""
         new = self._path.with_name(self._path.name + ".new")
         new_index = self._path.with_name(self._path.name + ".index.new")
         new.unlink(missing_ok=True)
@@ -106,7 +106,7 @@ class Spill:
             for chunk in np.flatnonzero(self.done).tolist():
                 index.write(self._write(file, offset, chunk, self.read(chunk).reaching(low_of(chunk))))
                 offset += self._size(int(self.sure[chunk] + self.open[chunk]), int(self.open[chunk]))
-        # Killed between the two renames, the old index does not fit the new blocks, and their checksums tell.
+        # If killed between the two renames, the old index does not fit the new blocks, and their checksums show it.
         new.replace(self._path)
         new_index.replace(self._index_path)
         self.close()
@@ -138,12 +138,12 @@ class Spill:
 
 
 def _open_both_ways(path: Path) -> FileIO:
-    """To read and write, made if need be; what is there stays."""
+    """Open for reading and writing; created if need be, never truncated."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
 
 
 def _write_parts(fd: int, offset: int, parts: Iterable[npt.NDArray[Any]], crc: int) -> int:
-    """One after the other. crc: of what goes before. Returns the CRC-32 of all."""
+    """Write one part after the other. crc: of what precedes them. Returns the CRC-32 of all."""
     for part in parts:
         view = np.ascontiguousarray(part).data.cast("B") if part.nbytes else memoryview(b"")
         crc = zlib.crc32(view, crc)

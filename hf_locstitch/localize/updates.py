@@ -1,6 +1,6 @@
 """The arithmetic of localizing with data: pure functions, tensors of one shape in, one tensor of that shape out.
 
-S: one real number an element, whose sigmoid σ(S) is the share of the task vector τ that is grafted on the base.
+S: one real number per element, whose sigmoid σ(S) is the share of the task vector τ that is grafted onto the base.
 g: the gradient of the task's loss with respect to the weights. Source: arXiv 2408.13656, section 3.2.
 """
 
@@ -27,15 +27,15 @@ def score_gradient(gradient: Tensor, task_vector: Tensor, scores: Tensor, penalt
 
 
 def softened(change: Tensor, most: float) -> Tensor:
-    """change / (1 + |change| / most): the same where it is small, never more than `most`, in the same order."""
+    """change / (1 + |change| / most): identity for small changes, never more than `most`, monotonic."""
     return change / (1 + change.abs() / most) if most else change
 
 
 def official_step(scores: Tensor, gradient: Tensor, task_vector: Tensor, lr: float, penalty: float) -> Tensor:
     """S after one step as the authors' published code takes it, for comparison with that code only.
 
-    Its regulariser is added where S > 0 and subtracted elsewhere, without the learning rate: it drives the shares
-    apart and makes nothing sparse. gradient: summed over batches.
+    Its regulariser is added where S > 0 and subtracted elsewhere, without the learning rate: it pushes the shares
+    towards 0 and 1 but does not make them sparse. gradient: summed over batches.
     """
     share = torch.sigmoid(scores)
     slope = share * (1 - share)
@@ -43,7 +43,7 @@ def official_step(scores: Tensor, gradient: Tensor, task_vector: Tensor, lr: flo
 
 
 def saliency(gradient: Tensor, task_vector: Tensor) -> Tensor:
-    """|g·τ|: to first order, how much the loss changes when the element's task vector is taken or left."""
+    """|g·τ|: to first order, how much the loss changes when the element's task vector is added or removed."""
     return (gradient * task_vector).abs_()
 
 

@@ -1,4 +1,4 @@
-"""What every localizer that looks at data has in common: how it uses the machine, and what it learns."""
+"""What all localizers that use data have in common: how they use the machine, and what they learn."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from hf_locstitch.localize.learn import Learned, Room
     from hf_locstitch.tasks.task import Task
 
-MICRO_BATCH = 8  # examples, unless the recipe or the memory of a mask says else
+MICRO_BATCH = 8  # examples, unless the recipe or the memory needed overrides it
 
 
 class WithData(Localizer):
-    """micro_batch: examples that pass through the model together; results do not depend on it but for rounding. One
-    that holds the whole set spares `mask` a second number for every parameter: "auto" has it so where the
-    activations of examples beyond 8 cost less than that number, as told from headers and configs, and is 8 else.
+    """micro_batch: examples that pass through the model together; results depend on it only through rounding. With the
+    whole set in one, `mask` needs no second number per parameter: "auto" does so where the additional activations take
+    less memory than that number, judging by headers and configs, and is 8 otherwise.
 
-    state_dtype: of the numbers kept for every localizable parameter; bfloat16 is rounded at random. state_on: where
-    they lie, "disk" is a file that is mapped. checkpointing: activations are computed twice and not kept.
-    device: "auto" takes the accelerator if there is one. seed: of the random rounding.
-    sharded: parameters are shared out over the processes (FSDP2), for models larger than one device.
+    state_dtype: of the numbers kept for every localizable parameter; bfloat16 is rounded stochastically. state_on:
+    where they are kept; "disk" is a mapped file. checkpointing: recompute activations in place of keeping them.
+    device: "auto" takes the accelerator if there is one. seed: of the stochastic rounding.
+    sharded: shard the parameters over the processes (FSDP2), for models larger than one device.
     """
 
     needs_data: ClassVar[bool] = True
@@ -43,7 +43,7 @@ class WithData(Localizer):
     def _no_device_map(cls, value: Any) -> Any:
         if isinstance(value, dict) and "device_map" in value:
             raise ValueError(
-                "device_map is refused: with weights offloaded to disk only some parameters get a gradient, silently. "
+                "device_map is not supported: with weights offloaded to disk, only some parameters get a gradient. "
                 "Use checkpointing, state_on: cpu, or several processes"
             )
         return value
@@ -52,30 +52,30 @@ class WithData(Localizer):
     @classmethod
     def _is_a_count(cls, value: Any) -> Any:
         if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError('it should be "auto" or a whole number of examples, 1 or more')
+            raise ValueError('it must be "auto" or a whole number of examples, 1 or more')
         return value
 
     @property
     def together(self) -> int:
-        """Examples in a micro-batch; of "auto", where nothing has settled it."""
+        """Examples in a micro-batch; the default size while "auto" is not settled."""
         return MICRO_BATCH if self.micro_batch == "auto" else self.micro_batch
 
     def batches(self, examples: int) -> int:
-        """Into how many micro-batches so many examples fall."""
+        """The number of micro-batches for so many examples."""
         return -(-examples // self.together)
 
     def comes_whole(self, batches: int, processes: int) -> bool:
-        """Whether the backward pass of one micro-batch makes the gradient of all of them."""
+        """Whether one micro-batch per process is the whole set: one backward pass then gives the complete gradient."""
         return batches <= processes if self.sharded else batches == processes == 1
 
     def numbers(self, examples: int, processes: int) -> int:
-        """Kept for a parameter while it learns from so many examples."""
+        """Numbers kept per parameter while learning from so many examples."""
         return 1
 
     @abstractmethod
     def passes(self, numbers: int) -> int:
-        """Over the set of one finetune, where so many numbers are kept for a parameter."""
+        """Passes over the set of one finetune, where so many numbers are kept per parameter."""
 
     @abstractmethod
     def learn(self, grafted: GraftedModel, task: Task, room: Room) -> Learned:
-        """A number for every localizable element: the larger, the sooner a mask keeps it. Raises as pass_over."""
+        """A number for every localizable element: a mask keeps the largest. Raises as pass_over."""

@@ -283,7 +283,7 @@ def test_other_errors_pass(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
     grafted, task = prepare("causal-lm", pair("llama", tmp_path))
     next(iter(grafted.parameters.values())).base[0] = float("nan")
-    with pytest.raises(RequestError, match="the loss is nan on the localization set"):
+    with pytest.raises(RequestError, match="the loss on the localization set is nan"):
         saliency_scores(Saliency(), grafted, task, room(tmp_path))
 
 

@@ -134,9 +134,9 @@ def test_a_dry_run_shows_the_data(tmp_path: Path, capsys: Any) -> None:
     assert main([str(argument) for argument in arguments]) == 0
     said = capsys.readouterr().out
     assert "a.jsonl" in said and "mask, density 0.01" in said and "64 examples" in said
-    assert "localizing" in said and "2 numbers a parameter, micro-batches of 8, 5 passes" in said
+    assert "localizing" in said and "2 numbers per parameter, micro-batches of 8, 5 passes" in said
     assert main([*map(str, arguments), "--localizer", "saliency"]) == 0
-    assert "1 number a parameter, micro-batches of 8, 1 pass of" in capsys.readouterr().out
+    assert "1 number per parameter, micro-batches of 8, 1 pass of" in capsys.readouterr().out
 
 
 def test_a_data_set_from_the_hub(tmp_path: Path, home_hub: LoopbackHub) -> None:
@@ -190,11 +190,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"localizer": Saliency(), "data": ["b.jsonl"]}, "b.jsonl' is neither a local file"),
     ({"localizer": Saliency(), "data": ["./b.jsonl"]}, "b.jsonl does not exist"),
     ({"localizer": Saliency(), "data": {"other": "a.jsonl"}}, "'other', which is not one of the finetunes"),
-    ({"localizer": {"method": "mask", "device_map": "auto"}, "data": ["a.jsonl"]}, "device_map is refused"),
+    ({"localizer": {"method": "mask", "device_map": "auto"}, "data": ["a.jsonl"]}, "device_map is not supported"),
     ({"localizer": {"method": "mask", "epoch": 3}, "data": ["a.jsonl"]}, "did you mean 'epochs'"),
     (
         {"localizer": {"method": "mask", "micro_batch": "all"}, "data": ["a.jsonl"]},
-        "localizer.micro_batch: it should be \"auto\" or a whole number of examples, 1 or more \\(got 'all'\\)",
+        "localizer.micro_batch: it must be \"auto\" or a whole number of examples, 1 or more \\(got 'all'\\)",
     ),
     ({"localizer": {"method": "saliency", "micro_batch": 0}, "data": ["a.jsonl"]}, "1 or more \\(got 0\\)"),
     ({"localizer": Saliency(), "data": [{"ref": "a.jsonl", "columns": {"text": "txt"}}]}, "no column 'txt'"),

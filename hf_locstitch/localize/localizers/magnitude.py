@@ -10,7 +10,7 @@ from hf_locstitch.localize.density import TopShare
 class Magnitude(TopShare):
     """density: share of the localizable elements that a mask keeps, 0 … 1.
 
-    scope: "model" takes the top k over all localizable tensors together (the paper's), "tensor" inside each.
+    scope: "model" takes the top k over all localizable tensors together (as in the paper), "tensor" within each.
     """
 
     method: Literal["magnitude"] = "magnitude"

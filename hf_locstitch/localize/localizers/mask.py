@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        # Ours: steps measured in logits, so that they suit any model and loss. It starts near the base, where what a
-        # sparse graft needs shows, and not in the middle, where every weight is half finetuned. docs/quality.md has
-        # what other starts come to.
+        # Ours: steps measured in logits, so that they suit any model and loss. It starts near the base, where gradients
+        # show what a sparse graft needs, and not halfway, where every weight is half finetuned. docs/quality.md
+        # compares other starts.
         "default": {"epochs": 5, "lr": 4.0, "relative_lr": True, "penalty": 0.0, "start": (-3.0, -2.0)},
         # The paper's text.
         "paper": {"epochs": 10, "lr": 1e7, "relative_lr": False, "penalty": 1e-5, "start": (0.0, 3.0)},
@@ -34,10 +34,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 class Mask(DataLocalizer):
     """density: share of elements that a mask keeps; None rounds σ(S), as the paper does.
 
-    preset: where the fields below come from unless they are given. start: S outside and inside the initial mask, the
-    top `start_density` (default: the density, else 0.01) by |τ|. One step an epoch, on the gradient over the whole
-    set. relative_lr: S changes by less than lr a step, that of the k-th most changed element by half of it; else lr
-    is plain. penalty: the weight of ‖σ(S)‖₁. batch: of the `official` preset, whose gradient is a sum over batches.
+    preset: gives the defaults of the fields below. start: S outside and inside the initial mask, the
+    top `start_density` (default: the density, else 0.01) by |τ|. One step per epoch, on the gradient over the whole
+    set. relative_lr: S changes by less than lr per step, the k-th most changed element by half of it; else lr is
+    absolute. penalty: weight of ‖σ(S)‖₁. batch: for the `official` preset, whose gradient is a sum over batches.
     """
 
     method: Literal["mask"] = "mask"
@@ -58,21 +58,21 @@ class Mask(DataLocalizer):
         return {**preset, **value} if preset else value
 
     def groups(self, numels: Sequence[int]) -> list[Group]:
-        """As Localizer.groups. Where σ(S) is rounded k is only a guess."""
+        """As Localizer.groups. Where σ(S) is rounded, k is only an estimate."""
         return [(list(range(len(numels))), self.kept(numels))]
 
     def kept(self, numels: Sequence[int]) -> int:
-        """Number of ones in a mask over tensors of these sizes (k); where σ(S) is rounded, of those at the start."""
+        """Number of ones in a mask over tensors of these sizes (k); where σ(S) is rounded, in the initial mask."""
         n = sum(numels)
         return self.started(n) if self.density is None else exact_share(self.density, n)
 
     @property
     def together(self) -> int:
-        """As WithData.together; those of the `official` preset end with its batches."""
+        """As WithData.together; for the `official` preset at most one of its batches."""
         return min(super().together, self.batch) if self.preset == "official" else super().together
 
     def batches(self, examples: int) -> int:
-        """As WithData.batches, of the `official` preset in each of its batches."""
+        """As WithData.batches; for the `official` preset, each of its batches is split by itself."""
         size = min(self.batch, examples) if self.preset == "official" else examples
         full, rest = divmod(examples, size) if size else (0, 0)
         return full * super().batches(size) + super().batches(rest)
@@ -88,7 +88,7 @@ class Mask(DataLocalizer):
         return f"mask, {share}, learned in {self.epochs} epochs, {rate}, preset {self.preset}"
 
     def numbers(self, examples: int, processes: int) -> int:
-        """A second one where gradients must be added up before S can learn from them."""
+        """A second number where gradients must be accumulated before the step."""
         return 1 if self.comes_whole(self.batches(examples), processes) else 2
 
     def passes(self, numbers: int) -> int:

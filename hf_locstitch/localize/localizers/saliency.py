@@ -1,4 +1,4 @@
-"""Localizing with one look at the data: the k largest |gradient · task vector|."""
+"""Localizing with one pass over the data: the k largest |gradient · task vector|."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Saliency(DataLocalizer, TopShare):
     """density, scope: as in Magnitude. at: where on the line base (0) → finetuned (1) gradients are taken.
 
-    Several points: their mean gradient. On the data that an expert was trained on its loss is flat near 1, so that
-    points far from the base tell little unless the data is held out; the base (0) serves with either.
+    Several points: their mean gradient. On the data that a finetune was trained on, its loss is flat near 1, so
+    points far from the base tell little unless the data is held out; the base (0) works with either.
     """
 
     method: Literal["saliency"] = "saliency"
