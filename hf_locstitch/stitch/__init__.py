@@ -1,1 +1,1 @@
-"""From masks and models to the values of a merge. methods/ has a file for each method, stitchers/ for each fit."""
+"""From masks and models to merged values. methods/ has one file per method, stitchers/ one per way to fit values."""

@@ -1,4 +1,4 @@
-"""What fitting values will take."""
+"""What fitting values will cost."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from hf_locstitch.runtime.human import human
 
-LIBRARIES = 470_000_000  # bytes: transformers and datasets, and what the allocator keeps of threads; measured
+LIBRARIES = 470_000_000  # bytes: transformers, datasets, and what the allocator keeps for threads; measured
 
 
 @dataclass(frozen=True)
 class FitCost:
-    """Bytes in each process, but for tokens and inputs (of all finetunes together, at most), flops (of all lambdas) and
+    """Bytes in each process, except tokens and inputs (of all finetunes together, at most), flops (of all lambdas) and
     values.
 
-    weights: copies of the largest matrix, or of the experts of a layer in every model.
-    moments: Gram matrices and right-hand sides. states: what a process's inputs hold at a stop, in both models, on the
-    device; aside: in memory or on the disk, as `states_on` says. outputs: of the batches that end at once.
-    values: the refitted values of two lambdas, on the disk.
+    weights: copies of the largest matrix, or of the experts of a layer in every model. moments: Gram matrices and
+    right-hand sides. states: hidden states of a process's inputs at a stop, in both models, on the device; aside:
+    offloaded to memory or disk, as `states_on` says. outputs: of batches that finish together. values: the refitted
+    values of two lambdas, on disk.
     """
 
     weights: int
@@ -39,19 +39,21 @@ class FitCost:
 
     @property
     def disk(self) -> int:
-        """Bytes of all processes together."""
+        """Bytes on disk, of all processes together."""
         return self.values + (self.processes * self.aside if self.states_on == "disk" else 0)
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "peak": self.peak, "disk": self.disk}
 
     def describe(self) -> str:
-        """For a person, one line."""
+        """For people, one line."""
         each = f" in each of {self.processes} processes" if self.processes > 1 else ""
-        aside = f", {human(self.aside)} of them put away" if self.aside else ""
+        place = "disk" if self.states_on == "disk" else "memory"
+        aside = f", {human(self.aside)} offloaded to {place}" if self.aside else ""
         return (
-            f"fitting    about {human(self.peak)} of memory at most{each} ({human(self.weights)} one linear of the "
-            f"models, {human(self.moments)} Gram matrices, {human(self.states)} hidden states of {self.inputs} inputs, "
-            f"at most {self.tokens:,} tokens{aside}, {human(self.outputs)} outputs), {human(self.disk)} of disk; "
+            f"fitting    at most about {human(self.peak)} of memory{each} ({human(self.weights)} one linear layer of "
+            f"the models, {human(self.moments)} Gram matrices, {human(self.states)} hidden states of "
+            f"{self.inputs} inputs with at most {self.tokens:,} tokens{aside}, {human(self.outputs)} outputs), "
+            f"{human(self.disk)} of disk; "
             f"{self.flops / 1e12:.3g} TFLOP"
         )

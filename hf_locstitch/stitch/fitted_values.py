@@ -1,5 +1,4 @@
-"""Fitted values on the disk while a merge is under way: those under the masks, as they will be written, or whole
-tensors."""
+"""Fitted values on disk during a merge: those under the masks, as they will be written, or whole tensors."""
 
 from __future__ import annotations
 
@@ -21,9 +20,9 @@ INDEX = "index.json"
 
 
 class FittedWriter:
-    """folder: is emptied. own: the tensors that this process writes, each once; `finish` makes the whole readable.
+    """folder: is emptied. own: the tensors that this process writes, each once. `finish` makes everything readable.
 
-    Every process makes one, and finishes it.
+    Every process creates one and finishes it.
     """
 
     def __init__(self, folder: Path, own: Collection[str], processes: Processes) -> None:
@@ -36,11 +35,11 @@ class FittedWriter:
         self._tensors: dict[str, dict[str, Any]] = {}
 
     def writes(self, names: Sequence[str]) -> bool:
-        """Whether any of these tensors is this process's."""
+        """Whether this process writes any of these tensors."""
         return any(name in self._own for name in names)
 
     def write(self, name: str, dtype: str, pieces: Sequence[torch.Tensor]) -> None:
-        """pieces: the values of each chunk in turn, in the dtype, as named on disk."""
+        """pieces: the values of each chunk in turn, in the dtype (its name on disk)."""
         file = f"{self._processes.rank}.{len(self._tensors)}.bin"
         with (self._folder / file).open("wb") as handle:
             for piece in pieces:
@@ -51,11 +50,11 @@ class FittedWriter:
 
     @property
     def names(self) -> set[str]:
-        """Of those that were written: by this process, and once it is finished by all."""
+        """Names of the tensors written by this process; after `finish`, by all processes."""
         return set(self._tensors)
 
     def finish(self, heading: str, **notes: Any) -> None:
-        """heading: what these values belong to. notes: what else is to be known of them, as JSON has it."""
+        """heading: identifies what the values belong to. notes: further facts, JSON-serializable."""
         self._tensors = {name: entry for told in self._processes.gather(self._tensors) for name, entry in told.items()}
 
         content = {"heading": heading, "tensors": self._tensors, "notes": notes}
@@ -63,7 +62,7 @@ class FittedWriter:
 
 
 class FittedValues:
-    """What RefittedWriters wrote. Safe to share between threads. index: what `finish` noted."""
+    """What FittedWriters wrote. Thread-safe. index: as `finish` wrote it."""
 
     def __init__(self, folder: Path, index: Any) -> None:
         self.heading: str = index["heading"]
@@ -78,7 +77,7 @@ class FittedValues:
         return list(self._tensors)
 
     def intact(self, own: Collection[str]) -> bool:
-        """Whether the files of these tensors hold what was written."""
+        """Whether the files of these tensors are unchanged."""
         return all(
             (self._folder / entry["file"]).is_file() and file_sha256(self._folder / entry["file"]) == entry["sha256"]
             for name, entry in self._tensors.items()
@@ -86,12 +85,12 @@ class FittedValues:
         )
 
     def chunk(self, name: str, number: int) -> Values:
-        """The values under the masks in a tensor's chunk, by its number in the tensor."""
+        """The values under the masks in a chunk, by the index of the chunk in its tensor."""
         first, last = self._tensors[name]["starts"][number : number + 2]
         return self.values(name, first, last - first)
 
     def values(self, name: str, first: int, count: int) -> Values:
-        """Of all that was written of a tensor, in the order of its chunks, the values first … first + count."""
+        """The values first … first + count of all that was written for a tensor, in the order of its chunks."""
         entry = self._tensors[name]
         dtype = DTYPE[entry["dtype"]]
         with (self._folder / entry["file"]).open("rb") as handle:
@@ -100,11 +99,11 @@ class FittedValues:
 
 
 def open_fitted(folder: Path, heading: str, own: Collection[str], processes: Processes) -> FittedValues | None:
-    """What earlier processes finished under the same heading, if it is whole. own: what this process looks at of it.
+    """What earlier processes finished under the same heading, if intact. own: the tensors that this process checks.
 
-    Every process calls it, and gets the same answer.
+    Every process calls this and gets the same answer.
     """
     index = processes.gather(read_record(folder / INDEX) if processes.first else None)[0]
-    found = None if index is None else FittedValues(folder, index)
-    whole = found is not None and found.heading == heading and found.intact(own)
-    return found if all(processes.gather(whole)) else None
+    fitted = None if index is None else FittedValues(folder, index)
+    whole = fitted is not None and fitted.heading == heading and fitted.intact(own)
+    return fitted if all(processes.gather(whole)) else None

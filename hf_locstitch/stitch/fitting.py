@@ -1,4 +1,4 @@
-"""Values that are fitted to inputs, under masks or of whole models: what every such way has in common."""
+"""Fitting values to inputs, under masks or in whole models: what all such methods have in common."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Fittable(Protocol):
-    """What fitting is told of before it begins, as plans have it: of headers and configs alone."""
+    """What fitting knows before the work starts, from the plan: headers and configs only."""
 
     @property
     def base(self) -> Checkpoint: ...
@@ -52,12 +52,12 @@ class Fittable(Protocol):
 
 @dataclass(frozen=True)
 class FitJob:
-    """All that fitting needs. Every process makes the same calls.
+    """All that is needed to fit values. Every process makes the same calls.
 
-    view: the plain stitch, of whole masks. readers: of the inputs by name, mapped. order: of the finetunes, in which
-    they are added up. tensors: those that are merged. data: inputs of each finetune. own: the tensors whose values this
-    process writes, and will read. folder: for temporary files, common to all processes; what earlier ones finished
-    there is taken up.
+    view: the plain stitch, with complete masks. readers: of the inputs by name, mapped. order: of the finetunes in
+    sums. tensors: those that are merged. data: inputs of each finetune. own: the tensors whose values this process
+    writes and will read. folder: for temporary files, shared by all processes; what earlier ones finished there is
+    reused.
     """
 
     view: StitchView
@@ -75,9 +75,9 @@ class FitJob:
 class OnInputs(BaseModel, ABC):
     """data: unlabelled inputs of each finetune, by name or in order; the recipe's `data` unless given.
 
-    inputs: how many of each; each is cut to `tokens`. batch: inputs that pass through the models together; results do
-    not depend on it but for rounding. device: "auto" takes the accelerator if there is one.
-    states_on: where the hidden states of a batch lie while others pass: "cpu" is this machine's memory, "disk" files.
+    inputs: how many per finetune; each is cut to `tokens`. batch: inputs that pass through the models together; results
+    depend on it only through rounding. device: "auto" takes the accelerator if there is one.
+    states_on: where the hidden states of a batch are kept while others run: "cpu" is main memory, "disk" is files.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,32 +92,32 @@ class OnInputs(BaseModel, ABC):
 
     @property
     def labelled(self) -> bool:
-        """Whether the inputs' labels are looked at."""
+        """Whether the inputs' labels are used."""
         return False
 
     def as_record(self) -> dict[str, Any]:
-        """The settings as the manifest has them, without the data."""
+        """The settings as in the manifest, without the data."""
         fields = self.model_dump(mode="json", exclude={"data"})
         return {"method": fields.pop("name"), **fields} if "name" in fields else fields
 
     def warnings(self) -> list[str]:
-        """What a person should know before the work starts."""
+        """What people should know before the work starts."""
         return []
 
     def check(self, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
-        """Before the work starts. Raises RequestError if the inputs do not serve."""
+        """Check before the work starts. Raises RequestError if the inputs are unsuitable."""
 
     @abstractmethod
     def describe(self) -> str:
-        """For a person: the settings, in one line."""
+        """For people: the settings, in one line."""
 
     @abstractmethod
     def cost(self, fittable: Fittable) -> FitCost | None:
-        """What it will take; None where there is nothing to fit."""
+        """What it will cost; None where there is nothing to fit."""
 
     @abstractmethod
     def fit(self, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
-        """The fitted values, None where the plain stitch is best, and what to record. Raises RequestError."""
+        """The fitted values (None where the plain stitch is best), and what to record. Raises RequestError."""
 
     @abstractmethod
     def card(self, record: Mapping[str, Any], inputs: str) -> str:
@@ -125,7 +125,7 @@ class OnInputs(BaseModel, ABC):
 
 
 class Stitcher(OnInputs):
-    """A way to find the values under masks other than the mean. `stitch: {method: its name}` in a recipe."""
+    """A way to determine the values under masks other than the mean: `stitch: {method: NAME}` in a recipe."""
 
     if TYPE_CHECKING:  # a field of each stitcher, a Literal
         method: Any = None

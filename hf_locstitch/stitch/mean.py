@@ -18,12 +18,12 @@ from hf_locstitch.runtime import kernels
 from hf_locstitch.runtime.dtypes import Values
 from hf_locstitch.runtime.kernels import Positions, bits
 
-Found = tuple[Positions, Positions]  # of ascending positions, those that are wanted, and as the how manieth
+Found = tuple[Positions, Positions]  # of ascending positions: the wanted ones, and the index of each among the wanted
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How masks cover n coordinates. times: how many cover each [n]. shared: positions that more than one covers.
+    """How masks cover n coordinates. times: how many masks cover each [n]. shared: positions covered by several.
 
     found: of each mask, where among its positions the shared ones are, and the index of each among the shared.
     """
@@ -44,7 +44,7 @@ def stitch(
     """Put the kept values of each finetune into a copy of the base; returns [n] in `dtype`, the base's by default.
 
     base: [n], floating point; covered: by the masks. Uncovered: the base's value. Covered once: that finetune's
-    value. Covered more often: their mean in float64, cast once. With scale ≠ 1: base + scale·(mean − base) in
+    value. Covered more than once: their mean in float64, cast once. With scale ≠ 1: base + scale·(mean − base) in
     float32, cast once.
     """
     merged = base.astype(dtype or base.dtype)
@@ -71,7 +71,7 @@ def coverage(n: int, kept: Sequence[MaskedValues]) -> Coverage:
 
 
 def _find(kept: Sequence[MaskedValues], times: kernels.Counts, least: int) -> tuple[Positions, list[Found]]:
-    """Where more than so many masks cover a coordinate; ascending. And where among each mask's positions these are."""
+    """Positions that more than `least` masks cover, ascending, and where they are among each mask's positions."""
     wanted = np.empty(len(times) + 1, np.int32)
     wanted = wanted[: kernels.more_than(times, least, wanted)]
 
@@ -83,17 +83,17 @@ def _find(kept: Sequence[MaskedValues], times: kernels.Counts, least: int) -> tu
     return wanted, [find(one.positions) for one in kept]
 
 
-def _mean(kept: Sequence[MaskedValues], found: Sequence[Found], times: kernels.Counts) -> npt.NDArray[np.float64]:
-    """Mean of the finetuned values at positions [m] where so many masks cover them. Returns [m]."""
-    # −0 is the sum's neutral element, +0 is not: the mean of −0 and −0 is −0.
+def _mean(kept: Sequence[MaskedValues], shared: Sequence[Found], times: kernels.Counts) -> npt.NDArray[np.float64]:
+    """Mean of the finetuned values at positions [m], each covered by `times` masks. Returns [m]."""
+    # −0 is the neutral element of addition, +0 is not: the mean of −0 and −0 is −0.
     total = np.full(len(times), -0.0)
-    for one, (taken, slots) in zip(kept, found, strict=True):
+    for one, (taken, slots) in zip(kept, shared, strict=True):
         total[slots] += one.values[taken].astype(np.float64)
     return total / times
 
 
 def overlaps(covered: Coverage, kept: Sequence[MaskedValues]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Counts of coordinates: by how many masks cover them, and by both of a pair.
+    """Counts of coordinates: by the number of masks that cover them, and in both masks of a pair.
 
     Returns int64 [models + 1] and [models, models]; the diagonal holds each mask's ones.
     """

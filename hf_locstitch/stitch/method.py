@@ -1,7 +1,7 @@
 """What a method is: how the values of a merge follow from those of the base and the finetuned models.
 
-A method is pure arithmetic on one chunk; reading, localizing, writing, resuming and publishing are the engine's. One of
-your own is one class in one file: see docs/extending.md.
+A method is pure arithmetic on one chunk; the engine does the reading, localizing, writing, resuming and publishing.
+To add your own, write one class in one file: see docs/extending.md.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """Where a chunk lies: its tensor's name on disk, and the flat index of its first element there."""
+    """Where a chunk lies: the tensor's name on disk, and the flat index of its first element."""
 
     tensor: str
     first: int
 
 
 class Method(BaseModel, ABC):
-    """Its fields are what a recipe may say of it: `method: {name: dare, seed: 1}`, or `method: average`.
+    """Its fields are its settings in a recipe: `method: {name: dare, seed: 1}`, or `method: average`.
 
-    title, paper, citation: its name for people, the paper's address, BibTeX. masked: whether it localizes each finetune
-    first. needs_data: whether it looks at unlabelled inputs. blocks_only: whether it ranges over the transformer blocks
-    unless told otherwise, else over all tensors.
+    title, paper, citation: its name for people, the paper's URL, BibTeX. masked: whether it localizes each finetune
+    first. needs_data: whether it uses unlabelled inputs. blocks_only: whether its default is to merge only the
+    transformer blocks, not all tensors.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,17 +48,18 @@ class Method(BaseModel, ABC):
         name: Any = None
 
     def dump(self) -> str | dict[str, Any]:
-        """What asks for the same in a recipe, without data: its name, and its settings if it has any."""
+        """Its entry in a recipe, without data: its name, and its settings if it has any."""
         own = self.model_dump(mode="json", exclude={"name", "data"})
         return {"name": self.name, **own} if own else self.name
 
     def describe(self) -> str:
-        """For a person: the title, and the settings it has of its own."""
+        """For people: the title and the method's own settings."""
         own = self.model_dump(mode="json", exclude={"name", "data"})
         return self.title + (f" ({', '.join(f'{key} {value}' for key, value in own.items())})" if own else "")
 
     def introduce(self, models: int, fitted: bool) -> str:
-        """The first paragraph of a card, Markdown. models: how many are merged. fitted: whether values were fitted."""
+        """The first paragraph of a model card, Markdown. models: how many are merged. fitted: whether values were
+        fitted."""
         plural = "model" if models == 1 else "models"
         return f"A merge of {models} finetuned {plural} by [{self.title}]({self.paper}), made with hf-locstitch."
 
@@ -70,7 +71,7 @@ class DenseMethod(Method):
     def combine(
         self, base: Values, finetuned: Sequence[Values], *, place: Place, scale: float, dtype: np.dtype[Any]
     ) -> Values:
-        """base, finetuned: [n] of any floating dtype, in an order that does not depend on how they were given. scale:
+        """base, finetuned: [n] of any floating dtype, in an order that does not depend on the order given. scale:
         the recipe's, a factor on the task vectors. Returns [n] in dtype."""
 
 
@@ -91,4 +92,4 @@ class MaskedMethod(Method):
         scale: float,
         dtype: np.dtype[Any],
     ) -> Values:
-        """base: [n]; kept: what each mask keeps of it; covered: by the masks. Returns [n] in dtype."""
+        """base: [n]; kept: what each mask keeps; covered: how the masks cover it. Returns [n] in dtype."""

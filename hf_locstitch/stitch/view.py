@@ -1,6 +1,6 @@
-"""What a stitch looks at, chunk by chunk: the base, the masks, the method, the order of the finetunes, the dtypes.
+"""Merged values, chunk by chunk, from the base, the masks, the method, the order of the finetunes and the dtypes.
 
-Whoever needs merged values reads them here: the engine as it writes shards, a refit as it starts from them.
+The engine reads them to write shards; a refit starts from them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StitchView:
-    """base, unmasked: readers; unmasked is that of the tensors that are not merged. finetuned, masks: in the order of
-    adding up; a masked method needs no readers of the finetuned models, a dense one no masks. dtypes: of the output,
-    by tensor. tensors: those that are merged. chunk: elements. fitted: values in place of those of the method.
+    """base, unmasked: readers; unmasked provides the tensors that are not merged. finetuned, masks: in summation order;
+    a masked method needs no readers of the finetuned models, a dense one no masks. dtypes: of the output, by tensor.
+    tensors: those that are merged. chunk: elements. fitted: values that replace those of the method.
     """
 
     method: Method
@@ -48,7 +48,7 @@ class StitchView:
 
     @cached_property
     def chunks(self) -> Mapping[str, Sequence[Chunk]]:
-        """Of each tensor that is merged, in order."""
+        """The chunks of each merged tensor, in order."""
         pieces = chunks_of([info.numel for info in self.tensors], self.chunk)
         return chunks_by_name([info.name for info in self.tensors], pieces)
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class Dare(DenseMethod):
-    """density: share of each task vector's entries that is kept (1 − the paper's drop rate). seed: of the draw."""
+    """density: share of each task vector's entries that is kept (1 − the paper's drop rate). seed: of the random
+    choice."""
 
     name: Literal["dare"] = "dare"
     title: ClassVar[str] = "DARE"
@@ -38,8 +39,8 @@ class Dare(DenseMethod):
         return (start + scale / self.density * total).astype(dtype)
 
     def kept(self, place: Place, model: int, count: int) -> npt.NDArray[np.bool_]:
-        """Which entries from a place on are kept [count]: of an element alike, however a tensor is cut into chunks."""
-        import numpy as np  # not needed to plan
+        """Which entries from `place` on are kept [count]; independent of how a tensor is cut into chunks."""
+        import numpy as np  # not needed for planning
 
         bits = np.random.PCG64([self.seed, model, crc32(place.tensor.encode())])
         return np.random.Generator(bits.advance(place.first)).random(count) < self.density

@@ -40,19 +40,19 @@ class LocStitch(MaskedMethod):
         scale: float,
         dtype: np.dtype[Any],
     ) -> Values:
-        from hf_locstitch.stitch.mean import stitch  # needs what is slow to import, which a plan does not
+        from hf_locstitch.stitch.mean import stitch  # slow to import, not needed for planning
 
         return stitch(base, kept, covered, scale=scale, dtype=dtype)
 
     def introduce(self, models: int, fitted: bool) -> str:
         plural = "model" if models == 1 else "models"
         values = (
-            "change in the base, and the values there are fitted to what the finetuned models compute."
+            "are changed in the base, to values fitted to what the finetuned models compute."
             if fitted
-            else "are put into the base, and where masks overlap the finetuned values are averaged."
+            else "are stitched into the base, and where masks overlap, the finetuned values are averaged."
         )
         return (
-            f"A merge of {models} finetuned {plural} by\n[{self.title}]({self.paper}): a binary mask finds the few "
+            f"A merge of {models} finetuned {plural} by\n[{self.title}]({self.paper}): a binary mask selects the few "
             f"weights that carry each\nfinetune's skill; only those {values}"
         )
 

@@ -1,5 +1,5 @@
-"""RegMean: linears by regression to what each finetuned model's own gives, all else the plain mean. Source: Jin et al.,
-Dataless Knowledge Fusion by Merging Weights of Language Models, ICLR 2023, arXiv 2212.09849."""
+"""RegMean: linear layers by regression on the outputs of each finetuned model's own, all else the plain mean. Source:
+Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models, ICLR 2023, arXiv 2212.09849."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class RegMean(OnInputs, DenseMethod):
-    """alpha: factor on what lies off the diagonals of the Gram matrices. It is 0.1 in the authors' configurations for
+    """alpha: factor on the off-diagonal elements of the Gram matrices. It is 0.1 in the authors' configurations for
     emotions and 1 in those for GLUE (github.com/bloomberg/dataless-model-merging, src/configs/exps).
     """
 
@@ -35,11 +35,11 @@ class RegMean(OnInputs, DenseMethod):
     def combine(
         self, base: Values, finetuned: Sequence[Values], *, place: Place, scale: float, dtype: np.dtype[Any]
     ) -> Values:
-        """Of what is not fitted: the mean."""
+        """The mean, for tensors that are not fitted."""
         return mean_of(base, finetuned, scale, dtype)
 
     def describe(self) -> str:
-        return f"RegMean on {self.inputs} inputs each of at most {self.tokens} tokens, alpha {self.alpha:g}"
+        return f"RegMean on {self.inputs} inputs per finetune of at most {self.tokens} tokens, alpha {self.alpha:g}"
 
     def cost(self, fittable: Fittable) -> FitCost | None:
         from hf_locstitch.stitch.refit.cost import regmean_cost  # imports torch
@@ -56,9 +56,9 @@ class RegMean(OnInputs, DenseMethod):
         tensors = "1 tensor" if count == 1 else f"{count} tensors"
         return f"""## Fitted values
 
-In {tensors}, the matrices that inputs are multiplied with, values were fitted so that each gives on
-unlabelled inputs of every finetune what that finetuned model's own gives (Gram matrices of its own activations, alpha
-{record["alpha"]}). All other tensors are the plain mean of the finetuned models'.
+In {tensors} (the weight matrices of linear layers), values were fitted so that on unlabelled inputs of every
+finetune, each layer's outputs match those of that finetuned model (using Gram matrices of its own activations, alpha
+{record["alpha"]}). All other tensors are the plain mean of the finetuned tensors.
 
 {inputs}"""
 

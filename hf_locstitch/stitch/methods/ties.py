@@ -34,7 +34,7 @@ class Ties(MaskedMethod):
         dtype: np.dtype[Any],
     ) -> Values:
         """base + scale · mean of the trimmed task vectors whose sign is that of their sum, in float64."""
-        import numpy as np  # not needed to plan
+        import numpy as np  # not needed for planning
 
         where = np.flatnonzero(covered.times)
         start = base[where].astype("f8")
@@ -51,7 +51,7 @@ class Ties(MaskedMethod):
 
 
 def _trimmed(where: npt.NDArray[np.int64], kept: MaskedValues, base: Values) -> npt.NDArray[np.float64]:
-    """The task vector at the places `where` [m] some mask keeps one: 0 if this mask does not. Returns [m]."""
+    """The task vector at positions `where` [m], which some mask keeps: 0 where this mask does not. Returns [m]."""
     import numpy as np
 
     task_vector = np.zeros(len(where))

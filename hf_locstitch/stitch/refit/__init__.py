@@ -1,1 +1,1 @@
-"""Fitting values, linear by linear, to what the finetuned models compute on inputs: for refits and RegMean."""
+"""Fitting values, layer by layer, to what the finetuned models compute on inputs: for refits and RegMean."""

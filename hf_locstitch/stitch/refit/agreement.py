@@ -1,4 +1,4 @@
-"""How good a merged model's outputs are: beside a finetuned one's, or against labels. Less is better, always."""
+"""Scoring a merged model's outputs against a finetuned model's, or against labels. Lower is always better."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from hf_locstitch.tasks.task import Task
 
-SLICE = 1 << 22  # numbers of the outputs that are looked at together, in float64
+SLICE = 1 << 22  # numbers of the outputs processed at once, in float64
 
 
 def judge(by: str, merged: Tensor, finetuned: Tensor, task: Task, examples: Sequence[Any]) -> tuple[float, int]:
-    """Summed over rows, and how many rows. by: "agreement", "loss" or "accuracy". merged, finetuned: the outputs
-    [rows, numbers] of both models for these examples of the task."""
+    """The score, summed over rows, and the number of rows. by: "agreement", "loss" or "accuracy". merged, finetuned:
+    the outputs [rows, numbers] of both models for these examples of the task."""
     rows = max(1, SLICE // max(1, merged.shape[-1]))
     if by == "agreement":
         slices = zip(merged.split(rows), finetuned.split(rows), strict=True)
@@ -34,15 +34,15 @@ def _wrong(by: str, outputs: Tensor, right: Tensor) -> float:
 
 
 def disagreement(merged: Tensor, finetuned: Tensor, logits: bool) -> float:
-    """Summed over rows [rows, numbers]. logits: of classes or tokens, then half the sum of the differences of
-    probabilities, 0 … 1; else squared distance over squared length.
+    """Summed over rows [rows, numbers]. logits: whether outputs are logits of classes or tokens; then
+    total variation distance, 0 … 1; else squared distance over squared norm.
 
-    No divergence in nats: a finetuned model is all too sure on inputs like those it was finetuned on, and the logarithm
-    of what the merged model gives the other classes there says little of how it does elsewhere.
+    Not a KL divergence: a finetuned model is overconfident on inputs like those it was finetuned on, and the logarithms
+    of the merged model's probabilities for the other classes there say little about other inputs.
     """
-    one, other = merged.double(), finetuned.double()
+    left, right = merged.double(), finetuned.double()
     if logits:
-        found = (one.softmax(-1) - other.softmax(-1)).abs().sum(-1) / 2
+        distances = (left.softmax(-1) - right.softmax(-1)).abs().sum(-1) / 2
     else:
-        found = (one - other).square().sum(-1) / other.square().sum(-1).clamp(min=torch.finfo(other.dtype).tiny)
-    return found.sum().item()
+        distances = (left - right).square().sum(-1) / right.square().sum(-1).clamp(min=torch.finfo(right.dtype).tiny)
+    return distances.sum().item()

@@ -1,4 +1,4 @@
-"""What a refit will take, told from headers, configs and the recipe before any weight is read."""
+"""What a refit will cost, estimated from headers, configs and the recipe before any weight is read."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from hf_locstitch.stitch.fitting import Fittable
 from hf_locstitch.stitch.refit.settings import JUDGED, InputSettings, RefitSettings, RegMeanSettings
 
 FLOAT = 4  # bytes; all of a refit is float32
-WIDENINGS = 3  # a linear's outputs, the merged and the finetuned ones, and what is made of them, at once
-OUTPUTS = 2  # logits, and what is made of them
+WIDENINGS = 3  # a layer's outputs, merged and finetuned, and what is computed from them, at once
+OUTPUTS = 2  # logits, and what is computed from them
 DOUBLES = 6  # float64 numbers, counted as float32, of each element of the system and of its right-hand side
-MOMENTS = 4  # beside each worker's Gram matrix: a task's, the sum over tasks, the system, and what solves it
+MOMENTS = 4  # besides each worker's Gram matrix: one task's, the sum over tasks, the system, and the solver's
 
 
-def refit_cost(how: RefitSettings, plan: Fittable) -> FitCost | None:
+def refit_cost(config: RefitSettings, plan: Fittable) -> FitCost | None:
     """None where nothing is refitted."""
     matrices = [info.shape for info in plan.mask_tensors if len(info.shape) == 2]
     if not matrices:
         return None
     tasks = len(plan.finetuned)
-    inputs = tasks * how.inputs
-    tokens = sum(how.inputs * _length(plan, how, name) for name in plan.finetuned)
+    inputs = tasks * config.inputs
+    tokens = sum(config.inputs * _length(plan, config, name) for name in plan.finetuned)
     widest, largest = max(max(shape) for shape in matrices), max(math.prod(shape) for shape in matrices)
     stacked = _stacked(plan)
     elements = sum(math.prod(shape) for shape in matrices)
-    solve = sum(math.prod(shape) * min(shape) * how.steps for shape in matrices)
-    lambdas = sum(not math.isinf(value) for value in how.lambdas)
+    solve = sum(math.prod(shape) * min(shape) * config.steps for shape in matrices)
+    lambdas = sum(not math.isinf(value) for value in config.lambdas)
     forward = 2 * elements * tokens
     grams = 2 * tokens * sum(shape[1] * sum(shape) for shape in matrices)
     share = min(1.0, tasks * plan.k / plan.n) if plan.n else 0.0
     item = max(ITEM_BYTES[info.dtype] for info in plan.mask_tensors)
     values = math.ceil(2 * item * share * plan.n)
-    batches = sum(math.ceil(count / how.batch) for count in how.counts(how.inputs)) * tasks
-    states, aside = _states(plan, how, batches, widest, models=2)
+    batches = sum(math.ceil(count / config.batch) for count in config.counts(config.inputs)) * tasks
+    states, aside = _states(plan, config, batches, widest, models=2)
     return FitCost(
         weights=FLOAT * ((3 + tasks) * stacked if stacked else 6 * largest),
         moments=FLOAT * (MOMENTS + plan.settings.workers) * (widest**2 + largest),
         states=states,
         aside=aside,
-        outputs=2 * _outputs(plan, how),
+        outputs=2 * _outputs(plan, config),
         values=values,
-        states_on=how.states_on,
+        states_on=config.states_on,
         inputs=inputs,
         tokens=tokens,
         flops=float(lambdas * (3 * forward + grams + 2 * solve) + 2 * forward),
@@ -55,68 +55,68 @@ def refit_cost(how: RefitSettings, plan: Fittable) -> FitCost | None:
     )
 
 
-def _states(plan: Fittable, how: InputSettings, batches: int, widest: int, models: int) -> tuple[int, int]:
+def _states(plan: Fittable, config: InputSettings, batches: int, widest: int, models: int) -> tuple[int, int]:
     """Bytes of hidden states in each process, on the device and elsewhere. batches: of all finetunes. widest: of the
-    linears. models: that an input passes through."""
+    linear layers. models: how many an input passes through."""
     hidden = find_size(plan.base.config, *WIDTH) or widest
     token = FLOAT * models * (3 * hidden + WIDENINGS * widest)
-    lengths = [_length(plan, how, name) for name in plan.finetuned]
-    own = min(1.0, (math.ceil(batches / launched()) + (launched() > 1)) / batches)  # cut at whole batches
-    whole = math.ceil(own * sum(how.inputs * length for length in lengths) * token)
-    if how.states_on == "device" or (how.states_on == "cpu" and not _on_cuda(how)):
+    lengths = [_length(plan, config, name) for name in plan.finetuned]
+    own = min(1.0, (math.ceil(batches / launched()) + (launched() > 1)) / batches)  # batches are not split
+    whole = math.ceil(own * sum(config.inputs * length for length in lengths) * token)
+    if config.states_on == "device" or (config.states_on == "cpu" and not _on_cuda(config)):
         return whole, 0
-    return min(whole, plan.settings.workers * how.batch * max(lengths) * token), whole
+    return min(whole, plan.settings.workers * config.batch * max(lengths) * token), whole
 
 
-def _on_cuda(how: InputSettings) -> bool:
+def _on_cuda(config: InputSettings) -> bool:
     from hf_locstitch.tasks.loading import find_device  # imports torch
 
-    return find_device(how.device).type == "cuda"
+    return find_device(config.device).type == "cuda"
 
 
-def regmean_cost(how: RegMeanSettings, plan: Fittable) -> FitCost | None:
-    """Only the finetuned models pass through, once, but for a batch that is followed before."""
+def regmean_cost(config: RegMeanSettings, plan: Fittable) -> FitCost | None:
+    """Inputs pass only through the finetuned models, once, except a batch used for tracing."""
     shapes = {info.name: info.shape for info in plan.mask_tensors if len(info.shape) == 2}
     if not shapes:
         return None
-    # Inputs of a linear; an embedding has as many rows as there are words, and those are no inputs.
+    # Input widths of linear layers; the rows of an embedding are words, not inputs.
     widths = {name: max(shape) if BLOCKS.search(name) else min(shape) for name, shape in shapes.items()}
     tasks, widest = len(plan.finetuned), max(widths.values())
-    tokens = sum(how.inputs * _length(plan, how, name) for name in plan.finetuned)
+    tokens = sum(config.inputs * _length(plan, config, name) for name in plan.finetuned)
     largest, elements = (each(map(math.prod, shapes.values())) for each in (max, sum))
     products = sum(math.prod(shape) + widths[name] ** 2 for name, shape in shapes.items())
-    batches = tasks * math.ceil(how.inputs / how.batch)
-    states, aside = _states(plan, how, batches, widest, models=1)
+    batches = tasks * math.ceil(config.inputs / config.batch)
+    states, aside = _states(plan, config, batches, widest, models=1)
     return FitCost(
         weights=FLOAT * 6 * largest,
         moments=FLOAT * ((tasks + MOMENTS + plan.settings.workers) * widest**2 + DOUBLES * (widest**2 + largest)),
         states=states,
         aside=aside,
-        outputs=_outputs(plan, how),
+        outputs=_outputs(plan, config),
         values=FLOAT * elements,
-        states_on=how.states_on,
-        inputs=tasks * how.inputs,
+        states_on=config.states_on,
+        inputs=tasks * config.inputs,
         tokens=tokens,
         flops=float(2 * tokens * products + sum(width**3 for width in widths.values())),
         processes=launched(),
     )
 
 
-def _length(plan: Fittable, how: InputSettings, name: str) -> int:
-    """Tokens of one input of a finetune, at most; of an image, its patches."""
+def _length(plan: Fittable, config: InputSettings, name: str) -> int:
+    """Maximum tokens of one input of a finetune; for an image, its patches."""
     objective = plan.fit_data[name].asked.objective
     if patches := find_patches(plan.finetuned[name].config):
         return patches
-    return min(how.tokens, int(getattr(objective, "max_length", how.tokens)))
+    return min(config.tokens, int(getattr(objective, "max_length", config.tokens)))
 
 
-def _outputs(plan: Fittable, how: InputSettings) -> int:
-    """Bytes of what a language model gives for the batches that end at once: tokens times words. Others give little."""
-    config = plan.base.config
-    if not any("LM" in name for name in architectures(config)):
+def _outputs(plan: Fittable, config: InputSettings) -> int:
+    """Bytes of a language model's outputs for batches that finish together. Other models have small outputs."""
+    model_config = plan.base.config
+    if not any("LM" in name for name in architectures(model_config)):
         return 0
-    one = max(_length(plan, how, name) for name in plan.finetuned) * find_size(config, "vocab_size")
-    return FLOAT * OUTPUTS * plan.settings.workers * min(how.batch * one, max(one, JUDGED))
+    largest = max(_length(plan, config, name) for name in plan.finetuned) * find_size(model_config, "vocab_size")
+    return FLOAT * OUTPUTS * plan.settings.workers * min(config.batch * largest, max(largest, JUDGED))
 
 
 def _stacked(plan: Fittable) -> int:

@@ -1,4 +1,4 @@
-"""The experts of a layer, stacked in one parameter: each is fitted by itself before any pass goes through them."""
+"""The experts of a layer, stacked in one parameter: each is fitted separately before any pass runs through them."""
 
 from __future__ import annotations
 
@@ -15,60 +15,60 @@ from hf_locstitch.stitch.refit.states import MakeStates
 
 
 class StackedExperts:
-    """at_linear: fits one linear and returns how to go on, as `lead` wants it."""
+    """at_linear: fits one linear layer and returns how to continue, as `lockstep` expects."""
 
     def __init__(
         self,
-        subjects: Sequence[TaskModels],
+        models: Sequence[TaskModels],
         at_linear: Callable[[Sequence[Pair], LockstepStop], Callable[[], object]],
         workers: int,
         processes: Processes,
         states: MakeStates,
     ) -> None:
-        self._subjects, self._at_linear = subjects, at_linear
+        self._models, self._at_linear = models, at_linear
         self._workers, self._processes, self._states = workers, processes, states
 
     def fit(self, pairs: Sequence[Pair], task: int, experts: Experts) -> None:
-        """pairs: of this process, which wait before the experts. experts: in the parts of the task's model.
+        """pairs: of this process, waiting before the experts. experts: as parts of the task's model.
 
-        Every process goes through all experts, also through those that none of its tokens goes to.
+        Every process goes through all experts, including those that none of its tokens is routed to.
         """
 
-        def visit(passes: Sequence[Pair], meeting: LockstepStop) -> Callable[[], object]:
-            assert isinstance(meeting.place, Linear)  # of any task: only this one's copies are in all processes
-            return self._at_linear(passes, LockstepStop(task, _among(experts, meeting.place)))
+        def visit(passes: Sequence[Pair], stop: LockstepStop) -> Callable[[], object]:
+            assert isinstance(stop.place, Linear)  # of any task: only this task's copies are in all processes
+            return self._at_linear(passes, LockstepStop(task, _among(experts, stop.place)))
 
         for passes in self._processes.together(lambda: self._begin(pairs, task, experts)):
             lockstep(passes, visit, self._workers, self._processes)
 
     def release(self, task: int) -> dict[str, Tensor]:
-        """Let go of the copies. Returns the task's, which hold what was fitted, by parameter."""
-        changed = dict(self._subjects[task].merged.changed)
-        for subject in self._subjects:
-            subject.merged.changed.clear()
+        """Drop the copies. Returns the task's, with the fitted values, by parameter."""
+        changed = dict(self._models[task].merged.changed)
+        for task_models in self._models:
+            task_models.merged.changed.clear()
         return changed
 
     def _begin(self, pairs: Sequence[Pair], task: int, experts: Experts) -> list[list[Pair]]:
-        """Of each expert, passes through it alone, which have not started."""
+        """For each expert, passes through this expert only, not started."""
         self._hold_stacks(pairs, task, experts)
-        found: list[list[Pair]] = [[] for _ in range(experts.stacks[0].shape[0])]
+        by_expert: list[list[Pair]] = [[] for _ in range(experts.stacks[0].shape[0])]
         for pair in pairs:
-            for expert, rows in enumerate(_routed(pair, len(found)) if pair.fitted else ()):
+            for expert, rows in enumerate(_routed(pair, len(by_expert)) if pair.fitted else ()):
                 if len(rows):
                     merged, finetuned = (self._alone(one, expert, rows) for one in pair.passes)
-                    found[expert].append(Pair(pair.task, True, merged, finetuned))
-        return found
+                    by_expert[expert].append(Pair(pair.task, True, merged, finetuned))
+        return by_expert
 
     def _hold_stacks(self, pairs: Sequence[Pair], task: int, experts: Experts) -> None:
-        """One copy of the merged experts, which all tasks' models see."""
+        """Make one copy of the merged experts, shared by all tasks' models."""
         stacks = {pair.task: _stop(pair.merged).stacks for pair in pairs} | {task: experts.stacks}
         for number, stack in enumerate(experts.stacks):
-            values = self._subjects[task].merged.load(stack).clone()
+            values = self._models[task].merged.load(stack).clone()
             for other, own in stacks.items():
-                self._subjects[other].merged.changed[own[number].parameter] = values
+                self._models[other].merged.changed[own[number].parameter] = values
 
     def _alone(self, one: Pass, expert: int, rows: Tensor) -> Pass:
-        """From the tokens that a pass which waits before the experts has in these rows."""
+        """A pass through one expert, of the tokens in these rows of a pass that waits before the experts."""
 
         def work() -> Tensor:
             stop = _stop(one)
@@ -80,7 +80,7 @@ class StackedExperts:
 
 
 def _routed(pair: Pair, experts: int) -> list[Tensor]:
-    """The rows of a pair's tokens, but for padding, that the merged model sends to each of so many experts."""
+    """For each expert, the rows of a pair's tokens (without padding) that the merged model routes to it."""
     stop = _stop(pair.merged)
     with pair.merged.at_hand():
         rows = pair.merged.rows(stop.hidden)
@@ -89,7 +89,7 @@ def _routed(pair: Pair, experts: int) -> list[Tensor]:
 
 
 def _among(experts: Experts, linear: Linear) -> Linear:
-    """The same matrix as a part of these stacks."""
+    """The same matrix, as a part of these stacks."""
     (stack,) = (stack for stack in experts.stacks if stack.key == linear.key[:-1])
     return replace(linear, weight=stack.at(linear.key[-1]))
 

@@ -1,8 +1,8 @@
-"""One refit at one lambda: all inputs go through all models side by side, and each linear is fitted as it is met.
+"""One refit at one lambda: all inputs go through all models side by side, and each linear layer is fitted when reached.
 
-What enters a linear comes from the merged model, all that lies before it refitted already; what should leave it is
-what leaves the same linear of the finetuned model on its own activations. Where the model adds that to something at
-once (the residual stream), the sums are to agree: such a linear makes up for what those before it left undone.
+The inputs of a layer come from the merged model, in which all layers before it are already refitted; its target is the
+output of the same layer in the finetuned model on its own activations. Where the model adds the output directly to
+another tensor (the residual stream), the sums should agree: such a layer compensates errors of the layers before it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from hf_locstitch.tasks.parameter_names import Group
 
 NAME_ON_DISK = {getattr(torch, name): short for name, short in ON_DISK.items()} | {torch.float64: "F64"}
 Advance = Callable[[int], object]
-Score = tuple[int, int, float, int]  # a task, one of its batches, how far its outputs are apart, and its rows
+Score = tuple[int, int, float, int]  # task, batch, score summed over rows, number of rows
 
 
 @dataclass
 class Seen:
-    """What following the models once tells. calls: how often each linear is called in a pass, in order.
+    """What tracing the models once shows. calls: how often each linear layer is called in a pass, in order.
 
-    added, used: those whose product is added to another tensor, or used in any other way.
+    added, used: layers whose output is added to another tensor, or used in any other way.
     """
 
     calls: Counter[Key] = field(default_factory=Counter)
@@ -56,38 +56,38 @@ class Seen:
 
     @property
     def sums(self) -> frozenset[Key]:
-        """Those that can be fitted when their product is added, so that they make up for what it is added to."""
+        """Layers that can be fitted when their output is added, so that they compensate for what it is added to."""
         return frozenset(self.added - self.used)
 
     @property
     def twice(self) -> set[Key]:
-        """Those that fitting at their first call would spoil at their second."""
+        """Layers called more than once: fitting them at the first call would spoil the second."""
         return {key for key, calls in self.calls.items() if calls > 1}
 
 
-def stops_of(subject: TaskModels, plain: PlainStitch) -> frozenset[str]:
-    """Parameters whose products a refit waits at: matrices, and experts' stacks of them, that are wholly localized."""
+def stops_of(task_models: TaskModels, plain: PlainStitch) -> frozenset[str]:
+    """Parameters at whose use a refit stops: matrices, and experts' stacks of them, that are completely localized."""
     return frozenset(
         name
-        for name, part in subject.parts.items()
-        if (part.dim == 2 or name in subject.stacks)
-        and (group := subject.merged.groups.get(name)) is not None
+        for name, part in task_models.parts.items()
+        if (part.dim == 2 or name in task_models.stacks)
+        and (group := task_models.merged.groups.get(name)) is not None
         and all(plain.is_localized(tensor) for tensor in group.disk)
     )
 
 
 class Fit:
-    """lambda_: λ; infinite leaves every value as it is. seen: of an earlier Fit, None in the first.
+    """lambda_: λ; infinite leaves every value unchanged. seen: from an earlier Fit, None in the first.
 
-    writer: of the values; None where nothing changes. Every process has its share of the inputs and of each linear's
+    writer: of the values; None where nothing changes. Every process has its share of the inputs and of each layer's
     output rows, and all have the same values, bit for bit.
     """
 
     def __init__(
         self,
-        how: RefitSettings,
+        config: RefitSettings,
         lambda_: float,
-        subjects: Sequence[TaskModels],
+        models: Sequence[TaskModels],
         plain: PlainStitch,
         writer: FittedWriter | None,
         seen: Seen | None,
@@ -97,80 +97,82 @@ class Fit:
         states: MakeStates,
         advance: Advance = lambda _: None,
     ) -> None:
-        self.how, self.lambda_, self.subjects, self.plain = how, lambda_, subjects, plain
+        self.config, self.lambda_, self.models, self.plain = config, lambda_, models, plain
         self.seen, self.calls = seen, Seen()
         self._writer, self._device, self._workers, self._advance = writer, device, workers, advance
         self._processes, self._states = processes, states
-        self._stops = [stops_of(subject, plain) for subject in subjects]
-        self._pending = ParamGroups(subjects[0].model, writer.writes if writer else lambda _: False)
-        self.least_squares = LeastSquares(how, lambda_, subjects, workers, processes)
+        self._stops = [stops_of(task_models, plain) for task_models in models]
+        self._pending = ParamGroups(models[0].model, writer.writes if writer else lambda _: False)
+        self.least_squares = LeastSquares(config, lambda_, models, workers, processes)
         self._stacked_masks: dict[str, Tensor] = {}
-        self._experts = StackedExperts(subjects, self._at_linear, workers, processes, states)
+        self._experts = StackedExperts(models, self._at_linear, workers, processes, states)
 
     def run(self) -> float | None:
-        """Returns how far from good the merged model is on held-out inputs, as `judge` has it, the mean over tasks, if
-        there are any. Raises RequestError.
+        """Returns the merged model's score on held-out inputs (see `judge`; lower is better), the mean over tasks; None
+        without held-out inputs. Raises RequestError.
         """
-        held_out = all(subject.fitted < len(subject.batches) for subject in self.subjects)
+        held_out = all(task_models.fitted < len(task_models.batches) for task_models in self.models)
         sums = self.seen.sums if self.seen else frozenset()
-        jobs = [(task, number) for task, subject in enumerate(self.subjects) for number in range(len(subject.batches))]
+        jobs = [
+            (task, number) for task, task_models in enumerate(self.models) for number in range(len(task_models.batches))
+        ]
         if self._writer is None and held_out:
-            jobs = [(task, number) for task, number in jobs if number >= self.subjects[task].fitted]
+            jobs = [(task, number) for task, number in jobs if number >= self.models[task].fitted]
         elif self._writer is None:
             jobs = [(task, number) for task, number in jobs if number == 0]
-        pairs = make_pairs(jobs, self.subjects, self._stops, sums, self._processes, self._states)
+        pairs = make_pairs(jobs, self.models, self._stops, sums, self._processes, self._states)
         lockstep(pairs, self._visit, self._workers, self._processes)
         _, told = self._processes.share(self._write_rest, lambda _: (_scores(pairs), *_uses(pairs)))
         for _, added, used in told:
             self.calls.added |= added
             self.calls.used |= used
-        return _mean_over_tasks([scores for scores, _, _ in told], len(self.subjects)) if held_out else None
+        return _mean_over_tasks([scores for scores, _, _ in told], len(self.models)) if held_out else None
 
     def _write_rest(self) -> None:
-        """What is still to be written: parts of tensors whose other parts never change."""
-        first = self.subjects[0]
+        """Write the remaining tensors: those of which only some parts were fitted."""
+        first = self.models[0]
         for name, values in self._pending.rest(lambda parameter: first.merged.load(first.parts[parameter])):
             self._write(name, values)
 
     def refittable(self, key: Key) -> bool:
-        """Whether a linear, or a module of experts, of the first task's model is called once a pass."""
+        """Whether a linear layer, or a module of experts, of the first task's model is called exactly once per pass."""
         return self.calls.calls[key] == 1
 
     def is_twice(self, name: str) -> bool:
-        """Whether a tensor on disk is part of a linear that is called more than once a pass."""
+        """Whether a tensor on disk belongs to a linear layer that is called more than once per pass."""
         return any(name in disk for key in (self.seen or self.calls).twice for disk in _names_in(key))
 
-    def _visit(self, pairs: Sequence[Pair], meeting: LockstepStop) -> Callable[[], None]:
-        self.calls.calls[meeting.place.key] += 1
+    def _visit(self, pairs: Sequence[Pair], stop: LockstepStop) -> Callable[[], None]:
+        self.calls.calls[stop.place.key] += 1
         self._advance(1)
-        if isinstance(meeting.place, Experts):
-            return self._at_experts(pairs, meeting, meeting.place)
-        return self._at_linear(pairs, meeting)
+        if isinstance(stop.place, Experts):
+            return self._at_experts(pairs, stop, stop.place)
+        return self._at_linear(pairs, stop)
 
     def _changes(self, key: Key) -> bool:
-        """Whether values are fitted there, the same in all processes."""
+        """Whether values are fitted there; the same answer in all processes."""
         return self._writer is not None and not math.isinf(self.lambda_) and not (
             self.seen and key in self.seen.twice
         )  # fmt: skip
 
-    # ---- one linear --------------------------------------------------------------------------------------------
+    # ---- one linear layer --------------------------------------------------------------------------------------
 
-    def _at_linear(self, pairs: Sequence[Pair], meeting: LockstepStop) -> Callable[[], None]:
-        linear = meeting.place
+    def _at_linear(self, pairs: Sequence[Pair], stop: LockstepStop) -> Callable[[], None]:
+        linear = stop.place
         assert isinstance(linear, Linear)
-        subject = self.subjects[meeting.task]
-        targets = Targets(self.subjects, pairs)
+        task_models = self.models[stop.task]
+        targets = Targets(self.models, pairs)
         problem = change = None
         if self._changes(linear.key):
-            problem, told = self._processes.share(lambda: self._problem(pairs, subject, linear), Problem.tell)
+            problem, told = self._processes.share(lambda: self._problem(pairs, task_models, linear), Problem.tell)
             change = self.least_squares.solve(pairs, problem, told, targets)
         last = self.seen is not None and linear.key == self.seen.last
 
         def go_on() -> None:
             if problem is None or change is None:
-                weight, bias = linear.load(subject.merged) if problem is None else (problem.weight, problem.bias)
+                weight, bias = linear.load(task_models.merged) if problem is None else (problem.weight, problem.bias)
             else:
-                weight, bias = self._take(subject, linear, problem, change)
+                weight, bias = self._take(task_models, linear, problem, change)
             for numbered, target in targets.to_go_on():
 
                 def one(number: int, target: Target = target) -> None:
@@ -188,102 +190,102 @@ class Fit:
 
         return go_on
 
-    def _problem(self, pairs: Sequence[Pair], subject: TaskModels, linear: Linear) -> Problem:
-        name = subject.merged.groups[linear.weight.parameter].disk[0]
-        return self.least_squares.begin(pairs, name, *linear.load(subject.merged), self._mask(subject, linear))
+    def _problem(self, pairs: Sequence[Pair], task_models: TaskModels, linear: Linear) -> Problem:
+        name = task_models.merged.groups[linear.weight.parameter].disk[0]
+        return self.least_squares.begin(pairs, name, *linear.load(task_models.merged), self._mask(task_models, linear))
 
-    def _mask(self, subject: TaskModels, linear: Linear) -> Tensor | None:
-        """Where a linear's values may change, bool [outputs, inputs], its bias in a last column; None: nowhere."""
-        mask = self._covered(subject, linear.weight)
+    def _mask(self, task_models: TaskModels, linear: Linear) -> Tensor | None:
+        """Where a layer's values may change, bool [outputs, inputs], the bias in a last column; None: nowhere."""
+        mask = self._covered(task_models, linear.weight)
         mask = mask.T if linear.transposed else mask
         if linear.bias is not None:
-            own = self._covered(subject, linear.bias)
+            own = self._covered(task_models, linear.bias)
             mask = torch.cat([mask, own.unsqueeze(1)], dim=1)
         return mask if mask.any() else None
 
-    def _covered(self, subject: TaskModels, part: Part) -> Tensor:
-        """bool [*shape]: what the masks cover of a parameter."""
-        group = subject.merged.groups.get(part.parameter)
+    def _covered(self, task_models: TaskModels, part: Part) -> Tensor:
+        """bool [*shape]: where the masks cover a parameter."""
+        group = task_models.merged.groups.get(part.parameter)
         if group is None or not all(self.plain.is_localized(name) for name in group.disk):
             return torch.zeros(part.shape, dtype=torch.bool, device=self._device)
         whole = self._stacked_masks.get(part.parameter)
         if whole is None:
-            found = from_disk(subject.model, group, self.plain.covered)
-            whole = found[part.parameter].bool().to(self._device)
+            masks = from_disk(task_models.model, group, self.plain.covered)
+            whole = masks[part.parameter].bool().to(self._device)
             if part.index is not None:
                 self._stacked_masks[part.parameter] = whole
         return whole if part.index is None else whole[part.index]
 
     def _take(
-        self, subject: TaskModels, linear: Linear, problem: Problem, change: Tensor
+        self, task_models: TaskModels, linear: Linear, problem: Problem, change: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Add the change, round as the output will be, and note what is new. Returns weight and bias."""
+        """Add the change, round to the output's dtype, and keep the new values. Returns weight and bias."""
         weight, bias = problem.weight, problem.bias
         whole = weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], dim=1)
         whole = whole + change
         width = weight.shape[1]
-        new = self._rounded(subject, linear.weight, whole[:, :width])
-        self._note(subject, linear.weight, new.T if linear.transposed else new)
+        new = self._rounded(task_models, linear.weight, whole[:, :width])
+        self._note(task_models, linear.weight, new.T if linear.transposed else new)
         if linear.bias is None:
             return new, None
-        new_bias = self._rounded(subject, linear.bias, whole[:, width])
-        if self._covered(subject, linear.bias).any():
-            self._note(subject, linear.bias, new_bias)
+        new_bias = self._rounded(task_models, linear.bias, whole[:, width])
+        if self._covered(task_models, linear.bias).any():
+            self._note(task_models, linear.bias, new_bias)
         return new, new_bias
 
-    def _rounded(self, subject: TaskModels, part: Part, values: Tensor) -> Tensor:
-        group = subject.merged.groups.get(part.parameter)
+    def _rounded(self, task_models: TaskModels, part: Part, values: Tensor) -> Tensor:
+        group = task_models.merged.groups.get(part.parameter)
         return values if group is None else values.to(self.plain.dtype(group.disk[0])).float()
 
-    def _note(self, subject: TaskModels, part: Part, values: Tensor) -> None:
-        """Keep what is to be written; experts of a stack where all see them."""
+    def _note(self, task_models: TaskModels, part: Part, values: Tensor) -> None:
+        """Keep the values to be written; for experts of a stack, in the shared copy."""
         if part.index is None:
-            self._keep(subject.merged.groups[part.parameter], part.parameter, values)
+            self._keep(task_models.merged.groups[part.parameter], part.parameter, values)
         else:
-            subject.merged.changed[part.parameter][part.index] = values
+            task_models.merged.changed[part.parameter][part.index] = values
 
     def _keep(self, group: Group, parameter: str, values: Tensor) -> None:
-        """Write what this process is to write of a group of parameters, once it is whole."""
+        """Write this process's tensors of a group of parameters, once the group is complete."""
         for name, whole in self._pending.keep(group, parameter, values).items():
             self._write(name, whole)
 
     # ---- stacked experts ---------------------------------------------------------------------------------------
 
-    def _at_experts(self, pairs: Sequence[Pair], meeting: LockstepStop, experts: Experts) -> Callable[[], None]:
-        """Each expert is fitted to the tokens that the merged model sends it, then all go on together."""
+    def _at_experts(self, pairs: Sequence[Pair], stop: LockstepStop, experts: Experts) -> Callable[[], None]:
+        """Fit each expert to the tokens that the merged model routes to it, then continue all passes together."""
         if self._changes(experts.key):
-            self._experts.fit(pairs, meeting.task, experts)
+            self._experts.fit(pairs, stop.task, experts)
 
         def go_on() -> None:
             for_each(lambda pair: [one.go_on() for one in pair.passes], pairs, self._workers)
             for pair in pairs:
                 self._score(pair)
-            merged = self.subjects[meeting.task].merged
-            for parameter, values in self._experts.release(meeting.task).items():
+            merged = self.models[stop.task].merged
+            for parameter, values in self._experts.release(stop.task).items():
                 self._keep(merged.groups[parameter], parameter, values)
             self._stacked_masks.clear()
 
         return go_on
 
-    # ---- what comes of it --------------------------------------------------------------------------------------
+    # ---- results ------------------------------------------------------------------------------------------------
 
     def _score(self, pair: Pair) -> None:
-        """Judge the outputs of a held-out pair that has ended, and forget them."""
+        """Judge the outputs of a finished held-out pair, and drop them."""
         if pair.fitted or any(pair.stops) or pair.merged.result is None:
             return
         merged, finetuned = pair.merged.result, pair.finetuned.result
         pair.merged.result = pair.finetuned.result = None
-        subject = self.subjects[pair.task]
+        task_models = self.models[pair.task]
         for values, model in ((merged, "the merged model"), (finetuned, "the finetuned model")):
             if not torch.isfinite(values).all():
                 raise RequestError(
-                    f"on the inputs of {subject.name}, the outputs of {model} hold NaN or infinity. Check that "
-                    "checkpoint and those inputs, or use --stitch mean."
+                    f"on the inputs of {task_models.name}, the outputs of {model} contain NaN or infinity. Check the "
+                    "checkpoint and the inputs, or use --stitch mean."
                 )
-        pair.score = judge(self.how.judge, merged, finetuned, subject.task, pair.examples)
+        pair.score = judge(self.config.judge, merged, finetuned, task_models.task, pair.examples)
 
     def _write(self, name: str, values: Tensor) -> None:
-        """What the masks cover of a tensor on disk."""
+        """Write the values of a tensor on disk under the masks."""
         assert self._writer is not None
         self._writer.write(name, NAME_ON_DISK[self.plain.dtype(name)], self.plain.cut(name, values.cpu()))
 
@@ -293,7 +295,7 @@ def _scores(pairs: Sequence[Pair]) -> list[Score]:
 
 
 def _mean_over_tasks(told: Sequence[Sequence[Score]], tasks: int) -> float:
-    """Of all processes' scores, added up in an order that does not depend on who has which."""
+    """From the scores of all processes, summed in an order that does not depend on the number of processes."""
     scores = sorted(score for found in told for score in found)
     means = []
     for task in range(tasks):
@@ -311,6 +313,6 @@ def _names_in(key: Key) -> Iterator[Key]:
 
 
 def _uses(pairs: Sequence[Pair]) -> tuple[set[Key], set[Key]]:
-    """Linears whose product was added, and that were used in other ways."""
+    """Linear layers whose output was added, and those whose output was used in other ways."""
     passes = [one for pair in pairs for one in pair.passes]
     return set[Key]().union(*(one.added for one in passes)), set[Key]().union(*(one.used for one in passes))

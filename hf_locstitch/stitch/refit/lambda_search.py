@@ -1,4 +1,4 @@
-"""From selected masks to refitted values: a fit at each lambda, of which the best is kept."""
+"""From masks to refitted values: one fit for each lambda, of which the best is kept."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ JOURNAL = "refit.json"
 
 @dataclass
 class Journal:
-    """What is known so far. heading: of what. scores: by lambda ("inf" is the plain stitch), as SCORES says, None where
-    nothing is held out. inputs: of each finetune, how many are fitted to and held out. kept: tensors that keep the
+    """The state of the search. heading: identifies it. scores: by lambda ("inf" is the plain stitch), see SCORES; None
+    without held-out inputs. inputs: of each finetune, how many are fitted and held out. kept: tensors that keep the
     plain stitch, with the reason. notes: for people, by lambda.
     """
 
@@ -39,13 +39,13 @@ class Journal:
 
     @property
     def best(self) -> str:
-        """The lambda with the least score, of equals the first; the only one if there is no other."""
+        """The lambda with the lowest score, the first among equals."""
         known = {name: math.inf if score is None else score for name, score in self.scores.items()}
         return min(known, key=lambda name: known[name])
 
 
-def refit(how: RefitSettings, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
-    """The refitted values, None where the plain stitch is best, and what to record. Raises RequestError."""
+def refit(config: RefitSettings, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
+    """The refitted values (None where the plain stitch is best), and what to record. Raises RequestError."""
     folder, processes = job.folder, job.processes
     processes.on_first(lambda: folder.mkdir(exist_ok=True))
     heading = json.dumps({"chunk": job.settings.chunk})
@@ -54,7 +54,7 @@ def refit(how: RefitSettings, job: FitJob) -> tuple[FittedValues | None, dict[st
 
     def fit(name: str) -> None:
         nonlocal opened
-        opened = opened or Refitting(how, job)
+        opened = opened or Refitting(config, job)
         journal.scores[name] = opened.fit(float(name), journal)
         processes.on_first(keep)
 
@@ -66,26 +66,26 @@ def refit(how: RefitSettings, job: FitJob) -> tuple[FittedValues | None, dict[st
     def found(name: str) -> FittedValues | None:
         return open_fitted(folder / name, journal.heading, job.own, processes)
 
-    for lambda_ in how.lambdas:
+    for lambda_ in config.lambdas:
         if f"{lambda_:g}" not in journal.scores:
             fit(f"{lambda_:g}")
     if journal.best != "inf" and found(journal.best) is None:
         fit(journal.best)
     values = None if journal.best == "inf" else found(journal.best)
-    return values, record(job, how, journal, values)
+    return values, record(job, config, journal, values)
 
 
 class Refitting:
     """The models of every finetune and its inputs, opened for any number of fits."""
 
-    def __init__(self, how: RefitSettings, job: FitJob) -> None:
-        self._how, self._job, self._processes = how, job, job.processes
-        self._device = job.processes.together(lambda: find_device(how.device))
+    def __init__(self, config: RefitSettings, job: FitJob) -> None:
+        self._config, self._job, self._processes = config, job, job.processes
+        self._device = job.processes.together(lambda: find_device(config.device))
         self._plain = PlainStitch(job.view)
-        models = job.folder / f"models.{job.processes.rank}"
-        self._subjects: list[TaskModels] = job.processes.together(
+        model_folder = job.folder / f"models.{job.processes.rank}"
+        self._models: list[TaskModels] = job.processes.together(
             lambda: [
-                open_task_models(how, name, self._plain, job.readers[name], data, models, self._device)
+                open_task_models(config, name, self._plain, job.readers[name], data, model_folder, self._device)
                 for name, data in job.data.items()
             ]
         )
@@ -93,28 +93,30 @@ class Refitting:
         self._untouched: float | None = None  # the plain stitch's score
 
     def fit(self, lambda_: float, journal: Journal) -> float | None:
-        """Write the values for one lambda under its name, and tell the journal. Returns its score."""
+        """Write the values for one lambda under its name, and update the journal. Returns its score."""
         if self._seen is None:
             self._follow()
-        journal.inputs = {subject.name: subject.counts for subject in self._subjects}
+        journal.inputs = {task_models.name: task_models.counts for task_models in self._models}
         if math.isinf(lambda_):
             return self._untouched
         assert self._seen is not None
         writer = FittedWriter(self._job.folder / f"{lambda_:g}", self._job.own, self._processes)
-        with self._job.progress.bar(f"refitting, λ {lambda_:g}", len(self._seen.calls), " linears") as advance:
-            one, score = self._run(lambda_, writer, self._seen, advance)
+        with self._job.progress.bar(f"refitting, λ {lambda_:g}", len(self._seen.calls), " layers") as advance:
+            fit_run, score = self._run(lambda_, writer, self._seen, advance)
         writer.finish(journal.heading)
-        journal.notes[f"{lambda_:g}"] = notes(one.least_squares.tokens, lambda_, self._how)
+        journal.notes[f"{lambda_:g}"] = notes(fit_run.least_squares.tokens, lambda_, self._config)
         journal.kept = {
-            info.name: "called more than once" if one.is_twice(info.name) else "not called as a linear by these inputs"
+            info.name: "called more than once"
+            if fit_run.is_twice(info.name)
+            else "not called as a linear by these inputs"
             for info in self._job.tensors
             if info.name not in writer.names and len(info.shape) > 1
         }
         return score
 
     def _follow(self) -> None:
-        """See what calls what, in the plain stitch and the finetuned models."""
-        with self._job.progress.bar("following", 0, " linears") as advance:
+        """Trace which linear layers are called, in the plain stitch and the finetuned models."""
+        with self._job.progress.bar("tracing", 0, " layers") as advance:
             first, self._untouched = self._run(math.inf, None, None, advance)
             self._seen = first.calls
         self._processes.together(lambda: _check_calls(first))
@@ -122,10 +124,10 @@ class Refitting:
     def _run(
         self, lambda_: float, writer: FittedWriter | None, seen: Seen | None, advance: Advance
     ) -> tuple[Fit, float | None]:
-        """A fit that has run, and its score."""
+        """Run a fit. Returns it and its score."""
         folder = self._job.folder / f"states.{self._processes.rank}"
-        with making_states(self._how.states_on, self._device, folder) as states:
-            fit = Fit(self._how, lambda_, self._subjects, self._plain, writer, seen, self._device,
+        with making_states(self._config.states_on, self._device, folder) as states:
+            fit = Fit(self._config, lambda_, self._models, self._plain, writer, seen, self._device,
                       self._job.settings.workers, self._processes, states, advance)  # fmt: skip
             return fit, fit.run()
 
@@ -133,30 +135,32 @@ class Refitting:
 def _check_calls(first: Fit) -> None:
     if not any(first.refittable(key) for key in first.calls.calls):
         raise RequestError(
-            "no localized tensor of this model is called as a linear, once a pass, by its inputs: there is nothing to "
-            "refit. Use --stitch mean, or check --include and the data's objective."
+            "with these inputs, the model uses no localized tensor as a linear layer exactly once per pass: there is "
+            "nothing to refit. Use --stitch mean, or check --include and the data's objective."
         )
 
 
-def notes(tokens: Mapping[str, tuple[int, int]], lambda_: float, how: RefitSettings) -> list[str]:
-    """What a person should know of the inputs. tokens: of each tensor, those of the task with fewest, and its width."""
+def notes(tokens: Mapping[str, tuple[int, int]], lambda_: float, config: RefitSettings) -> list[str]:
+    """Notes on the inputs, for people. tokens: for each tensor, those of the task with the fewest, and its input
+    width."""
     short = {name: found for name, found in tokens.items() if found[0] < found[1]}
     if not short:
         return []
     name, (fewest, width) = min(short.items(), key=lambda item: item[1][0] / item[1][1])
-    held = f"lambda {lambda_:g} and ridge {how.ridge:g} hold" if lambda_ else f"only ridge {how.ridge:g} holds"
+    held = f"lambda {lambda_:g} and ridge {config.ridge:g} keep" if lambda_ else f"only ridge {config.ridge:g} keeps"
     return [
-        f"{len(short)} of {len(tokens)} refitted matrices have more inputs than a task has tokens for them (the worst "
-        f"is {name}: {fewest} tokens for {width}); {held} the rest near the plain stitch. More or longer inputs help."
+        f"{len(short)} of {len(tokens)} refitted matrices have more input features than some task has tokens (the "
+        f"worst is {name}: {fewest} tokens for {width}); {held} the rest near the plain stitch. "
+        "More or longer inputs help."
     ]
 
 
-def record(job: FitJob, how: RefitSettings, journal: Journal, values: FittedValues | None) -> dict[str, Any]:
-    """What the manifest says of a refit."""
+def record(job: FitJob, config: RefitSettings, journal: Journal, values: FittedValues | None) -> dict[str, Any]:
+    """The manifest's record of a refit."""
     return {
-        **how.as_record(),
+        **config.as_record(),
         "lambda": journal.best,
-        SCORES[how.judge][0]: journal.scores,
+        SCORES[config.judge][0]: journal.scores,
         "counts": journal.inputs,
         "data": {name: found.pinned.dump() for name, found in job.data.items()},
         "refitted": [] if values is None else sorted(values.names),

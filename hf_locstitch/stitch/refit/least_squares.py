@@ -1,4 +1,4 @@
-"""The least-squares problem of one linear, put together from what all passes of all processes bring to it."""
+"""The least-squares problem of one linear layer, assembled from all passes of all processes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Target = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """What one process has of a linear that is to be fitted.
+    """One process's part of the problem for a linear layer.
 
     name: on disk. weight [outputs, inputs], bias [outputs]: the merged model's. mask: where they may change, bool
-    [outputs, inputs], the bias in a last column; None: nowhere. rows: of each fitted pair's input, those that are no
-    padding, by the pair's number. tokens: of each task. known: whether the inputs are those of the linear before.
+    [outputs, inputs], the bias in a last column; None: nowhere. rows: of each fitted pair's input, without padding,
+    by the pair's index. tokens: of each task. known: whether the inputs are the same as for the layer before.
     """
 
     name: str
@@ -41,23 +41,24 @@ class Problem:
     known: bool
 
     def tell(self) -> tuple[bool, Mapping[int, int]]:
-        """What the other processes need of it."""
+        """What the other processes need to know."""
         return self.known, self.tokens
 
 
 class Targets:
-    """What leaves a linear in the finetuned models, on their own activations.
+    """The outputs of a linear layer in the finetuned models, on their own activations.
 
-    Where it is fitted to, it is kept until the finetuned model goes on with it; but where hidden states are put off
-    the device it is computed once more.
+    Targets of fitted pairs are kept until the finetuned model continues with them; where hidden states are offloaded,
+    they are recomputed instead.
     """
 
-    def __init__(self, subjects: Sequence[TaskModels], pairs: Sequence[Pair]) -> None:
-        self._subjects, self._pairs = subjects, pairs
+    def __init__(self, models: Sequence[TaskModels], pairs: Sequence[Pair]) -> None:
+        self._models, self._pairs = models, pairs
         self._kept: dict[int, Tensor] = {}
 
     def to_fit(self) -> Iterator[tuple[list[int], Target]]:
-        """The numbers of one task's fitted pairs after another's, and what gives the target of each, [..., outputs]."""
+        """For each task, the indices of its fitted pairs, and a function that gives the target of each, [...,
+        outputs]."""
         for numbers, target in self._by_task([number for number, pair in enumerate(self._pairs) if pair.fitted]):
 
             def keep(number: int, target: Target = target) -> Tensor:
@@ -69,38 +70,39 @@ class Targets:
             yield numbers, keep
 
     def to_go_on(self) -> Iterator[tuple[list[int], Target]]:
-        """The numbers of pairs, all in the end, and what gives the target of each, [..., outputs], once."""
+        """Indices of pairs, all of them in total, and a function that gives the target of each, [..., outputs],
+        once."""
         kept = list(self._kept)
         if kept:
             yield kept, self._kept.pop
         yield from self._by_task([number for number in range(len(self._pairs)) if number not in kept])
 
     def _by_task(self, among: Sequence[int]) -> Iterator[tuple[list[int], Target]]:
-        for task, subject in enumerate(self._subjects):
+        for task, task_models in enumerate(self._models):
             if numbers := [number for number in among if self._pairs[number].task == task]:
                 stop = linear_stop(self._pairs[numbers[0]].finetuned)
-                yield numbers, self._product(*stop.load(subject.finetuned))
+                yield numbers, self._product(*stop.load(task_models.finetuned))
 
     def _product(self, weight: Tensor, bias: Tensor | None) -> Target:
         return lambda number: F.linear(linear_stop(self._pairs[number].finetuned).x, weight, bias)
 
 
 class LeastSquares:
-    """lambda_: λ. tokens: of each tensor, those of the task with fewest, and its input width."""
+    """lambda_: λ. tokens: for each tensor, those of the task with the fewest, and its input width."""
 
     def __init__(
-        self, how: RefitSettings, lambda_: float, subjects: Sequence[TaskModels], workers: int, processes: Processes
+        self, config: RefitSettings, lambda_: float, models: Sequence[TaskModels], workers: int, processes: Processes
     ) -> None:
         self.tokens: dict[str, tuple[int, int]] = {}
-        self._how, self._lambda, self._subjects = how, lambda_, subjects
+        self._config, self._lambda, self._models = config, lambda_, models
         self._workers, self._processes = workers, processes
         self._inputs: list[weakref.ref[Tensor]] = []
-        self._gram: Tensor | None = None  # of those inputs, over all processes
+        self._gram: Tensor | None = None  # of these inputs, over all processes
 
     def begin(
         self, pairs: Sequence[Pair], name: str, weight: Tensor, bias: Tensor | None, mask: Tensor | None
     ) -> Problem:
-        """Before any task is looked at. Arguments as of Problem."""
+        """Set up the problem. Arguments as in Problem."""
         if mask is None:
             return Problem(name, weight, bias, None, {}, {}, False)
         inputs = [linear_stop(pair.merged).x for pair in pairs]
@@ -127,7 +129,7 @@ class LeastSquares:
     ) -> Tensor | None:
         """The change of weight and bias, [outputs, inputs (+ 1)], the same in all processes; None if there is none.
 
-        told: of each process, whether it knows the Gram matrix already, and its tokens by task.
+        told: by each process, whether it already knows the Gram matrix, and its tokens by task.
         """
         tokens: Counter[int] = Counter()
         for _, found in told:
@@ -161,13 +163,13 @@ class LeastSquares:
             def moments(number: int, target: Target = target) -> tuple[Tensor, Tensor, int]:
                 pair = pairs[number]
                 with pair.finetuned.at_hand(), pair.merged.at_hand():
-                    theirs = target(number)
+                    expected = target(number)
                     x, rows = linear_stop(pair.merged).x, problem.rows[number]
                     own = x.reshape(-1, x.shape[-1])[rows]
-                    rest = theirs.reshape(-1, len(weight))[rows] - F.linear(own, weight, bias)
-                    rest += _behind(pair, rows)
+                    residual = expected.reshape(-1, len(weight))[rows] - F.linear(own, weight, bias)
+                    residual += _behind(pair, rows)
                 own = own if bias is None else with_ones(own)
-                return own.new_zeros(()) if known else own.T @ own, rest.T @ own, len(rows)
+                return own.new_zeros(()) if known else own.T @ own, residual.T @ own, len(rows)
 
             for found in in_order(moments, numbers, self._workers):
                 task.add(*found)
@@ -180,11 +182,11 @@ class LeastSquares:
         return total_gram, total_cross
 
     def _solve_own_rows(self, cross: Tensor, mask: Tensor | None) -> None:
-        """Put what this process's rows of the right-hand sides solve to in their place, and 0 in that of the others."""
+        """Replace this process's rows of the right-hand sides by their solutions, and all other rows by 0."""
         assert mask is not None and self._gram is not None
         own = self._processes.own(len(cross))
-        matrix = system(self._gram, self._lambda, self._how.ridge)
-        change = solve_masked(matrix, cross[own], mask[own], self._how.steps)
+        matrix = system(self._gram, self._lambda, self._config.ridge)
+        change = solve_masked(matrix, cross[own], mask[own], self._config.steps)
         cross.zero_()
         cross[own] = change
 
@@ -192,13 +194,14 @@ class LeastSquares:
         for values, model in ((task.gram, "the merged model"), (task.cross, "the finetuned model")):
             if not torch.isfinite(values).all():
                 raise RequestError(
-                    f"on the inputs of {self._subjects[pair.task].name}, the activations of {model} at {name} hold NaN "
-                    "or infinity, so nothing can be fitted to them. Check that checkpoint and those inputs, or use "
+                    f"on the inputs of {self._models[pair.task].name}, the activations of {model} at {name} contain "
+                    "NaN or infinity, so nothing can be fitted to them. Check the checkpoint and the inputs, or use "
                     "--stitch mean."
                 )
 
 
 def _behind(pair: Pair, rows: Tensor) -> Tensor | float:
-    """What the merged model lacks where a linear's product is added, [rows, outputs]: the linear makes up for it."""
+    """The merged model's deficit in the tensor that the output is added to, [rows, outputs]: the layer compensates
+    it."""
     merged, finetuned = (linear_stop(one).residual for one in pair.passes)
     return 0.0 if merged is None or finetuned is None else (finetuned - merged).reshape(-1, merged.shape[-1])[rows]

@@ -1,4 +1,4 @@
-"""Passes of all tasks and processes, side by side from stop to stop."""
+"""Running the passes of all tasks and processes side by side, from stop to stop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_locstitch.stitch.refit.passes import Experts, Key, Linear, Pass
 
 @dataclass(frozen=True)
 class LockstepStop:
-    """Where the passes of all processes are: in the parts of one task's model. A process may have no pass there."""
+    """Where the passes of all processes wait, as parts of one task's model. A process may have no pass there."""
 
     task: int
     place: Linear | Experts
@@ -22,10 +22,9 @@ class LockstepStop:
 
 @dataclass
 class Pair:
-    """The merged model and the finetuned one on the same inputs of a task (its number). fitted: else held out.
+    """Passes of the merged and the finetuned model on the same inputs of a task (its index). fitted: else held out.
 
-    score: how far apart their outputs are, or how wrong the merged model's, summed, and over how many rows. number: of
-    the batch in its task. examples: its inputs.
+    score: see agreement.judge. number: index of the batch in its task. examples: its inputs.
     """
 
     task: int
@@ -42,12 +41,12 @@ class Pair:
 
     @property
     def stops(self) -> tuple[Any, Any]:
-        """Where both are."""
+        """Where both wait."""
         return self.merged.stop, self.finetuned.stop
 
 
 class SideBySide(Protocol):
-    """What is led together: a Pair, or a pass alone. task: whose model it is, by number."""
+    """What lockstep runs: a Pair, or a single pass. task: the index of the task whose model it is."""
 
     @property
     def task(self) -> int: ...
@@ -68,42 +67,42 @@ def lockstep(
     workers: int,
     processes: Processes,
 ) -> None:
-    """Take all passes of all processes from stop to stop until each has ended. pairs: of this process, if any.
+    """Run all passes of all processes from stop to stop until all have ended. pairs: of this process, if any.
 
-    visit: is called in every process wherever they meet, also where none of its own pairs is; what it returns makes
-    those go on, and talks to no other process, so that an error in it can be told to all.
+    visit: called in every process at every stop, even where none of its own pairs waits. It returns a function that
+    continues the pairs, without communication, so that its errors can be reported to all processes.
     Raises RequestError if they are not at the same stop at the same time.
     """
     passes = [one for pair in pairs for one in pair.passes]
 
     def where(_: object) -> dict[Key | None, LockstepStop | None]:
-        return _places(pairs)
+        return _stops_of(pairs)
 
     go_on: Callable[[], object] = lambda: for_each(Pass.start, passes, workers)  # noqa: E731
     try:
         while True:
             _, told = processes.share(go_on, where)
-            del go_on  # with all that it holds
-            met = {key: meeting for found in reversed(told) for key, meeting in found.items()}
+            del go_on  # and all that it holds
+            met = {key: stop for found in reversed(told) for key, stop in found.items()}
             if not met:
                 return
             if len(met) > 1:
                 one, other = list(dict.fromkeys(key for found in told for key in found))[:2]
                 raise RequestError(
-                    "the order in which the model calls its linears depends on the input: one pass has come to "
-                    f"{_said(one)}, another to {_said(other)}. Such a model cannot be refitted as a whole: leave these "
-                    "tensors out with --exclude, or use --stitch mean."
+                    "the order in which the model calls its linear layers depends on the input: one pass has reached "
+                    f"{_name_of(one)}, another {_name_of(other)}. Such a model cannot be refitted as a whole: exclude "
+                    "these tensors with --exclude, or use --stitch mean."
                 )
-            (meeting,) = met.values()
-            assert meeting is not None
-            go_on = visit([pair for pair in pairs if any(pair.stops)], meeting)
+            (stop,) = met.values()
+            assert stop is not None
+            go_on = visit([pair for pair in pairs if any(pair.stops)], stop)
     finally:
         for one in passes:
             one.end()
 
 
-def _places(pairs: Sequence[SideBySide]) -> dict[Key | None, LockstepStop | None]:
-    """Where pairs are of which not both passes have ended, by their keys; one place if all is well."""
+def _stops_of(pairs: Sequence[SideBySide]) -> dict[Key | None, LockstepStop | None]:
+    """The stops of unfinished pairs, by key; a single one unless the passes diverge."""
     found: dict[Key | None, LockstepStop | None] = {}
     for pair in pairs:
         if any(pair.stops):
@@ -112,7 +111,7 @@ def _places(pairs: Sequence[SideBySide]) -> dict[Key | None, LockstepStop | None
     return found
 
 
-def _said(key: Key | None) -> str:
+def _name_of(key: Key | None) -> str:
     """The first name on disk in a key."""
     while isinstance(key, tuple) and key:
         key = key[0]

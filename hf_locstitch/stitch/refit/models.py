@@ -1,4 +1,4 @@
-"""Both models of a finetune without their weights, and its inputs: all that a refit needs of one task."""
+"""Both models of a finetune, without their weights, and its inputs: all that a refit needs for one task."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from hf_locstitch.tasks.task import Task
 
 @dataclass(frozen=True)
 class TaskModels:
-    """model: its parameters are holes, which passes fill from `merged` or `finetuned`. parts: those holes by name.
-    stacks: names of those that hold the matrices of several experts.
+    """model: its parameters are placeholders, which passes fill from `merged` or `finetuned`. parts: the placeholders
+    by name. stacks: names of those with the stacked matrices of several experts.
 
-    batches: of inputs; fitted: how many of them, the first ones, are fitted to; the others are held out.
+    batches: of inputs; the first `fitted` are used for the fit, the others are held out.
     """
 
     name: str
@@ -49,14 +49,15 @@ class TaskModels:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Inputs that are fitted to, and held out."""
+        """How many inputs are fitted, and held out."""
         sizes = [len(batch) for batch in self.batches]
         return {"fitted": sum(sizes[: self.fitted]), "held_out": sum(sizes[self.fitted :])}
 
 
 @dataclass(frozen=True)
 class OpenTask:
-    """One finetuned model, hollow, its weights, and its inputs, prepared. shared: the base's tensors that fit it."""
+    """One finetuned model without weights, its weights, and its prepared inputs. shared: the base's tensors that fit
+    it."""
 
     model: Any
     parts: Mapping[str, Part]
@@ -67,13 +68,13 @@ class OpenTask:
 
     @property
     def units(self) -> int:
-        """How many answers' tokens, or examples, have outputs of JUDGED numbers."""
+        """How many answer tokens, or examples, have outputs of JUDGED numbers."""
         return JUDGED // getattr(self.model.get_output_embeddings(), "out_features", 1)
 
 
 @hide_all_library_bars()
 def open_task(
-    how: InputSettings,
+    config: InputSettings,
     name: str,
     base_reader: CheckpointReader,
     finetuned: CheckpointReader,
@@ -83,7 +84,7 @@ def open_task(
 ) -> OpenTask:
     """Raises RequestError."""
     checkpoint, base = finetuned.checkpoint, base_reader.checkpoint
-    objective = shortened(objective_for(data, checkpoint), how.tokens)
+    objective = shortened(objective_for(data, checkpoint), config.tokens)
     folder_base = link_files(base, folder / f"{name}.base")
     folder_finetuned = link_files(checkpoint, folder / f"{name}.finetuned")
     model = empty_model(objective, load_config(folder_base if objective.base_config else folder_finetuned))
@@ -93,7 +94,7 @@ def open_task(
     own = Weights(model, list(checkpoint.tensors), reading(finetuned), device, release=releasing(finetuned))
     shared = fitting(model, base)
     original = Weights(model, shared, reading(base_reader), device, own)
-    rows = read_inputs(data, how.inputs, how.labelled)
+    rows = read_inputs(data, config.inputs, config.labelled)
     processor = load_processor(objective, folder_finetuned, folder_base)
     preparing = Pass(original, lambda: objective.prepare(rows, processor, model), frozenset())
     preparing.start()
@@ -101,7 +102,7 @@ def open_task(
 
 
 def open_task_models(
-    how: RefitSettings,
+    config: RefitSettings,
     name: str,
     plain: PlainStitch,
     finetuned: CheckpointReader,
@@ -110,41 +111,41 @@ def open_task_models(
     device: torch.device,
 ) -> TaskModels:
     """Raises RequestError."""
-    opened = open_task(how, name, plain.base, finetuned, data, folder, device)
+    opened = open_task(config, name, plain.base, finetuned, data, folder, device)
     model, task = opened.model, opened.task
     merged = Weights(
         model, opened.shared, plain.values, device, opened.finetuned,
         lambda tensor: not plain.is_localized(tensor), plain.release,
     )  # fmt: skip
-    fitted, held_out = how.counts(len(task.examples))
-    if fitted == 0 or (held_out == 0 and len(how.lambdas) > 1):
+    fitted, held_out = config.counts(len(task.examples))
+    if fitted == 0 or (held_out == 0 and len(config.lambdas) > 1):
         raise RequestError(
-            f"{data.label} gives {len(task.examples)} inputs for {name}, of which {held_out} would be held out and "
-            f"{fitted} fitted to; at least one of each is needed. Name data with more, or set held_out."
+            f"{data.label} has {len(task.examples)} inputs for {name}: {fitted} to fit and {held_out} held out, but at "
+            "least one of each is needed. Use more data, or change held_out."
         )
-    # A pass that follows the model comes to its outputs, too: a held-out one, or else a fitted one.
-    batches = batched(task, 0, fitted, how.batch, opened.units if held_out == 0 else math.inf)
+    # Tracing also reaches the outputs: with a held-out batch, or else with a fitted one.
+    batches = batched(task, 0, fitted, config.batch, opened.units if held_out == 0 else math.inf)
     count = len(batches)
-    batches += batched(task, fitted, len(task.examples), how.batch, opened.units)
+    batches += batched(task, fitted, len(task.examples), config.batch, opened.units)
     return TaskModels(name, model, opened.parts, opened.stacks, merged, opened.finetuned, task, batches, count)
 
 
 def batched(task: Task, first: int, last: int, size: int, most: float = math.inf) -> list[list[Any]]:
-    """Examples first … last − 1, neighbours together: up to `size`, and of a weight of `most` in all unless one alone
-    has more."""
-    found: list[list[Any]] = []
+    """Batches of the examples first … last − 1, in order: up to `size` examples, of a total weight up to `most` unless
+    one example alone exceeds it."""
+    batches: list[list[Any]] = []
     total = 0
     for example, weight in zip(task.examples[first:last], task.weights[first:last], strict=True):
-        if not found or len(found[-1]) == size or total + weight > most:
-            found.append([])
+        if not batches or len(batches[-1]) == size or total + weight > most:
+            batches.append([])
             total = 0
-        found[-1].append(example)
+        batches[-1].append(example)
         total += weight
-    return found
+    return batches
 
 
 def fitting(model: Any, base: Checkpoint) -> list[str]:
-    """Names of the base's tensors, but for those of another size than the model's: a finetune's own head."""
+    """Names of the base's tensors, without those of another size than the model's, such as a finetune's own head."""
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
     direct = [group for group in group_names(model, list(base.tensors)) if group.direct]
     others = {one.disk[0] for one in direct if base.info(one.disk[0]).numel != numels[one.parameters[0]]}
@@ -152,7 +153,7 @@ def fitting(model: Any, base: Checkpoint) -> list[str]:
 
 
 def objective_for(data: OpenSet, checkpoint: Checkpoint) -> Objective:
-    """As asked for, or as the architecture suggests; else last hidden states are compared."""
+    """The requested objective, or the one that the architecture suggests; else last hidden states are compared."""
     if data.asked.objective is not None:
         return data.asked.objective
     try:
@@ -170,35 +171,34 @@ def shortened(objective: Any, tokens: int) -> Any:
 
 
 def read_inputs(data: OpenSet, count: int, labels: bool = False) -> list[dict[str, Any]]:
-    """Rows without their labels, unless these judge: every one gets the first class."""
+    """Rows with their labels, or with all labels set to the first class."""
     asked = replace(data, asked=data.asked.model_copy(update={"number": count}))
     rows = read_rows(asked, labels=False)[:count]
     return rows if labels else [{**row, "label": 0} for row in rows]
 
 
-def check_labels(how: RefitSettings, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
-    """Raises RequestError unless there is something to judge by."""
-    for name, found in data.items():
-        objective = objective_for(found, finetuned[name])
+def check_labels(config: RefitSettings, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
+    """Raises RequestError unless there are labels to judge by."""
+    for name, inputs in data.items():
+        objective = objective_for(inputs, finetuned[name])
         if objective.labels == "none":
             raise RequestError(
-                f"judge: {how.judge} asks what is right, but of {name} only hidden states are compared. Give its data "
-                "an objective with classes, or use judge: agreement."
+                f"judge: {config.judge} needs labels, but for {name} only hidden states are compared. Give its data an "
+                "objective with classes, or use judge: agreement."
             )
         if objective.labels == "text":  # whose texts are the answers
             continue
-        labels = [row.get("label") for row in read_inputs(found, how.inputs, labels=True)]
+        labels = [row.get("label") for row in read_inputs(inputs, config.inputs, labels=True)]
         # −1 is how data sets hide those of a test split.
         if bare := sum(label is None or label == -1 for label in labels):
             raise RequestError(
-                f"judge: {how.judge} asks what is right, but {bare} of the {len(labels)} inputs that {found.label} "
-                f"gives for {name} have no label. Name data with labels, map them with `columns`, or use "
-                "judge: agreement."
+                f"judge: {config.judge} needs labels, but {bare} of the {len(labels)} inputs of {name} in "
+                f"{inputs.label} have none. Use data with labels, map them with `columns`, or use judge: agreement."
             )
 
 
 def empty_model(objective: Objective, config: Any) -> Any:
-    """On the meta device but for its buffers, in evaluation mode."""
+    """The model on the meta device, except its buffers, in evaluation mode."""
     import transformers
     from accelerate import init_empty_weights
 
@@ -211,15 +211,16 @@ def empty_model(objective: Objective, config: Any) -> Any:
             model = make(config, dtype=torch.float32, experts_implementation="eager")
     except (ValueError, OSError, KeyError) as error:
         raise RequestError(
-            f"{objective.auto_class} cannot make the model ({load_failure(error)}). A refit needs a "
-            "model that transformers knows without code from the repo; use --stitch mean."
+            f"{objective.auto_class} cannot build the model ({load_failure(error)}). A refit needs a "
+            "model that transformers supports without remote code. Use --stitch mean."
         ) from error
     model.tie_weights()
     return model.eval()
 
 
 def attach_conversions(model: Any, disk: Collection[str]) -> None:
-    """What transformers would have noted had it loaded these tensors: names.py reverses it."""
+    """Attach the conversions that transformers would record on loading these tensors; parameter_names.py reverses
+    them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -236,7 +237,7 @@ def attach_conversions(model: Any, disk: Collection[str]) -> None:
 
 
 def reading(reader: CheckpointReader) -> Callable[[str], torch.Tensor]:
-    """A checkpoint's tensors by their names, [*shape], uncopied."""
+    """A function that reads a checkpoint's tensor by name, [*shape], without a copy."""
 
     def read(name: str) -> torch.Tensor:
         info = reader.checkpoint.info(name)

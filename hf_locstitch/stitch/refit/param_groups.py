@@ -1,4 +1,4 @@
-"""Parameters that make up tensors on disk together: they wait here until all of a group are there."""
+"""Parameters that together form tensors on disk: they wait here until their group is complete."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hf_locstitch.tasks.parameter_names import Group, to_disk
 
 
 class ParamGroups:
-    """model: whose parameters these are. writes: whether any of some tensors on disk is this process's."""
+    """model: the owner of the parameters. writes: whether this process writes any of the given tensors on disk."""
 
     def __init__(self, model: Any, writes: Callable[[Sequence[str]], bool]) -> None:
         self._model, self._writes = model, writes
         self._waiting: dict[Group, dict[str, Tensor]] = {}
 
     def keep(self, group: Group, parameter: str, values: Tensor) -> dict[str, Tensor]:
-        """This process's tensors of the group by their names on disk, once it is whole; none before."""
+        """This process's tensors of the group by their names on disk, once the group is complete; empty before."""
         if not self._writes(group.disk):
             return {}
         waiting = self._waiting.setdefault(group, {})
@@ -26,7 +26,7 @@ class ParamGroups:
         return self._own(group, self._waiting.pop(group)) if len(waiting) == len(group.parameters) else {}
 
     def rest(self, load: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Those of groups that are not whole. load: gives the values of a parameter that never came."""
+        """The tensors of incomplete groups. load: gives the values of a parameter that was not fitted."""
         for group, known in self._waiting.items():
             whole = {name: known[name] if name in known else load(name) for name in group.parameters}
             yield from self._own(group, whole).items()

@@ -1,8 +1,8 @@
-"""Forward passes that stop wherever a weight is multiplied with, so that many go through a model side by side.
+"""Forward passes that stop at every multiplication with a weight, so that many run through a model side by side.
 
-A pass runs in a thread of its own, of which only one step at a time is let go. What stands between the linears
-(norms, attention, activations, whatever the architecture does) is transformers' own code, and the order of the
-linears is the order in which it calls them. Weights are not in the model: a pass asks for each when it meets it.
+A pass runs in its own thread, which is resumed for one step at a time. Everything between the linear layers (norms,
+attention, activations, whatever the architecture does) is transformers' own code, and the order of the layers is the
+order of its calls. The model holds no weights: a pass asks for each weight when it needs it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Key = tuple[Any, ...]
 
 
 class _Abandoned(BaseException):
-    """Ends the thread of a pass that nobody goes on with."""
+    """Ends the thread of an abandoned pass."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Linear:
         return self.weight.key
 
     def load(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
-        """Weight [outputs, inputs] and bias [outputs], read afresh. weights: of a model whose parts these are."""
+        """Weight [outputs, inputs] and bias [outputs], read from `weights`, those of a model with these parts."""
         weight = weights.load(self.weight)
         bias = None if self.bias is None else weights.load(self.bias)
         return weight.T if self.transposed else weight, bias
@@ -57,16 +57,16 @@ class Linear:
 
 @dataclass(frozen=True)
 class LinearStop(Linear):
-    """x · weightᵀ + bias is due. x: [..., inputs].
+    """A pass waits for x · weightᵀ + bias. x: [..., inputs].
 
-    residual: [..., outputs], what the model adds to it and does nothing else with it, if the pass looks for that.
+    residual: [..., outputs], the tensor that the model adds the output to, for layers in Pass.sums.
     """
 
     x: Tensor
     residual: Tensor | None = None
 
     def awaited(self) -> Tensor:
-        """What stands for the product until it is added: of its shape, and NaN, which shows if it is used as it is."""
+        """A placeholder for the product until it is added: NaN of its shape, so that any other use shows."""
         outputs = self.weight.shape[1 if self.transposed else 0]
         return self.x.new_full((), math.nan).expand(*self.x.shape[:-1], outputs)
 
@@ -88,9 +88,9 @@ class Experts:
 
 @dataclass(frozen=True)
 class ExpertsStop(Experts):
-    """It is about to run. hidden: [tokens, width]; index: its experts [tokens, chosen].
+    """A pass waits before a module of experts. hidden: [tokens, width]; index: each token's experts [tokens, chosen].
 
-    alone: runs one expert (by number) on tokens [m, width].
+    alone: runs one expert (by index) on tokens [m, width].
     """
 
     hidden: Tensor
@@ -103,13 +103,13 @@ class ExpertsStop(Experts):
 
 
 class Pass:
-    """One forward pass. weights: of its model. work: makes it. stops: at these parameters it waits for `go_on`.
-    sums: keys of linears at which it waits no sooner than their product is added to something.
+    """One forward pass. weights: of its model. work: runs it. stops: parameters at which it waits for `go_on`.
+    sums: keys of linear layers at which it waits only when their output is added to something.
 
-    states: where it puts what it holds while it waits; None: it keeps it.
+    states: where it offloads its hidden states while it waits; None: it keeps them.
 
-    inside: which rows of a linear's input are no padding, bool [examples, tokens], any number of shapes.
-    added, used: keys of the linears it stopped at whose product was added to another tensor, or used in any other way.
+    inside: which rows of a layer's input are not padding, bool [examples, tokens], possibly of several shapes.
+    added, used: keys of layers it stopped at whose output was added to another tensor, or used in any other way.
     """
 
     _here = threading.local()
@@ -140,26 +140,26 @@ class Pass:
         self._await()
 
     def go_on(self, answer: Any = None) -> None:
-        """Give what is due at the present stop and run to the next, or to the end."""
+        """Answer the current stop and run to the next, or to the end."""
         self.take_back()
         self._answer, self.stop = answer, None
         self._go.release()
         self._await()
 
     def multiply(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Go on with what such a linear makes of the input that it waits with. weight: [outputs, inputs]."""
+        """Continue with the output of a layer with this weight [outputs, inputs] and bias."""
         self.take_back()
         self.go_on(F.linear(linear_stop(self).x, weight, bias))
 
     def end(self) -> None:
-        """Leave it where it is."""
+        """Abandon the pass."""
         if self._thread.is_alive():
             self._abandoned, self.stop = True, None
             self._go.release()
             self._thread.join()
 
     def take_back(self) -> None:
-        """Have all that it holds on the device again, as `go_on` does anyway."""
+        """Bring its hidden states back to the device, as `go_on` does anyway."""
         if self.states is not None:
             self.states.take_back()
 
@@ -177,7 +177,7 @@ class Pass:
         return kept.nonzero().flatten()
 
     def ask(self, stop: LinearStop | ExpertsStop) -> Any:
-        """Called from within: wait for the answer."""
+        """Called by the pass's own thread: wait for the answer."""
         self.stop = stop
         self._arrived.release()
         self._go.acquire()
@@ -190,7 +190,7 @@ class Pass:
 
     @contextmanager
     def straight(self) -> Iterator[None]:
-        """Without stops."""
+        """Inside, the pass does not stop."""
         stops, self.stops = self.stops, frozenset()
         try:
             yield
@@ -199,7 +199,7 @@ class Pass:
 
     @classmethod
     def current(cls) -> Pass | None:
-        """The one whose thread this is."""
+        """The pass that runs in this thread."""
         return getattr(cls._here, "value", None)
 
     def _await(self) -> None:
@@ -225,7 +225,7 @@ class Pass:
 
 
 class Lending(TorchFunctionMode):
-    """Gives torch's functions the weights that the model's parameters stand for."""
+    """Gives torch's functions the weights in place of the model's placeholders."""
 
     def __init__(self, passing: Pass) -> None:
         super().__init__()
@@ -238,37 +238,38 @@ class Lending(TorchFunctionMode):
         if (linear := _as_linear(func, args, kwargs)) is not None:
             return self._linear(linear)
         if func is F.embedding and (table := part_of(_argument(args, kwargs, 1, "weight"))) is not None:
-            found = self._pass.weights.stored(table)
+            result = self._pass.weights.stored(table)
             rest = _without(kwargs, "input", "weight")
-            return self._made(func(args[0] if args else kwargs["input"], found, *args[2:], **rest).float())
+            return self._made(func(args[0] if args else kwargs["input"], result, *args[2:], **rest).float())
         if func is Tensor.__getitem__ and (part := part_of(args[0])) is not None and _is_number(args[1]):
             return part.hole_of(int(args[1]))
         if func.__name__ == "__get__" and getattr(func.__self__, "__name__", "") in LABELS:
             return func(*args, **kwargs)
-        if func in SUMS and len(args) == 2 and not kwargs and (found := self._sum(func, *args)) is not None:
-            return self._made(found)
+        if func in SUMS and len(args) == 2 and not kwargs and (result := self._sum(func, *args)) is not None:
+            return self._made(result)
         lent = tree_map(self._lend, (tuple(args), kwargs))
-        found = self._made(func(*lent[0], **lent[1]), lent)
+        result = self._made(func(*lent[0], **lent[1]), lent)
         for stop in filter(None, map(product_of, tree_leaves((tuple(args), kwargs)))):
             if func in VIEWS:
-                found.locstitch_product = stop
-            elif product_of(found) is not stop:  # dropout gives back what it gets
+                result.locstitch_product = stop
+            elif product_of(result) is not stop:  # dropout returns its input
                 self._pass.used.add(stop.key)
-        return found
+        return result
 
-    def _made(self, found: Any, given: Any = ()) -> Any:
+    def _made(self, result: Any, given: Any = ()) -> Any:
         if self._pass.states is not None:
-            self._pass.states.note(found, given)
-        return found
+            self._pass.states.note(result, given)
+        return result
 
     def _lend(self, value: Any) -> Any:
         part = part_of(value)
         return value if part is None else self._pass.weights.held(part)
 
-    def _sum(self, func: Any, one: Any, other: Any) -> Tensor | None:
-        """Of a linear's product, which is asked for now if it is awaited, and another tensor; None of anything else."""
-        first, second = product_of(one), product_of(other)
-        stop, product, residual = (first, one, other) if first else (second, other, one)
+    def _sum(self, func: Any, left: Any, right: Any) -> Tensor | None:
+        """The sum of a linear layer's output (requested now if it was deferred) and another tensor; None for other
+        sums."""
+        first, second = product_of(left), product_of(right)
+        stop, product, residual = (first, left, right) if first else (second, right, left)
         if stop is None or (first and second) or not isinstance(residual, Tensor) or part_of(residual) is not None:
             return None
         if product.shape != residual.shape:
@@ -289,12 +290,12 @@ class Lending(TorchFunctionMode):
 
 
 def product_of(value: Any) -> LinearStop | None:
-    """The linear that a tensor is the product of, if it was stopped at, or will be."""
+    """The linear layer whose output a tensor is, if the pass stopped there, or will."""
     return value.__dict__.get("locstitch_product") if isinstance(value, Tensor) else None
 
 
 def _as_linear(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LinearStop | None:
-    """What a call multiplies, if it is a product with a weight."""
+    """The linear layer that a call computes, if it is a product with a weight."""
     if func is F.linear:
         weight, bias = part_of(_argument(args, kwargs, 1, "weight")), _argument(args, kwargs, 2, "bias")
         x, transposed = _argument(args, kwargs, 0, "input"), False
@@ -322,18 +323,19 @@ def _is_number(index: Any) -> bool:
 
 
 def watch(model: Any) -> frozenset[str]:
-    """Let passes through a model know of its padding, and stop before stacked experts, whose parameters are named."""
+    """Make passes through a model see its padding and stop before stacked experts. Returns the names of their
+    parameters."""
     model.register_forward_pre_hook(_note_padding, with_kwargs=True)
-    found: set[str] = set()
+    stacked: set[str] = set()
     for module in model.modules():
         if stacks := _stacked_experts(module):
             module.forward = _stopping(module.forward, stacks)
-            found |= {stack.parameter for stack in stacks}
-    return frozenset(found)
+            stacked |= {stack.parameter for stack in stacks}
+    return frozenset(stacked)
 
 
 def _stacked_experts(module: Any) -> tuple[Part, ...]:
-    """The parameters [experts, …, …] of a module that routes tokens to experts of its own, if it is one."""
+    """The parameters [experts, …, …] of a module that routes tokens to its own experts; empty for other modules."""
     own = [part for parameter in module.parameters(recurse=False) if (part := part_of(parameter)) is not None]
     if not {"top_k_index", "top_k_weights"} <= set(inspect.signature(module.forward).parameters):
         return ()
@@ -354,17 +356,17 @@ def _stopping(forward: Callable[..., Tensor], stacks: tuple[Part, ...]) -> Calla
         here = Pass.current()
         if here is None or not all(stack.parameter in here.stops for stack in stacks):
             return forward(*args, **kwargs)
-        given = dict(parameters.bind(*args, **kwargs).arguments)
-        hidden, index = given.pop("hidden_states"), given.pop("top_k_index")
-        shares = given.pop("top_k_weights")
+        bound = dict(parameters.bind(*args, **kwargs).arguments)
+        hidden, index = bound.pop("hidden_states"), bound.pop("top_k_index")
+        shares = bound.pop("top_k_weights")
 
         def alone(expert: int, tokens: Tensor) -> Tensor:
             routed = torch.full((len(tokens), 1), expert, dtype=index.dtype, device=index.device)
-            return forward(tokens, routed, torch.ones(len(tokens), 1, dtype=shares.dtype, device=index.device), **given)
+            return forward(tokens, routed, torch.ones(len(tokens), 1, dtype=shares.dtype, device=index.device), **bound)
 
         here.ask(ExpertsStop(stacks, hidden.reshape(-1, hidden.shape[-1]), index, alone))
         with here.straight():
-            return forward(hidden, index, shares, **given)
+            return forward(hidden, index, shares, **bound)
 
     return stopping
 

@@ -1,4 +1,4 @@
-"""The plain stitch, tensor by tensor in memory: where a refit starts from, and what it may change."""
+"""The plain stitch, tensor by tensor in memory: the starting point of a refit, and what it may change."""
 
 from __future__ import annotations
 
@@ -22,40 +22,41 @@ class PlainStitch:
         self.base, self._unmasked = view.base, view.unmasked
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of the output."""
+        """The output's dtype of a tensor."""
         return TORCH_DTYPE[self._dtypes[name]]
 
     def is_localized(self, name: str) -> bool:
         return name in self._chunks
 
     def values(self, name: str) -> torch.Tensor:
-        """As it would be written, [*shape] in the output's dtype; a tensor that is not localized: uncopied."""
+        """The values as they would be written, [*shape] in the output's dtype; not a copy if the tensor is not
+        localized."""
         if name not in self._chunks:
             info = self._unmasked.checkpoint.info(name)
-            found = self._unmasked.flat(name, 0, info.numel).view(info.shape)
-            return found.to(TORCH_DTYPE.get(self._dtypes.get(name, "")))
+            stored = self._unmasked.flat(name, 0, info.numel).view(info.shape)
+            return stored.to(TORCH_DTYPE.get(self._dtypes.get(name, "")))
         pieces = [np.empty(0, DTYPE[self._dtypes[name]])]
         pieces += [self._view.values(name, chunk) for chunk in self._chunks[name]]
         self.release(name)
         return as_tensor(np.concatenate(pieces)).view(self.base.checkpoint.info(name).shape)
 
     def release(self, name: str) -> None:
-        """Nobody needs to look at what was read of a tensor soon."""
+        """The pages read of a tensor are not needed soon."""
         reader = self.base if name in self._chunks else self._unmasked
         reader.release(name, 0, reader.checkpoint.info(name).numel)
 
     def union(self, name: str) -> list[Positions]:
-        """Positions that some mask covers, ascending, of each chunk in turn, counted from its start."""
+        """Positions that any mask covers, ascending, for each chunk in turn, relative to its start."""
         return [_union([one.positions for one in self._view.kept(chunk)]) for chunk in self._chunks.get(name, ())]
 
     def cut(self, name: str, values: torch.Tensor) -> list[torch.Tensor]:
-        """The values [*shape] of a tensor that some mask covers, of each chunk in turn, in the output's dtype."""
+        """Of values [*shape], those that any mask covers, for each chunk in turn, in the output's dtype."""
         flat = values.reshape(-1).to(self.dtype(name))
         chunks = zip(self._chunks[name], self.union(name), strict=True)
         return [flat[torch.from_numpy(positions).long() + chunk.first] for chunk, positions in chunks]
 
     def covered(self, name: str) -> torch.Tensor:
-        """bool [*shape]: where some mask covers. Nowhere for a tensor that is not localized."""
+        """bool [*shape]: where any mask covers the tensor. False everywhere if it is not localized."""
         info = self.base.checkpoint.info(name)
         covered = torch.zeros(info.numel, dtype=torch.bool)
         for chunk, positions in zip(self._chunks.get(name, ()), self.union(name), strict=True):

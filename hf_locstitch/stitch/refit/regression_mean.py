@@ -1,9 +1,10 @@
-"""RegMean: every linear gets the weights that come nearest, on each finetuned model's own activations, to what that
-model's own linear gives, in closed form. Source: Jin et al., ICLR 2023, arXiv 2212.09849, section 3.
+"""RegMean: the weights of every linear layer are those whose outputs are closest, on each finetuned model's own
+activations, to the outputs of that model's layer, in closed form. Source: Jin et al., ICLR 2023, arXiv 2212.09849,
+section 3.
 
-As in the authors' code, Gram matrices are means over tokens, so that tasks count alike, and biases, embeddings (tied
-heads with them) and all else that no linear multiplies with keep the plain mean. Where a Gram matrix is singular, what
-the inputs leave open is the plain mean, too.
+As in the authors' code, Gram matrices are means over tokens, so that tasks have equal weight, and biases, embeddings
+(with tied heads) and everything else that is not a linear layer's matrix keep the plain mean. Where a Gram matrix is
+singular, the directions that the inputs leave open keep the plain mean, too.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from hf_locstitch.stitch.refit.states import MakeStates, making_states
 from hf_locstitch.stitch.refit.weights import part_of
 from hf_locstitch.tasks.loading import find_device
 
-RIDGE = 1e-6  # of the diagonal: above the rounding of float32 sums, far below what would change a sound solution
-DEAD = 1e-12  # of the diagonal's mean, so that an input that is always 0 has an equation
+RIDGE = 1e-6  # of the diagonal: above the rounding of float32 sums, far below what would change a well-posed solution
+DEAD = 1e-12  # of the diagonal's mean, so that an input that is always 0 does not make the system singular
 HEADING = "regmean"
 
 
@@ -41,14 +42,14 @@ HEADING = "regmean"
 
 
 def shrink(gram: Tensor, alpha: float) -> Tensor:
-    """What lies off the diagonal, times alpha; float64 [inputs, inputs]."""
+    """The Gram matrix with its off-diagonal elements times alpha; float64 [inputs, inputs]."""
     wide = gram.double()
     return wide * alpha + torch.diag((1 - alpha) * wide.diagonal())
 
 
 def regression_mean(grams: Sequence[Tensor], weights: Callable[[int], Tensor], alpha: float) -> Tensor:
-    """(Σ G_i)⁻¹ Σ G_i W_i, as change of the plain mean. grams: [inputs, inputs] of each model; weights: of the model
-    of that number, [outputs, inputs], asked for twice. Returns float64 [outputs, inputs].
+    """(Σ G_i)⁻¹ Σ G_i W_i, computed as a change of the plain mean. grams: [inputs, inputs] of each model; weights:
+    gives those of a model by index, [outputs, inputs], called twice for each. Returns float64 [outputs, inputs].
     """
     mean = weights(0).double()
     for number in range(1, len(grams)):
@@ -69,7 +70,7 @@ def regression_mean(grams: Sequence[Tensor], weights: Callable[[int], Tensor], a
 
 @dataclass
 class Sums:
-    """Over tokens of one model: XᵀX [inputs, inputs] of a linear's inputs, and their number."""
+    """Sums over tokens of one model: XᵀX [inputs, inputs] of a layer's inputs, and the number of tokens."""
 
     gram: Tensor
     tokens: int
@@ -84,7 +85,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Alone:
-    """The finetuned model on one batch of inputs of a task (its number)."""
+    """A pass of the finetuned model on one batch of inputs of a task (its index)."""
 
     task: int
     run: Pass
@@ -102,41 +103,41 @@ class Alone:
         return linear_stop(self.run)
 
 
-def regmean(how: RegMeanSettings, job: FitJob) -> tuple[FittedValues, dict[str, Any]]:
+def regmean(config: RegMeanSettings, job: FitJob) -> tuple[FittedValues, dict[str, Any]]:
     """The fitted tensors, and what to record. Raises RequestError."""
     folder, processes = job.folder, job.processes
     processes.on_first(lambda: folder.mkdir(exist_ok=True))
     values = open_fitted(folder / "values", HEADING, job.own, processes)
     if values is None:
-        fit(how, job)
+        fit(config, job)
         values = open_fitted(folder / "values", HEADING, job.own, processes)
         assert values is not None
-    return values, record(job, how, values)
+    return values, record(job, config, values)
 
 
-def fit(how: RegMeanSettings, job: FitJob) -> None:
-    """Write the values of all linears into the folder."""
+def fit(config: RegMeanSettings, job: FitJob) -> None:
+    """Write the values of all linear layers into the folder."""
     processes, models = job.processes, job.folder / f"models.{job.processes.rank}"
-    device = processes.together(lambda: find_device(how.device))
+    device = processes.together(lambda: find_device(config.device))
     tasks = processes.together(
         lambda: {
-            name: open_task(how, name, job.readers["base"], job.readers[name], job.data[name], models, device)
+            name: open_task(config, name, job.readers["base"], job.readers[name], job.data[name], models, device)
             for name in job.order
         }
     )
     writer = FittedWriter(job.folder / "values", job.own, processes)
-    with making_states(how.states_on, device, job.folder / f"states.{processes.rank}") as states:
-        work = Work(how, job, tasks, writer, states)
-        with job.progress.bar("following", 0, " linears") as advance:
+    with making_states(config.states_on, device, job.folder / f"states.{processes.rank}") as states:
+        work = Work(config, job, tasks, writer, states)
+        with job.progress.bar("tracing", 0, " layers") as advance:
             calls = work.follow(advance)
-        with job.progress.bar("averaging", sum(calls.values()), " linears") as advance:
+        with job.progress.bar("averaging", sum(calls.values()), " layers") as advance:
             work.run(calls, advance)
     counts = {name: {"fitted": len(tasks[name].task.examples), "held_out": 0} for name in job.data}
     writer.finish(HEADING, counts=counts)
 
 
 def stops_of(task: OpenTask, chosen: frozenset[str]) -> frozenset[str]:
-    """Parameters at whose products a pass waits: matrices on disk that are merged, but for embeddings."""
+    """Parameters at which a pass stops: merged matrices on disk, except embeddings."""
     tables = [part_of(module.weight) for module in task.model.modules() if isinstance(module, nn.Embedding)]
     embeddings = {table.parameter for table in tables if table is not None}
     return frozenset(
@@ -150,16 +151,21 @@ def stops_of(task: OpenTask, chosen: frozenset[str]) -> frozenset[str]:
 
 
 class Work:
-    """All finetuned models side by side, each on its own inputs, from linear to linear.
+    """All finetuned models side by side, each on its own inputs, from layer to layer.
 
-    Every process has its share of the inputs and of each linear's output rows, and all have the same sums.
+    Every process has its share of the inputs and of each layer's output rows, and all have the same sums.
     """
 
     def __init__(
-        self, how: RegMeanSettings, job: FitJob, tasks: Mapping[str, OpenTask], writer: FittedWriter, states: MakeStates
+        self,
+        config: RegMeanSettings,
+        job: FitJob,
+        tasks: Mapping[str, OpenTask],
+        writer: FittedWriter,
+        states: MakeStates,
     ) -> None:
         self._writer, self._processes, self._states = writer, job.processes, states
-        self._how, self._workers = how, job.settings.workers
+        self._config, self._workers = config, job.settings.workers
         self._names, self._tasks = list(tasks), list(tasks.values())
         chosen = frozenset(info.name for info in job.tensors)
         self._stops = [stops_of(task, chosen) for task in self._tasks]
@@ -171,29 +177,29 @@ class Work:
         self._advance: Callable[[int], object] = lambda _: None
 
     def follow(self, advance: Callable[[int], object]) -> Counter[Key]:
-        """How often each linear is called in a pass: one batch of each task tells. Raises RequestError."""
+        """How often each linear layer is called in a pass, traced with one batch of each task. Raises RequestError."""
         self._advance = advance
         lockstep(
             self._share(lambda task: self._batches(task, task.units)[:1]), self._pass_by, self._workers, self._processes
         )
         if not self._calls:
             raise RequestError(
-                "no merged tensor of this model is called as a linear by its inputs: there is nothing for RegMean to "
+                "with these inputs, the model uses no merged tensor as a linear layer: there is nothing for RegMean to "
                 "fit. Use --method average, or check --include and the data's objective."
             )
         return self._calls
 
     def run(self, calls: Counter[Key], advance: Callable[[int], object]) -> None:
-        """Write every linear's values. calls: what following told."""
+        """Write every layer's values. calls: as traced."""
         self._due, self._calls, self._advance = calls, Counter(), advance
         lockstep(self._share(self._batches), self._visit, self._workers, self._processes)
 
     def _batches(self, task: OpenTask, most: float = math.inf) -> list[list[Any]]:
-        """most: answers' tokens, or examples, of a batch that may come to its outputs."""
-        return batched(task.task, 0, len(task.task.examples), self._how.batch, most)
+        """most: answer tokens, or examples, of a batch that may reach the outputs."""
+        return batched(task.task, 0, len(task.task.examples), self._config.batch, most)
 
     def _share(self, choose: Callable[[OpenTask], Sequence[Sequence[Any]]]) -> list[Alone]:
-        """This process's passes, of those batches that are chosen of each task's; perhaps none."""
+        """This process's passes over the chosen batches of each task; may be empty."""
         jobs = [(number, batch) for number, task in enumerate(self._tasks) for batch in choose(task)]
         owners = divide([len(batch) for _, batch in jobs], self._processes.count)
         rank = self._processes.rank
@@ -204,16 +210,16 @@ class Work:
         work = partial(task.task.outputs, task.model, batch)
         return Alone(number, Pass(task.finetuned, work, stops, states=self._states()))
 
-    def _pass_by(self, alones: Sequence[Alone], meeting: LockstepStop) -> Callable[[], None]:
-        self._calls[meeting.place.key] += 1
+    def _pass_by(self, alones: Sequence[Alone], stop: LockstepStop) -> Callable[[], None]:
+        self._calls[stop.place.key] += 1
         self._advance(1)
         return partial(self._go_on, alones)
 
-    def _visit(self, alones: Sequence[Alone], meeting: LockstepStop) -> Callable[[], None]:
-        """Take in what all passes bring to one call of a linear; at the last one, fit it."""
-        linear = meeting.place
+    def _visit(self, alones: Sequence[Alone], stop: LockstepStop) -> Callable[[], None]:
+        """Add what all passes bring to one call of a linear layer; at its last call, fit it."""
+        linear = stop.place
         assert isinstance(linear, Linear)
-        go_on = self._pass_by(alones, meeting)
+        go_on = self._pass_by(alones, stop)
         sums = self._sums.setdefault(linear.key, {})
         self._processes.together(lambda: self._add(alones, sums))
         if self._calls[linear.key] == self._due[linear.key]:
@@ -235,7 +241,7 @@ class Work:
                 sums[one.task] = found
 
     def _go_on(self, alones: Sequence[Alone]) -> None:
-        if self._calls == self._due:  # nothing is left to see
+        if self._calls == self._due:  # nothing is left to do
             for one in alones:
                 one.run.end()
             return
@@ -245,7 +251,7 @@ class Work:
                 for_each(lambda one, weight=weight, bias=bias: one.run.multiply(weight, bias), own, self._workers)
 
     def _weight(self, number: int, linear: Linear) -> Tensor:
-        """[outputs, inputs], of the model of that number."""
+        """[outputs, inputs], of the model with that index."""
         weight = self._tasks[number].finetuned.load(self._parts[number][linear.key])
         return weight.T if linear.transposed else weight
 
@@ -266,28 +272,30 @@ class Work:
         if not torch.isfinite(gram).all():
             group = self._tasks[number].finetuned.groups[self._parts[number][linear.key].parameter]
             raise RequestError(
-                f"on the inputs of {self._names[number]}, its activations at {group.disk[0]} hold NaN or infinity, "
-                "so nothing can be fitted to them. Check that checkpoint and those inputs, or use --method average."
+                f"on the inputs of {self._names[number]}, its activations at {group.disk[0]} contain NaN or infinity, "
+                "so nothing can be fitted to them. Check the checkpoint and the inputs, or use --method average."
             )
 
     def _own_rows(self, linear: Linear, grams: Sequence[Tensor]) -> Tensor:
         """This process's rows of the solution, float32 [outputs, inputs], 0 in the others."""
         values = torch.zeros_like(self._weight(0, linear))
         own = self._processes.own(len(values))
-        values[own] = regression_mean(grams, lambda number: self._weight(number, linear)[own], self._how.alpha).float()
+        values[own] = regression_mean(
+            grams, lambda number: self._weight(number, linear)[own], self._config.alpha
+        ).float()
         return values
 
     def _keep(self, linear: Linear, values: Tensor) -> None:
-        """Write what this process is to write of a group of parameters, once it is whole."""
+        """Write this process's tensors of a group of parameters, once the group is complete."""
         group = self._tasks[0].finetuned.groups[self._parts[0][linear.key].parameter]
         for name, whole in self._pending.keep(group, self._parts[0][linear.key].parameter, values.cpu()).items():
             self._writer.write(name, "F32", [whole.reshape(-1)])
 
 
-def record(job: FitJob, how: RegMeanSettings, values: FittedValues) -> dict[str, Any]:
-    """What the manifest says."""
+def record(job: FitJob, config: RegMeanSettings, values: FittedValues) -> dict[str, Any]:
+    """The manifest's record of a fit."""
     return {
-        **how.as_record(),
+        **config.as_record(),
         "counts": values.notes["counts"],
         "data": {name: found.pinned.dump() for name, found in job.data.items()},
         "refitted": sorted(values.names),

@@ -1,4 +1,4 @@
-"""What fitting is told: the settings of the components that ask for it, as far as the work looks at them."""
+"""The settings that fitting uses, of the components that ask for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 JUDGED = 1 << 26  # numbers of the outputs of a held-out batch, at most: logits can be far more than hidden states
-# judge -> what the scores are called in the record, and how they are introduced on the card.
+# judge -> the name of the scores in the record, and their introduction on the card.
 SCORES: Mapping[str, tuple[str, str]] = {
     "agreement": ("disagreement", "Disagreement with the finetuned models' outputs on the held-out inputs"),
     "loss": ("loss", "Loss on the held-out inputs and their labels"),

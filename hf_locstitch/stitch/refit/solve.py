@@ -1,4 +1,4 @@
-"""The arithmetic of a refit: masked least squares for one linear, all output rows at once."""
+"""The arithmetic of a refit: masked least squares for one linear layer, all output rows at once."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROWS = 512  # output rows solved for together
+ROWS = 512  # output rows solved together
 
 
 @dataclass
 class Moments:
-    """What one task's tokens tell of a linear: sums over tokens, in float32.
+    """Sums over one task's tokens for a linear layer, in float32.
 
-    gram: XᵀX [inputs, inputs]; cross: RᵀX [outputs, inputs]; tokens: their number.
+    gram: XᵀX [inputs, inputs]; cross: RᵀX [outputs, inputs]; tokens: how many.
     """
 
     gram: Tensor
@@ -51,7 +51,7 @@ def solve_masked(matrix: Tensor, cross: Tensor, mask: Tensor, steps: int) -> Ten
 
 
 def _solve_rows(matrix: Tensor, cross: Tensor, mask: Tensor, steps: int) -> Tensor:
-    """In tensors that are made once: new ones at every step would cost as much as the products."""
+    """With preallocated tensors: new ones at every step would cost as much as the products."""
     kept = mask.to(matrix.dtype)
     inverse = 1 / matrix.diagonal()
     solution = torch.zeros_like(cross)
@@ -72,5 +72,5 @@ def _solve_rows(matrix: Tensor, cross: Tensor, mask: Tensor, steps: int) -> Tens
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
-    """Their quotient; 0 where a row is solved already, or has nothing to solve for."""
+    """The quotient; 0 where a row is already solved, or empty."""
     return torch.where(below > 0, above / below.clamp(min=torch.finfo(below.dtype).tiny), torch.zeros_like(above))

@@ -1,8 +1,8 @@
-"""Hidden states of a pass that waits, put off the device: into memory, or a file.
+"""Offloading the hidden states of a waiting pass from the device into memory or a file.
 
-A pass waits in the midst of the model's code, which holds its hidden states in local variables. So it is the storages
-under those tensors that are emptied and filled again: whatever refers to them sees the same numbers as before. Only
-what the pass itself has made is touched; weights and buffers belong to others.
+A pass waits in the middle of the model's code, which holds its hidden states in local variables. So the storages under
+those tensors are emptied and refilled: whatever refers to them sees the same numbers as before. Only tensors that the
+pass itself created are touched, no weights or buffers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._pytree import tree_leaves
 
-SMALLEST = 1 << 16  # bytes: what is smaller stays
+SMALLEST = 1 << 16  # bytes: smaller tensors stay on the device
 
 
 class Shelf(Protocol):
@@ -32,12 +32,12 @@ class Shelf(Protocol):
         ...
 
     def get(self, number: int, into: Tensor) -> None:
-        """into: uint8 [bytes], on the device, as many as were put in that place."""
+        """into: uint8 [bytes], on the device, as many as were put under that index."""
         ...
 
 
 class InMemory(Shelf):
-    """Of this machine, for a device with less."""
+    """In main memory, for a device with less."""
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
@@ -50,7 +50,7 @@ class InMemory(Shelf):
 
 
 class InFile(Shelf):
-    """path: of the file, which is only open while it is read or written: there may be thousands of passes."""
+    """path: of the file, which is open only while it is read or written: there may be thousands of passes."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._starts = path, [0]
@@ -67,13 +67,13 @@ class InFile(Shelf):
         with self._path.open("rb") as file:
             file.seek(self._starts[number])
             if file.readinto(_memory(content)) < len(content):
-                raise OSError(errno.EIO, "it was cut short while a refit needed it", str(self._path))
+                raise OSError(errno.EIO, "the file was truncated while a refit used it", str(self._path))
         if content is not into:
             into.copy_(content)
 
 
 class States:
-    """What one pass has made."""
+    """The hidden states that one pass created."""
 
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
@@ -81,16 +81,16 @@ class States:
         self._away: list[UntypedStorage] = []
         self._sizes: list[int] = []
 
-    def note(self, found: Any, given: Any) -> None:
-        """found: what a function of torch has made of what it was given. A view of a weight is not its own."""
+    def note(self, result: Any, given: Any) -> None:
+        """Record what a torch function returned for its arguments. Views of weights do not count as created."""
         foreign = {_address(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and not _is_own(leaf)}
-        for leaf in tree_leaves(found):
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and not _is_own(leaf) and _address(leaf) not in foreign:
                 leaf.locstitch_own = True  # pyright: ignore[reportAttributeAccessIssue]
                 self._made.append(weakref.ref(leaf))
 
     def put_away(self) -> None:
-        """Empty all that is still in use. Raises OSError."""
+        """Offload all tensors that are still in use. Raises OSError."""
         alive = [tensor for made in self._made if (tensor := made()) is not None]
         self._made = [weakref.ref(tensor) for tensor in alive]
         storages = {_address(tensor): tensor.untyped_storage() for tensor in alive}
@@ -101,14 +101,14 @@ class States:
             storage.resize_(0)
 
     def take_back(self) -> None:
-        """Fill again what was put away."""
+        """Bring back what was offloaded."""
         for number in range(len(self._away)):
             self._fill(number)
         self._away = []
 
     @contextmanager
     def at_hand(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """While inside, these may be read. They are not to be changed."""
+        """Inside, these tensors may be read, but must not be changed."""
         wanted = {_address(tensor) for tensor in tensors}
         numbers = [number for number, storage in enumerate(self._away) if storage._cdata in wanted]
         for number in numbers:
@@ -130,13 +130,13 @@ MakeStates = Callable[[], States | None]  # for one pass; None where its hidden 
 
 @contextmanager
 def making_states(on: str, device: torch.device, folder: Path) -> Iterator[MakeStates]:
-    """on: "device", "cpu" (memory) or "disk". folder: for files, which are gone afterwards."""
+    """on: "device", "cpu" (memory) or "disk". folder: for files, which are deleted afterwards."""
     if on == "device" or on == device.type:
         yield lambda: None
     elif on == "cpu":
         yield lambda: States(InMemory())
     else:
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
         folder.mkdir(parents=True)
         numbers = count()
         try:
@@ -154,7 +154,7 @@ def _is_own(tensor: Tensor) -> bool:
 
 
 def _memory(content: Tensor) -> Any:
-    """As a buffer. Not by numpy(): a storage that numpy has seen cannot be emptied any more."""
+    """As a buffer. Not by numpy(): a storage shared with numpy can no longer be resized."""
     return (ctypes.c_ubyte * len(content)).from_address(content.data_ptr())
 
 

@@ -1,4 +1,4 @@
-"""A model without its weights, and the weights of one checkpoint, read when a pass asks for them."""
+"""A model without its weights, and the weights of one checkpoint, read when a pass needs them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from hf_locstitch.tasks.parameter_names import Group, group_names, to_disk
 
-SMALL = 1 << 16  # elements: what is smaller (norms, biases) is kept once read
-HELD = 2  # larger tensors that a model keeps at once
-PIECE = 1 << 24  # elements of a weight that are widened at once where it is multiplied with in passing
+SMALL = 1 << 16  # elements: smaller tensors (norms, biases) stay in memory once read
+HELD = 2  # how many larger tensors a model keeps in memory
+PIECE = 1 << 24  # elements of a weight converted to float32 at once, where a pass does not stop
 
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter, or one of its stacked matrices (index). key: alike for the models of all tasks."""
+    """A parameter, or one of its stacked matrices (index). key: the same for the models of all tasks."""
 
     parameter: str
     index: int | None
@@ -41,17 +41,17 @@ class Part:
         return Part(self.parameter, number, self.shape[1:], (*self.key, number), self.device)
 
     def hole_of(self, index: int) -> Tensor:
-        """What stands for one of its stacked tensors."""
+        """The placeholder of one of its stacked tensors."""
         return _hole(self.at(index))
 
 
 def part_of(value: Any) -> Part | None:
-    """What a tensor stands for, if it is a hole."""
+    """What a tensor stands for, if it is a placeholder."""
     return value.__dict__.get("locstitch_part") if isinstance(value, Tensor) else None
 
 
 def _hole(part: Part, parameter: bool = False) -> Tensor:
-    """Of the right shape, dtype and device, and of one element: NaN, which shows if it is ever used as it is."""
+    """A placeholder of the right shape, dtype and device, with a single element: NaN, so that any use of it shows."""
     values = torch.full((), math.nan, device=part.device).expand(part.shape)
     hole = nn.Parameter(values, requires_grad=False) if parameter else values
     hole.locstitch_part = part  # pyright: ignore[reportAttributeAccessIssue]
@@ -59,7 +59,7 @@ def _hole(part: Part, parameter: bool = False) -> Tensor:
 
 
 def hollow(model: Any, disk: Collection[str], device: torch.device) -> dict[str, Part]:
-    """Put holes in place of all parameters of a model on the meta device. disk: names of the base's tensors.
+    """Replace all parameters of a model on the meta device by placeholders. disk: names of the base's tensors.
 
     Returns what they stand for, by name.
     """
@@ -119,19 +119,19 @@ class Weights:
 
     def held(self, part: Part) -> Tensor:
         """The same, kept for a while."""
-        found = self.changed.get(part.parameter)
-        if found is not None:
-            return found if part.index is None else found[part.index]
-        found = self._kept.get(part.parameter, self._held.get(part.parameter))
-        if found is None:
-            found = self._load(part)
-            if found.numel() <= SMALL:
-                self._kept[part.parameter] = found
+        values = self.changed.get(part.parameter)
+        if values is not None:
+            return values if part.index is None else values[part.index]
+        values = self._kept.get(part.parameter, self._held.get(part.parameter))
+        if values is None:
+            values = self._load(part)
+            if values.numel() <= SMALL:
+                self._kept[part.parameter] = values
             else:
-                self._held[part.parameter] = found
+                self._held[part.parameter] = values
                 while len(self._held) > HELD:
                     self._held.popitem(last=False)
-        return found if part.index is None else found[part.index]
+        return values if part.index is None else values[part.index]
 
     def stored(self, part: Part) -> Tensor:
         """As it lies on the disk, uncopied where that is possible, for a few rows of it."""
@@ -149,8 +149,8 @@ class Weights:
         weight = self._read(group.disk[0])
         pieces = [F.linear(x, piece.to(self._device).float()) for piece in weight.split(rows)]
         self._release(group.disk[0])
-        found = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-        return found if bias is None else found + bias
+        output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+        return output if bias is None else output + bias
 
     def _load(self, part: Part) -> Tensor:
         group = self.groups.get(part.parameter)
@@ -159,12 +159,12 @@ class Weights:
         if group is None:  # in neither checkpoint: a pooler that nobody asks for, or it shows in the outputs
             return torch.full(part.shape, math.nan, device=self._device)
         if group.direct:
-            found = self._read(group.disk[0]).to(self._device).float()
+            values = self._read(group.disk[0]).to(self._device).float()
         else:
-            found = from_disk(self._model, group, self._read)[part.parameter].to(self._device)
+            values = from_disk(self._model, group, self._read)[part.parameter].to(self._device)
         for name in group.disk:
             self._release(name)
-        return found
+        return values
 
 
 def from_disk(model: Any, group: Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Ways to find the values under masks other than the mean, one file each (entry points hf_locstitch.stitchers)."""
+"""Ways to determine the values under masks other than the mean, one file each (entry points hf_locstitch.stitchers)."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ if TYPE_CHECKING:
     from hf_locstitch.stitch.fitting import Stitcher
 
 STITCHERS: Registry[Stitcher] = Registry(__name__, __path__, "hf_locstitch.stitchers")
-MEAN = "mean"  # of the finetuned values: what is done without a stitcher
+MEAN = "mean"  # of the finetuned values: used without a stitcher

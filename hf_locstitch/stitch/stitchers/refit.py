@@ -1,4 +1,4 @@
-"""A refit: the values under the masks are fitted, linear by linear, to what the finetuned models compute on inputs."""
+"""A refit: the values under the masks are fitted, layer by layer, to what the finetuned models compute on inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hf_locstitch.stitch.fitted_values import FittedValues
     from hf_locstitch.tasks.sets import OpenSet
 
-ENOUGH = 32  # held-out inputs of a finetune that tell one lambda from another; measured, docs/quality.md
+ENOUGH = 32  # held-out inputs of a finetune that suffice to choose lambda; measured, docs/quality.md
 Lambda = Annotated[
     float,
     Field(ge=0, allow_inf_nan=True),
@@ -27,11 +27,11 @@ Lambda = Annotated[
 
 
 class Refit(Stitcher):
-    """held_out: the share of the inputs that is not fitted to but judges the lambdas.
+    """held_out: the share of the inputs that is not used for the fit but to choose lambda.
 
-    lambdas: how much stiffer each weight is made than its inputs alone make it; "inf" is the plain stitch. With
-    several, the best on held-out inputs is taken, as `judge` says: by "agreement" of the outputs with the finetuned
-    models', or, where inputs have labels, by "loss" or "accuracy" (of tokens, for a language model).
+    lambdas: strength of the regularization towards the plain stitch; "inf" is the plain stitch itself. With several,
+    the best on held-out inputs is taken, by `judge`: "agreement" of the outputs with the finetuned models', or, where
+    inputs have labels, "loss" or "accuracy" (of tokens, for a language model).
     ridge: in units of the mean squared input. steps: of conjugate gradients.
     """
 
@@ -46,11 +46,11 @@ class Refit(Stitcher):
     @model_validator(mode="after")
     def _can_choose(self) -> Refit:
         if any(math.isnan(value) for value in self.lambdas) or len(set(self.lambdas)) < len(self.lambdas):
-            raise ValueError("lambdas must differ from one another and be numbers, or inf")
+            raise ValueError("lambdas must be distinct numbers, or inf")
         if len(self.lambdas) > 1 and self.counts(self.inputs)[1] == 0:
             raise ValueError(
-                f"{len(self.lambdas)} lambdas are to be judged on held-out inputs, but of {self.inputs} inputs a share "
-                f"of {self.held_out:g} is none: raise inputs or held_out, or give one lambda"
+                f"choosing among {len(self.lambdas)} lambdas needs held-out inputs, but held_out {self.held_out:g} of "
+                f"{self.inputs} inputs is none: raise inputs or held_out, or set a single lambda"
             )
         return self
 
@@ -59,25 +59,25 @@ class Refit(Stitcher):
         return self.judge != "agreement"
 
     def counts(self, inputs: int) -> tuple[int, int]:
-        """How many of so many inputs are fitted to, and how many are held out."""
+        """How many of so many inputs are used for the fit, and how many are held out."""
         held_out = round(self.held_out * inputs)
         return inputs - held_out, held_out
 
     def warnings(self) -> list[str]:
-        """Where the choice of lambda would rest on little."""
+        """Warn if lambda would be chosen on few inputs."""
         held_out = self.counts(self.inputs)[1]
         if len(self.lambdas) == 1 or held_out >= ENOUGH:
             return []
         return [
-            f"lambda is chosen on {held_out} held-out inputs of each finetune: with fewer than {ENOUGH} a refit may be "
-            "worse than the mean elsewhere. Raise inputs or held_out, or name one lambda."
+            f"lambda is chosen on {held_out} held-out inputs of each finetune: with fewer than {ENOUGH}, a refit may "
+            "be worse than the mean on other inputs. Raise inputs or held_out, or set a single lambda."
         ]
 
     def describe(self) -> str:
         lambdas = ", ".join(f"{value:g}" for value in self.lambdas)
         fitted, held_out = self.counts(self.inputs)
-        judged = f", judged by {self.judge} on {held_out} held out" if len(self.lambdas) > 1 else ""
-        return f"refit on {fitted} inputs each of at most {self.tokens} tokens, lambda of {lambdas}{judged}"
+        judged = f", chosen by {self.judge} on {held_out} held-out inputs" if len(self.lambdas) > 1 else ""
+        return f"refit on {fitted} inputs per finetune of at most {self.tokens} tokens, lambda {lambdas}{judged}"
 
     def check(self, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
         if self.labelled:
@@ -104,14 +104,14 @@ def _sections(record: Mapping[str, Any], inputs: str) -> Iterator[str]:
     count = len(record["refitted"])
     if count:
         tensors = "1 tensor" if count == 1 else f"{count} tensors"
-        yield f"""The values under the masks are not the mean of the finetuned ones: in {tensors} they were fitted,
-linear by linear in the order of the forward pass, so that each gives on unlabelled inputs of every finetune
-what that finetuned model's own linear gives (masked least squares, lambda {record["lambda"]}, ridge
+        yield f"""The values under the masks are not the mean of the finetuned values: in {tensors} they were fitted,
+layer by layer in the order of the forward pass, so that on unlabelled inputs of every finetune, each linear layer's
+outputs match those of the same layer in that finetuned model (masked least squares, lambda {record["lambda"]}, ridge
 {record["ridge"]}, {record["steps"]} steps of conjugate gradients). Nothing outside the masks changed."""
     else:
         yield (
-            f"No lambda was better on held-out inputs (judged by {record['judge']}) than the mean of the finetuned "
-            "values: that was kept."
+            f"On held-out inputs (judged by {record['judge']}), no lambda was better than the mean of the finetuned "
+            "values, so the mean was kept."
         )
     yield inputs
     title, sentence = SCORES[record["judge"]]
@@ -125,7 +125,8 @@ what that finetuned model's own linear gives (masked least squares, lambda {reco
     if kept := record["kept_plain"]:
         matrices = "1 matrix keeps" if len(kept) == 1 else f"{len(kept)} matrices keep"
         first = markdown(": ".join(next(iter(kept.items()))))
-        yield f"{matrices} the mean of the finetuned values ({first}); [locstitch.json](locstitch.json) lists them."
+        listed = "[locstitch.json](locstitch.json) lists them"
+        yield f"{matrices} the mean of the finetuned values (for example {first}); {listed}."
 
 
 COMPONENT = Refit

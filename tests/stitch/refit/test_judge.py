@@ -65,7 +65,7 @@ def test_a_language_model_is_judged_on_its_answers(judge: str, tmp_path: Path) -
     assert curve[record["lambda"]] == pytest.approx(sum(scores) / 2, abs=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
     title = "Loss on the held-out inputs and their labels" if judge == "loss" else "Share of wrong answers"
-    assert title in card and f"judged by {judge} on 6 held out" in card and "Disagreement" not in card
+    assert title in card and f"chosen by {judge} on 6 held-out inputs" in card and "Disagreement" not in card
 
 
 def test_classes_are_judged_by_their_labels(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_labels_are_asked_for_before_work_starts(judge: str, tmp_path: Path, mon
             folders[0], folders[1:], out=tmp_path / "out", localizer=HOW, data=files, stitch={**HELD, "judge": judge}
         )
     texts = [str(write_texts(tmp_path / f"text{seed}.jsonl", seed=seed)) for seed in range(2)]
-    with pytest.raises(RequestError, match=r"24 of the 24 inputs .* have no label"):
+    with pytest.raises(RequestError, match=r"24 of the 24 inputs .* have none"):
         quick_merge(
             folders[0], folders[1:], out=tmp_path / "out", localizer=HOW, data=texts, stitch={**HELD, "judge": judge}
         )
@@ -99,7 +99,7 @@ def test_labels_are_asked_for_before_work_starts(judge: str, tmp_path: Path, mon
 def test_hidden_states_have_no_labels(tmp_path: Path) -> None:
     folders = family(build("bert", torch.float32), tmp_path, masked_tokenizer())
     data = [str(write_classes(tmp_path / f"{seed}.jsonl", seed=seed)) for seed in range(2)]
-    with pytest.raises(RequestError, match="of ft0 only hidden states are compared"):
+    with pytest.raises(RequestError, match="for ft0 only hidden states are compared"):
         quick_merge(
             folders[0], folders[1:], out=tmp_path / "out", localizer=HOW, data=data, stitch={**HELD, "judge": "loss"}
         )

@@ -195,7 +195,11 @@ def test_the_command_records_and_repeats(
     common += ["--stitch", "refit", "--no-figures", "--data", *(f"./{Path(path).name}" for path in data)]
     assert main([*common, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "stitch     refit on 18 inputs each" in said and "fitting    about" in said and "1.jsonl" in said
+    assert (
+        "stitch     refit on 18 inputs per finetune" in said
+        and "fitting    at most about" in said
+        and "1.jsonl" in said
+    )
     assert "warning    lambda is chosen on 6 held-out inputs of each finetune" in said
     assert main([*common, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["refitting"]["inputs"] == 48
@@ -226,8 +230,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "ties"}, "needs method locstitch, not ties"),
     ({"allow_non_finite": True}, "cannot be combined with a refit"),
     ({"cache": False}, "cannot be combined with --no-cache"),
-    ({"stitch": {"inputs": 1}}, "of 1 inputs a share of 0.25 is none"),
-    ({"stitch": {"lambdas": [0, 0]}}, "lambdas must differ"),
+    ({"stitch": {"inputs": 1}}, "held_out 0.25 of 1 inputs is none"),
+    ({"stitch": {"lambdas": [0, 0]}}, "lambdas must be distinct"),
     ({"stitch": {"lambda": 3}}, "did you mean 'lambdas'"),
     ({"stitch": "refitted"}, "stitch"),
     ({"include": ["*norm*"]}, "there is nothing to refit"),
@@ -257,7 +261,7 @@ def put(folder: Path, name: str, change: Callable[[torch.Tensor], object]) -> No
 def test_nan_activations(victim: int, said: str, folders: list[Path], data: list[str], tmp_path: Path) -> None:
     """In a tensor that no mask looks at."""
     put(folders[victim], "model.embed_tokens.weight", lambda tensor: tensor.fill_(torch.nan))
-    with pytest.raises(RequestError, match=rf"on the inputs of ft0, the \w+ of {said}.* hold NaN"):
+    with pytest.raises(RequestError, match=rf"on the inputs of ft0, the \w+ of {said}.* contain NaN"):
         merge(folders, data, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 

@@ -83,7 +83,7 @@ def test_a_file_that_was_cut_is_an_error(tmp_path: Path) -> None:
     states.note(one, ())
     states.put_away()
     (tmp_path / "states").write_bytes((tmp_path / "states").read_bytes()[:-4])
-    with pytest.raises(OSError, match="cut short"):
+    with pytest.raises(OSError, match="truncated"):
         states.take_back()
 
 
@@ -151,7 +151,7 @@ def test_the_dry_run_tells_where_they_lie(
     assert device["aside"] == 0 and disk["aside"] == device["states"] > disk["states"]
     assert disk["disk"] == device["disk"] + disk["aside"] and disk["peak"] < device["peak"]
     assert main(["merge", "disk.yaml", "--dry-run"]) == 0
-    assert "of them put away" in capsys.readouterr().out
+    assert "offloaded to " in capsys.readouterr().out
 
 
 def test_a_full_disk_is_said_and_the_merge_goes_on_later(
