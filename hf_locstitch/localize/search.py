@@ -60,9 +60,9 @@ def checked_scores(localizer: str, scores: OwnScores) -> ScoreBits:
         values = np.ascontiguousarray(scores(tensor, first, finetuned, base), dtype=np.float32)
         if values.shape != base.shape or not (np.isfinite(values) & (values >= 0)).all():
             raise RequestError(
-                f"the localizer {localizer} returned scores of shape {list(values.shape)}, from {values.min(initial=0)} "
-                f"to {values.max(initial=0)}, for the {len(base)} elements of {tensor}; expected one finite, "
-                "non-negative score per element. Fix the localizer."
+                f"the localizer {localizer} returned scores of shape {list(values.shape)}, from "
+                f"{values.min(initial=0)} to {values.max(initial=0)}, for the {len(base)} elements of {tensor}; "
+                "expected one finite, non-negative score per element. Fix the localizer."
             )
         return (values + np.float32(0)).view(np.int32)  # −0 counts as 0
 

@@ -206,7 +206,7 @@ def test_the_command_records_and_repeats(
     with monkeypatch.context() as launched:
         launched.setenv("WORLD_SIZE", "2")
         assert main([*common, "--dry-run"]) == 0
-        assert "of memory at most in each of 2 processes" in capsys.readouterr().out
+        assert "of memory in each of 2 processes" in capsys.readouterr().out
     assert main([*common, "--out", "out", "--quiet"]) == 0
     card = Path("out/README.md").read_text()
     assert "## Refitted values" in card and "0.jsonl" in card and "lambda 0.1" in card and str(tmp_path) not in card
