@@ -47,7 +47,8 @@ def make_manifest(
     """
     localized = _localized_inputs(plan)
     masks = _mask_records(plan, overlap, examples) if plan.masked else {}
-    ones = {mask.ones for mask in masks.values()} or {plan.k}
+    smaller = list(_smaller_masks(plan, masks))
+    exact = plan.exact_k and not smaller and all(one.record.k is not None for one in localized.values())
     return Manifest(
         hf_locstitch=__version__,
         method=plan.recipe.method.name,
@@ -56,11 +57,11 @@ def make_manifest(
         inputs=[_input_record(plan, name, checkpoint, files[name]) for name, checkpoint in plan.inputs.items()],
         localized={name: _record("localized", name, plan.inputs[name], files[name]) for name in localized},
         N=plan.n,
-        k=ones.pop() if plan.exact_k and len(ones) == 1 else None,
+        k=plan.k if exact else None,
         masks=masks,
         covered_by=[plan.n - int(overlap.covered[1:].sum()), *overlap.covered[1:].tolist()] if plan.masked else [],
         overlap=overlap.pair_records(list(plan.finetuned)) if plan.masked else [],
-        warnings=[*plan.warnings, *_smaller_masks(plan, masks)],
+        warnings=[*plan.warnings, *smaller],
         versions={"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
         fingerprint=fingerprint,
         data={name: found.pinned.dump() for name, found in plan.data.items()}

@@ -82,9 +82,7 @@ def test_labels_are_asked_for_before_work_starts(judge: str, tmp_path: Path, mon
     folders = family(build("bert-classes", torch.float32), tmp_path, masked_tokenizer())
     files = [str(write_classes(tmp_path / f"{seed}.jsonl", seed=seed, labels=24 - 5 * seed)) for seed in range(2)]
     monkeypatch.setattr("hf_locstitch.engine.execute.InputHashes", lambda *_: pytest.fail("work has started"))
-    with pytest.raises(
-        RequestError, match=rf"judge: {judge} .* 5 of the 24 inputs of ft1 in .*1.jsonl have none"
-    ):
+    with pytest.raises(RequestError, match=rf"judge: {judge} .* 5 of the 24 inputs of ft1 in .*1.jsonl have none"):
         quick_merge(
             folders[0], folders[1:], out=tmp_path / "out", localizer=HOW, data=files, stitch={**HELD, "judge": judge}
         )
