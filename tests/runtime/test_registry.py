@@ -209,7 +209,7 @@ def test_its_settings_and_scope_from_a_recipe(run: Run, home: Path) -> None:
     recipe = {"localizer": {"method": "relative", "density": 0.5, "scope": "tensor", "floor": 2.0}, "figures": False}
     (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     said = run("merge", "recipe.yaml", "--base", "./base", "--ft", "./ft0", "--dry-run").stdout
-    assert "relative, density 0.5, floor 2, largest change in proportion inside each tensor" in said
+    assert "relative, density 0.5, floor 2, largest change in proportion within each tensor" in said
     succeeded(run("merge", "recipe.yaml", "--base", "./base", "--ft", "./ft0", "--out", "out", "--quiet"))
     found, base, state = load_mask(home / "out", "ft0"), load(home / "base"), load(home / "ft0")
     for name, mask in found.items():
@@ -265,7 +265,7 @@ def test_wrong_scores_are_refused(command: str, how: str, run: Run, home: Path) 
     done = run(command, "recipe.yaml", "--base", "./base", "--ft", "./ft0", "--out", "out", "--quiet")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    for word in ("the localizer broken", "scores", "model.layers.", "not negative"):
+    for word in ("the localizer broken", "scores", "model.layers.", "non-negative"):
         assert word in done.stderr, done.stderr
     assert sorted(home.rglob("*")) == before
 
