@@ -193,8 +193,8 @@ def _summary(report: EvaluationReport) -> list[str]:
     mean = sum(share for _, share in kept) / len(kept)
     task, least = min(kept, key=lambda one: one[1])
     at_least = f"at least {100 * least:.0f} %, on {escape.markdown(task)}"
-    tasks = "one task" if len(kept) == 1 else f"{len(kept)} tasks ({at_least})"
-    return [f"It keeps {100 * mean:.0f} % of the best finetune's score, averaged over {tasks}."]
+    over = " on one task" if len(kept) == 1 else f", averaged over {len(kept)} tasks ({at_least})"
+    return [f"It keeps {100 * mean:.0f} % of the best finetune's score{over}."]
 
 
 def _emphasized(table: Sequence[Sequence[str]], name: str) -> Table:

@@ -48,7 +48,7 @@ def test_pushed_scores_survive(home_hub: LoopbackHub, published: str, tasks: Pat
     assert entry.notes is not None and entry.notes.startswith("acc, 2-shot")
     assert ".eval_results/letters.yaml" not in home_hub.files(published)  # its data are nobody else's
 
-    assert run("verify", published)[0] == 0 and "wrong" not in run("verify", published)[2]
+    assert run("verify", published)[0] == 0 and "failed" not in run("verify", published)[2]
     favouring(tmp_path / "other", "C")
     status, _, _ = run("evaluate", published, *asked, "--limit", "5")
     card = ModelCard(home_hub.read(published, "README.md").decode())

@@ -157,7 +157,7 @@ def _localized(
         return
     inputs, reasons = open_inputs(refs)
     if reasons:
-        notes.skipped.append(f"values: {'; '.join(reasons)} Name them with --base REF and --ft REF...")
+        notes.skipped.append(f"values: {' '.join(reasons)} Name them with --base REF and --ft REF...")
         return
     sample = _sample(given.shapes, tensors)
     try:
@@ -232,7 +232,7 @@ def _masks(
 def _values(merge: Merge, refs: Sequence[InputRef], tensors: Tensors, progress: Progress, notes: Notes) -> None:
     inputs, reasons = open_inputs(refs)
     if reasons:
-        notes.skipped.append(f"values: {'; '.join(reasons)} Name them with --base REF and --ft REF...")
+        notes.skipped.append(f"values: {' '.join(reasons)} Name them with --base REF and --ft REF...")
         return
     layout = list(check_layout(merge.weights, inputs["base"], inputs[merge.rest], merge.localized, merge.recipe.dtype))
     notes.findings += layout
