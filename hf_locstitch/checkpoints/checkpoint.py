@@ -16,6 +16,7 @@ from hf_locstitch.runtime.parsing import JSON_BYTES, front_matter, parse_json, p
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+CARD = "README.md"
 Config = Mapping[str, Any]  # of config.json
 CARD_BYTES = 10_000_000  # of a README.md
 FIRST_READ = 100_000  # bytes; most headers fit, as the Hub's own client assumes
@@ -99,10 +100,10 @@ def _read_json(source: Source, file: str) -> Any:
 
 def read_card(source: Source) -> dict[str, Any]:
     """The metadata at the head of README.md; empty if there is none."""
-    if "README.md" not in source.files or source.files["README.md"].size > CARD_BYTES:
+    if CARD not in source.files or source.files[CARD].size > CARD_BYTES:
         return {}
     try:
-        fields = parse_yaml(front_matter(source.fetch("README.md").read_text(encoding="utf-8-sig")))
+        fields = parse_yaml(front_matter(source.fetch(CARD).read_text(encoding="utf-8-sig")))
     except ValueError:
         return {}  # a card that does not parse is ignored
     return fields if isinstance(fields, dict) else {}

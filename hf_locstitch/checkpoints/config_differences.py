@@ -96,24 +96,27 @@ def read_text_files(source: Source, other: Source) -> TextFiles:
 def _template(source: Source, other: Source) -> str | None:
     for file in TEMPLATE_FILES:
         if file in source.files:
-            promised = source.files[file].sha256 or source.files[file].git_oid
-            alike = file in other.files and promised in (other.files[file].sha256, other.files[file].git_oid)
-            return promised if promised and alike else source.fetch(file).read_text(encoding="utf-8", errors="replace")
+            if _alike(source, other, file):
+                return source.files[file].promised
+            return source.fetch(file).read_text(encoding="utf-8", errors="replace")
     template = _read(source, other, "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str | None) else json.dumps(template)
 
 
 def _read(source: Source, other: Source, file: str) -> dict[str, Any]:
     """A JSON file; empty if it is absent, unreadable, or the same in both."""
-    if file not in source.files:
-        return {}
-    own, its = source.files[file], other.files.get(file)
-    if its is not None and (own.sha256 or own.git_oid) and (own.sha256, own.git_oid) == (its.sha256, its.git_oid):
+    if file not in source.files or _alike(source, other, file):
         return {}
     try:
         return read_json(source, file)
     except CheckpointError:
         return {}  # only compared here; copied as it is
+
+
+def _alike(source: Source, other: Source, file: str) -> bool:
+    """Whether both promise the same content; False if either promises none."""
+    promised = source.files[file].promised
+    return promised is not None and file in other.files and other.files[file].promised == promised
 
 
 def _count(tokenizer: Mapping[str, Any]) -> int | None:

@@ -115,22 +115,22 @@ def limited_for(attempt: int, error: Exception) -> float:
     """Seconds until a rate limit is lifted, by its headers. attempt: of this call, from 0, where they do not tell."""
     headers = _headers_of(error)
     limit = parse_ratelimit_headers(headers)
-    asked = str(headers.get("Retry-After", ""))
-    if limit is not None and limit.remaining == 0:
-        told = limit.reset_in_seconds
-    elif asked.isdigit():
-        told = int(asked)
-    else:
+    told = limit.reset_in_seconds if limit is not None and limit.remaining == 0 else _retry_after(headers)
+    if told is None:
         return wait_before(attempt, error)
     return min(max(told, 1), LONGEST_LIMIT)  # whole seconds: 0 stands for less than one
 
 
 def wait_before(attempt: int, error: Exception) -> float:
     """Seconds to wait after failure number `attempt` (from 0)."""
-    asked = str(_headers_of(error).get("Retry-After", ""))
-    if asked.isdigit():
-        return min(float(asked), 4 * LONGEST_WAIT)
-    return min(0.5 * 2**attempt, LONGEST_WAIT)
+    asked = _retry_after(_headers_of(error))
+    return min(0.5 * 2**attempt, LONGEST_WAIT) if asked is None else min(float(asked), 4 * LONGEST_WAIT)
+
+
+def _retry_after(headers: Mapping[str, str]) -> int | None:
+    """Seconds, if the server says so."""
+    asked = str(headers.get("Retry-After", ""))
+    return int(asked) if asked.isdigit() else None
 
 
 def retrying(call: Callable[[], T]) -> T:

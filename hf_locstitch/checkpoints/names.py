@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Annotated
 
@@ -66,8 +67,8 @@ def is_own(file: str) -> bool:
 
 def make_name(text: str, otherwise: str) -> str:
     """`text` if it is a safe name, else a safe one near it; `otherwise` if nothing of it can be used."""
-    if NAME.fullmatch(text) and len(text.encode()) <= LONGEST_NAME:
-        return text
+    with suppress(ValueError):
+        return safe_name(text)
     plain = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", text))
     cut = plain.encode()[:LONGEST_NAME].decode(errors="ignore")
     return re.sub(r"^[\W_]+|-+$", "", cut) or otherwise

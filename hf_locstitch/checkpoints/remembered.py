@@ -62,4 +62,4 @@ class Remembered:
 
 
 def _start(info: FileInfo) -> str:
-    return f"{info.sha256 or info.git_oid}.start"
+    return f"{info.promised}.start"

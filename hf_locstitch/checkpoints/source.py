@@ -21,6 +21,11 @@ class FileInfo:
     sha256: str | None = None
     git_oid: str | None = None
 
+    @property
+    def promised(self) -> str | None:
+        """The hash of the content that the source promises, of either kind."""
+        return self.sha256 or self.git_oid
+
 
 class Source(Protocol):
     """A set of files at one moment: a folder, or a repo at a commit."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.checkpoints.hashes import InputHashes
-from hf_locstitch.engine.preflight import check_disk, check_inputs, check_out, check_place, warn_of_memory
-from hf_locstitch.engine.work_dir import clear_work
+from hf_locstitch.engine.preflight import check_inputs, check_out, check_place, check_work
+from hf_locstitch.engine.work_dir import clear_work, open_work_dir
 from hf_locstitch.errors import PublishError, RecipeError
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.runtime.processes import Processes, find_processes
@@ -89,10 +89,7 @@ def _into(
 ) -> Finished:
     record = check_out(out, plan)
     if record is None:
-        check_place(out)
-        check_inputs(plan)
-        check_disk(out, plan)
-        warn_of_memory(plan)
+        check_work(out, plan)
     elif processes.first:
         clear_work(plan, out)
     after = prepare()
@@ -116,10 +113,7 @@ def _into(
 def _to_hub(plan: Plan, progress: Progress, processes: Processes) -> Finished:
     """Nothing stays on this machine; after a failure the same command resumes."""
     scratch = _scratch(plan)
-    check_place(scratch / "merged")
-    check_inputs(plan)
-    check_disk(scratch, plan)
-    warn_of_memory(plan)
+    check_work(scratch / "merged", plan)
     published: list[Published] = []
     with _upload(plan, processes, discard=not plan.settings.cache) as upload:
 
@@ -150,7 +144,6 @@ def make(
     """
     processes = processes or Processes()
     with InputHashes(plan.inputs, processes.rank, processes.count) as hashes:  # begins while libraries are imported
-        from hf_locstitch.engine.work_dir import open_work_dir
         from hf_locstitch.runtime.bus_error import explain_bus_errors
 
         explain_bus_errors()

@@ -12,7 +12,7 @@ from hf_locstitch.errors import CheckpointError, OutputError
 from hf_locstitch.localize.cost import LearningCost, free_memory
 from hf_locstitch.plan.cost import estimate, files_here, localizing_cost
 from hf_locstitch.plan.plans import ModelPlan, Plan
-from hf_locstitch.runtime.files import is_mount_point, is_writable
+from hf_locstitch.runtime.files import existing_part, is_mount_point, is_writable
 from hf_locstitch.runtime.human import human
 
 LOG = logging.getLogger("hf_locstitch")
@@ -48,6 +48,14 @@ def _read_manifest(folder: Path) -> Manifest | None:
         return None
 
 
+def check_work(near: Path, plan: Plan) -> None:
+    """All that must hold before a plan is carried out beside `near`. Raises RequestError; warns of memory."""
+    check_place(near)
+    check_inputs(plan)
+    check_disk(near, plan)
+    warn_of_memory(plan)
+
+
 def check_inputs(plan: Plan) -> None:
     """Raises RequestError if a file that will be read is not here and cannot be fetched."""
     for name, files in plan.needed.items():
@@ -67,7 +75,7 @@ def check_place(near: Path) -> None:
 
 def check_disk(folder: Path, plan: Plan) -> None:
     """Raises OutputError if the output and its temporary files will not fit beside `folder`."""
-    free, needed = shutil.disk_usage(_existing(folder)).free, estimate(plan, files_here(plan)).disk
+    free, needed = shutil.disk_usage(existing_part(folder)).free, estimate(plan, files_here(plan)).disk
     if free < needed:
         raise OutputError(
             f"{folder} needs up to {human(needed)} of disk space, but only {human(free)} is free. "
@@ -86,7 +94,3 @@ def warn_of_memory(plan: Plan) -> None:
             f"{cost.device}: it may not fit. "
             "Set micro_batch: 1, checkpointing: true, or state_on: cpu in the recipe's localizer."
         )
-
-
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() else _existing(folder.absolute().parent)

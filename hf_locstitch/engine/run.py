@@ -20,6 +20,7 @@ from hf_locstitch.artifacts.mask_file import assemble_mask, encode_masks, mask_m
 from hf_locstitch.artifacts.mask_source import MaskSource
 from hf_locstitch.artifacts.overlap import Overlap
 from hf_locstitch.checkpoints.byte_ranges import Pieces
+from hf_locstitch.checkpoints.checkpoint import CARD
 from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.engine.inputs import Inputs
 from hf_locstitch.engine.record import FileHashes, check_pins, finish, make_manifest, pinned_recipe
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
 T = TypeVar("T")
 
-CARD = "README.md"
 LOG = logging.getLogger("hf_locstitch")
 
 

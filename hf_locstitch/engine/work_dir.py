@@ -142,7 +142,7 @@ def clear_work(plan: Plan, out: Path) -> None:
 
 def _work_dir(plan: Plan, near: Path) -> WorkDir:
     near = near.resolve()
-    return WorkDir(near.absolute().parent / f".{near.name}.{fingerprint(plan)[:16]}.partial")
+    return WorkDir(near.parent / f".{near.name}.{fingerprint(plan)[:16]}.partial")
 
 
 def _move(stage: Path, out: Path) -> None:

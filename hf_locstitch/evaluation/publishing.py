@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from markupsafe import Markup
 
 from hf_locstitch.artifacts.manifest import FILE, parse_manifest, to_json
-from hf_locstitch.checkpoints.checkpoint import open_source
+from hf_locstitch.checkpoints.checkpoint import CARD, open_source
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import OutputError
@@ -25,7 +25,6 @@ from hf_locstitch.evaluation.scores import TaskResult
 from hf_locstitch.runtime import escape
 from hf_locstitch.runtime.files import write_atomically
 
-CARD = "README.md"
 ENTRIES = ".eval_results"
 SCORES = "figures/scores.json"
 BEGIN, END = "<!-- evaluation -->", "<!-- /evaluation -->"

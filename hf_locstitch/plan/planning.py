@@ -117,14 +117,13 @@ def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
     check_side_files(source, chosen)
     if twice := same_place([INDEX, *(shard.file for shard in plan.shards), *chosen.copied]):
         raise RecipeError(f"also_copy asks for {twice[1]}, but the merge writes {twice[0]} itself. Name other files.")
-    whose = "the base" if plan.files is plan.base else plan.recipe.files_from or plan.recipe.rest_from
-    warnings = [
-        f"{some(names)} of {whose}: weights that nothing says the model loads are neither merged nor copied "
-        "(--also-copy copies them)."
-        for names in [chosen.left_weights]
-        if names
-    ]
-    return replace(plan, side_files=chosen, warnings=(*plan.warnings, *warnings))
+    warnings = list(plan.warnings)
+    if chosen.left_weights:
+        warnings.append(
+            f"{some(chosen.left_weights)} of {_kept_name(plan.recipe)}: weights that nothing says the model loads are "
+            "neither merged nor copied (--also-copy copies them)."
+        )
+    return replace(plan, side_files=chosen, warnings=tuple(warnings))
 
 
 def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:

@@ -13,9 +13,14 @@ from pathlib import Path
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 
 
+def existing_part(path: Path) -> Path:
+    """The path itself, or the nearest of the folders above it that exists."""
+    return next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+
+
 def is_writable(folder: Path) -> bool:
     """Whether files can be made in a folder, or the folder itself if it does not exist."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = existing_part(folder)
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 

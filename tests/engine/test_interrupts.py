@@ -75,7 +75,7 @@ def test_what_nohup_ignores_stays_ignored(inputs: list[Path], tmp_path: Path, mo
     def hang_up(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGHUP)
 
-    monkeypatch.setattr("hf_locstitch.engine.execute.warn_of_memory", hang_up)
+    monkeypatch.setattr("hf_locstitch.engine.preflight.warn_of_memory", hang_up)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert main(command(inputs, tmp_path / "out")) == 0

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hf_locstitch.artifacts.manifest import FILE, Manifest, weights_sha256
+from hf_locstitch.checkpoints.checkpoint import CARD
 from hf_locstitch.checkpoints.side_files import WEIGHTS
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.inspection.verification.report import Finding
 from hf_locstitch.plan.recipe import Recipe
 
-CARD = "README.md"  # people edit it in the browser, on the Hub
 UNLISTED = frozenset({FILE, ".gitattributes"})  # the manifest itself, and a file that the Hub adds
 SCORES = ".eval_results/"  # anybody may add scores to a repo
 
@@ -33,7 +33,7 @@ def _check_file(source: Source, file: str, entry: Mapping[str, Any]) -> Iterator
     if file not in source.files:
         yield Finding("files", file, "size", "absent", f"{size} bytes")
         return
-    edited = file == CARD
+    edited = file == CARD  # people edit it in the browser, on the Hub
     prefix = "edited since the merge: " if edited else ""
     if source.files[file].size != size:
         actual, expected = f"{source.files[file].size} bytes", f"{size} bytes"
