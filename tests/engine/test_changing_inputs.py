@@ -17,9 +17,11 @@ from hf_locstitch.errors import CheckpointError
 
 
 def rewritten(path: Path) -> None:
-    """The same size, another time."""
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    """The same size, another time. In place: a file cut to nothing first would end a process that has it mapped."""
+    last = path.read_bytes()[-1]
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
     os.utime(path, ns=(1, 1))
 
 
