@@ -81,9 +81,8 @@ class SafetensorsWriter:
     def hashing(self) -> Iterator[Future[str]]:
         """Hash the file while it is written. Yields the future SHA-256, available once everything is written."""
         with ThreadPoolExecutor(1) as pool:
-            hashed = pool.submit(self._sha256)
             try:
-                yield hashed
+                yield pool.submit(self._sha256)
             finally:
                 with self._moved:
                     self._over = True

@@ -38,12 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.addHandler(LogToStderr())
     gc.set_threshold(100_000, 20, 20)  # else a small merge spends a twelfth of its time collecting garbage
     try:
-        with raising_interrupts():
+        with raising_interrupts(lambda number: _interrupted(Interrupted(number))):
             return COMMANDS[args.command](args)
     except KeyboardInterrupt as error:
-        stop = Interrupted.of(error)
-        kept = f"; what is done so far is kept in {stop.kept}" if stop.kept is not None else ""
-        return _fail(f"interrupted. Run the same command again to continue{kept}.", stop.exit_status)
+        return _interrupted(Interrupted.of(error))
     except LocstitchError as error:
         if args.debug:
             traceback.print_exc()
@@ -66,6 +64,11 @@ class LogToStderr(logging.Handler):
 def _speaks() -> bool:
     """Whether this process prints: under a launcher only the first does."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _interrupted(stop: Interrupted) -> int:
+    kept = f"; what is done so far is kept in {stop.kept}" if stop.kept is not None else ""
+    return _fail(f"interrupted. Run the same command again to continue{kept}.", stop.exit_status)
 
 
 def _fail(message: str, status: int) -> int:

@@ -88,9 +88,8 @@ def for_each(work: Callable[[Job], object], jobs: Iterable[Job], workers: int) -
             stop.set()  # no job is left, or this one failed
 
     with ThreadPoolExecutor(workers, initializer=keep_to_itself) as pool:
-        running = [pool.submit(take_turns) for _ in range(workers)]
         try:
-            for future in as_completed(running):
+            for future in as_completed([pool.submit(take_turns) for _ in range(workers)]):
                 future.result()
         finally:
             stop.set()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+GRACE = 30.0  # seconds from a signal to the end of the process
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -32,8 +35,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def raising_interrupts() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Interrupted, as Ctrl-C raises KeyboardInterrupt; one that is ignored is left so."""
+def raising_interrupts(give_up: Callable[[int], object]) -> Iterator[None]:
+    """SIGTERM and SIGHUP raise Interrupted, as Ctrl-C raises KeyboardInterrupt; one that is ignored is left so.
+
+    give_up: called with the signal's number, in a thread, before the process is ended because it still runs GRACE
+    seconds after the signal: a library may swallow the exception, or be long in code that is not Python's. Ending
+    it like this loses nothing, for what a killed process leaves is what the next run continues from.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
@@ -46,7 +54,34 @@ def raising_interrupts() -> Iterator[None]:
     for number in caught:
         signal.signal(number, stop)
     try:
-        yield
+        with _deadline({*caught, signal.SIGINT}, give_up):
+            yield
     finally:
         for number in caught:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _deadline(numbers: set[int], give_up: Callable[[int], object]) -> Iterator[None]:
+    """End the process if the block still runs GRACE seconds after one of these signals."""
+    left = threading.Event()
+    heard, tell = os.pipe()
+    os.set_blocking(tell, False)
+
+    def watch() -> None:
+        with os.fdopen(heard, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                if number[0] in numbers and not left.wait(GRACE):
+                    give_up(number[0])
+                    os._exit(128 + number[0])
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)  # told even while Python's handlers cannot run
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        left.set()
+        os.close(tell)
+        watcher.join()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -81,3 +82,46 @@ def test_what_nohup_ignores_stays_ignored(inputs: list[Path], tmp_path: Path, mo
         assert main(command(inputs, tmp_path / "out")) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+SWALLOWS = """
+import sys, time
+from hf_locstitch.cli.main import COMMANDS, main
+from hf_locstitch.runtime import interrupts
+
+def swallow(args):
+    print("started", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+
+interrupts.GRACE = 0.5
+COMMANDS["inspect"] = swallow
+sys.exit(main(["inspect", "x"]))
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_process_that_does_not_stop_is_ended(number: signal.Signals, status: int) -> None:
+    """As where a library swallows the exception."""
+    run = subprocess.Popen(
+        [sys.executable, "-c", SWALLOWS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert run.stdout is not None and run.stdout.readline() == "started\n"
+    run.send_signal(number)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == status
+    assert said == "hf-locstitch: error: interrupted. Run the same command again to continue.\n"
+
+
+def test_a_process_that_goes_on_after_the_command_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, inputs: list[Path], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hf_locstitch.runtime.interrupts.GRACE", 0.1)
+    monkeypatch.setattr("hf_locstitch.plan.planning.open_checkpoint", lambda *_, **__: os.kill(os.getpid(), 15))
+    threads, wakeup = threading.active_count(), signal.set_wakeup_fd(-1)
+    assert main(command(inputs, tmp_path / "out")) == 143
+    time.sleep(0.3)  # this process is still here
+    assert threading.active_count() == threads and signal.set_wakeup_fd(-1) == wakeup
