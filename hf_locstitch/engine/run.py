@@ -23,12 +23,13 @@ from hf_locstitch.checkpoints.byte_ranges import Pieces
 from hf_locstitch.checkpoints.checkpoint import CARD
 from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.engine.inputs import Inputs
+from hf_locstitch.engine.likeness import cosines, likeness_warnings
 from hf_locstitch.engine.record import FileHashes, check_pins, finish, make_manifest, pinned_recipe
 from hf_locstitch.engine.work_dir import ShardRecord, WorkDir, fingerprint
 from hf_locstitch.localize.job import LocalizeJob
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan
 from hf_locstitch.report.card import write_card
-from hf_locstitch.report.figures.survey import Survey, draw_merge, survey_merge
+from hf_locstitch.report.figures.survey import Survey, draw_merge, inputs_at_hand, survey_merge
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Progress
 
@@ -113,7 +114,17 @@ class Run(ABC, Generic[AnyPlan]):
     def _survey(self, written: Future[None]) -> Survey | None:
         """What the figures show about masks and inputs."""
         written.result()
+        self.spared("the task vectors were not compared with one another", self._compare)
         return self.spared("the masks were not surveyed", lambda: survey_merge(self.plan, self.work.stage))
+
+    def _compare(self) -> None:
+        """Warn where the task vectors are more alike than those of one base can be."""
+        plan = self.plan
+        if isinstance(plan, MergePlan) and len(plan.finetuned) > 1 and (readers := inputs_at_hand(plan)):
+            finetuned = {name: readers[name] for name in plan.finetuned}
+            for warning in likeness_warnings(cosines(readers["base"], finetuned, plan.mask_tensors)):
+                LOG.warning(warning)
+                self.warnings.append(warning)
 
     def spared(self, without: str, make: Callable[[], T]) -> T | None:
         """What `make` makes, in the first process; None if it fails: what only people look at takes no merge down.

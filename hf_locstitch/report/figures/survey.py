@@ -94,7 +94,7 @@ def survey_merge(plan: Plan, stage: Path) -> Survey | None:
         noted = {name: noted_task_vectors(one.source).get(one.name) for name, one in plan.localized_inputs.items()}
         surveyed = survey(masks)
         return Survey(surveyed.shapes, surveyed.ones, {name: one for name, one in noted.items() if one is not None})
-    readers = _inputs_at_hand(plan)
+    readers = inputs_at_hand(plan)
     return survey(masks, readers["base"], readers) if readers else survey(masks)
 
 
@@ -112,7 +112,7 @@ def draw_merge(record: Manifest, surveyed: Survey | None, stage: Path) -> list[s
     return [] if surveyed is None else draw_masks(record.overlap, surveyed, stage / FOLDER)
 
 
-def _inputs_at_hand(plan: Plan) -> dict[str, Reader]:
+def inputs_at_hand(plan: Plan) -> dict[str, Reader]:
     """Readers of all inputs; empty if any would have to be downloaded."""
     from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 

@@ -1,0 +1,60 @@
+"""How alike the task vectors of a merge are, from a sample: what tells of a wrong base or a finetune given twice.
+
+Finetunes of one base move in nearly orthogonal directions. Measured from another model B than their own base θ, all of
+their task vectors share the step θ − B, so that every two of them have a cosine near 1/2 or above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.report.figures.task_vectors import Reader, sample_places, sampled_per_tensor
+
+ALIKE = 0.4  # finetunes of one base were seen up to 0.2; of a base that is another finetune, about 0.5 to 0.7
+SAME = 0.999
+
+
+def cosines(
+    base: Reader, finetuned: Mapping[str, Reader], tensors: Sequence[TensorInfo]
+) -> dict[tuple[str, str], float]:
+    """The cosine between the task vectors of every two finetunes; 0 where one of them is zero."""
+    gram = np.zeros((len(finetuned), len(finetuned)))
+    each = sampled_per_tensor(len(tensors))
+    for info in tensors:
+        places = sample_places(info.numel, each)
+        if places:
+            start = _sample(base, info.name, places)
+            vectors = np.stack([_sample(reader, info.name, places) - start for reader in finetuned.values()])
+            vectors[:, ~np.isfinite(vectors).all(0)] = 0
+            gram += vectors @ vectors.T * (info.numel / len(start))
+    norms = np.sqrt(gram.diagonal())
+    scale = np.outer(norms, norms)
+    found = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
+    return {(one, other): float(found[i, j]) for (i, one), (j, other) in combinations(enumerate(finetuned), 2)}
+
+
+def _sample(reader: Reader, tensor: str, places: Sequence[tuple[int, int]]) -> npt.NDArray[np.float64]:
+    return np.concatenate([reader.values(tensor, first, count).astype(np.float64) for first, count in places])
+
+
+def likeness_warnings(found: Mapping[tuple[str, str], float]) -> Iterator[str]:
+    """What such cosines tell. found: as `cosines` returns it."""
+    same = [pair for pair, cosine in found.items() if cosine >= SAME]
+    for one, other in same:
+        yield (
+            f"the task vectors of {one} and {other} point in the same direction (cosine {found[one, other]:.3f}): if "
+            "this is one finetune given twice, it outvotes the others."
+        )
+    others = {pair: cosine for pair, cosine in found.items() if pair not in same}
+    if others and min(others.values()) >= ALIKE:
+        (one, other), least = min(others.items(), key=lambda item: item[1])
+        yield (
+            f"all task vectors point in similar directions (cosines of {least:.2f}, {one} and {other}, and above), "
+            "where finetunes of one base have hardly any in common: the base may be swapped with a finetune, or not be "
+            "the model that they were made from."
+        )
