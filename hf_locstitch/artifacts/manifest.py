@@ -47,6 +47,9 @@ Pair = Annotated[dict[str, Any], _checked(_Pair)]
 OutputFile = Annotated[dict[str, Any], _checked(_File)]
 
 
+JOINT = "joint"  # the name of a mask that all finetunes share
+
+
 def mask_file(name: str) -> str:
     return f"masks/{name}.safetensors"
 
@@ -117,7 +120,7 @@ class Manifest:
     def __post_init__(self) -> None:
         """Raises ValueError if a mask's file is not the one that its name gives it."""
         for name, mask in self.masks.items():
-            if mask.file != mask_file(name) or mask.values not in (None, values_file(name)):
+            if mask.file not in (mask_file(name), mask_file(JOINT)) or mask.values not in (None, values_file(name)):
                 raise ValueError(f"the mask {name} must be in {mask_file(name)}, its values in {values_file(name)}")
 
     @property

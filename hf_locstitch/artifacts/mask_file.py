@@ -261,16 +261,18 @@ def _mask_in(ref: str, name: str | None) -> MaskFile:
     from hf_locstitch.checkpoints.ref import parse_ref
 
     source = open_source(parse_ref(ref))
-    names = sorted(Path(file).stem for file in source.files if file.startswith("masks/"))
-    if name is None and len(names) == 1:
+    record = open_manifest(source) if FILE in source.files else None
+    files = {Path(file).stem: file for file in sorted(source.files) if file.startswith("masks/")}
+    files |= {finetune: mask.file for finetune, mask in (record.masks if record else {}).items()}
+    names = sorted(files)
+    if name is None and len(set(files.values())) == 1:
         name = names[0]
     if name not in names:
         raise CheckpointError(
             f"{source.label} has no mask {name!r}: "
             + (f"it has {', '.join(names)}. Use one of them." if names else "it was not made by hf-locstitch.")
         )
-    mask = MaskFile(source.fetch(file := f"masks/{name}.safetensors"), f"{source.label}/{file}")
-    record = open_manifest(source) if FILE in source.files else None
+    mask = MaskFile(source.fetch(files[name]), f"{source.label}/{files[name]}")
     if record and name in record.masks and (due := (record.N, record.masks[name].ones)) != (mask.N, mask.ones):
         raise DamagedMask(mask.label, f"(N, ones) = {mask.N, mask.ones}, its manifest says {due}")
     return mask

@@ -161,9 +161,9 @@ class MergeRun(ModelRun[MergePlan]):
             return None
         readers = inputs.fetch().readers
         if self.processes.count > 1:  # each process has selected in its own tensors only
-            folder = self.work.stage / "masks"
             masks = {
-                name: WrittenMask(folder / f"{name}.safetensors", part, readers[name]) for name, part in masks.items()
+                name: WrittenMask(self.work.stage / plan.mask_file(name), part, readers[name])
+                for name, part in masks.items()
             }
         job = FitJob(
             view=self.view(readers, masks),
@@ -173,6 +173,7 @@ class MergeRun(ModelRun[MergePlan]):
             data=plan.fit_data,
             own=self.own,
             folder=self.work.spill / "fit",
+            spill=self.work.spill,
             settings=plan.settings,
             processes=self.processes,
             progress=self.progress,

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -152,20 +152,25 @@ class Run(ABC, Generic[AnyPlan]):
         return files
 
     def _write_masks(self, masks: Mapping[str, MaskSource]) -> None:
-        for name, mask in masks.items():
+        for file, name in {self.plan.mask_file(name): name for name in masks}.items():
+            mask = masks[name]
             parts = self.work.spill / f"{name}.mask-{self.processes.rank}"
             encode = self.processes.together(
                 lambda mask=mask, parts=parts: encode_masks(mask, self.own, parts, self.settings.workers)
             )
             places = self.processes.gather((parts, encode))
-            self.processes.on_first(lambda name=name, ones=mask.ones, places=places: self._assemble(name, ones, places))
+            write = partial(self._assemble, self.work.stage / file, name, mask.ones, places)
+            self.processes.on_first(write)
 
-    def _assemble(self, name: str, ones: int, places: list[tuple[Path, dict[str, tuple[int, int]]]]) -> None:
-        plan, folder = self.plan, self.work.stage / "masks"
-        folder.mkdir(exist_ok=True)
-        localizer = plan.localizers[name].model_dump(mode="json")
-        metadata = mask_metadata(name, plan.base.source.pinned, plan.origins[name], localizer, ones, plan.mask_tensors)
-        assemble_mask(folder / f"{name}.safetensors", plan.mask_tensors, places, metadata)
+    def _assemble(
+        self, path: Path, name: str, ones: int, places: list[tuple[Path, dict[str, tuple[int, int]]]]
+    ) -> None:
+        plan, localizer = self.plan, self.plan.localizers[name]
+        path.parent.mkdir(exist_ok=True)
+        origin = ", ".join(sorted(plan.origins.values())) if localizer.joint else plan.origins[name]
+        settings = localizer.model_dump(mode="json")
+        metadata = mask_metadata(path.stem, plan.base.source.pinned, origin, settings, ones, plan.mask_tensors)
+        assemble_mask(path, plan.mask_tensors, places, metadata)
 
     def _finish(
         self,

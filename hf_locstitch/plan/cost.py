@@ -12,7 +12,7 @@ from hf_locstitch.localize.job import Cost as LocalizingCost
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.runtime.dtypes import ITEM_BYTES
 from hf_locstitch.runtime.settings import BATCH, COMPACT_FROM, COMPACT_SLACK
-from hf_locstitch.stitch.fit_cost import FitCost
+from hf_locstitch.stitch.fit_cost import Cost as FitCost
 
 Here = frozenset[tuple[str, str]]  # (input, file) on this machine
 SPILL_BYTES = 8  # position and |task vector| of one candidate; its value comes on top

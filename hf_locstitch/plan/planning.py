@@ -300,13 +300,12 @@ def _check_inputs(
     """The tensors that the method ranges over, and warnings. Raises RecipeError, MismatchError."""
     if data and not settings.cache:
         raise RecipeError("a localizer that uses data loads whole models: it cannot be combined with --no-cache.")
-    if fit_data and not settings.cache:
-        assert recipe.fitting is not None
+    if recipe.fitting is not None and not settings.cache:
         raise RecipeError(
             f"{recipe.fitting.called} reads the finetunes repeatedly, a layer at a time: it cannot be combined with "
             "--no-cache. Drop one of the two."
         )
-    if purpose := _loads_models(recipe, data, fit_data):
+    if purpose := _loads_models(recipe, data):
         for checkpoint in (base, *finetuned.values()):
             refuse_custom_code(checkpoint, purpose)
     everywhere = list(dict.fromkeys([*base.tensors, *(t for one in finetuned.values() for t in one.tensors)]))
@@ -348,12 +347,11 @@ def _given_files(
     return finetuned.get(recipe.files_from, base) if recipe.files_from else unmasked_from, unmasked_from
 
 
-def _loads_models(recipe: Recipe, data: Mapping[str, OpenSet], fit_data: Mapping[str, OpenSet]) -> str | None:
+def _loads_models(recipe: Recipe, data: Mapping[str, OpenSet]) -> str | None:
     """What has transformers load the models; None if nothing does."""
     if data:
         return "a localizer that uses data"
-    if fit_data:
-        assert recipe.fitting is not None
+    if recipe.fitting is not None:
         return recipe.fitting.called
     return "an evaluation" if recipe.evaluate is not None else None
 
@@ -381,6 +379,11 @@ def _check_localizable(recipe: Recipe) -> None:
         )
     if recipe.method.name != "locstitch":
         raise RecipeError(f"localize finds masks for method locstitch, not for {recipe.method.name}. Drop --method.")
+    if recipe.localizer is not None and recipe.localizer.joint:
+        raise RecipeError(
+            f"a {recipe.localizer.method} mask belongs to several finetunes at once: it is found in merge only. Use "
+            "--localizer magnitude."
+        )
     if recipe.stitch is not None:
         raise RecipeError("a refit fits the values of all finetunes together: it works in merge only. Drop stitch.")
     if given := [field for field in OF_MODELS if getattr(recipe, field) != Recipe.model_fields[field].default]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
+from hf_locstitch.artifacts.manifest import JOINT, mask_file
 from hf_locstitch.checkpoints.byte_ranges import Piece, Pieces, byte_ranges
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
@@ -61,9 +62,18 @@ class Plan:
         return {name: checkpoint for name, checkpoint in self.inputs.items() if name != "base"}
 
     @property
+    def solved(self) -> bool:
+        """Whether values or a mask are solved for, from several passes over the inputs."""
+        return self.recipe.fitting is not None or any(localizer.joint for localizer in self.localizers.values())
+
+    @property
     def masked(self) -> bool:
         """Whether there are masks."""
         return bool(self.localizers)
+
+    def mask_file(self, name: str) -> str:
+        """The file of a finetune's mask; a joint mask is that of all."""
+        return mask_file(JOINT if self.localizers[name].joint else name)
 
     @property
     def common_localizer(self) -> dict[str, Any] | None:
@@ -78,7 +88,7 @@ class Plan:
     @property
     def needed(self) -> dict[str, list[str]]:
         """The files of each input that are read: with data all of them, because whole models run."""
-        if self.data or self.fit_data:
+        if self.data or self.fit_data or self.solved:
             return {name: [shard.file for shard in one.shards] for name, one in self.inputs.items()}
         passes = [self.scanned, self.written_from(self.shards)]
         return {

@@ -122,7 +122,7 @@ class Recipe(Strict):
     @property
     def fit_sets(self) -> Mapping[str, LocalizationSet] | Sequence[LocalizationSet]:
         """The inputs that values are fitted to."""
-        return (self.fitting.data or self.data) if self.fitting else ()
+        return self.fitting.data if self.fitting else ()
 
     @property
     def used_data(self) -> list[UsedData]:
@@ -212,8 +212,11 @@ class Recipe(Strict):
             return self
         if self.stitch is not None and self.method.name != "locstitch":
             raise ValueError(f"stitch: {self.stitch.method} needs method locstitch, not {self.method.name}")
-        count = len(self.fit_sets)
-        if count != len(self.finetuned):
+        given = fitting.data or self.data
+        without = fitting.data_optional and not given
+        if without and (idle := sorted(fitting.model_fields_set - {"method", "device", "data"})):
+            raise ValueError(f"{fitting.called} without data has no {idle[0]}: give --data, or drop the setting")
+        if (count := len(given)) != len(self.finetuned) and not without:
             raise ValueError(
                 f"{fitting.called} needs one --data entry of unlabelled inputs per finetune: expected "
                 f"{len(self.finetuned)}, got {count}"
@@ -227,7 +230,8 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _data_suits_localizer(self) -> Recipe:
         localizer = self.localizer if self.localizer is not None and self.localizer.needs_data else None
-        if self.data and localizer is None and (self.fitting is None or self.fitting.data):
+        own = self.fitting is not None and self.fitting.data
+        if self.data and localizer is None and (self.fitting is None or own):
             raise ValueError(
                 "data is given, but only the localizers mask and saliency, stitch: refit and method regmean use data"
             )
@@ -240,6 +244,14 @@ class Recipe(Strict):
             raise ValueError(
                 "allow_non_finite cannot be combined with a localizer that uses data: its loss would not be finite"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fitting_takes_the_data(self) -> Recipe:
+        """A refit or RegMean that is given no inputs of its own is fitted to the recipe's."""
+        if self.fitting is not None and not self.fitting.data and self.data:
+            field = "stitch" if self.stitch is not None else "method"
+            object.__setattr__(self, field, self.fitting.model_copy(update={"data": self.data}))
         return self
 
     @model_validator(mode="after")
@@ -261,6 +273,11 @@ class Recipe(Strict):
             return self
         magnitude = LOCALIZERS.find("magnitude")
         localizer = self.localizer or magnitude()
+        if localizer.joint and self.stitch is None:
+            raise ValueError(
+                f"the values under a {localizer.method} mask are solved for together: it needs stitch: refit "
+                "(--stitch refit)"
+            )
         if type(localizer) is magnitude and "density" not in localizer.model_fields_set:
             given = localizer.model_dump(exclude={"density"})
             object.__setattr__(self, "localizer", magnitude(density=self.method.default_density, **given))

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from hf_locstitch.runtime.human import human
 
 LIBRARIES = 470_000_000  # bytes: transformers, datasets, and what the allocator keeps for threads; measured
+
+
+class Cost(Protocol):
+    """What fitting values will cost, at most. Bytes: peak of memory in each process; disk of all together."""
+
+    @property
+    def peak(self) -> int: ...
+
+    @property
+    def disk(self) -> int: ...
+
+    def describe(self) -> str:
+        """For people, one line."""
+        ...
+
+    def as_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +14,60 @@ import torch
 
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.runtime.dtypes import DTYPE, Values
+from hf_locstitch.runtime.files import sync_file
 from hf_locstitch.runtime.journal import read_record, write_record
 from hf_locstitch.runtime.processes import Processes
 
 INDEX = "index.json"
+BEGUN = "begun.json"
 
 
 class FittedWriter:
-    """folder: is emptied. own: the tensors that this process writes, each once. `finish` makes everything readable.
+    """own: the tensors that this process writes, each once. `finish` makes everything readable.
 
-    Every process creates one and finishes it.
+    resume: what identifies the values, where each can be made by itself: those that an earlier process wrote under the
+    same one are `known`; else the folder is emptied. Every process creates a writer and finishes it.
     """
 
-    def __init__(self, folder: Path, own: Collection[str], processes: Processes) -> None:
+    def __init__(self, folder: Path, own: Collection[str], processes: Processes, *, resume: str | None = None) -> None:
         def lay_out() -> None:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            if resume is None or read_record(folder / BEGUN) != resume:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                write_record(folder / BEGUN, resume)
 
         processes.on_first(lay_out)
         self._folder, self._own, self._processes = folder, own, processes
+        self._resume = resume is not None
         self._tensors: dict[str, dict[str, Any]] = {}
 
     def writes(self, names: Sequence[str]) -> bool:
         """Whether this process writes any of these tensors."""
         return any(name in self._own for name in names)
 
+    def known(self, name: str) -> bool:
+        """Whether an earlier process wrote a tensor, and its file is intact: it need not be written again."""
+        entry = read_record(self._record(name)) if self._resume else None
+        if entry is None or not _intact(self._folder, entry):
+            return False
+        self._tensors[name] = entry
+        return True
+
     def write(self, name: str, dtype: str, pieces: Sequence[torch.Tensor]) -> None:
         """pieces: the values of each chunk in turn, in the dtype (its name on disk)."""
-        file = f"{self._processes.rank}.{len(self._tensors)}.bin"
+        file = _file_of(name)
         with (self._folder / file).open("wb") as handle:
             for piece in pieces:
                 handle.write(piece.contiguous().view(torch.uint8).numpy().data)
         starts = np.cumsum([0, *(len(piece) for piece in pieces)]).tolist()
         digest = file_sha256(self._folder / file)
         self._tensors[name] = {"file": file, "dtype": dtype, "starts": starts, "sha256": digest}
+        if self._resume:
+            sync_file(self._folder / file)
+            write_record(self._record(name), self._tensors[name])
+
+    def _record(self, name: str) -> Path:
+        return self._folder / f"{_file_of(name)}.done"
 
     @property
     def names(self) -> set[str]:
@@ -59,6 +80,16 @@ class FittedWriter:
 
         content = {"heading": heading, "tensors": self._tensors, "notes": notes}
         self._processes.on_first(lambda: write_record(self._folder / INDEX, content))
+
+
+def _file_of(tensor: str) -> str:
+    """A name is no file name: it may be long, or differ from another in case only."""
+    return f"{hashlib.sha256(tensor.encode()).hexdigest()[:32]}.bin"
+
+
+def _intact(folder: Path, entry: Mapping[str, Any]) -> bool:
+    path = folder / entry["file"]
+    return path.is_file() and file_sha256(path) == entry["sha256"]
 
 
 class FittedValues:
@@ -78,11 +109,7 @@ class FittedValues:
 
     def intact(self, own: Collection[str]) -> bool:
         """Whether the files of these tensors are unchanged."""
-        return all(
-            (self._folder / entry["file"]).is_file() and file_sha256(self._folder / entry["file"]) == entry["sha256"]
-            for name, entry in self._tensors.items()
-            if name in own
-        )
+        return all(_intact(self._folder, entry) for name, entry in self._tensors.items() if name in own)
 
     def chunk(self, name: str, number: int) -> Values:
         """The values under the masks in a chunk, by the index of the chunk in its tensor."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_locstitch.runtime.processes import Processes
     from hf_locstitch.runtime.progress import Progress
     from hf_locstitch.runtime.settings import Settings
-    from hf_locstitch.stitch.fit_cost import FitCost
+    from hf_locstitch.stitch.fit_cost import Cost
     from hf_locstitch.stitch.fitted_values import FittedValues
     from hf_locstitch.stitch.view import StitchView
     from hf_locstitch.tasks.sets import OpenSet
@@ -57,7 +57,7 @@ class FitJob:
     view: the plain stitch, with complete masks. readers: of the inputs by name, mapped. order: of the finetunes in
     sums. tensors: those that are merged. data: inputs of each finetune. own: the tensors whose values this process
     writes and will read. folder: for temporary files, shared by all processes; what earlier ones finished there is
-    reused.
+    reused. spill: the folder for those of the whole merge, where finding masks left its own.
     """
 
     view: StitchView
@@ -67,6 +67,7 @@ class FitJob:
     data: Mapping[str, OpenSet]
     own: Collection[str]
     folder: Path
+    spill: Path
     settings: Settings
     processes: Processes
     progress: Progress
@@ -83,6 +84,7 @@ class OnInputs(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     called: ClassVar[str]  # in messages: "a refit"
+    data_optional: ClassVar[bool] = False
     data: dict[str, LocalizationSet] | tuple[LocalizationSet, ...] = ()
     inputs: int = Field(default=256, ge=1)
     tokens: int = Field(default=128, ge=1)
@@ -112,7 +114,7 @@ class OnInputs(BaseModel, ABC):
         """For people: the settings, in one line."""
 
     @abstractmethod
-    def cost(self, fittable: Fittable) -> FitCost | None:
+    def cost(self, fittable: Fittable) -> Cost | None:
         """What it will cost; None where there is nothing to fit."""
 
     @abstractmethod

@@ -89,7 +89,7 @@ def survey_merge(plan: Plan, stage: Path) -> Survey | None:
     """
     if not plan.masked or not plan.recipe.figures:
         return None
-    masks = {name: stage / "masks" / f"{name}.safetensors" for name in plan.finetuned}
+    masks = {name: stage / plan.mask_file(name) for name in plan.finetuned}
     if isinstance(plan, StitchPlan):
         noted = {name: noted_task_vectors(one.source).get(one.name) for name, one in plan.localized_inputs.items()}
         surveyed = survey(masks)

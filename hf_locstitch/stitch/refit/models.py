@@ -87,7 +87,7 @@ def open_task(
     objective = shortened(objective_for(data, checkpoint), config.tokens)
     folder_base = link_files(base, folder / f"{name}.base")
     folder_finetuned = link_files(checkpoint, folder / f"{name}.finetuned")
-    model = empty_model(objective, load_config(folder_base if objective.base_config else folder_finetuned))
+    model = empty_model(objective.auto_class, load_config(folder_base if objective.base_config else folder_finetuned))
     attach_conversions(model, list(base.tensors))
     parts = hollow(model, list(base.tensors), device)
     stacks = watch(model)
@@ -197,12 +197,12 @@ def check_labels(config: RefitSettings, finetuned: Mapping[str, Checkpoint], dat
             )
 
 
-def empty_model(objective: Objective, config: Any) -> Any:
-    """The model on the meta device, except its buffers, in evaluation mode."""
+def empty_model(class_name: str, config: Any) -> Any:
+    """The model on the meta device, except its buffers, in evaluation mode. class_name: of transformers."""
     import transformers
     from accelerate import init_empty_weights
 
-    loader = getattr(transformers, objective.auto_class)
+    loader = getattr(transformers, class_name)
     automatic = hasattr(loader, "from_config")  # such as AutoModel; a class of one architecture runs its own code only
     make = partial(loader.from_config, trust_remote_code=False) if automatic else loader._from_config
     config.use_cache = False
@@ -211,7 +211,7 @@ def empty_model(objective: Objective, config: Any) -> Any:
             model = make(config, dtype=torch.float32, experts_implementation="eager")
     except (ValueError, OSError, KeyError) as error:
         raise RequestError(
-            f"{objective.auto_class} cannot build the model ({load_failure(error)}). A refit needs a "
+            f"{class_name} cannot build the model ({load_failure(error)}). A refit needs a "
             "model that transformers supports without remote code. Use --stitch mean."
         ) from error
     model.tie_weights()

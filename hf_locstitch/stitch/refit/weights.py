@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,13 +21,14 @@ PIECE = 1 << 24  # elements of a weight converted to float32 at once, where a pa
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter, or one of its stacked matrices (index). key: the same for the models of all tasks."""
+    """A parameter, or one of its `stacked` matrices (index). key: the same for the models of all tasks."""
 
     parameter: str
     index: int | None
     shape: tuple[int, ...]
     key: tuple[Any, ...]
     device: torch.device
+    stacked: int = 0
 
     @property
     def dim(self) -> int:
@@ -38,7 +39,12 @@ class Part:
         if self.index is not None:
             raise ValueError(f"{self.parameter} is indexed twice")
         number = index % self.shape[0]
-        return Part(self.parameter, number, self.shape[1:], (*self.key, number), self.device)
+        return Part(self.parameter, number, self.shape[1:], (*self.key, number), self.device, self.shape[0])
+
+    @property
+    def siblings(self) -> list[Part]:
+        """The tensors of the stack that it is one of."""
+        return [replace(self, index=number, key=(*self.key[:-1], number)) for number in range(self.stacked)]
 
     def hole_of(self, index: int) -> Tensor:
         """The placeholder of one of its stacked tensors."""

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, PlainSerializer, model_validator
 
 from hf_locstitch.runtime.escape import markdown
+from hf_locstitch.stitch.dataless.cost import dataless_cost
 from hf_locstitch.stitch.fitting import FitJob, Fittable, Stitcher
 from hf_locstitch.stitch.refit.settings import SCORES
 
 if TYPE_CHECKING:
     from hf_locstitch.checkpoints.checkpoint import Checkpoint
-    from hf_locstitch.stitch.fit_cost import FitCost
+    from hf_locstitch.stitch.fit_cost import Cost
     from hf_locstitch.stitch.fitted_values import FittedValues
     from hf_locstitch.tasks.sets import OpenSet
 
+WITHOUT_DATA = ("method", "device")  # the settings that apply then
 ENOUGH = 32  # held-out inputs of a finetune that suffice to choose lambda; measured, docs/quality.md
 Lambda = Annotated[
     float,
@@ -37,6 +39,7 @@ class Refit(Stitcher):
 
     method: Literal["refit"] = "refit"
     called: ClassVar[str] = "a refit"
+    data_optional: ClassVar[bool] = True
     held_out: float = Field(default=0.25, ge=0, lt=1)
     judge: Literal["agreement", "loss", "accuracy"] = "agreement"
     lambdas: tuple[Lambda, ...] = Field(default=(0.0, 0.1, 0.3, 1.0, math.inf), min_length=1)
@@ -58,6 +61,11 @@ class Refit(Stitcher):
     def labelled(self) -> bool:
         return self.judge != "agreement"
 
+    def as_record(self) -> dict[str, Any]:
+        """What applies: without data, little does."""
+        fields = super().as_record()
+        return fields if self.data else {key: fields[key] for key in WITHOUT_DATA}
+
     def counts(self, inputs: int) -> tuple[int, int]:
         """How many of so many inputs are used for the fit, and how many are held out."""
         held_out = round(self.held_out * inputs)
@@ -65,6 +73,8 @@ class Refit(Stitcher):
 
     def warnings(self) -> list[str]:
         """Warn if lambda would be chosen on few inputs."""
+        if not self.data:
+            return []
         held_out = self.counts(self.inputs)[1]
         if len(self.lambdas) == 1 or held_out >= ENOUGH:
             return []
@@ -74,6 +84,8 @@ class Refit(Stitcher):
         ]
 
     def describe(self) -> str:
+        if not self.data:
+            return "refit without data, from the task vectors alone"
         lambdas = ", ".join(f"{value:g}" for value in self.lambdas)
         fitted, held_out = self.counts(self.inputs)
         judged = f", chosen by {self.judge} on {held_out} held-out inputs" if len(self.lambdas) > 1 else ""
@@ -85,29 +97,59 @@ class Refit(Stitcher):
 
             check_labels(self, finetuned, data)
 
-    def cost(self, fittable: Fittable) -> FitCost | None:
+    def cost(self, fittable: Fittable) -> Cost | None:
         from hf_locstitch.stitch.refit.cost import refit_cost  # imports torch
 
-        return refit_cost(self, fittable)
+        return refit_cost(self, fittable) if self.data else dataless_cost(fittable)
 
     def fit(self, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
+        if not self.data:
+            from hf_locstitch.stitch.dataless.fit import fit_without_data  # slow to import
+
+            values, record = fit_without_data(job, self.device)
+            return values, {**self.as_record(), **record}
         from hf_locstitch.stitch.refit.lambda_search import refit  # slow to import
 
         return refit(self, job)
 
     def card(self, record: Mapping[str, Any], inputs: str) -> str:
-        return "\n\n".join(_sections(record, inputs))
+        return "\n\n".join(_sections(record, inputs) if self.data else _sections_without_data(record))
+
+
+def _sections_without_data(record: Mapping[str, Any]) -> Iterator[str]:
+    count = len(record["refitted"])
+    yield "## Refitted values"
+    yield f"""The values under the masks are not the mean of the finetuned values: in {some_tensors(count)} they were
+solved for, from the task vectors alone. A finetune's update of a linear layer tells which inputs that layer was trained
+on ([WUDI-Merging](https://arxiv.org/abs/2503.08099)), so the merged layer can be the one that gives, on the inputs of
+each task, what that task's layer gives, as far as possible ([RegMean](https://arxiv.org/abs/2212.09849), which takes
+data for it). Solving inside a mask, for all tasks together, is hf-locstitch's own (ridge {record["ridge"]},
+{record["steps"]} steps of conjugate gradients). Nothing outside the masks changed."""
+    yield from _notes(record)
+
+
+def some_tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count} tensors"
+
+
+def _notes(record: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"> {markdown(note)}" for note in record["notes"])
+    if kept := record["kept_plain"]:
+        matrices = "1 matrix keeps" if len(kept) == 1 else f"{len(kept)} matrices keep"
+        first = markdown(": ".join(next(iter(kept.items()))))
+        listed = "[locstitch.json](locstitch.json) lists them"
+        yield f"{matrices} the mean of the finetuned values (for example {first}); {listed}."
 
 
 def _sections(record: Mapping[str, Any], inputs: str) -> Iterator[str]:
     yield "## Refitted values"
     count = len(record["refitted"])
     if count:
-        tensors = "1 tensor" if count == 1 else f"{count} tensors"
-        yield f"""The values under the masks are not the mean of the finetuned values: in {tensors} they were fitted,
-layer by layer in the order of the forward pass, so that on unlabelled inputs of every finetune, each linear layer's
-outputs match those of the same layer in that finetuned model (masked least squares, lambda {record["lambda"]}, ridge
-{record["ridge"]}, {record["steps"]} steps of conjugate gradients). Nothing outside the masks changed."""
+        yield f"""The values under the masks are not the mean of the finetuned values: in {some_tensors(count)} they
+were fitted, layer by layer in the order of the forward pass, so that on unlabelled inputs of every finetune, each
+linear layer's outputs match those of the same layer in that finetuned model (masked least squares, lambda
+{record["lambda"]}, ridge {record["ridge"]}, {record["steps"]} steps of conjugate gradients). Nothing outside the masks
+changed."""
     else:
         yield (
             f"On held-out inputs (judged by {record['judge']}), no lambda was better than the mean of the finetuned "
@@ -121,12 +163,7 @@ outputs match those of the same layer in that finetuned model (masked least squa
             f"| {f'**{name}**' if name == record['lambda'] else name} | {score:.4g} |" for name, score in curve.items()
         ]
         yield "\n".join([f"| lambda | {title} |", "| :--- | ---: |", *rows])
-    yield from (f"> {markdown(note)}" for note in record["notes"])
-    if kept := record["kept_plain"]:
-        matrices = "1 matrix keeps" if len(kept) == 1 else f"{len(kept)} matrices keep"
-        first = markdown(": ".join(next(iter(kept.items()))))
-        listed = "[locstitch.json](locstitch.json) lists them"
-        yield f"{matrices} the mean of the finetuned values (for example {first}); {listed}."
+    yield from _notes(record)
 
 
 COMPONENT = Refit

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def open_pass(folder: Path, kind: str, work: Callable[[Any], Any], stops: Callable[[Part], bool]) -> Pass:
     objective = CASES[kind][1]
     state = load(folder)
-    model = empty_model(objective, transformers.AutoConfig.from_pretrained(folder))
+    model = empty_model(objective.auto_class, transformers.AutoConfig.from_pretrained(folder))
     attach_conversions(model, list(state))
     parts = hollow(model, list(state), CPU)
     watch(model)

@@ -1,0 +1,247 @@
+"""The dense solution D of the refit without data, and its values under masks: unit by unit, shared out over processes.
+
+D is written down, four bytes an element: a joint mask is found from it, and the values under masks start from it.
+Solving it again instead would take a third of all the work, a disk takes it in a few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.runtime.dtypes import ON_DISK, Values
+from hf_locstitch.runtime.processes import Processes, divide
+from hf_locstitch.runtime.progress import Progress
+from hf_locstitch.runtime.settings import Settings
+from hf_locstitch.stitch.dataless.opened import OpenedModels, Unit, matrices, open_models, take_apart
+from hf_locstitch.stitch.dataless.shared_inputs import SharedInput
+from hf_locstitch.stitch.dataless.solution import Threads, capped, dense, inside, moments, of_vectors
+from hf_locstitch.stitch.fitted_values import FittedValues, FittedWriter, open_fitted
+from hf_locstitch.stitch.refit.plain import PlainStitch
+from hf_locstitch.stitch.refit.weights import Part, Weights
+from hf_locstitch.tasks.loading import find_device
+
+NAME_ON_DISK = {getattr(torch, name): short for name, short in ON_DISK.items()} | {torch.float64: "F64"}
+
+
+@dataclass(frozen=True)
+class DatalessJob:
+    """readers: of the inputs by name, mapped. order: of the finetunes in sums. tensors: those that are merged. folder:
+    shared by all processes; what earlier ones finished there is reused."""
+
+    readers: Mapping[str, CheckpointReader]
+    order: Sequence[str]
+    tensors: Sequence[TensorInfo]
+    folder: Path
+    device: str
+    settings: Settings
+    processes: Processes
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class DenseSolution:
+    """D, by names on disk. low_rank: whether updates are of low rank, and D stays near the mean of task vectors."""
+
+    values: FittedValues
+    low_rank: bool
+
+    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        """float32 [*shape]."""
+        count = int(np.prod(shape, dtype=np.int64))
+        return torch.from_numpy(self.values.values(name, 0, count).copy()).view(*shape)
+
+    def part(self, name: str, first: int, count: int) -> Values:
+        """Elements first … first + count of a tensor, float32 [count]."""
+        return self.values.values(name, first, count)
+
+
+@dataclass
+class DatalessSolver:
+    """Every process makes one, and the same calls."""
+
+    job: DatalessJob
+    opened: OpenedModels = field(init=False)
+    threads: Threads = field(init=False)
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        job = self.job
+        self.device = job.processes.together(lambda: find_device(job.device))
+        self.threads = Threads(job.settings.workers if self.device.type == "cpu" else 1)
+        self._infos = {info.name: info for info in job.tensors}
+        self.opened = job.processes.together(self._open)
+        owners = divide([self._work(unit) for unit in self.opened.units], job.processes.count)
+        self._own = [unit for unit, rank in zip(self.opened.units, owners, strict=True) if rank == job.processes.rank]
+
+    def _open(self) -> OpenedModels:
+        job = self.job
+        folder = job.folder / f"models.{job.processes.rank}"
+        finetuned = [job.readers[name] for name in job.order]
+        return open_models(job.readers["base"], finetuned, list(self._infos), folder, self.device)
+
+    def _work(self, unit: Unit) -> int:
+        return sum(self._infos[name].numel * max(self._infos[name].shape, default=1) for name in unit.disk)
+
+    @property
+    def _own_others(self) -> list[str]:
+        job = self.job
+        return list(self.opened.others[job.processes.rank :: job.processes.count])
+
+    @property
+    def _own_names(self) -> set[str]:
+        return {name for unit in self._own for name in unit.disk} | set(self._own_others)
+
+    @property
+    def plain(self) -> list[str]:
+        """Localized tensors of which no run showed that they are linear layers, and that are no vectors."""
+        return [name for name in self.opened.others if not self._is_vector(name)]
+
+    def _is_vector(self, name: str) -> bool:
+        return len(self._infos[name].shape) <= 1
+
+    # ---- the dense solution --------------------------------------------------------------------------------------
+
+    def solve(self) -> DenseSolution:
+        """D of all localized tensors, from an earlier process if it left them."""
+        job, folder = self.job, self.job.folder / "dense"
+        heading = json.dumps(["dense", str(self.device.type)])
+        found = open_fitted(folder, heading, self._own_names, job.processes)
+        if found is None:
+            low_rank = job.processes.gather(self.opened.is_low_rank() if job.processes.first else False)[0]
+            writer = FittedWriter(folder, self._own_names, job.processes, resume=heading)
+            job.processes.together(partial(self._write_dense, writer, low_rank))
+            writer.finish(heading, low_rank=low_rank)
+            found = open_fitted(folder, heading, self._own_names, job.processes)
+            assert found is not None
+        return DenseSolution(found, found.notes["low_rank"])
+
+    def _write_dense(self, writer: FittedWriter, low_rank: bool) -> None:
+        with self.job.progress.bar("solving", len(self._own), " layers") as advance:
+            for unit in self._own:
+                if not all([writer.known(name) for name in unit.disk]):
+                    for name, values in self._dense_of(unit, low_rank):
+                        writer.write(name, "F32", [values.reshape(-1).cpu()])
+                advance(1)
+        for name in self._own_others:
+            if not writer.known(name):
+                writer.write(name, "F32", [self._outside(name)])
+
+    def _dense_of(self, unit: Unit, low_rank: bool) -> Iterator[tuple[str, Tensor]]:
+        parameters: dict[str, Tensor] = {}
+        for shared in unit.inputs:
+            found = moments(self.opened.task_vectors(shared.linears), self.threads)
+            changes = dense(found, self.threads, low_rank)
+            starts = matrices(self.opened.base, shared.linears)
+            for linear, change, base, largest in zip(shared.linears, changes, starts, found.largest, strict=True):
+                for part, values in take_apart(capped(change, base, largest), linear):
+                    _put(parameters, part, values)
+        return self.opened.to_disk(unit, parameters, self._mean)
+
+    def _mean(self, parameter: str) -> Tensor:
+        """The mean of the task vectors of a parameter that is in no linear layer."""
+        part = self.opened.parts[parameter]
+        return sum((w.load(part) - self.opened.base.load(part) for w in self.opened.finetuned), torch.zeros(())) / len(
+            self.opened.finetuned
+        )
+
+    def _outside(self, name: str) -> Tensor:
+        """Of a tensor on disk that is in no linear layer, flat."""
+        vectors = [self._flat(reader, name) - self._flat(self.job.readers["base"], name) for reader in self._finetuned]
+        if self._is_vector(name):
+            return of_vectors(vectors)
+        return torch.stack(vectors).mean(0)
+
+    @property
+    def _finetuned(self) -> list[CheckpointReader]:
+        return [self.job.readers[name] for name in self.job.order]
+
+    def _flat(self, reader: CheckpointReader, name: str) -> Tensor:
+        return reader.flat(name, 0, self._infos[name].numel).float()
+
+    # ---- values under masks --------------------------------------------------------------------------------------
+
+    def fit(self, dense: DenseSolution, plain: PlainStitch, scale: float, folder: Path, resume: str) -> FittedWriter:
+        """Write the values under the masks, `scale` times as far from the base. plain: the masks, and the output's
+        dtypes."""
+        job = self.job
+        writer = FittedWriter(folder, self._own_names, job.processes, resume=resume)
+        masked = _Masked(self.opened, plain, dense, self._infos, self.device)
+
+        def write() -> None:
+            with job.progress.bar("refitting", len(self._own), " layers") as advance:
+                for unit in self._own:
+                    if not all([writer.known(name) for name in unit.disk]):
+                        for name, change in self._inside(unit, masked, dense.low_rank):
+                            self._write(writer, plain, name, change.reshape(-1).cpu() * scale)
+                    advance(1)
+            for name in self._own_others:
+                if self._is_vector(name) and not writer.known(name):
+                    change = dense.tensor(name, [self._infos[name].numel])
+                    self._write(writer, plain, name, change * scale)
+
+        job.processes.together(write)
+        return writer
+
+    def _write(self, writer: FittedWriter, plain: PlainStitch, name: str, change: Tensor) -> None:
+        values = self._flat(plain.base, name) + change
+        writer.write(name, NAME_ON_DISK[plain.dtype(name)], plain.cut(name, values))
+
+    def _inside(self, unit: Unit, masked: _Masked, low_rank: bool) -> Iterator[tuple[str, Tensor]]:
+        """The changes of a unit's tensors on disk, of which those under the masks count."""
+        parameters: dict[str, Tensor] = {}
+        for shared in unit.inputs:
+            begin, masks = masked.begin(shared), masked.masks(shared)
+            if not all(mask.all() for mask in masks):
+                found = moments(self.opened.task_vectors(shared.linears), self.threads)
+                begin = inside(found, [b * m for b, m in zip(begin, masks, strict=True)], masks, self.threads, low_rank)
+                starts = matrices(self.opened.base, shared.linears)
+                begin = [capped(*each) for each in zip(begin, starts, found.largest, strict=True)]
+            for linear, change in zip(shared.linears, begin, strict=True):
+                for part, values in take_apart(change, linear):
+                    _put(parameters, part, values)
+        return self.opened.to_disk(unit, parameters, masked.dense_of)
+
+
+class _Masked:
+    """D and the masks, as parameters in memory."""
+
+    def __init__(
+        self,
+        opened: OpenedModels,
+        plain: PlainStitch,
+        dense: DenseSolution,
+        infos: Mapping[str, TensorInfo],
+        device: torch.device,
+    ) -> None:
+        self._parts = opened.parts
+        self._dense = Weights(opened.model, opened.disk, lambda name: dense.tensor(name, infos[name].shape), device)
+        self._covered = Weights(opened.model, opened.disk, plain.covered, device)
+
+    def begin(self, shared: SharedInput) -> list[Tensor]:
+        return matrices(self._dense, shared.linears)
+
+    def masks(self, shared: SharedInput) -> list[Tensor]:
+        return [covered > 0 for covered in matrices(self._covered, shared.linears)]
+
+    def dense_of(self, parameter: str) -> Tensor:
+        return self._dense.load(self._parts[parameter])
+
+
+def _put(parameters: dict[str, Tensor], part: Part, values: Tensor) -> None:
+    """Keep the values of a parameter, or of one of its stacked tensors."""
+    if part.index is None:
+        parameters[part.parameter] = values
+        return
+    if part.parameter not in parameters:
+        parameters[part.parameter] = values.new_zeros(part.stacked, *part.shape)
+    parameters[part.parameter][part.index] = values
