@@ -15,7 +15,6 @@ from hf_locstitch.artifacts.manifest import (
     InputRecord,
     Manifest,
     MaskRecord,
-    mask_file,
     values_file,
     weights_sha256,
 )
@@ -86,7 +85,7 @@ def _mask_records(plan: Plan, overlap: Overlap, examples: Mapping[str, int]) -> 
     ones = dict(zip(plan.finetuned, overlap.pairs.diagonal().tolist(), strict=True))
     return {
         name: MaskRecord(
-            mask_file(name),
+            plan.mask_file(name),
             count,
             plan.localizers[name].density,
             count / plan.n if plan.n else 0.0,

@@ -305,6 +305,11 @@ def _check_inputs(
             f"{recipe.fitting.called} reads the finetunes repeatedly, a layer at a time: it cannot be combined with "
             "--no-cache. Drop one of the two."
         )
+    if recipe.localizer is not None and recipe.localizer.joint and recipe.stitch is None:
+        raise RecipeError(
+            f"the values under a {recipe.localizer.method} mask are solved for together: it needs a refit. Add "
+            "--stitch refit (stitch: refit in a recipe)."
+        )
     if purpose := _loads_models(recipe, data):
         for checkpoint in (base, *finetuned.values()):
             refuse_custom_code(checkpoint, purpose)

@@ -273,11 +273,6 @@ class Recipe(Strict):
             return self
         magnitude = LOCALIZERS.find("magnitude")
         localizer = self.localizer or magnitude()
-        if localizer.joint and self.stitch is None:
-            raise ValueError(
-                f"the values under a {localizer.method} mask are solved for together: it needs stitch: refit "
-                "(--stitch refit)"
-            )
         if type(localizer) is magnitude and "density" not in localizer.model_fields_set:
             given = localizer.model_dump(exclude={"density"})
             object.__setattr__(self, "localizer", magnitude(density=self.method.default_density, **given))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class FittedWriter:
     def known(self, name: str) -> bool:
         """Whether an earlier process wrote a tensor, and its file is intact: it need not be written again."""
         entry = read_record(self._record(name)) if self._resume else None
-        if entry is None or not _intact(self._folder, entry):
+        if entry is None or not _intact(self._folder / entry["file"], entry["sha256"]):
             return False
         self._tensors[name] = entry
         return True
@@ -87,9 +88,8 @@ def _file_of(tensor: str) -> str:
     return f"{hashlib.sha256(tensor.encode()).hexdigest()[:32]}.bin"
 
 
-def _intact(folder: Path, entry: Mapping[str, Any]) -> bool:
-    path = folder / entry["file"]
-    return path.is_file() and file_sha256(path) == entry["sha256"]
+def _intact(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256
 
 
 class FittedValues:
@@ -98,7 +98,13 @@ class FittedValues:
     def __init__(self, folder: Path, index: Any) -> None:
         self.heading: str = index["heading"]
         self.notes: dict[str, Any] = index["notes"]
-        self._folder, self._tensors = folder, index["tensors"]
+        self._tensors = {name: {**entry, "path": folder / entry["file"]} for name, entry in index["tensors"].items()}
+
+    def over(self, others: FittedValues) -> FittedValues:
+        """These, and those of the tensors that only the others have."""
+        both = copy(self)
+        both._tensors = {**others._tensors, **self._tensors}
+        return both
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -109,7 +115,7 @@ class FittedValues:
 
     def intact(self, own: Collection[str]) -> bool:
         """Whether the files of these tensors are unchanged."""
-        return all(_intact(self._folder, entry) for name, entry in self._tensors.items() if name in own)
+        return all(_intact(entry["path"], entry["sha256"]) for name, entry in self._tensors.items() if name in own)
 
     def chunk(self, name: str, number: int) -> Values:
         """The values under the masks in a chunk, by the index of the chunk in its tensor."""
@@ -120,7 +126,7 @@ class FittedValues:
         """The values first … first + count of all that was written for a tensor, in the order of its chunks."""
         entry = self._tensors[name]
         dtype = DTYPE[entry["dtype"]]
-        with (self._folder / entry["file"]).open("rb") as handle:
+        with entry["path"].open("rb") as handle:
             content = os.pread(handle.fileno(), count * dtype.itemsize, first * dtype.itemsize)
         return np.frombuffer(content, dtype)
 

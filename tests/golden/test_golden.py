@@ -188,10 +188,13 @@ def fitted(root: Path, **asked: Any) -> Path:
 SMALL = {"inputs": 24, "batch": 6, "tokens": 32}
 FITTED: dict[str, Callable[[Path], Path]] = {
     "refit": lambda root: fitted(
-        root, stitch={"method": "refit", **SMALL, "lambdas": [0.3]}, localizer={"density": 0.2}
+        root, stitch={"method": "refit", "start": "mean", **SMALL, "lambdas": [0.3]}, localizer={"density": 0.2}
     ),
     "refit, chosen": lambda root: fitted(
-        root, stitch={"method": "refit", **SMALL, "lambdas": [1.0, "inf"]}, localizer={"density": 0.3}, scale=0.5
+        root,
+        stitch={"method": "refit", "start": "mean", **SMALL, "lambdas": [1.0, "inf"]},
+        localizer={"density": 0.3},
+        scale=0.5,
     ),
     "regmean": lambda root: fitted(root, method="regmean", stitch={"method": "regmean", **SMALL}),
     "regmean, scale": lambda root: fitted(

@@ -10,7 +10,7 @@ from helpers.models import load
 from hf_locstitch import Magnitude
 
 HOW = Magnitude(density=0.3)
-SMALL: dict[str, Any] = {"inputs": 24, "held_out": 0.25, "batch": 5}
+SMALL: dict[str, Any] = {"inputs": 24, "held_out": 0.25, "batch": 5, "start": "mean"}
 
 
 def read_record(out: Path) -> dict[str, Any]:

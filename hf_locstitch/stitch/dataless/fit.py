@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,4 +47,19 @@ def fit_without_data(job: FitJob, device: str) -> tuple[FittedValues, dict[str, 
         "refitted": sorted(fitted.names),
         "kept_plain": dict.fromkeys(sorted(solver.plain), NOT_LINEAR),
         "notes": [LOW_RANK_NOTE] if dense.low_rank else [],
+    }
+
+
+def go_on_from(
+    begun: FittedValues, begun_record: Mapping[str, Any], values: FittedValues | None, record: dict[str, Any]
+) -> tuple[FittedValues, dict[str, Any]]:
+    """What a fit to inputs ends with that started here. values: where it found better ones; record: its own."""
+    fitted = begun if values is None else values.over(begun)
+    without = {key: begun_record[key] for key in ("ridge", "steps", "low_rank")}
+    kept = {name: reason for name, reason in record["kept_plain"].items() if name not in begun}
+    return fitted, {
+        **record,
+        "without_data": without,
+        "refitted": sorted(fitted.names),
+        "kept_plain": {**begun_record["kept_plain"], **kept} if values is not None else begun_record["kept_plain"],
     }

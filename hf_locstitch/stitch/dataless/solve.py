@@ -107,7 +107,7 @@ class DatalessSolver:
         return [name for name in self.opened.others if not self._is_vector(name)]
 
     def _is_vector(self, name: str) -> bool:
-        return len(self._infos[name].shape) <= 1
+        return len(self._infos[name].shape) <= 1 or name.endswith("bias")  # those of experts lie in a stack
 
     # ---- the dense solution --------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Scoring a merged model's outputs against a finetuned model's, or against labels. Lower is always better."""
+"""Scoring a merged model against a finetuned model, or against labels. Lower is always better."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SLICE = 1 << 22  # numbers of the outputs processed at once, in float64
 
 def judge(by: str, merged: Tensor, finetuned: Tensor, task: Task, examples: Sequence[Any]) -> tuple[float, int]:
     """The score, summed over rows, and the number of rows. by: "agreement", "loss" or "accuracy". merged, finetuned:
-    the outputs [rows, numbers] of both models for these examples of the task."""
+    hidden states, or else outputs, [rows, numbers] of both models for these examples of the task."""
     rows = max(1, SLICE // max(1, merged.shape[-1]))
     if by == "agreement":
         slices = zip(merged.split(rows), finetuned.split(rows), strict=True)
-        return sum(disagreement(one, other, task.logits) for one, other in slices), len(merged)
+        return sum((one.double() - other.double()).square().sum().item() for one, other in slices), len(merged)
     assert task.targets is not None
     targets = torch.tensor(task.targets(examples), device=merged.device)
     slices = zip(merged.split(rows), targets.split(rows), strict=True)
@@ -33,16 +33,10 @@ def _wrong(by: str, outputs: Tensor, right: Tensor) -> float:
     return float((outputs.argmax(-1) != right).sum().item())
 
 
-def disagreement(merged: Tensor, finetuned: Tensor, logits: bool) -> float:
-    """Summed over rows [rows, numbers]. logits: whether outputs are logits of classes or tokens; then
-    total variation distance, 0 … 1; else squared distance over squared norm.
+def disagreement(scores: Sequence[float], base: Sequence[float]) -> float:
+    """The mean over tasks of the squared distances of the merged model's last hidden states from the finetuned model's,
+    over those of the base's. 0 where they agree, 1 where nothing is gained over the base.
 
-    Not a KL divergence: a finetuned model is overconfident on inputs like those it was finetuned on, and the logarithms
-    of the merged model's probabilities for the other classes there say little about other inputs.
+    Hidden states, because heads differ between tasks, and a finetuned model is overconfident on inputs like its own.
     """
-    left, right = merged.double(), finetuned.double()
-    if logits:
-        distances = (left.softmax(-1) - right.softmax(-1)).abs().sum(-1) / 2
-    else:
-        distances = (left - right).square().sum(-1) / right.square().sum(-1).clamp(min=torch.finfo(right.dtype).tiny)
-    return distances.sum().item()
+    return sum(score / far if far > 0 else score for score, far in zip(scores, base, strict=True)) / len(scores)

@@ -27,7 +27,7 @@ from hf_locstitch.stitch.refit.least_squares import LeastSquares, Problem, Targe
 from hf_locstitch.stitch.refit.lockstep import LockstepStop, Pair, lockstep
 from hf_locstitch.stitch.refit.models import TaskModels
 from hf_locstitch.stitch.refit.param_groups import ParamGroups
-from hf_locstitch.stitch.refit.passes import Experts, Key, Linear
+from hf_locstitch.stitch.refit.passes import Experts, Key, Linear, Pass
 from hf_locstitch.stitch.refit.plain import PlainStitch
 from hf_locstitch.stitch.refit.settings import RefitSettings
 from hf_locstitch.stitch.refit.states import MakeStates
@@ -107,9 +107,9 @@ class Fit:
         self._stacked_masks: dict[str, Tensor] = {}
         self._experts = StackedExperts(models, self._at_linear, workers, processes, states)
 
-    def run(self) -> float | None:
-        """Returns the merged model's score on held-out inputs (see `judge`; lower is better), the mean over tasks; None
-        without held-out inputs. Raises RequestError.
+    def run(self) -> list[float] | None:
+        """Returns the merged model's score on each task's held-out inputs (see `judge`; lower is better); None without
+        held-out inputs. Raises RequestError.
         """
         held_out = all(task_models.fitted < len(task_models.batches) for task_models in self.models)
         sums = self.seen.sums if self.seen else frozenset()
@@ -126,7 +126,7 @@ class Fit:
         for _, added, used in told:
             self.calls.added |= added
             self.calls.used |= used
-        return _mean_over_tasks([scores for scores, _, _ in told], len(self.models)) if held_out else None
+        return _means([scores for scores, _, _ in told], len(self.models)) if held_out else None
 
     def _write_rest(self) -> None:
         """Write the remaining tensors: those of which only some parts were fitted."""
@@ -273,8 +273,9 @@ class Fit:
         """Judge the outputs of a finished held-out pair, and drop them."""
         if pair.fitted or any(pair.stops) or pair.merged.result is None:
             return
-        merged, finetuned = pair.merged.result, pair.finetuned.result
-        pair.merged.result = pair.finetuned.result = None
+        merged, finetuned = map(self._judged, pair.passes)
+        for one in pair.passes:
+            one.result = one.hidden = None
         task_models = self.models[pair.task]
         for values, model in ((merged, "the merged model"), (finetuned, "the finetuned model")):
             if not torch.isfinite(values).all():
@@ -283,6 +284,12 @@ class Fit:
                     "checkpoint and the inputs, or use --stitch mean."
                 )
         pair.score = judge(self.config.judge, merged, finetuned, task_models.task, pair.examples)
+
+    def _judged(self, one: Pass) -> Tensor:
+        """What a finished pass is judged by, [rows, numbers]: without labels its hidden states, where no padding is."""
+        if self.config.judge != "agreement" or one.hidden is None:
+            return one.result
+        return one.hidden.reshape(-1, one.hidden.shape[-1])[one.rows(one.hidden)]
 
     def _write(self, name: str, values: Tensor) -> None:
         """Write the values of a tensor on disk under the masks."""
@@ -294,14 +301,14 @@ def _scores(pairs: Sequence[Pair]) -> list[Score]:
     return [(pair.task, pair.number, *pair.score) for pair in pairs if pair.score is not None]
 
 
-def _mean_over_tasks(told: Sequence[Sequence[Score]], tasks: int) -> float:
-    """From the scores of all processes, summed in an order that does not depend on the number of processes."""
+def _means(told: Sequence[Sequence[Score]], tasks: int) -> list[float]:
+    """Of each task, from the scores of all processes, summed in an order that does not depend on their number."""
     scores = sorted(score for found in told for score in found)
     means = []
     for task in range(tasks):
         own = [(found, rows) for of, _, found, rows in scores if of == task]
         means.append(sum(found for found, _ in own) / max(1, sum(rows for _, rows in own)))
-    return sum(means) / tasks
+    return means
 
 
 def _names_in(key: Key) -> Iterator[Key]:

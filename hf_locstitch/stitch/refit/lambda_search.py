@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hf_locstitch.errors import RequestError
 from hf_locstitch.runtime.journal import read_record, write_record
 from hf_locstitch.stitch.fitted_values import FittedValues, FittedWriter, open_fitted
 from hf_locstitch.stitch.fitting import FitJob
+from hf_locstitch.stitch.refit.agreement import disagreement
 from hf_locstitch.stitch.refit.fit import Advance, Fit, Seen
 from hf_locstitch.stitch.refit.models import TaskModels, open_task_models
 from hf_locstitch.stitch.refit.plain import PlainStitch
@@ -91,6 +92,7 @@ class Refitting:
         )
         self._seen: Seen | None = None
         self._untouched: float | None = None  # the plain stitch's score
+        self._base: list[float] | None = None  # the base's, of each task
 
     def fit(self, lambda_: float, journal: Journal) -> float | None:
         """Write the values for one lambda under its name, and update the journal. Returns its score."""
@@ -102,7 +104,7 @@ class Refitting:
         assert self._seen is not None
         writer = FittedWriter(self._job.folder / f"{lambda_:g}", self._job.own, self._processes)
         with self._job.progress.bar(f"refitting, λ {lambda_:g}", len(self._seen.calls), " layers") as advance:
-            fit_run, score = self._run(lambda_, writer, self._seen, advance)
+            fit_run, scores = self._run(lambda_, writer, self._seen, advance, self._models)
         writer.finish(journal.heading)
         journal.notes[f"{lambda_:g}"] = notes(fit_run.least_squares.tokens, lambda_, self._config)
         journal.kept = {
@@ -112,22 +114,36 @@ class Refitting:
             for info in self._job.tensors
             if info.name not in writer.names and len(info.shape) > 1
         }
-        return score
+        return self._score(scores)
+
+    def _score(self, scores: list[float] | None) -> float | None:
+        """One number of those of the tasks."""
+        if scores is None:
+            return None
+        return sum(scores) / len(scores) if self._base is None else disagreement(scores, self._base)
 
     def _follow(self) -> None:
         """Trace which linear layers are called, in the plain stitch and the finetuned models."""
         with self._job.progress.bar("tracing", 0, " layers") as advance:
-            first, self._untouched = self._run(math.inf, None, None, advance)
-            self._seen = first.calls
+            if self._config.judge == "agreement":
+                base = [replace(task_models, merged=task_models.original) for task_models in self._models]
+                _, self._base = self._run(math.inf, None, None, advance, base)
+            first, untouched = self._run(math.inf, None, None, advance, self._models)
+            self._seen, self._untouched = first.calls, self._score(untouched)
         self._processes.together(lambda: _check_calls(first))
 
     def _run(
-        self, lambda_: float, writer: FittedWriter | None, seen: Seen | None, advance: Advance
-    ) -> tuple[Fit, float | None]:
-        """Run a fit. Returns it and its score."""
+        self,
+        lambda_: float,
+        writer: FittedWriter | None,
+        seen: Seen | None,
+        advance: Advance,
+        models: Sequence[TaskModels],
+    ) -> tuple[Fit, list[float] | None]:
+        """Run a fit. Returns it and its scores."""
         folder = self._job.folder / f"states.{self._processes.rank}"
         with making_states(self._config.states_on, self._device, folder) as states:
-            fit = Fit(self._config, lambda_, self._models, self._plain, writer, seen, self._device,
+            fit = Fit(self._config, lambda_, models, self._plain, writer, seen, self._device,
                       self._job.settings.workers, self._processes, states, advance)  # fmt: skip
             return fit, fit.run()
 

@@ -32,7 +32,7 @@ from hf_locstitch.tasks.task import Task
 @dataclass(frozen=True)
 class TaskModels:
     """model: its parameters are placeholders, which passes fill from `merged` or `finetuned`. parts: the placeholders
-    by name. stacks: names of those with the stacked matrices of several experts.
+    by name. stacks: names of those with the stacked matrices of several experts. original: the base's weights.
 
     batches: of inputs; the first `fitted` are used for the fit, the others are held out.
     """
@@ -43,6 +43,7 @@ class TaskModels:
     stacks: frozenset[str]
     merged: Weights
     finetuned: Weights
+    original: Weights
     task: Task
     batches: Sequence[Sequence[Any]]
     fitted: int
@@ -57,12 +58,13 @@ class TaskModels:
 @dataclass(frozen=True)
 class OpenTask:
     """One finetuned model without weights, its weights, and its prepared inputs. shared: the base's tensors that fit
-    it."""
+    it; original: its weights with those."""
 
     model: Any
     parts: Mapping[str, Part]
     stacks: frozenset[str]
     finetuned: Weights
+    original: Weights
     shared: Sequence[str]
     task: Task
 
@@ -98,7 +100,7 @@ def open_task(
     processor = load_processor(objective, folder_finetuned, folder_base)
     preparing = Pass(original, lambda: objective.prepare(rows, processor, model), frozenset())
     preparing.start()
-    return OpenTask(model, parts, stacks, own, shared, preparing.result)
+    return OpenTask(model, parts, stacks, own, original, shared, preparing.result)
 
 
 def open_task_models(
@@ -127,7 +129,9 @@ def open_task_models(
     batches = batched(task, 0, fitted, config.batch, opened.units if held_out == 0 else math.inf)
     count = len(batches)
     batches += batched(task, fitted, len(task.examples), config.batch, opened.units)
-    return TaskModels(name, model, opened.parts, opened.stacks, merged, opened.finetuned, task, batches, count)
+    return TaskModels(
+        name, model, opened.parts, opened.stacks, merged, opened.finetuned, opened.original, task, batches, count
+    )
 
 
 def batched(task: Task, first: int, last: int, size: int, most: float = math.inf) -> list[list[Any]]:

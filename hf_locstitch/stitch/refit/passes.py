@@ -110,6 +110,7 @@ class Pass:
 
     inside: which rows of a layer's input are not padding, bool [examples, tokens], possibly of several shapes.
     added, used: keys of layers it stopped at whose output was added to another tensor, or used in any other way.
+    hidden: the last hidden states before any head, [..., width], where the model has such.
     """
 
     _here = threading.local()
@@ -128,6 +129,7 @@ class Pass:
         self.used: set[Key] = set()
         self.stop: LinearStop | ExpertsStop | None = None
         self.result: Any = None
+        self.hidden: Tensor | None = None
         self._work, self._error = work, None
         self._answer: Any = None
         self._abandoned = False
@@ -323,9 +325,10 @@ def _is_number(index: Any) -> bool:
 
 
 def watch(model: Any) -> frozenset[str]:
-    """Make passes through a model see its padding and stop before stacked experts. Returns the names of their
-    parameters."""
+    """Make passes through a model see its padding and last hidden states, and stop before stacked experts. Returns the
+    names of their parameters."""
     model.register_forward_pre_hook(_note_padding, with_kwargs=True)
+    model.base_model.register_forward_hook(_note_hidden)
     stacked: set[str] = set()
     for module in model.modules():
         if stacks := _stacked_experts(module):
@@ -347,6 +350,12 @@ def _note_padding(_: Any, __: Any, kwargs: Mapping[str, Any]) -> None:
     masks = [kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")]
     if here is not None:
         here.inside = [mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2]
+
+
+def _note_hidden(_: Any, __: Any, output: Any) -> None:
+    here, hidden = Pass.current(), getattr(output, "last_hidden_state", None)
+    if here is not None and isinstance(hidden, Tensor):
+        here.hidden = hidden
 
 
 def _stopping(forward: Callable[..., Tensor], stacks: tuple[Part, ...]) -> Callable[..., Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 JUDGED = 1 << 26  # numbers of the outputs of a held-out batch, at most: logits can be far more than hidden states
 # judge -> the name of the scores in the record, and their introduction on the card.
 SCORES: Mapping[str, tuple[str, str]] = {
-    "agreement": ("disagreement", "Disagreement with the finetuned models' outputs on the held-out inputs"),
+    "agreement": ("disagreement", "Distance of hidden states from the finetuned models' on held-out inputs (base: 1)"),
     "loss": ("loss", "Loss on the held-out inputs and their labels"),
     "accuracy": ("error", "Share of wrong answers on the held-out inputs"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, model_validator
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from hf_locstitch.tasks.sets import OpenSet
 
 WITHOUT_DATA = ("method", "device")  # the settings that apply then
+SOLVED = """solved for from
+the task vectors alone. A finetune's update of a linear layer tells which inputs that layer was trained on
+([WUDI-Merging](https://arxiv.org/abs/2503.08099)), so the merged layer can be the one that gives, on the inputs of each
+task, what that task's layer gives, as far as possible ([RegMean](https://arxiv.org/abs/2212.09849), which takes data
+for it); solving for all tasks together inside masks is hf-locstitch's own"""
 ENOUGH = 32  # held-out inputs of a finetune that suffice to choose lambda; measured, docs/quality.md
 Lambda = Annotated[
     float,
@@ -31,9 +37,10 @@ Lambda = Annotated[
 class Refit(Stitcher):
     """held_out: the share of the inputs that is not used for the fit but to choose lambda.
 
-    lambdas: strength of the regularization towards the plain stitch; "inf" is the plain stitch itself. With several,
-    the best on held-out inputs is taken, by `judge`: "agreement" of the outputs with the finetuned models', or, where
-    inputs have labels, "loss" or "accuracy" (of tokens, for a language model).
+    start: where the fit to inputs begins: at the refit without data ("dataless"), or at the "mean" of the finetuned
+    values. lambdas: strength of the regularization towards that start; "inf" is the start itself. With several, the
+    best on held-out inputs is taken, by `judge`: "agreement" of the last hidden states with the finetuned models', or,
+    where inputs have labels, "loss" or "accuracy" (of tokens, for a language model).
     ridge: in units of the mean squared input. steps: of conjugate gradients.
     """
 
@@ -42,7 +49,8 @@ class Refit(Stitcher):
     data_optional: ClassVar[bool] = True
     held_out: float = Field(default=0.25, ge=0, lt=1)
     judge: Literal["agreement", "loss", "accuracy"] = "agreement"
-    lambdas: tuple[Lambda, ...] = Field(default=(0.0, 0.1, 0.3, 1.0, math.inf), min_length=1)
+    start: Literal["dataless", "mean"] = "dataless"
+    lambdas: tuple[Lambda, ...] = Field(default=(0.0, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf), min_length=1)
     ridge: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     steps: int = Field(default=12, ge=1)
 
@@ -103,67 +111,67 @@ class Refit(Stitcher):
         return refit_cost(self, fittable) if self.data else dataless_cost(fittable)
 
     def fit(self, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
-        if not self.data:
-            from hf_locstitch.stitch.dataless.fit import fit_without_data  # slow to import
+        from hf_locstitch.stitch.dataless.fit import fit_without_data, go_on_from  # slow to import
+        from hf_locstitch.stitch.refit.lambda_search import refit
 
+        if not self.data:
             values, record = fit_without_data(job, self.device)
             return values, {**self.as_record(), **record}
-        from hf_locstitch.stitch.refit.lambda_search import refit  # slow to import
-
-        return refit(self, job)
+        if self.start == "mean":
+            return refit(self, job)
+        begun, begun_record = fit_without_data(job, self.device)
+        values, record = refit(self, replace(job, view=replace(job.view, fitted=begun)))
+        return go_on_from(begun, begun_record, values, record)
 
     def card(self, record: Mapping[str, Any], inputs: str) -> str:
         return "\n\n".join(_sections(record, inputs) if self.data else _sections_without_data(record))
 
 
 def _sections_without_data(record: Mapping[str, Any]) -> Iterator[str]:
-    count = len(record["refitted"])
     yield "## Refitted values"
-    yield f"""The values under the masks are not the mean of the finetuned values: in {some_tensors(count)} they were
-solved for, from the task vectors alone. A finetune's update of a linear layer tells which inputs that layer was trained
-on ([WUDI-Merging](https://arxiv.org/abs/2503.08099)), so the merged layer can be the one that gives, on the inputs of
-each task, what that task's layer gives, as far as possible ([RegMean](https://arxiv.org/abs/2212.09849), which takes
-data for it). Solving inside a mask, for all tasks together, is hf-locstitch's own (ridge {record["ridge"]},
-{record["steps"]} steps of conjugate gradients). Nothing outside the masks changed."""
-    yield from _notes(record)
+    count = _tensors(len(record["refitted"]))
+    yield f"""The values under the masks are not the mean of the finetuned values: in {count} they were {SOLVED}
+(ridge {record["ridge"]}, {record["steps"]} steps of conjugate gradients). Nothing outside the masks changed."""
+    yield from _notes(record, "the mean of the finetuned values")
 
 
-def some_tensors(count: int) -> str:
+def _sections(record: Mapping[str, Any], inputs: str) -> Iterator[str]:
+    dataless = record["start"] == "dataless"
+    begin = "what is found without data" if dataless else "the mean of the finetuned values"
+    yield "## Refitted values"
+    if record["lambda"] != "inf":
+        yield f"""The values under the masks are not the mean of the finetuned values: in
+{_tensors(len(record["refitted"]))} they were fitted, layer by layer in the order of the forward pass, so that on
+{"unlabelled " if record["judge"] == "agreement" else ""}inputs of every finetune, each linear layer's outputs match
+those of the same layer in that finetuned model (masked least squares from {begin}, lambda {record["lambda"]}, ridge
+{record["ridge"]}, {record["steps"]} steps of conjugate gradients). Nothing outside the masks changed."""
+    else:
+        yield (
+            f"On held-out inputs (judged by {record['judge']}), no lambda was better than {begin}, so that was kept"
+            + (f": in {_tensors(len(record['refitted']))} the values were {SOLVED}." if dataless else ".")
+        )
+    yield inputs
+    title, sentence = SCORES[record["judge"]]
+    if len(curve := record[title]) > 1:
+        yield f"{sentence} (inf: {begin}):"
+        rows = [
+            f"| {f'**{name}**' if name == record['lambda'] else name} | {score:.4g} |" for name, score in curve.items()
+        ]
+        yield "\n".join([f"| lambda | {title} |", "| :--- | ---: |", *rows])
+    yield from _notes(record, begin)
+
+
+def _tensors(count: int) -> str:
     return "1 tensor" if count == 1 else f"{count} tensors"
 
 
-def _notes(record: Mapping[str, Any]) -> Iterator[str]:
+def _notes(record: Mapping[str, Any], otherwise: str) -> Iterator[str]:
     yield from (f"> {markdown(note)}" for note in record["notes"])
     if kept := record["kept_plain"]:
         matrices = "1 matrix keeps" if len(kept) == 1 else f"{len(kept)} matrices keep"
         first = markdown(": ".join(next(iter(kept.items()))))
         listed = "[locstitch.json](locstitch.json) lists them"
-        yield f"{matrices} the mean of the finetuned values (for example {first}); {listed}."
-
-
-def _sections(record: Mapping[str, Any], inputs: str) -> Iterator[str]:
-    yield "## Refitted values"
-    count = len(record["refitted"])
-    if count:
-        yield f"""The values under the masks are not the mean of the finetuned values: in {some_tensors(count)} they
-were fitted, layer by layer in the order of the forward pass, so that on unlabelled inputs of every finetune, each
-linear layer's outputs match those of the same layer in that finetuned model (masked least squares, lambda
-{record["lambda"]}, ridge {record["ridge"]}, {record["steps"]} steps of conjugate gradients). Nothing outside the masks
-changed."""
-    else:
-        yield (
-            f"On held-out inputs (judged by {record['judge']}), no lambda was better than the mean of the finetuned "
-            "values, so the mean was kept."
-        )
-    yield inputs
-    title, sentence = SCORES[record["judge"]]
-    if len(curve := record[title]) > 1:
-        yield f"{sentence} (inf: the mean of the finetuned values):"
-        rows = [
-            f"| {f'**{name}**' if name == record['lambda'] else name} | {score:.4g} |" for name, score in curve.items()
-        ]
-        yield "\n".join([f"| lambda | {title} |", "| :--- | ---: |", *rows])
-    yield from _notes(record)
+        yield f"{matrices} {otherwise} (for example {first}); {listed}."
 
 
 COMPONENT = Refit

@@ -49,7 +49,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.chdir(tmp_path)
     family(build("llama", torch.float32), tmp_path)
     texts = [write_texts(tmp_path / f"{seed}.jsonl", seed=seed) for seed in range(2)]
-    how = {"held_out": 0, "lambdas": [STIFFNESS], "ridge": RIDGE, "steps": 60, "batch": 5}
+    how = {"start": "mean", "held_out": 0, "lambdas": [STIFFNESS], "ridge": RIDGE, "steps": 60, "batch": 5}
     Path("how.yaml").write_text(yaml.safe_dump({"stitch": how}))
     inputs = ["--base", "./base", "--ft", "./ft0", "./ft1"]
     asked = ["merge", "how.yaml", *inputs, "--density", "1", "--quiet", "--data", "./0.jsonl", "./1.jsonl",

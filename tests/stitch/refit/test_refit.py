@@ -127,10 +127,11 @@ def test_the_best_lambda_is_shipped(
     scores = {0.0: 3.0, 1.0: 1.0, 3.0: 2.0}
     run, writers = Fit.run, []
 
-    def told(self: Fit) -> float | None:
-        found = run(self)
+    def told(self: Fit) -> list[float]:
+        run(self)
         writers.append([path.name for path in (self._writer._folder.parent).iterdir()] if self._writer else [])
-        return scores.get(self.lambda_, found and 9.0)
+        of_base = self.models[0].merged is self.models[0].original
+        return [1.0 if of_base else scores.get(self.lambda_, 9.0)] * 2
 
     monkeypatch.setattr(Fit, "run", told)
     merge(folders, data, tmp_path / "out", held_out=0.25, lambdas=[0.0, 1.0, 3.0, "inf"])
@@ -154,7 +155,7 @@ def test_a_killed_refit_goes_on(
             raise Killed
         write(self, name, *args)
 
-    def count(self: Fit) -> float | None:
+    def count(self: Fit) -> list[float] | None:
         done.append(self.lambda_)
         return run(self)
 
@@ -162,7 +163,7 @@ def test_a_killed_refit_goes_on(
     monkeypatch.setattr(Fit, "run", count)
     with pytest.raises(Killed):
         merge(folders, data, tmp_path / "out", **grid)
-    assert done == [float("inf"), 0.1, 1.0] and not (tmp_path / "out").exists()
+    assert done == [float("inf"), float("inf"), 0.1, 1.0] and not (tmp_path / "out").exists()
     monkeypatch.setattr(FittedWriter, "write", write)
     done.clear()
     merge(folders, data, tmp_path / "out", **grid)
@@ -172,9 +173,12 @@ def test_a_killed_refit_goes_on(
 
 
 def test_few_held_out_inputs_are_warned_of() -> None:
-    assert not Refit().warnings() and not Refit(inputs=128).warnings()
-    assert "on 16 held-out inputs" in Refit(inputs=64).warnings()[0]
-    assert not Refit(inputs=64, lambdas=(1.0,)).warnings()
+    def warnings(**settings: Any) -> list[str]:
+        return Refit.model_validate({"data": [{"ref": "inputs.jsonl"}], **settings}).warnings()
+
+    assert not warnings() and not warnings(inputs=128)
+    assert "on 16 held-out inputs" in warnings(inputs=64)[0]
+    assert not warnings(inputs=64, lambdas=[1.0])
 
 
 def test_bfloat16_is_rounded_once(tmp_path: Path, data: list[str]) -> None:
@@ -226,7 +230,7 @@ def test_the_command_records_and_repeats(
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"data": []}, "a refit needs one --data entry of unlabelled inputs per finetune: expected 2, got 0"),
+    ({"data": []}, "a refit without data has no inputs: give --data, or drop the setting"),
     ({"method": "ties"}, "needs method locstitch, not ties"),
     ({"allow_non_finite": True}, "cannot be combined with a refit"),
     ({"cache": False}, "cannot be combined with --no-cache"),

@@ -78,11 +78,11 @@ def test_few_steps_do_not_reach_the_solution_and_nothing_divides_by_zero() -> No
 
 
 def test_disagreement() -> None:
-    one, other = torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.tensor([[0.0, 0.0], [1.0, 3.0]])
-    assert disagreement(one, other, logits=True) == 0
-    ln3 = torch.tensor([[1.0986122886681098, 0.0]], dtype=torch.float64)  # probabilities 3/4 and 1/4
-    assert disagreement(torch.zeros(1, 2), ln3, logits=True) == pytest.approx(0.25)
-    assert disagreement(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0]]), logits=False) == 0.5
+    task = Task([], [], lambda *_: torch.zeros(()))
+    one, other = torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    assert judge("agreement", one, other, task, []) == (5.0, 2)
+    assert disagreement([1.0, 3.0], [4.0, 2.0]) == (1 / 4 + 3 / 2) / 2
+    assert disagreement([0.0, 3.0], [0.0, 6.0]) == 0.25  # a finetune that is the base
 
 
 def test_loss_and_accuracy() -> None:
