@@ -73,11 +73,3 @@ def test_many_names_of_which_none_fits(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"lacks model\.layers.*and 39999 more.*--exclude 'model\.\*'"):
         make_plan(make_recipe({"base": str(tmp_path / "base"), "finetuned": str(tmp_path / "ft")}))
     assert time.process_time() - began < 10
-
-
-def test_a_prefix_that_one_side_has_is_named(tmp_path: Path) -> None:
-    state = random_state(0)
-    base = save(tmp_path / "base", state)
-    ft = save(tmp_path / "ft", {f"base.model.{name}": tensor for name, tensor in finetune(state, 1).items()})
-    with pytest.raises(MismatchError, match=r"one side's names begin with 'base\.model\.'"):
-        quick_merge(base, [ft], out=tmp_path / "out")
