@@ -87,7 +87,7 @@ class FolderSource:
 
 def _check_readable(path: Path, rights: int) -> None:
     if not os.access(path, rights):
-        raise CheckpointError(f"{path} cannot be read: this user has no right to. Give it, or use a copy.")
+        raise CheckpointError(f"{path} cannot be read by this user. Change its permissions, or use a copy.")
 
 
 def _state(path: Path) -> tuple[int, int, int]:
