@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, NonNegativeInt, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from hf_locstitch.checkpoints.names import SafeFile, SafeName
@@ -19,12 +19,13 @@ from hf_locstitch.runtime.parsing import JSON_BYTES
 
 FILE = "locstitch.json"
 RECIPE_FILE = "locstitch.yaml"  # reproduces the merge
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class _Pair(TypedDict):
     masks: tuple[str, str]
     both: NonNegativeInt
-    jaccard: float
+    jaccard: Share
 
 
 class _File(TypedDict):
@@ -78,8 +79,8 @@ class MaskRecord:
 
     file: str
     ones: NonNegativeInt
-    density: float | None
-    real_density: float
+    density: Share | None
+    real_density: Share
     values: str | None = None
     examples: int | None = None
 

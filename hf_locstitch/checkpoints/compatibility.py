@@ -8,6 +8,9 @@ from fnmatch import fnmatchcase
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.runtime.human import more
 
+MOST_GLOBS = 3
+DEEPEST = 8  # parts of a name in which a prefix ends
+
 
 def mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], finetuned: Sequence[str]) -> list[str]:
     """Why `other` is not a finetune of the base. chosen, finetuned: localized tensors of the base and of the other."""
@@ -60,26 +63,30 @@ def _name_mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str],
 
 def _globs(names: Sequence[str], tensors: Iterable[str]) -> str:
     """The shortest globs of whole prefixes (`'mtp.*'`) that match these names and no other tensor; three at most."""
-    others = set(tensors) - set(names)
+    taken = {prefix for other in set(tensors) - set(names) for prefix in _prefixes(other)}
     globs: list[str] = []
     for name in names:
-        if any(fnmatchcase(name, glob) for glob in globs):
-            continue
-        parts = name.split(".")
-        prefixes = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
-        alone = (prefix for prefix in prefixes if not any(other.startswith(prefix) for other in others))
-        globs.append(f"{prefix}*" if (prefix := next(alone, None)) else name)
-    return " ".join(f"'{glob}'" for glob in globs[:3]) + (" …" if len(globs) > 3 else "")
+        if not any(fnmatchcase(name, glob) for glob in globs):
+            globs.append(next((f"{prefix}*" for prefix in _prefixes(name) if prefix not in taken), name))
+        if len(globs) > MOST_GLOBS:
+            break
+    return " ".join(f"'{glob}'" for glob in globs[:MOST_GLOBS]) + (" …" if len(globs) > MOST_GLOBS else "")
 
 
 def _common_prefix(missing: Sequence[str], extra: Sequence[str]) -> str | None:
     """The prefix that alone tells the two sets of names apart, if there is one."""
     for longer, shorter in ((missing, extra), (extra, missing)):
-        for name in shorter:
-            match = next((other for other in longer if other.endswith("." + name)), None)
-            if match is not None:
-                return match.removesuffix(name)
+        names = set(shorter)
+        for name in longer:
+            if prefix := next((prefix for prefix in _prefixes(name) if name.removeprefix(prefix) in names), None):
+                return prefix
     return None
+
+
+def _prefixes(name: str) -> list[str]:
+    """`a.` and `a.b.` of `a.b.c`."""
+    parts = name.split(".", DEEPEST)
+    return [".".join(parts[:count]) + "." for count in range(1, len(parts))]
 
 
 def differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence[str]) -> list[str]:

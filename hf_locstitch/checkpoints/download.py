@@ -195,7 +195,7 @@ class StreamingDownload(Download):
                 self._tell(file, out.fileno(), at)
                 self._hold_back(written)
         if digest.hexdigest() != self.source.files[file].sha256:
-            raise self.source.damaged(file, f"sha256 {digest.hexdigest()}")
+            raise self.source.damaged(file, digest.hexdigest())
 
     def _hold_back(self, written: int) -> None:
         with self._changed:

@@ -19,6 +19,7 @@ class FolderSource:
             raise CheckpointError(
                 f"the folder {folder} does not exist. Give an existing folder, or a repo as org/name."
             )
+        _check_readable(folder, os.R_OK | os.X_OK)
         self.folder = folder
         self._files = _list_files(folder)
         self._states = {file: _state(folder / file) for file in self._files}
@@ -79,7 +80,14 @@ class FolderSource:
                 f"{path} is a link to {target}, outside the folder, and is not followed: what it holds would become "
                 "part of the merge. If it belongs to the model, replace the link with a copy; else remove it."
             )
+        if path.exists():
+            _check_readable(path, os.R_OK)
         return path
+
+
+def _check_readable(path: Path, rights: int) -> None:
+    if not os.access(path, rights):
+        raise CheckpointError(f"{path} cannot be read by this user. Change its permissions, or use a copy.")
 
 
 def _state(path: Path) -> tuple[int, int, int]:

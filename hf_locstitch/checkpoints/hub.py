@@ -180,8 +180,9 @@ class HubSource:
         if self._files[file].sha256 is None:
             advance(self._files[file].size)
         if not self._is_as_promised(file, path):
+            got = git_blob_oid(path) if self._files[file].sha256 is None else file_sha256(path)
             self._forget(file, path)
-            raise self.damaged(file, "different content")
+            raise self.damaged(file, got)
         self._remember_revision()
         return path
 
@@ -266,11 +267,13 @@ class HubSource:
             ) from error
 
     def damaged(self, file: str, got: str) -> IntegrityError:
-        """The error to raise when a file does not match its hash; forgets the bytes read of it."""
+        """The error to raise when a file does not match its hash but has another; forgets the bytes read of it."""
         self._starts.pop(file, None)
+        info = self._files[file]
+        kind = "git blob" if info.sha256 is None else "sha256"
         return IntegrityError(
-            f"{file} of {self.label} arrived with {got}, not with sha256 {self._files[file].sha256}: the connection "
-            "or the server damaged it. Run the same command again; the damaged file was not kept."
+            f"{file} of {self.label} arrived with {kind} {got}, not with {kind} {info.promised}: the connection or the "
+            "server damaged it. Run the same command again; the damaged file was not kept."
         )
 
     def _get(self, file: str, headers: Mapping[str, str]) -> AbstractContextManager[Any]:
@@ -308,7 +311,7 @@ class HubSource:
                 self._starts.pop(file, None)
                 advance(-self._files[file].size)
                 if last:
-                    raise self.damaged(file, f"sha256 {got}")
+                    raise self.damaged(file, got)
 
     def _append(self, file: str, partial: Path, advance: Advance, arrived: Arrived | None) -> str:
         """Append the missing bytes to `partial`. Returns the sha256 of the whole file."""

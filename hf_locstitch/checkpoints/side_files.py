@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -61,8 +61,9 @@ LEGAL = re.compile(
     r"(\.(txt|md|rst|pdf|html|\d+))?",
     re.IGNORECASE,
 )
-# Python's relative imports, as text: the code of a model is never run, and need not even parse.
-RELATIVE = re.compile(r"^[ \t]*from[ \t]+\.(?!\.)([\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n#]+)", re.MULTILINE)
+# Python's relative imports, as text: the code of a model is never run, and need not even parse. A parenthesis that is
+# never closed takes the rest, so that no text is searched twice.
+RELATIVE = re.compile(r"^[ \t]*from[ \t]+\.(?!\.)([\w.]*)[ \t]+import[ \t]+(\([^)]*|[^\n#]+)", re.MULTILINE)
 
 LARGEST_CODE = 1 << 20  # bytes; larger Python files are not searched for imports
 
@@ -90,7 +91,8 @@ def choose_side_files(checkpoint: Checkpoint, also: Sequence[str] = ()) -> SideF
     free = [file for file in files if file not in ours and not is_own(file)]
     asked = {file for file in free if matching(file, also)}
     modules = list_modules(source)
-    wanted = asked | {file for file in free if _is_loaded(file, [path for path, _ in modules])}
+    folders = {path for path, _ in modules}
+    wanted = asked | {file for file in free if _is_loaded(file, folders)}
     wanted |= _code(source, [name for _, name in modules]) & set(free)
     return SideFiles(tuple(file for file in free if file in wanted), tuple(file for file in free if file not in wanted))
 
@@ -129,7 +131,7 @@ def _with_dtype(config: str, dtype: str) -> str:
     return json.dumps(fields, indent=2) + "\n"
 
 
-def _is_loaded(file: str, modules: Sequence[str]) -> bool:
+def _is_loaded(file: str, modules: Collection[str]) -> bool:
     """Judging by names alone. modules: folders."""
     name, in_module = file.rsplit("/", 1)[-1], _in_module(file, modules)
     if _fits(file, LOADED_FROM_ROOT) or (in_module and matching(name, LOADED_FROM_MODULE)):
@@ -142,8 +144,8 @@ def _fits(file: str, globs: Sequence[str]) -> bool:
     return any(file.count("/") == glob.count("/") and fnmatchcase(file, glob) for glob in globs)
 
 
-def _in_module(file: str, modules: Sequence[str]) -> bool:
-    return any(file.startswith(f"{path}/") for path in modules if path)
+def _in_module(file: str, modules: Collection[str]) -> bool:
+    return any(str(folder) in modules for folder in PurePosixPath(file).parents)  # the model's own is "." here
 
 
 def list_modules(source: Source) -> list[tuple[str, str]]:
@@ -166,7 +168,8 @@ def _check_modules(source: Source, folders: Sequence[str], chosen: SideFiles) ->
             f"{source.label}/{MODULES} puts the model in {folders[0]}/, so sentence-transformers would not load the "
             "merged weights. Save the model again with SentenceTransformer(...).save_pretrained(folder)."
         )
-    pickled = [file for file in chosen.left if _in_module(file, folders) and file.endswith(PICKLED)]
+    modules = set(folders)
+    pickled = [file for file in chosen.left if file.endswith(PICKLED) and _in_module(file, modules)]
     safe = {file.rsplit("/", 1)[0] for file in chosen.copied if file.endswith((".safetensors", *PICKLED))}
     if lost := [file for file in pickled if file.rsplit("/", 1)[0] not in safe]:
         raise CheckpointError(

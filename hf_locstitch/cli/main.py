@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
+import io
 import logging
 import os
 import sys
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.cli.arguments import build_parser
 from hf_locstitch.errors import LocstitchError, RecipeError
-from hf_locstitch.runtime.escape import line, terminal
+from hf_locstitch.runtime.escape import in_json, line, terminal
 from hf_locstitch.runtime.interrupts import Interrupted, raising_interrupts
 
 if TYPE_CHECKING:
@@ -78,6 +78,16 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
+def _print(text: str) -> None:
+    """On standard output, in whatever encoding it has; a reader that has seen enough of it is no error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+
+
 def merge(args: argparse.Namespace) -> int:
     """hf-locstitch merge"""
     from hf_locstitch.plan.planning import make_plan
@@ -101,14 +111,15 @@ def stitch(args: argparse.Namespace) -> int:
 
 def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan]) -> int:
     """Plan, print the plan, work, and print the result."""
+    from hf_locstitch.engine.preflight import check_output_given
     from hf_locstitch.plan.describe import format_plan, plan_json
     from hf_locstitch.plan.recipe import make_recipe
     from hf_locstitch.runtime.progress import Progress
     from hf_locstitch.runtime.settings import make_settings
 
     recipe = make_recipe(_fields(args), where=str(args.recipe or "command"))
-    if not args.dry_run and recipe.out is None and recipe.push_to is None:
-        raise RecipeError("no output given: use --out DIR, --push-to ORG/NAME, or both.")
+    if not args.dry_run:
+        check_output_given(recipe)
     device = getattr(args, "device", "cpu")
     plan = make(recipe, make_settings(cache=not args.no_cache, max_memory=args.max_memory, device=device))
     quiet = args.quiet or not _speaks()
@@ -116,7 +127,7 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
         from hf_locstitch.engine.execute import check_possible
 
         check_possible(plan)
-        print(json.dumps(plan_json(plan), indent=2) if args.json else format_plan(plan))
+        _print(in_json(plan_json(plan)) if args.json else format_plan(plan))
         return 0
     if not quiet:
         print(format_plan(plan), file=sys.stderr)
@@ -126,7 +137,7 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
     if not _speaks():
         return 0
     if args.json:
-        print(json.dumps(result.as_json(), indent=2))
+        _print(in_json(result.as_json()))
     else:
         print(result.describe(), file=sys.stderr)
     return 0
@@ -151,8 +162,9 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
         field = "localized" if fields.get("localized") else "finetuned"
         entries = fields.get(field) or []
         if len(args.names) != len(entries):
+            what = "localized checkpoint" if field == "localized" else "finetune"
             raise RecipeError(
-                f"--names gives {len(args.names)} names for {len(entries)} finetunes. Give one name per finetune."
+                f"--names gives {len(args.names)} names for {len(entries)} {what}s. Give one name per {what}."
             )
         entries = [{"ref": entry} if isinstance(entry, str) else entry for entry in entries]
         fields[field] = [{**entry, "name": name} for entry, name in zip(entries, args.names, strict=True)]
@@ -187,7 +199,7 @@ def verify(args: argparse.Namespace) -> int:
     show = False if args.quiet else None
     report = check(args.ref, base=args.base, finetuned=args.ft, tensors=args.tensors, show_progress=show)
     if args.json:
-        print(json.dumps(report.as_json(), indent=2))
+        _print(in_json(report.as_json()))
     elif text := report.describe(quiet=args.quiet):
         print(text, file=sys.stderr)
     return 0 if report.ok else 1
@@ -198,7 +210,7 @@ def inspect(args: argparse.Namespace) -> int:
     from hf_locstitch.inspection.inspect import inspect as look
 
     report = look(*args.refs, figures=args.figures, base=args.base, finetuned=args.ft, inputs=args.inputs)
-    print(json.dumps(report.as_json(), indent=2, ensure_ascii=False) if args.json else report.describe())
+    _print(in_json(report.as_json()) if args.json else report.describe())
     return 0
 
 
@@ -213,7 +225,7 @@ def evaluate(args: argparse.Namespace) -> int:
         options["batch_size"] = None
     report = score(args.refs, **options, finetuned=args.ft, show_progress=not args.quiet and sys.stderr.isatty())
     if _speaks():
-        print(json.dumps(report.as_json(), indent=2, ensure_ascii=False) if args.json else report.describe())
+        _print(in_json(report.as_json()) if args.json else report.describe())
     return 0
 
 

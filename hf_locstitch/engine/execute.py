@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.checkpoints.hashes import InputHashes
-from hf_locstitch.engine.preflight import check_inputs, check_out, check_place, check_work
+from hf_locstitch.engine.preflight import check_inputs, check_out, check_output_given, check_place, check_work
 from hf_locstitch.engine.work_dir import clear_work, open_work_dir
-from hf_locstitch.errors import PublishError, RecipeError
+from hf_locstitch.errors import OutputError, PublishError, RecipeError
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.runtime.processes import Processes, find_processes
 from hf_locstitch.runtime.progress import Progress, hide_library_bars
@@ -41,8 +41,7 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
     Raises RequestError, with nothing written, if the plan cannot be carried out, and WorkError if the work fails.
     """
     recipe = plan.recipe
-    if recipe.out is None and recipe.push_to is None:
-        raise RecipeError("no output given: use --out DIR, --push-to ORG/NAME, or both.")
+    check_output_given(recipe)
     processes = find_processes()
     if processes.count > 1 and not plan.settings.cache:
         raise RecipeError(
@@ -71,10 +70,19 @@ def check_possible(plan: Plan) -> None:
 
 
 def _check_push(plan: Plan) -> None:
-    if plan.recipe.push_to is not None:
+    if (repo := plan.recipe.push_to) is not None:
         from hf_locstitch.report.publish import check_target
 
-        check_target(plan.recipe.push_to)
+        if own := next((name for name, one in plan.inputs.items() if _same_repo(one.source.repo, repo)), None):
+            raise OutputError(
+                f"{repo} is an input of this {plan.command} ({own}), whose files the result would take the place of. "
+                "Use another --push-to."
+            )
+        check_target(repo)
+
+
+def _same_repo(one: str | None, other: str) -> bool:
+    return one is not None and one.casefold() == other.casefold()  # the Hub's names have no case
 
 
 def _scratch(plan: Plan) -> Path:

@@ -8,14 +8,21 @@ from pathlib import Path
 
 from hf_locstitch.artifacts.manifest import FILE, Manifest, is_intact, parse_manifest
 from hf_locstitch.engine.work_dir import fingerprint
-from hf_locstitch.errors import CheckpointError, OutputError
+from hf_locstitch.errors import CheckpointError, OutputError, RecipeError
 from hf_locstitch.localize.cost import LearningCost, free_memory
 from hf_locstitch.plan.cost import estimate, files_here, localizing_cost
 from hf_locstitch.plan.plans import ModelPlan, Plan
+from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.files import existing_part, is_mount_point, is_writable
 from hf_locstitch.runtime.human import human
 
 LOG = logging.getLogger("hf_locstitch")
+
+
+def check_output_given(recipe: Recipe) -> None:
+    """Raises RecipeError if a recipe names no place for the result."""
+    if recipe.out is None and recipe.push_to is None:
+        raise RecipeError("no output given: use --out DIR, --push-to ORG/NAME, or both.")
 
 
 def check_out(out: Path, plan: Plan) -> Manifest | None:
@@ -65,10 +72,11 @@ def check_inputs(plan: Plan) -> None:
 
 
 def check_place(near: Path) -> None:
-    """Raises OutputError if nothing can be written beside `near`."""
-    if not is_writable(near.absolute().parent):
+    """Raises OutputError if nothing can be written beside `near`, or beside what it is a link to."""
+    beside = near.resolve().parent
+    if not is_writable(beside):
         raise OutputError(
-            f"{near.absolute().parent} cannot be written to, and the work is done there. Use --out with a folder "
+            f"{beside} cannot be written to, and the work is done there. Use --out with a folder "
             "elsewhere; without --out, HF_HOME names the place."
         )
 

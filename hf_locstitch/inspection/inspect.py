@@ -17,13 +17,14 @@ from hf_locstitch.artifacts.overlap import pair_record
 from hf_locstitch.checkpoints.checkpoint import open_source
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
-from hf_locstitch.errors import CheckpointError, LocstitchError, MismatchError, RecipeError
+from hf_locstitch.errors import CheckpointError, LocstitchError, MismatchError, OutputError, RecipeError
 from hf_locstitch.inspection.verification.inputs import fetch_tensors, input_refs, open_inputs
 from hf_locstitch.inspection.verification.masks import tally
 from hf_locstitch.localize.density import exact_share
 from hf_locstitch.report.figures.survey import Survey, draw_masks, noted_task_vectors, survey
 from hf_locstitch.report.figures.task_vectors import TaskVectors
 from hf_locstitch.runtime.escape import line
+from hf_locstitch.runtime.files import is_writable
 
 FAR = 3.0  # times the median norm of the other task vectors
 CONCENTRATED = 0.5  # share of a mask's ones that lie in one tensor ...
@@ -137,6 +138,8 @@ def inspect(
     Raises CheckpointError if `ref` is neither, MismatchError if several do not belong together, IntegrityError if a
     mask is damaged.
     """
+    if figures is not None and not is_writable(Path(figures)):
+        raise OutputError(f"{figures} is no folder that can be written to. Use another --figures.")
     source, record, masks, noted = _open([open_source(parse_ref(str(one))) for one in (ref, *others)])
     if inputs or base is not None or finetuned is not None:
         surveyed = _survey_inputs(record, masks, base, finetuned)

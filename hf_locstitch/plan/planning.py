@@ -314,18 +314,15 @@ def _check_inputs(
         for checkpoint in (base, *finetuned.values()):
             refuse_custom_code(checkpoint, purpose)
     everywhere = list(dict.fromkeys([*base.tensors, *(t for one in finetuned.values() for t in one.tensors)]))
-    problems = unknown_globs(list(base.tensors), recipe.include, "the base")
-    problems += unknown_globs(everywhere, recipe.exclude, "the base or a finetune")
+    unknown = unknown_globs(list(base.tensors), recipe.include, "the base")
+    problems = [*unknown, *unknown_globs(everywhere, recipe.exclude, "the base or a finetune")]
     for asked in ("rest_from", "files_from"):
         problems += _unknown_name(asked, getattr(recipe, asked), list(finetuned))
     # Without globs: the transformer blocks, recognized by name, or all tensors, depending on the method.
     include = recipe.include or (() if recipe.method.blocks_only else ALL)
     chosen = localizable((info for _, info in base.tensors.values()), include, recipe.exclude)
-    if not chosen:
-        problems.append(
-            f"no tensor of {base.label} is localizable (its names look like {', '.join(list(base.tensors)[:3])}); "
-            "select tensors with --include"
-        )
+    if not chosen and not unknown:
+        problems.append(_why_none(recipe, base))
     warnings = list(_made_names(recipe, finetuned))
     for name, checkpoint in finetuned.items():
         candidates = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
@@ -339,9 +336,22 @@ def _check_inputs(
     warnings += swap_warnings(base, finetuned)
     warnings += licence_warning({"the base": base, **finetuned})
     warnings += leaks(list(_judged(recipe)), recipe.used_data)
-    warnings += recipe.fitting.warnings() if recipe.fitting else []
+    warnings += recipe.fitting.warnings(fit_data) if recipe.fitting else []
     wanted = set(chosen)
     return [name for name in base.tensors if name in wanted], tuple(warnings)
+
+
+def _why_none(recipe: Recipe, base: Checkpoint) -> str:
+    """Why no tensor of the base is localized."""
+    looks = f"(its names look like {', '.join(list(base.tensors)[:3])})"
+    given = [
+        f"--{flag} {' '.join(globs)}"
+        for flag, globs in (("include", recipe.include), ("exclude", recipe.exclude))
+        if globs
+    ]
+    if not given:
+        return f"no tensor of {base.label} is localizable {looks}; select tensors with --include"
+    return f"{' and '.join(given)} select no floating-point tensor of {base.label} {looks}; use other globs"
 
 
 def _given_files(

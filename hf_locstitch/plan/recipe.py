@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from hf_locstitch.checkpoints.names import SafeName
+from hf_locstitch.checkpoints.names import LONGEST_NAME, SafeName
 from hf_locstitch.checkpoints.ref import REPO_ID, expand_home
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.localizer import Localizer
@@ -218,7 +219,8 @@ class Recipe(Strict):
             raise ValueError(f"{fitting.called} without data has no {idle[0]}: give --data, or drop the setting")
         if (count := len(given)) != len(self.finetuned) and not without:
             raise ValueError(
-                f"{fitting.called} needs one --data entry of unlabelled inputs per finetune: expected "
+                f"{fitting.called} needs one --data entry of {'' if fitting.labelled else 'un'}labelled inputs per "
+                "finetune: expected "
                 f"{len(self.finetuned)}, got {count}"
             )
         if self.allow_non_finite:
@@ -282,6 +284,16 @@ class Recipe(Strict):
     @classmethod
     def _expand_home(cls, value: Path | None) -> Path | None:
         return None if value is None else expand_home(value)
+
+    @field_validator("out")
+    @classmethod
+    def _leaves_room_beside(cls, value: Path | None) -> Path | None:
+        if value is not None and (length := len(os.fsencode(value.name))) > LONGEST_NAME:
+            raise ValueError(
+                f"its name must be at most {LONGEST_NAME} bytes long, but has {length}: the work is done in a folder "
+                "beside it with a longer one"
+            )
+        return value
 
     @field_validator("push_to")
     @classmethod

@@ -1,6 +1,6 @@
 """Text of strangers (names of tensors, models, data sets, licences, notes), escaped for the place where it goes.
 
-Applied where text is written, never where it comes from. YAML and JSON are written by libraries, which escape.
+Applied where text is written, never where it comes from. Files of YAML and JSON are written by libraries, which escape.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def line(text: object) -> str:
 def terminal(text: str) -> str:
     """Lines of a terminal."""
     return "\n".join(map(visible, text.split("\n")))
+
+
+def in_json(value: object) -> str:
+    """JSON for a terminal: ASCII, and no control characters."""
+    return json.dumps(value, indent=2).replace("\x7f", r"\u007f")
 
 
 def markdown(text: object) -> Markup:

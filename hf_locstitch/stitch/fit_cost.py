@@ -69,7 +69,7 @@ class FitCost:
         return (
             f"fitting    at most about {human(self.peak)} of memory{each} ({human(self.weights)} one linear layer of "
             f"the models, {human(self.moments)} Gram matrices, {human(self.states)} hidden states of "
-            f"{self.inputs} inputs with at most {self.tokens:,} tokens{aside}, {human(self.outputs)} outputs), "
+            f"up to {self.inputs:,} inputs with at most {self.tokens:,} tokens{aside}, {human(self.outputs)} outputs), "
             f"{human(self.disk)} of disk; "
             f"{self.flops / 1e12:.3g} TFLOP"
         )

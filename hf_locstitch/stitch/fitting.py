@@ -102,7 +102,11 @@ class OnInputs(BaseModel, ABC):
         fields = self.model_dump(mode="json", exclude={"data"})
         return {"method": fields.pop("name"), **fields} if "name" in fields else fields
 
-    def warnings(self) -> list[str]:
+    def most_inputs(self, data: OpenSet) -> int:
+        """How many inputs of a finetune are used, at most: fewer than asked for where its file holds fewer."""
+        return self.inputs if data.rows is None else min(self.inputs, data.rows)
+
+    def warnings(self, data: Mapping[str, OpenSet]) -> list[str]:
         """What people should know before the work starts."""
         return []
 

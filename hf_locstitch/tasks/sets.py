@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
 from hf_locstitch.tasks.objectives import AnyObjective
 from hf_locstitch.tasks.surrogates import SURROGATES, find_surrogate
 
+COUNTED = 1 << 28  # bytes of a file whose rows are counted before the work
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = (("messages",), ("prompt", "completion"), ("image", "label"), ("text", "label"), ("text",))
 
@@ -69,6 +71,14 @@ class OpenSet:
     @property
     def label(self) -> str:
         return str(self.file) if self.file else f"{self.repo}@{(self.commit or '')[:7]}"
+
+    @cached_property
+    def rows(self) -> int | None:
+        """At most how many examples there are, where that is told at once: from the lines of a local file."""
+        if self.file is None or self.file.suffix not in (".jsonl", ".csv") or self.file.stat().st_size > COUNTED:
+            return None
+        with self.file.open("rb") as lines:
+            return sum(not line.isspace() for line in lines) - (self.file.suffix == ".csv")  # its head
 
     @property
     def pinned(self) -> LocalizationSet:

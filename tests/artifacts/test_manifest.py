@@ -34,6 +34,9 @@ CHANGES: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda record: record["inputs"].pop(0), "one base"),
     (lambda record: record.update(N=-1), "N: "),
     (lambda record: record["masks"]["a"].update(ones=-1), "masks.a.ones"),
+    (lambda record: record["masks"]["a"].update(density=1e308), "masks.a.density"),
+    (lambda record: record["masks"]["a"].update(real_density=-0.1), "masks.a.real_density"),
+    (lambda record: record["overlap"][0].update(jaccard=float("inf")), "overlap.0.jaccard"),
 ]
 
 

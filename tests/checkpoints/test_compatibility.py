@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,13 @@ def test_layers_of_one_side_name_the_glob_that_leaves_them_out(tmp_path: Path, o
     with pytest.raises(MismatchError, match=r"--exclude 'mtp\.\*'"):
         quick_merge(base, [ft], out=tmp_path / "out")
     quick_merge(base, [ft], out=tmp_path / "out", exclude=["mtp.*"])
+
+
+def test_many_names_of_which_none_fits(tmp_path: Path) -> None:
+    """As many as a large mixture of experts has: the work grows with them, not with their square."""
+    for folder, last in (("base", "weight"), ("ft", "weighty")):
+        save(tmp_path / folder, {f"model.layers.{i}.{last}": torch.ones(1) for i in range(40_000)})
+    began = time.process_time()
+    with pytest.raises(MismatchError, match=r"lacks model\.layers.*and 39999 more.*--exclude 'model\.\*'"):
+        make_plan(make_recipe({"base": str(tmp_path / "base"), "finetuned": str(tmp_path / "ft")}))
+    assert time.process_time() - began < 10

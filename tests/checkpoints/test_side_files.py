@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -286,3 +287,12 @@ def test_a_file_whose_name_cannot_be_written_is_no_part_of_a_model(tmp_path: Pat
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md", "config.json", "locstitch.json", "locstitch.yaml", "masks", "model.safetensors",
     ]  # fmt: skip
+
+
+def test_hostile_lists_of_code_and_of_modules_take_no_time_out_of_proportion(tmp_path: Path) -> None:
+    config = '{"auto_map": {"AutoModel": "a.A"}}'
+    code = {"a.py": "from . import (\n" * 60_000, **{f"{number}.txt": "" for number in range(300)}}
+    base = _model(tmp_path / "base", code | {"modules.json": _modules("", *map(str, range(200_000)))}, config)
+    began = time.process_time()
+    assert _chosen(base)[0] == ["a.py", "config.json", "modules.json"]
+    assert time.process_time() - began < 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -134,6 +135,32 @@ def test_no_place_for_the_result(run: Run, base: State, tmp_path: Path) -> None:
     refused(tmp_path, run("merge", "--base", tmp_path / "base", "--ft", tmp_path / "base"), "--out DIR")
 
 
+def test_a_name_that_leaves_no_room_for_the_work_beside_it(merge: Run, tmp_path: Path) -> None:
+    for name in ("x" * 240, "x" * 300):
+        for more in ([], ["--dry-run"]):
+            refused(tmp_path, merge("--out", tmp_path / name, *more), "at most 200 bytes long")
+
+
+def test_too_few_names(run: Run, merge: Run, tmp_path: Path) -> None:
+    refused(tmp_path, merge("--names", "a", "b"), "2 names for 1 finetunes. Give one name per finetune")
+    stitch = ["stitch", "--base", tmp_path / "base", "--localized", "x/y", "--names", "a", "b"]
+    refused(tmp_path, run(*stitch), "2 names for 1 localized checkpoints. Give one name per localized checkpoint")
+
+
+def test_a_terminal_that_knows_no_letters_and_a_reader_that_has_seen_enough(merge: Run, tmp_path: Path) -> None:
+    (tmp_path / "ft").rename(tmp_path / "größe")
+    assert merge("--ft", tmp_path / "größe")[0] == 0
+    command = [sys.executable, "-m", "hf_locstitch", "inspect", str(tmp_path / "out")]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=ascii_only, check=False)
+    assert done.returncode == 0 and b"gr\\xf6\\xdfe" in done.stdout, done.stderr
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert done.returncode == 0 and done.stderr == b""
+
+
 def test_usage(run: Run, merge: Run, tmp_path: Path) -> None:
     refused(tmp_path, run(), "usage")
     refused(tmp_path, run("merge", "--out", tmp_path / "out"), "'base' is missing", "'finetuned' is missing")
@@ -205,6 +232,13 @@ def test_nothing_localizable(run: Run, tmp_path: Path) -> None:
     save(tmp_path / "flat", {"weight": torch.ones(3)})
     flat = tmp_path / "flat"
     refused(tmp_path, run("merge", "--base", flat, "--ft", flat, "--out", tmp_path / "out"), "localizable", "--include")
+
+
+def test_globs_that_leave_nothing(merge: Run, tmp_path: Path) -> None:
+    said = refused(tmp_path, merge("--include", "*norm*", "--exclude", "model.*"), "--include *norm* and --exclude mod")
+    assert "is localizable" not in said
+    said = refused(tmp_path, merge("--include", "nope"), "the glob 'nope' matches no tensor")
+    assert "problems" not in said
 
 
 def test_names_twice(merge: Run, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from helpers.runs import files_of, quick_merge
 from huggingface_hub import constants
 
 from hf_locstitch.cli.main import main
-from hf_locstitch.errors import OutputError
+from hf_locstitch.errors import CheckpointError, OutputError
 from hf_locstitch.runtime.files import is_writable
 from hf_locstitch.runtime.locks import try_lock
 from loopback_hub import LoopbackHub
@@ -100,6 +100,30 @@ def test_a_full_cache_is_only_read(
     quick_merge(*repos, out=tmp_path / "out", names=["maths"])
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
     assert before == {path: path.stat().st_mtime_ns for path in hub_cache.rglob("*")}
+
+
+def test_a_link_is_checked_where_the_work_is_done(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("closed", "open"):
+        (tmp_path / name / "merged").mkdir(parents=True)
+    monkeypatch.setattr("hf_locstitch.engine.preflight.is_writable", lambda folder: folder != tmp_path / "closed")
+    (tmp_path / "open" / "out").symlink_to("../closed/merged")
+    (tmp_path / "closed" / "out").symlink_to("../open/merged")
+    with pytest.raises(OutputError, match="closed cannot be written to"):
+        quick_merge(*models, out=tmp_path / "open" / "out")
+    quick_merge(*models, out=tmp_path / "closed" / "out")
+    assert (tmp_path / "open" / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("closed", ["ft", "ft/model.safetensors", "ft/config.json"])
+def test_an_input_that_cannot_be_read(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / closed and access(path, mode))
+    with pytest.raises(CheckpointError, match=f"{closed} cannot be read"):
+        quick_merge(*models, out=tmp_path / "out")
 
 
 def test_a_place_that_cannot_be_written_to(

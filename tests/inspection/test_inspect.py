@@ -15,7 +15,7 @@ from helpers.runs import quick_merge
 
 from hf_locstitch import Magnitude, inspect, load_mask, merge_from_hub
 from hf_locstitch.cli.main import main
-from hf_locstitch.errors import CheckpointError, IntegrityError
+from hf_locstitch.errors import CheckpointError, IntegrityError, OutputError
 from loopback_hub import LoopbackHub
 
 Make = Callable[..., Path]
@@ -127,6 +127,24 @@ def test_a_dense_merge_has_no_masks(base: State, tmp_path: Path) -> None:
 def test_what_is_no_merge(base: State, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="was not made by hf-locstitch"):
         inspect(tmp_path / "base")
+
+
+def test_figures_where_no_folder_can_be(make: Make, base: State, tmp_path: Path) -> None:
+    out = make({"maths": finetune(base, 1)})
+    with pytest.raises(OutputError, match=r"README\.md is no folder that can be written to"):
+        inspect(out, figures=out / "README.md")
+
+
+def test_json_is_harmless_on_a_terminal(
+    make: Make, base: State, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = make({"maths": finetune(base, 1)})
+    record = json.loads((out / "locstitch.json").read_text())
+    record["warnings"] = ["\x9b31m\u202e\x7f"]
+    (out / "locstitch.json").write_text(json.dumps(record))
+    assert main(["inspect", str(out), "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.replace("\n", "").isprintable() and json.loads(shown)["warnings"] == record["warnings"]
 
 
 def test_damaged_and_missing_masks(make: Make, base: State) -> None:

@@ -212,7 +212,7 @@ def test_a_mask_of_other_tensors(home: Path) -> None:
     save_mask(home / "out", "ft0", mask)
     report = verify("out")
     assert "metadata and its tensors disagree" in found(report)[0]
-    assert report.skipped == ("values: the masks cannot be used",)
+    assert [str(skipped) for skipped in report.skipped] == ["values: the masks cannot be used"]
     path = home / "out" / "masks" / "ft0.safetensors"
     stated = {"format": "hf-locstitch mask 1", "ones": "0"}
     save_file(load_file(path), path, metadata={**stated, "N": "2", "shapes": '{"lm_head.weight": [2]}'})
@@ -285,7 +285,8 @@ def test_other_inputs(home: Path) -> None:
     shutil.move("base", "moved")
     report = verify("out")
     assert report.ok and report.checked.tensors == 0 and report.checked.masks == 2
-    assert "values: base: the folder base does not exist" in report.skipped[0] and "--base REF" in report.skipped[0]
+    why = str(report.skipped[0])
+    assert "values: base: the folder base does not exist" in why and "--base REF" in why
     assert verify("out", base="moved").checked.tensors > 0
 
 
@@ -295,7 +296,7 @@ def test_other_methods(home: Path, method: str) -> None:
     quick_merge("./base", ["./ft0", "./ft1"], out=out, method=method)
     report = verify("other")
     assert found(report) == [] and report.checked.tensors == 0
-    assert report.skipped[-1] == (
+    assert str(report.skipped[-1]) == (
         f"values: they are recomputed for method locstitch only; this merge was made by {method}"
     )
     assert report.checked.masks == (0 if method == "average" else 2)
@@ -369,6 +370,29 @@ def test_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }.items():
         status, out, err = run(*args)
         assert (status, out) == (2, "") and words in err, err
+
+
+def test_what_was_not_checked_is_part_of_the_verdict(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree("base")
+    assert main(["verify", "out"]) == 0
+    assert capsys.readouterr().err.endswith("result     what could be checked holds; not checked: values\n")
+    assert main(["verify", "out", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] and told["verdict"] == "what could be checked holds; not checked: values"
+    assert [skipped["what"] for skipped in told["skipped"]] == ["values"]
+    (home / "out" / "config.json").unlink()
+    assert verify("out").verdict == "1 check failed"
+
+
+def test_shards_that_were_not_fetched_were_not_searched_for_nan(
+    home_hub: LoopbackHub, home: Path, hub_cache: Path
+) -> None:
+    quick_merge("./base", ["./ft0"], out="parts", localizer={"density": 0.3}, shard_size="500B")
+    repo = f"demo/{uuid4().hex[:12]}"
+    home_hub.add_repo(repo, {p.relative_to("parts").as_posix(): p for p in Path("parts").rglob("*") if p.is_file()})
+    report = verify(repo, tensors=1)
+    assert report.ok and "NaN and infinity" in report.verdict
+    assert verify(repo, tensors="all").verdict == "all checks passed"
 
 
 def test_no_manifest_that_can_be_read(home: Path) -> None:

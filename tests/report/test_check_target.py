@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from helpers.models import State, finetune, save
@@ -68,6 +70,15 @@ def test_an_invalid_token_is_not_a_missing_repo(
             open_checkpoint(parse_ref(repo))
         assert "does not exist" not in str(raised.value)
     refused(models, "demo/merged", "401: the token is invalid", capsys)
+
+
+@pytest.mark.parametrize("case", [str, str.title])
+def test_the_repo_of_an_input(
+    home_hub: LoopbackHub, models: list[str], case: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    repo = f"demo/{uuid4().hex[:12]}"
+    home_hub.add_repo(repo, {file.name: file for file in Path(models[1]).iterdir()})
+    refused([models[0], repo], case(repo), "is an input of this merge", capsys)
 
 
 WRITER = {"type": "user", "name": "ann"}

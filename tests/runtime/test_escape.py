@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 
 import pytest
 
-from hf_locstitch.runtime.escape import cell, code, figure, line, link, markdown, python, shell, terminal
+from hf_locstitch.runtime.escape import cell, code, figure, in_json, line, link, markdown, python, shell, terminal
 
 ESC = "\x1b[2J\x1b]8;;http://evil\x07"
 
@@ -52,3 +53,9 @@ def test_cells_and_figures() -> None:
         "'=1+1", "'+a", "'-a", "'@a", "'\ta", "a=b"
     ]  # fmt: skip
     assert figure("$x_{$ \x1b") == r"\$x_{\$ \x1b"
+
+
+def test_json_for_a_terminal() -> None:
+    nasty = {f"a{ESC}\x7f\x9b\u202e": ["größe"]}
+    assert in_json(nasty).isascii() and all(c.isprintable() or c == "\n" for c in in_json(nasty))
+    assert json.loads(in_json(nasty)) == nasty

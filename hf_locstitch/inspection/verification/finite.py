@@ -17,6 +17,11 @@ from hf_locstitch.runtime.chunks import chunks_of
 PIECE = 1 << 20  # elements looked at once
 
 
+def absent_shards(weights: Checkpoint) -> list[str]:
+    """The files that are not on this machine."""
+    return [shard.file for shard in weights.shards if weights.source.cached(shard.file) is None]
+
+
 def check_all_finite(weights: Checkpoint) -> Iterator[Finding]:
     """A finding for each tensor with NaN or infinity, among the files on this machine; buffers may hold them."""
     here = {shard.file: path for shard in weights.shards if (path := weights.source.cached(shard.file)) is not None}

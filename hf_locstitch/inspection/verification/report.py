@@ -31,6 +31,17 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """What was not checked, and why."""
+
+    what: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}"
+
+
+@dataclass(frozen=True)
 class Checked:
     """How much was checked. tensors, of_tensors: how many tensors were recomputed, and how many there are."""
 
@@ -49,40 +60,54 @@ class Notes:
     """A report in the making."""
 
     checked: Checked = field(default_factory=Checked)
-    skipped: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     def count(self, **counts: int) -> None:
         self.checked = replace(self.checked, **counts)
 
+    def skip(self, what: str, why: str) -> None:
+        self.skipped.append(Skipped(what, why))
+
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """ref: the merge, pinned. skipped: what was not checked, and why."""
+    """ref: the merge, pinned."""
 
     ref: str
     method: str
     checked: Checked
-    skipped: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
     findings: tuple[Finding, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether all checks passed; warnings do not count."""
-        return all(finding.warning for finding in self.findings)
+        """Whether all checks that could be made passed; warnings do not count."""
+        return not self._failed
+
+    @property
+    def verdict(self) -> str:
+        """For people: whether checks failed, or else what was not checked."""
+        if failed := len(self._failed):
+            return f"{failed} {'check' if failed == 1 else 'checks'} failed"
+        if self.skipped:
+            return f"what could be checked holds; not checked: {', '.join(skipped.what for skipped in self.skipped)}"
+        return "all checks passed"
+
+    @property
+    def _failed(self) -> list[Finding]:
+        return [finding for finding in self.findings if not finding.warning]
 
     def as_json(self) -> dict[str, Any]:
-        return {"ok": self.ok, **asdict(self)}
+        return {"ok": self.ok, "verdict": self.verdict, **asdict(self)}
 
     def describe(self, quiet: bool = False) -> str:
         """For people, one line each. quiet: only failed or skipped checks, and warnings."""
         lines = [] if quiet else self._counts()
         lines += [f"skipped    {reason}" for reason in self.skipped]
         lines += _shown("warning    ", [finding for finding in self.findings if finding.warning])
-        failed = [finding for finding in self.findings if not finding.warning]
-        lines += _shown("failed     ", failed)
-        verdict = f"{len(failed)} {'check' if len(failed) == 1 else 'checks'} failed"
-        lines += [f"result     {verdict if failed else 'all checks passed'}"] if failed or not quiet else []
+        lines += _shown("failed     ", self._failed)
+        lines += [f"result     {self.verdict}"] if not self.ok or not quiet else []
         return "\n".join(map(line, lines))
 
     def _counts(self) -> list[str]:

@@ -21,7 +21,7 @@ from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
 from hf_locstitch.inspection.verification.files import check_files, check_recipe
-from hf_locstitch.inspection.verification.finite import check_all_finite
+from hf_locstitch.inspection.verification.finite import absent_shards, check_all_finite
 from hf_locstitch.inspection.verification.inputs import InputRef, check_hashes, fetch_tensors, input_refs, open_inputs
 from hf_locstitch.inspection.verification.localized import GraftReader
 from hf_locstitch.inspection.verification.masks import (
@@ -36,6 +36,7 @@ from hf_locstitch.inspection.verification.report import Finding, Notes, VerifyRe
 from hf_locstitch.inspection.verification.values import MergeSettings, ValueCheck, check_layout
 from hf_locstitch.plan.recipe import Recipe, load_recipe, make_recipe
 from hf_locstitch.runtime.chunks import one_torch_thread
+from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import Progress
 
 METHOD = "locstitch"  # the method whose values are recomputed
@@ -72,19 +73,21 @@ def verify(
     if record.is_localized:
         _localized(source, record, refs, tensors, progress, notes)
     elif (weights := _weights(source, notes)) is None:
-        notes.skipped.append("masks and values: the weights cannot be read")
+        notes.skip("masks and values", "the weights cannot be read")
     else:
         if record.method != METHOD:
             _foreign_masks(source, record, weights, notes)
-            notes.skipped.append(
-                f"values: they are recomputed for method {METHOD} only; this merge was made by {record.method}"
+            notes.skip(
+                "values", f"they are recomputed for method {METHOD} only; this merge was made by {record.method}"
             )
         elif recipe is None:
-            notes.skipped.append("masks and values: the recipe cannot be read")
+            notes.skip("masks and values", "the recipe cannot be read")
         elif merge := _read_merge(source, record, recipe, weights, notes):
             _values(merge, refs, tensors, progress, notes)
         if recipe is None or not recipe.allow_non_finite:
             notes.findings += check_all_finite(weights)
+            if absent := absent_shards(weights):
+                notes.skip("NaN and infinity", f"{some(absent)} not fetched; --tensors all fetches all")
     return VerifyReport(source.pinned, record.method, notes.checked, tuple(notes.skipped), tuple(notes.findings))
 
 
@@ -98,7 +101,7 @@ def _files(source: Source, record: Manifest, progress: Progress, notes: Notes) -
 def _foreign_masks(source: Source, record: Manifest, merged: Checkpoint, notes: Notes) -> None:
     """Masks of another method may cover other tensors: those of the first mask are expected in all."""
     if not record.masks:
-        notes.skipped.append("masks: the manifest lists none")
+        notes.skip("masks", "the manifest lists none")
         return
     masks, damaged = open_masks(source, record)
     shapes = next(iter(masks.values())).shapes if masks else {}
@@ -130,13 +133,13 @@ def _read_merge(source: Source, record: Manifest, recipe: Recipe, weights: Check
     else:
         chosen = localizable((info for _, info in weights.tensors.values()), recipe.include, recipe.exclude)
     if not _masks(record, masks, damaged, [weights.info(name) for name in chosen], notes):
-        notes.skipped.append("values: the masks cannot be used")
+        notes.skip("values", "the masks cannot be used")
         return None
     merge = Merge(record, recipe, weights, frozenset(chosen), masks)
     inputs, due = sorted(entry.name for entry in record.inputs), sorted(["base", *masks])
     if inputs != due or merge.rest not in due:
         notes.findings.append(Finding("recipe", FILE, "the list of inputs", ", ".join(inputs), ", ".join(due)))
-        notes.skipped.append("values: the inputs do not match the masks")
+        notes.skip("values", "the inputs do not match the masks")
         return None
     return merge
 
@@ -153,11 +156,11 @@ def _localized(
     masks, damaged = open_masks(source, record)
     ranged = [TensorInfo(name, given.stored(name).dtype, shape, 0, 0) for name, shape in given.shapes.items()]
     if not _masks(record, masks, damaged, ranged, notes):
-        notes.skipped.append("values: the mask cannot be used")
+        notes.skip("values", "the mask cannot be used")
         return
     inputs, reasons = open_inputs(refs)
     if reasons:
-        notes.skipped.append(f"values: {' '.join(reasons)} Name them with --base REF and --ft REF...")
+        notes.skip("values", f"{' '.join(reasons)} Name them with --base REF and --ft REF...")
         return
     sample = _sample(given.shapes, tensors)
     try:
@@ -165,7 +168,7 @@ def _localized(
             notes.findings += check_hashes(entry, inputs[entry.name])
         opened = {name: fetch_tensors(checkpoint, sample) for name, checkpoint in inputs.items()}
     except LocstitchError as error:
-        notes.skipped.append(f"values: {error}")
+        notes.skip("values", str(error))
         return
     base, finetuned = opened["base"], opened[given.name]
     graft = GraftReader(given, base, finetuned)
@@ -232,7 +235,7 @@ def _masks(
 def _values(merge: Merge, refs: Sequence[InputRef], tensors: Tensors, progress: Progress, notes: Notes) -> None:
     inputs, reasons = open_inputs(refs)
     if reasons:
-        notes.skipped.append(f"values: {' '.join(reasons)} Name them with --base REF and --ft REF...")
+        notes.skip("values", f"{' '.join(reasons)} Name them with --base REF and --ft REF...")
         return
     layout = list(check_layout(merge.weights, inputs["base"], inputs[merge.rest], merge.localized, merge.recipe.dtype))
     notes.findings += layout
@@ -244,7 +247,7 @@ def _values(merge: Merge, refs: Sequence[InputRef], tensors: Tensors, progress: 
             notes.findings += check_hashes(entry, inputs[entry.name])
         check = _value_check(merge, inputs, [*ours, *others], notes)
     except LocstitchError as error:
-        notes.skipped.append(f"values: {error}")
+        notes.skip("values", str(error))
         return
     sizes = {name: merge.weights.info(name).nbytes for name in [*ours, *others]}
     with progress.bar("values", sum(sizes.values())) as advance, one_torch_thread():
@@ -278,7 +281,7 @@ def _top_k(record: Manifest, notes: Notes) -> Literal["model", "tensor", ""]:
     """The scope in which a mask keeps the largest entries; "" if it was not found by magnitude."""
     if record.localizer is not None and record.localizer.get("method") == "magnitude":
         return "tensor" if record.localizer.get("scope") == "tensor" else "model"
-    notes.skipped.append("top k: the search for these masks was not by magnitude alone and is not repeated")
+    notes.skip("top k", "the search for these masks was not by magnitude alone and is not repeated")
     return ""
 
 
@@ -286,9 +289,9 @@ def _refitted(record: Manifest, notes: Notes) -> frozenset[str]:
     """Tensors whose values under the masks were fitted and are not the mean."""
     names = frozenset((record.stitch or {}).get("refitted", ()))
     if names:
-        notes.skipped.append(
-            f"values under the masks of {len(names)} refitted tensors: the fit is not repeated; run the recipe again "
-            "to compare them"
+        notes.skip(
+            f"values under the masks of {len(names)} refitted tensors",
+            "the fit is not repeated; run the recipe again to compare them",
         )
     return names
 

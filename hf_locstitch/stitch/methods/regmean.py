@@ -39,7 +39,9 @@ class RegMean(OnInputs, DenseMethod):
         return mean_of(base, finetuned, scale, dtype)
 
     def describe(self) -> str:
-        return f"RegMean on {self.inputs} inputs per finetune of at most {self.tokens} tokens, alpha {self.alpha:g}"
+        return (
+            f"RegMean on up to {self.inputs} inputs per finetune of at most {self.tokens} tokens, alpha {self.alpha:g}"
+        )
 
     def cost(self, fittable: Fittable) -> FitCost | None:
         from hf_locstitch.stitch.refit.cost import regmean_cost  # imports torch

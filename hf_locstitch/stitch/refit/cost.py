@@ -26,8 +26,8 @@ def refit_cost(config: RefitSettings, plan: Fittable) -> FitCost | None:
     if not matrices:
         return None
     tasks = len(plan.finetuned)
-    inputs = tasks * config.inputs
-    tokens = sum(config.inputs * _length(plan, config, name) for name in plan.finetuned)
+    inputs = _inputs(plan, config)
+    tokens = _tokens(plan, config)
     widest, largest = max(max(shape) for shape in matrices), max(math.prod(shape) for shape in matrices)
     stacked = _stacked(plan)
     elements = sum(math.prod(shape) for shape in matrices)
@@ -38,7 +38,7 @@ def refit_cost(config: RefitSettings, plan: Fittable) -> FitCost | None:
     share = min(1.0, tasks * plan.k / plan.n) if plan.n else 0.0
     item = max(ITEM_BYTES[info.dtype] for info in plan.mask_tensors)
     values = math.ceil(2 * item * share * plan.n)
-    batches = sum(math.ceil(count / config.batch) for count in config.counts(config.inputs)) * tasks
+    batches = sum(math.ceil(part / config.batch) for count in inputs.values() for part in config.counts(count))
     states, aside = _states(plan, config, batches, widest, models=2)
     return FitCost(
         weights=FLOAT * ((3 + tasks) * stacked if stacked else 6 * largest),
@@ -48,7 +48,7 @@ def refit_cost(config: RefitSettings, plan: Fittable) -> FitCost | None:
         outputs=2 * _outputs(plan, config),
         values=values,
         states_on=config.states_on,
-        inputs=inputs,
+        inputs=sum(inputs.values()),
         tokens=tokens,
         flops=float(lambdas * (3 * forward + grams + 2 * solve) + 2 * forward),
         processes=launched(),
@@ -61,8 +61,8 @@ def _states(plan: Fittable, config: InputSettings, batches: int, widest: int, mo
     hidden = find_size(plan.base.config, *WIDTH) or widest
     token = FLOAT * models * (3 * hidden + WIDENINGS * widest)
     lengths = [_length(plan, config, name) for name in plan.finetuned]
-    own = min(1.0, (math.ceil(batches / launched()) + (launched() > 1)) / batches)  # batches are not split
-    whole = math.ceil(own * sum(config.inputs * length for length in lengths) * token)
+    own = min(1.0, (math.ceil(batches / launched()) + (launched() > 1)) / max(batches, 1))  # batches are not split
+    whole = math.ceil(own * _tokens(plan, config) * token)
     if config.states_on == "device" or (config.states_on == "cpu" and not _on_cuda(config)):
         return whole, 0
     return min(whole, plan.settings.workers * config.batch * max(lengths) * token), whole
@@ -82,10 +82,10 @@ def regmean_cost(config: RegMeanSettings, plan: Fittable) -> FitCost | None:
     # Input widths of linear layers; the rows of an embedding are words, not inputs.
     widths = {name: max(shape) if BLOCKS.search(name) else min(shape) for name, shape in shapes.items()}
     tasks, widest = len(plan.finetuned), max(widths.values())
-    tokens = sum(config.inputs * _length(plan, config, name) for name in plan.finetuned)
+    inputs, tokens = _inputs(plan, config), _tokens(plan, config)
     largest, elements = (each(map(math.prod, shapes.values())) for each in (max, sum))
     products = sum(math.prod(shape) + widths[name] ** 2 for name, shape in shapes.items())
-    batches = tasks * math.ceil(config.inputs / config.batch)
+    batches = sum(math.ceil(count / config.batch) for count in inputs.values())
     states, aside = _states(plan, config, batches, widest, models=1)
     return FitCost(
         weights=FLOAT * 6 * largest,
@@ -95,11 +95,21 @@ def regmean_cost(config: RegMeanSettings, plan: Fittable) -> FitCost | None:
         outputs=_outputs(plan, config),
         values=FLOAT * elements,
         states_on=config.states_on,
-        inputs=tasks * config.inputs,
+        inputs=sum(inputs.values()),
         tokens=tokens,
         flops=float(2 * tokens * products + sum(width**3 for width in widths.values())),
         processes=launched(),
     )
+
+
+def _inputs(plan: Fittable, config: InputSettings) -> dict[str, int]:
+    """Of each finetune, at most."""
+    return {name: config.most_inputs(plan.fit_data[name]) for name in plan.finetuned}
+
+
+def _tokens(plan: Fittable, config: InputSettings) -> int:
+    """Of all inputs, at most."""
+    return sum(count * _length(plan, config, name) for name, count in _inputs(plan, config).items())
 
 
 def _length(plan: Fittable, config: InputSettings, name: str) -> int:

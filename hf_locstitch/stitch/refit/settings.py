@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from hf_locstitch.tasks.sets import OpenSet
 
 JUDGED = 1 << 26  # numbers of the outputs of a held-out batch, at most: logits can be far more than hidden states
 # judge -> the name of the scores in the record, and their introduction on the card.
@@ -34,6 +37,8 @@ class InputSettings(Protocol):
 
     @property
     def labelled(self) -> bool: ...
+
+    def most_inputs(self, data: OpenSet) -> int: ...
 
     def as_record(self) -> dict[str, Any]: ...
 

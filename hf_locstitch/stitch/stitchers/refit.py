@@ -79,16 +79,16 @@ class Refit(Stitcher):
         held_out = round(self.held_out * inputs)
         return inputs - held_out, held_out
 
-    def warnings(self) -> list[str]:
+    def warnings(self, data: Mapping[str, OpenSet]) -> list[str]:
         """Warn if lambda would be chosen on few inputs."""
-        if not self.data:
-            return []
-        held_out = self.counts(self.inputs)[1]
-        if len(self.lambdas) == 1 or held_out >= ENOUGH:
+        held_out = {name: self.counts(self.most_inputs(found))[1] for name, found in data.items()}
+        few = [f"{count} of {name}" for name, count in held_out.items() if count < ENOUGH]
+        if len(self.lambdas) == 1 or not few:
             return []
         return [
-            f"lambda is chosen on {held_out} held-out inputs of each finetune: with fewer than {ENOUGH}, a refit may "
-            "be worse than the mean on other inputs. Raise inputs or held_out, or set a single lambda."
+            f"lambda is chosen on few held-out inputs ({', '.join(few)}): with fewer than {ENOUGH} of a finetune, a "
+            "refit may be worse than the mean on other inputs. Give more data, raise inputs or held_out, or set a "
+            "single lambda."
         ]
 
     def describe(self) -> str:
@@ -96,8 +96,8 @@ class Refit(Stitcher):
             return "refit without data, from the task vectors alone"
         lambdas = ", ".join(f"{value:g}" for value in self.lambdas)
         fitted, held_out = self.counts(self.inputs)
-        judged = f", chosen by {self.judge} on {held_out} held-out inputs" if len(self.lambdas) > 1 else ""
-        return f"refit on {fitted} inputs per finetune of at most {self.tokens} tokens, lambda {lambdas}{judged}"
+        judged = f", chosen by {self.judge} on up to {held_out} held-out inputs" if len(self.lambdas) > 1 else ""
+        return f"refit on up to {fitted} inputs per finetune of at most {self.tokens} tokens, lambda {lambdas}{judged}"
 
     def check(self, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
         if self.labelled:
@@ -140,11 +140,13 @@ def _sections(record: Mapping[str, Any], inputs: str) -> Iterator[str]:
     begin = "what is found without data" if dataless else "the mean of the finetuned values"
     yield "## Refitted values"
     if record["lambda"] != "inf":
+        by_labels = record["judge"] != "agreement" and len(record[SCORES[record["judge"]][0]]) > 1
+        inputs_of, chosen = ("inputs", ", chosen by their labels") if by_labels else ("unlabelled inputs", "")
         yield f"""The values under the masks are not the mean of the finetuned values: in
 {_tensors(len(record["refitted"]))} they were fitted, layer by layer in the order of the forward pass, so that on
-{"unlabelled " if record["judge"] == "agreement" else ""}inputs of every finetune, each linear layer's outputs match
-those of the same layer in that finetuned model (masked least squares from {begin}, lambda {record["lambda"]}, ridge
-{record["ridge"]}, {record["steps"]} steps of conjugate gradients). Nothing outside the masks changed."""
+{inputs_of} of every finetune, each linear layer's outputs match those of the same layer in that finetuned model (masked
+least squares from {begin}, lambda {record["lambda"]}{chosen}, ridge {record["ridge"]}, {record["steps"]} steps of
+conjugate gradients). Nothing outside the masks changed."""
     else:
         yield (
             f"On held-out inputs (judged by {record['judge']}), no lambda was better than {begin}, so that was kept"

@@ -65,7 +65,11 @@ def test_a_language_model_is_judged_on_its_answers(judge: str, tmp_path: Path) -
     assert curve[record["lambda"]] == pytest.approx(sum(scores) / 2, abs=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
     title = "Loss on the held-out inputs and their labels" if judge == "loss" else "Share of wrong answers"
-    assert title in card and f"chosen by {judge} on 6 held-out inputs" in card and "Disagreement" not in card
+    assert title in card and f"chosen by {judge} on up to 6 held-out inputs" in card and "Disagreement" not in card
+    if record["refitted"]:
+        assert "chosen by their labels" in card and "unlabelled" not in card
+    else:
+        assert f"judged by {judge}" in card
 
 
 def test_classes_are_judged_by_their_labels(tmp_path: Path) -> None:

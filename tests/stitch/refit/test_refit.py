@@ -23,6 +23,7 @@ from hf_locstitch import Magnitude, Refit, RequestError
 from hf_locstitch.cli.main import main
 from hf_locstitch.stitch.fitted_values import FittedWriter
 from hf_locstitch.stitch.refit.fit import Fit
+from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, open_set
 
 ONE: dict[str, Any] = {**SMALL, "held_out": 0, "lambdas": [0.1]}
 
@@ -172,13 +173,13 @@ def test_a_killed_refit_goes_on(
     assert read_record(tmp_path / "out")["stitch"] == read_record(tmp_path / "expected")["stitch"]
 
 
-def test_few_held_out_inputs_are_warned_of() -> None:
-    def warnings(**settings: Any) -> list[str]:
-        return Refit.model_validate({"data": [{"ref": "inputs.jsonl"}], **settings}).warnings()
-
-    assert not warnings() and not warnings(inputs=128)
-    assert "on 16 held-out inputs" in warnings(inputs=64)[0]
-    assert not warnings(inputs=64, lambdas=[1.0])
+def test_few_held_out_inputs_are_warned_of(tmp_path: Path) -> None:
+    unknown = {"a": OpenSet(LocalizationSet(ref="org/texts"), repo="org/texts")}
+    assert not Refit().warnings(unknown) and not Refit(inputs=128).warnings(unknown)
+    assert "held-out inputs (16 of a)" in Refit(inputs=64).warnings(unknown)[0]
+    assert not Refit(inputs=64, lambdas=(1.0,)).warnings(unknown)
+    short = {**unknown, "b": open_set(LocalizationSet(ref=str(write_texts(tmp_path / "40.jsonl", 40))))}
+    assert "held-out inputs (10 of b)" in Refit().warnings(short)[0]
 
 
 def test_bfloat16_is_rounded_once(tmp_path: Path, data: list[str]) -> None:
@@ -200,13 +201,19 @@ def test_the_command_records_and_repeats(
     assert main([*common, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert (
-        "stitch     refit on 18 inputs per finetune" in said
+        "stitch     refit on up to 18 inputs per finetune" in said
         and "fitting    at most about" in said
         and "1.jsonl" in said
     )
-    assert "warning    lambda is chosen on 6 held-out inputs of each finetune" in said
+    assert "warning    lambda is chosen on few held-out inputs (6 of ft0, 6 of ft1)" in said
     assert main([*common, "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["refitting"]["inputs"] == 48
+    refitting = json.loads(capsys.readouterr().out)["refitting"]
+    assert refitting["inputs"] == 48
+    write_texts(Path("1.jsonl"), 10, seed=1)
+    assert main([*common, "--dry-run", "--json"]) == 0
+    fewer = json.loads(capsys.readouterr().out)["refitting"]
+    assert fewer["inputs"] == 24 + 10 and fewer["tokens"] < refitting["tokens"] and fewer["flops"] < refitting["flops"]
+    write_texts(Path("1.jsonl"), seed=1)
     with monkeypatch.context() as launched:
         launched.setenv("WORLD_SIZE", "2")
         assert main([*common, "--dry-run"]) == 0

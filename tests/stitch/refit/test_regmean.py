@@ -178,7 +178,7 @@ def test_the_page_the_record_and_verify(tmp_path: Path, capsys: pytest.CaptureFi
     prepare("llama", tmp_path)
     assert main([*command(tmp_path), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "RegMean on 256 inputs per finetune" in said and "fitting    at most about" in said
+    assert "RegMean on up to 256 inputs per finetune" in said and "fitting    at most about" in said
     assert main([*command(tmp_path), "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stitch"]["alpha"] == 0.9
     out = tmp_path / "out"
