@@ -15,7 +15,8 @@ from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.plan.planning import make_localize_plan, make_plan
 from hf_locstitch.plan.plans import MergePlan, ModelPlan, Plan, StitchPlan
-from hf_locstitch.plan.recipe import Recipe, load_recipe, make_recipe
+from hf_locstitch.plan.recipe import Recipe, make_recipe
+from hf_locstitch.plan.recipe_file import load_recipe
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import make_settings

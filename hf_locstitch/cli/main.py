@@ -145,7 +145,7 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
 
 def _fields(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe's fields, overridden by the flags that this sub-command has and that were given."""
-    from hf_locstitch.plan.recipe import check_task_code, load_recipe
+    from hf_locstitch.plan.recipe_file import check_task_code, load_recipe
 
     fields = load_recipe(args.recipe) if args.recipe is not None else {}
     if not getattr(args, "allow_task_code", False):

@@ -23,7 +23,8 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import CheckpointError
 from hf_locstitch.plan.plans import LocalizePlan, Plan, StitchPlan
-from hf_locstitch.plan.recipe import Finetuned, Input, dump_recipe
+from hf_locstitch.plan.recipe import Finetuned, Input
+from hf_locstitch.plan.recipe_file import dump_recipe
 from hf_locstitch.runtime.version import __version__
 
 LIBRARIES = ("torch", "safetensors", "huggingface_hub", "numpy")

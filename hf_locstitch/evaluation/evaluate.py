@@ -23,7 +23,8 @@ from hf_locstitch.evaluation.models import (
 from hf_locstitch.evaluation.report import EvaluationReport
 from hf_locstitch.evaluation.session import Session
 from hf_locstitch.plan.plans import ModelPlan
-from hf_locstitch.plan.recipe import load_recipe, make_recipe
+from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.plan.recipe_file import load_recipe
 from hf_locstitch.runtime.processes import Processes, find_processes
 from hf_locstitch.tasks.benchmarks import SUITES, make_options
 from hf_locstitch.tasks.leaks import UsedData, used_open_set

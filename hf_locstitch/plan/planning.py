@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from difflib import get_close_matches
 from itertools import chain
 from types import MappingProxyType
 from typing import TypeVar
@@ -17,15 +16,11 @@ from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, ope
 from hf_locstitch.artifacts.values_file import values_metadata
 from hf_locstitch.checkpoints.checkpoint import INDEX, Checkpoint
 from hf_locstitch.checkpoints.compatibility import (
-    differences,
     dtype_warnings,
     licence_warning,
-    misfit_files,
-    mismatches,
-    swap_warnings,
 )
-from hf_locstitch.checkpoints.config_differences import config_differences, text_differences
-from hf_locstitch.checkpoints.localizable import localizable, unknown_globs
+from hf_locstitch.checkpoints.config_differences import text_differences
+from hf_locstitch.checkpoints.localizable import unknown_globs
 from hf_locstitch.checkpoints.names import is_own, make_name, same_place
 from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
@@ -33,21 +28,16 @@ from hf_locstitch.checkpoints.side_files import check_side_files, choose_side_fi
 from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
+from hf_locstitch.plan.checking import check_inputs, check_localizable, given_files, kept_name
 from hf_locstitch.plan.layout import OutputShard, guessed, output_shards
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import hide_library_bars
 from hf_locstitch.runtime.settings import DEFAULT, Settings
-from hf_locstitch.tasks.benchmarks import chosen_tasks
-from hf_locstitch.tasks.custom_code import refuse_custom_code
-from hf_locstitch.tasks.leaks import JudgedTask, leaks
 from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, open_set
 
 AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
-ALL = ("*",)
-# Fields of a recipe that apply to a merged model only.
-OF_MODELS = ("scale", "rest_from", "files_from", "also_copy", "dtype", "shard_size", "evaluate")
 AnyModelPlan = TypeVar("AnyModelPlan", bound=ModelPlan)
 NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
 
@@ -65,7 +55,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
 
 def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> LocalizePlan:
     """The plan for a localized checkpoint of the recipe's one finetune. Raises like make_plan."""
-    _check_localizable(recipe)
+    check_localizable(recipe)
     base, finetuned, data, _ = _open_inputs(recipe)
     return _with_text_warnings(localize_plan(recipe, base, finetuned, settings, data))
 
@@ -86,15 +76,10 @@ def _open_inputs(
 
 def _with_text_warnings(plan: AnyPlan) -> AnyPlan:
     """The plan, with what small files of the inputs say of texts, such as other chat templates."""
-    kept = _kept_name(plan.recipe)
+    kept = kept_name(plan.recipe)
     with hide_library_bars():
         found = [text_differences(plan.base.source, name, one.source, kept) for name, one in plan.finetuned.items()]
     return replace(plan, warnings=(*plan.warnings, *chain.from_iterable(found)))
-
-
-def _kept_name(recipe: Recipe) -> str:
-    """Whose config and tokenizer the output gets."""
-    return recipe.files_from or recipe.rest_from or "the base"
 
 
 def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
@@ -120,7 +105,7 @@ def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
     warnings = list(plan.warnings)
     if chosen.left_weights:
         warnings.append(
-            f"{some(chosen.left_weights)} of {_kept_name(plan.recipe)}: weights that nothing says the model loads are "
+            f"{some(chosen.left_weights)} of {kept_name(plan.recipe)}: weights that nothing says the model loads are "
             "neither merged nor copied (--also-copy copies them)."
         )
     return replace(plan, side_files=chosen, warnings=tuple(warnings))
@@ -140,13 +125,6 @@ def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
     if "base" in (name.casefold() for name in names):
         raise RecipeError("a finetune is named 'base', a name reserved for the base. Set --names.")
     return names
-
-
-def _made_names(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
-    """A sentence for each finetune that goes by another name than its own."""
-    for entry, name in zip(recipe.finetuned, names, strict=False):
-        if entry.name is None and (own := parse_ref(entry.ref).name) != name:
-            yield f"the finetune {own!r} is called {name}: its own name cannot be a file's. --names sets another."
 
 
 def _by_name(
@@ -169,8 +147,8 @@ def merge_plan(
     fit_data: Mapping[str, OpenSet] = NO_SETS,
 ) -> MergePlan:
     """Plan the merge. Raises MismatchError with every problem in the headers."""
-    chosen, warnings = _check_inputs(recipe, base, finetuned, settings, data, fit_data)
-    files, unmasked_from = _given_files(recipe, base, finetuned)
+    chosen, warnings = check_inputs(recipe, base, finetuned, settings, data, fit_data)
+    files, unmasked_from = given_files(recipe, base, finetuned)
     localizer, numels = recipe.localizer, [base.info(name).numel for name in chosen]
     n = sum(numels)
     return MergePlan(
@@ -203,7 +181,7 @@ def localize_plan(
     data: Mapping[str, OpenSet] = NO_SETS,
 ) -> LocalizePlan:
     """finetuned: exactly one. Raises like merge_plan."""
-    chosen, warnings = _check_inputs(recipe, base, finetuned, settings, data, NO_SETS)
+    chosen, warnings = check_inputs(recipe, base, finetuned, settings, data, NO_SETS)
     ((name, checkpoint),) = finetuned.items()
     localizer, numels = recipe.localizer, [base.info(tensor).numel for tensor in chosen]
     assert localizer is not None
@@ -287,119 +265,3 @@ def _whole(
     """Every element of the chosen tensors, of every input."""
     pieces = [(name, 0, base.info(name).numel) for name in chosen]
     return dict.fromkeys(["base", *finetuned], pieces) if pieces else {}
-
-
-def _check_inputs(
-    recipe: Recipe,
-    base: Checkpoint,
-    finetuned: Mapping[str, Checkpoint],
-    settings: Settings,
-    data: Mapping[str, OpenSet],
-    fit_data: Mapping[str, OpenSet],
-) -> tuple[list[str], tuple[str, ...]]:
-    """The tensors that the method ranges over, and warnings. Raises RecipeError, MismatchError."""
-    if data and not settings.cache:
-        raise RecipeError("a localizer that uses data loads whole models: it cannot be combined with --no-cache.")
-    if recipe.fitting is not None and not settings.cache:
-        raise RecipeError(
-            f"{recipe.fitting.called} reads the finetunes repeatedly, a layer at a time: it cannot be combined with "
-            "--no-cache. Drop one of the two."
-        )
-    if recipe.localizer is not None and recipe.localizer.joint and recipe.stitch is None:
-        raise RecipeError(
-            f"the values under a {recipe.localizer.method} mask are solved for together: it needs a refit. Add "
-            "--stitch refit (stitch: refit in a recipe)."
-        )
-    if purpose := _loads_models(recipe, data):
-        for checkpoint in (base, *finetuned.values()):
-            refuse_custom_code(checkpoint, purpose)
-    everywhere = list(dict.fromkeys([*base.tensors, *(t for one in finetuned.values() for t in one.tensors)]))
-    unknown = unknown_globs(list(base.tensors), recipe.include, "the base")
-    problems = [*unknown, *unknown_globs(everywhere, recipe.exclude, "the base or a finetune")]
-    for asked in ("rest_from", "files_from"):
-        problems += _unknown_name(asked, getattr(recipe, asked), list(finetuned))
-    # Without globs: the transformer blocks, recognized by name, or all tensors, depending on the method.
-    include = recipe.include or (() if recipe.method.blocks_only else ALL)
-    chosen = localizable((info for _, info in base.tensors.values()), include, recipe.exclude)
-    if not chosen and not unknown:
-        problems.append(_why_none(recipe, base))
-    warnings = list(_made_names(recipe, finetuned))
-    for name, checkpoint in finetuned.items():
-        candidates = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
-        problems += mismatches(base, checkpoint, chosen, candidates)
-        warnings += differences(base, name, checkpoint, chosen)
-        warnings += config_differences(base, name, checkpoint, _kept_name(recipe))
-    found = misfit_files(*_given_files(recipe, base, finetuned))
-    problems, warnings = problems + found[0], warnings + found[1]
-    if problems:
-        raise MismatchError(problems)
-    warnings += swap_warnings(base, finetuned)
-    warnings += licence_warning({"the base": base, **finetuned})
-    warnings += leaks(list(_judged(recipe)), recipe.used_data)
-    warnings += recipe.fitting.warnings(fit_data) if recipe.fitting else []
-    wanted = set(chosen)
-    return [name for name in base.tensors if name in wanted], tuple(warnings)
-
-
-def _why_none(recipe: Recipe, base: Checkpoint) -> str:
-    """Why no tensor of the base is localized."""
-    looks = f"(its names look like {', '.join(list(base.tensors)[:3])})"
-    given = [
-        f"--{flag} {' '.join(globs)}"
-        for flag, globs in (("include", recipe.include), ("exclude", recipe.exclude))
-        if globs
-    ]
-    if not given:
-        return f"no tensor of {base.label} is localizable {looks}; select tensors with --include"
-    return f"{' and '.join(given)} select no floating-point tensor of {base.label} {looks}; use other globs"
-
-
-def _given_files(
-    recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint]
-) -> tuple[Checkpoint, Checkpoint]:
-    """Where config and tokenizer come from, and the tensors that are not merged; the base for an unknown name."""
-    unmasked_from = finetuned.get(recipe.rest_from, base) if recipe.rest_from else base
-    return finetuned.get(recipe.files_from, base) if recipe.files_from else unmasked_from, unmasked_from
-
-
-def _loads_models(recipe: Recipe, data: Mapping[str, OpenSet]) -> str | None:
-    """What has transformers load the models; None if nothing does."""
-    if data:
-        return "a localizer that uses data"
-    if recipe.fitting is not None:
-        return recipe.fitting.called
-    return "an evaluation" if recipe.evaluate is not None else None
-
-
-def _judged(recipe: Recipe) -> Iterator[JudgedTask]:
-    """The tasks that the merge will be judged on; their data sets are known to lm-eval only."""
-    if recipe.evaluate is not None:
-        for spec in chosen_tasks(recipe.evaluate.tasks, recipe.evaluate.suite, recipe.evaluate.limit)[0]:
-            yield JudgedTask(spec.name)
-
-
-def _unknown_name(field: str, value: str | None, names: list[str]) -> list[str]:
-    if value is None or value in names:
-        return []
-    near = get_close_matches(value, names, n=1, cutoff=0.0)
-    return [f"{field} is {value!r}, which is not one of the finetunes ({', '.join(names)}); did you mean {near[0]!r}?"]
-
-
-def _check_localizable(recipe: Recipe) -> None:
-    """Raises RecipeError if a recipe asks for more than one finetune's mask and values."""
-    if recipe.localized or len(recipe.finetuned) != 1:
-        given = "localized checkpoints" if recipe.localized else f"{len(recipe.finetuned)} finetunes"
-        raise RecipeError(
-            f"a localized checkpoint is made from one finetune, not from {given}. Localize them one at a time."
-        )
-    if recipe.method.name != "locstitch":
-        raise RecipeError(f"localize finds masks for method locstitch, not for {recipe.method.name}. Drop --method.")
-    if recipe.localizer is not None and recipe.localizer.joint:
-        raise RecipeError(
-            f"a {recipe.localizer.method} mask belongs to several finetunes at once: it is found in merge only. Use "
-            "--localizer magnitude."
-        )
-    if recipe.stitch is not None:
-        raise RecipeError("a refit fits the values of all finetunes together: it works in merge only. Drop stitch.")
-    if given := [field for field in OF_MODELS if getattr(recipe, field) != Recipe.model_fields[field].default]:
-        raise RecipeError(f"{', '.join(given)} cannot be set for a localized checkpoint. Set this when stitching.")

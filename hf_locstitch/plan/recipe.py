@@ -9,7 +9,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import yaml
 from pydantic import (
     BaseModel,
     ByteSize,
@@ -28,7 +27,6 @@ from hf_locstitch.checkpoints.ref import REPO_ID, expand_home
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
-from hf_locstitch.runtime.parsing import parse_yaml
 from hf_locstitch.runtime.registry import Registry
 from hf_locstitch.stitch.fitting import OnInputs, Stitcher
 from hf_locstitch.stitch.method import MaskedMethod, Method
@@ -46,11 +44,8 @@ else:  # one of the registered components, by name
     AnyLocalizer, AnyMethod, AnyStitcher = LOCALIZERS.union("method"), METHODS.union("name"), STITCHERS.union("method")
 
 LOG = logging.getLogger("hf_locstitch")
-WHERE = ("out", "push_to", "private")
 # Fields already settled in localized checkpoints, or that need whole models.
 SETTLED = ("localizer", "data", "stitch", "include", "exclude", "rest_from", "files_from", "evaluate")
-
-
 UNIONS: Mapping[str, Registry[Any]] = {"localizer": LOCALIZERS, "method": METHODS, "stitch": STITCHERS}
 
 
@@ -309,33 +304,6 @@ class Recipe(Strict):
         return self
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
-    """The fields of a YAML recipe, not yet validated. Raises RecipeError if it is not a mapping."""
-    try:
-        fields = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}. Check the path.") from error
-    except ValueError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}.") from error
-    if not isinstance(fields, dict):
-        raise RecipeError(f"{path} must hold fields such as `base:` and `finetuned:`, not {type(fields).__name__}.")
-    return fields
-
-
-def check_task_code(fields: Mapping[str, Any], where: str) -> None:
-    """Raises RecipeError if a recipe from a file would run the Python of a folder of lm-eval tasks.
-
-    Task files can call any Python of their folder, and recipes come from strangers.
-    """
-    asked = fields.get("evaluate")
-    if isinstance(asked, Mapping) and asked.get("include_path") is not None:
-        raise RecipeError(
-            f"{where} asks for the task files in {asked['include_path']} (evaluate.include_path), which can run any "
-            "Python code. Read them, then allow it with --allow-task-code, or evaluate the merge afterwards: "
-            "hf-locstitch evaluate OUT --include-path DIR."
-        )
-
-
 def make_recipe(fields: Mapping[str, Any], where: str = "request") -> Recipe:
     """Validate. Raises RecipeError with every fault at once; for an unknown key it suggests the nearest one."""
     try:
@@ -374,30 +342,6 @@ def _fields_at(loc: list[str]) -> list[str]:
         "evaluate": EvaluateOptions,
     }.get(loc[0] if loc else "", Recipe)
     return list(model.model_fields)
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """YAML for the same merge: what differs from the defaults, without output targets and evaluation."""
-    fields = recipe.model_dump(mode="json", exclude={*WHERE, "evaluate"}, exclude_defaults=True)
-    if recipe.localizer is not None:
-        fields["localizer"] = recipe.localizer.model_dump(mode="json")
-    if recipe.data:
-        fields["data"] = _dump_sets(recipe.data)
-    if recipe.stitch is not None:
-        fields["stitch"] = {**recipe.stitch.as_record(), **_dump_data(recipe.stitch)}
-    if isinstance(recipe.method, OnInputs) and recipe.method.data:
-        fields["method"] = {"name": recipe.method.name, **fields["method"], **_dump_data(recipe.method)}
-    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
-
-
-def _dump_data(fitting: OnInputs) -> dict[str, Any]:
-    return {"data": _dump_sets(fitting.data)} if fitting.data else {}
-
-
-def _dump_sets(sets: Mapping[str, LocalizationSet] | Sequence[LocalizationSet]) -> Any:
-    if isinstance(sets, Mapping):
-        return {name: asked.dump() for name, asked in sets.items()}
-    return [asked.dump() for asked in sets]
 
 
 def _each(sets: Mapping[str, LocalizationSet] | Sequence[LocalizationSet]) -> list[LocalizationSet]:

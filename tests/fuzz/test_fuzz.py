@@ -21,7 +21,8 @@ from helpers.runs import quick_localize, quick_merge
 
 from hf_locstitch import inspect, load_localized, load_mask, plan_merge, verify
 from hf_locstitch.plan.describe import format_plan, plan_json
-from hf_locstitch.plan.recipe import load_recipe, make_recipe
+from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.plan.recipe_file import load_recipe
 
 MASK, VALUES, MANIFEST = "masks/a.safetensors", "values/a.safetensors", "locstitch.json"
 VECTORS = "figures/task-vectors.json"

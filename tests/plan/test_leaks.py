@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hf_locstitch.plan.planning import _judged
+from hf_locstitch.plan.checking import _judged
 from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.tasks.leaks import leaks
 

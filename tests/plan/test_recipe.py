@@ -9,7 +9,8 @@ import yaml
 
 from hf_locstitch.checkpoints.ref import Ref, parse_ref
 from hf_locstitch.errors import RecipeError
-from hf_locstitch.plan.recipe import dump_recipe, load_recipe, make_recipe
+from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.plan.recipe_file import dump_recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

@@ -11,7 +11,7 @@ from helpers.models import random_state, save
 from hf_locstitch.checkpoints.checkpoint import read_card, read_json
 from hf_locstitch.checkpoints.folder import FolderSource
 from hf_locstitch.errors import CheckpointError, RecipeError
-from hf_locstitch.plan.recipe import load_recipe
+from hf_locstitch.plan.recipe_file import load_recipe
 from hf_locstitch.runtime import parsing
 from hf_locstitch.runtime.parsing import front_matter, parse_json, parse_yaml
 

@@ -34,7 +34,8 @@ from hf_locstitch.inspection.verification.masks import (
 )
 from hf_locstitch.inspection.verification.report import Finding, Notes, VerifyReport
 from hf_locstitch.inspection.verification.values import MergeSettings, ValueCheck, check_layout
-from hf_locstitch.plan.recipe import Recipe, load_recipe, make_recipe
+from hf_locstitch.plan.recipe import Recipe, make_recipe
+from hf_locstitch.plan.recipe_file import load_recipe
 from hf_locstitch.runtime.chunks import one_torch_thread
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import Progress
