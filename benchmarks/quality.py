@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 import beside  # noqa: F401
 import torch
+from published import PUBLISHED, merge_published
 
 from hf_locstitch.tasks.sets import choose
 from loopback_hub import LoopbackHub
@@ -103,7 +104,7 @@ class Method:
     localizer: fields of one that looks at data, which no flag sets. data: the split that it, or a refit, looks at.
     stitch: fields of a refit or RegMean. inputs: of each task, for these or for finetuning; the testbed's own number by
     default. scales, alphas: to be tried, the best on validation stands for the method. epochs: of finetuning the
-    finished merge on labelled examples of all tasks.
+    finished merge on labelled examples of all tasks. published: in place of the command, a merge of published.py.
     """
 
     name: str
@@ -115,11 +116,13 @@ class Method:
     inputs: int | None = None
     alphas: tuple[float, ...] = ()
     epochs: int = 0
+    published: str = ""
 
     @property
     def masked(self) -> bool:
         """Whether it leaves masks that can be grafted alone, and are not those of another row."""
-        return "--method" not in self.flags and self.flags[:2] != ("--density", "1") and not self.inputs
+        whole = "--method" in self.flags or self.flags[:2] == ("--density", "1") or "joint" in self.flags
+        return not (whole or self.inputs or self.published)
 
     @property
     def variants(self) -> list[Method]:
@@ -153,8 +156,22 @@ def rivals(densities: Sequence[float], scales: Sequence[float] = SCALES) -> list
         if d in (0.05, 0.1)
     ]
     task_arithmetic = Method("task arithmetic, tuned", ("--method", "task-arithmetic"), scales=tuple(scales))
-    ties = Method("ties 20%, tuned", ("--method", "ties", "--density", "0.2"), scales=TIES_SCALES)
-    return [*tensor, task_arithmetic, ties]
+    ties = Method("ties 20%", ("--method", "ties", "--density", "0.2"))
+    tuned = replace(ties, name="ties 20%, tuned", scales=TIES_SCALES)
+    return [*tensor, task_arithmetic, ties, tuned, *(Method(name, published=name) for name in PUBLISHED)]
+
+
+def without_data(densities: Sequence[float], inputs: Sequence[int]) -> list[Method]:
+    """Refits from the task vectors alone, in joint masks; and those that start from one of them, with inputs."""
+    if not densities:
+        return []
+    joint = ("--localizer", "joint", "--stitch", "refit")
+    under = Method("magnitude 10%, refit without data", ("--density", "0.1", "--stitch", "refit"))
+    rows = [Method(f"joint {100 * d:g}%, refit without data", (*joint, "--density", f"{d:g}")) for d in densities]
+    started = [
+        Method(f"joint 30%, refit, {n} inputs", joint, data="train", stitch={"inputs": n}, inputs=n) for n in inputs
+    ]
+    return [under, *rows, *started]
 
 
 def with_data(densities: Sequence[float], kinds: Sequence[str]) -> list[Method]:
@@ -170,7 +187,7 @@ def with_data(densities: Sequence[float], kinds: Sequence[str]) -> list[Method]:
 def refits(
     densities: Sequence[float], inputs: Sequence[int], judges: Sequence[str], kinds: Sequence[str]
 ) -> list[Method]:
-    """Values under the masks refitted, without labels, on the inputs that the experts were finetuned on.
+    """Values under the masks refitted from their mean, without labels, on inputs that the experts were finetuned on.
 
     inputs: also on so many of each task. judges: also with labels that judge the lambdas. kinds: also under the masks
     of these localizers.
@@ -178,9 +195,10 @@ def refits(
     rows = []
     for density in densities:
         name = "refit of all" if density == 1 else f"magnitude {100 * density:g}%, refit"
-        row = Method(name, ("--density", f"{density:g}", "--stitch", "refit"), data="train")
-        rows += [row, *(replace(row, name=f"{name}, judged by {by}", stitch={"judge": by}) for by in judges)]
-        rows += [replace(row, name=f"{name}, {n} inputs", stitch={"inputs": n}, inputs=n) for n in inputs]
+        mean = {"start": "mean"}
+        row = Method(name, ("--density", f"{density:g}", "--stitch", "refit"), data="train", stitch=mean)
+        rows += [row, *(replace(row, name=f"{name}, judged by {by}", stitch={**mean, "judge": by}) for by in judges)]
+        rows += [replace(row, name=f"{name}, {n} inputs", stitch={**mean, "inputs": n}, inputs=n) for n in inputs]
     learned = with_data(densities, kinds)
     return rows + [replace(row, name=f"{row.name}, refit", flags=("--stitch", "refit")) for row in learned]
 
@@ -349,6 +367,8 @@ class Bench:
 
     def merged(self, method: Method, target: str) -> Pushed:
         """The merge, that of the variant that is best on validation where the method has several."""
+        if method.published:
+            return self.pushed_published(method, target)
         variants = method.variants
         if len(variants) == 1:
             return merge(self.base, self.experts.values(), method.flags, target, self.write_recipe(method))
@@ -359,6 +379,17 @@ class Bench:
             found = self.accuracies(made, "validation")
             tried.append((mean(found[name] / own[name] for name in found), made))
         return max(tried, key=lambda one: one[0])[1]
+
+    def pushed_published(self, method: Method, target: str) -> Pushed:
+        """A merge of published.py."""
+        from safetensors.torch import load_file, save_file
+
+        base, *experts = (load_file(self.folder / name / WEIGHTS) for name in ("base", *self.bed.names))
+        with tempfile.TemporaryDirectory() as made:
+            shutil.copytree(self.folder / "base", made, dirs_exist_ok=True)
+            merged = merge_published(method.published, base, experts)
+            save_file(merged, Path(made, WEIGHTS), metadata={"format": "pt"})
+            return push(Path(made), target)
 
     def write_recipe(self, method: Method) -> Path | None:
         """The recipe of a method that looks at data, and its examples; None for one that does not."""
@@ -525,6 +556,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--refit-under", nargs="*", default=[], choices=DATA_METHODS, metavar="NAME",
         help="these also under the masks of these localizers",
     )  # fmt: skip
+    parser.add_argument(
+        "--without-data", type=float, nargs="*", default=[], metavar="F",
+        help="also refits without data in joint masks of these densities; on --inputs N, from the one of 30 %%",
+    )  # fmt: skip
     parser.add_argument("--regmean", action="store_true", help="also RegMean, its alpha tuned")
     parser.add_argument(
         "--finetune", type=int, nargs="*", default=[], metavar="EPOCHS",
@@ -539,6 +574,7 @@ def asked_rows(args: argparse.Namespace, scales: Sequence[float] = SCALES) -> li
     dataless = [*methods(args.densities), *(rivals(args.densities, scales) if args.rivals else [])]
     fitted = [*refits(args.refits, args.inputs, args.judges, args.refit_under), *(regmeans() if args.regmean else [])]
     finetuned = finetunings(args.finetune, args.inputs)
+    fitted = [*without_data(args.without_data, args.inputs), *fitted]
     return [*dataless, *fitted, *finetuned, *with_data(args.densities, args.with_data)]
 
 

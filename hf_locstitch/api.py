@@ -162,6 +162,7 @@ def localize_from_hub(
     push_to: str | None = None,
     private: bool | None = None,
     name: str | None = None,
+    stitch: Literal["mean", "refit"] | None = None,
     localizer: Localizer | Mapping[str, Any] | None = None,
     data: Data | None = None,
     include: Sequence[str] | None = None,
@@ -179,6 +180,8 @@ def localize_from_hub(
         base: The pretrained model: a folder, org/name or org/name@revision.
         finetuned: The finetuned model, likewise.
         name: The name of its mask; the ref's last part by default.
+        stitch: "refit" solves for the values under the mask again, so that it holds more of the model; they are then no
+            longer the finetuned model's own.
         out, push_to, private, localizer, data, include, exclude, allow_non_finite, figures, cache, max_memory, device,
             show_progress: As in `merge_from_hub`.
 
@@ -195,7 +198,7 @@ def localize_from_hub(
     recipe = _recipe(
         base=base, finetuned=_entries(finetuned, None if name is None else [name]), out=out, push_to=push_to,
         private=private, localizer=localizer, data=data, include=include, exclude=exclude,
-        allow_non_finite=allow_non_finite, figures=figures,
+        allow_non_finite=allow_non_finite, figures=figures, stitch=stitch,
     )  # fmt: skip
     return carry_out(make_localize_plan(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
 

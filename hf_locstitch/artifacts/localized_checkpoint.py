@@ -64,6 +64,11 @@ class LocalizedCheckpoint:
         return self.record.N
 
     @property
+    def refitted(self) -> bool:
+        """Whether its values were solved for again, and are not the finetuned model's own."""
+        return self.record.stitch is not None
+
+    @property
     def density(self) -> float:
         """ones / N."""
         return self.record.masks[self.name].real_density

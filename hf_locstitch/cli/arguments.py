@@ -51,8 +51,8 @@ def _add_merge(commands: Any) -> None:
     group.add_argument(
         "--stitch",
         choices=[MEAN, *STITCHERS.names()],
-        help="values under the masks: the mean of the finetuned values (default), or values fitted, one linear layer "
-        "at a time, to what the finetuned models compute on unlabelled --data",
+        help="values under the masks: the mean of the finetuned values (default), or solved for from the task vectors "
+        "alone, or with --data fitted to what the finetuned models compute on it",
     )
     _add_scale(group)
     group.add_argument(
@@ -88,6 +88,11 @@ def _add_localize(commands: Any) -> None:
     _add_target(parser)
     group = parser.add_argument_group("how to localize")
     _add_localizing(group)
+    group.add_argument(
+        "--stitch",
+        choices=[MEAN, "refit"],
+        help="values under the mask: the finetuned ones (default), or solved for again: a small mask then holds more",
+    )
     _add_non_finite(group)
     _add_work(parser.add_argument_group("output"), device=True)
     _add_debug(parser)

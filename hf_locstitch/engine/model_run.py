@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from hf_locstitch.artifacts.mask_source import MaskSource
 from hf_locstitch.artifacts.overlap import Overlap
-from hf_locstitch.artifacts.written_mask import WrittenMask
 from hf_locstitch.checkpoints.byte_ranges import Pieces
 from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE
 from hf_locstitch.checkpoints.reader import CheckpointReader
@@ -30,7 +29,6 @@ from hf_locstitch.localize.localized_masks import LocalizedMask
 from hf_locstitch.plan.layout import OutputShard
 from hf_locstitch.plan.plans import MergePlan, ModelPlan, StitchPlan
 from hf_locstitch.runtime.files import sync_file
-from hf_locstitch.stitch.fitting import FitJob
 from hf_locstitch.stitch.view import StitchView
 
 if TYPE_CHECKING:
@@ -40,8 +38,6 @@ AnyModelPlan = TypeVar("AnyModelPlan", bound=ModelPlan)
 
 
 class ModelRun(Run[AnyModelPlan]):
-    fitted: FittedValues | None = None
-
     def view(
         self,
         readers: Mapping[str, CheckpointReader],
@@ -154,32 +150,6 @@ class ModelRun(Run[AnyModelPlan]):
 class MergeRun(ModelRun[MergePlan]):
     def find_masks(self, inputs: Inputs) -> Mapping[str, MaskSource]:
         return localize(self, inputs) if self.plan.masked else {}
-
-    def fit(self, inputs: Inputs, masks: Mapping[str, MaskSource]) -> dict[str, Any] | None:
-        plan, fitting = self.plan, self.plan.recipe.fitting
-        if fitting is None:
-            return None
-        readers = inputs.fetch().readers
-        if self.processes.count > 1:  # each process has selected in its own tensors only
-            masks = {
-                name: WrittenMask(self.work.stage / plan.mask_file(name), part, readers[name])
-                for name, part in masks.items()
-            }
-        job = FitJob(
-            view=self.view(readers, masks),
-            readers=readers,
-            order=plan.order,
-            tensors=plan.mask_tensors,
-            data=plan.fit_data,
-            own=self.own,
-            folder=self.work.spill / "fit",
-            spill=self.work.spill,
-            settings=plan.settings,
-            processes=self.processes,
-            progress=self.progress,
-        )
-        self.fitted, record = fitting.fit(job)
-        return record
 
 
 class StitchRun(ModelRun[StitchPlan]):

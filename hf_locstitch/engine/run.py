@@ -19,9 +19,11 @@ from hf_locstitch.artifacts.manifest import FILE, RECIPE_FILE, Manifest, to_json
 from hf_locstitch.artifacts.mask_file import assemble_mask, encode_masks, mask_metadata
 from hf_locstitch.artifacts.mask_source import MaskSource
 from hf_locstitch.artifacts.overlap import Overlap
+from hf_locstitch.artifacts.written_mask import WrittenMask
 from hf_locstitch.checkpoints.byte_ranges import Pieces
 from hf_locstitch.checkpoints.checkpoint import CARD
 from hf_locstitch.checkpoints.hashes import InputHashes
+from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.engine.inputs import Inputs
 from hf_locstitch.engine.likeness import cosines, likeness_warnings
 from hf_locstitch.engine.record import FileHashes, check_pins, finish, make_manifest, pinned_recipe
@@ -32,9 +34,12 @@ from hf_locstitch.report.card import write_card
 from hf_locstitch.report.figures.survey import Survey, draw_merge, inputs_at_hand, survey_merge
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Progress
+from hf_locstitch.stitch.fitting import FitJob
+from hf_locstitch.stitch.view import StitchView
 
 if TYPE_CHECKING:
     from hf_locstitch.report.publish import Upload
+    from hf_locstitch.stitch.fitted_values import FittedValues
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
 T = TypeVar("T")
@@ -61,6 +66,7 @@ class Run(ABC, Generic[AnyPlan]):
         tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
         owners = divide([tensor.nbytes for tensor in tensors], processes.count)
         self.own = {t.name for t, owner in zip(tensors, owners, strict=True) if owner == processes.rank}
+        self.fitted: FittedValues | None = None
         self.examples: dict[str, int] = {}  # of each localization set, as many as there were
         self.verified_before = processes.gather(work.verified())[0]
 
@@ -78,9 +84,41 @@ class Run(ABC, Generic[AnyPlan]):
         """What writing the shards will read, besides the masks."""
         return {}
 
+    @abstractmethod
+    def view(
+        self,
+        readers: Mapping[str, CheckpointReader],
+        masks: Mapping[str, MaskSource],
+        fitted: FittedValues | None = None,
+    ) -> StitchView:
+        """The view of the open inputs that values are fitted in, and written from."""
+
     def fit(self, inputs: Inputs, masks: Mapping[str, MaskSource]) -> dict[str, Any] | None:
         """Fit values before shards are written, and return their record; None if nothing is fitted."""
-        return None
+        plan, fitting = self.plan, self.plan.recipe.fitting
+        if fitting is None:
+            return None
+        readers = inputs.fetch().readers
+        if self.processes.count > 1:  # each process has selected in its own tensors only
+            masks = {
+                name: WrittenMask(self.work.stage / plan.mask_file(name), part, readers[name])
+                for name, part in masks.items()
+            }
+        job = FitJob(
+            view=self.view(readers, masks),
+            readers=readers,
+            order=plan.order,
+            tensors=plan.mask_tensors,
+            data=plan.fit_data,
+            own=self.own,
+            folder=self.work.spill / "fit",
+            spill=self.work.spill,
+            settings=plan.settings,
+            processes=self.processes,
+            progress=self.progress,
+        )
+        self.fitted, record = fitting.fit(job)
+        return record
 
     def write_side_files(self) -> None:
         """Write the files that turn shards into a model."""

@@ -137,8 +137,11 @@ def check_localizable(recipe: Recipe) -> None:
             f"a {recipe.localizer.method} mask belongs to several finetunes at once: it is found in merge only. Use "
             "--localizer magnitude."
         )
-    if recipe.stitch is not None:
-        raise RecipeError("a refit fits the values of all finetunes together: it works in merge only. Drop stitch.")
+    if recipe.stitch is not None and (recipe.stitch.data or not recipe.stitch.data_optional):
+        raise RecipeError(
+            f"{recipe.stitch.called} on inputs fits the values of all finetunes together: it works in merge only. Drop "
+            "its data, or stitch."
+        )
     if given := [field for field in OF_MODELS if getattr(recipe, field) != Recipe.model_fields[field].default]:
         raise RecipeError(f"{', '.join(given)} cannot be set for a localized checkpoint. Set this when stitching.")
 

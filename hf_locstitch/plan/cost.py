@@ -64,7 +64,7 @@ def files_here(plan: Plan) -> Here:
 def fit_cost(plan: Plan) -> FitCost | None:
     """The cost of fitting values; None if none are fitted."""
     fitting = plan.recipe.fitting
-    return fitting.cost(plan) if fitting is not None and isinstance(plan, MergePlan) else None
+    return fitting.cost(plan) if fitting is not None and not isinstance(plan, StitchPlan) else None
 
 
 def localizing_cost(plan: Plan) -> LocalizingCost | None:

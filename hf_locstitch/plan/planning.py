@@ -55,9 +55,17 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
 
 def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> LocalizePlan:
     """The plan for a localized checkpoint of the recipe's one finetune. Raises like make_plan."""
+    recipe = _without_fit_data(recipe)
     check_localizable(recipe)
     base, finetuned, data, _ = _open_inputs(recipe)
     return _with_text_warnings(localize_plan(recipe, base, finetuned, settings, data))
+
+
+def _without_fit_data(recipe: Recipe) -> Recipe:
+    """What a localizer is given to look at is not what the one finetune's values are fitted to."""
+    if recipe.stitch is None or recipe.stitch.data != recipe.data:
+        return recipe
+    return recipe.model_copy(update={"stitch": recipe.stitch.model_copy(update={"data": ()})})
 
 
 def _open_inputs(
@@ -218,6 +226,12 @@ def stitch_plan(
     shapes = next(iter(localized.values())).shapes
     chosen = [name for name in base.tensors if name in shapes]
     warnings = [
+        f"the values of {name} are not the finetuned model's own: they were solved for again under its mask alone "
+        "(a refit). Where masks overlap, their mean is taken."
+        for name, checkpoint in localized.items()
+        if checkpoint.refitted and len(localized) > 1
+    ]
+    warnings += [
         warning
         for name, checkpoint in localized.items()
         for warning in dtype_warnings(

@@ -173,7 +173,14 @@ def _localized(
         return
     base, finetuned = opened["base"], opened[given.name]
     graft = GraftReader(given, base, finetuned)
-    check = ValueCheck(graft, base, base, {given.name: finetuned}, masks, MergeSettings(1.0, _top_k(record, notes)))
+    check = ValueCheck(
+        graft,
+        base,
+        base,
+        {given.name: finetuned},
+        masks,
+        MergeSettings(1.0, _top_k(record, notes), _refitted(record, notes)),
+    )
     with progress.bar("values", sum(given.stored(name).nbytes for name in sample)) as advance, one_torch_thread():
         for name in sample:
             notes.findings += check.localized(name) if name in graft.checkpoint.tensors else _lacking(name, given)
