@@ -43,7 +43,8 @@ def test_it_says_so(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureF
     assert main(["verify", str(tmp_path / "l"), *inputs]) == 0
     said = capsys.readouterr().err
     assert "refitted" in said
-    assert main(["localize", str(tmp_path / "l" / "locstitch.yaml"), "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    recipe = str(tmp_path / "l" / "locstitch.yaml")
+    assert main(["localize", recipe, *inputs, "--out", str(tmp_path / "again"), "--quiet"]) == 0
     values = "values/ft0.safetensors"
     assert (tmp_path / "again" / values).read_bytes() == (tmp_path / "l" / values).read_bytes()
     quick_localize(folders[0], folders[2], out=tmp_path / "other")
