@@ -23,12 +23,12 @@ def find_device(asked: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def link_files(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Fill a folder that transformers can load: links to weights, config and tokenizer."""
+def link_files(checkpoint: Checkpoint, folder: Path, weights: bool = True) -> Path:
+    """Fill a folder that transformers can load: links to weights (if asked for), config and tokenizer."""
     source = checkpoint.source
     shards = [shard.file for shard in checkpoint.shards]
     indices = [file for file in source.files if file.endswith(".safetensors.index.json")]
-    for file in [*shards, *indices, *choose_side_files(checkpoint).copied]:
+    for file in [*(shards + indices if weights else ()), *choose_side_files(checkpoint).copied]:
         link = folder / file
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, read_localized
 from hf_locstitch.artifacts.manifest import FILE, RECIPE_FILE, Manifest, open_manifest
@@ -41,6 +41,8 @@ from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import Progress
 
 METHOD = "locstitch"  # the method whose values are recomputed
+GROUPS = 2  # inputs whose linear layers are solved for again in a sample, and
+ALL_GROUPS = 16  # where all tensors are asked for
 OTHERS = 2  # non-localized tensors in a sample
 SEED = 0
 
@@ -263,9 +265,26 @@ def _values(merge: Merge, refs: Sequence[InputRef], tensors: Tensors, progress: 
             notes.findings += check.localized(name) if name in merge.localized else check.other(name)
             advance(size)
     notes.findings += check.kept_the_largest()
+    _solved(merge, inputs, tensors, notes)
     notes.count(
         inputs=len(inputs), tensors=len(sizes), of_tensors=len(merge.weights.tensors), coordinates=check.coordinates
     )
+
+
+def _solved(merge: Merge, inputs: Mapping[str, Checkpoint], tensors: Tensors, notes: Notes) -> None:
+    """Solve for a few values of a refit without data once more."""
+    from hf_locstitch.inspection.verification.solved import Solved  # slow to import
+
+    stitch = merge.record.stitch or {}
+    if not is_without_data(stitch):
+        return
+    order = sorted(merge.masks, key={entry.name: entry.ref for entry in merge.record.inputs}.__getitem__)
+    finetuned = [inputs[name] for name in order]
+    solved = Solved(merge.weights, inputs["base"], finetuned, merge.masks, stitch, merge.recipe.scale)
+    try:
+        notes.findings += solved.check(sorted(merge.localized), GROUPS if tensors != "all" else ALL_GROUPS)
+    except LocstitchError as error:
+        notes.skip("values that were solved for", str(error))
 
 
 def _value_check(merge: Merge, inputs: Mapping[str, Checkpoint], tensors: Sequence[str], notes: Notes) -> ValueCheck:
@@ -297,11 +316,17 @@ def _refitted(record: Manifest, notes: Notes) -> frozenset[str]:
     """Tensors whose values under the masks were fitted and are not the mean."""
     names = frozenset((record.stitch or {}).get("refitted", ()))
     if names:
+        repeated = "repeated in a few rows only" if is_without_data(record.stitch) else "not repeated"
         notes.skip(
             f"values under the masks of {len(names)} refitted tensors",
-            "the fit is not repeated; run the recipe again to compare them",
+            f"the fit is {repeated}; run the recipe again to compare them",
         )
     return names
+
+
+def is_without_data(stitch: Mapping[str, Any] | None) -> bool:
+    """Whether values were solved for from the task vectors alone. stitch: as recorded."""
+    return stitch is not None and "low_rank" in stitch and "lambda" not in stitch
 
 
 def _sample(names: Collection[str], count: Tensors) -> list[str]:

@@ -95,7 +95,7 @@ def open_models(
 ) -> OpenedModels:
     """Raises RequestError where transformers cannot build the model."""
     checkpoint = base.checkpoint
-    linked = link_files(checkpoint, folder / "base")
+    linked = link_files(checkpoint, folder / "base", weights=False)
     model = empty_model(_class_name(checkpoint), load_config(linked))
     attach_conversions(model, list(checkpoint.tensors))
     disk = list(checkpoint.tensors)
