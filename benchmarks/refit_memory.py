@@ -2,6 +2,7 @@
 
     python benchmarks/refit_memory.py [--billions 0.1] [--finetunes 3] [--inputs 32] [--tokens 64] [--lambdas 1]
         [--states-on device disk] [--work DIR] [--json FILE]
+    python benchmarks/refit_memory.py --inputs 0 ...     without data, in a joint mask
 
 Made-up Llamas (synthetic.py) and texts of their words; one process by itself for each place of the hidden states.
 Memory is what the process has allocated (mapped files do not count, the system can take those back), and on a GPU the
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from speed import measure, table
@@ -80,6 +81,7 @@ def write_recipe(folder: Path, setting: Setting, files: Sequence[str], states_on
     """JSON is YAML."""
     stitch = {
         "method": "refit",
+        "start": "mean",
         "inputs": setting.inputs,
         "tokens": setting.tokens,
         "batch": setting.batch,
@@ -87,12 +89,15 @@ def write_recipe(folder: Path, setting: Setting, files: Sequence[str], states_on
         "held_out": setting.held_out,
         "states_on": states_on,
     }
-    fields = {
-        "base": "./models/base",
-        "finetuned": [f"./models/ft{number}" for number in range(1, setting.finetunes + 1)],
+    with_data = {
         "localizer": {"method": "magnitude", "density": DENSITY},
         "data": [f"./{file}" for file in files],
         "stitch": stitch,
+    }
+    fields = {
+        "base": "./models/base",
+        "finetuned": [f"./models/ft{number}" for number in range(1, setting.finetunes + 1)],
+        **(with_data if setting.inputs else {"localizer": {"method": "joint"}, "stitch": "refit"}),
     }
     recipe = folder / f"{states_on}.yaml"
     recipe.write_text(json.dumps(fields))
@@ -120,6 +125,8 @@ def run(folder: Path, recipe: Path, states_on: str, timeout: float) -> Measured:
 
 def report(setting: Setting, found: Sequence[Measured]) -> str:
     """A Markdown table."""
+    if not setting.inputs:
+        found = [replace(one, states_on="none: without data") for one in found]
     parameters = shape_of(setting.billions).parameters
     inputs = f"{setting.inputs} inputs each of {setting.tokens} tokens, {setting.batch} together"
     head = ["hidden states on", "planned MB", "memory MB", "GPU MB", "wall s", "CPU s"]
@@ -138,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and time of a refit, beside what the plan says of them.")
     parser.add_argument("--billions", type=float, default=0.1, help="of parameters, about (default: 0.1)")
     parser.add_argument("--finetunes", type=int, default=3)
-    parser.add_argument("--inputs", type=int, default=32, help="of each finetune (default: 32)")
+    parser.add_argument("--inputs", type=int, default=32, help="of each finetune (default: 32); 0: without data")
     parser.add_argument("--tokens", type=int, default=64, help="of each input (default: 64)")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lambdas", type=float, nargs="+", default=[1.0])
@@ -148,6 +155,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the models here and reuse them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     args = parser.parse_args()
+    if args.inputs == 0:
+        args.states_on = ["device"]
     setting = Setting(
         args.billions, args.finetunes, args.inputs, args.tokens, args.batch, tuple(args.lambdas), args.held_out
     )

@@ -116,6 +116,11 @@ def test_even_ties_are_those_of_the_page() -> None:
         exec(code, {})
 
 
+def test_the_example_in_two_dimensions() -> None:
+    (code,) = blocks(DOCS / "concepts" / "without-data.md", "python")
+    exec(code, {})
+
+
 def test_components_of_another_package(models: Path) -> None:
     """The localizer, the method and the kind of checkpoint of extending.md, found by their entry points."""
     page = DOCS / "extending.md"

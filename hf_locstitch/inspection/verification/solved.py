@@ -99,7 +99,9 @@ def merged_dtype(merged: Checkpoint, name: str) -> torch.dtype:
 def solve(
     tasks: Sequence[Sequence[Tensor]], number: int, mask: Tensor, base: Tensor, stitch: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Some rows of a layer, by number, their change, and what it would be after many more steps. tasks: task vectors of each task, of each layer. See
+    """Some rows of a layer, by number, their change, and what it would be after many more steps.
+
+    tasks: task vectors of each task, of each layer. See
     stitch/dataless/solution.py for the formulas."""
     width, count = mask.shape[1], len(tasks)
     grams = []
