@@ -3,9 +3,9 @@
     python benchmarks/low_rank.py [--bed decoder vision] [--seed 0] [--rank 4 16] [--rate 1e-3] [--same-start]
         [--json FILE] [--work DIR]
 
-The testbeds of decoder.py and vision.py with experts made by PEFT: LoRA on every linear of the blocks, trained with AdamW
-on the same data, merged into the base and saved as full finetunes. --same-start: all adapters begin at the same random
-A, as where one seed is set for all. Rows as in quality.py.
+The testbeds of decoder.py and vision.py with experts made by PEFT: LoRA on every linear of the blocks, trained with
+AdamW on the same data, merged into the base and saved as full finetunes. --same-start: all adapters begin at the same
+random A, as where one seed is set for all. Rows as in quality.py.
 """
 
 from __future__ import annotations

@@ -13,6 +13,9 @@ from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.human import human
 
 
+HINT = "--localizer joint --stitch refit keeps more of several finetunes, also without data, and takes longer"
+
+
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain JSON values, for --dry-run --json."""
     cost = estimate(plan, files_here(plan))
@@ -57,6 +60,13 @@ def _shadowing(ref: str, checkpoint: Checkpoint) -> str:
     return f" (the folder here, not the repo {ref} on the Hub; write ./{ref} for a folder)"
 
 
+def _could_be_solved(plan: Plan) -> bool:
+    """Whether it is the paper's merge of several finetunes, with nothing asked for beyond a density."""
+    recipe = plan.recipe
+    plain = recipe.method.name == "locstitch" and recipe.stitch is None and not recipe.localized
+    return plain and len(plan.finetuned) > 1 and plan.settings.cache and not plan.data
+
+
 def format_plan(plan: Plan) -> str:
     """The plan for a person to read."""
     cost = estimate(plan, files_here(plan))
@@ -94,6 +104,7 @@ def format_plan(plan: Plan) -> str:
         f"disk up to {human(cost.disk)}, memory about {human(cost.memory)}",
         *([localizing.describe()] if (localizing := localizing_cost(plan)) else []),
         *([fitting.describe()] if (fitting := fit_cost(plan)) else []),
+        *([f"hint       {HINT}"] if _could_be_solved(plan) else []),
         *(f"warning    {warning}" for warning in plan.warnings),
     ]
     return "\n".join(map(line, lines))
