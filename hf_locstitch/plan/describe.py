@@ -12,7 +12,6 @@ from hf_locstitch.plan.plans import ModelPlan, Plan, StitchPlan
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.human import human
 
-
 HINT = "--localizer joint --stitch refit keeps more of several finetunes, also without data, and takes longer"
 
 
