@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hf_locstitch.artifacts.manifest import told
 from hf_locstitch.engine.execute import AfterRun, Finished, execute
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.localizer import Localizer
@@ -67,7 +68,7 @@ class MergeResult:
         done = "localized" if self.manifest.is_localized else "merged"
         lines = [f"{done:<9}  {self.out}"] if self.out else []
         lines += [f"published  {self.url} at {self.commit}"] if self.url else []
-        densities = [f"{name} {100 * mask.real_density:.4g} %" for name, mask in self.manifest.masks.items()]
+        densities = [f"{name} {100 * mask.real_density:.4g} %" for name, mask in told(self.manifest).masks.items()]
         lines += ["density    " + ", ".join(densities)] if densities else []
         lines = [*map(line, lines), *(["", self.evaluation.describe()] if self.evaluation else [])]
         return "\n".join(lines)

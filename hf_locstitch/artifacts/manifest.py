@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,6 +128,16 @@ class Manifest:
     def is_localized(self) -> bool:
         """Whether this is the record of a localized checkpoint, not of a model."""
         return any(mask.values for mask in self.masks.values())
+
+
+def told(record: Manifest) -> Manifest:
+    """The record for people: where all finetunes share a joint mask, it is one mask, and overlaps with nothing."""
+    files = {mask.file for mask in record.masks.values()}
+    if files != {mask_file(JOINT)} or JOINT in _finetunes(record):
+        return record
+    mask = next(iter(record.masks.values()))
+    covered = [record.N - mask.ones, mask.ones]
+    return replace(record, masks={JOINT: mask}, covered_by=covered, overlap=[])
 
 
 def open_manifest(source: Source) -> Manifest:

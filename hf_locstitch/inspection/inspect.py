@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from hf_locstitch.artifacts.fit import unlike
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, read_localized
-from hf_locstitch.artifacts.manifest import FILE, Manifest, MaskRecord, check_names, open_manifest
+from hf_locstitch.artifacts.manifest import FILE, Manifest, MaskRecord, check_names, open_manifest, told
 from hf_locstitch.artifacts.mask_file import MaskFile
 from hf_locstitch.artifacts.overlap import pair_record
 from hf_locstitch.checkpoints.checkpoint import open_source
@@ -33,6 +33,7 @@ ALIKE = 0.9  # Jaccard index
 DISTANT = 0.5  # norm of a task vector over that of the base: finetuning changes far less
 TIED = 0.25  # share of a mask that ties at the threshold may decide
 FULL = 0.99  # of the elements asked for: below, a mask is smaller than rounding in each tensor makes it
+ALL = "all finetunes"  # whose a joint mask is
 LARGEST = 3  # tensors listed for each mask
 
 
@@ -180,7 +181,7 @@ def _open_checked(source: Source) -> Manifest:
         check_names(record)
     except ValueError as error:
         raise CheckpointError(f"{source.label}/{FILE} contradicts itself ({error}). Fetch it again.") from error
-    return record
+    return told(record)
 
 
 def _localized(source: Source, record: Manifest) -> LocalizedCheckpoint:
@@ -231,7 +232,7 @@ def _survey_inputs(
     tensors = survey(masks).shapes
     readers = {name: fetch_tensors(checkpoint, tensors) for name, checkpoint in opened.items()}
     try:
-        return survey(masks, readers["base"], {name: readers[name] for name in masks})
+        return survey(masks, readers["base"], {name: readers[name] for name in masks if name in readers})
     except LocstitchError:
         raise
     except (KeyError, RuntimeError, ValueError) as error:
@@ -254,7 +255,7 @@ def summarize(ref: str, record: Manifest, surveyed: Survey, figures: Sequence[st
         scale=record.scale,
         N=record.N,
         k=record.k,
-        masks=tuple(_view(name, refs[name], mask, surveyed) for name, mask in record.masks.items()),
+        masks=tuple(_view(name, refs.get(name, ALL), mask, surveyed) for name, mask in record.masks.items()),
         overlap=record.overlap,
         covered_by=record.covered_by,
         layers={n: dict(zip(layout.layers, s.sum(axis=0).tolist(), strict=True)) for n, s in share.items()}

@@ -94,7 +94,7 @@ def format_plan(plan: Plan) -> str:
         *([f"stitch     {plan.recipe.stitch.describe()}"] if plan.recipe.stitch else []),
         *(f"inputs     {name:<{wide}}  {found.label}, {found.asked.split}" for name, found in plan.fit_data.items()),
         f"{'merged' if isinstance(plan, ModelPlan) else 'masked'}     N = {plan.n:,} elements in {localized} tensors"
-        + (f"; each mask keeps {keeps} {plan.k:,} ({share:.4g} %)" if plan.masked else "")
+        + (f"; {'the' if plan.joint else 'each'} mask keeps {keeps} {plan.k:,} ({share:.4g} %)" if plan.masked else "")
         + (f"; {kept} tensors kept from {plan.unmasked_from.label}" if isinstance(plan, ModelPlan) else ""),
         f"output     {len(plan.shards)} {'shard' if len(plan.shards) == 1 else 'shards'}, {human(cost.write)}"
         f" ({', '.join(sorted({t.dtype for s in plan.shards for t in s.tensors}))})",

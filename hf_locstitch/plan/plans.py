@@ -64,7 +64,12 @@ class Plan:
     @property
     def solved(self) -> bool:
         """Whether values or a mask are solved for, from several passes over the inputs."""
-        return self.recipe.fitting is not None or any(localizer.joint for localizer in self.localizers.values())
+        return self.recipe.fitting is not None or self.joint
+
+    @property
+    def joint(self) -> bool:
+        """Whether all finetunes share one mask."""
+        return any(localizer.joint for localizer in self.localizers.values())
 
     @property
     def masked(self) -> bool:

@@ -11,7 +11,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
-from hf_locstitch.artifacts.manifest import Manifest
+from hf_locstitch.artifacts.manifest import Manifest, told
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.config import architecture
 from hf_locstitch.plan.plans import LocalizePlan, ModelPlan, Plan, StitchPlan
@@ -141,7 +141,7 @@ def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] 
         fitted=fitted,
         localized=isinstance(plan, LocalizePlan),
         plan=plan,
-        record=record,
+        record=told(record),
         figures=figures,
         links={name: _link(plan, name) for name in plan.inputs},
         licences={name: licence_of(checkpoint) for name, checkpoint in plan.inputs.items()},
@@ -149,7 +149,7 @@ def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] 
         settings=settings(plan, record),
         data_links={name: data_link(found) for name, found in plan.data.items()},
         pins=pins(plan),
-        first=next(iter(plan.finetuned)),
+        first=next(iter(told(record).masks), ""),
         rest=_rest(plan) if isinstance(plan, ModelPlan) else "",
     )
     path.write_text(text, encoding="utf-8", newline="")

@@ -89,7 +89,10 @@ def survey_merge(plan: Plan, stage: Path) -> Survey | None:
     """
     if not plan.masked or not plan.recipe.figures:
         return None
-    masks = {name: stage / plan.mask_file(name) for name in plan.finetuned}
+    files = {plan.mask_file(name): name for name in reversed(plan.finetuned)}
+    if len(files) < len(plan.finetuned):
+        return survey({Path(file).stem: stage / file for file in files})  # a joint mask is of no one task vector
+    masks = {name: stage / file for file, name in reversed(files.items())}
     if isinstance(plan, StitchPlan):
         noted = {name: noted_task_vectors(one.source).get(one.name) for name, one in plan.localized_inputs.items()}
         surveyed = survey(masks)

@@ -69,9 +69,11 @@ def test_one_mask_file_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(torch.equal(mask[name], masks[0][name]) for mask in masks for name in mask)
     assert main(["verify", str(out), "--base", str(folders[0]), "--ft", *map(str, folders[1:])]) == 0
     assert main(["inspect", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "30.00 % by 1 masks" in said and "overlap" not in said and "no anomalies" in said
     card = (out / "README.md").read_text()
     assert "one joint mask" in card and "WUDI-Merging" in card and "RegMean" in card and "unlabelled" not in card
-    capsys.readouterr()
+    assert "one mask for all finetunes" in card and "Jaccard" not in card
 
 
 def test_any_order_and_any_number_of_processes(tmp_path: Path) -> None:
