@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from hf_locstitch.adapters.opening import laid_over
 from hf_locstitch.artifacts.fit import localized_mismatches, unlike
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, open_localized
 from hf_locstitch.artifacts.values_file import values_metadata
@@ -27,12 +28,13 @@ from hf_locstitch.checkpoints.compatibility import (
 from hf_locstitch.checkpoints.config_differences import config_differences, text_differences
 from hf_locstitch.checkpoints.localizable import localizable, unknown_globs
 from hf_locstitch.checkpoints.names import is_own, make_name, same_place
-from hf_locstitch.checkpoints.opening import open_checkpoint
+from hf_locstitch.checkpoints.opening import open_checkpoint, refuse_adapter
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.side_files import check_side_files, choose_side_files
 from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
+from hf_locstitch.plan.adapter_inputs import adapter_warnings, check_adapters
 from hf_locstitch.plan.layout import OutputShard, guessed, output_shards
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
@@ -49,6 +51,7 @@ ALL = ("*",)
 # Fields of a recipe that apply to a merged model only.
 OF_MODELS = ("scale", "rest_from", "files_from", "also_copy", "dtype", "shard_size", "evaluate")
 AnyModelPlan = TypeVar("AnyModelPlan", bound=ModelPlan)
+TOKENIZER = "tokenizer_config.json"  # where it is, other files of texts may be
 NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
 
 
@@ -56,7 +59,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     """The plan of a recipe that ends in a model. Raises RequestError with every problem."""
     if recipe.localized:
         return _open_and_stitch(recipe, settings)
-    base, finetuned, data, fit_data = _open_inputs(recipe)
+    base, finetuned, data, fit_data = _open_inputs(recipe, settings)
     plan = _with_side_files(_with_text_warnings(merge_plan(recipe, base, finetuned, settings, data, fit_data)))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
@@ -66,35 +69,40 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
 def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> LocalizePlan:
     """The plan for a localized checkpoint of the recipe's one finetune. Raises like make_plan."""
     _check_localizable(recipe)
-    base, finetuned, data, _ = _open_inputs(recipe)
+    base, finetuned, data, _ = _open_inputs(recipe, settings)
     return _with_text_warnings(localize_plan(recipe, base, finetuned, settings, data))
 
 
 def _open_inputs(
-    recipe: Recipe,
+    recipe: Recipe, settings: Settings
 ) -> tuple[Checkpoint, dict[str, Checkpoint], dict[str, OpenSet], dict[str, OpenSet]]:
     """The base, the finetunes, the localization sets and the inputs to fit to, by name."""
     refs = [parse_ref(entry.ref) for entry in (recipe.base, *recipe.finetuned)]
     names = finetuned_names(recipe, [ref.name for ref in refs[1:]])
     with hide_library_bars(), ThreadPoolExecutor(min(8, len(refs))) as pool:
-        base, *finetuned = pool.map(open_checkpoint, refs)
+        base, *opened = pool.map(open_checkpoint, refs)
+    refuse_adapter(base, "a base must be a whole model")
+    finetuned = dict(zip(names, opened, strict=True))
+    check_adapters(recipe, settings, finetuned)
     needs_data = recipe.localizer is not None and recipe.localizer.needs_data
     data = {name: open_set(asked) for name, asked in _by_name(recipe.data if needs_data else (), names).items()}
     fit_data = {name: open_set(asked) for name, asked in _by_name(recipe.fit_sets, names).items()}
-    return base, dict(zip(names, finetuned, strict=True)), data, fit_data
+    return base, laid_over(base, finetuned), data, fit_data
 
 
 def _with_text_warnings(plan: AnyPlan) -> AnyPlan:
     """The plan, with what small files of the inputs say of texts, such as other chat templates."""
-    kept = _kept_name(plan.recipe)
+    kept = _kept_name(plan.recipe, plan.finetuned)
+    others = {name: one for name, one in plan.finetuned.items() if one.layout is one or TOKENIZER in one.source.files}
     with hide_library_bars():
-        found = [text_differences(plan.base.source, name, one.source, kept) for name, one in plan.finetuned.items()]
+        found = [text_differences(plan.base.source, name, one.source, kept) for name, one in others.items()]
     return replace(plan, warnings=(*plan.warnings, *chain.from_iterable(found)))
 
 
-def _kept_name(recipe: Recipe) -> str:
+def _kept_name(recipe: Recipe, finetuned: Mapping[str, Checkpoint]) -> str:
     """Whose config and tokenizer the output gets."""
-    return recipe.files_from or recipe.rest_from or "the base"
+    name = recipe.files_from or recipe.rest_from or "the base"
+    return name if name not in finetuned or finetuned[name].layout is finetuned[name] else "the base"
 
 
 def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
@@ -120,8 +128,8 @@ def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
     warnings = list(plan.warnings)
     if chosen.left_weights:
         warnings.append(
-            f"{some(chosen.left_weights)} of {_kept_name(plan.recipe)}: weights that nothing says the model loads are "
-            "neither merged nor copied (--also-copy copies them)."
+            f"{some(chosen.left_weights)} of {_kept_name(plan.recipe, plan.finetuned)}: weights that nothing says the "
+            "model loads are neither merged nor copied (--also-copy copies them)."
         )
     return replace(plan, side_files=chosen, warnings=tuple(warnings))
 
@@ -177,7 +185,7 @@ def merge_plan(
         recipe=recipe,
         settings=settings,
         inputs={"base": base, **finetuned},
-        shards=output_shards(recipe, base, unmasked_from, frozenset(chosen)),
+        shards=output_shards(recipe, base, unmasked_from.layout, frozenset(chosen)),
         mask_tensors=tuple(base.info(name) for name in chosen),
         n=n,
         k=localizer.kept(numels) if localizer else n,
@@ -327,11 +335,12 @@ def _check_inputs(
         candidates = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
         problems += mismatches(base, checkpoint, chosen, candidates)
         warnings += differences(base, name, checkpoint, chosen)
-        warnings += config_differences(base, name, checkpoint, _kept_name(recipe))
+        warnings += config_differences(base, name, checkpoint, _kept_name(recipe, finetuned))
     found = misfit_files(*_given_files(recipe, base, finetuned))
     problems, warnings = problems + found[0], warnings + found[1]
     if problems:
         raise MismatchError(problems)
+    warnings += adapter_warnings(base, finetuned)
     warnings += swap_warnings(base, finetuned)
     warnings += licence_warning({"the base": base, **finetuned})
     warnings += leaks(list(_judged(recipe)), recipe.used_data)
@@ -345,7 +354,8 @@ def _given_files(
 ) -> tuple[Checkpoint, Checkpoint]:
     """Where config and tokenizer come from, and the tensors that are not merged; the base for an unknown name."""
     unmasked_from = finetuned.get(recipe.rest_from, base) if recipe.rest_from else base
-    return finetuned.get(recipe.files_from, base) if recipe.files_from else unmasked_from, unmasked_from
+    files = finetuned.get(recipe.files_from, base) if recipe.files_from else unmasked_from.layout
+    return files, unmasked_from
 
 
 def _loads_models(recipe: Recipe, data: Mapping[str, OpenSet], fit_data: Mapping[str, OpenSet]) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
+from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.byte_ranges import Piece, Pieces, byte_ranges
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
@@ -59,6 +60,11 @@ class Plan:
     @property
     def finetuned(self) -> dict[str, Checkpoint]:
         return {name: checkpoint for name, checkpoint in self.inputs.items() if name != "base"}
+
+    @property
+    def adapters(self) -> dict[str, AdapterCheckpoint]:
+        """Those of the finetunes that are adapters over the base."""
+        return {name: one for name, one in self.inputs.items() if isinstance(one, AdapterCheckpoint)}
 
     @property
     def masked(self) -> bool:
