@@ -82,8 +82,8 @@ def check_adapters(recipe: Recipe, settings: Settings, finetuned: Mapping[str, C
         )
     if recipe.files_from in adapters:
         raise RecipeError(
-            f"files_from is {recipe.files_from!r}, an adapter, whose folder is not that of a whole model. Drop "
-            "files_from to take the base's config and tokenizer."
+            f"{recipe.files_from} is an adapter, whose folder is not that of a whole model, but files_from takes config "
+            "and tokenizer from there. Drop files_from to take the base's."
         )
 
 
