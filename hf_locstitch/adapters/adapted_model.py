@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_locstitch.adapters.placeholders import Watch, blank, holds_nan, placeholder
+from hf_locstitch.adapters.placeholders import Watch, holds_nan, placeholder
 from hf_locstitch.adapters.settings import short
 from hf_locstitch.checkpoints.adapter import ADAPTER_WEIGHTS, AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import CONFIG, Checkpoint
@@ -108,11 +108,19 @@ class AdaptedModel:
         self._weights = dict(weights)
         self.real = False  # whether the layers hold the base's real weights
         if read is None:
-            self._build(lambda name, shape: blank(shape))
+            self._build_blank()
         elif not self._builds_on_placeholders():
             self.real = True
             self._build(self._value)
+        del self._weights  # they are in the layers now
         self.layers = self._find_layers()
+
+    def _build_blank(self) -> None:
+        """Where there are no values: on zeros that take no memory, unless PEFT writes into them, as for OLoRA."""
+        try:
+            self._build(lambda name, shape: torch.zeros(()).expand(shape))
+        except CheckpointError:
+            self._build(lambda name, shape: torch.zeros(shape))
 
     def _builds_on_placeholders(self) -> bool:
         """Whether PEFT built its layers without looking at the base's weights."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -23,11 +22,6 @@ NOT_MERGED = ("trainable_tokens_original",)
 def placeholder(shape: Iterable[int]) -> Tensor:
     """A float32 tensor that takes four bytes."""
     return torch.tensor(torch.nan).expand(*shape)
-
-
-def blank(shape: Iterable[int]) -> Tensor:
-    """Zeros that take memory only where they are overwritten, for layers that write into their weights."""
-    return torch.from_numpy(np.zeros(tuple(shape), dtype=np.float32))
 
 
 class Watch(TorchFunctionMode):

@@ -148,11 +148,15 @@ def make(
 
         explain_bus_errors()
         with ExitStack() as stack:
-            if _runs_models(plan):
-                from hf_locstitch.runtime.allocator import freed_memory_goes_back
+            if _runs_models(plan) or plan.adapters:
+                from hf_locstitch.runtime.allocator import keep_few_arenas
                 from hf_locstitch.runtime.chunks import one_torch_thread
 
+                keep_few_arenas()
                 stack.enter_context(one_torch_thread())
+            if _runs_models(plan):
+                from hf_locstitch.runtime.allocator import freed_memory_goes_back
+
                 stack.enter_context(freed_memory_goes_back())
             work = stack.enter_context(open_work_dir(plan, out, None if publish else out, processes))
             if isinstance(plan, LocalizePlan):
@@ -178,7 +182,7 @@ def make(
 def _runs_models(plan: Plan) -> bool:
     """Whether torch is needed; importing it takes longer than merging small models."""
     with_data = isinstance(plan, MergePlan | LocalizePlan) and plan.masked and plan.localizer.needs_data
-    return with_data or plan.recipe.fitting is not None or plan.settings.device != "cpu" or bool(plan.adapters)
+    return with_data or plan.recipe.fitting is not None or plan.settings.device != "cpu"
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class Inputs:
 
     @property
     def computed(self) -> bool:
-        """Whether an input's values are computed as they are read, so that each pass takes longer than reading."""
+        """Whether an input's values are computed as they are read."""
         return any(checkpoint.layout is not checkpoint for checkpoint in self._plan.inputs.values())
 
     def fetch(self) -> OpenInputs:

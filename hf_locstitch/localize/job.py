@@ -64,11 +64,6 @@ class InputFiles(Protocol):
         """Whether all files needed are on this machine by now."""
         ...
 
-    @property
-    def computed(self) -> bool:
-        """Whether values of an input are computed as they are read, so that one pass is better than two."""
-        ...
-
     def fetch(self) -> OpenedInputs:
         """Download all files completely, for any number of passes."""
         ...

@@ -42,7 +42,7 @@ def find_by_scores(job: LocalizeJob, scores: ScoreBits | None) -> Mapping[str, M
             scores=scores,
             advance=advance,
         )
-        if job.inputs.all_here and not (job.inputs.computed and job.processes.count == 1):
+        if job.inputs.all_here:
             return scan.select(job.inputs.fetch().readers)
         selections = scan.begin()
         with job.inputs.opened(scan.pieces(selections), kept=job.kept) as opened:

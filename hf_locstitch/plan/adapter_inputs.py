@@ -82,7 +82,7 @@ def check_adapters(recipe: Recipe, settings: Settings, finetuned: Mapping[str, C
         )
     if recipe.files_from in adapters:
         raise RecipeError(
-            f"{recipe.files_from} is an adapter, whose folder is not that of a whole model, but files_from takes config "
+            f"{recipe.files_from} is an adapter, not a whole model, but files_from takes config "
             "and tokenizer from there. Drop files_from to take the base's."
         )
 

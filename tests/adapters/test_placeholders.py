@@ -11,10 +11,9 @@ from helpers.adapters import config_of, merged_by_peft, on_disk, save_adapter, s
 from helpers.models import load
 from safetensors.torch import load_file
 
-from hf_locstitch.adapters import adapted_model
 from hf_locstitch.adapters.adapted_model import AdaptedModel, Skeleton
 from hf_locstitch.adapters.fit import lay_over
-from hf_locstitch.adapters.placeholders import Watch, blank, holds_nan, placeholder
+from hf_locstitch.adapters.placeholders import Watch, holds_nan, placeholder
 from hf_locstitch.adapters.settings import peft_config
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.opening import open_checkpoint
@@ -64,7 +63,6 @@ def test_garbage_if_nobody_watched(
     due = on_disk(merged_by_peft(base, adapter), tmp_path / "due")
     model, values = adapted(base, adapter)
     assert model.real and all(torch.equal(value, due[name]) for name, value in values.items())
-    monkeypatch.setattr(adapted_model, "placeholder", blank)
     monkeypatch.setattr(AdaptedModel, "_builds_on_placeholders", lambda self: self._build(self._other) or True)
     monkeypatch.setattr(AdaptedModel, "_other", lambda self, name, shape: torch.ones(shape), raising=False)
     _, values = adapted(base, adapter)
@@ -112,4 +110,3 @@ def test_nan_is_found_wherever_a_module_keeps_it() -> None:
 
 def test_a_placeholder_takes_no_memory() -> None:
     assert placeholder((1 << 20, 1 << 20)).untyped_storage().nbytes() == 4
-    assert not blank((3, 4)).any()
