@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ NO_MODEL = "An adapter needs a base that transformers can build without code fro
 
 _BUILDING = threading.Lock()  # random numbers and warnings are the process's
 
+_MAKING = threading.Lock()
+_SKELETONS: dict[tuple[str, str], Any] = {}  # the last one made
+
 Read = Callable[[str], Tensor]  # a tensor of the base by its name on disk, [*shape]
 
 
@@ -53,8 +57,8 @@ class Skeleton:
             for path, module in self.model.named_modules()
         }
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        names = self.owners[""]
-        self.tied = frozenset(name for name in names.values() if list(names.values()).count(name) > 1)
+        times = Counter(self.owners[""].values())
+        self.tied = frozenset(name for name, count in times.items() if count > 1)
 
     def filled(self, value: Callable[[str, torch.Size], Tensor]) -> Any:
         """The model with these values: canonical name, shape -> [*shape]."""
@@ -75,6 +79,16 @@ class Skeleton:
         if parameter not in self.groups:
             return None
         return from_disk(self.model, self.groups[parameter][0], read)[parameter]
+
+
+def skeleton_of(base: Checkpoint, auto_class: str) -> Skeleton:
+    """The same one for all adapters over a base; it takes little memory."""
+    key = base.source.identity, auto_class
+    with _MAKING:
+        if key not in _SKELETONS:
+            _SKELETONS.clear()
+            _SKELETONS[key] = Skeleton(base, auto_class)
+        return _SKELETONS[key]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_locstitch.adapters.adapted_model import AdaptedModel, Skeleton
+from hf_locstitch.adapters.adapted_model import AdaptedModel, Skeleton, skeleton_of
 from hf_locstitch.adapters.settings import model_classes, not_mergeable, peft_config, short
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import CONFIG, Checkpoint
@@ -45,7 +45,7 @@ def lay_over(adapter: AdapterCheckpoint, base: Checkpoint) -> AdapterCheckpoint:
 
 def _skeleton(base: Checkpoint, auto_class: str) -> Skeleton:
     try:
-        return Skeleton(base, auto_class)
+        return skeleton_of(base, auto_class)
     except (AttributeError, TypeError) as error:  # a class of another architecture
         raise CheckpointError(f"{auto_class} cannot build the model of {base.label} ({short(error)}).") from error
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from hf_locstitch.adapters.adapted_model import AdaptedModel, Skeleton
+from hf_locstitch.adapters.adapted_model import AdaptedModel, skeleton_of
 from hf_locstitch.adapters.settings import peft_config
 from hf_locstitch.checkpoints.adapter import ADAPTER_WEIGHTS, AdapterCheckpoint
 from hf_locstitch.checkpoints.mapped import MappedCheckpoint
@@ -106,7 +106,7 @@ class AdapterReader(CheckpointReader):
     def _model(self) -> AdaptedModel:
         assert self._adapter.base is not None
         weights = load_file(self._paths[ADAPTER_WEIGHTS])
-        skeleton = Skeleton(self._adapter.base, self._adapter.auto_class)
+        skeleton = skeleton_of(self._adapter.base, self._adapter.auto_class)
         return AdaptedModel(self._adapter, skeleton, peft_config(self._adapter), weights, self._read)
 
     def _read(self, name: str) -> torch.Tensor:
