@@ -22,6 +22,7 @@ from hf_locstitch import Magnitude, load_mask, verify
 from hf_locstitch.adapters.adapted_model import AdaptedModel
 from hf_locstitch.cli.main import main
 from hf_locstitch.engine.shard_writer import ShardWriter
+from hf_locstitch.localize import scan
 from hf_locstitch.localize.scan import Scan
 from loopback_hub import LoopbackHub
 
@@ -163,6 +164,21 @@ def test_each_layer_is_computed_once(home: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(AdaptedModel, "compute", lambda self, layer: computed.append(layer) or compute(self, layer))
     quick_merge("base", ["lora-a"], out=tmp_path / "out", localizer=Magnitude(density=0.1))
     assert len(computed) == len(set(computed)) == 14
+
+
+@pytest.mark.parametrize("density", [0.02, 0.3])
+def test_a_sample_of_few_layers(density: float, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only some layers tell about the threshold, the masks are those of all scores."""
+    for name, value in {"SAMPLE": 512, "SMALLEST_SAMPLE": 512, "SAMPLE_RUN": 32, "LEAST": 2}.items():
+        monkeypatch.setattr(scan, name, value)
+    sampled: list[int] = []
+    some_of = scan._some_of
+    monkeypatch.setattr(scan, "_some_of", lambda tensors: sampled.append(len(some_of(tensors))) or some_of(tensors))
+    for kind in ("lora", "full"):
+        refs, how = [f"{kind}-a", f"{kind}-b"], Magnitude(density=density)
+        quick_merge("base", refs, names=["a", "b"], out=tmp_path / kind, localizer=how)
+    assert sampled and max(sampled) < 14
+    assert same(tmp_path / "lora", tmp_path / "full")
 
 
 def test_several_processes(home: Path, tmp_path: Path) -> None:
