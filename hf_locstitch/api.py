@@ -14,6 +14,7 @@ from hf_locstitch.artifacts.manifest import told
 from hf_locstitch.engine.execute import AfterRun, Finished, execute
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.localizer import Localizer
+from hf_locstitch.plan.adapter_inputs import with_base
 from hf_locstitch.plan.planning import make_localize_plan, make_plan
 from hf_locstitch.plan.plans import MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe, make_recipe
@@ -75,7 +76,7 @@ class MergeResult:
 
 
 def merge_from_hub(
-    base: Ref,
+    base: Ref | None,
     finetuned: Ref | Sequence[Ref],
     *,
     out: Ref | None = None,
@@ -105,8 +106,9 @@ def merge_from_hub(
     """Merge finetuned models into their base, by Localize-and-Stitch unless a `method` is given.
 
     Args:
-        base: The pretrained model: a folder, org/name or org/name@revision.
-        finetuned: One or several models finetuned from it, likewise.
+        base: The pretrained model: a folder, org/name or org/name@revision. None takes the one that all adapters among
+            the finetunes name.
+        finetuned: One or several models finetuned from it, or PEFT adapters for it, likewise.
         out: A folder that does not exist yet. At least one of `out` and `push_to` is needed.
         push_to: A repo, org/name, to push the merge to, in one commit.
         private: Whether a new repo is private.
@@ -156,7 +158,7 @@ def merge_from_hub(
 
 
 def localize_from_hub(
-    base: Ref,
+    base: Ref | None,
     finetuned: Ref,
     *,
     out: Ref | None = None,
@@ -178,8 +180,8 @@ def localize_from_hub(
     """Reduce one finetuned model to its mask and the values under it: a localized checkpoint.
 
     Args:
-        base: The pretrained model: a folder, org/name or org/name@revision.
-        finetuned: The finetuned model, likewise.
+        base: The pretrained model: a folder, org/name or org/name@revision. None takes the one that an adapter names.
+        finetuned: The finetuned model, or a PEFT adapter, likewise.
         name: The name of its mask; the ref's last part by default.
         stitch: "refit" solves for the values under the mask again, so that it holds more of the model; they are then no
             longer the finetuned model's own.
@@ -275,9 +277,9 @@ def plan_merge(
         321200947
     """
     if isinstance(recipe, str | Path):
-        recipe = make_recipe(load_recipe(Path(recipe)), where=str(recipe))
+        recipe = make_recipe(with_base(load_recipe(Path(recipe))), where=str(recipe))
     elif not isinstance(recipe, Recipe):
-        recipe = make_recipe(recipe)
+        recipe = make_recipe(with_base(recipe))
     return make_plan(recipe, make_settings(cache, max_memory, device))
 
 
@@ -303,7 +305,7 @@ def carry_out(plan: Plan, progress: Progress) -> MergeResult:
 
 def _recipe(**fields: Any) -> Recipe:
     """A recipe of the arguments that are not None."""
-    return make_recipe({name: value for name, value in fields.items() if value is not None})
+    return make_recipe(with_base({name: value for name, value in fields.items() if value is not None}))
 
 
 def _entries(refs: Ref | Sequence[Ref], names: Sequence[str] | None) -> list[dict[str, str]]:

@@ -48,6 +48,16 @@ class Checkpoint:
     def label(self) -> str:
         return self.source.label
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that the values of its tensors come from."""
+        return tuple(shard.file for shard in self.shards)
+
+    @property
+    def layout(self) -> Checkpoint:
+        """The checkpoint whose files, config and tokenizer a model with these tensors has."""
+        return self
+
     def info(self, name: str) -> TensorInfo:
         return self.tensors[name][1]
 

@@ -103,7 +103,7 @@ def differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence
     if unlike:
         shown = ", ".join(unlike[:3]) + more(min(len(unlike), len(unlike) - 2))
         warnings.append(f"{name} differs outside the localized tensors: {shown}. The base's are kept.")
-    if all(t in other.tensors for t in chosen):
+    if all(t in other.tensors for t in chosen) and other.layout is other:  # an adapter's dtypes are our choice
         warnings += dtype_warnings(name, [(other.info(t).dtype, base.info(t).dtype) for t in chosen])
     return warnings
 

@@ -1,4 +1,4 @@
-"""The SHA-256 of every input shard, computed in the background while libraries are imported."""
+"""The SHA-256 of every input file that holds weights, computed in the background while libraries are imported."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ FileHash = tuple[str, str, str]  # input, file, SHA-256
 
 
 class InputHashes:
-    """Hashes of the input shards: the part of process `rank` of `count`."""
+    """Hashes of the inputs' files: the part of process `rank` of `count`."""
 
     def __init__(self, inputs: Mapping[str, Checkpoint], rank: int = 0, count: int = 1) -> None:
-        jobs = [(name, shard.file) for name, checkpoint in inputs.items() for shard in checkpoint.shards]
+        jobs = [(name, file) for name, checkpoint in inputs.items() for file in checkpoint.files]
         self._inputs = inputs
         self._pool = ThreadPoolExecutor(1)
         self._running = [self._pool.submit(self._hash, name, file) for name, file in jobs[rank::count]]

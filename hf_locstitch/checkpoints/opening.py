@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, Config, open_source, read_json
 from hf_locstitch.checkpoints.kinds import KINDS
 from hf_locstitch.checkpoints.quantized import quantized_tensor
@@ -11,12 +12,27 @@ from hf_locstitch.errors import CheckpointError
 
 
 def open_checkpoint(ref: Ref) -> Checkpoint:
-    """Read the headers (and nothing else) of what `ref` names. Raises CheckpointError."""
-    return read_checkpoint(open_source(ref))
+    """Read the headers (and nothing else) of what `ref` names, a model or an adapter. Raises CheckpointError."""
+    return _read(open_source(ref))
 
 
 def read_checkpoint(source: Source) -> Checkpoint:
-    """Likewise. Raises CheckpointError."""
+    """Likewise of a model. Raises CheckpointError."""
+    checkpoint = _read(source)
+    refuse_adapter(checkpoint, "a whole model is needed here")
+    return checkpoint
+
+
+def refuse_adapter(checkpoint: Checkpoint, needed: str) -> None:
+    """Raises CheckpointError if this is an adapter. needed: what takes none, as a sentence."""
+    if isinstance(checkpoint, AdapterCheckpoint):
+        raise CheckpointError(
+            f"{checkpoint.label} is a PEFT adapter without its base's weights; {needed}. Merge it first: "
+            "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), then use that folder."
+        )
+
+
+def _read(source: Source) -> Checkpoint:
     config = read_json(source, CONFIG) if CONFIG in source.files else {}
     _refuse_quantized(source, config)
     for kind in sorted(KINDS.all(), key=lambda kind: kind.rank):

@@ -39,7 +39,7 @@ def _add_merge(commands: Any) -> None:
         description=f"Merge finetuned models into their base. {REF}: a folder, org/name or org/name@revision.",
     )
     _add_recipe(parser)
-    parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models")
+    parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models, or PEFT adapters")
     parser.add_argument(
         "--names", nargs="+", metavar="NAME", help="names for them (default: the last part of each REF)"
     )
@@ -81,7 +81,9 @@ def _add_localize(commands: Any) -> None:
         f"percent of the model. `stitch` merges any number of them. {REF}: a folder, org/name or org/name@revision.",
     )
     _add_recipe(parser)
-    parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned model")  # one; the recipe tells
+    parser.add_argument(
+        "--ft", nargs="+", metavar=REF, help="the finetuned model, or a PEFT adapter"
+    )  # one; the recipe tells
     parser.add_argument(
         "--name", dest="names", nargs=1, metavar="NAME", help="a name for it (default: the last part of REF)"
     )
@@ -121,7 +123,7 @@ def _add_stitch(commands: Any) -> None:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="a recipe; flags override it")
-    parser.add_argument("--base", metavar=REF, help="the pretrained model")
+    parser.add_argument("--base", metavar=REF, help="the pretrained model (default: the one that adapters name)")
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:

@@ -112,12 +112,13 @@ def stitch(args: argparse.Namespace) -> int:
 def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan]) -> int:
     """Plan, print the plan, work, and print the result."""
     from hf_locstitch.engine.preflight import check_output_given
+    from hf_locstitch.plan.adapter_inputs import with_base
     from hf_locstitch.plan.describe import format_plan, plan_json
     from hf_locstitch.plan.recipe import make_recipe
     from hf_locstitch.runtime.progress import Progress
     from hf_locstitch.runtime.settings import make_settings
 
-    recipe = make_recipe(_fields(args), where=str(args.recipe or "command"))
+    recipe = make_recipe(with_base(_fields(args)), where=str(args.recipe or "command"))
     if not args.dry_run:
         check_output_given(recipe)
     device = getattr(args, "device", "cpu")

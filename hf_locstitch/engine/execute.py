@@ -156,11 +156,15 @@ def make(
 
         explain_bus_errors()
         with ExitStack() as stack:
-            if _runs_models(plan):
-                from hf_locstitch.runtime.allocator import freed_memory_goes_back
+            if _runs_models(plan) or plan.adapters:
+                from hf_locstitch.runtime.allocator import keep_few_arenas
                 from hf_locstitch.runtime.chunks import one_torch_thread
 
+                keep_few_arenas()
                 stack.enter_context(one_torch_thread())
+            if _runs_models(plan):
+                from hf_locstitch.runtime.allocator import freed_memory_goes_back
+
                 stack.enter_context(freed_memory_goes_back())
             work = stack.enter_context(open_work_dir(plan, out, None if publish else out, processes))
             if isinstance(plan, LocalizePlan):

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_locstitch.adapters.opening import local_reader
 from hf_locstitch.checkpoints.byte_ranges import Pieces, Range, byte_ranges
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.folder import FolderSource
@@ -68,19 +69,24 @@ class Inputs:
         inputs = self._plan.inputs
         return all(inputs[name].source.cached(file) for name, files in self._plan.needed.items() for file in files)
 
+    @property
+    def computed(self) -> bool:
+        """Whether an input's values are computed as they are read."""
+        return any(checkpoint.layout is not checkpoint for checkpoint in self._plan.inputs.values())
+
     def fetch(self) -> OpenInputs:
         """All inputs complete on this machine, for any number of passes."""
         if self._whole is None:
             inputs, needed = self._plan.inputs, self._plan.needed
             with self._fetching(needed) as advance:
                 paths = {name: self._paths(name, files, advance) for name, files in needed.items()}
-            self._whole = OpenInputs({name: MappedCheckpoint(inputs[name], paths[name]) for name in inputs}, {})
+            self._whole = OpenInputs({name: local_reader(inputs[name], paths[name]) for name in inputs}, {})
         return self._whole
 
     @contextmanager
     def opened(self, pieces: Pieces, kept: Pieces | None = None) -> Iterator[OpenInputs]:
         """For one pass over `pieces`. kept: what a later pass will read of inputs other than its own."""
-        if self.all_here:
+        if self.all_here or self.computed:  # which takes files that are complete
             yield self.fetch()
             return
         inputs, kept = self._plan.inputs, kept or {}

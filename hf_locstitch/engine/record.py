@@ -62,12 +62,17 @@ def make_manifest(
         covered_by=[plan.n - int(overlap.covered[1:].sum()), *overlap.covered[1:].tolist()] if plan.masked else [],
         overlap=overlap.pair_records(list(plan.finetuned)) if plan.masked else [],
         warnings=[*plan.warnings, *smaller],
-        versions={"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
+        versions={"python": platform.python_version(), **{library: version(library) for library in _libraries(plan)}},
         fingerprint=fingerprint,
         data={name: found.pinned.dump() for name, found in plan.data.items()}
         | {name: data for name, checkpoint in localized.items() for data in checkpoint.record.data.values()},
         stitch=stitch,
     )
+
+
+def _libraries(plan: Plan) -> tuple[str, ...]:
+    """Those whose versions may tell why a second run gave other bytes."""
+    return (*LIBRARIES, "transformers", "peft") if plan.adapters else LIBRARIES
 
 
 def _smaller_masks(plan: Plan, masks: Mapping[str, MaskRecord]) -> Iterator[str]:

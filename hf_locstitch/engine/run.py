@@ -181,7 +181,7 @@ class Run(ABC, Generic[AnyPlan]):
 
     @cached_property
     def files(self) -> dict[str, dict[str, str]]:
-        """SHA-256 of every shard of every input."""
+        """SHA-256 of every file that the weights of an input come from."""
         own = self.processes.together(self.hashes.wait)
         files: dict[str, dict[str, str]] = {name: {} for name in self.plan.inputs}
         for results in self.processes.gather(own):
@@ -222,7 +222,7 @@ class Run(ABC, Generic[AnyPlan]):
         """Write everything except weights and masks."""
         plan, stage = self.plan, self.work.stage
         for checkpoint in plan.inputs.values():
-            checkpoint.source.check_unchanged(shard.file for shard in checkpoint.shards)
+            checkpoint.source.check_unchanged(checkpoint.files)
         check_pins(plan, files)
         self.write_side_files()
         record = make_manifest(plan, files, overlap, fingerprint(plan), stitch, self.examples)

@@ -41,6 +41,10 @@ SAMPLE = 1 << 20  # elements of one model that the brackets are estimated from
 SMALLEST_SAMPLE = 1 << 16  # for one group of tensors; smaller groups are kept completely
 SAMPLE_RUN = 1 << 11  # neighbours sampled together, so that few places of a file are read
 
+# Of a model whose tensors are computed as they are read, only some are sampled:
+FEW, LEAST = 4, 16  # one tensor in FEW, but not fewer than LEAST;
+MARGIN = 1.2  # and the bracket reaches from so many times the coordinates asked for to as many times fewer
+
 Group = tuple[Sequence[int], int]
 Readers = Mapping[str, CheckpointReader]  # "base" and the finetuned models
 # tensor, first element, finetuned and base values [n] -> scores as bits [n]
@@ -166,7 +170,9 @@ class Scan:
             return
         original = inputs["base"].values(name, chunk.first, chunk.count)
         self.finder.begin(original)
-        for model, selection in todo.items():
+        # Each thread begins with another model: if values are computed as they are read, two do not wait for the same.
+        turn = chunk.index % len(todo)
+        for model, selection in [*todo.items()][turn:] + [*todo.items()][:turn]:
             finetuned = inputs[model].values(name, chunk.first, chunk.count)
             bracket = selection.bracket(chunk)
             if self._own_scores is None:
@@ -220,19 +226,25 @@ class Scan:
     def _sampled_brackets(self, inputs: Readers, model: str) -> list[FixedBracket]:
         """A bracket for each group. It decides how much is spilled, never what is selected."""
         budget = max(SAMPLE // max(len(self.groups), 1), SMALLEST_SAMPLE)
+        computed = self.finetuned[model].layout is not self.finetuned[model]
         brackets = []
         for tensors, k in self.groups:
             n = sum(self.tensors[tensor].numel for tensor in tensors)
-            sample = self._sample(inputs, model, tensors, n, budget // SAMPLE_RUN) if n > budget else None
-            brackets.append(EVERYTHING if sample is None else sample_bracket(sample, k, n))
+            few = _some_of(tensors) if computed else tensors
+            sample = self._sample(inputs, model, few, budget // SAMPLE_RUN) if n > budget else None
+            if sample is None:
+                brackets.append(EVERYTHING)
+            elif computed:  # tensors differ: where few are sampled, the bracket is wider
+                low = sample_bracket(sample, min(round(MARGIN * k), n), n).low
+                brackets.append(FixedBracket(low, sample_bracket(sample, round(k / MARGIN), n).high))
+            else:
+                brackets.append(sample_bracket(sample, k, n))
         return brackets
 
-    def _sample(
-        self, inputs: Readers, model: str, tensors: Sequence[int], n: int, runs: int
-    ) -> npt.NDArray[np.int32] | None:
-        """Scores of runs of neighbours, spread evenly over n elements. Returns [runs, SAMPLE_RUN]."""
+    def _sample(self, inputs: Readers, model: str, tensors: Sequence[int], runs: int) -> npt.NDArray[np.int32] | None:
+        """Scores of runs of neighbours, spread evenly over the tensors' elements. Returns [runs, SAMPLE_RUN]."""
         ends = np.cumsum([self.tensors[tensor].numel for tensor in tensors])
-        places = ((np.arange(runs) + np.random.default_rng(0).random(runs)) * n / runs).astype(np.int64)
+        places = ((np.arange(runs) + np.random.default_rng(0).random(runs)) * ends[-1] / runs).astype(np.int64)
         rows = []
         for place, at in zip(places, np.searchsorted(ends, places, side="right"), strict=True):
             info = self.tensors[tensors[at]]
@@ -248,6 +260,12 @@ class Scan:
         if self._own_scores is None:
             return magnitude_scores(finetuned, base)
         return np.where(differing(finetuned, base), self._own_scores(name, first, finetuned, base), np.int32(0))
+
+
+def _some_of(tensors: Sequence[int]) -> Sequence[int]:
+    """One in FEW of them, the same ones every time, but not fewer than LEAST."""
+    count = min(len(tensors), max(LEAST, len(tensors) // FEW))
+    return sorted(np.random.default_rng(0).choice(np.asarray(tensors), count, replace=False).tolist())
 
 
 def _on_device(device: str) -> Finder:

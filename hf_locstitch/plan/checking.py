@@ -17,6 +17,7 @@ from hf_locstitch.checkpoints.config_differences import config_differences
 from hf_locstitch.checkpoints.localizable import localizable, unknown_globs
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import MismatchError, RecipeError
+from hf_locstitch.plan.adapter_inputs import adapter_warnings
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.settings import Settings
 from hf_locstitch.tasks.benchmarks import chosen_tasks
@@ -68,11 +69,12 @@ def check_inputs(
         candidates = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
         problems += mismatches(base, checkpoint, chosen, candidates)
         warnings += differences(base, name, checkpoint, chosen)
-        warnings += config_differences(base, name, checkpoint, kept_name(recipe))
+        warnings += config_differences(base, name, checkpoint, kept_name(recipe, finetuned))
     found = misfit_files(*given_files(recipe, base, finetuned))
     problems, warnings = problems + found[0], warnings + found[1]
     if problems:
         raise MismatchError(problems)
+    warnings += adapter_warnings(base, finetuned)
     warnings += swap_warnings(base, finetuned)
     warnings += licence_warning({"the base": base, **finetuned})
     warnings += leaks(list(_judged(recipe)), recipe.used_data)
@@ -97,7 +99,8 @@ def _why_none(recipe: Recipe, base: Checkpoint) -> str:
 def given_files(recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint]) -> tuple[Checkpoint, Checkpoint]:
     """Where config and tokenizer come from, and the tensors that are not merged; the base for an unknown name."""
     unmasked_from = finetuned.get(recipe.rest_from, base) if recipe.rest_from else base
-    return finetuned.get(recipe.files_from, base) if recipe.files_from else unmasked_from, unmasked_from
+    files = finetuned.get(recipe.files_from, base) if recipe.files_from else unmasked_from.layout
+    return files, unmasked_from
 
 
 def _loads_models(recipe: Recipe, data: Mapping[str, OpenSet]) -> str | None:
@@ -153,6 +156,7 @@ def _made_names(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:
             yield f"the finetune {own!r} is called {name}: its own name cannot be a file's. --names sets another."
 
 
-def kept_name(recipe: Recipe) -> str:
+def kept_name(recipe: Recipe, finetuned: Mapping[str, Checkpoint]) -> str:
     """Whose config and tokenizer the output gets."""
-    return recipe.files_from or recipe.rest_from or "the base"
+    name = recipe.files_from or recipe.rest_from or "the base"
+    return name if name not in finetuned or finetuned[name].layout is finetuned[name] else "the base"

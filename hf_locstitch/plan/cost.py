@@ -17,6 +17,8 @@ from hf_locstitch.stitch.fit_cost import Cost as FitCost
 Here = frozenset[tuple[str, str]]  # (input, file) on this machine
 SPILL_BYTES = 8  # position and |task vector| of one candidate; its value comes on top
 SPILL_MARGIN = 1.25  # candidates kept per coordinate chosen; the bound is set from a sample
+PEFT_BYTES = 350_000_000  # of imported torch, transformers and PEFT; measured
+LAYERS = 12  # copies of an adapter's largest layer: two are held, three in the making, others freed but not given back
 RISING_MARGIN = 1.05  # the same where the bound rises while files come, after tidying up; a bin of scores is .8 % wide
 
 
@@ -50,7 +52,14 @@ def estimate(plan: Plan, here: Here) -> Cost:
     disk = _output(plan) + _spill(plan, here) + _masks(plan) + (0 if plan.settings.cache else _streams(plan, here))
     fitting = fit_cost(plan)
     disk += fitting.disk if fitting else 0
-    return Cost(read, download, write, disk, plan.settings.memory + (fitting.peak if fitting else 0))
+    memory = plan.settings.memory + (fitting.peak if fitting else 0)
+    return Cost(read, download, write, disk, memory + adapters_memory(plan))
+
+
+def adapters_memory(plan: Plan) -> int:
+    """Of the libraries that compute layers with adapters, and of the layers: two are held, one is being made."""
+    sizes = [adapter.largest_layer for adapter in plan.adapters.values()]
+    return PEFT_BYTES + LAYERS * sum(sizes) if sizes else 0
 
 
 def files_here(plan: Plan) -> Here:
@@ -84,7 +93,7 @@ def _spill(plan: Plan, here: Here) -> int:
     if not plan.masked:
         return 0
     all_here = all((name, file) in here for name, files in plan.needed.items() for file in files)
-    streamed = not plan.settings.cache or not all_here
+    streamed = not plan.settings.cache or not all_here or bool(plan.adapters)
     value = max(
         (ITEM_BYTES[c.info(t).dtype] for c in plan.finetuned.values() for t in c.tensors if c.info(t).floating),
         default=4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.ref import could_be_repo
 from hf_locstitch.plan.cost import estimate, files_here, fit_cost, localizing_cost
@@ -21,6 +22,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "base": plan.base.source.pinned,
         "finetuned": {name: checkpoint.source.pinned for name, checkpoint in plan.finetuned.items()},
+        "adapters": {
+            name: {"kind": one.kind, "changes": [tensor for layer in one.layers for tensor in layer], "left": one.left}
+            for name, one in plan.adapters.items()
+        },
         "method": plan.recipe.method.name,
         "localizer": plan.common_localizer,
         "data": {name: found.pinned.dump() for name, found in plan.data.items()},
@@ -66,6 +71,14 @@ def _could_be_solved(plan: Plan) -> bool:
     return plain and len(plan.finetuned) > 1 and plan.settings.cache and not plan.data
 
 
+def _as_adapter(checkpoint: Checkpoint) -> str:
+    """A note on an adapter."""
+    if not isinstance(checkpoint, AdapterCheckpoint):
+        return ""
+    changed = sum(map(len, checkpoint.layers))
+    return f" ({checkpoint.kind} adapter, changes {changed} tensors of the base)"
+
+
 def format_plan(plan: Plan) -> str:
     """The plan for a person to read."""
     cost = estimate(plan, files_here(plan))
@@ -78,7 +91,7 @@ def format_plan(plan: Plan) -> str:
     wide = max(len(name) for name in plan.finetuned)
     entries = (plan.recipe.base, *plan.recipe.entries)
     inputs = {
-        name: checkpoint.label + _shadowing(entry.ref, checkpoint)
+        name: checkpoint.label + _shadowing(entry.ref, checkpoint) + _as_adapter(checkpoint)
         for (name, checkpoint), entry in zip(plan.inputs.items(), entries, strict=True)
     }
     lines = [

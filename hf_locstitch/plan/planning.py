@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from hf_locstitch.adapters.opening import laid_over
 from hf_locstitch.artifacts.fit import localized_mismatches, unlike
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, open_localized
 from hf_locstitch.artifacts.values_file import values_metadata
@@ -22,12 +23,13 @@ from hf_locstitch.checkpoints.compatibility import (
 from hf_locstitch.checkpoints.config_differences import text_differences
 from hf_locstitch.checkpoints.localizable import unknown_globs
 from hf_locstitch.checkpoints.names import is_own, make_name, same_place
-from hf_locstitch.checkpoints.opening import open_checkpoint
+from hf_locstitch.checkpoints.opening import open_checkpoint, refuse_adapter
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.side_files import check_side_files, choose_side_files
 from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
+from hf_locstitch.plan.adapter_inputs import check_adapters
 from hf_locstitch.plan.checking import check_inputs, check_localizable, given_files, kept_name
 from hf_locstitch.plan.layout import OutputShard, guessed, output_shards
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, StitchPlan
@@ -39,6 +41,7 @@ from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, open_set
 
 AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
 AnyModelPlan = TypeVar("AnyModelPlan", bound=ModelPlan)
+TOKENIZER = "tokenizer_config.json"  # where it is, other files of texts may be
 NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
 
 
@@ -46,7 +49,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     """The plan of a recipe that ends in a model. Raises RequestError with every problem."""
     if recipe.localized:
         return _open_and_stitch(recipe, settings)
-    base, finetuned, data, fit_data = _open_inputs(recipe)
+    base, finetuned, data, fit_data = _open_inputs(recipe, settings)
     plan = _with_side_files(_with_text_warnings(merge_plan(recipe, base, finetuned, settings, data, fit_data)))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
@@ -57,7 +60,7 @@ def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> Localize
     """The plan for a localized checkpoint of the recipe's one finetune. Raises like make_plan."""
     recipe = _without_fit_data(recipe)
     check_localizable(recipe)
-    base, finetuned, data, _ = _open_inputs(recipe)
+    base, finetuned, data, _ = _open_inputs(recipe, settings)
     return _with_text_warnings(localize_plan(recipe, base, finetuned, settings, data))
 
 
@@ -69,24 +72,28 @@ def _without_fit_data(recipe: Recipe) -> Recipe:
 
 
 def _open_inputs(
-    recipe: Recipe,
+    recipe: Recipe, settings: Settings
 ) -> tuple[Checkpoint, dict[str, Checkpoint], dict[str, OpenSet], dict[str, OpenSet]]:
     """The base, the finetunes, the localization sets and the inputs to fit to, by name."""
     refs = [parse_ref(entry.ref) for entry in (recipe.base, *recipe.finetuned)]
     names = finetuned_names(recipe, [ref.name for ref in refs[1:]])
     with hide_library_bars(), ThreadPoolExecutor(min(8, len(refs))) as pool:
-        base, *finetuned = pool.map(open_checkpoint, refs)
+        base, *opened = pool.map(open_checkpoint, refs)
+    refuse_adapter(base, "a base must be a whole model")
+    finetuned = dict(zip(names, opened, strict=True))
+    check_adapters(recipe, settings, finetuned)
     needs_data = recipe.localizer is not None and recipe.localizer.needs_data
     data = {name: open_set(asked) for name, asked in _by_name(recipe.data if needs_data else (), names).items()}
     fit_data = {name: open_set(asked) for name, asked in _by_name(recipe.fit_sets, names).items()}
-    return base, dict(zip(names, finetuned, strict=True)), data, fit_data
+    return base, laid_over(base, finetuned), data, fit_data
 
 
 def _with_text_warnings(plan: AnyPlan) -> AnyPlan:
     """The plan, with what small files of the inputs say of texts, such as other chat templates."""
-    kept = kept_name(plan.recipe)
+    kept = kept_name(plan.recipe, plan.finetuned)
+    others = {name: one for name, one in plan.finetuned.items() if one.layout is one or TOKENIZER in one.source.files}
     with hide_library_bars():
-        found = [text_differences(plan.base.source, name, one.source, kept) for name, one in plan.finetuned.items()]
+        found = [text_differences(plan.base.source, name, one.source, kept) for name, one in others.items()]
     return replace(plan, warnings=(*plan.warnings, *chain.from_iterable(found)))
 
 
@@ -113,8 +120,8 @@ def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
     warnings = list(plan.warnings)
     if chosen.left_weights:
         warnings.append(
-            f"{some(chosen.left_weights)} of {kept_name(plan.recipe)}: weights that nothing says the model loads are "
-            "neither merged nor copied (--also-copy copies them)."
+            f"{some(chosen.left_weights)} of {kept_name(plan.recipe, plan.finetuned)}: weights that nothing says the "
+            "model loads are neither merged nor copied (--also-copy copies them)."
         )
     return replace(plan, side_files=chosen, warnings=tuple(warnings))
 
@@ -163,7 +170,7 @@ def merge_plan(
         recipe=recipe,
         settings=settings,
         inputs={"base": base, **finetuned},
-        shards=output_shards(recipe, base, unmasked_from, frozenset(chosen)),
+        shards=output_shards(recipe, base, unmasked_from.layout, frozenset(chosen)),
         mask_tensors=tuple(base.info(name) for name in chosen),
         n=n,
         k=localizer.kept(numels) if localizer else n,

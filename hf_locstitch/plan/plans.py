@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
 from hf_locstitch.artifacts.manifest import JOINT, mask_file
+from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.byte_ranges import Piece, Pieces, byte_ranges
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
@@ -70,6 +71,11 @@ class Plan:
     def joint(self) -> bool:
         """Whether all finetunes share one mask."""
         return any(localizer.joint for localizer in self.localizers.values())
+
+    @property
+    def adapters(self) -> dict[str, AdapterCheckpoint]:
+        """Those of the finetunes that are adapters over the base."""
+        return {name: one for name, one in self.inputs.items() if isinstance(one, AdapterCheckpoint)}
 
     @property
     def masked(self) -> bool:

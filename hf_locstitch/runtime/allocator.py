@@ -13,6 +13,13 @@ ARENAS = 2
 GROWN = 32 << 20  # bytes: the maximum that glibc's own dynamic threshold grows to
 
 
+def keep_few_arenas() -> None:
+    """Let the threads share their memory: what one has freed, another takes. Only glibc needs it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(ARENA_MAX, ARENAS)
+
+
 @contextmanager
 def freed_memory_goes_back() -> Iterator[None]:
     """Within this context, freed tensors are returned to the system. Only glibc needs it.

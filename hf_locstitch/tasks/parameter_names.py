@@ -99,6 +99,21 @@ def to_disk(model: Any, group: Group, tensors: Mapping[str, torch.Tensor]) -> di
     return {name: by_stem[name.removeprefix(prefix)] for name in group.disk}
 
 
+def from_disk(model: Any, group: Group, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of to_disk, from where each element of a parameter lands. Returns parameter -> float32."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name in group.parameters}
+    if group.direct:
+        return {group.parameters[0]: read(group.disk[0]).reshape(shapes[group.parameters[0]]).float()}
+    numels = [shapes[name].numel() for name in group.parameters]
+    numbers = torch.arange(sum(numels)).split(numels)
+    places = {name: own.view(shapes[name]) for name, own in zip(group.parameters, numbers, strict=True)}
+    whole = torch.empty(sum(numels))
+    for name, where in to_disk(model, group, places).items():
+        whole[where.reshape(-1)] = read(name).reshape(-1).float()
+    parts = zip(group.parameters, whole.split(numels), strict=True)
+    return {name: values.view(shapes[name]) for name, values in parts}
+
+
 def chosen_groups(groups: Sequence[Group], localized: Collection[str], where: str) -> list[Group]:
     """The groups that the localized tensors belong to.
 

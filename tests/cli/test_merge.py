@@ -335,7 +335,9 @@ def test_checkpoints_of_other_kinds(merge: Run, base: State, tmp_path: Path) -> 
     refused(tmp_path, merge("--ft", folder("empty")), "holds no weights")
     refused(tmp_path, merge("--ft", folder("bin", pytorch_model__bin="x")), "pytorch_model.bin", "never opened")
     refused(tmp_path, merge("--ft", folder("gguf", a__gguf="x")), "GGUF")
-    refused(tmp_path, merge("--ft", folder("adapter", adapter_config__json="{}")), "PEFT adapter", "merge_and_unload")
+    refused(tmp_path, merge("--ft", folder("adapter", adapter_config__json="{}")), "no adapter_model.safetensors")
+    pickled = folder("pickled", adapter_config__json="{}", adapter_model__bin="x")
+    refused(tmp_path, merge("--ft", pickled), "adapter_model.bin", "never opened", "save_pretrained")
     refused(tmp_path, merge("--ft", folder("two", a__safetensors="", b__safetensors="")), "neither")
     refused(tmp_path, merge("--ft", folder("json", config__json="{")), "config.json is not valid JSON")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from hf_locstitch.adapters.opening import laid_over, local_reader
 from hf_locstitch.artifacts.manifest import InputRecord, Manifest
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.mapped import MappedCheckpoint
-from hf_locstitch.checkpoints.opening import open_checkpoint
+from hf_locstitch.checkpoints.opening import open_checkpoint, refuse_adapter
+from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import LocstitchError, RecipeError
 from hf_locstitch.inspection.verification.report import Finding
@@ -39,7 +41,8 @@ def input_refs(record: Manifest, base: str | None, finetuned: Sequence[str] | No
 
 def open_inputs(refs: Sequence[InputRef]) -> tuple[dict[str, Checkpoint], list[str]]:
     """The inputs that can be opened, and why the others cannot. Raises CheckpointError for one that the user named."""
-    opened, reasons = {}, []
+    opened: dict[str, Checkpoint] = {}
+    reasons: list[str] = []
     for ref in refs:
         try:
             opened[ref.name] = open_checkpoint(parse_ref(ref.ref))
@@ -47,13 +50,16 @@ def open_inputs(refs: Sequence[InputRef]) -> tuple[dict[str, Checkpoint], list[s
             if ref.asked:
                 raise
             reasons.append(f"{ref.name}: {error}")
-    return opened, reasons
+    if "base" not in opened:
+        return opened, reasons
+    refuse_adapter(opened["base"], "a base must be a whole model")
+    return {**laid_over(opened["base"], opened)}, reasons
 
 
 def check_hashes(entry: InputRecord, checkpoint: Checkpoint) -> Iterator[Finding]:
     """The shards are those of the merge. The Hub's own hashes are trusted: downloads are checked against them."""
     source = checkpoint.source
-    digests = {s.file: source.files[s.file].sha256 or source.sha256(s.file) for s in checkpoint.shards}
+    digests = {file: source.files[file].sha256 or source.sha256(file) for file in checkpoint.files}
     for file in sorted(entry.files.keys() | digests.keys()):
         got, due = digests.get(file, "absent"), entry.files.get(file, "absent")
         if got != due:
@@ -61,8 +67,10 @@ def check_hashes(entry: InputRecord, checkpoint: Checkpoint) -> Iterator[Finding
             yield Finding("inputs", where, "sha256", got, f"{due} as in locstitch.json")
 
 
-def fetch_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> MappedCheckpoint:
-    """The checkpoint, with only those shards fetched and opened that hold the tensors `names`."""
+def fetch_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointReader:
+    """The checkpoint, with only those shards fetched and opened that hold the tensors `names`; an adapter, whole."""
+    if checkpoint.layout is not checkpoint:
+        return local_reader(checkpoint, {file: checkpoint.source.fetch(file) for file in checkpoint.files})
     needed = {checkpoint.tensors[name][0].file for name in names if name in checkpoint.tensors}
     shards = tuple(shard for shard in checkpoint.shards if shard.file in needed)
     return MappedCheckpoint(

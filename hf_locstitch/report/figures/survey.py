@@ -116,9 +116,11 @@ def draw_merge(record: Manifest, surveyed: Survey | None, stage: Path) -> list[s
 
 
 def inputs_at_hand(plan: Plan) -> dict[str, Reader]:
-    """Readers of all inputs; empty if any would have to be downloaded."""
+    """Readers of all inputs; empty if any would have to be downloaded, or computed once more."""
     from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 
+    if plan.adapters:
+        return {}
     readers: dict[str, Reader] = {}
     for name, checkpoint in plan.inputs.items():
         paths = {shard.file: checkpoint.source.cached(shard.file) for shard in checkpoint.shards}

@@ -18,9 +18,10 @@ from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.runtime.progress import hide_all_library_bars
 from hf_locstitch.stitch.dataless.shared_inputs import SharedInput, shared_inputs
 from hf_locstitch.stitch.dataless.solution import LOW_RANK, energy
-from hf_locstitch.stitch.refit.models import attach_conversions, empty_model, reading, releasing
+from hf_locstitch.stitch.refit.models import NO_REFIT, reading, releasing
 from hf_locstitch.stitch.refit.passes import Linear
 from hf_locstitch.stitch.refit.weights import Part, Weights, hollow
+from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
 from hf_locstitch.tasks.loading import link_files, load_config
 from hf_locstitch.tasks.parameter_names import Group, to_disk
 
@@ -96,7 +97,7 @@ def open_models(
     """Raises RequestError where transformers cannot build the model."""
     checkpoint = base.checkpoint
     linked = link_files(checkpoint, folder / "base", weights=False)
-    model = empty_model(_class_name(checkpoint), load_config(linked))
+    model = empty_model(_class_name(checkpoint), load_config(linked), NO_REFIT)
     attach_conversions(model, list(checkpoint.tensors))
     disk = list(checkpoint.tensors)
     parts = hollow(model, disk, torch.device("cpu"))

@@ -31,8 +31,8 @@ from hf_locstitch.stitch.refit.passes import Experts, Key, Linear, Pass
 from hf_locstitch.stitch.refit.plain import PlainStitch
 from hf_locstitch.stitch.refit.settings import RefitSettings
 from hf_locstitch.stitch.refit.states import MakeStates
-from hf_locstitch.stitch.refit.weights import Part, from_disk
-from hf_locstitch.tasks.parameter_names import Group
+from hf_locstitch.stitch.refit.weights import Part
+from hf_locstitch.tasks.parameter_names import Group, from_disk
 
 NAME_ON_DISK = {getattr(torch, name): short for name, short in ON_DISK.items()} | {torch.float64: "F64"}
 Advance = Callable[[int], object]

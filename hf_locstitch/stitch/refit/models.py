@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from hf_locstitch.stitch.refit.passes import Pass, watch
 from hf_locstitch.stitch.refit.plain import PlainStitch
 from hf_locstitch.stitch.refit.settings import JUDGED, InputSettings, RefitSettings
 from hf_locstitch.stitch.refit.weights import Part, Weights, hollow
-from hf_locstitch.tasks.custom_code import load_failure
+from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
 from hf_locstitch.tasks.loading import link_files, load_config, load_processor
 from hf_locstitch.tasks.objective import Objective
 from hf_locstitch.tasks.objectives import suggest
@@ -27,6 +26,8 @@ from hf_locstitch.tasks.objectives.features import Features
 from hf_locstitch.tasks.parameter_names import group_names
 from hf_locstitch.tasks.sets import OpenSet, read_rows
 from hf_locstitch.tasks.task import Task
+
+NO_REFIT = "A refit needs a model that transformers supports without remote code. Use --stitch mean."
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def open_task(
     objective = shortened(objective_for(data, checkpoint), config.tokens)
     folder_base = link_files(base, folder / f"{name}.base")
     folder_finetuned = link_files(checkpoint, folder / f"{name}.finetuned")
-    model = empty_model(objective.auto_class, load_config(folder_base if objective.base_config else folder_finetuned))
+    model_config = load_config(folder_base if objective.base_config else folder_finetuned)
+    model = empty_model(objective.auto_class, model_config, NO_REFIT)
     attach_conversions(model, list(base.tensors))
     parts = hollow(model, list(base.tensors), device)
     stacks = watch(model)
@@ -199,45 +201,6 @@ def check_labels(config: RefitSettings, finetuned: Mapping[str, Checkpoint], dat
                 f"judge: {config.judge} needs labels, but {bare} of the {len(labels)} inputs of {name} in "
                 f"{inputs.label} have none. Use data with labels, map them with `columns`, or use judge: agreement."
             )
-
-
-def empty_model(class_name: str, config: Any) -> Any:
-    """The model on the meta device, except its buffers, in evaluation mode. class_name: of transformers."""
-    import transformers
-    from accelerate import init_empty_weights
-
-    loader = getattr(transformers, class_name)
-    automatic = hasattr(loader, "from_config")  # such as AutoModel; a class of one architecture runs its own code only
-    make = partial(loader.from_config, trust_remote_code=False) if automatic else loader._from_config
-    config.use_cache = False
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = make(config, dtype=torch.float32, experts_implementation="eager")
-    except (ValueError, OSError, KeyError) as error:
-        raise RequestError(
-            f"{class_name} cannot build the model ({load_failure(error)}). A refit needs a "
-            "model that transformers supports without remote code. Use --stitch mean."
-        ) from error
-    model.tie_weights()
-    return model.eval()
-
-
-def attach_conversions(model: Any, disk: Collection[str]) -> None:
-    """Attach the conversions that transformers would record on loading these tensors; parameter_names.py reverses
-    them."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict(keep_vars=True)
-    patterns = set()
-    for name in disk:
-        patterns.add(rename_source_key(name, renamings, converters, model.base_model_prefix, state)[1])
-    used = [entry for entry in renamings if entry.was_used()]
-    used += [entry for entry in converters if patterns & set(entry.source_patterns)]
-    model._weight_conversions = [entry for entry in mapping if entry in used]
 
 
 def reading(reader: CheckpointReader) -> Callable[[str], torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_locstitch.tasks.parameter_names import Group, group_names, to_disk
+from hf_locstitch.tasks.parameter_names import Group, from_disk, group_names
 
 SMALL = 1 << 16  # elements: smaller tensors (norms, biases) stay in memory once read
 HELD = 2  # how many larger tensors a model keeps in memory
@@ -171,18 +171,3 @@ class Weights:
         for name in group.disk:
             self._release(name)
         return values
-
-
-def from_disk(model: Any, group: Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """The inverse of names.to_disk, from where each element of a parameter lands. Returns parameter -> float32."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name in group.parameters}
-    if group.direct:
-        return {group.parameters[0]: read(group.disk[0]).reshape(shapes[group.parameters[0]]).float()}
-    numels = [shapes[name].numel() for name in group.parameters]
-    numbers = torch.arange(sum(numels)).split(numels)
-    places = {name: own.view(shapes[name]) for name, own in zip(group.parameters, numbers, strict=True)}
-    whole = torch.empty(sum(numels))
-    for name, where in to_disk(model, group, places).items():
-        whole[where.reshape(-1)] = read(name).reshape(-1).float()
-    parts = zip(group.parameters, whole.split(numels), strict=True)
-    return {name: values.view(shapes[name]) for name, values in parts}

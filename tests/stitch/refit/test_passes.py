@@ -21,10 +21,10 @@ from hf_locstitch.errors import RequestError
 from hf_locstitch.runtime.processes import DistributedProcesses, Processes
 from hf_locstitch.stitch.refit import states
 from hf_locstitch.stitch.refit.lockstep import LockstepStop, Pair, lockstep
-from hf_locstitch.stitch.refit.models import attach_conversions, empty_model
 from hf_locstitch.stitch.refit.passes import LinearStop, Pass, watch
 from hf_locstitch.stitch.refit.states import InFile, InMemory, Shelf, States
 from hf_locstitch.stitch.refit.weights import Part, Weights, hollow
+from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
 from hf_locstitch.tasks.task import Task
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def open_pass(folder: Path, kind: str, work: Callable[[Any], Any], stops: Callable[[Part], bool]) -> Pass:
     objective = CASES[kind][1]
     state = load(folder)
-    model = empty_model(objective.auto_class, transformers.AutoConfig.from_pretrained(folder))
+    model = empty_model(objective.auto_class, transformers.AutoConfig.from_pretrained(folder), "")
     attach_conversions(model, list(state))
     parts = hollow(model, list(state), CPU)
     watch(model)

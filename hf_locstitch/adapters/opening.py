@@ -1,0 +1,33 @@
+"""Checkpoints among which there may be adapters. Imports PEFT and torch only if there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.mapped import MappedCheckpoint
+from hf_locstitch.checkpoints.reader import CheckpointReader
+
+
+def laid_over(base: Checkpoint, finetuned: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """The finetunes, with those that are adapters laid over the base. Raises CheckpointError."""
+    return {name: _laid_over(base, checkpoint) for name, checkpoint in finetuned.items()}
+
+
+def _laid_over(base: Checkpoint, checkpoint: Checkpoint) -> Checkpoint:
+    if not isinstance(checkpoint, AdapterCheckpoint):
+        return checkpoint
+    from hf_locstitch.adapters.fit import lay_over
+
+    return lay_over(checkpoint, base)
+
+
+def local_reader(checkpoint: Checkpoint, paths: Mapping[str, Path]) -> CheckpointReader:
+    """A reader of files on this machine. paths: where those are that the checkpoint's tensors lie in."""
+    if not isinstance(checkpoint, AdapterCheckpoint):
+        return MappedCheckpoint(checkpoint, paths)
+    from hf_locstitch.adapters.reader import AdapterReader
+
+    return AdapterReader(checkpoint, paths)

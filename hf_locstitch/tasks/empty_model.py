@@ -1,0 +1,52 @@
+"""A model as transformers builds it, without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import torch
+
+from hf_locstitch.errors import RequestError
+from hf_locstitch.tasks.custom_code import load_failure
+
+
+def empty_model(auto_class: str, config: Any, cure: str) -> Any:
+    """The model on the meta device, except its buffers, in evaluation mode.
+
+    auto_class: of transformers, or a class of one architecture. config: of transformers; it is changed.
+    Raises RequestError that ends with `cure`.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    loader = getattr(transformers, auto_class)
+    automatic = hasattr(loader, "from_config")  # such as AutoModel; a class of one architecture runs its own code only
+    make = partial(loader.from_config, trust_remote_code=False) if automatic else loader._from_config
+    config.use_cache = False
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = make(config, dtype=torch.float32, experts_implementation="eager")
+    except (ValueError, OSError, KeyError) as error:
+        raise RequestError(f"{auto_class} cannot build the model ({load_failure(error)}). {cure}") from error
+    model.tie_weights()
+    return model.eval()
+
+
+def attach_conversions(model: Any, disk: Collection[str]) -> None:
+    """Attach the conversions that transformers would record on loading these tensors; parameter_names.py reverses
+    them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict(keep_vars=True)
+    patterns = set()
+    for name in disk:
+        patterns.add(rename_source_key(name, renamings, converters, model.base_model_prefix, state)[1])
+    used = [entry for entry in renamings if entry.was_used()]
+    used += [entry for entry in converters if patterns & set(entry.source_patterns)]
+    model._weight_conversions = [entry for entry in mapping if entry in used]
