@@ -14,7 +14,7 @@ from hf_locstitch.checkpoints.compatibility import (
     swap_warnings,
 )
 from hf_locstitch.checkpoints.config_differences import config_differences
-from hf_locstitch.checkpoints.localizable import localizable, unknown_globs
+from hf_locstitch.checkpoints.localizable import localizable, missed_blocks, reach, unknown_globs
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import MismatchError, RecipeError
 from hf_locstitch.plan.adapter_inputs import adapter_warnings
@@ -74,6 +74,8 @@ def check_inputs(
     problems, warnings = problems + found[0], warnings + found[1]
     if problems:
         raise MismatchError(problems)
+    if not recipe.include and recipe.method.blocks_only:
+        warnings += missed_blocks(reach((info for _, info in base.tensors.values()), chosen), base.label)
     warnings += adapter_warnings(base, finetuned)
     warnings += swap_warnings(base, finetuned)
     warnings += licence_warning({"the base": base, **finetuned})

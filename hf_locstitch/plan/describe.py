@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.localizable import reach
 from hf_locstitch.checkpoints.ref import could_be_repo
 from hf_locstitch.plan.cost import estimate, files_here, fit_cost, localizing_cost
 from hf_locstitch.plan.plans import ModelPlan, Plan, StitchPlan
@@ -94,6 +95,7 @@ def format_plan(plan: Plan) -> str:
         name: checkpoint.label + _shadowing(entry.ref, checkpoint) + _as_adapter(checkpoint)
         for (name, checkpoint), entry in zip(plan.inputs.items(), entries, strict=True)
     }
+    reached = reach((info for _, info in plan.base.tensors.values()), [info.name for info in plan.mask_tensors])
     lines = [
         f"base       {inputs['base']}",
         *(f"{kind:<9}  {name:<{wide}}  {inputs[name]}" for name in plan.finetuned),
@@ -107,6 +109,7 @@ def format_plan(plan: Plan) -> str:
         *([f"stitch     {plan.recipe.stitch.describe()}"] if plan.recipe.stitch else []),
         *(f"inputs     {name:<{wide}}  {found.label}, {found.asked.split}" for name, found in plan.fit_data.items()),
         f"{'merged' if isinstance(plan, ModelPlan) else 'masked'}     N = {plan.n:,} elements in {localized} tensors"
+        f" ({100 * reached.share:.3g} % of the base)"
         + (f"; {'the' if plan.joint else 'each'} mask keeps {keeps} {plan.k:,} ({share:.4g} %)" if plan.masked else "")
         + (f"; {kept} tensors kept from {plan.unmasked_from.label}" if isinstance(plan, ModelPlan) else ""),
         f"output     {len(plan.shards)} {'shard' if len(plan.shards) == 1 else 'shards'}, {human(cost.write)}"
