@@ -8,17 +8,18 @@ from pathlib import Path
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.mapped import MappedCheckpoint
+from hf_locstitch.checkpoints.pairing import paired
 from hf_locstitch.checkpoints.reader import CheckpointReader
 
 
 def laid_over(base: Checkpoint, finetuned: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
-    """The finetunes, with those that are adapters laid over the base. Raises CheckpointError."""
+    """The finetunes under the base's names, with those that are adapters laid over the base. Raises CheckpointError."""
     return {name: _laid_over(base, checkpoint) for name, checkpoint in finetuned.items()}
 
 
 def _laid_over(base: Checkpoint, checkpoint: Checkpoint) -> Checkpoint:
     if not isinstance(checkpoint, AdapterCheckpoint):
-        return checkpoint
+        return paired(base, checkpoint)
     from hf_locstitch.adapters.fit import lay_over
 
     return lay_over(checkpoint, base)

@@ -35,7 +35,8 @@ class Shard:
 class Checkpoint:
     """tensors: name on disk -> (shard, where in it), in the order of the shards and of their bytes.
 
-    config: of config.json. card: the metadata at the head of README.md. Either may be empty.
+    config: of config.json. card: the metadata at the head of README.md. Either may be empty. renamed: names of tensors
+    that the files have under others -> those.
     """
 
     source: Source
@@ -43,6 +44,7 @@ class Checkpoint:
     config: Config
     card: Mapping[str, Any]
     tensors: Mapping[str, tuple[Shard, TensorInfo]] = field(repr=False)
+    renamed: Mapping[str, str] = field(default_factory=dict, repr=False, kw_only=True)
 
     @property
     def label(self) -> str:

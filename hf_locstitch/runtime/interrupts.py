@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+WATCHER = "hf-locstitch deadline"  # the thread that ends it
 GRACE = 30.0  # seconds from a signal to the end of the process
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -75,7 +76,7 @@ def _deadline(numbers: set[int], give_up: Callable[[int], object]) -> Iterator[N
                     give_up(number[0])
                     os._exit(128 + number[0])
 
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(target=watch, name=WATCHER, daemon=True)
     watcher.start()
     before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)  # told even while Python's handlers cannot run
     try:

@@ -86,7 +86,7 @@ def test_help_and_version_are_quick() -> None:
 def test_merge_prints_the_plan_and_the_place(merge: Run, tmp_path: Path) -> None:
     status, out, err = merge("--density", "0.2")
     assert (status, out) == (0, "")
-    assert "N = 156 elements in 5 tensors; each mask keeps k = 31" in err
+    assert "N = 156 elements in 5 tensors (53.1 % of the base); each mask keeps k = 31" in err
     assert str(tmp_path / "out") in err
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -216,9 +216,20 @@ def test_all_mismatches_at_once(merge: Run, base: State, tmp_path: Path) -> None
     assert "5 problems" in err
 
 
-def test_prefix_is_explained(merge: Run, base: State, tmp_path: Path) -> None:
+def test_a_prefix_is_seen(merge: Run, base: State, tmp_path: Path) -> None:
     save(tmp_path / "headless", {name.removeprefix("model."): tensor for name, tensor in finetune(base, 2).items()})
-    refused(tmp_path, merge("--ft", tmp_path / "headless"), "begin with 'model.'")
+    status, _, err = merge("--ft", tmp_path / "headless")
+    assert (
+        status == 0
+        and "headless names 7 tensors otherwise than the base, such as embed_tokens.weight for model." in err
+    )
+
+
+def test_a_prefix_that_could_be_two_things_is_explained(run: Run, tmp_path: Path) -> None:
+    save(tmp_path / "two", {f"{side}.layers.0.w": torch.ones(3) for side in "ab"})
+    save(tmp_path / "one", {"layers.0.w": torch.ones(3)})
+    said = run("merge", "--base", tmp_path / "two", "--ft", tmp_path / "one", "--out", tmp_path / "out")
+    refused(tmp_path, said, "begin with 'a.'")
 
 
 def test_packed_weights(merge: Run, base: State, tmp_path: Path) -> None:
