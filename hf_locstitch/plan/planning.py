@@ -31,6 +31,7 @@ from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.plan.adapter_inputs import check_adapters
 from hf_locstitch.plan.checking import check_inputs, check_localizable, given_files, kept_name
+from hf_locstitch.plan.dropped_layers import without_dropped_layers
 from hf_locstitch.plan.layout import OutputShard, guessed, output_shards
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
@@ -50,7 +51,9 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     if recipe.localized:
         return _open_and_stitch(recipe, settings)
     base, finetuned, data, fit_data = _open_inputs(recipe, settings)
-    plan = _with_side_files(_with_text_warnings(merge_plan(recipe, base, finetuned, settings, data, fit_data)))
+    recipe, notes = without_dropped_layers(recipe, base, finetuned)
+    planned = _with_notes(merge_plan(recipe, base, finetuned, settings, data, fit_data), notes)
+    plan = _with_side_files(_with_text_warnings(planned))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
     return plan
@@ -61,7 +64,12 @@ def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> Localize
     recipe = _without_fit_data(recipe)
     check_localizable(recipe)
     base, finetuned, data, _ = _open_inputs(recipe, settings)
-    return _with_text_warnings(localize_plan(recipe, base, finetuned, settings, data))
+    recipe, notes = without_dropped_layers(recipe, base, finetuned)
+    return _with_text_warnings(_with_notes(localize_plan(recipe, base, finetuned, settings, data), notes))
+
+
+def _with_notes(plan: AnyPlan, notes: Sequence[str]) -> AnyPlan:
+    return replace(plan, warnings=(*plan.warnings, *notes))
 
 
 def _without_fit_data(recipe: Recipe) -> Recipe:
