@@ -10,7 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_locstitch.api import MergeResult, localize_from_hub, merge_from_hub, plan_merge, stitch_from_hub
+    from hf_locstitch.api import (
+        MergeResult,
+        localize_from_hub,
+        merge_from_hub,
+        plan_merge,
+        stitch_from_hub,
+        task_vector,
+    )
     from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, load_localized
     from hf_locstitch.artifacts.mask_file import load_mask
     from hf_locstitch.errors import LocstitchError, RequestError, WorkError
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
     from hf_locstitch.inspection.inspect import Inspection, inspect
     from hf_locstitch.inspection.verification.report import VerifyReport
     from hf_locstitch.inspection.verification.verify import verify
+    from hf_locstitch.localize.localizers.joint import Joint
     from hf_locstitch.localize.localizers.magnitude import Magnitude
     from hf_locstitch.localize.localizers.mask import Mask
     from hf_locstitch.localize.localizers.saliency import Saliency
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EvaluationReport",
     "Inspection",
+    "Joint",
     "LocalizedCheckpoint",
     "LocstitchError",
     "Magnitude",
@@ -49,12 +58,14 @@ __all__ = [
     "merge_from_hub",
     "plan_merge",
     "stitch_from_hub",
+    "task_vector",
     "verify",
 ]
 
 _HOME = {
     "EvaluationReport": "evaluation.report",
     "Inspection": "inspection.inspect",
+    "Joint": "localize.localizers.joint",
     "LocalizedCheckpoint": "artifacts.localized_checkpoint",
     "LocstitchError": "errors",
     "Magnitude": "localize.localizers.magnitude",
@@ -75,6 +86,7 @@ _HOME = {
     "merge_from_hub": "api",
     "plan_merge": "api",
     "stitch_from_hub": "api",
+    "task_vector": "api",
     "verify": "inspection.verification.verify",
 }
 

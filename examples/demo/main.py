@@ -60,6 +60,10 @@ def run_demo(work: Path | None = None, *, seed: int = 0, densities: Sequence[flo
             kept = ["--out", str(folder / name)] if work else []
             kept += [] if name == page else ["--no-figures"]
             run([*merge, "--density", f"{density:g}", *kept, "--push-to", f"demo/{name}"])
+        merges["solved"] = "merged-joint"
+        kept = ["--out", str(folder / "merged-joint")] if work else []
+        joint = ["--localizer", "joint", "--stitch", "refit", "--no-figures"]
+        run([*merge, *joint, *kept, "--push-to", "demo/merged-joint"])
 
         say("Loading every model from the Hub and testing it on held-out exercises")
         columns = {"base": "demo/base", "average": "demo/average"}
@@ -67,6 +71,7 @@ def run_demo(work: Path | None = None, *, seed: int = 0, densities: Sequence[flo
         scores = _evaluate(run, [*columns.values(), *(f"demo/{skill}" for skill in SKILLS)])
         say("Share of exercises answered correctly\n")
         print(_table(scores, columns))
+        print("\n  solved: one joint mask of 30 %, its values solved for from the task vectors alone")
 
         say("Scoring one of them and its parents with lm-eval, and writing the scores into its model card")
         add_benchmark(hub, folder / "tasks")

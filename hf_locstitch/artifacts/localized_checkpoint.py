@@ -108,6 +108,40 @@ class LocalizedCheckpoint:
         """Returns bool [*shape]. Raises IntegrityError, KeyError."""
         return self._mask.mask(tensor)
 
+    def apply(self, model: Any) -> None:
+        """Put its values under its mask into a loaded model, in place.
+
+        With several of them in a model, its weights are those that `stitch` gives, to the bit.
+
+        Args:
+            model: A transformers model of the base, as `from_pretrained` loads it, in any dtype, on any device.
+
+        Raises:
+            MismatchError: If the model lacks its tensors, or has them in other shapes.
+            RequestError: If it is in the model already.
+
+        Example:
+            >>> skill = load_localized("me/math-localized")
+            >>> skill.apply(model)  # doctest: +SKIP
+            >>> skill.remove(model)  # doctest: +SKIP
+        """
+        from hf_locstitch.artifacts.grafts import apply_graft
+
+        apply_graft(self, model)
+
+    def remove(self, model: Any) -> None:
+        """Take it out of a model that it was applied to: every weight is then what it would be without it, to the bit.
+
+        Args:
+            model: That model.
+
+        Raises:
+            RequestError: If it is not in the model.
+        """
+        from hf_locstitch.artifacts.grafts import remove_graft
+
+        remove_graft(self, model)
+
     def stored(self, tensor: str) -> TensorInfo:
         """Of a tensor's values: dtype, and how many there are."""
         return self._values[tensor]
