@@ -118,7 +118,7 @@ def format_plan(plan: Plan) -> str:
         f"cost       read {human(cost.read)} (to download: {human(cost.download)}), "
         f"disk up to {human(cost.disk)}, memory about {human(cost.memory)}",
         *([localizing.describe()] if (localizing := localizing_cost(plan)) else []),
-        *([fitting.describe()] if (fitting := fit_cost(plan)) else []),
+        *(fitting.describe().split("\n") if (fitting := fit_cost(plan)) else []),
         *([f"hint       {HINT}"] if _could_be_solved(plan) else []),
         *(f"warning    {warning}" for warning in plan.warnings),
     ]

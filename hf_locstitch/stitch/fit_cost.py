@@ -27,6 +27,28 @@ class Cost(Protocol):
 
 
 @dataclass(frozen=True)
+class Successive:
+    """Of two fits, one after the other; the first leaves its files."""
+
+    first: Cost
+    then: Cost
+
+    @property
+    def peak(self) -> int:
+        return max(self.first.peak, self.then.peak)
+
+    @property
+    def disk(self) -> int:
+        return self.first.disk + self.then.disk
+
+    def describe(self) -> str:
+        return f"{self.first.describe()}\n{self.then.describe()}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.then.as_json(), "start": self.first.as_json(), "peak": self.peak, "disk": self.disk}
+
+
+@dataclass(frozen=True)
 class FitCost:
     """Bytes in each process, except tokens and inputs (of all finetunes together, at most), flops (of all lambdas) and
     values.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.runtime.dtypes import ON_DISK, Values
+from hf_locstitch.runtime.dtypes import Values
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import Settings
@@ -29,8 +29,6 @@ from hf_locstitch.stitch.fitted_values import FittedValues, FittedWriter, open_f
 from hf_locstitch.stitch.refit.plain import PlainStitch
 from hf_locstitch.stitch.refit.weights import Part, Weights
 from hf_locstitch.tasks.loading import find_device
-
-NAME_ON_DISK = {getattr(torch, name): short for name, short in ON_DISK.items()} | {torch.float64: "F64"}
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,7 @@ class DatalessSolver:
 
     def _write(self, writer: FittedWriter, plain: PlainStitch, name: str, change: Tensor) -> None:
         values = self._flat(plain.base, name) + change
-        writer.write(name, NAME_ON_DISK[plain.dtype(name)], plain.cut(name, values))
+        writer.write(name, plain.dtype_name(name), plain.cut(name, values))
 
     def _inside(self, unit: Unit, masked: _Masked, low_rank: bool) -> Iterator[tuple[str, Tensor]]:
         """The changes of a unit's tensors on disk, of which those under the masks count."""

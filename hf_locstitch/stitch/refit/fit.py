@@ -17,7 +17,6 @@ from torch import Tensor
 
 from hf_locstitch.errors import RequestError
 from hf_locstitch.runtime.chunks import for_each
-from hf_locstitch.runtime.dtypes import ON_DISK
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.stitch.fitted_values import FittedWriter
 from hf_locstitch.stitch.refit.agreement import judge
@@ -34,7 +33,6 @@ from hf_locstitch.stitch.refit.states import MakeStates
 from hf_locstitch.stitch.refit.weights import Part
 from hf_locstitch.tasks.parameter_names import Group, from_disk
 
-NAME_ON_DISK = {getattr(torch, name): short for name, short in ON_DISK.items()} | {torch.float64: "F64"}
 Advance = Callable[[int], object]
 Score = tuple[int, int, float, int]  # task, batch, score summed over rows, number of rows
 
@@ -294,7 +292,7 @@ class Fit:
     def _write(self, name: str, values: Tensor) -> None:
         """Write the values of a tensor on disk under the masks."""
         assert self._writer is not None
-        self._writer.write(name, NAME_ON_DISK[self.plain.dtype(name)], self.plain.cut(name, values.cpu()))
+        self._writer.write(name, self.plain.dtype_name(name), self.plain.cut(name, values.cpu()))
 
 
 def _scores(pairs: Sequence[Pair]) -> list[Score]:

@@ -21,8 +21,12 @@ class PlainStitch:
         self._view, self._chunks, self._dtypes = view, view.chunks, view.dtypes
         self.base, self._unmasked = view.base, view.unmasked
 
+    def dtype_name(self, name: str) -> str:
+        """The output's dtype of a tensor, as on disk."""
+        return self._dtypes[name]
+
     def dtype(self, name: str) -> torch.dtype:
-        """The output's dtype of a tensor."""
+        """The same of torch."""
         return TORCH_DTYPE[self._dtypes[name]]
 
     def is_localized(self, name: str) -> bool:

@@ -11,6 +11,7 @@ from pydantic import Field, PlainSerializer, model_validator
 
 from hf_locstitch.runtime.escape import markdown
 from hf_locstitch.stitch.dataless.cost import dataless_cost
+from hf_locstitch.stitch.fit_cost import Successive
 from hf_locstitch.stitch.fitting import FitJob, Fittable, Stitcher
 from hf_locstitch.stitch.refit.settings import SCORES
 
@@ -87,7 +88,7 @@ class Refit(Stitcher):
             return []
         return [
             f"lambda is chosen on few held-out inputs ({', '.join(few)}): with fewer than {ENOUGH} of a finetune, a "
-            "refit may be worse than the mean on other inputs. Give more data, raise inputs or held_out, or set a "
+            "refit may be worse than its start on other inputs. Give more data, raise inputs or held_out, or set a "
             "single lambda."
         ]
 
@@ -108,7 +109,10 @@ class Refit(Stitcher):
     def cost(self, fittable: Fittable) -> Cost | None:
         from hf_locstitch.stitch.refit.cost import refit_cost  # imports torch
 
-        return refit_cost(self, fittable) if self.data else dataless_cost(fittable)
+        without, fitted = dataless_cost(fittable), refit_cost(self, fittable) if self.data else None
+        if without is None or fitted is None:
+            return fitted or without
+        return Successive(without, fitted) if self.start == "dataless" else fitted
 
     def fit(self, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
         from hf_locstitch.stitch.dataless.fit import fit_without_data, go_on_from  # slow to import
