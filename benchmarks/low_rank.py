@@ -147,11 +147,11 @@ def main() -> int:
     try:
         with contextlib.ExitStack() as stack:
             work = (args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="low-rank-")))).resolve()
+            stack.enter_context(loopback_hub(work))  # one for all: its client reads where it is but once
             for bed in args.bed:
                 for rank in args.rank:
                     how = Lora(rank, args.rate, args.same_start)
-                    with loopback_hub(work / f"hub-{bed}-{rank}"):
-                        results = run(bed, args.seed, how, work)
+                    results = run(bed, args.seed, how, work)
                     print(f"{bed}, rank {rank}, {args.rate:g}, {'one start' if args.same_start else 'own starts'}")
                     print(format_table(results))
                     print(format_times(results, time.perf_counter() - began), flush=True)
