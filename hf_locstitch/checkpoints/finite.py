@@ -8,7 +8,7 @@ import numpy as np
 
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import NonFiniteError
-from hf_locstitch.runtime.chunks import Chunk
+from hf_locstitch.runtime.chunks import Chunk, chunks_of
 from hf_locstitch.runtime.dtypes import DTYPE, ON_DISK, Values
 from hf_locstitch.runtime.kernels import bits
 
@@ -34,6 +34,12 @@ def check_finite(reader: CheckpointReader, name: str, chunk: Chunk, values: Valu
         f"{reader.checkpoint.info(name).numel}. The checkpoint is damaged, or was saved in too narrow a dtype; "
         "--allow-non-finite lets such values through."
     )
+
+
+def check_whole(reader: CheckpointReader, name: str) -> None:
+    """Raises NonFiniteError if a tensor holds NaN or infinity."""
+    for chunk in chunks_of([reader.checkpoint.info(name).numel]):
+        check_finite(reader, name, chunk, reader.values(name, chunk.first, chunk.count))
 
 
 @np.errstate(invalid="ignore")

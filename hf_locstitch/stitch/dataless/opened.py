@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.config import architecture
+from hf_locstitch.checkpoints.finite import check_whole
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.runtime.progress import hide_all_library_bars
 from hf_locstitch.stitch.dataless.shared_inputs import SharedInput, shared_inputs
@@ -102,7 +103,7 @@ def open_models(
     disk = list(checkpoint.tensors)
     parts = hollow(model, disk, torch.device("cpu"))
     weights = [
-        Weights(model, list(one.checkpoint.tensors), reading(one), device, release=releasing(one))
+        Weights(model, list(one.checkpoint.tensors), finite(one), device, release=releasing(one))
         for one in (base, *finetuned)
     ]
     inside = frozenset(localized)
@@ -111,6 +112,18 @@ def open_models(
     within = {name for unit in units for name in unit.disk}
     others = [name for name in localized if name not in within]
     return OpenedModels(model, parts, disk, weights[0], weights[1:], units, others)
+
+
+def finite(reader: CheckpointReader) -> Callable[[str], Tensor]:
+    """As `reading`, but the function raises NonFiniteError where a tensor holds NaN or infinity: the solution would
+    spread it, or hide it."""
+    read = reading(reader)
+
+    def checked(name: str) -> Tensor:
+        check_whole(reader, name)
+        return read(name)
+
+    return checked
 
 
 def _class_name(checkpoint: Checkpoint) -> str:

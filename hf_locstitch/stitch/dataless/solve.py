@@ -18,11 +18,12 @@ from torch import Tensor
 
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.errors import NonFiniteError
 from hf_locstitch.runtime.dtypes import Values
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import Settings
-from hf_locstitch.stitch.dataless.opened import OpenedModels, Unit, matrices, open_models, take_apart
+from hf_locstitch.stitch.dataless.opened import OpenedModels, Unit, finite, matrices, open_models, take_apart
 from hf_locstitch.stitch.dataless.shared_inputs import SharedInput
 from hf_locstitch.stitch.dataless.solution import Threads, capped, dense, inside, moments, of_vectors
 from hf_locstitch.stitch.fitted_values import FittedValues, FittedWriter, open_fitted
@@ -128,11 +129,11 @@ class DatalessSolver:
             for unit in self._own:
                 if not all([writer.known(name) for name in unit.disk]):
                     for name, values in self._dense_of(unit, low_rank):
-                        writer.write(name, "F32", [values.reshape(-1).cpu()])
+                        writer.write(name, "F32", [_in_range(name, values.reshape(-1).cpu())])
                 advance(1)
         for name in self._own_others:
             if not writer.known(name):
-                writer.write(name, "F32", [self._outside(name)])
+                writer.write(name, "F32", [_in_range(name, self._outside(name))])
 
     def _dense_of(self, unit: Unit, low_rank: bool) -> Iterator[tuple[str, Tensor]]:
         parameters: dict[str, Tensor] = {}
@@ -164,7 +165,7 @@ class DatalessSolver:
         return [self.job.readers[name] for name in self.job.order]
 
     def _flat(self, reader: CheckpointReader, name: str) -> Tensor:
-        return reader.flat(name, 0, self._infos[name].numel).float()
+        return finite(reader)(name).reshape(-1).float()
 
     # ---- values under masks --------------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ class DatalessSolver:
                 for unit in self._own:
                     if not all([writer.known(name) for name in unit.disk]):
                         for name, change in self._inside(unit, masked, dense.low_rank):
-                            self._write(writer, plain, name, change.reshape(-1).cpu() * scale)
+                            self._write(writer, plain, name, _in_range(name, change.reshape(-1).cpu()) * scale)
                     advance(1)
             for name in self._own_others:
                 if self._is_vector(name) and not writer.known(name):
@@ -208,6 +209,16 @@ class DatalessSolver:
                 for part, values in take_apart(change, linear):
                     _put(parameters, part, values)
         return self.opened.to_disk(unit, parameters, masked.dense_of)
+
+
+def _in_range(name: str, change: Tensor) -> Tensor:
+    """The change, which is finite, as the inputs are, unless float32 does not hold what comes between."""
+    if not change.isfinite().all():
+        raise NonFiniteError(
+            f"{name}: the task vectors are too long to be solved for in float32. Check the finetunes, or exclude the "
+            "tensor with --exclude."
+        )
+    return change
 
 
 class _Masked:

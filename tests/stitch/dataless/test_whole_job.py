@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from hf_locstitch import RequestError, load_mask, localize_from_hub
 from hf_locstitch.cli.main import main
+from hf_locstitch.errors import NonFiniteError
 from hf_locstitch.stitch.fitted_values import FittedWriter
 from loopback_hub import LoopbackHub
 
@@ -205,4 +206,27 @@ def test_a_model_that_transformers_does_not_know_is_refused_with_a_way_out(tmp_p
     folders = [save(tmp_path / f"m{number}", state) for number, state in enumerate(states)]
     with pytest.raises(RequestError, match="model type"):
         merge(folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_an_error(name: str, value: float, tmp_path: Path) -> None:
+    folders = family(build("llama", torch.float32), tmp_path)
+    state = load(folders[2])
+    state[name].view(-1)[5] = value
+    save_file(state, folders[2] / "model.safetensors", metadata={"format": "pt"})
+    for asked in (JOINT, {"stitch": "refit", "localizer": {"density": 1}}):
+        with pytest.raises(NonFiniteError, match=name.replace(".", r"\.")):
+            quick_merge(folders[0], folders[1:], out=tmp_path / "out", **asked)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_task_vector_beyond_float32_is_an_error(tmp_path: Path) -> None:
+    folders = family(build("llama", torch.float32), tmp_path)
+    state = load(folders[2])
+    state["model.layers.1.mlp.up_proj.weight"] *= 1e25
+    save_file(state, folders[2] / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match="up_proj"):
+        quick_merge(folders[0], folders[1:], out=tmp_path / "out", **JOINT)
     assert not (tmp_path / "out").exists()
