@@ -200,7 +200,8 @@ def refits(
         rows += [row, *(replace(row, name=f"{name}, judged by {by}", stitch={**mean, "judge": by}) for by in judges)]
         rows += [replace(row, name=f"{name}, {n} inputs", stitch={**mean, "inputs": n}, inputs=n) for n in inputs]
     learned = with_data(densities, kinds)
-    return rows + [replace(row, name=f"{row.name}, refit", flags=("--stitch", "refit")) for row in learned]
+    fitted = {"flags": ("--stitch", "refit"), "stitch": {"start": "mean"}}
+    return rows + [replace(row, name=f"{row.name}, refit", **fitted) for row in learned]
 
 
 def regmeans() -> list[Method]:

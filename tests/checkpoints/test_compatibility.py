@@ -50,19 +50,19 @@ def test_model_types_that_fit(tmp_path: Path, base: Any, finetuned: Any) -> None
     make_plan(make_recipe(pair(tmp_path, base, finetuned)))
 
 
-def with_prediction_layers(state: State) -> State:
-    return {**state, "mtp.layers.0.mlp.up_proj.weight": torch.ones(2, 2), "mtp.layers.0.norm.weight": torch.ones(2)}
+def with_more_layers(state: State) -> State:
+    return {**state, "more.layers.0.mlp.up_proj.weight": torch.ones(2, 2), "more.layers.0.norm.weight": torch.ones(2)}
 
 
 @pytest.mark.parametrize("only_in", ["base", "ft"])
 def test_layers_of_one_side_name_the_glob_that_leaves_them_out(tmp_path: Path, only_in: str) -> None:
     state = random_state(0)
     states = {"base": state, "ft": finetune(state, 1)}
-    states[only_in] = with_prediction_layers(states[only_in])
+    states[only_in] = with_more_layers(states[only_in])
     base, ft = (save(tmp_path / name, state) for name, state in states.items())
-    with pytest.raises(MismatchError, match=r"--exclude 'mtp\.\*'"):
+    with pytest.raises(MismatchError, match=r"--exclude 'more\.\*'"):
         quick_merge(base, [ft], out=tmp_path / "out")
-    quick_merge(base, [ft], out=tmp_path / "out", exclude=["mtp.*"])
+    quick_merge(base, [ft], out=tmp_path / "out", exclude=["more.*"])
 
 
 def test_many_names_of_which_none_fits(tmp_path: Path) -> None:

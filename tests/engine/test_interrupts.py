@@ -28,6 +28,12 @@ def inputs(tmp_path: Path) -> list[Path]:
     return [save(tmp_path / "base", base), save(tmp_path / "ft", finetune(base, 1))]
 
 
+def heed() -> None:
+    """A shell starts what runs in the background with these ignored, and so they would stay."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def command(inputs: list[Path], out: Path) -> list[str]:
     return ["merge", "--base", str(inputs[0]), "--ft", str(inputs[1]), "--out", str(out), "--no-figures", "--quiet"]
 
@@ -40,7 +46,7 @@ def test_a_signal_keeps_the_work_and_says_so(
     path = os.pathsep.join([SLOWLY, *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.Popen(
         [sys.executable, "-m", "hf_locstitch", *command(inputs, out)],
-        env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True, preexec_fn=heed,
     )  # fmt: skip
     due = time.monotonic() + 60
     while not any(file.stat().st_size for file in tmp_path.glob(".out.*.partial/spill/*")) and time.monotonic() < due:
@@ -108,7 +114,7 @@ sys.exit(main(["inspect", "x"]))
 def test_a_process_that_does_not_stop_is_ended(number: signal.Signals, status: int) -> None:
     """As where a library swallows the exception."""
     run = subprocess.Popen(
-        [sys.executable, "-c", SWALLOWS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SWALLOWS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
     )  # fmt: skip
     assert run.stdout is not None and run.stdout.readline() == "started\n"
     run.send_signal(number)

@@ -52,7 +52,10 @@ def test_rows() -> None:
     assert [(row.name, row.masked, row.slug) for row in rows if row.data or not row.masked] == [
         ("average", False, "average"),
         ("task arithmetic, tuned", False, "task-arithmetic-tuned"),
+        ("ties 20%", False, "ties-20"),
         ("ties 20%, tuned", False, "ties-20-tuned"),
+        ("tsv-m", False, "tsv-m"),
+        ("wudi, solved for", False, "wudi-solved-for"),
         ("mask 5%", True, "mask-5"),
         ("mask, held out 5%", True, "mask-held-out-5"),
     ]
@@ -61,14 +64,15 @@ def test_rows() -> None:
 
 def test_rows_that_are_fitted_or_finetuned() -> None:
     rows = [*refits([0.1, 1], [16], ["loss"], ["saliency"]), *regmeans(), *finetunings([1, 3], [16])]
+    mean = {"start": "mean"}
     assert [(row.name, row.masked, row.inputs, dict(row.stitch)) for row in rows] == [
-        ("magnitude 10%, refit", True, None, {}),
-        ("magnitude 10%, refit, judged by loss", True, None, {"judge": "loss"}),
-        ("magnitude 10%, refit, 16 inputs", False, 16, {"inputs": 16}),
-        ("refit of all", False, None, {}),
-        ("refit of all, judged by loss", False, None, {"judge": "loss"}),
-        ("refit of all, 16 inputs", False, 16, {"inputs": 16}),
-        ("saliency 10%, refit", True, None, {}),
+        ("magnitude 10%, refit", True, None, mean),
+        ("magnitude 10%, refit, judged by loss", True, None, {**mean, "judge": "loss"}),
+        ("magnitude 10%, refit, 16 inputs", False, 16, {**mean, "inputs": 16}),
+        ("refit of all", False, None, mean),
+        ("refit of all, judged by loss", False, None, {**mean, "judge": "loss"}),
+        ("refit of all, 16 inputs", False, 16, {**mean, "inputs": 16}),
+        ("saliency 10%, refit", True, None, mean),
         ("regmean, tuned", False, None, {}),
         ("magnitude 10%, finetuned, 1 epoch", True, None, {}),
         ("magnitude 10%, finetuned, 1 epoch, 16 inputs", False, 16, {}),

@@ -163,7 +163,7 @@ def relative_mask(folder: Path, finetuned: str, density: float, floor: float = 0
 
 def test_they_are_offered_and_told_in_errors(run: Run, home: Path) -> None:
     text = " ".join(run("merge", "--help").stdout.split())
-    assert "--localizer {broken,magnitude,mask,relative,saliency}" in text
+    assert "--localizer {broken,joint,magnitude,mask,relative,saliency}" in text
     assert "median,regmean" in text.partition("--method {")[2].partition("}")[0]
     done = merge(run, "--localizer", "relatve")
     assert done.returncode == 2 and "relatve" in done.stderr and "relative" in done.stderr.partition("choose from")[2]
