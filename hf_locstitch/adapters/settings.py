@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +13,10 @@ from hf_locstitch.runtime.human import some
 
 LARGEST = 1 << 24  # of any whole number in the config: ranks, counts and sizes, but not seeds
 LONGEST = 4000  # characters of a text: some are regular expressions
+EXPRESSIONS = ("modules", "pattern", "parameters")  # how the names of settings end that hold regular expressions
+REPEATS = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\})")
+REPEATED_GROUP = re.compile(r"(?<!\\)\)(?:[*+]|\{\d*,\d*\})")
+MOST_REPEATS = 5  # in one of them: with more, or with repeats inside repeats, matching a name could take for ever
 SEEDS = ("seed", "key")  # how the names of those end
 # Settings that import modules, open other files, or repeat layers that the base has once.
 REFUSED = ("megatron_config", "layer_replication", "arrow_config")
@@ -94,8 +99,14 @@ def _faults(settings: Mapping[str, Any]) -> Iterator[str]:
         seed = path.rpartition(".")[2].endswith(SEEDS)
         if isinstance(value, int | float) and not isinstance(value, bool) and not seed and not abs(value) <= LARGEST:
             yield f"{path} is {value}, beyond {LARGEST:,}"
+        if isinstance(value, str) and path.partition(".")[0].endswith(EXPRESSIONS) and _takes_long(value):
+            yield f"{path} is an expression that could take for ever to match ({value[:60]!r})"
         if isinstance(value, str) and len(value) > LONGEST:
             yield f"{path} is a text of {len(value):,} characters, more than {LONGEST:,}"
+
+
+def _takes_long(expression: str) -> bool:
+    return bool(REPEATED_GROUP.search(expression)) or len(REPEATS.findall(expression)) > MOST_REPEATS
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -254,3 +254,23 @@ def test_the_base_that_adapters_name(home: Path, published: Callable[..., str], 
     stranger = published("lora", base_model_name_or_path=str(home / "base"))
     with pytest.raises(RecipeError, match="is no repo"):  # a folder of another machine
         plan_merge({"finetuned": [stranger]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "fine"),
+    [
+        ({"target_modules": r"(\w+\.?)+x"}, False),
+        ({"target_modules": ".*a.*a.*a.*a.*a.*x"}, False),
+        ({"rank_pattern": {"(a|a)*b": 2}}, False),
+        ({"target_modules": r".*\.(q|v)_proj"}, True),
+        ({"target_modules": r"(?:.*?(?:language|text|model).*?(?:self_attn|mlp).*?(?:q_proj|v_proj).*?)"}, True),
+        ({"rank_pattern": {r"^model\.layers\.\d+\.self_attn\.q_proj$": 4}}, True),
+    ],
+)
+def test_expressions_that_could_take_for_ever(settings: dict[str, Any], fine: bool, home: Path) -> None:
+    change(home / "lora", **settings)
+    if fine:
+        assert plan().adapters
+        return
+    with pytest.raises(CheckpointError, match="could take for ever to match"):
+        plan()
