@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+import beside  # noqa: F401
 import numpy as np
 from safetensors.numpy import save_file
 from speed import Usage, measure, table, warm

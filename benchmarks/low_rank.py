@@ -99,7 +99,8 @@ def make_vision(folder: Path, how: Lora, seed: int) -> vision.Digits:
     base = vision.load_model(folder.parent / f"vision-{seed}" / "base")
     vision.save(copy.deepcopy(base), folder / "base")
     training = replace(making.finetuning, steps=how.steps, learning_rate=how.rate)
-    for number, (name, task) in enumerate(vision.TASKS.items(), start=1):
+    for number, name in enumerate(vision.FIVE, start=1):
+        task = vision.TASKS[name]
         model, head = with_adapter(base, how, 100 * seed + number).train(), heads[name]
         generator = torch.Generator().manual_seed(1000 * seed + 100 * number)
 
@@ -123,7 +124,7 @@ def run(bed: str, seeds: list[int], how: Lora, work: Path) -> list[Result]:
     rows = [vision.without_heads(row) for row in ROWS] if bed == "vision" else ROWS
     for seed in seeds:
         folder = work / f"{bed}-rank{how.rank}-{'same' if how.same_start else 'own'}-{seed}"
-        names = decoder.SKILLS if bed == "decoder" else vision.TASKS
+        names = decoder.SKILLS if bed == "decoder" else vision.FIVE
         result = Result(seed, {name: {split: [count] for split, count in counts.items()} for name in names})
         with result.phase("train", f"{bed}, rank {how.rank}"):
             made = BEDS[bed](folder, how, seed)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.cli.arguments import build_parser
 from hf_locstitch.errors import LocstitchError, RecipeError
+from hf_locstitch.runtime.allocator import share_one_arena
 from hf_locstitch.runtime.escape import in_json, line, terminal
 from hf_locstitch.runtime.interrupts import Interrupted, raising_interrupts
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not log.handlers:
         log.addHandler(LogToStderr())
     gc.set_threshold(100_000, 20, 20)  # else a small merge spends a twelfth of its time collecting garbage
+    share_one_arena()
     try:
         with raising_interrupts(lambda number: _interrupted(Interrupted(number))):
             return COMMANDS[args.command](args)

@@ -157,10 +157,10 @@ def make(
         explain_bus_errors()
         with ExitStack() as stack:
             if _runs_models(plan) or plan.adapters:
-                from hf_locstitch.runtime.allocator import keep_few_arenas
+                from hf_locstitch.runtime.allocator import share_one_arena
                 from hf_locstitch.runtime.chunks import one_torch_thread
 
-                keep_few_arenas()
+                share_one_arena()
                 stack.enter_context(one_torch_thread())
             if _runs_models(plan):
                 from hf_locstitch.runtime.allocator import freed_memory_goes_back
