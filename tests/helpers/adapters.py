@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -50,7 +51,9 @@ def save_base(folder: Path, dtype: torch.dtype = torch.float32, kind: str = "Lla
 
 
 def config_of(kind: str) -> peft.PeftConfig:
-    """The config of an adapter of this kind for `save_base`. Raises what PEFT raises if there is none."""
+    """The config of an adapter of this kind for `save_base`. Skips the test where the installed PEFT lacks it."""
+    if kind not in peft.PeftType.__members__:
+        pytest.skip(f"PEFT {peft.__version__} has no {kind}")
     options = {"target_modules": TARGETS, **OPTIONS.get(kind, {})}
     return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](task_type="CAUSAL_LM", **options)
 
