@@ -16,15 +16,27 @@ def byte_ranges(checkpoint: Checkpoint, pieces: Iterable[Piece]) -> dict[str, li
     """Where pieces lie: file, in the order of the first need -> ranges, ascending, neighbours joined."""
     by_file: dict[str, list[Range]] = {}
     for name, first, count in pieces:
-        shard, info = checkpoint.tensors[name]
-        start = info.start + first * ITEM_BYTES[info.dtype]
-        by_file.setdefault(shard.file, []).append((start, start + count * ITEM_BYTES[info.dtype]))
+        for file, start, stop in stored(checkpoint, name, first, count):
+            by_file.setdefault(file, []).append((start, stop))
     return {file: _joined(ranges) for file, ranges in by_file.items()}
+
+
+def stored(checkpoint: Checkpoint, name: str, first: int, count: int) -> list[tuple[str, int, int]]:
+    """Where a piece lies, as (file, start, stop): its own bytes, and then what else is read with them."""
+    shard, info = checkpoint.tensors[name]
+    item = ITEM_BYTES[info.dtype]
+    return shard.stored(info.start + first * item, info.start + (first + count) * item)
+
+
+def files_of(checkpoint: Checkpoint, names: Iterable[str]) -> set[str]:
+    """The files that hold what tensors are read from; names that it lacks are left out."""
+    known = [name for name in names if name in checkpoint.tensors]
+    return {file for name in known for file, _, _ in stored(checkpoint, name, 0, checkpoint.info(name).numel)}
 
 
 def _joined(ranges: Iterable[Range]) -> list[Range]:
     joined: list[Range] = []
-    for start, stop in sorted(ranges):
+    for start, stop in sorted(set(ranges)):
         if joined and joined[-1][1] == start:
             start = joined.pop()[0]
         if stop > start:
@@ -45,10 +57,11 @@ def most_held(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> int:
         total += sum(stop - start for start, stop in ranges)
     most = front = released = 0
     for name, first, count in pieces:
-        shard, info = checkpoint.tensors[name]
-        stop = info.start + (first + count) * ITEM_BYTES[info.dtype]
-        before = sum(min(last, stop) - start for start, last in needs[shard.file] if start < stop)
-        front = max(front, starts[shard.file] + before)
+        places = stored(checkpoint, name, first, count)
+        for file, _, stop in places:
+            before = sum(min(last, stop) - start for start, last in needs[file] if start < stop)
+            front = max(front, starts[file] + before)
         most = max(most, front - released)
-        released += count * ITEM_BYTES[info.dtype]
+        _, start, stop = places[0]
+        released += stop - start
     return most

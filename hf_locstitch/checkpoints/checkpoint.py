@@ -10,12 +10,14 @@ from hf_locstitch.checkpoints.folder import FolderSource
 from hf_locstitch.checkpoints.header import Header, TensorInfo, header_length, parse_header
 from hf_locstitch.checkpoints.ref import Ref
 from hf_locstitch.checkpoints.source import Source
+from hf_locstitch.checkpoints.tensor_file import TensorFile
 from hf_locstitch.errors import CheckpointError
 from hf_locstitch.runtime.parsing import JSON_BYTES, front_matter, parse_json, parse_yaml
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+QUANTIZATION = "quantization_config"  # a field of it
 CARD = "README.md"
 Config = Mapping[str, Any]  # of config.json
 CARD_BYTES = 10_000_000  # of a README.md
@@ -30,13 +32,22 @@ class Shard:
     size: int
     header: Header
 
+    def stored(self, start: int, stop: int) -> list[tuple[str, int, int]]:
+        """Which bytes of which files are needed for bytes start … stop of a tensor: the first are its own, and others
+        belong to it as a whole."""
+        return [(self.file, start, stop)]
+
+    def opened(self, files: Mapping[str, TensorFile]) -> TensorFile:
+        """What its tensors are read from. files: open, by name."""
+        return files[self.file]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """tensors: name on disk -> (shard, where in it), in the order of the shards and of their bytes.
 
     config: of config.json. card: the metadata at the head of README.md. Either may be empty. renamed: names of tensors
-    that the files have under others -> those.
+    that the files have under others -> those. dequantized: from what its bfloat16 tensors are computed; else empty.
     """
 
     source: Source
@@ -45,6 +56,7 @@ class Checkpoint:
     card: Mapping[str, Any]
     tensors: Mapping[str, tuple[Shard, TensorInfo]] = field(repr=False)
     renamed: Mapping[str, str] = field(default_factory=dict, repr=False, kw_only=True)
+    dequantized: str = field(default="", kw_only=True)
 
     @property
     def label(self) -> str:

@@ -223,7 +223,7 @@ def _write_ranges(fd: int, block: bytes, at: int, ranges: list[Range]) -> int:
 
 
 class ArrivingFile:
-    """A reader.TensorFile that is still being downloaded: reading waits for it."""
+    """A TensorFile that is still being downloaded: reading waits for it."""
 
     def __init__(self, download: Download, file: str) -> None:
         self._download, self._file = download, file

@@ -18,7 +18,7 @@ COPIED = 1 << 20  # bytes; a smaller private part is copied, as each mapping kee
 
 
 class MappedFile:
-    """A reader.TensorFile. Views stay valid as long as they are referenced."""
+    """A TensorFile. Views stay valid as long as they are referenced."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

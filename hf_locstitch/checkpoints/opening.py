@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
-from hf_locstitch.checkpoints.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, Config, open_source, read_json
+from hf_locstitch.checkpoints.checkpoint import CONFIG, INDEX, QUANTIZATION, SINGLE, Checkpoint, Config, open_source, read_json
+from hf_locstitch.checkpoints.dequantized import dequantized, fp8_block
 from hf_locstitch.checkpoints.kinds import KINDS
 from hf_locstitch.checkpoints.quantized import quantized_tensor
 from hf_locstitch.checkpoints.ref import Ref
@@ -34,10 +35,14 @@ def refuse_adapter(checkpoint: Checkpoint, needed: str) -> None:
 
 def _read(source: Source) -> Checkpoint:
     config = read_json(source, CONFIG) if CONFIG in source.files else {}
-    _refuse_quantized(source, config)
+    block = fp8_block(config, source.label)
+    if block is None:
+        _refuse_quantized(source, config)
     for kind in sorted(KINDS.all(), key=lambda kind: kind.rank):
         if kind().matches(source.files):
             checkpoint = kind().read(source, config)
+            if block is not None:
+                checkpoint = dequantized(checkpoint, block)
             _refuse_quantized_weights(checkpoint)
             return checkpoint
     raise CheckpointError(f"{source.label} holds no weights (no {SINGLE}, no {INDEX}). Check the name.")
@@ -54,7 +59,7 @@ def _refuse_quantized_weights(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_quantized(source: Source, config: Config) -> None:
-    if quantization := config.get("quantization_config"):
+    if quantization := config.get(QUANTIZATION):
         method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(
             f"{source.label} is quantized ({method}); task vectors need the full weights. "

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.tensor_file import TensorFile
 from hf_locstitch.runtime.dtypes import DTYPE, ITEM_BYTES, Values
 
 if TYPE_CHECKING:
     import torch
-
-
-class TensorFile(Protocol):
-    """One safetensors file. Safe to share between threads."""
-
-    def raw(self, start: int, stop: int) -> memoryview:
-        """Bytes start … stop of the file."""
-        ...
-
-    def private(self, start: int, stop: int) -> memoryview:
-        """The same bytes, writable: what is written changes neither the file nor what anyone else reads of it."""
-        ...
-
-    def release(self, start: int, stop: int) -> None:
-        """These bytes will not be needed soon."""
-        ...
 
 
 def read_values(file: TensorFile, info: TensorInfo, first: int, count: int) -> Values:
@@ -45,7 +30,7 @@ class CheckpointReader:
 
     def __init__(self, checkpoint: Checkpoint, files: Mapping[str, TensorFile]) -> None:
         self.checkpoint = checkpoint
-        self._files = files
+        self._files = {shard.file: shard.opened(files) for shard in checkpoint.shards if shard.file in files}
 
     def values(self, name: str, first: int, count: int) -> Values:
         """Elements first … first + count of a tensor, flattened. Returns [count] in the tensor's dtype, read-only."""

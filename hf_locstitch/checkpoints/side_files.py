@@ -13,8 +13,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from hf_locstitch.checkpoints.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, read_json, read_json_list
+from hf_locstitch.checkpoints.checkpoint import CONFIG, INDEX, QUANTIZATION, SINGLE, Checkpoint, read_json, read_json_list
 from hf_locstitch.checkpoints.names import is_own, same_place
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
@@ -113,22 +114,25 @@ def matching(file: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(file, glob) for glob in globs)
 
 
-def copy_side_files(source: Source, files: Sequence[str], folder: Path, dtype: str) -> None:
-    """Copy into `folder`. They stay unchanged, except that config.json gets `dtype` unless that is "auto"."""
+def copy_side_files(checkpoint: Checkpoint, files: Sequence[str], folder: Path, dtype: str) -> None:
+    """Copy into `folder`. They stay unchanged, except for config.json: it gets `dtype` unless that is "auto", and is
+    that of a model without quantization."""
     for file in files:
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.fetch(file), target)
+        shutil.copyfile(checkpoint.source.fetch(file), target)
     config = folder / CONFIG
-    if dtype != "auto" and config.exists():
-        config.write_text(_with_dtype(config.read_text(encoding="utf-8"), dtype), encoding="utf-8")
+    if config.exists() and (dtype != "auto" or checkpoint.dequantized):
+        fields = json.loads(config.read_text(encoding="utf-8"))
+        config.write_text(json.dumps(_changed(fields, dtype), indent=2) + "\n", encoding="utf-8")
 
 
-def _with_dtype(config: str, dtype: str) -> str:
-    fields = json.loads(config)
-    fields.pop("torch_dtype", None)
-    fields["dtype"] = dtype
-    return json.dumps(fields, indent=2) + "\n"
+def _changed(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    config.pop(QUANTIZATION, None)
+    if dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+    return config
 
 
 def _is_loaded(file: str, modules: Collection[str]) -> bool:

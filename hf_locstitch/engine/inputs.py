@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_locstitch.adapters.opening import local_reader
-from hf_locstitch.checkpoints.byte_ranges import Pieces, Range, byte_ranges
+from hf_locstitch.checkpoints.byte_ranges import Pieces, Range, byte_ranges, files_of
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.folder import FolderSource
 from hf_locstitch.checkpoints.mapped import MappedCheckpoint
@@ -33,8 +33,7 @@ class OpenInputs:
         """Wait until every file, or only those that hold `tensors`, is verified. Raises IntegrityError."""
         names = None if tensors is None else list(tensors)
         for name, download in self._downloads.items():
-            places = self.readers[name].checkpoint.tensors
-            download.verify(None if names is None else {places[tensor][0].file for tensor in names if tensor in places})
+            download.verify(None if names is None else files_of(self.readers[name].checkpoint, names))
 
     def verify_read(self) -> None:
         """Wait until every file that was read from is verified; nothing more will be read. Raises IntegrityError."""

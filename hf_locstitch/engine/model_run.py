@@ -144,7 +144,7 @@ class ModelRun(Run[AnyModelPlan]):
 
     def write_side_files(self) -> None:
         write_index(self.plan, self.work.stage)
-        copy_side_files(self.plan.files.source, self.plan.side_files.copied, self.work.stage, self.plan.recipe.dtype)
+        copy_side_files(self.plan.files, self.plan.side_files.copied, self.work.stage, self.plan.recipe.dtype)
 
 
 class MergeRun(ModelRun[MergePlan]):

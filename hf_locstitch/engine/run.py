@@ -20,7 +20,7 @@ from hf_locstitch.artifacts.mask_file import assemble_mask, encode_masks, mask_m
 from hf_locstitch.artifacts.mask_source import MaskSource
 from hf_locstitch.artifacts.overlap import Overlap
 from hf_locstitch.artifacts.written_mask import WrittenMask
-from hf_locstitch.checkpoints.byte_ranges import Pieces
+from hf_locstitch.checkpoints.byte_ranges import Pieces, files_of
 from hf_locstitch.checkpoints.checkpoint import CARD
 from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.checkpoints.reader import CheckpointReader
@@ -243,7 +243,7 @@ def localize(run: Run[MergePlan] | Run[LocalizePlan], inputs: Inputs) -> Mapping
 
     def trusted(model: str, tensor: str) -> bool:
         """Whether the files that hold this tensor were verified when an earlier run read them."""
-        files = ((name, plan.inputs[name].tensors[tensor][0].file) for name in ("base", model))
+        files = ((name, file) for name in ("base", model) for file in files_of(plan.inputs[name], [tensor]))
         return all(file in run.verified_before for file in files)
 
     job = LocalizeJob(

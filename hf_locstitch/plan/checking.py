@@ -20,6 +20,7 @@ from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import MismatchError, RecipeError
 from hf_locstitch.plan.adapter_inputs import adapter_warnings
 from hf_locstitch.plan.recipe import Recipe
+from hf_locstitch.runtime.human import more
 from hf_locstitch.runtime.settings import Settings
 from hf_locstitch.tasks.benchmarks import chosen_tasks
 from hf_locstitch.tasks.custom_code import refuse_custom_code
@@ -42,6 +43,12 @@ def check_inputs(
     """The tensors that the method ranges over, and warnings. Raises RecipeError, MismatchError."""
     if data and not settings.cache:
         raise RecipeError("a localizer that uses data loads whole models: it cannot be combined with --no-cache.")
+    if data and (stored := [one for one in (base, *finetuned.values()) if one.dequantized]):
+        raise RecipeError(
+            f"{stored[0].label} is stored in {stored[0].dequantized}{more(len(stored))}, but a localizer that uses data "
+            "has transformers load the weights as they are in files. Use the localizer magnitude, or a checkpoint in "
+            "bfloat16."
+        )
     if recipe.fitting is not None and not settings.cache:
         raise RecipeError(
             f"{recipe.fitting.called} reads the finetunes repeatedly, a layer at a time: it cannot be combined with "

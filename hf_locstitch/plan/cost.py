@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_locstitch.checkpoints.byte_ranges import Piece, byte_ranges, most_held
+from hf_locstitch.checkpoints.byte_ranges import Piece, byte_ranges, most_held, stored
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.localize.job import Cost as LocalizingCost
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
@@ -127,7 +127,7 @@ def _held(plan: Plan, here: Here, name: str, pieces: Sequence[Piece]) -> int:
 
 
 def _bytes(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> int:
-    return sum(count * ITEM_BYTES[checkpoint.info(name).dtype] for name, _, count in pieces)
+    return sum(stop - start for piece in pieces for _, start, stop in stored(checkpoint, *piece))
 
 
 def mask_bits(density: float) -> float:

@@ -27,6 +27,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             name: {"kind": one.kind, "changes": [tensor for layer in one.layers for tensor in layer], "left": one.left}
             for name, one in plan.adapters.items()
         },
+        "dequantized": plan.dequantized,
         "method": plan.recipe.method.name,
         "localizer": plan.common_localizer,
         "data": {name: found.pinned.dump() for name, found in plan.data.items()},
@@ -80,6 +81,11 @@ def _as_adapter(checkpoint: Checkpoint) -> str:
     return f" ({checkpoint.kind} adapter, changes {changed} tensors of the base)"
 
 
+def _as_stored(checkpoint: Checkpoint) -> str:
+    """A note on quantized weights."""
+    return f" (dequantized from {checkpoint.dequantized})" if checkpoint.dequantized else ""
+
+
 def format_plan(plan: Plan) -> str:
     """The plan for a person to read."""
     cost = estimate(plan, files_here(plan))
@@ -92,7 +98,7 @@ def format_plan(plan: Plan) -> str:
     wide = max(len(name) for name in plan.finetuned)
     entries = (plan.recipe.base, *plan.recipe.entries)
     inputs = {
-        name: checkpoint.label + _shadowing(entry.ref, checkpoint) + _as_adapter(checkpoint)
+        name: checkpoint.label + _shadowing(entry.ref, checkpoint) + _as_adapter(checkpoint) + _as_stored(checkpoint)
         for (name, checkpoint), entry in zip(plan.inputs.items(), entries, strict=True)
     }
     reached = reach((info for _, info in plan.base.tensors.values()), [info.name for info in plan.mask_tensors])

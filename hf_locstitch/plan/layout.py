@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo, TensorSpec
+from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.dtypes import FLOATING, ITEM_BYTES, ON_DISK
 
@@ -33,24 +34,23 @@ def output_shards(
     recipe: Recipe, base: Checkpoint, unmasked_from: Checkpoint, chosen: frozenset[str]
 ) -> tuple[OutputShard, ...]:
     """Names and order as in `unmasked_from`, unless a shard size is given; dtypes as `Recipe.dtype` says."""
+    shards = [shard for shard in unmasked_from.shards if shard.header.tensors] or unmasked_from.shards[:1]
     planned = [
-        [_planned(recipe, base, info, info.name in chosen) for info in shard.header.tensors]
-        for shard in unmasked_from.shards
+        [_planned(recipe, base, info, info.name in chosen) for info in shard.header.tensors] for shard in shards
     ]
     metadata = dict(unmasked_from.shards[0].header.metadata) or {"format": "pt"}
     if recipe.shard_size is None:
-        files = _standard_files(unmasked_from, len(planned))
+        files = _standard_files(unmasked_from.source, [shard.file for shard in shards])
         return tuple(OutputShard(f, tuple(ts), metadata) for f, ts in zip(files, planned, strict=True))
     groups = _pack([tensor for tensors in planned for tensor in tensors], int(recipe.shard_size))
     return tuple(OutputShard(shard_name(i, len(groups)), tuple(group), metadata) for i, group in enumerate(groups))
 
 
-def _standard_files(unmasked_from: Checkpoint, count: int) -> list[str]:
+def _standard_files(source: Source, files: list[str]) -> list[str]:
     """The shards' own names where transformers will find them in one folder, else standard ones."""
-    files = [shard.file for shard in unmasked_from.shards]
-    indexed = INDEX in unmasked_from.source.files and not any(file == SINGLE or "/" in file for file in files)
+    indexed = INDEX in source.files and not any(file == SINGLE or "/" in file for file in files)
     standard = files == [SINGLE] or indexed
-    return files if standard else [shard_name(i, count) for i in range(count)]
+    return files if standard else [shard_name(i, len(files)) for i in range(len(files))]
 
 
 def shard_name(i: int, count: int) -> str:

@@ -78,6 +78,11 @@ class Plan:
         return {name: one for name, one in self.inputs.items() if isinstance(one, AdapterCheckpoint)}
 
     @property
+    def dequantized(self) -> dict[str, str]:
+        """From what the bfloat16 weights are computed, of the inputs that are stored quantized."""
+        return {name: one.dequantized for name, one in self.inputs.items() if one.dequantized}
+
+    @property
     def masked(self) -> bool:
         """Whether there are masks."""
         return bool(self.localizers)

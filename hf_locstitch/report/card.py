@@ -97,10 +97,16 @@ def settings(plan: Plan, record: Manifest) -> dict[str, str]:
         **({"include": _globs(recipe.include)} if recipe.include else {}),
         **({"exclude": _globs(recipe.exclude)} if recipe.exclude else {}),
         **of_model,
+        **({"dequantized": _dequantized(plan)} if plan.dequantized else {}),
         "dtype": ", ".join(sorted({tensor.dtype for shard in plan.shards for tensor in shard.tensors})),
         "made with": ", ".join(f"{name} {version}" for name, version in record.versions.items()),
     }
     return {"hf-locstitch": record.hf_locstitch, **rows}
+
+
+def _dequantized(plan: Plan) -> str:
+    """Which inputs were, and from what; the config of one of them is without its quantization, too."""
+    return ", ".join(f"{name} from {stored}" for name, stored in plan.dequantized.items())
 
 
 def _globs(globs: Sequence[str]) -> Markup:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.checkpoints.side_files import choose_side_files
+from hf_locstitch.checkpoints.checkpoint import CONFIG, Checkpoint
+from hf_locstitch.checkpoints.side_files import choose_side_files, copy_side_files
 from hf_locstitch.errors import RequestError
 from hf_locstitch.tasks.custom_code import load_failure
 from hf_locstitch.tasks.objective import Objective
@@ -24,7 +24,8 @@ def find_device(asked: str) -> torch.device:
 
 
 def link_files(checkpoint: Checkpoint, folder: Path, weights: bool = True) -> Path:
-    """Fill a folder that transformers can load: links to weights (if asked for), config and tokenizer."""
+    """Fill a folder that transformers can load: links to weights (if asked for), config and tokenizer. The config of
+    weights that are dequantized says nothing of how they are stored."""
     source = checkpoint.source
     shards = [shard.file for shard in checkpoint.shards]
     indices = [file for file in source.files if file.endswith(".safetensors.index.json")]
@@ -33,6 +34,9 @@ def link_files(checkpoint: Checkpoint, folder: Path, weights: bool = True) -> Pa
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(source.fetch(file).absolute())
+    if checkpoint.dequantized:
+        (folder / CONFIG).unlink()
+        copy_side_files(checkpoint, [CONFIG], folder, "auto")
     return folder
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from hf_locstitch.adapters.opening import laid_over, local_reader
 from hf_locstitch.artifacts.manifest import InputRecord, Manifest
+from hf_locstitch.checkpoints.byte_ranges import files_of
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 from hf_locstitch.checkpoints.opening import open_checkpoint, refuse_adapter
@@ -71,7 +72,7 @@ def fetch_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointRea
     """The checkpoint, with only those shards fetched and opened that hold the tensors `names`; an adapter, whole."""
     if checkpoint.layout is not checkpoint:
         return local_reader(checkpoint, {file: checkpoint.source.fetch(file) for file in checkpoint.files})
-    needed = {checkpoint.tensors[name][0].file for name in names if name in checkpoint.tensors}
+    needed = files_of(checkpoint, names)
     shards = tuple(shard for shard in checkpoint.shards if shard.file in needed)
     return MappedCheckpoint(
         replace(checkpoint, shards=shards), {shard.file: checkpoint.source.fetch(shard.file) for shard in shards}
