@@ -7,6 +7,7 @@ Bytes of it are computed when they are asked for: value = float32(FP8) · scale 
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -63,7 +64,11 @@ class DequantizedShard(Shard):
     def stored(self, start: int, stop: int) -> list[tuple[str, int, int]]:
         tensor, first, last = self.find(start, stop)
         own = (self.file, *tensor.bytes_of(first, last))
-        return [own] if tensor.scales is None else [own, (tensor.scales.file, tensor.scales.info.start, tensor.scales.info.stop)]
+        return (
+            [own]
+            if tensor.scales is None
+            else [own, (tensor.scales.file, tensor.scales.info.start, tensor.scales.info.stop)]
+        )
 
     def opened(self, files: Mapping[str, TensorFile]) -> TensorFile:
         return DequantizedFile(self, files)
@@ -85,6 +90,8 @@ class DequantizedFile:
 
     def __init__(self, shard: DequantizedShard, files: Mapping[str, TensorFile]) -> None:
         self._shard, self._files = shard, files
+        self._left: dict[str, int] = {}  # elements of a weight that are still to be released
+        self._lock = threading.Lock()
 
     def raw(self, start: int, stop: int) -> memoryview:
         tensor, first, last = self._shard.find(start, stop)
@@ -99,9 +106,18 @@ class DequantizedFile:
         return self._dequantized(tensor, tensor.scales, first, last)
 
     def release(self, start: int, stop: int) -> None:
-        """Scales are few and shared by pieces of a weight: they stay."""
+        """The pieces of a weight share its scales, which are dropped with the last of them."""
         tensor, first, last = self._shard.find(start, stop)
         self._files[self._shard.file].release(*tensor.bytes_of(first, last))
+        if tensor.scales is None:
+            return
+        name, scales = tensor.info.name, tensor.scales.info
+        with self._lock:
+            left = self._left[name] = self._left.pop(name, tensor.info.numel) - (last - first)
+            if left <= 0:
+                del self._left[name]
+        if left <= 0:
+            self._files[tensor.scales.file].release(scales.start, scales.stop)
 
     def _dequantized(self, tensor: StoredTensor, scales: Scales, first: int, last: int) -> memoryview:
         stored = np.frombuffer(self._files[self._shard.file].raw(*tensor.bytes_of(first, last)), dtype=np.uint8)

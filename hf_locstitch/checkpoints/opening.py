@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
-from hf_locstitch.checkpoints.checkpoint import CONFIG, INDEX, QUANTIZATION, SINGLE, Checkpoint, Config, open_source, read_json
+from hf_locstitch.checkpoints.checkpoint import (
+    CONFIG,
+    INDEX,
+    QUANTIZATION,
+    SINGLE,
+    Checkpoint,
+    Config,
+    open_source,
+    read_json,
+)
 from hf_locstitch.checkpoints.dequantized import dequantized, fp8_block
 from hf_locstitch.checkpoints.kinds import KINDS
 from hf_locstitch.checkpoints.quantized import quantized_tensor

@@ -15,7 +15,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_locstitch.checkpoints.checkpoint import CONFIG, INDEX, QUANTIZATION, SINGLE, Checkpoint, read_json, read_json_list
+from hf_locstitch.checkpoints.checkpoint import (
+    CONFIG,
+    INDEX,
+    QUANTIZATION,
+    SINGLE,
+    Checkpoint,
+    read_json,
+    read_json_list,
+)
 from hf_locstitch.checkpoints.names import is_own, same_place
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError

@@ -45,9 +45,9 @@ def check_inputs(
         raise RecipeError("a localizer that uses data loads whole models: it cannot be combined with --no-cache.")
     if data and (stored := [one for one in (base, *finetuned.values()) if one.dequantized]):
         raise RecipeError(
-            f"{stored[0].label} is stored in {stored[0].dequantized}{more(len(stored))}, but a localizer that uses data "
-            "has transformers load the weights as they are in files. Use the localizer magnitude, or a checkpoint in "
-            "bfloat16."
+            f"{stored[0].label} is stored in {stored[0].dequantized}{more(len(stored))}, but a localizer that uses "
+            "data has transformers load the weights as they are in files. Use the localizer magnitude, or a checkpoint "
+            "in bfloat16."
         )
     if recipe.fitting is not None and not settings.cache:
         raise RecipeError(

@@ -35,9 +35,7 @@ def output_shards(
 ) -> tuple[OutputShard, ...]:
     """Names and order as in `unmasked_from`, unless a shard size is given; dtypes as `Recipe.dtype` says."""
     shards = [shard for shard in unmasked_from.shards if shard.header.tensors] or unmasked_from.shards[:1]
-    planned = [
-        [_planned(recipe, base, info, info.name in chosen) for info in shard.header.tensors] for shard in shards
-    ]
+    planned = [[_planned(recipe, base, info, info.name in chosen) for info in shard.header.tensors] for shard in shards]
     metadata = dict(unmasked_from.shards[0].header.metadata) or {"format": "pt"}
     if recipe.shard_size is None:
         files = _standard_files(unmasked_from.source, [shard.file for shard in shards])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers.fp8 import BLOCK, dequantized, fp8_config, quantized, save_fp8
+from helpers.fp8 import dequantized, fp8_config, quantized, save_fp8
 from helpers.models import State, finetune, load, random_state, same_bits, save
 from helpers.runs import quick_merge
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
