@@ -47,7 +47,8 @@ class Checkpoint:
     """tensors: name on disk -> (shard, where in it), in the order of the shards and of their bytes.
 
     config: of config.json. card: the metadata at the head of README.md. Either may be empty. renamed: names of tensors
-    that the files have under others -> those. dequantized: from what its bfloat16 tensors are computed; else empty.
+    that the files have under others -> those. recut: a tensor that is put together of others, or is a part of another
+    -> one of those. dequantized: from what its bfloat16 tensors are computed; else empty.
     """
 
     source: Source
@@ -56,6 +57,7 @@ class Checkpoint:
     card: Mapping[str, Any]
     tensors: Mapping[str, tuple[Shard, TensorInfo]] = field(repr=False)
     renamed: Mapping[str, str] = field(default_factory=dict, repr=False, kw_only=True)
+    recut: Mapping[str, str] = field(default_factory=dict, repr=False, kw_only=True)
     dequantized: str = field(default="", kw_only=True)
 
     @property

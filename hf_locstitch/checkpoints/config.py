@@ -22,3 +22,9 @@ def part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A config inside the config; empty if there is none."""
     value = config.get(name)
     return value if isinstance(value, dict) else {}
+
+
+def model_types(config: Mapping[str, Any]) -> list[str]:
+    """Of the model and of those that it consists of."""
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return [kind for one in parts if isinstance(kind := one.get("model_type"), str)]

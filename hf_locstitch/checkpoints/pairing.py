@@ -105,13 +105,18 @@ def _modern(name: str) -> str:
     return f"{before}.{OLD[last]}" if last in OLD and "norm" in before.lower() else name
 
 
-def renaming_note(name: str, other: Checkpoint) -> list[str]:
-    """A sentence for a checkpoint whose tensors were renamed."""
-    if not other.renamed:
-        return []
-    due, own = next(iter(other.renamed.items()))
-    count = len(other.renamed)
-    return [
-        f"{name} names {'1 tensor' if count == 1 else f'{count:,} tensors'} otherwise than the base, such as {own} for "
-        f"{due}: they are taken for the same."
-    ]
+def renaming_notes(name: str, other: Checkpoint) -> Iterator[str]:
+    """Sentences for a checkpoint whose tensors were renamed, or put together in another way."""
+    if other.renamed:
+        due, own = next(iter(other.renamed.items()))
+        count = len(other.renamed)
+        yield (
+            f"{name} names {'1 tensor' if count == 1 else f'{count:,} tensors'} otherwise than the base, such as {own} "
+            f"for {due}: they are taken for the same."
+        )
+    if other.recut:
+        due, own = next(iter(other.recut.items()))
+        yield (
+            f"{name} stores weights cut otherwise than in the base (experts one by one, or as a stack), such as {due} "
+            f"in {own}: they are read as the base has them."
+        )

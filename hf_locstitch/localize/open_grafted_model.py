@@ -15,6 +15,7 @@ from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.localize.grafted_model import GraftedModel, keep_no_activations, make_grafted_model
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.runtime.progress import hide_all_library_bars
+from hf_locstitch.tasks.empty_model import attach_conversions
 from hf_locstitch.tasks.loading import find_device, link_files, load_config, load_model, load_processor
 from hf_locstitch.tasks.objectives import suggest
 from hf_locstitch.tasks.sets import OpenSet, read_rows
@@ -38,6 +39,8 @@ def open_grafted_model(
     folder_finetuned = link_files(checkpoint, folder / f"{name}.finetuned")
     model_config = load_config(folder_base if objective.base_config else folder_finetuned)
     model, _ = load_model(folder_finetuned, objective, model_config, _dtype(checkpoint, tensors))
+    if checkpoint.recut:  # what was recorded while it was loaded is how its own files lie
+        attach_conversions(model, list(checkpoint.tensors))
     original, absent = load_model(folder_base, objective, model_config, _dtype(base.checkpoint, tensors))
     processor = load_processor(objective, folder_finetuned, folder_base)
     task = objective.prepare(read_rows(data), processor, original)

@@ -15,7 +15,7 @@ from hf_locstitch.checkpoints.compatibility import (
 )
 from hf_locstitch.checkpoints.config_differences import config_differences
 from hf_locstitch.checkpoints.localizable import localizable, missed_blocks, reach, unknown_globs
-from hf_locstitch.checkpoints.pairing import renaming_note
+from hf_locstitch.checkpoints.pairing import renaming_notes
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import MismatchError, RecipeError
 from hf_locstitch.plan.adapter_inputs import adapter_warnings
@@ -76,7 +76,7 @@ def check_inputs(
     for name, checkpoint in finetuned.items():
         candidates = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
         problems += mismatches(base, checkpoint, chosen, candidates)
-        warnings += renaming_note(name, checkpoint)
+        warnings += renaming_notes(name, checkpoint)
         warnings += differences(base, name, checkpoint, chosen)
         warnings += config_differences(base, name, checkpoint, kept_name(recipe, finetuned))
     found = misfit_files(*given_files(recipe, base, finetuned))

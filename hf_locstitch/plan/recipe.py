@@ -81,7 +81,7 @@ class Recipe(Strict):
     method: AnyMethod = Field(default_factory=lambda: METHODS.find("locstitch")())
     """By name, or its fields: `{name: regmean, alpha: 0.5}`."""
     localizer: AnyLocalizer | None = None
-    """How masks are found; the method's default if it has masks, nothing if it has none."""
+    """How masks are found, by name or its fields; the method's default if it has masks, nothing if it has none."""
     data: dict[str, LocalizationSet] | tuple[LocalizationSet, ...] = ()
     """A localization set for each finetune, by name or in order, for the localizers that look at data, and for a refit
     or RegMean that is given no other."""
@@ -182,6 +182,7 @@ class Recipe(Strict):
     @field_validator("localizer", mode="before")
     @classmethod
     def _default_localizer(cls, value: Any) -> Any:
+        value = {"method": value} if isinstance(value, str) else value
         value = {"method": "magnitude", **value} if isinstance(value, dict) else value
         if isinstance(value, dict) and value["method"] not in LOCALIZERS.names():
             raise ValueError(f"unknown localizer {value['method']!r} ({LOCALIZERS.hint(str(value['method']))})")

@@ -46,7 +46,7 @@ class LocalizationSet(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        value = {"ref": value} if isinstance(value, str) else value
+        value = {"ref": str(value)} if isinstance(value, str | Path) else value
         if isinstance(value, dict) and find_surrogate(str(value.get("ref"))):
             return {"role": "surrogate", **value}
         return value

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from helpers.adapters import config_of, save_adapter, save_base, save_lora
+from helpers.families import build
 from helpers.models import State, finetune, load, random_state, save, save_sharded
 from helpers.runs import quick_merge
 from safetensors.torch import save_file
@@ -153,6 +154,15 @@ def text_only(tmp: Path) -> None:
     assert torch.equal(merged["model.visual.blocks.0.w"], vision["model.visual.blocks.0.w"])
 
 
+def experts(tmp: Path) -> None:
+    model = build("qwen3-moe", torch.float32)
+    model.save_pretrained(tmp / "base")
+    tuned = {name: value + 0.1 for name, value in model.state_dict().items()}
+    ft = save(tmp / "ft", tuned, (tmp / "base" / "config.json").read_text())
+    merged = merges(tmp, tmp / "base", ft, warns="cut otherwise than in the base")
+    assert "model.layers.0.mlp.experts.3.down_proj.weight" in merged
+
+
 def gamma(tmp: Path) -> None:
     base = {"encoder.layer.0.LayerNorm.weight": torch.ones(6), "encoder.layer.0.q.weight": BASE[Q]}
     tuned = {"encoder.layer.0.LayerNorm.gamma": torch.ones(6) + 1, "encoder.layer.0.q.weight": FT[Q]}
@@ -237,6 +247,7 @@ ROWS: dict[str, Callable[[Path], None]] = {
     "a finetune whose names have a prefix": prefixed,
     "a headless base": headless,
     "a text-only finetune": text_only,
+    "experts one by one beside experts in a stack": experts,
     "norms' `gamma` and `beta`": gamma,
     "a finetune without the base's layers for multi-token prediction": predictors,
     "a tied head stored by one side alone": tied,

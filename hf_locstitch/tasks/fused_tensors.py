@@ -1,0 +1,52 @@
+"""What transformers puts together while it loads a checkpoint: experts stacked, gate and up projections joined.
+
+Only what keeps every part's bytes together: stacks along the first dimension, and joins of the rows of each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from hf_locstitch.checkpoints.rearranged import Part
+
+STACK, JOIN = ("MergeModulelist", 0), "Concatenate"
+
+
+def parts(model_types: Iterable[str], names: Collection[str]) -> dict[str, Part]:
+    """What each tensor on disk is, or is a part of, in memory. Names that no conversion changes are wholes."""
+    found = {name: Part(name) for name in names}
+    for model_type in model_types:
+        found |= _parts(model_type, [name for name, part in found.items() if part == Part(name)])
+    return found
+
+
+def _parts(model_type: str, names: Sequence[str]) -> dict[str, Part]:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_checkpoint_conversion_mapping(model_type) or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter) and _keeps_bytes_together(entry)]
+    before = {name: rename_source_key(name, renamings, [])[0] for name in names}
+    found = {}
+    for name, renamed in before.items():
+        whole, pattern = rename_source_key(renamed, [], converters)
+        entry = next((one for one in converters if pattern in one.source_patterns), None)
+        found[name] = Part(whole, _order(entry, pattern, renamed)) if entry and pattern else Part(whole)
+    return found
+
+
+def _keeps_bytes_together(converter: Any) -> bool:
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
+    return len(converter.target_patterns) == 1 and steps in ([STACK], [STACK, (JOIN, 1)], [(JOIN, 0)])
+
+
+def _order(converter: Any, pattern: str, name: str) -> tuple[int, int]:
+    """Of a part: by expert and then by projection where experts are stacked, else by projection first."""
+    projection = converter.source_patterns.index(pattern)
+    number = re.search(re.escape(pattern.replace("\\", "")).replace(r"\*", r"(\d+)"), name)
+    expert = int(number[1]) if number and number.groups() else 0
+    stacked = type(converter.operations[0]).__name__ == STACK[0]
+    return (expert, projection) if stacked else (projection, expert)
