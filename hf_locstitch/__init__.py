@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_locstitch.errors import LocstitchError, RequestError, WorkError
     from hf_locstitch.evaluation.evaluate import evaluate
     from hf_locstitch.evaluation.report import EvaluationReport
+    from hf_locstitch.exports.export import ExportResult, export
     from hf_locstitch.inspection.inspect import Inspection, inspect
     from hf_locstitch.inspection.verification.report import VerifyReport
     from hf_locstitch.inspection.verification.verify import verify
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EvaluationReport",
+    "ExportResult",
     "Inspection",
     "Joint",
     "LocalizedCheckpoint",
@@ -51,6 +53,7 @@ __all__ = [
     "WorkError",
     "__version__",
     "evaluate",
+    "export",
     "inspect",
     "load_localized",
     "load_mask",
@@ -64,6 +67,7 @@ __all__ = [
 
 _HOME = {
     "EvaluationReport": "evaluation.report",
+    "ExportResult": "exports.export",
     "Inspection": "inspection.inspect",
     "Joint": "localize.localizers.joint",
     "LocalizedCheckpoint": "artifacts.localized_checkpoint",
@@ -79,6 +83,7 @@ _HOME = {
     "WorkError": "errors",
     "__version__": "runtime.version",
     "evaluate": "evaluation.evaluate",
+    "export": "exports.export",
     "inspect": "inspection.inspect",
     "load_localized": "artifacts.localized_checkpoint",
     "load_mask": "artifacts.mask_file",

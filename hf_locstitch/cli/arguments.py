@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_locstitch.exports.forms import FORMS
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.runtime.version import __version__
 from hf_locstitch.stitch.methods import METHODS
@@ -25,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_localize(commands)
     _add_stitch(commands)
+    _add_export(commands)
     _add_verify(commands)
     _add_inspect(commands)
     _add_evaluate(commands)
@@ -198,6 +200,27 @@ def _add_work(output: Any, device: bool) -> None:
     output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     output.add_argument("--quiet", action="store_true", help="print no plan and show no progress bars")
+
+
+def _add_export(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "export",
+        help="turn a localized checkpoint or a merge into a PEFT adapter",
+        description="Turn a localized checkpoint, or a merge with masks, into an adapter over its base that PEFT loads. "
+        f"{REF}: a folder, org/name or org/name@revision. "
+        "Example: hf-locstitch export ./merged --as peft --out merged-adapter",
+    )
+    parser.add_argument("ref", metavar=REF, help="the localized checkpoint or merge")
+    parser.add_argument(
+        "--as", dest="form", choices=FORMS.names(), default="peft", help="peft: an adapter of PEFT (default)"
+    )
+    parser.add_argument("--base", metavar=REF, help="the base, if it is not where the manifest says")
+    _add_target(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    parser.add_argument("--quiet", action="store_true", help="print no plan and show no progress bars")
+    _add_debug(parser)
 
 
 def _add_verify(commands: Any) -> None:

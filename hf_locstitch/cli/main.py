@@ -122,7 +122,7 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
 
     recipe = make_recipe(with_base(_fields(args)), where=str(args.recipe or "command"))
     if not args.dry_run:
-        check_output_given(recipe)
+        check_output_given(recipe.out, recipe.push_to)
     device = getattr(args, "device", "cpu")
     plan = make(recipe, make_settings(cache=not args.no_cache, max_memory=args.max_memory, device=device))
     quiet = args.quiet or not _speaks()
@@ -232,4 +232,26 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {command.__name__: command for command in (merge, localize, stitch, verify, inspect, evaluate)}
+def export(args: argparse.Namespace) -> int:
+    """hf-locstitch export"""
+    from hf_locstitch.engine.preflight import check_output_given
+    from hf_locstitch.exports.export import carry_out, plan_export
+    from hf_locstitch.runtime.progress import Progress
+
+    if not args.dry_run:
+        check_output_given(args.out, args.push_to)
+    plan = plan_export(args.ref, form=args.form, base=args.base)
+    if args.dry_run:
+        _print(in_json(plan.as_json()) if args.json else plan.describe())
+        return 0
+    if not args.quiet:
+        print(plan.describe(), file=sys.stderr)
+    result = carry_out(plan, args.out, args.push_to, args.private, Progress(False if args.quiet else None))
+    if args.json:
+        _print(in_json(result.as_json()))
+    else:
+        print(result.describe(), file=sys.stderr)
+    return 0
+
+
+COMMANDS = {command.__name__: command for command in (merge, localize, stitch, export, verify, inspect, evaluate)}

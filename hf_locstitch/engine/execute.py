@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.checkpoints.hashes import InputHashes
+from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.engine.preflight import check_inputs, check_out, check_output_given, check_place, check_work
 from hf_locstitch.engine.work_dir import clear_work, open_work_dir
 from hf_locstitch.errors import OutputError, PublishError, RecipeError
@@ -41,7 +42,7 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
     Raises RequestError, with nothing written, if the plan cannot be carried out, and WorkError if the work fails.
     """
     recipe = plan.recipe
-    check_output_given(recipe)
+    check_output_given(recipe.out, recipe.push_to)
     processes = find_processes()
     if processes.count > 1 and not plan.settings.cache:
         raise RecipeError(
@@ -71,14 +72,19 @@ def check_possible(plan: Plan) -> None:
 
 def _check_push(plan: Plan) -> None:
     if (repo := plan.recipe.push_to) is not None:
-        from hf_locstitch.report.publish import check_target
+        check_push(repo, {name: one.source for name, one in plan.inputs.items()}, plan.command)
 
-        if own := next((name for name, one in plan.inputs.items() if _same_repo(one.source.repo, repo)), None):
-            raise OutputError(
-                f"{repo} is an input of this {plan.command} ({own}), whose files the result would take the place of. "
-                "Use another --push-to."
-            )
-        check_target(repo)
+
+def check_push(repo: str, inputs: Mapping[str, Source], command: str) -> None:
+    """Raises OutputError unless this user may write to `repo`, and it is none of the inputs."""
+    from hf_locstitch.report.publish import check_target
+
+    if own := next((name for name, source in inputs.items() if _same_repo(source.repo, repo)), None):
+        raise OutputError(
+            f"{repo} is an input of this {command} ({own}), whose files the result would take the place of. "
+            "Use another --push-to."
+        )
+    check_target(repo)
 
 
 def _same_repo(one: str | None, other: str) -> bool:
@@ -86,10 +92,14 @@ def _same_repo(one: str | None, other: str) -> bool:
 
 
 def _scratch(plan: Plan) -> Path:
-    """Where a merge that is only pushed is made; the same command finds it again after an interruption."""
+    return scratch(str(plan.recipe.push_to))
+
+
+def scratch(repo: str) -> Path:
+    """Where a result that is only pushed is made; the same command finds it again after an interruption."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HOME) / "hf-locstitch" / str(plan.recipe.push_to).replace("/", "--")
+    return Path(constants.HF_HOME) / "hf-locstitch" / repo.replace("/", "--")
 
 
 def _into(

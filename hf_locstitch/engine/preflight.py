@@ -12,16 +12,15 @@ from hf_locstitch.errors import CheckpointError, OutputError, RecipeError
 from hf_locstitch.localize.cost import LearningCost, free_memory
 from hf_locstitch.plan.cost import estimate, files_here, localizing_cost
 from hf_locstitch.plan.plans import ModelPlan, Plan
-from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.files import existing_part, is_mount_point, is_writable
 from hf_locstitch.runtime.human import human
 
 LOG = logging.getLogger("hf_locstitch")
 
 
-def check_output_given(recipe: Recipe) -> None:
-    """Raises RecipeError if a recipe names no place for the result."""
-    if recipe.out is None and recipe.push_to is None:
+def check_output_given(out: Path | None, push_to: str | None) -> None:
+    """Raises RecipeError if there is no place for the result."""
+    if out is None and push_to is None:
         raise RecipeError("no output given: use --out DIR, --push-to ORG/NAME, or both.")
 
 
@@ -30,6 +29,16 @@ def check_out(out: Path, plan: Plan) -> Manifest | None:
 
     Raises OutputError if it holds anything else, or a finished folder cannot be moved there.
     """
+    if is_free(out):
+        return None
+    record = _read_manifest(out)
+    if record is None or record.fingerprint != fingerprint(plan) or not is_intact(record, out):
+        raise taken(out)
+    return record
+
+
+def is_free(out: Path) -> bool:
+    """Whether nothing is there, or an empty folder. Raises OutputError if a finished folder cannot be moved there."""
     if out.is_symlink() and not out.exists():
         raise OutputError(
             f"{out} is a link to {out.resolve()}, which does not exist. Make that folder, or use another --out."
@@ -39,12 +48,11 @@ def check_out(out: Path, plan: Plan) -> Manifest | None:
             f"{out} is a mount point, and a finished folder cannot be moved onto one. Use a folder in it: "
             f"--out {out / 'merged'}."
         )
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    record = _read_manifest(out)
-    if record is None or record.fingerprint != fingerprint(plan) or not is_intact(record, out):
-        raise OutputError(f"{out} exists and is not an empty folder; nothing is overwritten. Use another --out.")
-    return record
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+
+
+def taken(out: Path) -> OutputError:
+    return OutputError(f"{out} exists and is not an empty folder; nothing is overwritten. Use another --out.")
 
 
 def _read_manifest(folder: Path) -> Manifest | None:
@@ -83,8 +91,12 @@ def check_place(near: Path) -> None:
 
 def check_disk(folder: Path, plan: Plan) -> None:
     """Raises OutputError if the output and its temporary files will not fit beside `folder`."""
-    free, needed = shutil.disk_usage(existing_part(folder)).free, estimate(plan, files_here(plan)).disk
-    if free < needed:
+    check_space(folder, estimate(plan, files_here(plan)).disk)
+
+
+def check_space(folder: Path, needed: float) -> None:
+    """Raises OutputError if so many bytes will not fit beside `folder`."""
+    if (free := shutil.disk_usage(existing_part(folder)).free) < needed:
         raise OutputError(
             f"{folder} needs up to {human(needed)} of disk space, but only {human(free)} is free. "
             "Free some space, or use an --out elsewhere."

@@ -100,11 +100,17 @@ def fingerprint(plan: Plan) -> str:
 
 @contextmanager
 def open_work_dir(plan: Plan, near: Path, out: Path | None, processes: Processes) -> Iterator[WorkDir]:
-    """A folder beside `near`; on success its stage becomes `out`, or is removed if that is None.
+    """A folder beside `near`, as `working_in` has it. Links in `near` are followed."""
+    with working_in(_work_dir(plan, near), out, processes) as work:
+        yield work
 
-    Links in `near` and `out` are followed. A RequestError removes the folder, any other failure keeps it.
+
+@contextmanager
+def working_in(work: WorkDir, out: Path | None, processes: Processes) -> Iterator[WorkDir]:
+    """Make the folder; on success its stage becomes `out`, or is removed if that is None.
+
+    Links in `out` are followed. A RequestError removes the folder, any other failure keeps it.
     """
-    work = _work_dir(plan, near)
     locks: list[int] = []
     try:
         processes.on_first(lambda: locks.append(_make(work)))
@@ -141,8 +147,13 @@ def clear_work(plan: Plan, out: Path) -> None:
 
 
 def _work_dir(plan: Plan, near: Path) -> WorkDir:
+    return work_dir_beside(near, fingerprint(plan))
+
+
+def work_dir_beside(near: Path, fingerprint: str) -> WorkDir:
+    """fingerprint: of what is made there. Links in `near` are followed."""
     near = near.resolve()
-    return WorkDir(near.parent / f".{near.name}.{fingerprint(plan)[:16]}.partial")
+    return WorkDir(near.parent / f".{near.name}.{fingerprint[:16]}.partial")
 
 
 def _move(stage: Path, out: Path) -> None:
@@ -154,7 +165,7 @@ def _move(stage: Path, out: Path) -> None:
             raise
         raise WorkError(
             f"{out} could not be made ({error.strerror}): something is there that was not when the work began, such "
-            f"as another merge's result. It is left as it is; the finished merge is in {stage}. Move it where you "
+            f"as another result. It is left as it is; the finished one is in {stage}. Move it where you "
             "want it."
         ) from error
 

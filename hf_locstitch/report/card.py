@@ -14,6 +14,7 @@ from markupsafe import Markup
 from hf_locstitch.artifacts.manifest import Manifest, told
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.config import architecture
+from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.plan.plans import LocalizePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.runtime.escape import code, link, markdown, python, shell
 from hf_locstitch.tasks.sets import OpenSet
@@ -61,15 +62,15 @@ def licence(plan: Plan) -> str | None:
     return licences.pop() if len(licences) == 1 else "other" if licences else None
 
 
-def licence_of(checkpoint: Checkpoint) -> str:
+def licence_of(card: Mapping[str, Any]) -> str:
     """For people: the Hub's identifier, with the licence's own name where the card gives one."""
-    licence, name = checkpoint.card.get("license"), checkpoint.card.get("license_name")
+    licence, name = card.get("license"), card.get("license_name")
     return f"{licence} ({name})" if licence and name else str(licence or "not stated")
 
 
 def licence_note(plan: Plan) -> str:
     """What the parents' licences mean for the merge; empty if they are the same and allow commercial use."""
-    licences = {name: licence_of(checkpoint) for name, checkpoint in plan.inputs.items()}
+    licences = {name: licence_of(checkpoint.card) for name, checkpoint in plan.inputs.items()}
     notes = (
         ["The parents' licences differ, and a merge is bound by all of them."]
         if len(set(licences.values())) > 1
@@ -150,7 +151,7 @@ def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] 
         record=told(record),
         figures=figures,
         links={name: _link(plan, name) for name in plan.inputs},
-        licences={name: licence_of(checkpoint) for name, checkpoint in plan.inputs.items()},
+        licences={name: licence_of(checkpoint.card) for name, checkpoint in plan.inputs.items()},
         licence_note=licence_note(plan),
         settings=settings(plan, record),
         data_links={name: data_link(found) for name, found in plan.data.items()},
@@ -187,10 +188,15 @@ def data_link(data: OpenSet) -> Markup:
 def _link(plan: Plan, name: str) -> Markup:
     source = plan.inputs[name].source
     through = f", localized from {code(plan.origins[name])}" if isinstance(plan, StitchPlan) and name != "base" else ""
+    return source_link(source) + Markup(through)
+
+
+def source_link(source: Source) -> Markup:
+    """Where a checkpoint is, without the path of a local folder."""
     if source.repo is None:
-        return Markup(f"local folder {code(source.pinned)}{through}")
+        return Markup(f"local folder {code(source.pinned)}")
     at = link(source.repo, f"https://huggingface.co/{source.repo}/tree/{source.commit}")
-    return Markup(f"{at} at {code((source.commit or '')[:7])}{through}")
+    return Markup(f"{at} at {code((source.commit or '')[:7])}")
 
 
 def _rest(plan: ModelPlan) -> str:

@@ -78,7 +78,7 @@ def test_of_two_merges_to_one_folder_the_first_stays(
     merge(tmp_path / "plain")
     with monkeypatch.context() as patch:
         _meanwhile(patch, win)
-        with pytest.raises(WorkError, match=r"another merge.*the finished merge is in .*partial/out") as raised:
+        with pytest.raises(WorkError, match=r"another result.*the finished one is in .*partial/out") as raised:
             merge(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"the winner's"
     assert len(list((tmp_path / "out").iterdir())) == 1

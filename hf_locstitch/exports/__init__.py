@@ -1,0 +1,1 @@
+"""Localized checkpoints and merges in the forms of other libraries."""

@@ -1,0 +1,62 @@
+"""The model card of an exported adapter."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+from markupsafe import Markup
+
+from hf_locstitch.report.card import licence_of, page, pipeline_tag, source_link
+from hf_locstitch.runtime.human import human
+from hf_locstitch.runtime.version import __version__
+
+if TYPE_CHECKING:
+    from hf_locstitch.exports.forms.peft import AdapterPlan
+
+TEMPLATE = Path(__file__).parent / "templates" / "adapter.md"
+
+
+def write_card(path: Path, plan: AdapterPlan, name: str, inexact: int) -> None:
+    """name: of the folder or repo. inexact: how many weights PEFT rounds otherwise."""
+    changes, base = plan.changes, plan.changes.base
+    text = page(TEMPLATE.read_text(encoding="utf-8")).render(
+        card_data=Markup(card_data(plan).to_yaml()),
+        kind=changes.kind,
+        method=changes.record.method,
+        finetunes=[entry.name for entry in changes.record.inputs if entry.role != "base"],
+        rows=[
+            ("base", source_link(base.source), licence_of(base.card)),
+            (changes.kind, source_link(changes.source), licence_of(changes.card)),
+        ],
+        facts=plan.facts,
+        sizes=[human(plan.nbytes), human(plan.facts["base_bytes"])],
+        why=plan.why,
+        whole_size=human(plan.layout.whole_bytes),
+        inexact=inexact,
+        dtypes=", ".join(sorted({base.info(tensor).dtype for tensor in changes.ones})),
+        repo=name,
+        base=base.source.repo or "BASE",
+        commit=base.source.commit,
+        made_with=f"hf-locstitch {__version__}, peft {version('peft')}",
+    )
+    path.write_text(text, encoding="utf-8", newline="")
+
+
+def card_data(plan: AdapterPlan) -> ModelCardData:
+    """Metadata. A local base is left out of `base_model`, which names repos."""
+    base, changes = plan.changes.base, plan.changes
+    optional: dict[str, Any] = {
+        "license": changes.card.get("license") or base.card.get("license"),
+        "pipeline_tag": pipeline_tag(base),
+        "base_model": base.source.repo,
+    }
+    if base.source.repo is not None:
+        optional["base_model_relation"] = "adapter"
+    return ModelCardData(
+        library_name="peft",
+        tags=["hf-locstitch", "localize-and-stitch", "shira"],
+        **{key: value for key, value in optional.items() if value is not None},
+    )

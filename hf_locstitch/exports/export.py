@@ -1,0 +1,169 @@
+"""`export`: a localized checkpoint or a merge in, a folder or repo of another form out."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_locstitch.engine.execute import check_push, scratch
+from hf_locstitch.engine.preflight import check_output_given, check_place, check_space, is_free, taken
+from hf_locstitch.engine.work_dir import work_dir_beside, working_in
+from hf_locstitch.errors import PublishError, RecipeError
+from hf_locstitch.exports.changes import Changes, open_changes
+from hf_locstitch.exports.form import FormPlan
+from hf_locstitch.exports.forms import FORMS
+from hf_locstitch.runtime.escape import line
+from hf_locstitch.runtime.processes import Processes, find_processes
+from hf_locstitch.runtime.progress import Progress, hide_all_library_bars
+from hf_locstitch.runtime.version import __version__
+
+if TYPE_CHECKING:
+    from hf_locstitch.report.publish import Published
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export would do. form: its name."""
+
+    form: str
+    changes: Changes
+    planned: FormPlan
+
+    def describe(self) -> str:
+        """A summary to print."""
+        changes = self.changes
+        head = [f"export     {changes.label}, a {changes.kind}", f"base       {changes.base.label}"]
+        return "\n".join(map(line, [*head, *self.planned.describe()]))
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for `json.dumps`."""
+        pinned = {"source": self.changes.source.pinned, "base": self.changes.base.source.pinned}
+        return {"form": self.form, **pinned, **self.planned.facts}
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what determines the output."""
+        facts = __version__, self.form, self.changes.source.identity, self.changes.base.source.identity
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The result of an export.
+
+    Attributes:
+        out: The folder; None if it was only pushed.
+        url: URL of the pushed repo; None if it was not pushed.
+        commit: Commit of the pushed repo, 40 hex digits.
+        facts: What was exported, as plain values. `inexact` is the number of weights that come out of the adapter as
+            another value than in the merge.
+    """
+
+    out: Path | None
+    url: str | None
+    commit: str | None
+    facts: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for `json.dumps`."""
+        out = None if self.out is None else str(self.out)
+        return {"out": out, "url": self.url, "commit": self.commit, **self.facts}
+
+    def describe(self) -> str:
+        """A summary to print."""
+        lines = [f"exported   {self.out}"] if self.out else []
+        lines += [f"published  {self.url} at {self.commit}"] if self.url else []
+        inexact = self.facts["inexact"]
+        exact = f"all weights but {inexact:,}, which are rounded" if inexact else "every weight, to the bit"
+        return "\n".join(map(line, [*lines, f"exact      {exact}"]))
+
+
+def export(
+    ref: str | Path,
+    *,
+    out: str | Path | None = None,
+    push_to: str | None = None,
+    private: bool | None = None,
+    form: str = "peft",
+    base: str | Path | None = None,
+    show_progress: bool | None = None,
+) -> ExportResult:
+    """Turn a localized checkpoint or a merge into another form, such as a PEFT adapter over its base.
+
+    Args:
+        ref: A localized checkpoint, or a merge with masks: a folder, org/name or org/name@revision.
+        out: A folder that does not exist yet. At least one of `out` and `push_to` is needed.
+        push_to: A repo, org/name, to push the result to, in one commit.
+        private: Whether a new repo is private.
+        form: "peft": an adapter that `PeftModel.from_pretrained` loads.
+        base: Where the base is, if not where the manifest says.
+        show_progress: None shows bars on a terminal only.
+
+    Returns:
+        Where the result is, and what is in it.
+
+    Raises:
+        RequestError: If the form cannot hold it, or the base is not at hand; nothing was written.
+        WorkError: If the work fails; the same call starts it again.
+
+    Example:
+        >>> export("me/math-localized", out="math-adapter").facts["inexact"]  # doctest: +SKIP
+        0
+    """
+    place = None if out is None else Path(out)
+    check_output_given(place, push_to)
+    return carry_out(plan_export(ref, form=form, base=base), place, push_to, bool(private), Progress(show_progress))
+
+
+@hide_all_library_bars()
+def plan_export(ref: str | Path, *, form: str = "peft", base: str | Path | None = None) -> ExportPlan:
+    """What `export` would do; reads headers and masks. Raises RequestError, and IntegrityError for a damaged mask."""
+    if find_processes().count > 1:
+        raise RecipeError("an export works in one process. Run it without the launcher.")
+    try:
+        chosen = FORMS.find(form)
+    except KeyError as error:
+        raise RecipeError(f"form: {error.args[0]}.") from error
+    changes = open_changes(str(ref), None if base is None else str(base))
+    return ExportPlan(form, changes, chosen().plan(changes))
+
+
+@hide_all_library_bars()
+def carry_out(
+    plan: ExportPlan, out: Path | None, push_to: str | None, private: bool, progress: Progress
+) -> ExportResult:
+    """Write the result, and publish it. Raises like `export`."""
+    changes = plan.changes
+    if push_to is not None:
+        check_push(push_to, {changes.kind: changes.source, "base": changes.base.source}, "export")
+    if out is not None and not is_free(out):
+        raise taken(out)
+    near = out if out is not None else scratch(str(push_to)) / "exported"
+    check_place(near)
+    check_space(near, plan.planned.nbytes)
+    published: Published | None = None
+    with working_in(work_dir_beside(near, plan.fingerprint), out, Processes()) as work:
+        found = plan.planned.write(work.stage, push_to or "DIR", progress)
+        if out is None:
+            published = _publish(plan, work.stage, str(push_to), private, progress)
+    if out is not None and push_to is not None:
+        try:
+            published = _publish(plan, out, push_to, private, progress)
+        except PublishError as error:
+            raise PublishError(
+                f"the export is complete in {out}, but {error} Or upload it by hand: hf upload {push_to} {out}"
+            ) from error
+    url, commit = (None, None) if published is None else (published.url, published.commit)
+    return ExportResult(out, url, commit, {**plan.as_json(), **found})
+
+
+def _publish(plan: ExportPlan, folder: Path, repo: str, private: bool, progress: Progress) -> Published:
+    from hf_locstitch.report.publish import Upload
+
+    upload = Upload(repo, private=private)
+    try:
+        return upload.commit(folder, f"Export {plan.changes.label} with hf-locstitch", progress)
+    finally:
+        upload.close()
