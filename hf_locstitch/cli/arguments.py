@@ -207,7 +207,7 @@ def _add_export(commands: Any) -> None:
         commands,
         "export",
         help="turn a localized checkpoint or a merge into a PEFT adapter",
-        description="Turn a localized checkpoint, or a merge with masks, into an adapter over its base that PEFT loads. "
+        description="Turn a localized checkpoint, or a merge with masks, into an adapter over its base, for PEFT. "
         f"{REF}: a folder, org/name or org/name@revision. "
         "Example: hf-locstitch export ./merged --as peft --out merged-adapter",
     )

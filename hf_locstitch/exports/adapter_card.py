@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +15,19 @@ from hf_locstitch.runtime.human import human
 from hf_locstitch.runtime.version import __version__
 
 if TYPE_CHECKING:
-    from hf_locstitch.exports.forms.peft import AdapterPlan
+    from hf_locstitch.exports.adapter_layout import AdapterLayout
+    from hf_locstitch.exports.changes import Changes
 
 TEMPLATE = Path(__file__).parent / "templates" / "adapter.md"
 
 
-def write_card(path: Path, plan: AdapterPlan, name: str, inexact: int) -> None:
-    """name: of the folder or repo. inexact: how many weights PEFT rounds otherwise."""
-    changes, base = plan.changes, plan.changes.base
+def write_card(
+    path: Path, changes: Changes, layout: AdapterLayout, facts: Mapping[str, Any], name: str, inexact: int
+) -> None:
+    """facts: of the plan. name: of the folder or repo. inexact: how many weights PEFT rounds otherwise."""
+    base = changes.base
     text = page(TEMPLATE.read_text(encoding="utf-8")).render(
-        card_data=Markup(card_data(plan).to_yaml()),
+        card_data=Markup(card_data(changes).to_yaml()),
         kind=changes.kind,
         method=changes.record.method,
         finetunes=[entry.name for entry in changes.record.inputs if entry.role != "base"],
@@ -31,10 +35,10 @@ def write_card(path: Path, plan: AdapterPlan, name: str, inexact: int) -> None:
             ("base", source_link(base.source), licence_of(base.card)),
             (changes.kind, source_link(changes.source), licence_of(changes.card)),
         ],
-        facts=plan.facts,
-        sizes=[human(plan.nbytes), human(plan.facts["base_bytes"])],
-        why=plan.why,
-        whole_size=human(plan.layout.whole_bytes),
+        facts=facts,
+        sizes=[human(facts["bytes"]), human(facts["base_bytes"])],
+        why=layout.why,
+        whole_size=human(layout.whole_bytes),
         inexact=inexact,
         dtypes=", ".join(sorted({base.info(tensor).dtype for tensor in changes.ones})),
         repo=name,
@@ -45,9 +49,9 @@ def write_card(path: Path, plan: AdapterPlan, name: str, inexact: int) -> None:
     path.write_text(text, encoding="utf-8", newline="")
 
 
-def card_data(plan: AdapterPlan) -> ModelCardData:
+def card_data(changes: Changes) -> ModelCardData:
     """Metadata. A local base is left out of `base_model`, which names repos."""
-    base, changes = plan.changes.base, plan.changes
+    base = changes.base
     optional: dict[str, Any] = {
         "license": changes.card.get("license") or base.card.get("license"),
         "pipeline_tag": pipeline_tag(base),

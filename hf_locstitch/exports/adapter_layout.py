@@ -56,7 +56,7 @@ class WholeModule:
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """skeleton: the base as transformers builds it. class_name: of that model. rank: 0 if there are no sparse layers."""
+    """skeleton: the base as transformers builds it. class_name: of that model. rank: 0 without sparse layers."""
 
     skeleton: Skeleton = field(repr=False)
     base: Checkpoint = field(repr=False)
@@ -85,9 +85,10 @@ class AdapterLayout:
         return sum(spec.nbytes for spec in self._whole_specs())
 
     @property
-    def why_whole(self) -> Mapping[str, int]:
-        """Reason -> number of modules."""
-        return Counter(module.why for module in self.whole)
+    def why(self) -> str:
+        """Why modules are stored whole, and how many."""
+        counts = Counter(module.why for module in self.whole)
+        return ", ".join(f"{count} {why}" for why, count in counts.items())
 
     @property
     def mergeable(self) -> bool:
@@ -299,6 +300,6 @@ def _places(layout: AdapterLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
             for local, value in module.modules_to_save["default"].state_dict().items():
                 yield f"{PREFIX}{path}.{local}", tuple(value.shape)
         elif isinstance(module, BaseTunerLayer):
-            weights: Any = module.shira_weight
-            yield f"{PREFIX}{path}.shira_weight", tuple(weights["default"].shape)
+            layer: Any = module
+            yield f"{PREFIX}{path}.shira_weight", tuple(layer.shira_weight["default"].shape)
             yield f"{PREFIX}{path}.shira_indices", ()

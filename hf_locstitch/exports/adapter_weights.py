@@ -38,7 +38,7 @@ def write_weights(path: Path, layout: AdapterLayout, changes: Changes, progress:
 
         def write(name: str, values: Tensor) -> None:
             content = values.contiguous().view(torch.uint8).numpy()
-            writer.write(name, memoryview(content))
+            writer.write(name, content.data)
             advance(content.nbytes)
 
         for layer in layout.sparse:

@@ -89,10 +89,11 @@ class Changes(ABC):
                     yield f"{self.label} changes {name}, which the base {self.base.label} does not have"
                     continue
                 info = self.base.info(name)
+                where = f"the base {self.base.label}"
                 if info.shape != shape:
-                    yield f"{name} is {list(shape)} in {self.label} but {list(info.shape)} in the base {self.base.label}"
+                    yield f"{name} is {list(shape)} in {self.label} but {list(info.shape)} in {where}"
                 elif info.dtype not in EXPRESSED:
-                    yield f"{name} is {info.dtype} in the base {self.base.label}; expected {', '.join(EXPRESSED)}"
+                    yield f"{name} is {info.dtype} in {where}; an adapter can change {', '.join(EXPRESSED)}"
 
 
 class LocalizedChanges(Changes):

@@ -53,16 +53,11 @@ class AdapterPlan(FormPlan):
         ]
         if layout.whole:
             lines.append(
-                f"whole      {len(layout.whole)} modules at full size, {human(layout.whole_bytes)}: {self.why}"
+                f"whole      {len(layout.whole)} modules at full size, {human(layout.whole_bytes)}: {layout.why}"
             )
-        if BIASED in layout.why_whole:
+        if any(module.why == BIASED for module in layout.whole):
             lines.append(f"hint       {EXCLUDE_BIASES}")
         return lines
-
-    @property
-    def why(self) -> str:
-        """Why modules are stored whole, and how many."""
-        return ", ".join(f"{count} {why}" for why, count in self.layout.why_whole.items())
 
     def write(self, folder: Path, name: str, progress: Progress) -> dict[str, Any]:
         from hf_locstitch.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -72,7 +67,7 @@ class AdapterPlan(FormPlan):
         inexact = write_weights(folder / ADAPTER_WEIGHTS, self.layout, self.changes, progress)
         config = json.dumps(self.layout.config(), indent=2) + "\n"
         (folder / ADAPTER_CONFIG).write_text(config, encoding="utf-8", newline="")
-        write_card(folder / "README.md", self, name, inexact)
+        write_card(folder / "README.md", self.changes, self.layout, self.facts, name, inexact)
         return {"inexact": inexact}
 
 
