@@ -235,18 +235,21 @@ def evaluate(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """hf-locstitch export"""
     from hf_locstitch.engine.preflight import check_output_given
-    from hf_locstitch.exports.export import carry_out, plan_export
+    from hf_locstitch.exports.export import carry_out, check_possible, plan_export
     from hf_locstitch.runtime.progress import Progress
 
     if not args.dry_run:
         check_output_given(args.out, args.push_to)
     plan = plan_export(args.ref, form=args.form, base=args.base)
+    target = args.out, args.push_to, bool(args.private)
     if args.dry_run:
+        if args.out or args.push_to:
+            check_possible(plan, *target)
         _print(in_json(plan.as_json()) if args.json else plan.describe())
         return 0
     if not args.quiet:
         print(plan.describe(), file=sys.stderr)
-    result = carry_out(plan, args.out, args.push_to, args.private, Progress(False if args.quiet else None))
+    result = carry_out(plan, *target, Progress(False if args.quiet else None))
     if args.json:
         _print(in_json(result.as_json()))
     else:

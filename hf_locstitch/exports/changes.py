@@ -160,13 +160,13 @@ class MergeChanges(Changes):
         if unlike := sorted(merged.keys() ^ base.keys()):
             where = self.label if unlike[0] in merged else f"the base {self.base.label}"
             yield f"only {where} has {unlike[0]}{more(len(unlike))}"
-        for name in sorted(merged.keys() & base.keys()):
-            own, due = self._merged.info(name), self.base.info(name)
-            if (own.dtype, own.shape) != (due.dtype, due.shape):
-                yield (
-                    f"{name} is {own.dtype} {list(own.shape)} in {self.label} but {due.dtype} {list(due.shape)} in the "
-                    f"base {self.base.label}, as after a merge with --dtype"
-                )
+        pairs = [(self._merged.info(name), self.base.info(name)) for name in sorted(merged.keys() & base.keys())]
+        if other := [(own, due) for own, due in pairs if (own.dtype, own.shape) != (due.dtype, due.shape)]:
+            own, due = other[0]
+            yield (
+                f"{own.name} is {own.dtype} {list(own.shape)} in {self.label} but {due.dtype} {list(due.shape)} in the "
+                f"base {self.base.label}{more(len(other))}, as after a merge with --dtype"
+            )
 
 
 def _bits(values: Tensor) -> Tensor:

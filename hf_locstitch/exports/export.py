@@ -135,14 +135,8 @@ def carry_out(
     plan: ExportPlan, out: Path | None, push_to: str | None, private: bool, progress: Progress
 ) -> ExportResult:
     """Write the result, and publish it. Raises like `export`."""
-    changes = plan.changes
-    if push_to is not None:
-        check_push(push_to, {changes.kind: changes.source, "base": changes.base.source}, "export")
-    if out is not None and not is_free(out):
-        raise taken(out)
-    near = out if out is not None else scratch(str(push_to)) / "exported"
-    check_place(near)
-    check_space(near, plan.planned.nbytes)
+    check_possible(plan, out, push_to, private)
+    near = _near(out, push_to)
     published: Published | None = None
     with working_in(work_dir_beside(near, plan.fingerprint), out, Processes()) as work:
         found = plan.planned.write(work.stage, push_to or "DIR", progress)
@@ -157,6 +151,25 @@ def carry_out(
             ) from error
     url, commit = (None, None) if published is None else (published.url, published.commit)
     return ExportResult(out, url, commit, {**plan.as_json(), **found})
+
+
+def check_possible(plan: ExportPlan, out: Path | None, push_to: str | None, private: bool) -> None:
+    """All that must hold before the work. Raises RequestError."""
+    changes = plan.changes
+    if push_to is not None:
+        check_push(push_to, {changes.kind: changes.source, "base": changes.base.source}, "export")
+    elif private:
+        raise RecipeError("private applies to the pushed repo: it needs --push-to.")
+    if out is not None and not is_free(out):
+        raise taken(out)
+    near = _near(out, push_to)
+    check_place(near)
+    check_space(near, plan.planned.nbytes)
+
+
+def _near(out: Path | None, push_to: str | None) -> Path:
+    """Beside which the work is done."""
+    return out if out is not None else scratch(str(push_to)) / "exported"
 
 
 def _publish(plan: ExportPlan, folder: Path, repo: str, private: bool, progress: Progress) -> Published:

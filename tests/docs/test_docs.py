@@ -30,7 +30,7 @@ from hf_locstitch.tasks.objectives import OBJECTIVES
 ROOT = Path(__file__).parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
-COMMANDS = ("merge", "localize", "stitch", "verify", "inspect", "evaluate")
+COMMANDS = ("merge", "localize", "stitch", "export", "verify", "inspect", "evaluate")
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -194,6 +194,9 @@ def test_requests(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     with pytest.raises(OutputError, match="is not an empty folder"):
         export("./merged", out="base")
     assert main(["export", "./merged", "--dry-run"]) == 0 and "adapter    SHiRA" in capsys.readouterr().out
+    assert main(["export", "./merged", "--dry-run", "--out", "base"]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+    refuse(RecipeError, "needs --push-to", private=True)
     assert main(["export", "./merged"]) == 2 and "no output given" in capsys.readouterr().err
     monkeypatch.setattr(module, "find_processes", lambda: type("Two", (), {"count": 2}))
     refuse(RecipeError, "works in one process")
