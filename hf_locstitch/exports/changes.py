@@ -83,6 +83,11 @@ class Changes(ABC):
         return fetch_tensors(self.base, self.base.tensors)
 
     def _misfits(self) -> Iterator[str]:
+        if self.base.dequantized:
+            yield (
+                f"the base {self.base.label} is stored in {self.base.dequantized}, and would be loaded so under an "
+                f"adapter, where {self.label} has bfloat16; use a whole merged model"
+            )
         for mask in self._masks:
             for name, shape in mask.shapes.items():
                 if name not in self.base.tensors:

@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 from helpers.families import finetunes
-from helpers.models import load
+from helpers.fp8 import quantized, save_fp8
+from helpers.models import finetune, load, random_state, save
 from helpers.runs import quick_localize, quick_merge
 from safetensors.torch import load_file, save_file
 
@@ -165,6 +166,15 @@ def test_dtypes_and_tensors_without_a_form(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"model.layers.0.extra.weight: no parameter of LlamaForCausalLM"):
         export(tmp_path / "extra", base=base, out=tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_base_in_fp8(tmp_path: Path) -> None:
+    start = random_state(0)
+    save_fp8(tmp_path / "base", quantized(start))
+    save(tmp_path / "ft", {name: value.bfloat16() for name, value in finetune(start, 1).items()})
+    quick_localize(tmp_path / "base", tmp_path / "ft", out=tmp_path / "skill")
+    with pytest.raises(MismatchError, match=r"is stored in FP8 .*use a whole merged model"):
+        export(tmp_path / "skill", base=tmp_path / "base", out=tmp_path / "adapter")
 
 
 def test_parameters_of_modules_that_hold_others(tmp_path: Path) -> None:
