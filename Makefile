@@ -16,8 +16,8 @@ test: $(READY)  ## all tests that need neither a GPU nor a network
 # What touches the libraries most. torch stays at the version in constraints.txt: KEEP= tests its oldest, too.
 OLDEST ?= .venv-oldest
 KEEP ?= torch
-OLDEST_TESTS ?= tests/api tests/checkpoints tests/report tests/artifacts tests/golden tests/adapters tests/exports tests/cli tests/evaluation \
-	tests/engine/test_run.py tests/localize/test_with_data.py tests/stitch/refit/test_refit.py
+OLDEST_TESTS ?= tests/api tests/checkpoints tests/report tests/artifacts tests/golden tests/adapters tests/cli tests/evaluation \
+	tests/exports tests/engine/test_run.py tests/localize/test_with_data.py tests/stitch/refit/test_refit.py
 
 test-oldest: $(READY)  ## these tests with the oldest versions that pyproject.toml declares, in a venv of their own
 	$(PYTHON) -m venv $(OLDEST)

@@ -18,7 +18,7 @@ from helpers.runs import quick_localize, quick_merge
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import safe_open
 
-from hf_locstitch import export
+from hf_locstitch import export, load_localized
 from hf_locstitch.cli.main import main
 from loopback_hub import LoopbackHub
 
@@ -184,17 +184,32 @@ def test_from_the_hub_and_back(home_hub: LoopbackHub, tmp_path: Path, capsys: py
     names: dict[str, Any] = {}
     exec(code, names)
     due = outputs(model("llama", f"{run}-merged", torch.bfloat16))
+
+    def load_adapter(adapter: str) -> Any:
+        loaded = model("llama", f"{run}-base", torch.bfloat16)
+        loaded.load_adapter(adapter)
+        return loaded
+
     assert torch.equal(outputs(names["model"].eval()), due)
     automatic = AutoPeftModelForCausalLM.from_pretrained(f"{run}-adapter", dtype=torch.bfloat16)
     assert torch.equal(outputs(automatic.eval()), due)
-    for loaded in (
-        model("llama", f"{run}-base", torch.bfloat16),
-        transformers.AutoModelForCausalLM.from_pretrained(f"{run}-adapter", dtype=torch.bfloat16),
-    ):
-        if not getattr(loaded, "_hf_peft_config_loaded", False):
-            loaded.load_adapter(f"{run}-adapter")
-        with pytest.raises(KeyError):  # and not other weights than those
-            outputs(loaded)
+    for load_plainly in (load_adapter, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises((KeyError, ImportError)):  # and not other weights than those; ImportError with an old PEFT
+            outputs(load_plainly(f"{run}-adapter"))
     assert main(["export", f"{run}-merged", "--push-to", f"{run}-base"]) == 2
     assert "is an input of this export (base)" in capsys.readouterr().err
     assert len(home_hub.commits(f"{run}-base")) == commits
+
+
+def test_a_skill_from_the_hub_to_a_folder_and_the_hub(home_hub: LoopbackHub, tmp_path: Path) -> None:
+    run = f"demo/{uuid4().hex[:8]}"
+    for name, folder in zip(("base", "ft"), finetunes(tmp_path, "llama", torch.bfloat16, count=1), strict=True):
+        home_hub.add_repo(f"{run}-{name}", {file.name: file for file in folder.iterdir()})
+    quick_localize(f"{run}-base", f"{run}-ft", push_to=f"{run}-skill", localizer={"density": 0.03})
+    done = export(f"{run}-skill", out=tmp_path / "adapter", push_to=f"{run}-adapter")
+    assert done.commit == home_hub.head(f"{run}-adapter")
+    due = model("llama", f"{run}-base", torch.bfloat16)
+    load_localized(f"{run}-skill").apply(due)
+    for where in (tmp_path / "adapter", f"{run}-adapter"):
+        loaded = with_adapter(model("llama", f"{run}-base", torch.bfloat16), where)
+        assert torch.equal(outputs(loaded), outputs(due))
