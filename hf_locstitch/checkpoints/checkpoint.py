@@ -14,6 +14,7 @@ from hf_locstitch.checkpoints.tensor_file import TensorFile
 from hf_locstitch.errors import CheckpointError
 from hf_locstitch.runtime.parsing import JSON_BYTES, front_matter, parse_json, parse_yaml
 
+STEMS = ("model", "diffusion_pytorch_model")  # of weight files, of transformers and of diffusers
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -80,8 +81,15 @@ class Checkpoint:
 
 def open_source(ref: Ref) -> Source:
     """Raises CheckpointError if nothing is there, or it is not accessible."""
-    if ref.folder is not None:
-        return FolderSource(ref.folder)
+    whole = FolderSource(ref.folder) if ref.folder is not None else _open_repo(ref)
+    if not ref.path:
+        return whole
+    from hf_locstitch.checkpoints.part_source import PartSource
+
+    return PartSource(whole, ref.path)
+
+
+def _open_repo(ref: Ref) -> Source:
     from hf_locstitch.checkpoints.hub import open_repo  # heavy, and not needed for folders
 
     return open_repo(str(ref.repo), ref.revision)

@@ -12,6 +12,8 @@ from hf_locstitch.errors import CheckpointError
 
 
 class FolderSource:
+    local = True
+
     def __init__(self, folder: Path) -> None:
         self.repo: str | None = None
         self.commit: str | None = None
@@ -61,6 +63,9 @@ class FolderSource:
         if file not in self._sha256:
             self._sha256[file] = file_sha256(self._path(file))
         return self._sha256[file]
+
+    def revisions_with_weights(self) -> list[str]:
+        return []
 
     def check_unchanged(self, files: Iterable[str]) -> None:
         for file in self._states.keys() & set(files):

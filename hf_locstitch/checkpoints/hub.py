@@ -46,6 +46,7 @@ from hf_locstitch.runtime.human import some
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+PULLS = 5  # pull requests that are looked into, at most
 Arrived = Callable[[int, int], object]  # an open file and how many bytes from its beginning are there
 
 
@@ -89,6 +90,8 @@ def _passing_cache() -> tempfile.TemporaryDirectory[str]:
 
 
 class HubSource:
+    local = False
+
     def __init__(self, repo: str, revision: str | None) -> None:
         self._endpoint = constants.ENDPOINT
         try:
@@ -236,6 +239,18 @@ class HubSource:
             self._sha256[file] = file_sha256(self.fetch(file))
         return self._sha256[file]
 
+    def revisions_with_weights(self) -> list[str]:
+        """Of the newest pull requests; only ever advice, so that nothing is tried twice and no failure matters."""
+        try:
+            refs = HfApi().list_repo_refs(self._repo, include_pull_requests=True).pull_requests or []
+            newest = sorted((ref.ref for ref in refs), key=_number, reverse=True)[:PULLS]
+            return [ref for ref in newest if any(f.endswith(".safetensors") for f in self._files_at(ref))]
+        except Exception:
+            return []
+
+    def _files_at(self, revision: str) -> list[str]:
+        return HfApi().list_repo_files(self._repo, revision=revision)
+
     def check_unchanged(self, files: Iterable[str]) -> None:
         """A commit does not change, and what is read of it is checked against its hashes."""
 
@@ -332,6 +347,11 @@ class HubSource:
                 if arrived is not None:
                     arrived(out.fileno(), at)
         return digest.hexdigest()
+
+
+def _number(pull_request: str) -> int:
+    """N of refs/pr/N."""
+    return int(pull_request.rpartition("/")[2])
 
 
 def _fresh(response: Any, known: int) -> Iterator[bytes]:

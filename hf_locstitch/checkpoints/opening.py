@@ -15,6 +15,7 @@ from hf_locstitch.checkpoints.checkpoint import (
 )
 from hf_locstitch.checkpoints.dequantized import dequantized, fp8_block
 from hf_locstitch.checkpoints.kinds import KINDS
+from hf_locstitch.checkpoints.part_source import where_weights_are
 from hf_locstitch.checkpoints.quantized import quantized_tensor
 from hf_locstitch.checkpoints.ref import Ref
 from hf_locstitch.checkpoints.source import Source
@@ -54,7 +55,7 @@ def _read(source: Source) -> Checkpoint:
                 checkpoint = dequantized(checkpoint, block)
             _refuse_quantized_weights(checkpoint)
             return checkpoint
-    raise CheckpointError(f"{source.label} holds no weights (no {SINGLE}, no {INDEX}). Check the name.")
+    raise CheckpointError(f"{source.label} holds no weights (no {SINGLE}, no {INDEX}). {where_weights_are(source)}")
 
 
 def _refuse_quantized_weights(checkpoint: Checkpoint) -> None:

@@ -1,4 +1,5 @@
-"""How users refer to a checkpoint: a folder, `org/name`, or `org/name@revision`."""
+"""How users refer to a checkpoint: a folder, `org/name`, `org/name/subfolder`, or one safetensors file in any of these;
+what is of a repo may end in `@revision`."""
 
 from __future__ import annotations
 
@@ -11,19 +12,28 @@ from hf_locstitch.errors import RecipeError
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w.-]*")
 FOLDER_PREFIXES = ("/", "./", "../", "~")
+INSIDE = re.compile(r"\w[\w. +-]*(?:/\w[\w. +-]*)*")  # of a repo: a folder or a file
+REVISION = re.compile(r"\w[\w.+-]*(?:/\w[\w.+-]*)*")  # a commit, tag or branch, or refs/pr/N
+WEIGHTS = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Ref:
-    """Exactly one of folder and repo is set. revision: a branch, tag or commit of the repo, None for its head."""
+    """Exactly one of folder and repo is set. revision: a branch, tag or commit of the repo, None for its head.
+
+    path: of a folder in the repo, or of one safetensors file in either; empty for all of it.
+    """
 
     folder: Path | None = None
     repo: str | None = None
     revision: str | None = None
+    path: str = ""
 
     @property
     def name(self) -> str:
         """The last part, which names the finetune unless the user does."""
+        if self.path:
+            return self.path.rpartition("/")[2].removesuffix(WEIGHTS)
         return self.folder.resolve().name if self.folder is not None else str(self.repo).rpartition("/")[2]
 
 
@@ -45,12 +55,23 @@ def parse_ref(text: str) -> Ref:
 
     Raises RecipeError if the text is neither.
     """
+    if text.endswith(WEIGHTS) and (text.startswith(FOLDER_PREFIXES) or os.path.isfile(text)):
+        file = expand_home(Path(text))
+        return Ref(folder=file.parent, path=file.name)
     if text.startswith(FOLDER_PREFIXES) or os.path.isdir(text):
         return Ref(folder=expand_home(Path(text)))
-    repo, at, revision = text.partition("@")
-    if not REPO_ID.fullmatch(repo) or (at and not revision):
+    where, at, revision = text.partition("@")
+    repo, path = _split(where)
+    valid = REPO_ID.fullmatch(repo) and (INSIDE.fullmatch(path) if path else not where.endswith("/"))
+    if not valid or (at and not REVISION.fullmatch(revision)):
         raise RecipeError(
-            f"{text!r} is neither an existing folder nor a repo: write a path such as ./model, "
-            "or org/name, or org/name@revision."
+            f"{text!r} is neither an existing folder nor a repo: write a path such as ./model, or org/name, "
+            "org/name/subfolder, org/name@revision."
         )
-    return Ref(repo=repo, revision=revision or None)
+    return Ref(repo=repo, revision=revision or None, path=path)
+
+
+def _split(where: str) -> tuple[str, str]:
+    """The repo, and what is named inside of it."""
+    parts = where.split("/", 2)
+    return "/".join(parts[:2]), parts[2] if len(parts) > 2 else ""

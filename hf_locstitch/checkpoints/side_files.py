@@ -17,9 +17,8 @@ from typing import Any
 
 from hf_locstitch.checkpoints.checkpoint import (
     CONFIG,
-    INDEX,
     QUANTIZATION,
-    SINGLE,
+    STEMS,
     Checkpoint,
     read_json,
     read_json_list,
@@ -32,6 +31,7 @@ WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot",
     ".tflite", ".npz", ".npy", ".pkl", ".mlmodel", ".mlpackage",
 )  # fmt: skip
+ENDS = (".safetensors", ".safetensors.index.json")  # of files that hold or list a model's weights
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 MODULES = "modules.json"  # of sentence-transformers: which folder holds which module
 # JSON files whose `auto_map` names Python files.
@@ -96,7 +96,7 @@ def choose_side_files(checkpoint: Checkpoint, also: Sequence[str] = ()) -> SideF
     Raises CheckpointError if a file that says so is malformed.
     """
     source, files = checkpoint.source, list(checkpoint.source.files)
-    ours = {shard.file for shard in checkpoint.shards} | {SINGLE, INDEX}
+    ours = {shard.file for shard in checkpoint.shards} | {f"{stem}{end}" for stem in STEMS for end in ENDS}
     free = [file for file in files if file not in ours and not is_own(file)]
     asked = {file for file in free if matching(file, also)}
     modules = list_modules(source)

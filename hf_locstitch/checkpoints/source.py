@@ -51,6 +51,11 @@ class Source(Protocol):
         ...
 
     @property
+    def local(self) -> bool:
+        """Whether nothing of it will be asked of the Hub."""
+        ...
+
+    @property
     def identity(self) -> str:
         """Changes when the files do: the pinned name, or for a folder also their sizes and times."""
         ...
@@ -79,6 +84,10 @@ class Source(Protocol):
 
     def sha256(self, file: str) -> str:
         """SHA-256 of the fetched file's content, hex; computed once."""
+        ...
+
+    def revisions_with_weights(self) -> list[str]:
+        """Pull requests of its repo that hold safetensors, newest first; none where that cannot be found out."""
         ...
 
     def check_unchanged(self, files: Iterable[str]) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from hf_locstitch.adapters.opening import local_reader
 from hf_locstitch.checkpoints.byte_ranges import Pieces, Range, byte_ranges, files_of
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.checkpoints.folder import FolderSource
 from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import RequestError
@@ -97,7 +96,7 @@ class Inputs:
         with ExitStack() as stack:
             advance = stack.enter_context(self._fetching(files))
             for name in names:
-                if isinstance(inputs[name].source, FolderSource):
+                if inputs[name].source.local:
                     paths = self._paths(name, files[name], advance)
                     readers[name] = MappedCheckpoint(inputs[name], paths)
                 else:
@@ -124,7 +123,7 @@ class Inputs:
     def _is_fetched(self, name: str, file: str) -> bool:
         """Whether a file's bytes will come from the Hub."""
         source = self._plan.inputs[name].source
-        streamed = not self._plan.settings.cache and not isinstance(source, FolderSource) and not self.all_here
+        streamed = not self._plan.settings.cache and not source.local and not self.all_here
         return source.cached(file) is None or (streamed and source.files[file].sha256 is not None)
 
     def _paths(self, name: str, files: Sequence[str], advance: Advance) -> dict[str, Path]:

@@ -15,7 +15,6 @@ import numpy as np
 from hf_locstitch.artifacts.mask_source import MaskSource
 from hf_locstitch.artifacts.overlap import Overlap
 from hf_locstitch.checkpoints.byte_ranges import Pieces
-from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.side_files import copy_side_files
 from hf_locstitch.checkpoints.source import file_sha256
@@ -26,7 +25,7 @@ from hf_locstitch.engine.run import Run, localize
 from hf_locstitch.engine.shard_writer import ShardWriter
 from hf_locstitch.engine.work_dir import ShardRecord
 from hf_locstitch.localize.localized_masks import LocalizedMask
-from hf_locstitch.plan.layout import OutputShard
+from hf_locstitch.plan.layout import OutputShard, index_name
 from hf_locstitch.plan.plans import MergePlan, ModelPlan, StitchPlan
 from hf_locstitch.runtime.files import sync_file
 from hf_locstitch.stitch.view import StitchView
@@ -171,7 +170,8 @@ class StitchRun(ModelRun[StitchPlan]):
 
 def write_index(plan: ModelPlan, stage: Path) -> None:
     """The index of several shards, as transformers reads it."""
-    if [shard.file for shard in plan.shards] == [SINGLE]:
+    file = index_name(plan.shards)
+    if file is None:
         return
     tensors = {tensor.name: (shard.file, tensor) for shard in plan.shards for tensor in shard.tensors}
     index = {
@@ -181,4 +181,4 @@ def write_index(plan: ModelPlan, stage: Path) -> None:
         },
         "weight_map": {name: file for name, (file, _) in sorted(tensors.items())},
     }
-    (stage / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (stage / file).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hf_locstitch.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint
+from hf_locstitch.checkpoints.checkpoint import STEMS, Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo, TensorSpec
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.plan.recipe import Recipe
@@ -41,19 +41,35 @@ def output_shards(
         files = _standard_files(unmasked_from.source, [shard.file for shard in shards])
         return tuple(OutputShard(f, tuple(ts), metadata) for f, ts in zip(files, planned, strict=True))
     groups = _pack([tensor for tensors in planned for tensor in tensors], int(recipe.shard_size))
-    return tuple(OutputShard(shard_name(i, len(groups)), tuple(group), metadata) for i, group in enumerate(groups))
+    stem = stem_of([shard.file for shard in shards])
+    names = [shard_name(stem, i, len(groups)) for i in range(len(groups))]
+    return tuple(OutputShard(name, tuple(group), metadata) for name, group in zip(names, groups, strict=True))
 
 
 def _standard_files(source: Source, files: list[str]) -> list[str]:
-    """The shards' own names where transformers will find them in one folder, else standard ones."""
-    indexed = INDEX in source.files and not any(file == SINGLE or "/" in file for file in files)
-    standard = files == [SINGLE] or indexed
-    return files if standard else [shard_name(i, len(files)) for i in range(len(files))]
+    """The shards' own names where the model's library will find them in one folder, else standard ones."""
+    stem = stem_of(files)
+    single = f"{stem}.safetensors"
+    indexed = f"{single}.index.json" in source.files and not any(file == single or "/" in file for file in files)
+    standard = files == [single] or indexed
+    return files if standard else [shard_name(stem, i, len(files)) for i in range(len(files))]
 
 
-def shard_name(i: int, count: int) -> str:
+def stem_of(files: Sequence[str]) -> str:
+    """What the names of a model's weight files begin with: diffusers' for those of diffusers, else transformers'."""
+    return next((stem for stem in STEMS if all(file.startswith(stem) for file in files)), STEMS[0])
+
+
+def shard_name(stem: str, i: int, count: int) -> str:
     """File name of shard i (from 0) of count."""
-    return SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def index_name(shards: Sequence[OutputShard]) -> str | None:
+    """File name of their index; None of one that needs none."""
+    files = [shard.file for shard in shards]
+    single = f"{stem_of(files)}.safetensors"
+    return None if files == [single] else f"{single}.index.json"
 
 
 def _pack(tensors: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:

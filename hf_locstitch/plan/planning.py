@@ -32,7 +32,7 @@ from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.plan.adapter_inputs import check_adapters
 from hf_locstitch.plan.checking import check_inputs, check_localizable, given_files, kept_name
 from hf_locstitch.plan.dropped_layers import without_dropped_layers
-from hf_locstitch.plan.layout import OutputShard, guessed, output_shards
+from hf_locstitch.plan.layout import OutputShard, guessed, index_name, output_shards
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.human import some
@@ -123,7 +123,7 @@ def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
         raise MismatchError(problems)
     chosen = choose_side_files(plan.files, globs)
     check_side_files(source, chosen)
-    if twice := same_place([INDEX, *(shard.file for shard in plan.shards), *chosen.copied]):
+    if twice := same_place([index_name(plan.shards) or INDEX, *(shard.file for shard in plan.shards), *chosen.copied]):
         raise RecipeError(f"also_copy asks for {twice[1]}, but the merge writes {twice[0]} itself. Name other files.")
     warnings = list(plan.warnings)
     if chosen.left_weights:

@@ -195,7 +195,8 @@ def source_link(source: Source) -> Markup:
     """Where a checkpoint is, without the path of a local folder."""
     if source.repo is None:
         return Markup(f"local folder {code(source.pinned)}")
-    at = link(source.repo, f"https://huggingface.co/{source.repo}/tree/{source.commit}")
+    named = source.pinned.rpartition("@")[0]  # with a subfolder, if it is one
+    at = link(named, f"https://huggingface.co/{source.repo}/tree/{source.commit}{named.removeprefix(source.repo)}")
     return Markup(f"{at} at {code((source.commit or '')[:7])}")
 
 

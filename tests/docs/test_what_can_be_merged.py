@@ -72,6 +72,27 @@ def one_file(tmp: Path) -> None:
     assert (tmp / "out" / "model.safetensors").exists()
 
 
+def part(tmp: Path) -> None:
+    base, ft = toys(tmp)
+    (ft / "model.safetensors").rename(ft / "step9.safetensors")
+    save_file({Q: FT[Q]}, ft / "step8.safetensors")
+    merges(tmp, base, ft / "step9.safetensors")
+
+
+def component(tmp: Path) -> None:
+    base, ft = toys(tmp)
+    for folder in (base, ft):
+        (folder / "model.safetensors").rename(folder / "diffusion_pytorch_model.safetensors")
+    merges(tmp, base, ft)
+    assert (tmp / "out" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def variant(tmp: Path) -> None:
+    base, ft = toys(tmp)
+    save_file({name: value.half() for name, value in BASE.items()}, base / "model.fp16.safetensors")
+    merges(tmp, base, ft, warns=r"model\.fp16\.safetensors")
+
+
 def several_files(tmp: Path) -> None:
     base, ft = toys(tmp)
     save_file({Q: FT[Q]}, ft / "a.safetensors")
@@ -234,6 +255,9 @@ ROWS: dict[str, Callable[[Path], None]] = {
     "`model.safetensors`": plain,
     "shards and their index": sharded,
     "one safetensors file of any other name": one_file,
+    "a subfolder of a repo, or one file": part,
+    "a component of diffusers": component,
+    "`model.fp16.safetensors` beside `model.safetensors`": variant,
     "several safetensors files without an index": several_files,
     "pickled weights only": pickled,
     "GGUF": gguf,

@@ -24,9 +24,17 @@ class Pickle(CheckpointKind):
         files = [file for file in source.files if file.endswith(UNSAFE_SUFFIXES)]
         raise CheckpointError(
             f"{source.label} holds no safetensors, only {some(files)}; such files can run code when loaded and are "
-            "never opened. Convert it first: load it with transformers and call save_pretrained(), or use the "
-            "converter at https://huggingface.co/spaces/safetensors/convert."
+            f"never opened. {_way_out(source)}"
         )
+
+
+def _way_out(source: Source) -> str:
+    if pulls := source.revisions_with_weights():
+        return f"Its pull request {pulls[0].rpartition('/')[2]} has safetensors: use {source.repo}@{pulls[0]}."
+    return (
+        "Convert it first: load it with transformers and call save_pretrained(), or use the converter at "
+        "https://huggingface.co/spaces/safetensors/convert."
+    )
 
 
 COMPONENT = Pickle

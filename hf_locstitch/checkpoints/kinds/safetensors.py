@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 from hf_locstitch.checkpoints.checkpoint import (
-    INDEX,
-    SINGLE,
+    STEMS,
     Checkpoint,
     Config,
     Shard,
@@ -19,32 +19,47 @@ from hf_locstitch.checkpoints.checkpoint import (
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.kind import CheckpointKind
 from hf_locstitch.checkpoints.names import safe_shard, same_place
+from hf_locstitch.checkpoints.ref import WEIGHTS
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
 from hf_locstitch.runtime.human import some
+
+VARIANT = re.compile(rf"({'|'.join(STEMS)})(\.\w+\.safetensors|\.safetensors\.index\.\w+\.json)")
 
 
 class Safetensors(CheckpointKind):
     rank: ClassVar[int] = 0
 
     def matches(self, files: Collection[str]) -> bool:
-        return SINGLE in files or INDEX in files
+        return _main_file(files) is not None
 
     def read(self, source: Source, config: Config) -> Checkpoint:
         """The index decides where there is no single file, as in transformers."""
-        if SINGLE in source.files:
-            return read_files(source, config, [SINGLE])
-        weight_map = read_json(source, INDEX).get("weight_map")
-        shards = _shard_names(f"{source.label}/{INDEX}", weight_map)
+        main = _main_file(source.files)
+        assert main is not None
+        if main.endswith(WEIGHTS):
+            return read_files(source, config, [main])
+        weight_map = read_json(source, main).get("weight_map")
+        shards = _shard_names(f"{source.label}/{main}", weight_map)
         if absent := [shard for shard in shards if shard not in source.files]:
-            raise CheckpointError(f"{source.label} lacks {some(absent)}, which its {INDEX} lists. Fetch it again.")
+            raise CheckpointError(f"{source.label} lacks {some(absent)}, which its {main} lists. Fetch it again.")
         checkpoint = read_files(source, config, shards)
         if absent := [name for name in weight_map or () if name not in checkpoint.tensors]:
             raise CheckpointError(
-                f"{source.label}: {INDEX} lists {len(absent)} tensors that no shard holds ({some(absent)}). "
+                f"{source.label}: {main} lists {len(absent)} tensors that no shard holds ({some(absent)}). "
                 "Fetch it again."
             )
         return checkpoint
+
+
+def _main_file(files: Collection[str]) -> str | None:
+    """The single file or the index, of a variant such as fp16 only if there is but one and nothing else."""
+    for stem in STEMS:
+        for file in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+            if file in files:
+                return file
+    variants = [file for file in files if VARIANT.fullmatch(file)]
+    return variants[0] if len(variants) == 1 else None
 
 
 def _shard_names(where: str, weight_map: Any) -> list[str]:

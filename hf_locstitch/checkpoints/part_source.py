@@ -1,0 +1,108 @@
+"""A part of a folder or a repo as a source of its own: a subfolder, or one safetensors file and what lies beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_locstitch.checkpoints.ref import WEIGHTS
+from hf_locstitch.checkpoints.source import Advance, FileInfo, Source
+from hf_locstitch.errors import CheckpointError, IntegrityError
+from hf_locstitch.runtime.human import some
+
+
+class PartSource:
+    """whole: where it lies. path: in there. Files are named as they are within the part.
+
+    Raises CheckpointError if nothing is there.
+    """
+
+    def __init__(self, whole: Source, path: str) -> None:
+        self._whole: Any = whole
+        self.path = path
+        folder, _, name = path.rpartition("/") if path.endswith(WEIGHTS) else (path, "", "")
+        self._prefix, self._only = f"{folder}/" if folder else "", name
+        start = len(self._prefix)
+        within = {file[start:]: info for file, info in whole.files.items() if file.startswith(self._prefix)}
+        self._files = {file: info for file, info in within.items() if not self._only or self._belongs(file)}
+        if not self.files or (self._only and self._only not in self.files):
+            raise CheckpointError(f"{whole.label} has no {path}. {where_weights_are(whole)}")
+
+    @property
+    def label(self) -> str:
+        return self._named(self._whole.label)
+
+    @property
+    def pinned(self) -> str:
+        return self._named(self._whole.pinned)
+
+    @property
+    def identity(self) -> str:
+        return f"{self._whole.identity} {self.path}"
+
+    @property
+    def repo(self) -> str | None:
+        return self._whole.repo
+
+    @property
+    def commit(self) -> str | None:
+        return self._whole.commit
+
+    @property
+    def local(self) -> bool:
+        return self._whole.local
+
+    @property
+    def files(self) -> Mapping[str, FileInfo]:
+        return self._files
+
+    def _belongs(self, file: str) -> bool:
+        """Whether a file is that which is named, or goes along with it."""
+        if file.startswith("adapter_"):
+            return self._only.startswith("adapter_")
+        return file == self._only or not (file.endswith(WEIGHTS) or f"{WEIGHTS}.index." in file)
+
+    def read_start(self, file: str, length: int) -> bytes:
+        return self._whole.read_start(self._prefix + file, length)
+
+    def cached(self, file: str) -> Path | None:
+        return self._whole.cached(self._prefix + file)
+
+    def fetch(self, file: str, advance: Advance = lambda _: None, *others: Any) -> Path:
+        return self._whole.fetch(self._prefix + file, advance, *others)
+
+    def stream(self, file: str, start: int = 0) -> Iterator[bytes]:
+        return self._whole.stream(self._prefix + file, start)
+
+    def check_obtainable(self, files: Iterable[str], cache: bool) -> None:
+        self._whole.check_obtainable([self._prefix + file for file in files], cache)
+
+    def sha256(self, file: str) -> str:
+        return self._whole.sha256(self._prefix + file)
+
+    def check_unchanged(self, files: Iterable[str]) -> None:
+        self._whole.check_unchanged([self._prefix + file for file in files])
+
+    def damaged(self, file: str, got: str) -> IntegrityError:
+        return self._whole.damaged(self._prefix + file, got)
+
+    def revisions_with_weights(self) -> list[str]:
+        return self._whole.revisions_with_weights()
+
+    def _named(self, whole: str) -> str:
+        """The whole's name with the path in it, before the revision."""
+        name, at, revision = whole.rpartition("@") if self.repo is not None else (whole, "", "")
+        return f"{name}/{self.path}{at}{revision}"
+
+
+def where_weights_are(source: Source) -> str:
+    """Which folders of a source hold safetensors, as advice."""
+    folders = sorted({file.rpartition("/")[0] for file in source.files if file.endswith(WEIGHTS)} - {""})
+    if not folders:
+        return "Check the name."
+    return f"Weights lie in its folders {some(folders)}: name one, such as {_inside(source, folders[0])}."
+
+
+def _inside(source: Source, folder: str) -> str:
+    return f"{source.repo or source.label}/{folder}"
