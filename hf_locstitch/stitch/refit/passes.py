@@ -328,13 +328,19 @@ def watch(model: Any) -> frozenset[str]:
     """Make passes through a model see its padding and last hidden states, and stop before stacked experts. Returns the
     names of their parameters."""
     model.register_forward_pre_hook(_note_padding, with_kwargs=True)
-    model.base_model.register_forward_hook(_note_hidden)
+    _last_states(model).register_forward_hook(_note_hidden)
     stacked: set[str] = set()
     for module in model.modules():
         if stacks := _stacked_experts(module):
             module.forward = _stopping(module.forward, stacks)
             stacked |= {stack.parameter for stack in stacks}
     return frozenset(stacked)
+
+
+def _last_states(model: Any) -> Any:
+    """The module that gives the last hidden states: the decoder, where it stands beside the head."""
+    beside = model.base_model is model and getattr(model.config, "is_encoder_decoder", False)
+    return model.get_decoder() if beside else model.base_model
 
 
 def _stacked_experts(module: Any) -> tuple[Part, ...]:
