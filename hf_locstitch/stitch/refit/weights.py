@@ -48,6 +48,12 @@ class Part:
         """The tensors of the stack that it is one of."""
         return [replace(self, index=number, key=(*self.key[:-1], number)) for number in range(self.stacked)]
 
+    def turned_hole(self) -> Tensor:
+        """A placeholder of this matrix, transposed."""
+        values = torch.full((), math.nan, device=self.device).expand(self.shape[::-1])
+        values.locstitch_turned = self  # pyright: ignore[reportAttributeAccessIssue]
+        return values
+
     def hole_of(self, index: int) -> Tensor:
         """The placeholder of one of its stacked tensors."""
         return _hole(self.at(index))
@@ -56,6 +62,11 @@ class Part:
 def part_of(value: Any) -> Part | None:
     """What a tensor stands for, if it is a placeholder."""
     return value.__dict__.get("locstitch_part") if isinstance(value, Tensor) else None
+
+
+def turned_part_of(value: Any) -> Part | None:
+    """The matrix whose transpose a tensor stands for, if it is such a placeholder."""
+    return value.__dict__.get("locstitch_turned") if isinstance(value, Tensor) else None
 
 
 def _hole(part: Part, parameter: bool = False) -> Tensor:
