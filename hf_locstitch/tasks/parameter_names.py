@@ -82,7 +82,7 @@ def group_buffers(model: Any, disk: Collection[str]) -> list[Group]:
     ]
 
 
-def _keys(model: Any, state: Mapping[str, Any], disk: Collection[str]) -> Iterator[tuple[str, str, str | None]]:
+def _keys(model: Any, state: dict[str, Any], disk: Collection[str]) -> Iterator[tuple[str, str, str | None]]:
     """(name on disk, name in the state dict, the pattern by which it is converted, if it is), sorted."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

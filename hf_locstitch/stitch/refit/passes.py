@@ -29,7 +29,8 @@ LABELS = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "r
                     "is_quantized", "is_nested", "is_mkldnn", "is_leaf", "grad", "names", "itemsize"})  # fmt: skip
 SUMS, VIEWS = (torch.add, Tensor.add), (Tensor.view, Tensor.reshape)
 IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
-TRANSPOSES = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t)
+TRANSPOSES = (Tensor.t, torch.t)
+TURNED = frozenset({"T", "mT"})  # attributes
 SWAPS = (Tensor.transpose, torch.transpose)
 PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 Key = tuple[Any, ...]
@@ -325,6 +326,8 @@ def _as_linear(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Lin
 
 def _turns(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call is the transpose of a matrix, as some linear layers write it: x @ weight.T."""
+    if func.__name__ == "__get__":
+        return getattr(func.__self__, "__name__", "") in TURNED
     if len(args) == 1 and not kwargs:
         return func in TRANSPOSES
     return func in SWAPS and len(args) == 3 and not kwargs and sorted(size % 2 for size in args[1:]) == [0, 1]
