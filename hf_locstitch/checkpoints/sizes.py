@@ -9,8 +9,8 @@ from hf_locstitch.checkpoints.config import part
 
 LARGEST = 2**40  # of any size; more is nonsense
 WIDTH = ("hidden_size", "n_embd", "d_model")
-LAYERS = ("num_hidden_layers", "n_layer")
-MLP = ("moe_intermediate_size", "intermediate_size", "n_inner")
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers")
+MLP = ("moe_intermediate_size", "intermediate_size", "n_inner", "d_ff", "encoder_ffn_dim")
 
 
 def find_size(config: Mapping[str, Any], *names: str, within: Sequence[str] = ("text_config", "vision_config")) -> int:

@@ -146,6 +146,10 @@ def make_grafted_model(
         parameter.requires_grad_(name in wanted)
         if name not in absent and name in originals and originals[name].shape == parameter.shape:
             parameter.data = originals[name].data
+    state = dict(base.named_buffers())
+    for name, buffer in finetuned.named_buffers():
+        if name not in absent and name in state and state[name].shape == buffer.shape:
+            buffer.data = state[name].data
     dtype = next((originals[name].dtype for name in sorted(wanted)), torch.float32)
     finetuned.to(dtype=dtype)
     if sharded:

@@ -35,6 +35,7 @@ from hf_locstitch.plan.dropped_layers import without_dropped_layers
 from hf_locstitch.plan.layout import OutputShard, guessed, index_name, output_shards
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
+from hf_locstitch.plan.untrained_state import without_untrained_state
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import hide_library_bars
 from hf_locstitch.runtime.settings import DEFAULT, Settings
@@ -51,7 +52,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     if recipe.localized:
         return _open_and_stitch(recipe, settings)
     base, finetuned, data, fit_data = _open_inputs(recipe, settings)
-    recipe, notes = without_dropped_layers(recipe, base, finetuned)
+    recipe, notes = _without_what_stays(recipe, base, finetuned)
     planned = _with_notes(merge_plan(recipe, base, finetuned, settings, data, fit_data), notes)
     plan = _with_side_files(_with_text_warnings(planned))
     if recipe.fitting is not None:
@@ -64,8 +65,17 @@ def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> Localize
     recipe = _without_fit_data(recipe)
     check_localizable(recipe)
     base, finetuned, data, _ = _open_inputs(recipe, settings)
-    recipe, notes = without_dropped_layers(recipe, base, finetuned)
+    recipe, notes = _without_what_stays(recipe, base, finetuned)
     return _with_text_warnings(_with_notes(localize_plan(recipe, base, finetuned, settings, data), notes))
+
+
+def _without_what_stays(
+    recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint]
+) -> tuple[Recipe, list[str]]:
+    """The recipe, which leaves out tensors that stay the base's, and sentences that say so."""
+    recipe, notes = without_dropped_layers(recipe, base, finetuned)
+    recipe, more = without_untrained_state(recipe, base)
+    return recipe, notes + more
 
 
 def _with_notes(plan: AnyPlan, notes: Sequence[str]) -> AnyPlan:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from hf_locstitch.checkpoints.config import architecture
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,6 +36,11 @@ class Objective(BaseModel, ABC):
 
     if TYPE_CHECKING:  # a field of each objective, a Literal
         kind: Any = None
+
+    @classmethod
+    def suits(cls, config: Mapping[str, Any]) -> bool:
+        """Whether it is the default for a finetune with this config.json."""
+        return bool(cls.architectures) and architecture(config).endswith(cls.architectures)
 
     @abstractmethod
     def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:

@@ -8,7 +8,7 @@ does this for any tensor of a parameter's shape; `check` verifies it on the weig
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +40,14 @@ def group_names(model: Any, disk: Collection[str]) -> list[Group]:
     tied parameters that are stored twice make two groups.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, rename_source_key
+    from transformers.core_model_loading import WeightConverter, apply_converters
 
     mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict(keep_vars=True)
     canonical = {id(parameter): name for name, parameter in model.named_parameters()}
     groups: list[Group] = []
     converted: dict[str, list[str]] = defaultdict(list)  # a name in the state dict -> on disk
-    for name in sorted(disk):
-        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if key not in state and name in state:
-            key, pattern = name, None
+    for name, key, pattern in _keys(model, state, disk):
         if key not in state or id(state[key]) not in canonical:
             continue
         if pattern is None:
@@ -74,6 +69,32 @@ def group_names(model: Any, disk: Collection[str]) -> list[Group]:
             pairs = tuple((key, canonical[id(state[key])]) for key in sorted(keys))
             groups.append(Group(pairs, tuple(names), direct=False))
     return groups
+
+
+def group_buffers(model: Any, disk: Collection[str]) -> list[Group]:
+    """Likewise of the floating-point buffers that the tensors on disk hold as they are, such as routers' biases."""
+    state = model.state_dict(keep_vars=True)
+    buffers = {name for name, buffer in model.named_buffers() if buffer.is_floating_point() and name in state}
+    return [
+        Group(((key, key),), (name,), direct=True)
+        for name, key, pattern in _keys(model, state, disk)
+        if key in buffers and pattern is None
+    ]
+
+
+def _keys(model: Any, state: dict[str, Any], disk: Collection[str]) -> Iterator[tuple[str, str, str | None]]:
+    """(name on disk, name in the state dict, the pattern by which it is converted, if it is), sorted."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    for name in sorted(disk):
+        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if key not in state and name in state:
+            key, pattern = name, None
+        yield name, key, pattern
 
 
 def to_disk(model: Any, group: Group, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -15,7 +15,15 @@ TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidde
         "num_attention_heads": 4, "max_position_embeddings": 40}  # fmt: skip
 VISION = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4}  # fmt: skip
-T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+T5 = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 MOE = {**TEXT, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 MODELS = {

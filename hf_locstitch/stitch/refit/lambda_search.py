@@ -150,6 +150,12 @@ class Refitting:
 
 def _check_calls(first: Fit) -> None:
     if not any(first.refittable(key) for key in first.calls.calls):
+        if first.calls.twice:
+            raise RequestError(
+                "the model uses each of its localized linear layers several times in a pass, and a refit on inputs "
+                "fits a layer where it is used once. Use a refit without inputs, or --method regmean, which adds up "
+                "the inputs of all uses."
+            )
         raise RequestError(
             "with these inputs, the model uses no localized tensor as a linear layer exactly once per pass: there is "
             "nothing to refit. Use --stitch mean, or check --include and the data's objective."

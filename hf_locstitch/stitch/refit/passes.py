@@ -23,11 +23,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_locstitch.runtime.chunks import keep_to_itself
 from hf_locstitch.stitch.refit.states import States
-from hf_locstitch.stitch.refit.weights import Part, Weights, part_of
+from hf_locstitch.stitch.refit.weights import Part, Weights, part_of, turned_part_of
 
 LABELS = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "requires_grad", "layout", "is_sparse",
                     "is_quantized", "is_nested", "is_mkldnn", "is_leaf", "grad", "names", "itemsize"})  # fmt: skip
 SUMS, VIEWS = (torch.add, Tensor.add), (Tensor.view, Tensor.reshape)
+IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__"})
+TRANSPOSES = (Tensor.t, torch.t)
+TURNED = frozenset({"T", "mT"})  # attributes
+SWAPS = (Tensor.transpose, torch.transpose)
 PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 Key = tuple[Any, ...]
 
@@ -247,12 +251,17 @@ class Lending(TorchFunctionMode):
             return part.hole_of(int(args[1]))
         if func.__name__ == "__get__" and getattr(func.__self__, "__name__", "") in LABELS:
             return func(*args, **kwargs)
+        if _turns(func, args, kwargs) and (part := part_of(args[0])) is not None and part.dim == 2:
+            return part.turned_hole()
         if func in SUMS and len(args) == 2 and not kwargs and (result := self._sum(func, *args)) is not None:
             return self._made(result)
         lent = tree_map(self._lend, (tuple(args), kwargs))
         result = self._made(func(*lent[0], **lent[1]), lent)
-        for stop in filter(None, map(product_of, tree_leaves((tuple(args), kwargs)))):
-            if func in VIEWS:
+        for stop in list(filter(None, map(product_of, tree_leaves((tuple(args), kwargs))))):
+            if _writes(func):
+                self._pass.used.add(stop.key)
+                result.__dict__.pop("locstitch_product", None)
+            elif func in VIEWS:
                 result.locstitch_product = stop
             elif product_of(result) is not stop:  # dropout returns its input
                 self._pass.used.add(stop.key)
@@ -264,6 +273,8 @@ class Lending(TorchFunctionMode):
         return result
 
     def _lend(self, value: Any) -> Any:
+        if (turned := turned_part_of(value)) is not None:
+            return self._pass.weights.held(turned).T
         part = part_of(value)
         return value if part is None else self._pass.weights.held(part)
 
@@ -304,12 +315,28 @@ def _as_linear(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Lin
     elif func is torch.addmm and len(args) == 3 and not kwargs:
         (bias, x), weight, transposed = args[:2], part_of(args[2]), True
     elif func in PRODUCTS and len(args) == 2 and not kwargs:
-        x, weight, bias, transposed = args[0], part_of(args[1]), None, True
+        turned = turned_part_of(args[1])
+        x, weight, bias, transposed = args[0], turned or part_of(args[1]), None, turned is None
     else:
         return None
     if weight is None or weight.dim != 2 or part_of(x) is not None or (bias is not None and part_of(bias) is None):
         return None
     return LinearStop(weight, part_of(bias), transposed, x)
+
+
+def _turns(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is the transpose of a matrix, as some linear layers write it: x @ weight.T."""
+    if func.__name__ == "__get__":
+        return getattr(func.__self__, "__name__", "") in TURNED
+    if len(args) == 1 and not kwargs:
+        return func in TRANSPOSES
+    return func in SWAPS and len(args) == 3 and not kwargs and sorted(size % 2 for size in args[1:]) == [0, 1]
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function changes its first argument: `x += y`, `x.add_(y)`."""
+    name = func.__name__
+    return name in IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
@@ -328,13 +355,19 @@ def watch(model: Any) -> frozenset[str]:
     """Make passes through a model see its padding and last hidden states, and stop before stacked experts. Returns the
     names of their parameters."""
     model.register_forward_pre_hook(_note_padding, with_kwargs=True)
-    model.base_model.register_forward_hook(_note_hidden)
+    _last_states(model).register_forward_hook(_note_hidden)
     stacked: set[str] = set()
     for module in model.modules():
         if stacks := _stacked_experts(module):
             module.forward = _stopping(module.forward, stacks)
             stacked |= {stack.parameter for stack in stacks}
     return frozenset(stacked)
+
+
+def _last_states(model: Any) -> Any:
+    """The module that gives the last hidden states: the decoder, where it stands beside the head."""
+    beside = model.base_model is model and getattr(model.config, "is_encoder_decoder", False)
+    return model.get_decoder() if beside else model.base_model
 
 
 def _stacked_experts(module: Any) -> tuple[Part, ...]:

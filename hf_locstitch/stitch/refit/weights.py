@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_locstitch.tasks.parameter_names import Group, from_disk, group_names
+from hf_locstitch.tasks.parameter_names import Group, from_disk, group_buffers, group_names
 
 SMALL = 1 << 16  # elements: smaller tensors (norms, biases) stay in memory once read
 HELD = 2  # how many larger tensors a model keeps in memory
@@ -21,7 +21,8 @@ PIECE = 1 << 24  # elements of a weight converted to float32 at once, where a pa
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter, or one of its `stacked` matrices (index). key: the same for the models of all tasks."""
+    """A parameter, or one of its `stacked` matrices (index). key: the same for the models of all tasks. default: of a
+    buffer, its values where a checkpoint lacks it."""
 
     parameter: str
     index: int | None
@@ -29,6 +30,7 @@ class Part:
     key: tuple[Any, ...]
     device: torch.device
     stacked: int = 0
+    default: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def dim(self) -> int:
@@ -46,6 +48,12 @@ class Part:
         """The tensors of the stack that it is one of."""
         return [replace(self, index=number, key=(*self.key[:-1], number)) for number in range(self.stacked)]
 
+    def turned_hole(self) -> Tensor:
+        """A placeholder of this matrix, transposed."""
+        values = torch.full((), math.nan, device=self.device).expand(self.shape[::-1])
+        values.locstitch_turned = self  # pyright: ignore[reportAttributeAccessIssue]
+        return values
+
     def hole_of(self, index: int) -> Tensor:
         """The placeholder of one of its stacked tensors."""
         return _hole(self.at(index))
@@ -54,6 +62,11 @@ class Part:
 def part_of(value: Any) -> Part | None:
     """What a tensor stands for, if it is a placeholder."""
     return value.__dict__.get("locstitch_part") if isinstance(value, Tensor) else None
+
+
+def turned_part_of(value: Any) -> Part | None:
+    """The matrix whose transpose a tensor stands for, if it is such a placeholder."""
+    return value.__dict__.get("locstitch_turned") if isinstance(value, Tensor) else None
 
 
 def _hole(part: Part, parameter: bool = False) -> Tensor:
@@ -65,9 +78,10 @@ def _hole(part: Part, parameter: bool = False) -> Tensor:
 
 
 def hollow(model: Any, disk: Collection[str], device: torch.device) -> dict[str, Part]:
-    """Replace all parameters of a model on the meta device by placeholders. disk: names of the base's tensors.
+    """Replace all parameters of a model on the meta device, and the buffers that the base holds, by placeholders.
+    disk: names of the base's tensors.
 
-    Returns what they stand for, by name.
+    Returns what the parameters stand for, by name.
     """
     keys = {
         parameter: (group.disk, number)
@@ -86,6 +100,12 @@ def hollow(model: Any, disk: Collection[str], device: torch.device) -> dict[str,
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+    for group in group_buffers(model, disk):
+        (name,) = group.parameters
+        module, _, own = name.rpartition(".")
+        buffer = model.get_buffer(name)
+        part = Part(name, None, tuple(buffer.shape), (name,), device, default=buffer.float())
+        model.get_submodule(module)._buffers[own] = _hole(part)
     return parts
 
 
@@ -107,7 +127,7 @@ class Weights:
         release: Callable[[str], object] = lambda _: None,
     ) -> None:
         self.groups: dict[str, Group] = {}
-        for group in group_names(model, disk):
+        for group in [*group_names(model, disk), *group_buffers(model, disk)]:
             for parameter in group.parameters:
                 self.groups.setdefault(parameter, group)
         self._model, self._read, self._device, self._spare = model, read, device, spare
@@ -162,6 +182,8 @@ class Weights:
         group = self.groups.get(part.parameter)
         if group is None and self._spare is not None:
             return self._spare._load(part)
+        if group is None and part.default is not None:
+            return part.default
         if group is None:  # in neither checkpoint: a pooler that nobody asks for, or it shows in the outputs
             return torch.full(part.shape, math.nan, device=self._device)
         if group.direct:

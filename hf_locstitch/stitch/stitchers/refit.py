@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, model_validator
 
+from hf_locstitch.checkpoints.sizes import find_size
+from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.escape import markdown
 from hf_locstitch.stitch.dataless.cost import dataless_cost
 from hf_locstitch.stitch.fit_cost import Successive
@@ -101,6 +103,8 @@ class Refit(Stitcher):
         return f"refit on up to {fitted} inputs per finetune of at most {self.tokens} tokens, lambda {lambdas}{judged}"
 
     def check(self, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
+        for checkpoint in finetuned.values() if self.data else ():
+            _refuse_shared_layers(checkpoint)
         if self.labelled:
             from hf_locstitch.stitch.refit.models import check_labels  # slow to import
 
@@ -129,6 +133,17 @@ class Refit(Stitcher):
 
     def card(self, record: Mapping[str, Any], inputs: str) -> str:
         return "\n\n".join(_sections(record, inputs) if self.data else _sections_without_data(record))
+
+
+def _refuse_shared_layers(checkpoint: Checkpoint) -> None:
+    """Raises RecipeError for an Albert: to fit a layer where it is first used would spoil its other uses."""
+    groups, layers = (find_size(checkpoint.config, name) for name in ("num_hidden_groups", "num_hidden_layers"))
+    if 0 < groups < layers:
+        raise RecipeError(
+            f"{checkpoint.label} uses each of its layers several times in a pass (num_hidden_groups: {groups}, "
+            f"num_hidden_layers: {layers}), and a refit on inputs fits a layer where it is used once. Use a refit "
+            "without inputs, or --method regmean, which adds up the inputs of all uses."
+        )
 
 
 def _sections_without_data(record: Mapping[str, Any]) -> Iterator[str]:

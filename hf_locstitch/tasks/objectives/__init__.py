@@ -20,10 +20,10 @@ else:
 
 def suggest(config: Mapping[str, Any], label: str) -> Objective:
     """For a finetune with this config.json. Raises RecipeError if there is no default objective."""
-    named = architecture(config) or "model that names no architecture"
     for objective in OBJECTIVES.all():
-        if objective.architectures and named.endswith(objective.architectures):
+        if objective.suits(config):
             return objective()
+    named = architecture(config) or "model that names no architecture"
     raise RecipeError(
         f"{label} is a {named}, for which no objective is known. Set the objective of its data in the "
         "recipe: {kind: masked-lm, label_words: [...]}, {kind: clip-zero-shot, classes: [...]} or "

@@ -74,6 +74,7 @@ LEFT = {
     "t5": {"relative_attention_bias"},
     "gpt-oss": {"gate_up_proj_bias", "down_proj_bias"},  # stacked vectors
     "mamba": {"A_log", "conv1d", "dt_proj"},
+    "deepseek-v3": {"gate"},  # made float32 on its way to the product
 }
 
 

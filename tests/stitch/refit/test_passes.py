@@ -15,6 +15,7 @@ import transformers
 from helpers.families import MODELS, pair
 from helpers.grafted import CASES
 from helpers.models import load
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_locstitch.errors import RequestError
@@ -74,6 +75,34 @@ def test_outputs_are_those_of_the_loaded_model(case: str, stopping: bool, tmp_pa
         one.go_on(product(one))
     assert (stops > 7) == stopping
     assert torch.allclose(one.result, due, atol=1e-5)
+
+
+def test_buffers_are_those_of_each_checkpoint(tmp_path: Path) -> None:
+    """Routers' biases, which decide about experts; one that lacks them has those of a new model."""
+    _, folder = pair("deepseek-v3", tmp_path, torch.float32)
+    objective = CASES["causal-lm"][1]
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = empty_model(objective.auto_class, config, "")
+    plain = load(folder)
+    (name,) = (name for name in plain if name.endswith("e_score_correction_bias"))
+    biased = {**plain, name: torch.tensor([0.0, 3.0, 0.0, 5.0])}
+    lacking = {name: value for name, value in plain.items() if not name.endswith("e_score_correction_bias")}
+    attach_conversions(model, list(plain))
+    hollow(model, list(plain), CPU)
+    watch(model)
+    ids = torch.arange(12).view(2, 6)
+    results = []
+    for state in (plain, biased, lacking):
+        one = Pass(
+            Weights(model, list(state), state.__getitem__, CPU), lambda: model(input_ids=ids).logits, frozenset()
+        )
+        one.start()
+        results.append(one.result)
+        save_file({**plain, **state}, folder / "model.safetensors", metadata={"format": "pt"})
+        with torch.no_grad():
+            due = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=ids).logits
+        assert torch.allclose(one.result, due, atol=1e-5)
+    assert not torch.allclose(results[0], results[1], atol=1e-3) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("case", ["causal-lm", "gpt2", "mixtral", "masked-lm", "image-classification"])

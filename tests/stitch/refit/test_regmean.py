@@ -124,7 +124,7 @@ def prepare(kind: str, tmp: Path, dtype: torch.dtype = torch.float32) -> tuple[l
     return folders, [[json.loads(line)["text"] for line in file.read_text().splitlines()] for file in files]
 
 
-@pytest.mark.parametrize(("kind", "alpha"), [("llama", 0.9), ("llama-tied", 0.9), ("gpt2", 0.1)])
+@pytest.mark.parametrize(("kind", "alpha"), [("llama", 0.9), ("llama-tied", 0.9), ("gpt2", 0.1), ("falcon", 0.9)])
 def test_equals_the_closed_form(kind: str, alpha: float, tmp_path: Path) -> None:
     folders, texts = prepare(kind, tmp_path)
     assert main([*command(tmp_path, alpha=alpha, batch=7), "--out", str(tmp_path / "out")]) == 0
@@ -244,7 +244,7 @@ def test_a_typo_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "did you mean 'alpha'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "T5ForConditionalGeneration", "bert-classes"])
+@pytest.mark.parametrize("kind", ["mixtral", "T5ForConditionalGeneration", "bert-classes", "albert"])
 def test_what_no_linear_multiplies_with_keeps_the_mean(kind: str, tmp_path: Path) -> None:
     """Stacked experts, embeddings and tables of positions; all other matrices are fitted."""
     model = make_model(kind) if kind.startswith("T5") else build(kind, torch.float32)

@@ -18,6 +18,7 @@ from helpers.runs import quick_merge
 from PIL import Image
 
 from hf_locstitch import load_mask
+from hf_locstitch.errors import RecipeError
 
 
 def union_of_masks(out: Path, names: list[str], state: State) -> State:
@@ -45,6 +46,8 @@ TEXTS = {
     "gpt2": None,
     "mixtral": None,
     "qwen3-moe": None,
+    "falcon": None,
+    "falcon-bias": None,
     "roberta-mlm": {"kind": "masked-lm", "template": "{text}{mask}", "label_words": ["=", "a", "b"]},
     "bert-classes": None,
     "bert": None,
@@ -65,6 +68,17 @@ def test_every_linear_of_a_text_model_is_refitted(kind: str, tmp_path: Path) -> 
     if kind != "bert-classes":  # whose untrained head tells nothing
         assert record["disagreement"][record["lambda"]] < record["disagreement"]["inf"]
     assert not record["kept_plain"]
+
+
+def test_layers_that_are_used_several_times(tmp_path: Path) -> None:
+    """An Albert has one layer for all: it is fitted without inputs, and refused with a way out on inputs."""
+    folders = family(build("albert", torch.float32), tmp_path, masked_tokenizer())
+    data = [str(write_texts(tmp_path / f"{seed}.jsonl", seed=seed)) for seed in range(2)]
+    with pytest.raises(RecipeError, match=r"several times in a pass \(num_hidden_groups: 1, .*: 3\).*regmean"):
+        quick_merge(folders[0], folders[1:], out=tmp_path / "out", localizer=HOW, data=data, stitch=SMALL)
+    quick_merge(folders[0], folders[1:], out=tmp_path / "out", localizer=HOW, stitch="refit")
+    record = read_record(tmp_path / "out")["stitch"]
+    assert not record["kept_plain"] and len([name for name in record["refitted"] if name.endswith(".weight")]) == 8
 
 
 def test_an_encoder_decoder(tmp_path: Path) -> None:
