@@ -7,7 +7,7 @@ Rows are gathered as they are read, a chunk at a time; no matrix is ever held.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_locstitch.checkpoints.byte_ranges import Piece
-from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.checkpoint import Checkpoint, Config
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.runtime.dtypes import DTYPE, ITEM_BYTES, ON_DISK, Values, common_dtype
@@ -47,7 +47,9 @@ class Alignment:
             for matrix, owners in self.matrices.items()
             if name in owners
         }
-        return _with_infos(self.own[name], infos)
+        seen = _with_infos(self.own[name], infos)
+        counts = {self.own[name].info(own[name]).shape[0] for own in self.matrices.values() if name in own}
+        return replace(seen, config=resized(seen.config, counts, self.rows))
 
     def layout(self) -> Checkpoint:
         """The base with its matrices in these rows, in its own dtypes."""
@@ -139,6 +141,18 @@ class AlignedReader(CheckpointReader):
     def release(self, name: str, first: int, count: int) -> None:
         if name not in self._matrices:
             self._own.release(name, first, count)
+
+
+def resized(config: Config, counts: Collection[int], rows: int) -> dict[str, Any]:
+    """The config with `rows` wherever it has one of these counts as vocab_size, of its own or of a part."""
+    return {
+        key: rows
+        if key == "vocab_size" and value in counts
+        else {**value, "vocab_size": rows}
+        if isinstance(value, dict) and value.get("vocab_size") in counts
+        else value
+        for key, value in config.items()
+    }
 
 
 def _are_means(sources: RowSources) -> bool:

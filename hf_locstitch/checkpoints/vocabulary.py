@@ -24,7 +24,7 @@ OTHERS = (
 )  # fmt: skip
 MATRICES = re.compile(r"(^|[._])(embed\w*|wte|shared|\w*head|output|decoder|predictions)([._]|$)")
 NOT_OF_TOKENS = re.compile(r"(position|token_type|wpe)")
-WAY_OUT = "Save the tokenizer again with transformers, or leave the finetunes' tokens out: --tokenizer base --embeddings base."
+WAY_OUT = "Save the tokenizer again with transformers, or leave new tokens out: --tokenizer base --embeddings base."
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_locstitch.checkpoints.aligned import RowSources
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.config import part
 from hf_locstitch.checkpoints.vocabulary import (
+    WAY_OUT,
     Vocabulary,
     has_tokenizer,
     read_vocabulary,
@@ -19,6 +20,8 @@ from hf_locstitch.checkpoints.vocabulary import (
 from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.human import more, some
+
+BASE, UNION, MEAN, LOCALIZE = "base", "union", "mean", "localize"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class TokenModel:
     rows: int
     vocabulary: Vocabulary | None = field(repr=False)
     by_number: bool
+    unknown: str = ""
+    """Why the tokens are not known, if they are not."""
 
     @property
     def entries(self) -> Mapping[str, Mapping[str, Any]]:
@@ -72,58 +77,66 @@ class TokenModels:
 def read_models(
     recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint], chosen: Sequence[str]
 ) -> TokenModels | None:
-    """None where there are no matrices, or all inputs have the same rows. Raises RecipeError, CheckpointError."""
+    """None where there are no matrices, or all inputs have the same rows. Raises RequestError."""
     matrices = token_matrices(base)
     if not matrices:
-        if asked := [one for one in ("tokenizer", "embeddings") if getattr(recipe, one) not in (None, "base")]:
-            raise RecipeError(
-                f"{asked[0]} is given, but no tensor of {base.label} is known as an embedding with as many rows as "
-                f"the vocab_size of its config. Drop {asked[0]}."
-            )
+        _refuse_without_matrices(recipe, base)
         return None
     rows = {name: _rows(matrices, one) for name, one in finetuned.items()}
     own = _rows(matrices, base) or 0
     unlike = [name for name, one in finetuned.items() if _has_other_tokens(base, one)]
-    resized = [name for name, count in rows.items() if count not in (None, own)]
+    resized = any(count not in (None, own) for count in rows.values())
     localized = any(name in matrices for name in chosen)
-    plain = recipe.embeddings in (None, "base", "localize")
-    named = recipe.tokenizer if recipe.tokenizer in finetuned else None
-    if plain and not unlike and (not resized or not (localized or named)):
+    asked = recipe.tokenizer not in (None, BASE) or recipe.embeddings not in (None, BASE, LOCALIZE)
+    if not unlike and not (asked or (resized and localized)):
         return None
-    settled = recipe.tokenizer == "base" and plain and not localized
-    read = _read_if_possible if settled else _read
-    known = read(base) if unlike or named else None
+    settled = not asked and recipe.tokenizer == BASE and not localized
+    needed = asked or localized or (resized and not settled)
+    known = _read_model(base, own, needed) if unlike or recipe.tokenizer in finetuned else None
+    start = known or TokenModel(base.label, own, None, True)
     models = {
-        name: TokenModel(one.label, rows[name] or 0, read(one) if name in unlike else None, name not in unlike)
+        name: _read_model(one, rows[name] or 0, needed)
+        if name in unlike
+        else TokenModel(one.label, rows[name] or 0, start.vocabulary if name == recipe.tokenizer else None, True)
         for name, one in finetuned.items()
     }
-    start = TokenModel(base.label, own, known, True)
-    if unlike and known is None:
-        _refuse_unknown(recipe, base, localized and bool(resized))
-    if named and models[named].by_number:
-        models[named] = TokenModel(models[named].label, models[named].rows, known, True)
-    settled |= bool(unlike) and known is None
-    losses = list(_losses(recipe, start, models, localized, settled))
-    return TokenModels(matrices, start, models, localized, settled, tuple(losses))
+    if unlike and start.vocabulary is None:
+        if asked or (localized and resized):
+            raise CheckpointError(f"{start.unknown}, so rows cannot be matched by them. {WAY_OUT}")
+        settled = True
+    losses = Losses(recipe, start, models, asked or localized)
+    losses.check()
+    return TokenModels(matrices, replace(start, by_number=True), models, localized, settled, tuple(losses.warnings))
+
+
+def _refuse_without_matrices(recipe: Recipe, base: Checkpoint) -> None:
+    if asked := [one for one in ("tokenizer", "embeddings") if getattr(recipe, one) not in (None, BASE)]:
+        raise RecipeError(
+            f"{asked[0]} is given, but no tensor of {base.label} is known as an embedding with as many rows as the "
+            f"vocab_size of its config. Drop {asked[0]}."
+        )
 
 
 def _has_other_tokens(base: Checkpoint, other: Checkpoint) -> bool:
     return has_tokenizer(other.source) and not same_vocabulary(base.source, other.source)
 
 
-def _read(checkpoint: Checkpoint) -> Vocabulary | None:
-    return read_vocabulary(checkpoint.source)
-
-
-def _read_if_possible(checkpoint: Checkpoint) -> Vocabulary | None:
+def _read_model(checkpoint: Checkpoint, rows: int, needed: bool) -> TokenModel:
+    """needed: whether a tokenizer that is malformed is an error. Raises CheckpointError."""
+    reason = "it has neither tokenizer.json nor vocab.json"
+    vocabulary = None
     try:
-        return read_vocabulary(checkpoint.source)
-    except CheckpointError:
-        return None
+        vocabulary = read_vocabulary(checkpoint.source)
+    except CheckpointError as error:
+        if needed:
+            raise
+        reason = str(error)
+    unknown = f"the tokens of {checkpoint.label} are not known: {reason}"
+    return TokenModel(checkpoint.label, rows, vocabulary, False, unknown)
 
 
 def _rows(matrices: Sequence[str], checkpoint: Checkpoint) -> int | None:
-    """How many rows the matrices have; None if it has none of them. Raises CheckpointError if they differ."""
+    """How many rows the matrices have; None if it has none of them. Raises MismatchError if they differ."""
     counts = {checkpoint.info(name).shape[0]: name for name in matrices if name in checkpoint.tensors}
     if len(counts) > 1:
         listed = ", ".join(f"{name} has {count:,} rows" for count, name in counts.items())
@@ -131,51 +144,59 @@ def _rows(matrices: Sequence[str], checkpoint: Checkpoint) -> int | None:
     return next(iter(counts), None)
 
 
-def _refuse_unknown(recipe: Recipe, base: Checkpoint, needed: bool) -> None:
-    if needed or recipe.tokenizer not in (None, "base") or recipe.embeddings not in (None, "base", "localize"):
-        raise CheckpointError(
-            f"the tokens of {base.label} are not known: it has neither tokenizer.json nor vocab.json, so rows cannot "
-            "be matched by them. Save its tokenizer again with transformers, or leave the embeddings as they are in the "
-            "base: --tokenizer base --embeddings base."
-        )
+class Losses:
+    """What of the finetunes' tokens the output will lack. needed: whether all of their rows are to be known."""
 
+    def __init__(self, recipe: Recipe, base: TokenModel, models: Mapping[str, TokenModel], needed: bool) -> None:
+        self._tokenizer, self._base, self._models, self._needed = recipe.tokenizer, base, models, needed
+        self.warnings: list[str] = []
+        self._problems: list[str] = []
 
-def _losses(
-    recipe: Recipe, base: TokenModel, models: Mapping[str, TokenModel], localized: bool, settled: bool
-) -> Iterator[str]:
-    """What of the finetunes' tokens the output will lack. Raises MismatchError if all of them were asked for."""
-    problems: list[str] = []
-    for name, model in models.items():
-        if model.vocabulary is None and not model.by_number:
-            said = f"the tokens of {name} are not known: it has neither tokenizer.json nor vocab.json"
-            if recipe.tokenizer in ("union", name) or recipe.embeddings not in (None, "base") or localized:
-                problems.append(
-                    f"{said}; save its tokenizer again with transformers, or use --tokenizer base --embeddings base"
-                )
-            yield f"{said}. If it added any, they are lost."
-            continue
-        own, rowless = model.lost_tokens(base)
-        if rowless and recipe.tokenizer in ("union", name):
-            problems.append(
-                f"{name}'s tokenizer has {model.at(rowless[0])}{more(len(rowless))}, but"
-                f" its embeddings have {model.rows:,} rows; resize them (resize_token_embeddings) and save it again"
+    def check(self) -> None:
+        """Raises MismatchError for what was asked for and cannot be kept; everything else is a warning."""
+        for name, model in self._models.items():
+            if model.vocabulary is None and not model.by_number:
+                self._unknown(model)
+            elif self._tokenizer == BASE:
+                self._dropped(name, model)
+            else:
+                own, rowless = model.lost_tokens(self._base)
+                self._without_rows(name, model, rowless)
+                self._without_rules(name, own)
+        if self._problems:
+            raise MismatchError(self._problems)
+
+    def _unknown(self, model: TokenModel) -> None:
+        if self._needed:
+            self._problems.append(f"{model.unknown}. {WAY_OUT}")
+        self.warnings.append(f"{model.unknown.rstrip('.')}. If any were added, they are lost.")
+
+    def _dropped(self, name: str, model: TokenModel) -> None:
+        if new := [token for token, _ in model.new_tokens(self._base)]:
+            self.warnings.append(
+                f"{len(new):,} tokens that {name} added ({some(new)}) are dropped; --tokenizer union keeps them."
             )
-        elif rowless:
-            yield f"{name}'s tokenizer has tokens without a row in its embeddings ({some(rowless)}): they are left out."
-        if own and recipe.tokenizer == "union":
-            problems.append(
-                f"the tokenizer of {name} itself, not what was added to it, has {len(own):,} tokens that the base "
-                f"lacks, such as {own[0]!r}: they cannot be added without its merge rules; use --tokenizer {name}, or drop it"
+
+    def _without_rows(self, name: str, model: TokenModel, tokens: Sequence[str]) -> None:
+        if not tokens:
+            return
+        said = f"{name}'s tokenizer has {model.at(tokens[0])}{more(len(tokens))}, but its embeddings have {model.rows:,} rows"
+        if self._tokenizer in (UNION, name):
+            self._problems.append(f"{said}; resize them (resize_token_embeddings) and save it again")
+        else:
+            self.warnings.append(f"{said}: what has no row is left out.")
+
+    def _without_rules(self, name: str, tokens: Sequence[str]) -> None:
+        """Tokens of a tokenizer's own model, which it makes of text by rules that the base's has not."""
+        if not tokens or self._tokenizer == name:
+            return
+        said = f"{len(tokens):,} tokens of {name}'s tokenizer itself, such as {tokens[0]!r}"
+        if self._tokenizer == UNION:
+            self._problems.append(
+                f"{said}, cannot be added to the base's, which has no rules for them; use --tokenizer {name}"
             )
-        elif own and recipe.tokenizer != name:
-            yield (
-                f"{len(own):,} tokens of {name}'s tokenizer itself, such as {own[0]!r}, are lost: the base's has no "
-                f"rules for them. --tokenizer {name} keeps them."
-            )
-        if recipe.tokenizer == "base" and (new := [token for token, _ in model.new_tokens(base)]):
-            yield f"{len(new):,} tokens that {name} added ({some(new)}) are dropped; --tokenizer union keeps them."
-    if problems:
-        raise MismatchError(problems)
+        else:
+            self.warnings.append(f"{said}, are lost: the base's has no rules for them. --tokenizer {name} keeps them.")
 
 
 def matrix_names(

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_locstitch.checkpoints.aligned import resized
 from hf_locstitch.checkpoints.checkpoint import CONFIG, Checkpoint, read_json
 from hf_locstitch.checkpoints.ref import expand_home
 from hf_locstitch.checkpoints.side_files import TEMPLATES, TOKENIZER, SideFiles, choose_side_files, matching
@@ -193,15 +194,7 @@ class _Edit:
         base, rows = vocabulary.alignment.own[BASE], vocabulary.alignment.rows
         old = base.info(vocabulary.matrices[0]).shape[0]
         if config is not None and rows != old:
-            self._put(CONFIG, _resized(config, old, rows))
-
-
-def _resized(config: Mapping[str, Any], old: int, rows: int) -> dict[str, Any]:
-    own = {**config, "vocab_size": rows} if config.get("vocab_size") == old else dict(config)
-    return {
-        key: {**value, "vocab_size": rows} if isinstance(value, dict) and value.get("vocab_size") == old else value
-        for key, value in own.items()
-    }
+            self._put(CONFIG, resized(config, {old}, rows))
 
 
 def _with_special_ids(fields: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

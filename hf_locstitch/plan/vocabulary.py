@@ -18,10 +18,9 @@ from hf_locstitch.checkpoints.aligned import Alignment, Rows, RowSources
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.errors import MismatchError, RecipeError
 from hf_locstitch.plan.recipe import Recipe
-from hf_locstitch.plan.token_models import TokenModel, matrix_names, read_models
+from hf_locstitch.plan.token_models import BASE, LOCALIZE, MEAN, UNION, TokenModel, matrix_names, read_models
 from hf_locstitch.runtime.human import more, some
 
-BASE, UNION, MEAN, LOCALIZE = "base", "union", "mean", "localize"
 TOKENIZERS = (BASE, UNION)
 EMBEDDINGS = (BASE, MEAN, LOCALIZE)
 MULTIPLES = (128, 64, 32, 8)

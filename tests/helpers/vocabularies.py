@@ -13,7 +13,9 @@ WORDS = ("<unk>", "<s>", "</s>", *(f"w{number}" for number in range(21)))
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
 
 
-def tokenizer(words: Sequence[str] = WORDS, *, special: Sequence[str] = (), plain: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def tokenizer(
+    words: Sequence[str] = WORDS, *, special: Sequence[str] = (), plain: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """words: of its own model; special, plain: added to it, in this order."""
     made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
@@ -56,11 +58,13 @@ def save(
 def family(
     folder: Path, *, tied: bool, rows: Mapping[str, int] | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Path]:
-    """base; math, which added three tokens and a chat template; chat, which has one of them under another id, where math
-    has another, and one of its own. rows: of their matrices, where not one for each token."""
+    """base; math, which added three tokens and a chat template; chat, which has one of them under another id, where
+    math has another, and one of its own. rows: of their matrices, where not one for each token."""
     counts = {"base": 24, "math": 27, "chat": 26, **(rows or {})}
     base = model(counts["base"], tied=tied, dtype=dtype)
-    math, chat = (model(counts[name], tied=tied, seed=i, base=base, dtype=dtype) for i, name in ((1, "math"), (2, "chat")))
+    math, chat = (
+        model(counts[name], tied=tied, seed=i, base=base, dtype=dtype) for i, name in ((1, "math"), (2, "chat"))
+    )
     return {
         "base": save(folder / "base", base, tokenizer()),
         "math": save(folder / "math", math, tokenizer(special=["<|im_start|>", "<|im_end|>"], plain=["sum"]), TEMPLATE),
