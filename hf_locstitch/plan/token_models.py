@@ -180,7 +180,8 @@ class Losses:
     def _without_rows(self, name: str, model: TokenModel, tokens: Sequence[str]) -> None:
         if not tokens:
             return
-        said = f"{name}'s tokenizer has {model.at(tokens[0])}{more(len(tokens))}, but its embeddings have {model.rows:,} rows"
+        which = f"{model.at(tokens[0])}{more(len(tokens))}"
+        said = f"{name}'s tokenizer has {which}, but its embeddings have {model.rows:,} rows"
         if self._tokenizer in (UNION, name):
             self._problems.append(f"{said}; resize them (resize_token_embeddings) and save it again")
         else:
