@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -79,11 +80,9 @@ class Alignment:
         """(model, piece of it) that the base's matrix in these rows is made of."""
         for model, rows in self.sources["base"].items():
             taken = np.unique(rows[rows >= 0])
-            if len(taken):
-                own = self.matrices[matrix][model]
-                width = math.prod(self.own[model].info(own).shape[1:])
-                for first, stop in _stretches(taken):
-                    yield model, (own, int(taken[first]) * width, (stop - first) * width)
+            width = math.prod(self.own["base"].info(matrix).shape[1:])
+            for _, first, count in _stretches(taken):
+                yield model, (self.matrices[matrix][model], first * width, count * width)
 
 
 class AlignedReader(CheckpointReader):
@@ -108,21 +107,15 @@ class AlignedReader(CheckpointReader):
     def _rows(self, matrix: str, start: int, stop: int, width: int, dtype: np.dtype[Any]) -> Values:
         """Rows start … stop of a matrix [stop − start, width]."""
         gathered = np.zeros((stop - start, width), dtype)
-        times = np.zeros(stop - start, np.int64)
+        times = np.zeros((stop - start, 1), np.int64)
         for model, rows in self._sources.items():
-            wanted = rows[start:stop]
-            places = np.flatnonzero(wanted >= 0)
-            for begin, end in _stretches(wanted[places], places):
-                here, there = slice(places[begin], places[end - 1] + 1), int(wanted[places[begin]])
-                own = self._matrices[matrix][model]
-                found = self._readers[model].values(own, there * width, (end - begin) * width).reshape(-1, width)
-                again = times[here] > 0
-                gathered[here][~again] = found[~again]
-                gathered[here][again] += found[again].astype(dtype)
-            times[places] += 1
-        several = times > 1
-        gathered[several] /= times[several, None].astype(dtype)
-        return gathered
+            for first, there, count in _stretches(rows[start:stop]):
+                here = slice(first, first + count)
+                found = self._readers[model].values(self._matrices[matrix][model], there * width, count * width)
+                found, again = found.reshape(-1, width), times[here] > 0
+                gathered[here] = np.where(again, gathered[here] + found, found) if again.any() else found
+                times[here] += 1
+        return np.where(times > 1, gathered / times.astype(dtype), gathered) if (times > 1).any() else gathered
 
     def flat(self, name: str, first: int, count: int) -> torch.Tensor:
         if name not in self._matrices:
@@ -140,7 +133,24 @@ class AlignedReader(CheckpointReader):
 
     def release(self, name: str, first: int, count: int) -> None:
         if name not in self._matrices:
-            self._own.release(name, first, count)
+            return self._own.release(name, first, count)
+        width = math.prod(self.checkpoint.info(name).shape[1:])
+        start, stop = first // width, -(-(first + count) // width)
+        for model, rows in self._once.items():
+            for place, there, length in _stretches(rows[start:stop]):
+                begin = max(first, (start + place) * width)
+                end = min(first + count, (start + place + length) * width)
+                at = there * width + begin - (start + place) * width
+                self._readers[model].release(self._matrices[name][model], at, end - begin)
+
+    @cached_property
+    def _once(self) -> RowSources:
+        """The sources without rows that stand in several places: those are never released."""
+        found: dict[str, Rows] = {}
+        for model, rows in self._sources.items():
+            taken, times = np.unique(rows, return_counts=True)
+            found[model] = np.where(np.isin(rows, taken[times > 1]), -1, rows)
+        return found
 
 
 def resized(config: Config, counts: Collection[int], rows: int) -> dict[str, Any]:
@@ -159,15 +169,13 @@ def _are_means(sources: RowSources) -> bool:
     return bool((sum((rows >= 0).astype(np.int64) for rows in sources.values()) > 1).any())
 
 
-def _stretches(rows: Rows, places: Rows | None = None) -> Iterator[tuple[int, int]]:
-    """Where rows [n] (at consecutive places, if given) are consecutive: first … stop of each stretch."""
-    if len(rows) == 0:
-        return
-    breaks = np.diff(rows) != 1
-    if places is not None:
-        breaks |= np.diff(places) != 1
-    cuts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(rows)]
-    yield from pairwise(cuts)
+def _stretches(rows: Rows) -> Iterator[tuple[int, int, int]]:
+    """Rows that stand together as they do in their model: place, row there, how many. rows: [n]; -1: none."""
+    rows = np.where(rows < 0, -2, rows)  # −1 and 0 would be neighbours
+    cuts = sorted({0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)})
+    for first, stop in pairwise(cuts):
+        if rows[first] >= 0:
+            yield first, int(rows[first]), stop - first
 
 
 def _with_infos(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Checkpoint:
