@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.aligned import RowSources
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.config import part
@@ -35,6 +36,7 @@ class TokenModel:
     by_number: bool
     unknown: str = ""
     """Why the tokens are not known, if they are not."""
+    is_adapter: bool = False
 
     @property
     def entries(self) -> Mapping[str, Mapping[str, Any]]:
@@ -132,7 +134,7 @@ def _read_model(checkpoint: Checkpoint, rows: int, needed: bool) -> TokenModel:
             raise
         reason = str(error)
     unknown = f"the tokens of {checkpoint.label} are not known: {reason}"
-    return TokenModel(checkpoint.label, rows, vocabulary, False, unknown)
+    return TokenModel(checkpoint.label, rows, vocabulary, False, unknown, isinstance(checkpoint, AdapterCheckpoint))
 
 
 def _rows(matrices: Sequence[str], checkpoint: Checkpoint) -> int | None:
@@ -182,10 +184,14 @@ class Losses:
             return
         which = f"{model.at(tokens[0])}{more(len(tokens))}"
         said = f"{name}'s tokenizer has {which}, but its embeddings have {model.rows:,} rows"
+        cure = "resize them (resize_token_embeddings) and save it again"
+        if model.is_adapter:
+            said += ", those of the base: rows that an adapter adds are not taken"
+            cure = "merge the adapter first (merge_and_unload), and name that folder"
         if self._tokenizer in (UNION, name):
-            self._problems.append(f"{said}; resize them (resize_token_embeddings) and save it again")
+            self._problems.append(f"{said}; {cure}")
         else:
-            self.warnings.append(f"{said}: what has no row is left out.")
+            self.warnings.append(f"{said}. What has no row is left out; to have it, {cure}.")
 
     def _without_rules(self, name: str, tokens: Sequence[str]) -> None:
         """Tokens of a tokenizer's own model, which it makes of text by rules that the base's has not."""
