@@ -166,7 +166,7 @@ def resized(config: Config, counts: Collection[int], rows: int) -> dict[str, Any
 
 
 def _are_means(sources: RowSources) -> bool:
-    return bool((sum((rows >= 0).astype(np.int64) for rows in sources.values()) > 1).any())
+    return bool((np.sum([rows >= 0 for rows in sources.values()], axis=0) > 1).any())
 
 
 def _stretches(rows: Rows) -> Iterator[tuple[int, int, int]]:
