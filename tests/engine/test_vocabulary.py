@@ -17,6 +17,7 @@ from helpers.models import State, load, same_bits
 from helpers.models import save as save_state
 from helpers.runs import Killed, files_of, quick_merge
 from helpers.vocabularies import TEMPLATE, family, model, save, tokenizer
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_locstitch import merge_from_hub, verify
@@ -315,8 +316,6 @@ def test_several_processes_streams_and_a_kill(
 
 
 def test_verify_finds_a_wrong_row(untied: dict[str, Path], tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     for name, folder in untied.items():
         (tmp_path / name).symlink_to(folder)
     out = merged(untied, tmp_path / "out")
@@ -390,3 +389,66 @@ def test_a_base_whose_tokens_are_not_known(untied: dict[str, Path], tmp_path: Pa
     merged(folders, tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor vocab\.json"):
         merge_from_hub(folders["base"], [folders["math"]], out=tmp_path / "other", tokenizer="union")
+
+
+def test_a_tied_head_that_only_the_base_stores(tmp_path: Path) -> None:
+    """A finetune's new rows of the head are those of its embedding."""
+    folders = family(tmp_path / "in", tied=True)
+    state = load(folders["base"])
+    save_file({**state, MATRICES[1]: state[MATRICES[0]].clone()}, folders["base"] / "model.safetensors")
+    out = quick_merge(folders["base"], [folders["math"]], out=tmp_path / "out", localizer=DENSITY).out
+    assert out is not None
+    got = load(out)
+    assert torch.equal(got[MATRICES[0]], got[MATRICES[1]])
+    assert verify(out, base=folders["base"], finetuned=[folders["math"]]).ok
+
+
+def test_tokenizers_of_two_files(untied: dict[str, Path], tmp_path: Path) -> None:
+    """vocab.json and added_tokens.json, without tokenizer.json."""
+    folders = {name: shutil.copytree(folder, tmp_path / name) for name, folder in untied.items()}
+    for folder in folders.values():
+        content = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+        added = {entry["content"]: entry["id"] for entry in content["added_tokens"] if entry["id"] >= 24}
+        (folder / "added_tokens.json").write_text(json.dumps(added))
+    out = merged(folders, tmp_path / "out")
+    assert same_bits(load(out), load(merged(untied, tmp_path / "fast")))
+    assert json.loads((out / "added_tokens.json").read_text()) == dict(zip(NEW, range(24, 28), strict=True))
+    decoder = json.loads((out / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert [decoder[str(number)]["content"] for number in range(24, 28)] == NEW
+
+
+def test_rows_that_an_adapter_adds_are_not_taken(untied: dict[str, Path], tmp_path: Path) -> None:
+    import peft
+
+    base = model(24, tied=False)
+    folder = save(tmp_path / "base", base, tokenizer())
+    base.resize_token_embeddings(27, mean_resizing=False)
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    shutil.copy(untied["math"] / "tokenizer.json", tmp_path / "lora")
+    with pytest.raises(MismatchError, match=r"rows that an adapter adds are not taken; merge the adapter first"):
+        quick_merge(folder, tmp_path / "lora", out=tmp_path / "out", tokenizer="union")
+    out = quick_merge(folder, tmp_path / "lora", out=tmp_path / "out").out
+    assert out is not None
+    assert any(
+        "merge the adapter first" in line for line in json.loads((out / "locstitch.json").read_text())["warnings"]
+    )
+
+
+def test_vocab_size_of_a_part(untied: dict[str, Path], tmp_path: Path) -> None:
+    folders = {name: shutil.copytree(folder, tmp_path / name) for name, folder in untied.items()}
+    for folder in folders.values():
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"] = {"vocab_size": config.pop("vocab_size")}
+        (folder / "config.json").write_text(json.dumps(config))
+    folders["base"] = shutil.copytree(folders["base"], tmp_path / "small")
+    state = {n: v[:24].clone() if n in MATRICES else v for n, v in load(folders["base"]).items()}
+    config = json.loads((folders["base"] / "config.json").read_text())
+    shutil.copytree(folders["base"], tmp_path / "texts", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    shutil.rmtree(folders["base"])
+    save_state(folders["base"], state, json.dumps({**config, "text_config": {"vocab_size": 24}}))
+    shutil.copytree(tmp_path / "texts", folders["base"], dirs_exist_ok=True)
+    out = merged(folders, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["text_config"]["vocab_size"] == 28
