@@ -94,6 +94,9 @@ def merge_from_hub(
     exclude: Sequence[str] | None = None,
     rest_from: str | None = None,
     files_from: str | None = None,
+    tokenizer: str | None = None,
+    embeddings: str | None = None,
+    chat_template: str | None = None,
     also_copy: Sequence[str] | None = None,
     dtype: Dtype | None = None,
     shard_size: int | str | None = None,
@@ -125,6 +128,10 @@ def merge_from_hub(
         exclude: Globs of tensors that are left out.
         rest_from: Name of the finetune that gives the tensors that are not localized; the base by default.
         files_from: Name of the finetune that gives config and tokenizer; as `rest_from` by default.
+        tokenizer: "base", "union" (default: the base's tokens and those that finetunes added) or a finetune's name.
+        embeddings: Rows of the base's tokens: "base", a finetune's name, "mean" of the finetunes, or "localize"; as
+            `include` and the method have it by default.
+        chat_template: "base", a finetune's name, or a file; that of the tokenizer by default.
         also_copy: Globs of more files to copy, beside those that a model is known to need.
         dtype: Dtype of the output; the base's by default.
         shard_size: Largest file in bytes, or a string such as "5GB"; shards as in the base by default.
@@ -153,7 +160,8 @@ def merge_from_hub(
     recipe = _recipe(
         base=base, finetuned=_entries(finetuned, names), out=out, push_to=push_to, private=private, method=method,
         localizer=localizer, data=data, stitch=stitch, scale=scale, include=include, exclude=exclude,
-        rest_from=rest_from, files_from=files_from, also_copy=also_copy, dtype=dtype, shard_size=shard_size,
+        rest_from=rest_from, files_from=files_from, tokenizer=tokenizer, embeddings=embeddings,
+        chat_template=chat_template, also_copy=also_copy, dtype=dtype, shard_size=shard_size,
         allow_non_finite=allow_non_finite, figures=figures, evaluate=evaluate,
     )  # fmt: skip
     return carry_out(make_plan(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))

@@ -95,7 +95,8 @@ class Manifest:
     left as they were; for RegMean all of this except the lambdas; None for the mean.
     localizer, masks, covered_by and overlap are empty for a method without masks; localizer also where masks were found
     in several ways. fingerprint: of recipe and inputs. localized: finetune -> the localized checkpoint through which
-    it came. outputs: file -> size in bytes and sha256, of every file but the manifest itself.
+    it came. vocabulary: tokens and rows of embeddings and heads, where they are not simply the base's, or another's.
+    outputs: file -> size in bytes and sha256, of every file but the manifest itself.
     """
 
     hf_locstitch: str
@@ -117,6 +118,7 @@ class Manifest:
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     localized: dict[SafeName, InputRecord] = field(default_factory=dict)
     stitch: dict[str, Any] | None = None
+    vocabulary: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError if a mask's file is not the one that its name gives it."""

@@ -61,15 +61,25 @@ class TextFiles:
     tokens: int | None
 
 
-def text_differences(base: Source, name: str, finetuned: Source, kept: str) -> list[str]:
+@dataclass(frozen=True)
+class KeptTexts:
+    """Whose files of texts the output has. tokens: whose tokenizer; None: those of several."""
+
+    generation: str
+    template: str
+    tokens: str | None
+
+
+def text_differences(base: Source, name: str, finetuned: Source, kept: KeptTexts) -> list[str]:
     """Likewise of generation_config.json, chat template and tokenizer; only files that differ are read."""
     return list(_text_differences(read_text_files(base, finetuned), name, read_text_files(finetuned, base), kept))
 
 
-def _text_differences(base: TextFiles, name: str, other: TextFiles, kept: str) -> Iterator[str]:
-    end = f"{kept}'s is kept."
+def _text_differences(base: TextFiles, name: str, other: TextFiles, kept: KeptTexts) -> Iterator[str]:
+    end = f"{kept.generation}'s is kept."
     if other.eos is not None and base.eos is not None and other.eos != base.eos:
         yield f"{name} ends its answers with the tokens {list(other.eos)}, the base with {list(base.eos)}: {end}"
+    end = f"{kept.template}'s is kept."
     if other.template != base.template:
         said = (
             "another chat template than the base"
@@ -77,8 +87,8 @@ def _text_differences(base: TextFiles, name: str, other: TextFiles, kept: str) -
             else "a chat template, the base none"
         )
         yield f"{name} has {said}: {end}" if other.template else f"the base has a chat template, {name} none: {end}"
-    if other.tokens is not None and base.tokens is not None and other.tokens != base.tokens:
-        yield f"{name}'s tokenizer has {other.tokens:,} tokens, the base's {base.tokens:,}: {end}"
+    if other.tokens is not None and base.tokens is not None and other.tokens != base.tokens and kept.tokens:
+        yield f"{name}'s tokenizer has {other.tokens:,} tokens, the base's {base.tokens:,}: {kept.tokens}'s is kept."
 
 
 def read_text_files(source: Source, other: Source) -> TextFiles:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,18 +39,22 @@ MAPPED = (
     CONFIG, "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
 )  # fmt: skip
-# Loaded from a model's folder, and from that of a module of sentence-transformers.
-LOADED = (
-    # transformers: models and processors; a name with a version is for some releases only
-    "config.json", "config.[0-9]*.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "audio_tokenizer_config.json",
-    # tokenizers, in the order of how common they are
+# Tokenizers, in the order of how common they are.
+TOKENIZER = (
     "tokenizer.json", "tokenizer.[0-9]*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "*.spm", "*.tiktoken", "*.bpe", "bpe.codes", "dict.txt", "tekken.json",
     "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "spm.model", "spm_char.model", "ice_text.model",
     "tokenizer.model", "tokenizer.model.v*", "tiktoken.model", "prophetnet.tokenizer", "encoder.json",
     "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json", "byte_maps.json", "normalizer.json",
-    "emoji.json", "word_shape.json", "word_pronunciation.json", "chat_template.json", "chat_template.jinja",
+    "emoji.json", "word_shape.json", "word_pronunciation.json",
+)  # fmt: skip
+TEMPLATES = ("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
+# Loaded from a model's folder, and from that of a module of sentence-transformers.
+LOADED = (
+    # transformers: models and processors; a name with a version is for some releases only
+    "config.json", "config.[0-9]*.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "audio_tokenizer_config.json",
+    *TOKENIZER, "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
 LOADED_FROM_ROOT = (
     "additional_chat_templates/*.jinja",
@@ -79,10 +83,14 @@ LARGEST_CODE = 1 << 20  # bytes; larger Python files are not searched for import
 
 @dataclass(frozen=True)
 class SideFiles:
-    """Of one checkpoint. copied: in its order. left: what nothing says that the model needs, or a merge writes anew."""
+    """Of one checkpoint. copied: in its order. left: what nothing says that the model needs, or a merge writes anew.
+
+    made: file -> content, of those that are another model's, or edited.
+    """
 
     copied: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    made: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
     @property
     def left_weights(self) -> list[str]:
@@ -122,13 +130,16 @@ def matching(file: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(file, glob) for glob in globs)
 
 
-def copy_side_files(checkpoint: Checkpoint, files: Sequence[str], folder: Path, dtype: str) -> None:
+def copy_side_files(checkpoint: Checkpoint, files: SideFiles, folder: Path, dtype: str) -> None:
     """Copy into `folder`. They stay unchanged, except for config.json: it gets `dtype` unless that is "auto", and is
     that of a model without quantization."""
-    for file in files:
+    for file in (*files.copied, *files.made):
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.source.fetch(file), target)
+        if file in files.made:
+            target.write_bytes(files.made[file])
+        else:
+            shutil.copyfile(checkpoint.source.fetch(file), target)
     config = folder / CONFIG
     if config.exists() and (dtype != "auto" or checkpoint.dequantized):
         fields = json.loads(config.read_text(encoding="utf-8"))

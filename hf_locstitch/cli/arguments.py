@@ -61,6 +61,7 @@ def _add_merge(commands: Any) -> None:
         "--rest-from", metavar="NAME", help="finetune to take all other tensors from (default: the base)"
     )
     group.add_argument("--files-from", metavar="NAME", help="finetune to take tokenizer and config from")
+    _add_vocabulary(group)
     _add_non_finite(group)
     group.add_argument(
         "--allow-task-code",
@@ -160,6 +161,27 @@ def _add_localizing(group: Any) -> None:
 
 def _add_scale(group: Any) -> None:
     group.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
+
+
+def _add_vocabulary(group: Any) -> None:
+    group.add_argument(
+        "--tokenizer",
+        metavar="base|union|NAME",
+        help="whose tokens the output has: the base's, those of a finetune, or union, the base's and after them those "
+        "that finetunes added (default)",
+    )
+    group.add_argument(
+        "--embeddings",
+        metavar="base|NAME|mean|localize",
+        help="rows of the base's tokens in embeddings and heads: the base's, a finetune's, the finetunes' mean, or "
+        "merged as other tensors (default: as --include and the method have it)",
+    )
+    group.add_argument(
+        "--chat-template",
+        metavar="base|NAME|FILE",
+        help="whose chat template the output has (default: that of the tokenizer; if the base has none, that of the "
+        "only finetune with one whose tokens are added)",
+    )
 
 
 def _add_non_finite(group: Any) -> None:

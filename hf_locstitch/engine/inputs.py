@@ -70,7 +70,8 @@ class Inputs:
     @property
     def computed(self) -> bool:
         """Whether an input's values are computed as they are read."""
-        return any(checkpoint.layout is not checkpoint for checkpoint in self._plan.inputs.values())
+        inputs = self._plan.inputs.values()
+        return self._plan.aligned is not None or any(checkpoint.layout is not checkpoint for checkpoint in inputs)
 
     def fetch(self) -> OpenInputs:
         """All inputs complete on this machine, for any number of passes."""
@@ -78,7 +79,10 @@ class Inputs:
             inputs, needed = self._plan.inputs, self._plan.needed
             with self._fetching(needed) as advance:
                 paths = {name: self._paths(name, files, advance) for name, files in needed.items()}
-            self._whole = OpenInputs({name: local_reader(inputs[name], paths[name]) for name in inputs}, {})
+            aligned = self._plan.aligned
+            own = aligned.own if aligned else inputs
+            readers = {name: local_reader(own[name], paths[name]) for name in inputs}
+            self._whole = OpenInputs(aligned.readers(readers) if aligned else readers, {})
         return self._whole
 
     @contextmanager

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -49,7 +50,7 @@ class ModelRun(Run[AnyModelPlan]):
             method=plan.recipe.method,
             scale=plan.recipe.scale,
             base=readers["base"],
-            unmasked=next(reader for reader in readers.values() if reader.checkpoint is plan.unmasked_from),
+            unmasked=readers["base" if plan.unmasked_from is plan.base else str(plan.recipe.rest_from)],
             finetuned=[] if plan.masked else [readers[name] for name in plan.order],
             masks=[masks[name] for name in plan.order] if plan.masked else [],
             dtypes={tensor.name: tensor.dtype for shard in plan.shards for tensor in shard.tensors},
@@ -84,6 +85,8 @@ class ModelRun(Run[AnyModelPlan]):
             inputs.opened(plan.written_from(todo)) as opened,
         ):
             view = self.view(opened.readers, masks, self.fitted)
+            if (vocabulary := plan.vocabulary) is not None and not vocabulary.localized:
+                view = replace(view, unmasked=vocabulary.alignment.reader("base", opened.readers))
             order = [plan.order.index(name) for name in plan.finetuned]
             writer = ShardWriter(view, self.own, order, workers=self.settings.workers, advance=advance)
             for shard in plan.shards:
@@ -143,7 +146,8 @@ class ModelRun(Run[AnyModelPlan]):
 
     def write_side_files(self) -> None:
         write_index(self.plan, self.work.stage)
-        copy_side_files(self.plan.files, self.plan.side_files.copied, self.work.stage, self.plan.recipe.dtype)
+        plan = self.plan
+        copy_side_files(plan.files, plan.side_files, self.work.stage, plan.recipe.dtype)
 
 
 class MergeRun(ModelRun[MergePlan]):

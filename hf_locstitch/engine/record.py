@@ -22,7 +22,7 @@ from hf_locstitch.artifacts.overlap import Overlap
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import CheckpointError
-from hf_locstitch.plan.plans import LocalizePlan, Plan, StitchPlan
+from hf_locstitch.plan.plans import LocalizePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Finetuned, Input
 from hf_locstitch.plan.recipe_file import dump_recipe
 from hf_locstitch.runtime.version import __version__
@@ -67,6 +67,7 @@ def make_manifest(
         data={name: found.pinned.dump() for name, found in plan.data.items()}
         | {name: data for name, checkpoint in localized.items() for data in checkpoint.record.data.values()},
         stitch=stitch,
+        vocabulary=plan.vocabulary.as_json() if isinstance(plan, ModelPlan) and plan.vocabulary else None,
     )
 
 
@@ -139,10 +140,17 @@ def pinned_recipe(plan: Plan, files: FileHashes) -> str:
             ),
             "data": {name: found.pinned for name, found in plan.data.items()} or (),
             **_pinned_fitting(plan),
+            **_pinned_template(plan),
         }
     )
     head = f"# What made this; run it again: hf-locstitch {plan.command} locstitch.yaml --out DIR\n"
     return head + dump_recipe(recipe)
+
+
+def _pinned_template(plan: Plan) -> dict[str, Any]:
+    """A chat template from a file, by its name without the path, as of local folders."""
+    asked = plan.recipe.chat_template
+    return {"chat_template": f"./{Path(asked).name}"} if asked and asked not in plan.inputs else {}
 
 
 def _pinned_fitting(plan: Plan) -> dict[str, Any]:

@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import OutputError, RequestError, WorkError
-from hf_locstitch.plan.plans import Plan
+from hf_locstitch.plan.plans import ModelPlan, Plan
 from hf_locstitch.runtime.interrupts import Interrupted
 from hf_locstitch.runtime.journal import append_lines, read_lines, read_record, write_record
 from hf_locstitch.runtime.locks import try_lock
@@ -85,6 +85,11 @@ class WorkDir:
         return self.folder / f"{file}.done"
 
 
+def made_files(plan: Plan) -> Mapping[str, bytes]:
+    """Files of the output that are not copied: their content is of files that no commit or recipe pins."""
+    return plan.side_files.made if isinstance(plan, ModelPlan) else {}
+
+
 def fingerprint(plan: Plan) -> str:
     """A hash of everything that determines the output's bytes and the layout of temporary files."""
     facts = {
@@ -93,6 +98,7 @@ def fingerprint(plan: Plan) -> str:
         "recipe": plan.recipe.model_dump(mode="json", exclude={"out", "push_to", "private", "evaluate"}),
         "inputs": {name: checkpoint.source.identity for name, checkpoint in plan.inputs.items()},
         "data": {name: found.pinned.model_dump(mode="json") for name, found in plan.data.items()},
+        "made": hashlib.sha256(b"\0".join(made.values())).hexdigest() if (made := made_files(plan)) else None,
         "refit": {name: found.pinned.model_dump(mode="json") for name, found in plan.fit_data.items()},
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

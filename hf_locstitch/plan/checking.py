@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
@@ -17,9 +17,11 @@ from hf_locstitch.checkpoints.config_differences import config_differences
 from hf_locstitch.checkpoints.localizable import localizable, missed_blocks, reach, unknown_globs
 from hf_locstitch.checkpoints.pairing import renaming_notes
 from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.checkpoints.vocabulary import token_matrices
 from hf_locstitch.errors import MismatchError, RecipeError
 from hf_locstitch.plan.adapter_inputs import adapter_warnings
 from hf_locstitch.plan.recipe import Recipe
+from hf_locstitch.plan.vocabulary import LOCALIZE, VocabularyPlan
 from hf_locstitch.runtime.human import more
 from hf_locstitch.runtime.settings import Settings
 from hf_locstitch.tasks.benchmarks import chosen_tasks
@@ -29,7 +31,8 @@ from hf_locstitch.tasks.sets import OpenSet
 
 ALL = ("*",)
 # Fields of a recipe that apply to a merged model only.
-OF_MODELS = ("scale", "rest_from", "files_from", "also_copy", "dtype", "shard_size", "evaluate")
+OF_MODELS = ("scale", "rest_from", "files_from", "tokenizer", "embeddings", "chat_template", "also_copy", "dtype",
+             "shard_size", "evaluate")  # fmt: skip
 
 
 def check_inputs(
@@ -67,14 +70,12 @@ def check_inputs(
     problems = [*unknown, *unknown_globs(everywhere, recipe.exclude, "the base or a finetune")]
     for asked in ("rest_from", "files_from"):
         problems += _unknown_name(asked, getattr(recipe, asked), list(finetuned))
-    # Without globs: the transformer blocks, recognized by name, or all tensors, depending on the method.
-    include = recipe.include or (() if recipe.method.blocks_only else ALL)
-    chosen = localizable((info for _, info in base.tensors.values()), include, recipe.exclude)
+    chosen = chosen_tensors(recipe, base)
     if not chosen and not unknown:
         problems.append(_why_none(recipe, base))
     warnings = list(_made_names(recipe, finetuned))
     for name, checkpoint in finetuned.items():
-        candidates = localizable((info for _, info in checkpoint.tensors.values()), include, recipe.exclude)
+        candidates = chosen_tensors(recipe, checkpoint, token_matrices(base))
         problems += mismatches(base, checkpoint, chosen, candidates)
         warnings += renaming_notes(name, checkpoint)
         warnings += differences(base, name, checkpoint, chosen)
@@ -92,6 +93,35 @@ def check_inputs(
     warnings += recipe.fitting.warnings(fit_data) if recipe.fitting else []
     wanted = set(chosen)
     return [name for name in base.tensors if name in wanted], tuple(warnings)
+
+
+def chosen_tensors(recipe: Recipe, model: Checkpoint, matrices: Sequence[str] | None = None) -> list[str]:
+    """Names of the tensors of a model that the method ranges over. matrices: those with a row for each token."""
+    # Without globs: the transformer blocks, recognized by name, or all tensors, depending on the method.
+    include = recipe.include or (() if recipe.method.blocks_only else ALL)
+    infos = [info for _, info in model.tensors.values()]
+    chosen = localizable(infos, include, recipe.exclude)
+    if recipe.embeddings is None:
+        return chosen
+    matrices = token_matrices(model) if matrices is None else matrices
+    if recipe.embeddings != LOCALIZE:
+        return [name for name in chosen if name not in matrices]
+    wanted = {*chosen, *localizable((info for info in infos if info.name in matrices), ALL, recipe.exclude)}
+    return [info.name for info in infos if info.name in wanted]
+
+
+def check_alignment(recipe: Recipe, settings: Settings, vocabulary: VocabularyPlan, with_data: bool) -> None:
+    """Raises RecipeError if the recipe asks for something that cannot be done over matched rows."""
+    if not vocabulary.localized:
+        return
+    called = f"the rows of {vocabulary.matrices[0]} are matched by tokens, and the method ranges over them"
+    cure = "Leave embeddings and heads out of the method with --embeddings base"
+    if not settings.cache:
+        raise RecipeError(f"{called}: with --no-cache the inputs are not kept for that. {cure}, or drop --no-cache.")
+    if with_data or recipe.fitting is not None:
+        raise RecipeError(
+            f"{called}: this cannot be combined with data or a fit, which take models as they are. {cure}."
+        )
 
 
 def _why_none(recipe: Recipe, base: Checkpoint) -> str:

@@ -36,6 +36,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "k": plan.k,
         "localized": [tensor.name for shard in plan.shards for tensor in shard.tensors if tensor.localized],
         "kept_from_base": [t.name for shard in plan.shards for t in shard.tensors if not t.localized],
+        "vocabulary": plan.vocabulary.as_json() if isinstance(plan, ModelPlan) and plan.vocabulary else None,
         "files": _files_json(plan) if isinstance(plan, ModelPlan) else None,
         "shards": {shard.file: shard.nbytes for shard in plan.shards},
         "bytes": asdict(cost),
@@ -49,13 +50,19 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 def _files_json(plan: ModelPlan) -> dict[str, Any]:
     files = plan.side_files
-    return {"from": plan.files.source.pinned, "copied": list(files.copied), "left": len(files.left)}
+    return {
+        "from": plan.files.source.pinned,
+        "copied": list(files.copied),
+        "made": list(files.made),
+        "left": len(files.left),
+    }
 
 
 def _files(plan: ModelPlan) -> str:
     """The files that go along with the weights, and how many do not."""
     files = plan.side_files
     copied = f"from {plan.files.label}: {', '.join(files.copied)}" if files.copied else "none beside the weights"
+    copied += f"; edited or of another model: {', '.join(files.made)}" if files.made else ""
     return copied + (f"; {len(files.left)} others left (--also-copy GLOB copies more)" if files.left else "")
 
 
@@ -120,6 +127,7 @@ def format_plan(plan: Plan) -> str:
         + (f"; {kept} tensors kept from {plan.unmasked_from.label}" if isinstance(plan, ModelPlan) else ""),
         f"output     {len(plan.shards)} {'shard' if len(plan.shards) == 1 else 'shards'}, {human(cost.write)}"
         f" ({', '.join(sorted({t.dtype for s in plan.shards for t in s.tensors}))})",
+        *([f"vocabulary {plan.vocabulary.describe()}"] if isinstance(plan, ModelPlan) and plan.vocabulary else []),
         *([f"files      {_files(plan)}"] if isinstance(plan, ModelPlan) else []),
         f"cost       read {human(cost.read)} (to download: {human(cost.download)}), "
         f"disk up to {human(cost.disk)}, memory about {human(cost.memory)}",

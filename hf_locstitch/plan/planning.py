@@ -20,7 +20,7 @@ from hf_locstitch.checkpoints.compatibility import (
     dtype_warnings,
     licence_warning,
 )
-from hf_locstitch.checkpoints.config_differences import text_differences
+from hf_locstitch.checkpoints.config_differences import KeptTexts, text_differences
 from hf_locstitch.checkpoints.localizable import unknown_globs
 from hf_locstitch.checkpoints.names import is_own, make_name, same_place
 from hf_locstitch.checkpoints.opening import open_checkpoint, refuse_adapter
@@ -30,12 +30,21 @@ from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.plan.adapter_inputs import check_adapters
-from hf_locstitch.plan.checking import check_inputs, check_localizable, given_files, kept_name
+from hf_locstitch.plan.checking import (
+    check_alignment,
+    check_inputs,
+    check_localizable,
+    chosen_tensors,
+    given_files,
+    kept_name,
+)
 from hf_locstitch.plan.dropped_layers import without_dropped_layers
 from hf_locstitch.plan.layout import OutputShard, guessed, index_name, output_shards
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
+from hf_locstitch.plan.tokenizer_files import template_owner, with_tokens
 from hf_locstitch.plan.untrained_state import without_untrained_state
+from hf_locstitch.plan.vocabulary import BASE, UNION, VocabularyPlan, plan_vocabulary
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import hide_library_bars
 from hf_locstitch.runtime.settings import DEFAULT, Settings
@@ -53,8 +62,9 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
         return _open_and_stitch(recipe, settings)
     base, finetuned, data, fit_data = _open_inputs(recipe, settings)
     recipe, notes = _without_what_stays(recipe, base, finetuned)
-    planned = _with_notes(merge_plan(recipe, base, finetuned, settings, data, fit_data), notes)
-    plan = _with_side_files(_with_text_warnings(planned))
+    vocabulary, said = plan_vocabulary(recipe, base, finetuned, chosen_tensors(recipe, base))
+    planned = merge_plan(recipe, base, finetuned, settings, data, fit_data, vocabulary)
+    plan = _with_tokens(_with_side_files(_with_text_warnings(_with_notes(planned, [*notes, *said]))))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
     return plan
@@ -108,7 +118,13 @@ def _open_inputs(
 
 def _with_text_warnings(plan: AnyPlan) -> AnyPlan:
     """The plan, with what small files of the inputs say of texts, such as other chat templates."""
-    kept = kept_name(plan.recipe, plan.finetuned)
+    recipe, one = plan.recipe, kept_name(plan.recipe, plan.finetuned)
+    kept = KeptTexts(one, one, one)
+    if isinstance(plan, MergePlan):
+        named = recipe.tokenizer if recipe.tokenizer in plan.finetuned else one
+        template = template_owner(recipe, plan.files, plan.finetuned, plan.vocabulary)
+        tokens = None if plan.vocabulary is not None and plan.vocabulary.tokenizer == UNION else named
+        kept = KeptTexts(named, one if template == BASE else template, tokens)
     others = {name: one for name, one in plan.finetuned.items() if one.layout is one or TOKENIZER in one.source.files}
     with hide_library_bars():
         found = [text_differences(plan.base.source, name, one.source, kept) for name, one in others.items()]
@@ -142,6 +158,16 @@ def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
             "model loads are neither merged nor copied (--also-copy copies them)."
         )
     return replace(plan, side_files=chosen, warnings=tuple(warnings))
+
+
+def _with_tokens(plan: MergePlan) -> MergePlan:
+    """The plan with the files of the chosen tokenizer and chat template. Raises RequestError."""
+    recipe, vocabulary = plan.recipe, plan.vocabulary
+    if vocabulary is None and recipe.chat_template is None and recipe.tokenizer not in plan.finetuned:
+        return plan
+    with hide_library_bars():
+        files, notes = with_tokens(recipe, plan.files, plan.side_files, plan.finetuned, vocabulary)
+    return replace(plan, side_files=files, warnings=(*plan.warnings, *notes))
 
 
 def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
@@ -178,9 +204,17 @@ def merge_plan(
     settings: Settings = DEFAULT,
     data: Mapping[str, OpenSet] = NO_SETS,
     fit_data: Mapping[str, OpenSet] = NO_SETS,
+    vocabulary: VocabularyPlan | None = None,
 ) -> MergePlan:
     """Plan the merge. Raises MismatchError with every problem in the headers."""
-    chosen, warnings = check_inputs(recipe, base, finetuned, settings, data, fit_data)
+    seen, layout = (base, finetuned), None
+    if vocabulary is not None:
+        check_alignment(recipe, settings, vocabulary, bool(data or fit_data))
+        alignment = vocabulary.alignment
+        seen, layout = (alignment.seen("base"), {name: alignment.seen(name) for name in finetuned}), alignment.layout()
+    chosen, warnings = check_inputs(recipe, *seen, settings, data, fit_data)
+    if vocabulary is not None and vocabulary.localized:
+        base, finetuned = seen
     files, unmasked_from = given_files(recipe, base, finetuned)
     localizer, numels = recipe.localizer, [base.info(name).numel for name in chosen]
     n = sum(numels)
@@ -188,7 +222,7 @@ def merge_plan(
         recipe=recipe,
         settings=settings,
         inputs={"base": base, **finetuned},
-        shards=output_shards(recipe, base, unmasked_from.layout, frozenset(chosen)),
+        shards=output_shards(recipe, layout or base, layout or unmasked_from.layout, frozenset(chosen)),
         mask_tensors=tuple(base.info(name) for name in chosen),
         n=n,
         k=localizer.kept(numels) if localizer else n,
@@ -203,6 +237,7 @@ def merge_plan(
         groups=tuple(localizer.groups(numels)) if localizer else (),
         data=data,
         fit_data=fit_data,
+        vocabulary=vocabulary,
     )
 
 

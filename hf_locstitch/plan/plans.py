@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
 from hf_locstitch.artifacts.manifest import JOINT, mask_file
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
+from hf_locstitch.checkpoints.aligned import Alignment
 from hf_locstitch.checkpoints.byte_ranges import Piece, Pieces, byte_ranges
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
@@ -18,6 +19,7 @@ from hf_locstitch.localize.job import Group
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.plan.layout import OutputShard
 from hf_locstitch.plan.recipe import Recipe
+from hf_locstitch.plan.vocabulary import VocabularyPlan
 from hf_locstitch.runtime.settings import Settings
 from hf_locstitch.tasks.sets import OpenSet
 
@@ -97,6 +99,11 @@ class Plan:
         settings = [localizer.model_dump(mode="json") for localizer in self.localizers.values()]
         return settings[0] if settings and all(other == settings[0] for other in settings) else None
 
+    @property
+    def aligned(self) -> Alignment | None:
+        """Where the method sees the inputs in the rows of another vocabulary than their own: how."""
+        return None
+
     def written_from(self, shards: Sequence[OutputShard]) -> Pieces:
         """What writing these shards reads, besides what finding masks kept."""
         return {}
@@ -135,14 +142,25 @@ class ModelPlan(Plan):
 
     unmasked_from: Checkpoint
     files: Checkpoint
+    vocabulary: VocabularyPlan | None = None
+    """Where the rows of embeddings and heads come from, where that is not simply `unmasked_from`."""
     side_files: SideFiles = field(default_factory=SideFiles)
     """Which of these go along with the weights."""
+
+    @property
+    def aligned(self) -> Alignment | None:
+        return self.vocabulary.alignment if self.vocabulary is not None and self.vocabulary.localized else None
 
     def written_from(self, shards: Sequence[OutputShard]) -> Pieces:
         pieces: dict[str, list[Piece]] = {}
         unmasked = next(name for name, checkpoint in self.inputs.items() if checkpoint is self.unmasked_from)
         for tensor in (tensor for shard in shards for tensor in shard.tensors):
             merged = ["base"] if self.masked else list(self.inputs)
+            if self.vocabulary is not None and tensor.name in self.vocabulary.matrices:
+                for name, piece in self.vocabulary.alignment.pieces(tensor.name):
+                    pieces.setdefault(name, []).append(piece)
+                if not tensor.localized:
+                    continue
             for name in merged if tensor.localized else [unmasked]:
                 pieces.setdefault(name, []).append((tensor.name, 0, math.prod(tensor.shape)))
         return pieces

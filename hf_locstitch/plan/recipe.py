@@ -45,7 +45,8 @@ else:  # one of the registered components, by name
 
 LOG = logging.getLogger("hf_locstitch")
 # Fields already settled in localized checkpoints, or that need whole models.
-SETTLED = ("localizer", "data", "stitch", "include", "exclude", "rest_from", "files_from", "evaluate")
+SETTLED = ("localizer", "data", "stitch", "include", "exclude", "rest_from", "files_from", "tokenizer", "embeddings",
+           "chat_template", "evaluate")  # fmt: skip
 UNIONS: Mapping[str, Registry[Any]] = {"localizer": LOCALIZERS, "method": METHODS, "stitch": STITCHERS}
 
 
@@ -94,6 +95,15 @@ class Recipe(Strict):
     """Name of the finetune that gives the tensors that are not localized; the base by default."""
     files_from: str | None = None
     """Name of the finetune that gives config, tokenizer and the like; as `rest_from` by default."""
+    tokenizer: str | None = None
+    """Which tokens the output has: `base`, those of a finetune by its name, or `union` (None): the base's and after
+    them those that finetunes added."""
+    embeddings: str | None = None
+    """What the rows of the base's tokens are in embeddings and heads: `base`, a finetune's by its name, the finetunes'
+    `mean`, or `localize`: merged as other tensors. None: as `include` and the method have it."""
+    chat_template: str | None = None
+    """Whose chat template the output gets: `base`, a finetune's name, or a file. None: that of the tokenizer, or that
+    of the only finetune whose tokens are added if the base has none."""
     also_copy: tuple[str, ...] = ()
     """Globs of more files to copy, beside those that a model is known to need."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -259,6 +269,17 @@ class Recipe(Strict):
         given = [field for field in SETTLED if getattr(self, field)]
         if self.localized and given:
             raise ValueError(f"{', '.join(given)} cannot be set for localized checkpoints: this needs whole models")
+        return self
+
+    @model_validator(mode="after")
+    def _one_choice_of_tokens(self) -> Recipe:
+        taken = [field for field in ("rest_from", "files_from") if getattr(self, field)]
+        given = [field for field in ("tokenizer", "embeddings") if getattr(self, field)]
+        if taken and given:
+            raise ValueError(
+                f"{given[0]} cannot be combined with {taken[0]}, which gives tokenizer and embeddings, too: use one of "
+                "the two"
+            )
         return self
 
     @model_validator(mode="after")

@@ -89,6 +89,8 @@ def settings(plan: Plan, record: Manifest) -> dict[str, str]:
     if isinstance(plan, ModelPlan):
         of_model["other tensors"] = _rest(plan)
         of_model["config and tokenizer"] = "the base's" if plan.files is plan.base else f"{plan.files.label}'s"
+        of_model |= {"vocabulary": plan.vocabulary.describe()} if plan.vocabulary else {}
+        of_model |= {"edited, or of another model": ", ".join(plan.side_files.made)} if plan.side_files.made else {}
     rows = {
         **({"method": Markup(f"{code(recipe.method.name)} ({markdown(recipe.method.describe())})")} if model else {}),
         **({"localizer": "; ".join(localizers)} if localizers else {}),

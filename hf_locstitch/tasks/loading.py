@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_locstitch.checkpoints.checkpoint import CONFIG, Checkpoint
-from hf_locstitch.checkpoints.side_files import choose_side_files, copy_side_files
+from hf_locstitch.checkpoints.side_files import SideFiles, choose_side_files, copy_side_files
 from hf_locstitch.errors import RequestError
 from hf_locstitch.tasks.custom_code import load_failure
 from hf_locstitch.tasks.objective import Objective
@@ -36,7 +36,7 @@ def link_files(checkpoint: Checkpoint, folder: Path, weights: bool = True) -> Pa
         link.symlink_to(source.fetch(file).absolute())
     if checkpoint.dequantized:
         (folder / CONFIG).unlink()
-        copy_side_files(checkpoint, [CONFIG], folder, "auto")
+        copy_side_files(checkpoint, SideFiles((CONFIG,)), folder, "auto")
     return folder
 
 

@@ -15,8 +15,8 @@ from hf_locstitch.artifacts.manifest import FILE, RECIPE_FILE, Manifest, open_ma
 from hf_locstitch.artifacts.mask_file import DamagedMask, MaskFile
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source
 from hf_locstitch.checkpoints.header import TensorInfo
-from hf_locstitch.checkpoints.localizable import localizable
 from hf_locstitch.checkpoints.opening import read_checkpoint
+from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
@@ -33,9 +33,12 @@ from hf_locstitch.inspection.verification.masks import (
     tally,
 )
 from hf_locstitch.inspection.verification.report import Finding, Notes, VerifyReport
+from hf_locstitch.inspection.verification.rows import check_rows
 from hf_locstitch.inspection.verification.values import MergeSettings, ValueCheck, check_layout
+from hf_locstitch.plan.checking import chosen_tensors
 from hf_locstitch.plan.recipe import Recipe, make_recipe
 from hf_locstitch.plan.recipe_file import load_recipe
+from hf_locstitch.plan.vocabulary import VocabularyPlan, plan_vocabulary
 from hf_locstitch.runtime.chunks import one_torch_thread
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import Progress
@@ -134,7 +137,7 @@ def _read_merge(source: Source, record: Manifest, recipe: Recipe, weights: Check
     if recipe.localized and masks:  # the recipe does not say which tensors were localized
         chosen = [name for name in next(iter(masks.values())).shapes if name in weights.tensors]
     else:
-        chosen = localizable((info for _, info in weights.tensors.values()), recipe.include, recipe.exclude)
+        chosen = chosen_tensors(recipe, weights)
     if not _masks(record, masks, damaged, [weights.info(name) for name in chosen], notes):
         notes.skip("values", "the masks cannot be used")
         return None
@@ -247,22 +250,36 @@ def _values(merge: Merge, refs: Sequence[InputRef], tensors: Tensors, progress: 
     if reasons:
         notes.skip("values", f"{' '.join(reasons)} Name them with --base REF and --ft REF...")
         return
-    layout = list(check_layout(merge.weights, inputs["base"], inputs[merge.rest], merge.localized, merge.recipe.dtype))
+    try:
+        vocabulary = _vocabulary(merge, inputs, notes)
+    except LocstitchError as error:
+        notes.skip("values", str(error))
+        return
+    base, rest = inputs["base"], inputs[merge.rest]
+    if vocabulary is not None:
+        base = rest = vocabulary.alignment.layout()
+    layout = list(check_layout(merge.weights, base, rest, merge.localized, merge.recipe.dtype))
     notes.findings += layout
     sound = merge.weights.tensors.keys() - {finding.where for finding in layout}
     ours = _sample(sound & merge.localized, tensors)
     others = _sample(sound - merge.localized, tensors if tensors == "all" else OTHERS)
+    matched = [name for name in vocabulary.matrices if name in sound] if vocabulary is not None else []
+    others = [*(name for name in others if name not in matched), *(name for name in matched if name not in ours)]
     try:
         for entry in merge.record.inputs:
             notes.findings += check_hashes(entry, inputs[entry.name])
-        check = _value_check(merge, inputs, [*ours, *others], notes)
+        check, own = _value_check(merge, inputs, vocabulary, [*ours, *others], notes)
     except LocstitchError as error:
         notes.skip("values", str(error))
         return
     sizes = {name: merge.weights.info(name).nbytes for name in [*ours, *others]}
     with progress.bar("values", sum(sizes.values())) as advance, one_torch_thread():
         for name, size in sizes.items():
-            notes.findings += check.localized(name) if name in merge.localized else check.other(name)
+            if vocabulary is not None and name in matched and name not in merge.localized:
+                notes.findings += check_rows(name, check.merged, vocabulary.alignment, own)
+                check.coordinates += merge.weights.info(name).numel
+            else:
+                notes.findings += check.localized(name) if name in merge.localized else check.other(name)
             advance(size)
     notes.findings += check.kept_the_largest()
     _solved(merge, inputs, tensors, notes)
@@ -287,14 +304,36 @@ def _solved(merge: Merge, inputs: Mapping[str, Checkpoint], tensors: Tensors, no
         notes.skip("values that were solved for", str(error))
 
 
-def _value_check(merge: Merge, inputs: Mapping[str, Checkpoint], tensors: Sequence[str], notes: Notes) -> ValueCheck:
-    """With the files open (fetched if need be) that hold the tensors."""
-    opened = {name: fetch_tensors(checkpoint, tensors) for name, checkpoint in inputs.items()}
+def _vocabulary(merge: Merge, inputs: Mapping[str, Checkpoint], notes: Notes) -> VocabularyPlan | None:
+    """Where rows come from, planned once more from the inputs' tokenizers; to be what the manifest records."""
+    if merge.recipe.localized:
+        return None
+    finetuned = {name: checkpoint for name, checkpoint in inputs.items() if name != "base"}
+    chosen = chosen_tensors(merge.recipe, inputs["base"])
+    vocabulary, _ = plan_vocabulary(merge.recipe, inputs["base"], finetuned, chosen)
+    due = vocabulary.as_json() if vocabulary is not None else None
+    if due != merge.record.vocabulary:
+        notes.findings.append(Finding("recipe", FILE, "vocabulary", str(merge.record.vocabulary), str(due)))
+    return vocabulary
+
+
+def _value_check(
+    merge: Merge,
+    inputs: Mapping[str, Checkpoint],
+    vocabulary: VocabularyPlan | None,
+    tensors: Sequence[str],
+    notes: Notes,
+) -> tuple[ValueCheck, Mapping[str, CheckpointReader]]:
+    """With the files open (fetched if need be) that hold the tensors; also the inputs as their files have them."""
+    alignment = vocabulary.alignment if vocabulary is not None else None
+    under = {name for by in alignment.matrices.values() for name in by.values()} if alignment else ()
+    own = {name: fetch_tensors(checkpoint, [*tensors, *under]) for name, checkpoint in inputs.items()}
+    opened = alignment.readers(own) if alignment and vocabulary and vocabulary.localized else own
     refs = {entry.name: entry.ref for entry in merge.record.inputs}
     order = sorted(
         merge.masks, key=lambda name: refs[name]
     )  # the engine's order, which does not depend on the order given
-    return ValueCheck(
+    check = ValueCheck(
         fetch_tensors(merge.weights, tensors),
         opened["base"],
         opened[merge.rest],
@@ -302,6 +341,7 @@ def _value_check(merge: Merge, inputs: Mapping[str, Checkpoint], tensors: Sequen
         merge.masks,
         MergeSettings(merge.recipe.scale, _top_k(merge.record, notes), _refitted(merge.record, notes)),
     )
+    return check, own
 
 
 def _top_k(record: Manifest, notes: Notes) -> Literal["model", "tensor", ""]:

@@ -30,6 +30,7 @@ from hf_locstitch.runtime.escape import cell
 
 if TYPE_CHECKING:
     from hf_locstitch.artifacts.manifest import Manifest
+    from hf_locstitch.checkpoints.reader import CheckpointReader
     from hf_locstitch.checkpoints.source import Source
 
 FOLDER = "figures"
@@ -121,14 +122,14 @@ def inputs_at_hand(plan: Plan) -> dict[str, Reader]:
 
     if plan.adapters:
         return {}
-    readers: dict[str, Reader] = {}
-    for name, checkpoint in plan.inputs.items():
+    readers: dict[str, CheckpointReader] = {}
+    for name, checkpoint in (plan.aligned.own if plan.aligned else plan.inputs).items():
         paths = {shard.file: checkpoint.source.cached(shard.file) for shard in checkpoint.shards}
         local = {file: path for file, path in paths.items() if path is not None}
         if len(local) < len(paths):
             return {}
         readers[name] = MappedCheckpoint(checkpoint, local)
-    return readers
+    return {**plan.aligned.readers(readers)} if plan.aligned else {**readers}
 
 
 def jaccard_matrix(names: Sequence[str], overlap: Sequence[Mapping[str, Any]]) -> np.ndarray:

@@ -1,0 +1,44 @@
+"""The rows of embeddings and heads that were matched by tokens, read once more from the models that they are of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+
+from hf_locstitch.checkpoints.aligned import Alignment
+from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
+from hf_locstitch.inspection.verification.report import Finding
+from hf_locstitch.inspection.verification.values import PIECE, Differences
+
+
+def check_rows(
+    matrix: str, merged: CheckpointReader, alignment: Alignment, own: Mapping[str, CheckpointReader]
+) -> Iterator[Finding]:
+    """Whether each row is its one model's, or the mean of several. own: the inputs as their files have them."""
+    info = merged.checkpoint.info(matrix)
+    width = math.prod(info.shape[1:])
+    step = max(1, PIECE // width)
+    wrong = Differences(matrix, merged.where(matrix), info.shape)
+    for first in range(0, alignment.rows, step):
+        stop = min(first + step, alignment.rows)
+        due = _due(matrix, alignment, own, first, stop).to(TORCH_DTYPE[info.dtype]).flatten()
+        wrong.compare(merged.flat(matrix, first * width, (stop - first) * width), due, first * width)
+    yield from wrong.findings()
+
+
+def _due(matrix: str, alignment: Alignment, own: Mapping[str, CheckpointReader], first: int, stop: int) -> torch.Tensor:
+    """Rows first … stop [stop − first, width], in float32, or float64 if a model has that."""
+    names = alignment.matrices[matrix]
+    wide = any(own[model].checkpoint.info(name).dtype == "F64" for model, name in names.items())
+    width = math.prod(own["base"].checkpoint.info(matrix).shape[1:])
+    total = torch.full((stop - first, width), -0.0, dtype=torch.float64 if wide else torch.float32)
+    times = torch.zeros(stop - first, 1, dtype=total.dtype)
+    for model, rows in alignment.sources["base"].items():
+        for place in np.flatnonzero(rows[first:stop] >= 0).tolist():
+            total[place] += own[model].flat(names[model], int(rows[first + place]) * width, width)
+            times[place] += 1
+    return torch.where(times > 1, total / times, total)
