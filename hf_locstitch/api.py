@@ -99,6 +99,7 @@ def merge_from_hub(
     shard_size: int | str | None = None,
     allow_non_finite: bool | None = None,
     figures: bool | None = None,
+    strict: bool | None = None,
     evaluate: Mapping[str, Any] | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
@@ -130,6 +131,7 @@ def merge_from_hub(
         shard_size: Largest file in bytes, or a string such as "5GB"; shards as in the base by default.
         allow_non_finite: Let NaN and infinity through.
         figures: Whether to draw figures of a merge with masks; True by default.
+        strict: Whether warnings are errors: those of the plan at once, others before anything is published.
         evaluate: What the merge is evaluated on, as in a recipe: `{"suite": "quick"}`.
         cache: False streams the inputs and keeps none of them.
         max_memory: Memory limit in bytes, or a string such as "1GB".
@@ -154,7 +156,7 @@ def merge_from_hub(
         base=base, finetuned=_entries(finetuned, names), out=out, push_to=push_to, private=private, method=method,
         localizer=localizer, data=data, stitch=stitch, scale=scale, include=include, exclude=exclude,
         rest_from=rest_from, files_from=files_from, also_copy=also_copy, dtype=dtype, shard_size=shard_size,
-        allow_non_finite=allow_non_finite, figures=figures, evaluate=evaluate,
+        allow_non_finite=allow_non_finite, figures=figures, strict=strict, evaluate=evaluate,
     )  # fmt: skip
     return carry_out(make_plan(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
 
@@ -174,6 +176,7 @@ def localize_from_hub(
     exclude: Sequence[str] | None = None,
     allow_non_finite: bool | None = None,
     figures: bool | None = None,
+    strict: bool | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
     device: Device = "cpu",
@@ -187,8 +190,8 @@ def localize_from_hub(
         name: The name of its mask; the ref's last part by default.
         stitch: "refit" solves for the values under the mask again, so that it holds more of the model; they are then no
             longer the finetuned model's own.
-        out, push_to, private, localizer, data, include, exclude, allow_non_finite, figures, cache, max_memory, device,
-            show_progress: As in `merge_from_hub`.
+        out, push_to, private, localizer, data, include, exclude, allow_non_finite, figures, strict, cache, max_memory,
+            device, show_progress: As in `merge_from_hub`.
 
     Returns:
         Where the localized checkpoint is, and its record.
@@ -203,7 +206,7 @@ def localize_from_hub(
     recipe = _recipe(
         base=base, finetuned=_entries(finetuned, None if name is None else [name]), out=out, push_to=push_to,
         private=private, localizer=localizer, data=data, include=include, exclude=exclude,
-        allow_non_finite=allow_non_finite, figures=figures, stitch=stitch,
+        allow_non_finite=allow_non_finite, figures=figures, strict=strict, stitch=stitch,
     )  # fmt: skip
     return carry_out(make_localize_plan(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
 
@@ -222,6 +225,7 @@ def stitch_from_hub(
     shard_size: int | str | None = None,
     allow_non_finite: bool | None = None,
     figures: bool | None = None,
+    strict: bool | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
     show_progress: bool | None = None,
@@ -234,8 +238,8 @@ def stitch_from_hub(
         base: The pretrained model: a folder, org/name or org/name@revision.
         localized: One or several localized checkpoints, likewise.
         names: Names of the masks; those they were localized under by default.
-        out, push_to, private, scale, also_copy, dtype, shard_size, allow_non_finite, figures, cache, max_memory,
-            show_progress: As in `merge_from_hub`.
+        out, push_to, private, scale, also_copy, dtype, shard_size, allow_non_finite, figures, strict, cache,
+            max_memory, show_progress: As in `merge_from_hub`.
 
     Returns:
         Where the merge is, and its record.
@@ -250,6 +254,7 @@ def stitch_from_hub(
     recipe = _recipe(
         base=base, localized=_entries(localized, names), out=out, push_to=push_to, private=private, scale=scale,
         also_copy=also_copy, dtype=dtype, shard_size=shard_size, allow_non_finite=allow_non_finite, figures=figures,
+        strict=strict,
     )  # fmt: skip
     return carry_out(make_plan(recipe, make_settings(cache, max_memory)), Progress(show_progress))
 
@@ -296,7 +301,7 @@ def plan_merge(
     max_memory: int | str | None = None,
     device: Device = "cpu",
 ) -> MergePlan | StitchPlan:
-    """Pin every revision, read every header, and say what a merge would do. Reads no weight and writes nothing.
+    """Pin every revision, read every header, and say what a merge would do. Of weights a small sample is read; nothing is written.
 
     Args:
         recipe: A recipe, its fields, or the path of a YAML file.

@@ -197,6 +197,7 @@ def _add_work(output: Any, device: bool) -> None:
             "--device", choices=["cpu", "cuda"], default="cpu", help="where models are compared (default: cpu)"
         )
     output.add_argument("--no-figures", dest="figures", action="store_false", default=None, help="do not draw figures")
+    output.add_argument("--strict", action="store_true", default=None, help="make errors of all warnings")
     output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     output.add_argument("--quiet", action="store_true", help="print no plan and show no progress bars")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Flags whose destination is a recipe's field of the same name.
 FIELDS = ("method", "stitch", "scale", "include", "exclude", "rest_from", "files_from", "also_copy", "dtype",
-          "shard_size", "allow_non_finite", "figures", "out", "push_to", "private")  # fmt: skip
+          "shard_size", "allow_non_finite", "figures", "strict", "out", "push_to", "private")  # fmt: skip
 # Flags of the localizer -> its fields.
 LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
 

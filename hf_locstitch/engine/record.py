@@ -21,9 +21,9 @@ from hf_locstitch.artifacts.manifest import (
 from hf_locstitch.artifacts.overlap import Overlap
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.source import file_sha256
-from hf_locstitch.errors import CheckpointError
+from hf_locstitch.errors import CheckpointError, WorkError
 from hf_locstitch.plan.plans import LocalizePlan, Plan, StitchPlan
-from hf_locstitch.plan.recipe import Finetuned, Input
+from hf_locstitch.plan.recipe import Finetuned, Input, Recipe
 from hf_locstitch.plan.recipe_file import dump_recipe
 from hf_locstitch.runtime.version import __version__
 
@@ -156,6 +156,15 @@ def _pinned_fitting(plan: Plan) -> dict[str, Any]:
 
 def _localized_inputs(plan: Plan) -> Mapping[str, LocalizedCheckpoint]:
     return plan.localized_inputs if isinstance(plan, StitchPlan) else {}
+
+
+def check_strict(recipe: Recipe, record: Manifest) -> None:
+    """Raises WorkError if a strict recipe's run warned of what its plan could not know."""
+    if recipe.strict and record.warnings:
+        raise WorkError(
+            f"strict makes errors of warnings: {' '.join(record.warnings)} Nothing was published. Without strict the "
+            "same command goes on from what is done."
+        )
 
 
 def check_pins(plan: Plan, files: FileHashes) -> None:

@@ -43,6 +43,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "stitch": plan.recipe.fitting.as_record() if plan.recipe.fitting else "mean",
         "refit_data": {name: found.pinned.dump() for name, found in plan.fit_data.items()},
         "refitting": fitting.as_json() if (fitting := fit_cost(plan)) else None,
+        "lineage": {name: asdict(found) for name, found in plan.lineage.items()},
         "warnings": list(plan.warnings),
     }
 
@@ -123,6 +124,7 @@ def format_plan(plan: Plan) -> str:
         *([f"files      {_files(plan)}"] if isinstance(plan, ModelPlan) else []),
         f"cost       read {human(cost.read)} (to download: {human(cost.download)}), "
         f"disk up to {human(cost.disk)}, memory about {human(cost.memory)}",
+        *(f"lineage    {name:<{wide}}  {found.describe()}" for name, found in plan.lineage.items()),
         *([localizing.describe()] if (localizing := localizing_cost(plan)) else []),
         *(fitting.describe().split("\n") if (fitting := fit_cost(plan)) else []),
         *([f"hint       {HINT}"] if _could_be_solved(plan) else []),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, combinations
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -26,14 +26,15 @@ from hf_locstitch.checkpoints.names import is_own, make_name, same_place
 from hf_locstitch.checkpoints.opening import open_checkpoint, refuse_adapter
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.side_files import check_side_files, choose_side_files
-from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
+from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError, StrictError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.plan.adapter_inputs import check_adapters
 from hf_locstitch.plan.checking import check_inputs, check_localizable, given_files, kept_name
 from hf_locstitch.plan.dropped_layers import without_dropped_layers
 from hf_locstitch.plan.layout import OutputShard, guessed, output_shards
-from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, StitchPlan
+from hf_locstitch.plan.lineage import same_warnings, with_lineage
+from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import hide_library_bars
@@ -41,6 +42,7 @@ from hf_locstitch.runtime.settings import DEFAULT, Settings
 from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, open_set
 
 AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
+AnyStrictPlan = TypeVar("AnyStrictPlan", bound=Plan)
 AnyModelPlan = TypeVar("AnyModelPlan", bound=ModelPlan)
 TOKENIZER = "tokenizer_config.json"  # where it is, other files of texts may be
 NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
@@ -53,10 +55,10 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     base, finetuned, data, fit_data = _open_inputs(recipe, settings)
     recipe, notes = without_dropped_layers(recipe, base, finetuned)
     planned = _with_notes(merge_plan(recipe, base, finetuned, settings, data, fit_data), notes)
-    plan = _with_side_files(_with_text_warnings(planned))
+    plan = _with_side_files(with_lineage(_with_text_warnings(planned)))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
-    return plan
+    return _strictly(plan)
 
 
 def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> LocalizePlan:
@@ -65,7 +67,15 @@ def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> Localize
     check_localizable(recipe)
     base, finetuned, data, _ = _open_inputs(recipe, settings)
     recipe, notes = without_dropped_layers(recipe, base, finetuned)
-    return _with_text_warnings(_with_notes(localize_plan(recipe, base, finetuned, settings, data), notes))
+    planned = _with_notes(localize_plan(recipe, base, finetuned, settings, data), notes)
+    return _strictly(with_lineage(_with_text_warnings(planned)))
+
+
+def _strictly(plan: AnyStrictPlan) -> AnyStrictPlan:
+    """The plan, if it warns of nothing, or may. Raises StrictError."""
+    if plan.recipe.strict and plan.warnings:
+        raise StrictError(plan.warnings)
+    return plan
 
 
 def _with_notes(plan: AnyPlan, notes: Sequence[str]) -> AnyPlan:
@@ -112,7 +122,7 @@ def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
         localized = list(pool.map(open_localized, refs))
         names = finetuned_names(recipe, [checkpoint.name for checkpoint in localized])
         named = dict(zip(names, localized, strict=True))
-        return _with_side_files(stitch_plan(recipe, base.result(), named, settings))
+        return _strictly(_with_side_files(stitch_plan(recipe, base.result(), named, settings)))
 
 
 def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
@@ -253,6 +263,13 @@ def stitch_plan(
             name, [(checkpoint.stored(tensor).dtype, base.info(tensor).dtype) for tensor in chosen]
         )
     ]
+    warnings += same_warnings(
+        {
+            (one, other)
+            for one, other in combinations(localized, 2)
+            if localized[one].finetuned.files == localized[other].finetuned.files
+        }
+    )
     files = {name: checkpoint.as_checkpoint() for name, checkpoint in localized.items()}
     origins = {name: checkpoint.finetuned.ref for name, checkpoint in localized.items()}
     ones = [checkpoint.ones for checkpoint in localized.values()]

@@ -13,6 +13,7 @@ from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.byte_ranges import Piece, Pieces, byte_ranges
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.lineage import Lineage
 from hf_locstitch.checkpoints.side_files import SideFiles
 from hf_locstitch.localize.job import Group
 from hf_locstitch.localize.localizer import Localizer
@@ -51,6 +52,8 @@ class Plan:
     """The localization set of each finetune, for localizers that look at data."""
     fit_data: Mapping[str, OpenSet] = field(default_factory=dict)
     """The unlabelled inputs of each finetune, where values are fitted."""
+    lineage: Mapping[str, Lineage] = field(default_factory=dict)
+    """What a sample tells of each finetune, where one could be taken before the work."""
     command: ClassVar[str]
     """The sub-command that carries out such a plan."""
 

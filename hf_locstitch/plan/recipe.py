@@ -104,6 +104,8 @@ class Recipe(Strict):
     allow_non_finite: bool = False
     figures: bool = True
     """Whether a merge with masks draws them."""
+    strict: bool = False
+    """Whether warnings are errors: those of the plan before the work begins, others before anything is published."""
     evaluate: EvaluateOptions | None = None
     """What the finished merge is evaluated on; nothing by default."""
     out: Path | None = None
