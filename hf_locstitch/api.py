@@ -19,6 +19,7 @@ from hf_locstitch.plan.planning import make_localize_plan, make_plan
 from hf_locstitch.plan.plans import MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe, make_recipe
 from hf_locstitch.plan.recipe_file import load_recipe
+from hf_locstitch.plan.restitch import Change, restitch
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import make_settings
@@ -212,9 +213,13 @@ def localize_from_hub(
 
 
 def stitch_from_hub(
-    base: Ref,
-    localized: Ref | Sequence[Ref],
+    base: Ref | None = None,
+    localized: Ref | Sequence[Ref] = (),
     *,
+    from_: Ref | None = None,
+    add: Ref | Sequence[Ref] = (),
+    remove: str | Sequence[str] = (),
+    finetuned: Ref | Sequence[Ref] | None = None,
     out: Ref | None = None,
     push_to: str | None = None,
     private: bool | None = None,
@@ -230,13 +235,19 @@ def stitch_from_hub(
     max_memory: int | str | None = None,
     show_progress: bool | None = None,
 ) -> MergeResult:
-    """Merge localized checkpoints into the base that they were localized against.
+    """Merge localized checkpoints into the base that they were localized against; or take a merge apart, and stitch it
+    again with other finetunes or fewer.
 
     The weights are, bit for bit, those of one merge of the same finetuned models with the same settings.
 
     Args:
-        base: The pretrained model: a folder, org/name or org/name@revision.
+        base: The pretrained model: a folder, org/name or org/name@revision. With `from_`, if it is not where that says.
         localized: One or several localized checkpoints, likewise.
+        from_: A merge by hf-locstitch, likewise, in place of `localized`: its masks are used again, and values under
+            them are read from the finetuned models that it names.
+        add: Localized checkpoints to add to it.
+        remove: Names of its finetunes to leave out.
+        finetuned: Its finetunes that stay, in its order, if they are not where it says.
         names: Names of the masks; those they were localized under by default.
         out, push_to, private, scale, also_copy, dtype, shard_size, allow_non_finite, figures, strict, cache,
             max_memory, show_progress: As in `merge_from_hub`.
@@ -250,12 +261,22 @@ def stitch_from_hub(
 
     Example:
         >>> stitch_from_hub("org/base", ["me/math-localized", "me/code-localized"], out="merged")
+        >>> stitch_from_hub(from_="me/merged", add="me/law-localized", remove="code", out="changed")
     """
-    recipe = _recipe(
-        base=base, localized=_entries(localized, names), out=out, push_to=push_to, private=private, scale=scale,
-        also_copy=also_copy, dtype=dtype, shard_size=shard_size, allow_non_finite=allow_non_finite, figures=figures,
-        strict=strict,
-    )  # fmt: skip
+    settings = {
+        "out": out, "push_to": push_to, "private": private, "scale": scale, "also_copy": also_copy, "dtype": dtype,
+        "shard_size": shard_size, "allow_non_finite": allow_non_finite, "figures": figures, "strict": strict,
+    }  # fmt: skip
+    if from_ is None:
+        if add or remove or finetuned is not None:
+            raise RecipeError("add, remove and finetuned say what becomes of a merge, but none is given. Give from_.")
+        recipe = _recipe(base=base, localized=_entries(localized, names), **settings)
+    else:
+        if localized or names is not None:
+            raise RecipeError("from_ takes everything from the merge, beside localized. Drop one of the two; add adds.")
+        given = None if finetuned is None else _refs(finetuned)
+        change = Change(str(from_), _refs(add), _refs(remove), None if base is None else str(base), given)
+        recipe = _recipe(**{**restitch(change), **{key: value for key, value in settings.items() if value is not None}})
     return carry_out(make_plan(recipe, make_settings(cache, max_memory)), Progress(show_progress))
 
 
@@ -301,7 +322,9 @@ def plan_merge(
     max_memory: int | str | None = None,
     device: Device = "cpu",
 ) -> MergePlan | StitchPlan:
-    """Pin every revision, read every header, and say what a merge would do. Of weights a small sample is read; nothing is written.
+    """Pin every revision, read every header, and say what a merge would do.
+
+    Of weights a small sample is read; nothing is written.
 
     Args:
         recipe: A recipe, its fields, or the path of a YAML file.
@@ -352,10 +375,14 @@ def _recipe(**fields: Any) -> Recipe:
 
 def _entries(refs: Ref | Sequence[Ref], names: Sequence[str] | None) -> list[dict[str, str]]:
     """Entries of a recipe. Raises RecipeError unless there is a name for each ref, or none."""
-    listed = [refs] if isinstance(refs, str | Path) else list(refs)
-    entries = [{"ref": str(ref)} for ref in listed]
+    entries = [{"ref": ref} for ref in _refs(refs)]
     if names is None:
         return entries
     if len(names) != len(entries):
         raise RecipeError(f"got {len(names)} names for {len(entries)} finetunes. Give one name per finetune.")
     return [{**entry, "name": name} for entry, name in zip(entries, names, strict=True)]
+
+
+def _refs(refs: Ref | Sequence[Ref]) -> list[str]:
+    """One alone, too."""
+    return [str(ref) for ref in ([refs] if isinstance(refs, str | Path) else refs)]

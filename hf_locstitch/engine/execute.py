@@ -73,7 +73,9 @@ def check_possible(plan: Plan) -> None:
 
 def _check_push(plan: Plan) -> None:
     if (repo := plan.recipe.push_to) is not None:
-        check_push(repo, {name: one.source for name, one in plan.inputs.items()}, plan.command)
+        sources = {name: one.source for name, one in plan.inputs.items()}
+        merges = {f"the mask of {name}": source for name, source in plan.merges.items()}
+        check_push(repo, sources | merges, plan.command)
 
 
 def check_push(repo: str, inputs: Mapping[str, Source], command: str) -> None:

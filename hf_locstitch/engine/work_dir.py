@@ -93,6 +93,7 @@ def fingerprint(plan: Plan) -> str:
         "command": plan.command,
         "recipe": plan.recipe.model_dump(mode="json", exclude={*NOT_THE_MERGE}),
         "inputs": {name: checkpoint.source.identity for name, checkpoint in plan.inputs.items()},
+        "merges": {name: merge.identity for name, merge in plan.merges.items()},
         "data": {name: found.pinned.model_dump(mode="json") for name, found in plan.data.items()},
         "refit": {name: found.pinned.model_dump(mode="json") for name, found in plan.fit_data.items()},
     }

@@ -28,6 +28,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             for name, one in plan.adapters.items()
         },
         "dequantized": plan.dequantized,
+        "masks_from": {name: merge.pinned for name, merge in plan.merges.items()},
         "method": plan.recipe.method.name,
         "localizer": plan.common_localizer,
         "data": {name: found.pinned.dump() for name, found in plan.data.items()},
@@ -82,6 +83,11 @@ def _as_adapter(checkpoint: Checkpoint) -> str:
     return f" ({checkpoint.kind} adapter, changes {changed} tensors of the base)"
 
 
+def _as_merged(plan: Plan, name: str) -> str:
+    """A note on a finetune whose mask is taken from a merge."""
+    return f" (its mask from {plan.merges[name].label})" if name in plan.merges else ""
+
+
 def _as_stored(checkpoint: Checkpoint) -> str:
     """A note on quantized weights."""
     return f" (dequantized from {checkpoint.dequantized})" if checkpoint.dequantized else ""
@@ -99,7 +105,11 @@ def format_plan(plan: Plan) -> str:
     wide = max(len(name) for name in plan.finetuned)
     entries = (plan.recipe.base, *plan.recipe.entries)
     inputs = {
-        name: checkpoint.label + _shadowing(entry.ref, checkpoint) + _as_adapter(checkpoint) + _as_stored(checkpoint)
+        name: checkpoint.label
+        + _shadowing(entry.ref, checkpoint)
+        + _as_adapter(checkpoint)
+        + _as_stored(checkpoint)
+        + _as_merged(plan, name)
         for (name, checkpoint), entry in zip(plan.inputs.items(), entries, strict=True)
     }
     reached = reach((info for _, info in plan.base.tensors.values()), [info.name for info in plan.mask_tensors])
