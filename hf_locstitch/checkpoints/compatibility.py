@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.runtime.human import more
@@ -44,11 +43,11 @@ def _of_one_kind(one: Checkpoint, other: Checkpoint) -> bool:
 
     Also if one states none.
     """
-    own = one.config.get("model_type"), other.config.get("model_type")
-    return not all(own) or own[0] in _model_types(other) or own[1] in _model_types(one)
+    own, others = one.config.get("model_type"), other.config.get("model_type")
+    return not own or not others or str(own) in _model_types(other) or str(others) in _model_types(one)
 
 
-def _model_types(checkpoint: Checkpoint) -> set[Any]:
+def _model_types(checkpoint: Checkpoint) -> set[str]:
     """The architecture's, and those of its parts."""
     parts = [part for part in checkpoint.config.values() if isinstance(part, dict)]
     return {str(part["model_type"]) for part in (checkpoint.config, *parts) if part.get("model_type")}

@@ -109,7 +109,7 @@ def read_text_files(source: Source, other: Source) -> TextFiles:
 
 
 def _listed(ids: Any) -> tuple[int, ...]:
-    return tuple(sorted(ids if isinstance(ids, list) else [ids]))
+    return tuple(sorted(one for one in (ids if isinstance(ids, list) else [ids]) if isinstance(one, int)))
 
 
 def _template(source: Source, other: Source) -> str | None:
@@ -140,10 +140,13 @@ def _alike(source: Source, other: Source, file: str) -> bool:
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
     """Token -> id of a tokenizer.json, those that were added to it included."""
-    pieces = (tokenizer.get("model") or {}).get("vocab")
+    model = tokenizer.get("model")
+    pieces = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(pieces, list):
         pieces = {str(entry[0]): number for number, entry in enumerate(pieces) if isinstance(entry, list) and entry}
     if not isinstance(pieces, dict):
         return None
-    added = [token for token in tokenizer.get("added_tokens") or () if isinstance(token, dict) and "content" in token]
-    return pieces | {str(token["content"]): token.get("id", pieces.get(str(token["content"]))) for token in added}
+    listed = tokenizer.get("added_tokens")
+    added = [token for token in listed if isinstance(token, dict)] if isinstance(listed, list) else []
+    named = [(str(token.get("content")), token.get("id")) for token in added]
+    return pieces | {content: pieces.get(content) if number is None else number for content, number in named}
