@@ -56,7 +56,7 @@ class TextFiles:
 
     special: Mapping[str, tuple[int, ...]]
     template: str | None
-    vocabulary: Mapping[str, int] | None
+    vocabulary: Mapping[str, Any] | None
 
 
 def text_differences(base: Source, name: str, finetuned: Source, kept: str) -> list[str]:
@@ -86,7 +86,7 @@ def _ids(ids: Sequence[int]) -> str:
     return ", ".join(map(str, ids))
 
 
-def _vocabularies(base: Mapping[str, int], name: str, other: Mapping[str, int]) -> str:
+def _vocabularies(base: Mapping[str, Any], name: str, other: Mapping[str, Any]) -> str:
     """How two tokenizers differ."""
     if base.keys() == other.keys():
         moved = [token for token in other if other[token] != base[token]]
@@ -138,7 +138,7 @@ def _alike(source: Source, other: Source, file: str) -> bool:
     return promised is not None and file in other.files and other.files[file].promised == promised
 
 
-def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
+def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:
     """Token -> id of a tokenizer.json, those that were added to it included."""
     model = tokenizer.get("model")
     pieces = model.get("vocab") if isinstance(model, dict) else None

@@ -42,14 +42,18 @@ class RangedFile:
         """Nothing is kept."""
 
 
-def sample_pieces(tensors: Sequence[TensorInfo], count: int = TENSORS, elements: int = ELEMENTS) -> list[Piece]:
-    """A piece from the middle of each of `count` tensors, spread evenly. Norms and biases are taken only where there
-    is nothing else: they are much the same in all models."""
+def sample_pieces(
+    tensors: Sequence[TensorInfo], count: int = TENSORS, elements: int = ELEMENTS, vectors: bool = False
+) -> list[Piece]:
+    """A piece from the middle of each of `count` tensors, spread evenly.
+
+    vectors: whether norms and biases are taken also where there are matrices: they are much the same in all models.
+    """
     filled = [info for info in tensors if info.numel]
-    some = [info for info in filled if len(info.shape) > 1] or filled
+    some = filled if vectors else [info for info in filled if len(info.shape) > 1] or filled
     if len(some) > count:
         some = [some[i * (len(some) - 1) // (count - 1)] for i in range(count)]
-    each = [min(info.numel, elements // len(some)) for info in some]
+    each = [min(info.numel, max(elements // len(some), 1)) for info in some]
     return [(info.name, (info.numel - size) // 2, size) for info, size in zip(some, each, strict=True)]
 
 

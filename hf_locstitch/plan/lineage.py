@@ -15,8 +15,8 @@ from hf_locstitch.checkpoints.sample import Sample, read_samples, sample_pieces
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan
 
 AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
-CLOSELY = 1 << 10  # tensors to look at, and
-CLOSE = 1 << 21  # elements of them, before a finetune counts as the base itself
+CLOSELY = 1 << 13  # tensors to look at, and
+CLOSE = 1 << 22  # elements of them, before a finetune counts as the base itself
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _is_base(inputs: Mapping[str, Checkpoint], name: str, found: Lineage, tensor
     """Whether a finetune that does not differ in its sample does not in a larger one either, if there is one here."""
     if found.unchanged < 1:
         return False
-    pieces = sample_pieces(tensors, CLOSELY, CLOSE)
+    pieces = sample_pieces(tensors, CLOSELY, CLOSE, vectors=True)
     closer = read_samples({one: inputs[one] for one in ("base", name)}, pieces, fetch=False)
     return len(closer) == 2 and lineage(closer["base"], closer[name]).unchanged == 1
 

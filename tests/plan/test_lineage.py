@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,6 +17,7 @@ from helpers.runs import quick_localize, quick_merge, quick_stitch
 from helpers.streaming import empty_cache, served
 
 from hf_locstitch import plan_merge
+from hf_locstitch.checkpoints.sample import sample_pieces
 from hf_locstitch.cli.main import main
 from hf_locstitch.errors import StrictError, WorkError
 from hf_locstitch.plan.describe import format_plan, plan_json
@@ -53,12 +55,14 @@ def test_the_same_folder_twice_and_the_base_itself(folders: dict[str, str], tmp_
     assert warning.startswith("ft0 does not differ from the base in any weight of a sample")
 
 
-def test_a_change_that_a_small_sample_misses(states: dict[str, State], folders: dict[str, str], tmp_path: Path) -> None:
-    """Of 40 tensors one has changed."""
-    base = random_state(0, torch.bfloat16, {f"model.layers.{i}.w": (4, 4) for i in range(40)})
-    tuned = {name: value.clone() for name, value in base.items()}
-    tuned["model.layers.20.w"] += 1
-    refs = [str(save(tmp_path / name, state)) for name, state in (("few", base), ("tuned", tuned))]
+@pytest.mark.parametrize("name", ["model.layers.20.w", "model.layers.20.norm"])
+def test_a_change_that_a_small_sample_misses(tmp_path: Path, name: str) -> None:
+    """Of 80 tensors one has changed."""
+    shapes = {f"model.layers.{i}.w": (4, 4) for i in range(40)} | {f"model.layers.{i}.norm": (4,) for i in range(40)}
+    base = random_state(0, torch.bfloat16, shapes)
+    tuned = {key: value.clone() for key, value in base.items()}
+    tuned[name] += 1
+    refs = [str(save(tmp_path / key, state)) for key, state in (("few", base), ("tuned", tuned))]
     assert warnings_of(*refs) == []
 
 
@@ -97,9 +101,8 @@ def test_a_sample_of_large_models_only(
     asked = repos["base"], repos["a"], repos["stranger"]
     assert warnings_of(*asked) == []
     with monkeypatch.context() as patched:
-        patched.setattr("hf_locstitch.checkpoints.sample.ELEMENTS", 300)
         patched.setattr("hf_locstitch.checkpoints.sample.SHARE", 8)
-        patched.setattr("hf_locstitch.plan.lineage.sample_pieces.__defaults__", (16, 300))
+        patched.setattr("hf_locstitch.plan.lineage.sample_pieces", partial(sample_pieces, elements=300))
         empty_cache()
         patched.setattr("hf_locstitch.checkpoints.checkpoint.FIRST_READ", 8)
         home_hub.requests.clear()
