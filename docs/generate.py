@@ -41,6 +41,7 @@ CHOICES = {
 TITLES = {
     "Input": "Input",
     "Finetuned": "Finetune",
+    "Localized": "Localized checkpoint",
     "LocalizationSet": "Localization set",
     "EvaluateOptions": "Evaluation",
 }

@@ -19,6 +19,7 @@ from hf_locstitch.plan.planning import make_localize_plan, make_plan
 from hf_locstitch.plan.plans import MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe, make_recipe
 from hf_locstitch.plan.recipe_file import load_recipe
+from hf_locstitch.plan.restitch import Change, restitch
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import make_settings
@@ -102,6 +103,7 @@ def merge_from_hub(
     shard_size: int | str | None = None,
     allow_non_finite: bool | None = None,
     figures: bool | None = None,
+    strict: bool | None = None,
     evaluate: Mapping[str, Any] | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
@@ -137,6 +139,7 @@ def merge_from_hub(
         shard_size: Largest file in bytes, or a string such as "5GB"; shards as in the base by default.
         allow_non_finite: Let NaN and infinity through.
         figures: Whether to draw figures of a merge with masks; True by default.
+        strict: Whether warnings are errors: those of the plan at once, others before anything is published.
         evaluate: What the merge is evaluated on, as in a recipe: `{"suite": "quick"}`.
         cache: False streams the inputs and keeps none of them.
         max_memory: Memory limit in bytes, or a string such as "1GB".
@@ -162,7 +165,7 @@ def merge_from_hub(
         localizer=localizer, data=data, stitch=stitch, scale=scale, include=include, exclude=exclude,
         rest_from=rest_from, files_from=files_from, tokenizer=tokenizer, embeddings=embeddings,
         chat_template=chat_template, also_copy=also_copy, dtype=dtype, shard_size=shard_size,
-        allow_non_finite=allow_non_finite, figures=figures, evaluate=evaluate,
+        allow_non_finite=allow_non_finite, figures=figures, strict=strict, evaluate=evaluate,
     )  # fmt: skip
     return carry_out(make_plan(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
 
@@ -182,6 +185,7 @@ def localize_from_hub(
     exclude: Sequence[str] | None = None,
     allow_non_finite: bool | None = None,
     figures: bool | None = None,
+    strict: bool | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
     device: Device = "cpu",
@@ -195,8 +199,8 @@ def localize_from_hub(
         name: The name of its mask; the ref's last part by default.
         stitch: "refit" solves for the values under the mask again, so that it holds more of the model; they are then no
             longer the finetuned model's own.
-        out, push_to, private, localizer, data, include, exclude, allow_non_finite, figures, cache, max_memory, device,
-            show_progress: As in `merge_from_hub`.
+        out, push_to, private, localizer, data, include, exclude, allow_non_finite, figures, strict, cache, max_memory,
+            device, show_progress: As in `merge_from_hub`.
 
     Returns:
         Where the localized checkpoint is, and its record.
@@ -211,15 +215,19 @@ def localize_from_hub(
     recipe = _recipe(
         base=base, finetuned=_entries(finetuned, None if name is None else [name]), out=out, push_to=push_to,
         private=private, localizer=localizer, data=data, include=include, exclude=exclude,
-        allow_non_finite=allow_non_finite, figures=figures, stitch=stitch,
+        allow_non_finite=allow_non_finite, figures=figures, strict=strict, stitch=stitch,
     )  # fmt: skip
     return carry_out(make_localize_plan(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
 
 
 def stitch_from_hub(
-    base: Ref,
-    localized: Ref | Sequence[Ref],
+    base: Ref | None = None,
+    localized: Ref | Sequence[Ref] = (),
     *,
+    from_: Ref | None = None,
+    add: Ref | Sequence[Ref] = (),
+    remove: str | Sequence[str] = (),
+    finetuned: Ref | Sequence[Ref] | None = None,
     out: Ref | None = None,
     push_to: str | None = None,
     private: bool | None = None,
@@ -230,20 +238,27 @@ def stitch_from_hub(
     shard_size: int | str | None = None,
     allow_non_finite: bool | None = None,
     figures: bool | None = None,
+    strict: bool | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
     show_progress: bool | None = None,
 ) -> MergeResult:
-    """Merge localized checkpoints into the base that they were localized against.
+    """Merge localized checkpoints into the base that they were localized against; or take a merge apart, and stitch it
+    again with other finetunes or fewer.
 
     The weights are, bit for bit, those of one merge of the same finetuned models with the same settings.
 
     Args:
-        base: The pretrained model: a folder, org/name or org/name@revision.
+        base: The pretrained model: a folder, org/name or org/name@revision. With `from_`, if it is not where that says.
         localized: One or several localized checkpoints, likewise.
+        from_: A merge by hf-locstitch, likewise, in place of `localized`: its masks are used again, and values under
+            them are read from the finetuned models that it names.
+        add: Localized checkpoints to add to it.
+        remove: Names of its finetunes to leave out.
+        finetuned: Its finetunes that stay, in its order, if they are not where it says.
         names: Names of the masks; those they were localized under by default.
-        out, push_to, private, scale, also_copy, dtype, shard_size, allow_non_finite, figures, cache, max_memory,
-            show_progress: As in `merge_from_hub`.
+        out, push_to, private, scale, also_copy, dtype, shard_size, allow_non_finite, figures, strict, cache,
+            max_memory, show_progress: As in `merge_from_hub`.
 
     Returns:
         Where the merge is, and its record.
@@ -254,11 +269,22 @@ def stitch_from_hub(
 
     Example:
         >>> stitch_from_hub("org/base", ["me/math-localized", "me/code-localized"], out="merged")
+        >>> stitch_from_hub(from_="me/merged", add="me/law-localized", remove="code", out="changed")
     """
-    recipe = _recipe(
-        base=base, localized=_entries(localized, names), out=out, push_to=push_to, private=private, scale=scale,
-        also_copy=also_copy, dtype=dtype, shard_size=shard_size, allow_non_finite=allow_non_finite, figures=figures,
-    )  # fmt: skip
+    settings = {
+        "out": out, "push_to": push_to, "private": private, "scale": scale, "also_copy": also_copy, "dtype": dtype,
+        "shard_size": shard_size, "allow_non_finite": allow_non_finite, "figures": figures, "strict": strict,
+    }  # fmt: skip
+    if from_ is None:
+        if add or remove or finetuned is not None:
+            raise RecipeError("add, remove and finetuned say what becomes of a merge, but none is given. Give from_.")
+        recipe = _recipe(base=base, localized=_entries(localized, names), **settings)
+    else:
+        if localized or names is not None:
+            raise RecipeError("from_ takes everything from the merge, beside localized. Drop one of the two; add adds.")
+        given = None if finetuned is None else _refs(finetuned)
+        change = Change(str(from_), _refs(add), _refs(remove), None if base is None else str(base), given)
+        recipe = _recipe(**{**restitch(change), **{key: value for key, value in settings.items() if value is not None}})
     return carry_out(make_plan(recipe, make_settings(cache, max_memory)), Progress(show_progress))
 
 
@@ -304,7 +330,9 @@ def plan_merge(
     max_memory: int | str | None = None,
     device: Device = "cpu",
 ) -> MergePlan | StitchPlan:
-    """Pin every revision, read every header, and say what a merge would do. Reads no weight and writes nothing.
+    """Pin every revision, read every header, and say what a merge would do.
+
+    Of weights a small sample is read; nothing is written.
 
     Args:
         recipe: A recipe, its fields, or the path of a YAML file.
@@ -355,10 +383,14 @@ def _recipe(**fields: Any) -> Recipe:
 
 def _entries(refs: Ref | Sequence[Ref], names: Sequence[str] | None) -> list[dict[str, str]]:
     """Entries of a recipe. Raises RecipeError unless there is a name for each ref, or none."""
-    listed = [refs] if isinstance(refs, str | Path) else list(refs)
-    entries = [{"ref": str(ref)} for ref in listed]
+    entries = [{"ref": ref} for ref in _refs(refs)]
     if names is None:
         return entries
     if len(names) != len(entries):
         raise RecipeError(f"got {len(names)} names for {len(entries)} finetunes. Give one name per finetune.")
     return [{**entry, "name": name} for entry, name in zip(entries, names, strict=True)]
+
+
+def _refs(refs: Ref | Sequence[Ref]) -> list[str]:
+    """One alone, too."""
+    return [str(ref) for ref in ([refs] if isinstance(refs, str | Path) else refs)]

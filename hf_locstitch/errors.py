@@ -5,6 +5,7 @@ LocstitchError
 │   ├── RecipeError         a recipe or a flag is wrong
 │   ├── CheckpointError     a checkpoint is missing, not accessible, malformed, or of an unsupported kind
 │   ├── MismatchError       checkpoints that do not fit together
+│   ├── StrictError         what is only a warning without `strict`
 │   ├── NonFiniteError      NaN or infinity in a tensor
 │   ├── TaskError           an evaluation task that is unknown, or whose data set is not accessible
 │   └── OutputError         the output folder or repo cannot be used
@@ -50,6 +51,18 @@ class MismatchError(RequestError):
             else f"the checkpoints do not fit together, {len(problems)} problems"
         )
         super().__init__(head + ":\n" + "\n".join(f"  - {' '.join(problem.split())}" for problem in problems))
+
+
+class StrictError(RequestError):
+    """Carries every warning."""
+
+    def __init__(self, warnings: Sequence[str]) -> None:
+        self.warnings = tuple(warnings)
+        super().__init__(
+            f"strict makes errors of warnings, and there {'is 1' if len(warnings) == 1 else f'are {len(warnings)}'}:\n"
+            + "\n".join(f"  - {' '.join(warning.split())}" for warning in warnings)
+            + "\nSee to them, or drop strict."
+        )
 
 
 class NonFiniteError(RequestError):

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
-from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
+from hf_locstitch.artifacts.manifest import InputRecord
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.runtime.human import more
 
 
-def localized_mismatches(base: Checkpoint, checkpoint: LocalizedCheckpoint) -> Iterator[str]:
+class Localized(Protocol):
+    """A finetune with its mask, wherever that and the values are. base: what it was localized against."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def base(self) -> InputRecord: ...
+
+
+def localized_mismatches(base: Checkpoint, checkpoint: Localized) -> Iterator[str]:
     """Why the base is not the one that was localized against, judging by headers."""
     if missing := [name for name in checkpoint.shapes if name not in base.tensors]:
         yield f"{checkpoint.label} has {missing[0]}, which the base {base.label} lacks{more(len(missing))}"
@@ -37,7 +51,7 @@ def _hash(value: str | None) -> str:
     return "present" if value is None else value if value == "absent" else f"sha256 {value[:12]}…"
 
 
-def unlike(localized: Sequence[LocalizedCheckpoint]) -> Iterator[str]:
+def unlike(localized: Sequence[Localized]) -> Iterator[str]:
     """Why localized checkpoints cannot be stitched together."""
     first = localized[0]
     for other in localized[1:]:

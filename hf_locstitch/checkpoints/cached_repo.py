@@ -68,6 +68,10 @@ class CachedRepoSource(FolderSource):
         self.check_obtainable([file], cache=True)
         return super().read_start(file, length)
 
+    def read_range(self, file: str, start: int, stop: int) -> bytes:
+        self.check_obtainable([file], cache=True)
+        return super().read_range(file, start, stop)
+
     def fetch(self, file: str, advance: Advance = lambda _: None) -> Path:
         self.check_obtainable([file], cache=True)
         if file not in self._verified:

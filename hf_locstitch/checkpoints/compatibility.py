@@ -15,8 +15,7 @@ DEEPEST = 8  # parts of a name in which a prefix ends
 def mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], finetuned: Sequence[str]) -> list[str]:
     """Why `other` is not a finetune of the base. chosen, finetuned: localized tensors of the base and of the other."""
     problems = []
-    types = _model_types(base), _model_types(other)
-    if all(types) and not types[0] & types[1]:
+    if not _of_one_kind(base, other):
         problems.append(
             f"{other.label} is a {other.config.get('model_type')} model, "
             f"the base {base.label} a {base.config.get('model_type')} model"
@@ -39,8 +38,17 @@ def mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], finet
     return problems
 
 
+def _of_one_kind(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether both are of one architecture, or one is a part of the other's, as a CLIP vision tower is of a CLIP model.
+
+    Also if one states none.
+    """
+    own, others = one.config.get("model_type"), other.config.get("model_type")
+    return not own or not others or str(own) in _model_types(other) or str(others) in _model_types(one)
+
+
 def _model_types(checkpoint: Checkpoint) -> set[str]:
-    """The architecture and its parts: a CLIP vision tower may be merged into a CLIP model. Empty if none is stated."""
+    """The architecture's, and those of its parts."""
     parts = [part for part in checkpoint.config.values() if isinstance(part, dict)]
     return {str(part["model_type"]) for part in (checkpoint.config, *parts) if part.get("model_type")}
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, read_json
+from hf_locstitch.checkpoints.plain_config import Value, plain_settings
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
 
@@ -17,34 +18,30 @@ IGNORED = re.compile(
     r"(^|\.)(_.*|architectures|auto_map|.*version|torch_dtype|dtype|use_cache|gradient_checkpointing|.*dropout.*|.*pdrop|"
     r"drop_path_rate|initializer.*|init_std|.*_init|output_.*|return_dict|id2label|label2id|num_labels|problem_type|"
     r"finetuning_task|task_specific_params|vocab_size|router_aux_loss_coef|.*loss.*|keys_to_ignore.*|pretraining_tp|"
-    r"attn_implementation|max_window_layers|name_or_path)(\.|$)"
+    r"attn_implementation|max_window_layers|name_or_path|unsloth_.*|tokenizer_class|processor_class|torchscript|use_bfloat16)(\.|$)"
 )
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-Value = str | int | float | bool | None
+TOKENS = {"bos_token_id": "begins", "eos_token_id": "ends", "pad_token_id": "pads"}
+NAMED = 3  # tokens that a sentence shows
 
 
 def config_differences(base: Checkpoint, name: str, finetuned: Checkpoint, kept: str) -> list[str]:
     """One line for each setting that both configs have and that differs. kept: whose config the output gets."""
-    ours, theirs = _flat(base.config), _flat(finetuned.config)
+    ours, theirs = plain_settings(base.config), plain_settings(finetuned.config)
     return [
-        f"{name}'s config has {key} {_shown(theirs[key])}, the base's {_shown(value)}: {kept}'s is kept."
+        f"{name}'s config has {key} {_shown(theirs[key])}, the base's {_shown(value)}: {kept}'s is kept, "
+        f"{_meaning(key, name, kept)}."
         for key, value in ours.items()
         if key in theirs and theirs[key] != value and not IGNORED.search(key)
     ]
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
-    """Nested settings by dotted keys; of rope, wherever transformers has kept it, by `rope.` alone."""
-    flat: dict[str, Value] = {}
-    for key, value in config.items():
-        if key in ("rope_parameters", "rope_scaling") and isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}rope.")
-        elif isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            own = {"rope_theta": "rope.rope_theta", "rope.type": "rope.rope_type"}.get(f"{prefix}{key}", prefix + key)
-            flat[own] = value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
-    return flat
+def _meaning(key: str, name: str, kept: str) -> str:
+    """What it means for the merge that a setting is one model's."""
+    for token, does in TOKENS.items():
+        if key.endswith(token):
+            return f"so the merge {does} texts with it"
+    return f"with which {'the base' if kept == name else name} was not trained"
 
 
 def _shown(value: Value) -> str:
@@ -54,11 +51,12 @@ def _shown(value: Value) -> str:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """What a model's small files say of texts. eos: ids that end an answer. tokens: of the tokenizer; None: unknown."""
+    """What a model's small files say of texts. special: ids of the tokens that begin, end and pad texts, as far as they
+    are stated. vocabulary: token -> id, of the tokenizer; None: unknown."""
 
-    eos: tuple[int, ...] | None
+    special: Mapping[str, tuple[int, ...]]
     template: str | None
-    tokens: int | None
+    vocabulary: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,11 @@ def text_differences(base: Source, name: str, finetuned: Source, kept: KeptTexts
 
 def _text_differences(base: TextFiles, name: str, other: TextFiles, kept: KeptTexts) -> Iterator[str]:
     end = f"{kept.generation}'s is kept."
-    if other.eos is not None and base.eos is not None and other.eos != base.eos:
-        yield f"{name} ends its answers with the tokens {list(other.eos)}, the base with {list(base.eos)}: {end}"
+    for token, does in TOKENS.items():
+        ours, theirs = base.special.get(token), other.special.get(token)
+        if ours is not None and theirs is not None and ours != theirs:
+            s = "s" if len(theirs) > 1 else ""
+            yield f"{name} {does} its texts with the token{s} {_ids(theirs)}, the base with {_ids(ours)}: {end}"
     end = f"{kept.template}'s is kept."
     if other.template != base.template:
         said = (
@@ -87,20 +88,39 @@ def _text_differences(base: TextFiles, name: str, other: TextFiles, kept: KeptTe
             else "a chat template, the base none"
         )
         yield f"{name} has {said}: {end}" if other.template else f"the base has a chat template, {name} none: {end}"
-    if other.tokens is not None and base.tokens is not None and other.tokens != base.tokens and kept.tokens:
-        yield f"{name}'s tokenizer has {other.tokens:,} tokens, the base's {base.tokens:,}: {kept.tokens}'s is kept."
+    ours, theirs = base.vocabulary, other.vocabulary
+    if kept.tokens and ours is not None and theirs is not None and ours != theirs:
+        yield f"{_vocabularies(ours, name, theirs)}: {kept.tokens}'s is kept."
+
+
+def _ids(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids))
+
+
+def _vocabularies(base: Mapping[str, Any], name: str, other: Mapping[str, Any]) -> str:
+    """How two tokenizers differ."""
+    if base.keys() == other.keys():
+        moved = [token for token in other if other[token] != base[token]]
+        return f"{name}'s tokenizer gives {len(moved):,} of its {len(other):,} tokens other ids than the base's"
+    more, fewer = ([token for token in one if token not in two] for one, two in ((other, base), (base, other)))
+    said = [
+        f"{len(tokens):,} {adverb} ({', '.join(map(repr, tokens[:NAMED]))}{', …' if len(tokens) > NAMED else ''})"
+        for tokens, adverb in ((more, "more"), (fewer, "fewer"))
+        if tokens
+    ]
+    return f"{name}'s tokenizer has {len(other):,} tokens, the base's {len(base):,}; {' and '.join(said)}"
 
 
 def read_text_files(source: Source, other: Source) -> TextFiles:
     """other: the model to compare with; files that both promise to be alike are not read."""
     generation = _read(source, other, "generation_config.json")
-    eos = generation.get("eos_token_id")
     tokenizer = _read(source, other, "tokenizer.json")
-    return TextFiles(
-        None if eos is None else tuple(sorted(eos if isinstance(eos, list) else [eos])),
-        _template(source, other),
-        _count(tokenizer) if tokenizer else None,
-    )
+    special = {token: _listed(generation[token]) for token in TOKENS if generation.get(token) is not None}
+    return TextFiles(special, _template(source, other), _vocabulary(tokenizer) if tokenizer else None)
+
+
+def _listed(ids: Any) -> tuple[int, ...]:
+    return tuple(sorted(one for one in (ids if isinstance(ids, list) else [ids]) if isinstance(one, int)))
 
 
 def _template(source: Source, other: Source) -> str | None:
@@ -129,11 +149,15 @@ def _alike(source: Source, other: Source, file: str) -> bool:
     return promised is not None and file in other.files and other.files[file].promised == promised
 
 
-def _count(tokenizer: Mapping[str, Any]) -> int | None:
-    """Tokens of a tokenizer.json, those that were added to it included."""
-    vocabulary = (tokenizer.get("model") or {}).get("vocab")
-    if not isinstance(vocabulary, dict | list):
+def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Token -> id of a tokenizer.json, those that were added to it included."""
+    model = tokenizer.get("model")
+    pieces = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(pieces, list):
+        pieces = {str(entry[0]): number for number, entry in enumerate(pieces) if isinstance(entry, list) and entry}
+    if not isinstance(pieces, dict):
         return None
-    pieces = vocabulary if isinstance(vocabulary, dict) else [entry[0] for entry in vocabulary if entry]
-    added = [token.get("content") for token in tokenizer.get("added_tokens") or () if isinstance(token, dict)]
-    return len({*pieces, *added})
+    listed = tokenizer.get("added_tokens")
+    added = [token for token in listed if isinstance(token, dict)] if isinstance(listed, list) else []
+    named = [(str(token.get("content")), token.get("id")) for token in added]
+    return pieces | {content: pieces.get(content) if number is None else number for content, number in named}

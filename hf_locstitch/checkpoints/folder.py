@@ -48,6 +48,11 @@ class FolderSource:
         with self._path(file).open("rb") as handle:
             return handle.read(length)
 
+    def read_range(self, file: str, start: int, stop: int) -> bytes:
+        with self._path(file).open("rb") as handle:
+            handle.seek(start)
+            return handle.read(stop - start)
+
     def cached(self, file: str) -> Path | None:
         return self._path(file)
 

@@ -66,6 +66,9 @@ class PartSource:
     def read_start(self, file: str, length: int) -> bytes:
         return self._whole.read_start(self._prefix + file, length)
 
+    def read_range(self, file: str, start: int, stop: int) -> bytes:
+        return self._whole.read_range(self._prefix + file, start, stop)
+
     def cached(self, file: str) -> Path | None:
         return self._whole.cached(self._prefix + file)
 

@@ -67,6 +67,10 @@ class Source(Protocol):
         """The first `length` bytes of a file (fewer if it is shorter)."""
         ...
 
+    def read_range(self, file: str, start: int, stop: int) -> bytes:
+        """Bytes start … stop of a file, which may be unchecked. Raises CheckpointError, DownloadError."""
+        ...
+
     def cached(self, file: str) -> Path | None:
         """The file on this machine, if it is already there. Raises CheckpointError if it is a link to elsewhere."""
         ...

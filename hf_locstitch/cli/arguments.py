@@ -109,11 +109,22 @@ def _add_stitch(commands: Any) -> None:
         "stitch",
         help="merge localized checkpoints into their base",
         description="Merge localized checkpoints into the base that they were localized against: the same weights as "
-        f"one merge of the finetuned models. {REF}: a folder, org/name or org/name@revision.",
+        f"one merge of the finetuned models. Or take a merge apart, and stitch it with other finetunes or fewer. "
+        f"{REF}: a folder, org/name or org/name@revision.",
     )
     _add_recipe(parser)
     parser.add_argument("--localized", nargs="+", metavar=REF, help="the localized checkpoints")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="names for them (default: those they have)")
+    merge = parser.add_argument_group("a merge to stitch again")
+    merge.add_argument("--from", dest="from_", metavar=REF, help="a merge by hf-locstitch: its masks are used again")
+    merge.add_argument("--add", nargs="+", metavar=REF, help="localized checkpoints to add to it")
+    merge.add_argument("--remove", nargs="+", metavar="NAME", help="names of its finetunes to leave out")
+    merge.add_argument(
+        "--ft",
+        nargs="+",
+        metavar=REF,
+        help="its finetunes that stay, in its order, if they are not where it says; so --base, too",
+    )
     _add_target(parser)
     group = parser.add_argument_group("how to stitch")
     _add_scale(group)
@@ -219,6 +230,7 @@ def _add_work(output: Any, device: bool) -> None:
             "--device", choices=["cpu", "cuda"], default="cpu", help="where models are compared (default: cpu)"
         )
     output.add_argument("--no-figures", dest="figures", action="store_false", default=None, help="do not draw figures")
+    output.add_argument("--strict", action="store_true", default=None, help="make errors of all warnings")
     output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     output.add_argument("--quiet", action="store_true", help="print no plan and show no progress bars")

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # Flags whose destination is a recipe's field of the same name.
 FIELDS = ("method", "stitch", "scale", "include", "exclude", "rest_from", "files_from", "tokenizer", "embeddings",
-          "chat_template", "also_copy", "dtype", "shard_size", "allow_non_finite", "figures", "out", "push_to",
-          "private")  # fmt: skip
+          "chat_template", "also_copy", "dtype", "shard_size", "allow_non_finite", "figures", "strict", "out",
+          "push_to", "private")  # fmt: skip
 # Flags of the localizer -> its fields.
 LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
 
@@ -151,10 +151,14 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe's fields, overridden by the flags that this sub-command has and that were given."""
     from hf_locstitch.plan.recipe_file import check_task_code, load_recipe
 
+    if getattr(args, "from_", None) is not None:
+        return {**_restitched(args), **_flags_of(args)}
     fields = load_recipe(args.recipe) if args.recipe is not None else {}
     if not getattr(args, "allow_task_code", False):
         check_task_code(fields, str(args.recipe))
     flags = {key: value for key, value in vars(args).items() if value is not None}
+    if args.command == "stitch" and (given := [flag for flag in ("add", "remove", "ft") if flag in flags]):
+        raise RecipeError(f"--{given[0]} says what becomes of a merge, but none is given. Use --from REF.")
     if "base" in flags:
         fields["base"] = args.base
     for flag, field in (("ft", "finetuned"), ("localized", "localized")):
@@ -183,6 +187,21 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
     if flags.get("stitch") == "refit" and isinstance(fields.get("stitch"), dict):
         del flags["stitch"]  # the recipe holds its settings
     return {**fields, **{field: flags[field] for field in FIELDS if field in flags}}
+
+
+def _flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that are fields of a recipe, as far as they are given."""
+    return {field: value for field in FIELDS if (value := getattr(args, field, None)) is not None}
+
+
+def _restitched(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a recipe that stitches a merge again. Raises RequestError."""
+    from hf_locstitch.plan.restitch import Change, restitch
+
+    if given := [flag for flag in ("recipe", "localized", "names") if getattr(args, flag) is not None]:
+        called = "a recipe" if given[0] == "recipe" else f"--{given[0]}"
+        raise RecipeError(f"--from takes everything from the merge, beside {called}. Drop one of the two; --add adds.")
+    return restitch(Change(args.from_, tuple(args.add or ()), tuple(args.remove or ()), args.base, args.ft))
 
 
 def _with_density(method: Any, density: float) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.engine.preflight import check_inputs, check_out, check_output_given, check_place, check_work
+from hf_locstitch.engine.record import check_strict
 from hf_locstitch.engine.work_dir import clear_work, open_work_dir
 from hf_locstitch.errors import OutputError, PublishError, RecipeError
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
@@ -72,7 +73,9 @@ def check_possible(plan: Plan) -> None:
 
 def _check_push(plan: Plan) -> None:
     if (repo := plan.recipe.push_to) is not None:
-        check_push(repo, {name: one.source for name, one in plan.inputs.items()}, plan.command)
+        sources = {name: one.source for name, one in plan.inputs.items()}
+        merges = {f"the mask of {name}": source for name, source in plan.merges.items()}
+        check_push(repo, sources | merges, plan.command)
 
 
 def check_push(repo: str, inputs: Mapping[str, Source], command: str) -> None:
@@ -108,8 +111,10 @@ def _into(
     record = check_out(out, plan)
     if record is None:
         check_work(out, plan)
-    elif processes.first:
-        clear_work(plan, out)
+    else:
+        check_strict(plan.recipe, record)
+        if processes.first:
+            clear_work(plan, out)
     after = prepare()
     with _upload(plan, processes) as upload:
         record = record or make(plan, out, progress, processes, upload)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ from hf_locstitch.engine.record import check_pins
 from hf_locstitch.engine.run import Run, localize
 from hf_locstitch.engine.shard_writer import ShardWriter
 from hf_locstitch.engine.work_dir import ShardRecord
-from hf_locstitch.localize.localized_masks import LocalizedMask
+from hf_locstitch.localize.localized_masks import GivenMask, LocalizedMask, MergedMask
 from hf_locstitch.plan.layout import OutputShard, index_name
 from hf_locstitch.plan.plans import MergePlan, ModelPlan, StitchPlan
 from hf_locstitch.runtime.files import sync_file
@@ -157,19 +158,32 @@ class MergeRun(ModelRun[MergePlan]):
 
 class StitchRun(ModelRun[StitchPlan]):
     def find_masks(self, inputs: Inputs) -> Mapping[str, MaskSource]:
-        """Those that the localized checkpoints hold, with their values."""
+        """Those that the localized checkpoints hold, with their values, or the merges that finetunes were part of."""
         check_pins(self.plan, self.files)  # before anything is made of them
-        localized, settings = self.plan.localized_inputs, self.settings
-        masks: dict[str, LocalizedMask] = {}
-        suffix = f"{self.processes.rank}-of-{self.processes.count}"
-        own = [info.name for info in self.plan.mask_tensors if info.name in self.own]
-        nbytes = sum(checkpoint.stored(name).nbytes for checkpoint in localized.values() for name in own)
-        with self.progress.bar("reading", nbytes) as advance:
-            for name, checkpoint in localized.items():
-                spill = self.work.spill / f"{name}.{suffix}"
-                masks[name] = LocalizedMask(checkpoint, self.plan.mask_tensors, spill, settings.chunk)
-                self.processes.together(lambda mask=masks[name]: mask.read(self.own, settings.workers, advance))
-        return masks
+        plan, own = self.plan, [info.name for info in self.plan.mask_tensors if info.name in self.own]
+        opened_masks = self.processes.together(
+            lambda: {name: one.open_mask() for name, one in plan.merged_inputs.items()}
+        )
+        found: dict[str, GivenMask] = {}
+        with self._opened(inputs) as opened:
+            for name, checkpoint in plan.localized_inputs.items():
+                found[name] = LocalizedMask(checkpoint, plan.mask_tensors, self._spill_of(name), self.settings.chunk)
+            for name, mask in opened_masks.items():
+                reader = opened.readers[name]
+                found[name] = MergedMask(mask, reader, plan.mask_tensors, self._spill_of(name), self.settings.chunk)
+            nbytes = sum(mask.nbytes(name) for mask in found.values() for name in own)
+            with self.progress.bar("reading", nbytes) as advance:
+                for mask in found.values():
+                    self.processes.together(lambda mask=mask: mask.read(self.own, self.settings.workers, advance))
+            self.processes.together(opened.verify)
+        return {name: found[name] for name in plan.finetuned}
+
+    def _opened(self, inputs: Inputs) -> AbstractContextManager[OpenInputs]:
+        """The finetunes whose masks a merge holds."""
+        return inputs.opened(self.plan.scanned) if self.plan.scanned else nullcontext(OpenInputs({}, {}))
+
+    def _spill_of(self, name: str) -> Path:
+        return self.work.spill / f"{name}.{self.processes.rank}-of-{self.processes.count}"
 
 
 def write_index(plan: ModelPlan, stage: Path) -> None:

@@ -21,9 +21,9 @@ from hf_locstitch.artifacts.manifest import (
 from hf_locstitch.artifacts.overlap import Overlap
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.source import file_sha256
-from hf_locstitch.errors import CheckpointError
+from hf_locstitch.errors import CheckpointError, WorkError
 from hf_locstitch.plan.plans import LocalizePlan, ModelPlan, Plan, StitchPlan
-from hf_locstitch.plan.recipe import Finetuned, Input
+from hf_locstitch.plan.recipe import Finetuned, Input, Localized, Recipe
 from hf_locstitch.plan.recipe_file import dump_recipe
 from hf_locstitch.runtime.version import __version__
 
@@ -48,7 +48,9 @@ def make_manifest(
     localized = _localized_inputs(plan)
     masks = _mask_records(plan, overlap, examples) if plan.masked else {}
     smaller = list(_smaller_masks(plan, masks))
-    exact = plan.exact_k and not smaller and all(one.record.k is not None for one in localized.values())
+    merged = plan.merged_inputs if isinstance(plan, StitchPlan) else {}
+    parts = [*localized.values(), *merged.values()]
+    exact = plan.exact_k and not smaller and all(one.record.k is not None for one in parts)
     return Manifest(
         hf_locstitch=__version__,
         method=plan.recipe.method.name,
@@ -65,7 +67,8 @@ def make_manifest(
         versions={"python": platform.python_version(), **{library: version(library) for library in _libraries(plan)}},
         fingerprint=fingerprint,
         data={name: found.pinned.dump() for name, found in plan.data.items()}
-        | {name: data for name, checkpoint in localized.items() for data in checkpoint.record.data.values()},
+        | {name: data for name, checkpoint in localized.items() for data in checkpoint.record.data.values()}
+        | {name: one.record.data[one.name] for name, one in merged.items() if one.name in one.record.data},
         stitch=stitch,
         vocabulary=plan.vocabulary.as_json() if isinstance(plan, ModelPlan) and plan.vocabulary else None,
     )
@@ -88,7 +91,8 @@ def _smaller_masks(plan: Plan, masks: Mapping[str, MaskRecord]) -> Iterator[str]
 
 
 def _mask_records(plan: Plan, overlap: Overlap, examples: Mapping[str, int]) -> dict[str, MaskRecord]:
-    stored = {name: one.record.masks[one.name].examples for name, one in _localized_inputs(plan).items()}
+    parts = {**plan.localized_inputs, **plan.merged_inputs} if isinstance(plan, StitchPlan) else {}
+    stored = {name: one.record.masks[one.name].examples for name, one in parts.items()}
     ones = dict(zip(plan.finetuned, overlap.pairs.diagonal().tolist(), strict=True))
     return {
         name: MaskRecord(
@@ -132,11 +136,14 @@ def pinned_recipe(plan: Plan, files: FileHashes) -> str:
         pinned = {"ref": checkpoint.source.pinned}
         return pinned if checkpoint.source.commit else {**pinned, "sha256": weights_sha256(files[name])}
 
+    parts = plan.finetuned.items()
     recipe = plan.recipe.model_copy(
         update={
             "base": Input(**pin("base", plan.base)),
-            "localized" if isinstance(plan, StitchPlan) else "finetuned": tuple(
-                Finetuned(**pin(name, checkpoint), name=name) for name, checkpoint in plan.finetuned.items()
+            **(
+                {"localized": tuple(Localized(**pin(name, one), **_pinned_mask(plan, name)) for name, one in parts)}
+                if isinstance(plan, StitchPlan)
+                else {"finetuned": tuple(Finetuned(**pin(name, one), name=name) for name, one in parts)}
             ),
             "data": {name: found.pinned for name, found in plan.data.items()} or (),
             **_pinned_fitting(plan),
@@ -153,6 +160,14 @@ def _pinned_template(plan: Plan) -> dict[str, Any]:
     return {"chat_template": f"./{Path(asked).name}"} if asked and asked not in plan.inputs else {}
 
 
+def _pinned_mask(plan: StitchPlan, name: str) -> dict[str, Any]:
+    """The name of a part of a stitch, and the merge that holds its mask, if one does."""
+    if (one := plan.merged_inputs.get(name)) is None:
+        return {"name": name}
+    pinned = {} if one.source.commit else {"sha256": one.mask_sha256}
+    return {"name": name, "mask": Finetuned(ref=one.source.pinned, name=one.name, **pinned)}
+
+
 def _pinned_fitting(plan: Plan) -> dict[str, Any]:
     """How values are fitted, with pinned inputs."""
     recipe = plan.recipe
@@ -164,6 +179,15 @@ def _pinned_fitting(plan: Plan) -> dict[str, Any]:
 
 def _localized_inputs(plan: Plan) -> Mapping[str, LocalizedCheckpoint]:
     return plan.localized_inputs if isinstance(plan, StitchPlan) else {}
+
+
+def check_strict(recipe: Recipe, record: Manifest) -> None:
+    """Raises WorkError if a strict recipe's run warned of what its plan could not know."""
+    if recipe.strict and record.warnings:
+        raise WorkError(
+            f"strict makes errors of warnings: {' '.join(record.warnings)} Nothing was published. Without strict the "
+            "same command goes on from what is done."
+        )
 
 
 def check_pins(plan: Plan, files: FileHashes) -> None:
@@ -181,10 +205,23 @@ def check_pins(plan: Plan, files: FileHashes) -> None:
                 raise CheckpointError(
                     f"{localized.label}/{file} is damaged: it has sha256 {got}, expected {due}. Fetch it again."
                 )
-        if unlike := [file for file, due in localized.base.files.items() if files["base"].get(file) != due]:
-            got = files["base"].get(unlike[0], "absent")
+        _check_base(plan, localized.label, localized.base, files["base"])
+    for name, one in (plan.merged_inputs if isinstance(plan, StitchPlan) else {}).items():
+        _check_base(plan, one.label, one.base, files["base"])
+        if unlike := sorted(one.finetuned.files.items() ^ files[name].items()):
+            file = unlike[0][0]
             raise CheckpointError(
-                f"{localized.label} was localized against {localized.base.ref}, whose {unlike[0]} has sha256 "
-                f"{localized.base.files[unlike[0]]}; in the base {plan.base.label} it is {got}. Use the base that "
-                "it was localized against."
+                f"{one.source.label} holds the mask of {one.finetuned.ref}, whose {file} has sha256 "
+                f"{one.finetuned.files.get(file, 'none, as it is absent')}; in {one.label} it is "
+                f"{files[name].get(file, 'absent')}. Use the finetune that was merged."
             )
+
+
+def _check_base(plan: Plan, label: str, base: InputRecord, files: Mapping[str, str]) -> None:
+    """Raises CheckpointError unless what a part of a stitch was localized against is the plan's base."""
+    if unlike := [file for file, due in base.files.items() if files.get(file) != due]:
+        raise CheckpointError(
+            f"{label} was localized against {base.ref}, whose {unlike[0]} has sha256 {base.files[unlike[0]]}; in the "
+            f"base {plan.base.label} it is {files.get(unlike[0], 'absent')}. Use the base that it was localized "
+            "against."
+        )

@@ -25,13 +25,13 @@ from hf_locstitch.checkpoints.checkpoint import CARD
 from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.engine.inputs import Inputs
-from hf_locstitch.engine.likeness import cosines, likeness_warnings
-from hf_locstitch.engine.record import FileHashes, check_pins, finish, make_manifest, pinned_recipe
+from hf_locstitch.engine.record import FileHashes, check_pins, check_strict, finish, make_manifest, pinned_recipe
 from hf_locstitch.engine.work_dir import ShardRecord, WorkDir, fingerprint
 from hf_locstitch.localize.job import LocalizeJob
-from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan
+from hf_locstitch.plan.lineage import look
+from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.report.card import write_card
-from hf_locstitch.report.figures.survey import Survey, draw_merge, inputs_at_hand, survey_merge
+from hf_locstitch.report.figures.survey import Survey, draw_merge, survey_merge
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.stitch.fitting import FitJob
@@ -152,15 +152,16 @@ class Run(ABC, Generic[AnyPlan]):
     def _survey(self, written: Future[None]) -> Survey | None:
         """What the figures show about masks and inputs."""
         written.result()
-        self.spared("the task vectors were not compared with one another", self._compare)
+        self.spared("the finetunes were not compared with the base and one another", self._compare)
         return self.spared("the masks were not surveyed", lambda: survey_merge(self.plan, self.work.stage))
 
     def _compare(self) -> None:
-        """Warn where the task vectors are more alike than those of one base can be."""
+        """What the plan would have warned of, had the weights been here."""
         plan = self.plan
-        if isinstance(plan, MergePlan) and len(plan.finetuned) > 1 and (readers := inputs_at_hand(plan)):
-            finetuned = {name: readers[name] for name in plan.finetuned}
-            for warning in likeness_warnings(cosines(readers["base"], finetuned, plan.mask_tensors)):
+        if isinstance(plan, StitchPlan) or not plan.finetuned.keys() - plan.adapters.keys() - plan.lineage.keys():
+            return
+        for warning in look(plan.inputs, plan.mask_tensors, fetch=False).warnings:
+            if warning not in plan.warnings:
                 LOG.warning(warning)
                 self.warnings.append(warning)
 
@@ -231,6 +232,7 @@ class Run(ABC, Generic[AnyPlan]):
         record = replace(record, warnings=[*record.warnings, *self.warnings])
         self.spared("the model card could not be written", lambda: write_card(plan, record, stage / CARD, figures))
         record = replace(record, warnings=list(dict.fromkeys([*record.warnings, *self.warnings])))
+        check_strict(plan.recipe, record)
         known = {file: (shard.size, shard.sha256) for file, shard in shards.items()}
         record = finish(record, stage, known, time.monotonic() - began)
         (stage / FILE).write_text(to_json(record), encoding="utf-8")

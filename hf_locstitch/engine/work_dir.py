@@ -18,6 +18,7 @@ from pathlib import Path
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import OutputError, RequestError, WorkError
 from hf_locstitch.plan.plans import ModelPlan, Plan
+from hf_locstitch.plan.recipe_file import NOT_THE_MERGE
 from hf_locstitch.runtime.interrupts import Interrupted
 from hf_locstitch.runtime.journal import append_lines, read_lines, read_record, write_record
 from hf_locstitch.runtime.locks import try_lock
@@ -95,8 +96,9 @@ def fingerprint(plan: Plan) -> str:
     facts = {
         "version": __version__,
         "command": plan.command,
-        "recipe": plan.recipe.model_dump(mode="json", exclude={"out", "push_to", "private", "evaluate"}),
+        "recipe": plan.recipe.model_dump(mode="json", exclude={*NOT_THE_MERGE}),
         "inputs": {name: checkpoint.source.identity for name, checkpoint in plan.inputs.items()},
+        "merges": {name: merge.identity for name, merge in plan.merges.items()},
         "data": {name: found.pinned.model_dump(mode="json") for name, found in plan.data.items()},
         "made": hashlib.sha256(b"\0".join(made.values())).hexdigest() if (made := made_files(plan)) else None,
         "refit": {name: found.pinned.model_dump(mode="json") for name, found in plan.fit_data.items()},

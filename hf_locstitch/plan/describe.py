@@ -28,6 +28,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             for name, one in plan.adapters.items()
         },
         "dequantized": plan.dequantized,
+        "masks_from": {name: merge.pinned for name, merge in plan.merges.items()},
         "method": plan.recipe.method.name,
         "localizer": plan.common_localizer,
         "data": {name: found.pinned.dump() for name, found in plan.data.items()},
@@ -44,6 +45,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "stitch": plan.recipe.fitting.as_record() if plan.recipe.fitting else "mean",
         "refit_data": {name: found.pinned.dump() for name, found in plan.fit_data.items()},
         "refitting": fitting.as_json() if (fitting := fit_cost(plan)) else None,
+        "lineage": {name: asdict(found) for name, found in plan.lineage.items()},
         "warnings": list(plan.warnings),
     }
 
@@ -88,6 +90,11 @@ def _as_adapter(checkpoint: Checkpoint) -> str:
     return f" ({checkpoint.kind} adapter, changes {changed} tensors of the base)"
 
 
+def _as_merged(plan: Plan, name: str) -> str:
+    """A note on a finetune whose mask is taken from a merge."""
+    return f" (its mask from {plan.merges[name].label})" if name in plan.merges else ""
+
+
 def _as_stored(checkpoint: Checkpoint) -> str:
     """A note on quantized weights."""
     return f" (dequantized from {checkpoint.dequantized})" if checkpoint.dequantized else ""
@@ -105,7 +112,11 @@ def format_plan(plan: Plan) -> str:
     wide = max(len(name) for name in plan.finetuned)
     entries = (plan.recipe.base, *plan.recipe.entries)
     inputs = {
-        name: checkpoint.label + _shadowing(entry.ref, checkpoint) + _as_adapter(checkpoint) + _as_stored(checkpoint)
+        name: checkpoint.label
+        + _shadowing(entry.ref, checkpoint)
+        + _as_adapter(checkpoint)
+        + _as_stored(checkpoint)
+        + _as_merged(plan, name)
         for (name, checkpoint), entry in zip(plan.inputs.items(), entries, strict=True)
     }
     reached = reach((info for _, info in plan.base.tensors.values()), [info.name for info in plan.mask_tensors])
@@ -131,6 +142,7 @@ def format_plan(plan: Plan) -> str:
         *([f"files      {_files(plan)}"] if isinstance(plan, ModelPlan) else []),
         f"cost       read {human(cost.read)} (to download: {human(cost.download)}), "
         f"disk up to {human(cost.disk)}, memory about {human(cost.memory)}",
+        *(f"lineage    {name:<{wide}}  {found.describe()}" for name, found in plan.lineage.items()),
         *([localizing.describe()] if (localizing := localizing_cost(plan)) else []),
         *(fitting.describe().split("\n") if (fitting := fit_cost(plan)) else []),
         *([f"hint       {HINT}"] if _could_be_solved(plan) else []),

@@ -9,26 +9,17 @@ from itertools import chain
 from types import MappingProxyType
 from typing import TypeVar
 
-from pydantic import ValidationError
-
 from hf_locstitch.adapters.opening import laid_over
-from hf_locstitch.artifacts.fit import localized_mismatches, unlike
-from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, open_localized
+from hf_locstitch.artifacts.merged_finetune import MergedFinetune
 from hf_locstitch.artifacts.values_file import values_metadata
 from hf_locstitch.checkpoints.checkpoint import INDEX, Checkpoint
-from hf_locstitch.checkpoints.compatibility import (
-    dtype_warnings,
-    licence_warning,
-)
 from hf_locstitch.checkpoints.config_differences import KeptTexts, text_differences
 from hf_locstitch.checkpoints.localizable import unknown_globs
 from hf_locstitch.checkpoints.names import is_own, make_name, same_place
 from hf_locstitch.checkpoints.opening import open_checkpoint, refuse_adapter
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.side_files import check_side_files, choose_side_files
-from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
-from hf_locstitch.localize.localizer import Localizer
-from hf_locstitch.localize.localizers import LOCALIZERS
+from hf_locstitch.errors import MismatchError, RecipeError, StrictError
 from hf_locstitch.plan.adapter_inputs import check_adapters
 from hf_locstitch.plan.checking import (
     check_alignment,
@@ -40,8 +31,10 @@ from hf_locstitch.plan.checking import (
 )
 from hf_locstitch.plan.dropped_layers import without_dropped_layers
 from hf_locstitch.plan.layout import OutputShard, guessed, index_name, output_shards
-from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, StitchPlan
+from hf_locstitch.plan.lineage import with_lineage
+from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
+from hf_locstitch.plan.stitching import open_masked, stitch_plan
 from hf_locstitch.plan.tokenizer_files import template_owner, with_tokens
 from hf_locstitch.plan.untrained_state import without_untrained_state
 from hf_locstitch.plan.vocabulary import BASE, UNION, VocabularyPlan, plan_vocabulary
@@ -51,6 +44,7 @@ from hf_locstitch.runtime.settings import DEFAULT, Settings
 from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, open_set
 
 AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
+AnyStrictPlan = TypeVar("AnyStrictPlan", bound=Plan)
 AnyModelPlan = TypeVar("AnyModelPlan", bound=ModelPlan)
 TOKENIZER = "tokenizer_config.json"  # where it is, other files of texts may be
 NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
@@ -64,10 +58,11 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     recipe, notes = _without_what_stays(recipe, base, finetuned)
     vocabulary, said = plan_vocabulary(recipe, base, finetuned, chosen_tensors(recipe, base))
     planned = merge_plan(recipe, base, finetuned, settings, data, fit_data, vocabulary)
-    plan = _with_tokens(_with_side_files(_with_text_warnings(_with_notes(planned, [*notes, *said]))))
+    planned = with_lineage(_with_text_warnings(_with_notes(planned, [*notes, *said])))
+    plan = _with_tokens(_with_side_files(planned))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
-    return plan
+    return _strictly(plan)
 
 
 def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> LocalizePlan:
@@ -76,7 +71,15 @@ def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> Localize
     check_localizable(recipe)
     base, finetuned, data, _ = _open_inputs(recipe, settings)
     recipe, notes = _without_what_stays(recipe, base, finetuned)
-    return _with_text_warnings(_with_notes(localize_plan(recipe, base, finetuned, settings, data), notes))
+    planned = _with_notes(localize_plan(recipe, base, finetuned, settings, data), notes)
+    return _strictly(with_lineage(_with_text_warnings(planned)))
+
+
+def _strictly(plan: AnyStrictPlan) -> AnyStrictPlan:
+    """The plan, if it warns of nothing, or may. Raises StrictError."""
+    if plan.recipe.strict and plan.warnings:
+        raise StrictError(plan.warnings)
+    return plan
 
 
 def _without_what_stays(
@@ -132,13 +135,19 @@ def _with_text_warnings(plan: AnyPlan) -> AnyPlan:
 
 
 def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
-    refs = [parse_ref(entry.ref) for entry in recipe.localized]
-    with hide_library_bars(), ThreadPoolExecutor(min(8, len(refs) + 1)) as pool:
-        base = pool.submit(open_checkpoint, parse_ref(recipe.base.ref))
-        localized = list(pool.map(open_localized, refs))
-        names = finetuned_names(recipe, [checkpoint.name for checkpoint in localized])
-        named = dict(zip(names, localized, strict=True))
-        return _with_side_files(stitch_plan(recipe, base.result(), named, settings))
+    with hide_library_bars(), ThreadPoolExecutor(min(8, len(recipe.localized) + 1)) as pool:
+        opening = pool.submit(open_checkpoint, parse_ref(recipe.base.ref))
+        opened = list(pool.map(open_masked, recipe.localized))
+        base = opening.result()
+    named = dict(zip(finetuned_names(recipe, [one.name for one in opened]), opened, strict=True))
+    merged = {name: one for name, one in named.items() if isinstance(one, MergedFinetune)}
+    whole = {name: one.checkpoint for name, one in merged.items()}
+    if whole:
+        refuse_adapter(base, "a base must be a whole model")
+        check_adapters(recipe, settings, whole)
+    named |= {name: merged[name].over(checkpoint) for name, checkpoint in laid_over(base, whole).items()}
+    with hide_library_bars():
+        return _strictly(_with_side_files(stitch_plan(recipe, base, named, settings)))
 
 
 def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
@@ -273,64 +282,6 @@ def localize_plan(
         groups=tuple(localizer.groups(numels)),
         data=data,
     )
-
-
-def stitch_plan(
-    recipe: Recipe, base: Checkpoint, localized: Mapping[str, LocalizedCheckpoint], settings: Settings = DEFAULT
-) -> StitchPlan:
-    """Plan the merge of localized checkpoints. Raises MismatchError with every problem in the headers."""
-    problems = [problem for checkpoint in localized.values() for problem in localized_mismatches(base, checkpoint)]
-    problems += unlike(list(localized.values()))
-    if problems:
-        raise MismatchError(problems)
-    shapes = next(iter(localized.values())).shapes
-    chosen = [name for name in base.tensors if name in shapes]
-    warnings = [
-        f"the values of {name} are not the finetuned model's own: they were solved for again under its mask alone "
-        "(a refit). Where masks overlap, their mean is taken."
-        for name, checkpoint in localized.items()
-        if checkpoint.refitted and len(localized) > 1
-    ]
-    warnings += [
-        warning
-        for name, checkpoint in localized.items()
-        for warning in dtype_warnings(
-            name, [(checkpoint.stored(tensor).dtype, base.info(tensor).dtype) for tensor in chosen]
-        )
-    ]
-    files = {name: checkpoint.as_checkpoint() for name, checkpoint in localized.items()}
-    origins = {name: checkpoint.finetuned.ref for name, checkpoint in localized.items()}
-    ones = [checkpoint.ones for checkpoint in localized.values()]
-    return StitchPlan(
-        recipe=recipe,
-        settings=settings,
-        inputs={"base": base, **files},
-        shards=output_shards(recipe, base, base, frozenset(chosen)),
-        mask_tensors=tuple(base.info(name) for name in chosen),
-        n=sum(base.info(name).numel for name in chosen),
-        k=max(ones),
-        exact_k=len(set(ones)) == 1,
-        localizers={name: _recorded_localizer(checkpoint) for name, checkpoint in localized.items()},
-        origins=origins,
-        order=tuple(sorted(localized, key=origins.__getitem__)),
-        scanned={},
-        warnings=(*warnings, *licence_warning({"the base": base, **files})),
-        unmasked_from=base,
-        files=base,
-        localized_inputs=localized,
-    )
-
-
-def _recorded_localizer(checkpoint: LocalizedCheckpoint) -> Localizer:
-    """How its mask was found. Raises CheckpointError if that localizer is not installed."""
-    try:
-        return LOCALIZERS.find(str(checkpoint.localizer.get("method"))).model_validate(checkpoint.localizer)
-    except (KeyError, ValidationError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(
-            f"the localized checkpoint {checkpoint.label} was made by a localizer that is not installed, or is "
-            f"damaged: {' '.join(reason.split())}. Install the package that provides it, or fetch the checkpoint again."
-        ) from error
 
 
 def _whole(

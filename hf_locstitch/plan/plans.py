@@ -9,12 +9,15 @@ from typing import Any, ClassVar
 
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
 from hf_locstitch.artifacts.manifest import JOINT, mask_file
+from hf_locstitch.artifacts.merged_finetune import MergedFinetune
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.aligned import Alignment
 from hf_locstitch.checkpoints.byte_ranges import Piece, Pieces, byte_ranges
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.lineage import Lineage
 from hf_locstitch.checkpoints.side_files import SideFiles
+from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.localize.job import Group
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.plan.layout import OutputShard
@@ -53,6 +56,8 @@ class Plan:
     """The localization set of each finetune, for localizers that look at data."""
     fit_data: Mapping[str, OpenSet] = field(default_factory=dict)
     """The unlabelled inputs of each finetune, where values are fitted."""
+    lineage: Mapping[str, Lineage] = field(default_factory=dict)
+    """What a sample tells of each finetune, where one could be taken before the work."""
     command: ClassVar[str]
     """The sub-command that carries out such a plan."""
 
@@ -83,6 +88,11 @@ class Plan:
     def dequantized(self) -> dict[str, str]:
         """From what the bfloat16 weights are computed, of the inputs that are stored quantized."""
         return {name: one.dequantized for name, one in self.inputs.items() if one.dequantized}
+
+    @property
+    def merges(self) -> dict[str, Source]:
+        """The merges that the masks of inputs come from, by the inputs' names."""
+        return {}
 
     @property
     def masked(self) -> bool:
@@ -181,12 +191,17 @@ class MergePlan(ModelPlan):
 
 @dataclass(frozen=True, kw_only=True)
 class StitchPlan(ModelPlan):
-    """From localized checkpoints to a model."""
+    """From localized checkpoints to a model. merged_inputs: finetunes whose masks a merge holds, in place of some."""
 
     localized_inputs: Mapping[str, LocalizedCheckpoint]
+    merged_inputs: Mapping[str, MergedFinetune] = field(default_factory=dict)
     command: ClassVar[str] = "stitch"
 
     @property
     def needed(self) -> dict[str, list[str]]:
         stored = {name: [shard.file for shard in one.shards] for name, one in self.localized_inputs.items()}
         return {**super().needed, **stored}
+
+    @property
+    def merges(self) -> dict[str, Source]:
+        return {name: one.source for name, one in self.merged_inputs.items()}

@@ -72,12 +72,22 @@ class Finetuned(Input):
     name: SafeName | None = None
 
 
+class Localized(Finetuned):
+    """A localized checkpoint; or with `mask`, a finetuned model whose mask a merge holds.
+
+    mask: the merge. Its name: that of the mask there; the entry's own by default. Its sha256: of the mask's file.
+    """
+
+    mask: Finetuned | None = None
+
+
 class Recipe(Strict):
     """One merge. Every field but `base` and one of `finetuned` and `localized` has a default."""
 
     base: Input
-    localized: tuple[Finetuned, ...] = Field(default=(), max_length=64)
-    """Localized checkpoints, which hold masks and values already, in place of `finetuned`."""
+    localized: tuple[Localized, ...] = Field(default=(), max_length=64)
+    """Localized checkpoints, which hold masks and values already, in place of `finetuned`; or finetuned models with the
+    masks that a merge holds of them (`mask: org/merged`)."""
     finetuned: tuple[Finetuned, ...] = Field(default=(), max_length=64)
     method: AnyMethod = Field(default_factory=lambda: METHODS.find("locstitch")())
     """By name, or its fields: `{name: regmean, alpha: 0.5}`."""
@@ -114,6 +124,8 @@ class Recipe(Strict):
     allow_non_finite: bool = False
     figures: bool = True
     """Whether a merge with masks draws them."""
+    strict: bool = False
+    """Whether warnings are errors: those of the plan before the work begins, others before anything is published."""
     evaluate: EvaluateOptions | None = None
     """What the finished merge is evaluated on; nothing by default."""
     out: Path | None = None
@@ -359,7 +371,7 @@ def _fields_at(loc: list[str]) -> list[str]:
     model: type[BaseModel] = {
         "base": Input,
         "finetuned": Finetuned,
-        "localized": Finetuned,
+        "localized": Localized,
         "data": LocalizationSet,
         "evaluate": EvaluateOptions,
     }.get(loc[0] if loc else "", Recipe)

@@ -14,7 +14,13 @@ from hf_locstitch.runtime.parsing import parse_yaml
 from hf_locstitch.stitch.fitting import OnInputs
 from hf_locstitch.tasks.sets import LocalizationSet
 
-NOT_THE_MERGE = ("out", "push_to", "private", "evaluate")  # fields that say where it goes and how it is judged
+NOT_THE_MERGE = (
+    "out",
+    "push_to",
+    "private",
+    "evaluate",
+    "strict",
+)  # fields that say where it goes and how it is judged
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

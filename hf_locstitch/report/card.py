@@ -189,7 +189,11 @@ def data_link(data: OpenSet) -> Markup:
 
 def _link(plan: Plan, name: str) -> Markup:
     source = plan.inputs[name].source
-    through = f", localized from {code(plan.origins[name])}" if isinstance(plan, StitchPlan) and name != "base" else ""
+    through = ""
+    if name in plan.merges:
+        through = f", its mask from {code(plan.merges[name].pinned)}"
+    elif isinstance(plan, StitchPlan) and name != "base":
+        through = f", localized from {code(plan.origins[name])}"
     return source_link(source) + Markup(through)
 
 

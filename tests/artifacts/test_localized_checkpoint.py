@@ -327,7 +327,7 @@ def test_nan_is_refused_and_let_through(tmp_path: Path) -> None:
     assert load(tmp_path / "out")[UP][0, 0].isnan() and same_model(tmp_path / "out", tmp_path / "merged")
 
 
-@pytest.mark.parametrize(("owner", "method"), [(LocalizedMask, "_read"), (ShardWriter, "write")])
+@pytest.mark.parametrize(("owner", "method"), [(LocalizedMask, "parts"), (ShardWriter, "write")])
 def test_a_cut_stitch_goes_on(localized: Path, monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> None:
     """What was read and written before is not read and written again."""
     refs, original, calls = [localized / "loc0", localized / "loc1"], getattr(owner, method), []

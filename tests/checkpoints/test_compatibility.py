@@ -34,6 +34,15 @@ def test_model_types_with_nested_settings(tmp_path: Path) -> None:
         make_plan(make_recipe(pair(tmp_path, *configs)))
 
 
+def test_architectures_that_only_share_a_part(tmp_path: Path) -> None:
+    vision = {"model_type": "clip_vision_model"}
+    configs = [
+        {"model_type": kind, "vision_config": vision, "rope_parameters": ROPE} for kind in ("llava", "llava_next")
+    ]
+    with pytest.raises(MismatchError, match=r"ft is a llava_next model, the base .*base a llava model"):
+        make_plan(make_recipe(pair(tmp_path, *configs)))
+
+
 @pytest.mark.parametrize(
     ("base", "finetuned"),
     [

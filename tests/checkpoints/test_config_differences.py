@@ -20,8 +20,11 @@ CONFIG = {
     "transformers_version": "5.0.0", "attention_dropout": 0.0, "use_cache": True, "vocab_size": 11,
 }  # fmt: skip
 FILES = {
-    "generation_config.json": {"eos_token_id": 2},
-    "tokenizer.json": {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"content": "<s>"}, {"content": "a"}]},
+    "generation_config.json": {"eos_token_id": 2, "bos_token_id": 1},
+    "tokenizer.json": {
+        "model": {"vocab": {"a": 0, "b": 1}},
+        "added_tokens": [{"content": "<s>", "id": 2}, {"content": "a", "id": 0}],
+    },
     "tokenizer_config.json": {"tokenizer_class": "X"},
 }
 
@@ -41,7 +44,7 @@ def folders(tmp_path: Path) -> list[Path]:
 
 def warnings(folders: list[Path], **fields: Any) -> list[str]:
     plan = make_plan(make_recipe({"base": str(folders[0]), "finetuned": [str(folders[1])], **fields}))
-    return [warning for warning in plan.warnings if warning.endswith("is kept.")]
+    return [warning for warning in plan.warnings if "'s is kept" in warning]
 
 
 def test_nothing_is_said_of_what_is_alike_or_does_not_matter(folders: list[Path]) -> None:
@@ -69,7 +72,56 @@ def test_one_line_for_each_setting_that_differs(folders: list[Path], changed: di
     found = warnings(folders)
     assert len(found) == len(said) and all(words in line for words, line in zip(said, found, strict=True)), found
     assert all(line.startswith("ft's config") and "the base's is kept" in line for line in found)
-    assert all("ft's is kept" in line for line in warnings(folders, files_from="ft"))
+    assert all("ft was not trained" in line or "ends texts" in line for line in found)
+    assert all("ft's is kept, " in line for line in warnings(folders, files_from="ft"))
+
+
+ROPE = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}
+LOCAL = {"rope_theta": 1e4, "rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rope_theta": 1e6, "rope_scaling": None}, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}),
+        ({"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4}}, {"rope_parameters": ROPE}),
+        ({"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "s": [1, 2]}},
+         {"rope_scaling": {"rope_theta": 1e6, "rope_type": "default", "s": [1, 2]}}),
+        ({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+         {"rope_parameters": {"full_attention": ROPE, "sliding_attention": LOCAL}}),
+        ({"rotary_pct": 0.25, "rotary_emb_base": 1e4},
+         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25, "rope_type": "default"}}),
+        ({"use_sliding_window": False, "sliding_window": 64}, {"use_sliding_window": False, "sliding_window": None}),
+        ({"hidden_act": "swish", "num_key_value_heads": None}, {"hidden_act": "silu", "num_key_value_heads": 4}),
+        ({"hidden_size": 32, "head_dim": None}, {"hidden_size": 32, "head_dim": 8}),
+        ({"eos_token_id": [2]}, {"eos_token_id": 2}),
+        ({"torch_dtype": "bfloat16", "tokenizer_class": "LlamaTokenizer"}, {"dtype": "float32", "unsloth_fixed": True}),
+    ],
+    ids=["rope", "yarn", "mrope", "by layers", "partial", "window", "spellings", "head_dim", "eos", "noise"],
+)  # fmt: skip
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_what_means_the_same_is_alike(
+    folders: list[Path], old: dict[str, Any], new: dict[str, Any], part: str | None
+) -> None:
+    plain = {key: value for key, value in CONFIG.items() if key != "rope_parameters"}
+    for pair in ((old, new), (new, old)):
+        for folder, changed in zip(folders, pair, strict=True):
+            config = {**plain, part: {"num_attention_heads": 4, **changed}} if part else {**plain, **changed}
+            (folder / "config.json").write_text(json.dumps(config))
+        assert warnings(folders) == []
+
+
+def test_scaled_positions_and_windows(folders: list[Path]) -> None:
+    configs = (
+        {"rope_theta": 1e4, "rope_scaling": None, "use_sliding_window": False, "sliding_window": 64},
+        {"rope_parameters": {**ROPE, "rope_theta": 1e4}, "use_sliding_window": True, "sliding_window": 64},
+    )
+    for folder, config in zip(folders, configs, strict=True):
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "text_config": config}))
+    assert sorted(line.split(":")[0] for line in warnings(folders)) == [
+        'ft\'s config has text_config.rope.rope_type "yarn", the base\'s "default"',
+        "ft's config has text_config.sliding_window 64, the base's null",
+    ]
 
 
 def write(file: str, content: Any) -> Callable[[Path], object]:
@@ -79,13 +131,30 @@ def write(file: str, content: Any) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (write("generation_config.json", {"eos_token_id": [1, 300]}), "ends its answers with the tokens [1, 300]"),
+        (
+            write("generation_config.json", {"eos_token_id": [300, 1], "bos_token_id": 1}),
+            "ft ends its texts with the tokens 1, 300, the base with 2",
+        ),
         (write("chat_template.jinja", "{{ messages }}"), "ft has a chat template, the base none"),
         (write("tokenizer_config.json", {"chat_template": "{{ messages }}"}), "ft has a chat template, the base none"),
-        (write("tokenizer.json", {"model": {"vocab": {"a": 0}}}), "ft's tokenizer has 1 tokens, the base's 3"),
+        (write("tokenizer.json", {"model": {"vocab": {"a": 0}}}), "1 tokens, the base's 3; 2 fewer ('b', '<s>')"),
         (write("tokenizer.json", {"model": {"vocab": [["a", -1.0]]}}), "ft's tokenizer has 1 tokens, the base's 3"),
+        (
+            write("tokenizer.json", {"model": {"vocab": {"a": 0, "b": 2, "<s>": 1}}}),
+            "gives 2 of its 3 tokens other ids",
+        ),
+        (
+            write(
+                "tokenizer.json",
+                {
+                    "model": {"vocab": {"a": 0, "b": 1}},
+                    "added_tokens": [{"content": "<s>", "id": 2}, {"content": "<|im_end|>", "id": 3}],
+                },
+            ),
+            "1 more ('<|im_end|>'): the base's is",
+        ),
     ],
-    ids=["eos", "template", "template in the config", "vocabulary", "unigram"],
+    ids=["eos", "template", "template in the config", "vocabulary", "unigram", "other ids", "added"],
 )
 def test_texts(folders: list[Path], change: Callable[[Path], object], words: str) -> None:
     change(folders[1])

@@ -93,7 +93,8 @@ def test_recipes_are_valid(block: str) -> None:
         return
     names = list(fields["data"]) if isinstance(fields.get("data"), dict) else ["math", "coding"]
     finetuned = [{"ref": f"org/{name}", "name": name} for name in names]
-    make_recipe({"base": "org/base", "finetuned": finetuned, **fields})
+    merged = {} if "localized" in fields else {"finetuned": finetuned}
+    make_recipe({"base": "org/base", **merged, **fields})
 
 
 def test_the_mask_reader_reads_what_load_mask_reads(models: Path) -> None:

@@ -95,7 +95,8 @@ def survey_merge(plan: Plan, stage: Path) -> Survey | None:
         return survey({Path(file).stem: stage / file for file in files})  # a joint mask is of no one task vector
     masks = {name: stage / file for file, name in reversed(files.items())}
     if isinstance(plan, StitchPlan):
-        noted = {name: noted_task_vectors(one.source).get(one.name) for name, one in plan.localized_inputs.items()}
+        parts = {**plan.localized_inputs, **plan.merged_inputs}
+        noted = {name: noted_task_vectors(parts[name].source).get(parts[name].name) for name in masks}
         surveyed = survey(masks)
         return Survey(surveyed.shapes, surveyed.ones, {name: one for name, one in noted.items() if one is not None})
     readers = inputs_at_hand(plan)

@@ -6,40 +6,32 @@ their task vectors share the step θ − B, so that every two of them have a cos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 
-from hf_locstitch.checkpoints.header import TensorInfo
-from hf_locstitch.report.figures.task_vectors import Reader, sample_places, sampled_per_tensor
+from hf_locstitch.checkpoints.sample import Sample
 
 ALIKE = 0.4  # finetunes of one base were seen up to 0.2; of a base that is another finetune, about 0.5 to 0.7
 SAME = 0.999
 
 
-def cosines(
-    base: Reader, finetuned: Mapping[str, Reader], tensors: Sequence[TensorInfo]
-) -> dict[tuple[str, str], float]:
-    """The cosine between the task vectors of every two finetunes; 0 where one of them is zero."""
+def cosines(base: Sample, finetuned: Mapping[str, Sample], numels: Mapping[str, int]) -> dict[tuple[str, str], float]:
+    """The cosine between the task vectors of every two finetunes; 0 where one of them is zero.
+
+    numels: elements of each tensor, for which its sample stands.
+    """
     gram = np.zeros((len(finetuned), len(finetuned)))
-    each = sampled_per_tensor(len(tensors))
-    for info in tensors:
-        places = sample_places(info.numel, each)
-        if places:
-            start = _sample(base, info.name, places)
-            vectors = np.stack([_sample(reader, info.name, places) - start for reader in finetuned.values()])
-            vectors[:, ~np.isfinite(vectors).all(0)] = 0
-            gram += vectors @ vectors.T * (info.numel / len(start))
+    for tensor, values in base.items():
+        start = values.astype(np.float64)
+        vectors = np.stack([sample[tensor].astype(np.float64) - start for sample in finetuned.values()])
+        vectors[:, ~np.isfinite(vectors).all(0)] = 0
+        gram += vectors @ vectors.T * (numels[tensor] / len(start))
     norms = np.sqrt(gram.diagonal())
     scale = np.outer(norms, norms)
     found = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
     return {(one, other): float(found[i, j]) for (i, one), (j, other) in combinations(enumerate(finetuned), 2)}
-
-
-def _sample(reader: Reader, tensor: str, places: Sequence[tuple[int, int]]) -> npt.NDArray[np.float64]:
-    return np.concatenate([reader.values(tensor, first, count).astype(np.float64) for first, count in places])
 
 
 def likeness_warnings(found: Mapping[tuple[str, str], float]) -> Iterator[str]:

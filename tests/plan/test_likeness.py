@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ def test_finetunes_of_their_own_base(models: dict[str, Path], tmp_path: Path, me
     assert warnings(models, "base", ["a", "b", "c"], tmp_path / "out", method=method, figures=False) == []
 
 
-def test_a_finetune_given_twice(models: dict[str, Path], tmp_path: Path) -> None:
-    (warning,) = warnings(models, "base", ["a", "a", "b"], tmp_path / "out")
-    assert "a0 and a1" in warning and "outvotes" in warning
+def test_a_finetune_in_two_folders(models: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(models["a"], tmp_path / "copy")
+    (warning,) = warnings({**models, "copy": tmp_path / "copy"}, "base", ["a", "copy", "b"], tmp_path / "out")
+    assert "a0 and copy1" in warning and "outvotes" in warning
 
 
 def test_a_finetune_that_is_the_base_has_no_direction(models: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""Whether a model was finetuned from a base, judging by a sample of both: pure arithmetic, and what to say of it.
+
+Finetuning leaves weights correlated with the base's: near 1 as a rule, and still at 0.35 after training so long and at
+rates so high that ‖τ‖ is 2.6 of ‖θ‖. Weights of models that were trained apart are uncorrelated (within 0.01), so that
+‖τ‖ is about √2 of ‖θ‖. What is said of rounding follows from where values lie between numbers of the narrower dtype:
+the error of rounding is evenly spread there, while small changes by training are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from hf_locstitch.checkpoints.sample import Sample
+from hf_locstitch.runtime.dtypes import DTYPE, Values
+
+STRANGE = 0.1  # a lower correlation is not that of a finetune; tests/checkpoints/test_lineage.py has both sides
+ROUNDED = 0.4  # of ‖τ‖; a larger part that is rounding is worth a warning, and can be told from training
+EVEN = 0.05  # below, the mean of cos 2πu is that of values u spread evenly between the numbers of a dtype
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What of a task vector is rounding. share: ‖rounding‖ / ‖τ‖. side: the model that was rounded. to, others: its
+    dtype and the other model's."""
+
+    share: float
+    side: str
+    to: str
+    others: str
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """One finetune beside its base, in a sample of their weights.
+
+    Attributes:
+        sampled: Weights in the sample.
+        unchanged: Share of them that are the base's.
+        distance: ‖τ‖ / ‖θ‖, of the task vector τ and the base θ.
+        correlation: Between both models' weights, the mean over tensors; None where a tensor's do not vary.
+        rounding: None where nothing was rounded that training did not change by more.
+    """
+
+    sampled: int
+    unchanged: float
+    distance: float
+    correlation: float | None
+    rounding: Rounding | None = None
+
+    def describe(self) -> str:
+        """For people, one line."""
+        told = "" if self.correlation is None else f", correlation {self.correlation:.3f}"
+        return f"‖τ‖ is {self.distance:.2g} of ‖θ‖, {100 * self.unchanged:.3g} % of the weights unchanged{told}"
+
+
+def lineage(base: Sample, finetuned: Sample) -> Lineage:
+    """base, finetuned: values at the same places, tensor -> [sampled]. What is not finite is left out."""
+    pairs = [_finite(base[tensor], finetuned[tensor]) for tensor in base]
+    start, moved = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    tau = moved - start
+    norm, base_norm = float(np.linalg.norm(tau)), float(np.linalg.norm(start))
+    correlations = [found for pair in pairs if (found := _correlation(*pair)) is not None]
+    return Lineage(
+        sampled=len(tau),
+        unchanged=float(np.mean(tau == 0)) if len(tau) else 1.0,
+        distance=norm / base_norm if base_norm else 0.0,
+        correlation=float(np.mean(correlations)) if correlations else None,
+        rounding=_rounding(base, finetuned, norm) if norm else None,
+    )
+
+
+def _finite(base: Values, finetuned: Values) -> tuple[Floats, Floats]:
+    one, other = base.astype(np.float64), finetuned.astype(np.float64)
+    fine = np.isfinite(one) & np.isfinite(other)
+    return one[fine], other[fine]
+
+
+def _correlation(one: Floats, other: Floats) -> float | None:
+    """None where one of the two does not vary."""
+    if len(one) < 2:
+        return None
+    one, other = one - one.mean(), other - other.mean()
+    scale = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
+    return float(one @ other) / scale if scale else None
+
+
+def _rounding(base: Sample, finetuned: Sample, norm: float) -> Rounding | None:
+    """norm: of the task vector. An error that is spread evenly over a spacing has a twelfth of its square as variance.
+
+    None where the differences are not spread evenly: then nothing was rounded, or little in comparison.
+    """
+    mixed = [tensor for tensor in base if _digits(base[tensor]) != _digits(finetuned[tensor])]
+    if not mixed:
+        return None
+    first = mixed[0]
+    of_base = _digits(base[first]) < _digits(finetuned[first])
+    narrow, wide = (base, finetuned) if of_base else (finetuned, base)
+    parts = [_spacing(narrow[tensor], wide[tensor]) for tensor in mixed]
+    spacing, away = (np.concatenate(column) for column in zip(*parts, strict=True))
+    weight = spacing**2  # by which each counts in the norm
+    if not len(away) or abs(float(np.cos(2 * np.pi * away) @ weight)) > EVEN * float(weight.sum()):
+        return None
+    share = min(1.0, float(np.linalg.norm(spacing)) / math.sqrt(12) / norm)
+    return Rounding(share, "base" if of_base else "finetune", *(_name(one[first]) for one in (narrow, wide)))
+
+
+def _spacing(narrow: Values, wide: Values) -> tuple[Floats, Floats]:
+    """How far apart the narrow dtype's numbers are at each value, and how many times that the wide one lies away.
+
+    Of zeros, and of what is not finite, nothing is said.
+    """
+    near, other = _finite(narrow, wide)
+    some = near != 0
+    spacing = np.ldexp(1.0, np.frexp(near[some])[1] - _digits(narrow))
+    return spacing, (other[some] - near[some]) / spacing
+
+
+def _digits(values: Values) -> int:
+    """Binary digits of numbers of its dtype, the implicit one included."""
+    return int(ml_dtypes.finfo(values.dtype).nmant) + 1
+
+
+def _name(values: Values) -> str:
+    return next(name for name, dtype in DTYPE.items() if dtype == values.dtype)
+
+
+def lineage_warnings(name: str, found: Lineage) -> Iterator[str]:
+    """What is doubtful about one finetune."""
+    rounding = found.rounding
+    if found.correlation is not None and found.correlation < STRANGE:
+        yield (
+            f"{name} looks as if it was not finetuned from this base: ‖τ‖ is {found.distance:.2g} of ‖θ‖, and its "
+            f"weights have a correlation of {found.correlation:.2f} with the base's, where those of finetunes are near "
+            "1. Use the base that it was made from."
+        )
+    elif rounding is not None and rounding.share > ROUNDED:
+        yield (
+            f"about {100 * rounding.share:.0f} % of the task vector of {name} is the {rounding.side}'s rounding to "
+            f"{rounding.to}, not training: the other model is in {rounding.others}. Use the {rounding.side} in "
+            f"{rounding.others}, if there is one."
+        )

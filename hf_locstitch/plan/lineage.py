@@ -1,0 +1,94 @@
+"""What hashes and a small sample of weights tell of finetunes: of another base, given twice, the base itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import TypeVar
+
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.likeness import cosines, likeness_warnings
+from hf_locstitch.checkpoints.lineage import STRANGE, Lineage, lineage, lineage_warnings
+from hf_locstitch.checkpoints.sample import Sample, read_samples, sample_pieces
+from hf_locstitch.plan.plans import LocalizePlan, MergePlan
+
+AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
+CLOSELY = 1 << 13  # tensors to look at, and
+CLOSE = 1 << 22  # elements of them, before a finetune counts as the base itself
+
+
+@dataclass(frozen=True)
+class Look:
+    """lineage: of each finetune that could be sampled."""
+
+    lineage: Mapping[str, Lineage] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def with_lineage(plan: AnyPlan) -> AnyPlan:
+    """The plan with what could be told before the work begins."""
+    found = look(plan.inputs, plan.mask_tensors)
+    return replace(plan, lineage=found.lineage, warnings=(*plan.warnings, *found.warnings))
+
+
+def look(inputs: Mapping[str, Checkpoint], tensors: Sequence[TensorInfo], fetch: bool = True) -> Look:
+    """inputs: "base" and the finetunes. tensors: those that are merged. fetch: whether the Hub is asked for samples."""
+    samples = read_samples(inputs, sample_pieces(tensors), fetch)
+    base = samples.pop("base", {})
+    found = {name: lineage(base, sample) for name, sample in samples.items()} if base else {}
+    twice = {pair for pair in combinations(inputs, 2) if same_weights(*(inputs[name] for name in pair))}
+    idle = [name for name, one in found.items() if ("base", name) not in twice and _is_base(inputs, name, one, tensors)]
+    warnings = [*same_warnings(twice), *(f"{name} {NOTHING}" for name in idle)]
+    for name, one in found.items():
+        warnings += lineage_warnings(name, one)
+    warnings += _likeness(base, {name: samples[name] for name, one in found.items() if _is_kin(one)}, tensors, twice)
+    return Look(found, tuple(warnings))
+
+
+NOTHING = "does not differ from the base in any weight of a sample: its task vector is zero."
+
+
+def _is_base(inputs: Mapping[str, Checkpoint], name: str, found: Lineage, tensors: Sequence[TensorInfo]) -> bool:
+    """Whether a finetune that does not differ in its sample does not in a larger one either, if there is one here."""
+    if found.unchanged < 1:
+        return False
+    pieces = sample_pieces(tensors, CLOSELY, CLOSE, vectors=True)
+    closer = read_samples({one: inputs[one] for one in ("base", name)}, pieces, fetch=False)
+    return len(closer) == 2 and lineage(closer["base"], closer[name]).unchanged == 1
+
+
+def _is_kin(found: Lineage) -> bool:
+    return found.correlation is None or found.correlation >= STRANGE
+
+
+def _likeness(
+    base: Sample, finetuned: Mapping[str, Sample], tensors: Sequence[TensorInfo], twice: set[tuple[str, str]]
+) -> Iterator[str]:
+    """Of pairs that are not known to be the same."""
+    if len(finetuned) < 2:
+        return iter(())
+    cosine = cosines(base, finetuned, {info.name: info.numel for info in tensors})
+    return likeness_warnings({pair: value for pair, value in cosine.items() if pair not in twice})
+
+
+def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints have the same files of weights, by where they are or by hashes that repos state."""
+    hashes = _promised(one)
+    return one.source.identity == other.source.identity or (bool(hashes) and hashes == _promised(other))
+
+
+def _promised(checkpoint: Checkpoint) -> list[str]:
+    """The hashes of all files of weights, ascending; none if some are not known."""
+    hashes = [checkpoint.source.files[file].promised for file in checkpoint.files if file in checkpoint.source.files]
+    return sorted(digest for digest in hashes if digest) if all(hashes) else []
+
+
+def same_warnings(twice: set[tuple[str, str]]) -> Iterator[str]:
+    """twice: pairs of inputs with the same weights."""
+    for one, other in sorted(twice):
+        if one == "base":
+            yield f"{other} has the very weights of the base: its task vector is zero."
+        else:
+            yield f"{one} and {other} are the same weights: a finetune that is given twice outvotes the others."
