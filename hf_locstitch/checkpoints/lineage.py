@@ -9,8 +9,9 @@ the error of rounding is evenly spread there, while small changes by training ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +22,7 @@ from hf_locstitch.runtime.dtypes import DTYPE, Values
 
 STRANGE = 0.1  # a lower correlation is not that of a finetune; tests/checkpoints/test_lineage.py has both sides
 ROUNDED = 0.4  # of ‖τ‖; a larger part that is rounding is worth a warning, and can be told from training
+LONG = 5  # times the others' length: at seven times, merges were seen to lose the others (docs/quality.md, Hard cases)
 EVEN = 0.05  # below, the mean of cos 2πu is that of values u spread evenly between the numbers of a dtype
 
 Floats = npt.NDArray[np.float64]
@@ -130,6 +132,19 @@ def _digits(values: Values) -> int:
 
 def _name(values: Values) -> str:
     return next(name for name, dtype in DTYPE.items() if dtype == values.dtype)
+
+
+def length_warning(found: Mapping[str, Lineage]) -> Iterator[str]:
+    """A sentence where one task vector is much longer than those of the other finetunes."""
+    if len(found) < 2:
+        return
+    longest = max(found, key=lambda name: found[name].distance)
+    others = median(one.distance for name, one in found.items() if name != longest)
+    if others and (times := found[longest].distance / others) >= LONG:
+        yield (
+            f"the task vector of {longest} is {times:.0f} times as long as those of the others: it outvotes them where "
+            "they meet. Merge them without it, or fit the values to inputs of each (--stitch refit --data)."
+        )
 
 
 def lineage_warnings(name: str, found: Lineage) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import TypeVar
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.likeness import cosines, likeness_warnings
-from hf_locstitch.checkpoints.lineage import STRANGE, Lineage, lineage, lineage_warnings
+from hf_locstitch.checkpoints.lineage import STRANGE, Lineage, length_warning, lineage, lineage_warnings
 from hf_locstitch.checkpoints.sample import Sample, read_samples, sample_pieces
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan
 
@@ -43,7 +43,9 @@ def look(inputs: Mapping[str, Checkpoint], tensors: Sequence[TensorInfo], fetch:
     warnings = [*same_warnings(twice), *(f"{name} {NOTHING}" for name in idle)]
     for name, one in found.items():
         warnings += lineage_warnings(name, one)
-    warnings += _likeness(base, {name: samples[name] for name, one in found.items() if _is_kin(one)}, tensors, twice)
+    kin = {name: one for name, one in found.items() if _is_kin(one)}
+    warnings += length_warning(kin)
+    warnings += _likeness(base, {name: samples[name] for name in kin}, tensors, twice)
     return Look(found, tuple(warnings))
 
 

@@ -146,3 +146,15 @@ def test_strict_stitch(folders: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(StrictError, match="a1 and a2 are the same weights"):
         quick_stitch(folders["base"], localized, out=tmp_path / "out", strict=True)
     assert len(quick_stitch(folders["base"], localized, out=tmp_path / "out").manifest.warnings) == 1
+
+
+def test_one_task_vector_much_longer_than_the_others(tmp_path: Path) -> None:
+    base = random_state(0)
+    steps = {"a": 0.01, "b": 0.02, "long": 0.11}
+    refs = [
+        str(save(tmp_path / name, finetune(base, number, step))) for number, (name, step) in enumerate(steps.items())
+    ]
+    start = str(save(tmp_path / "base", base))
+    (said,) = warnings_of(start, *refs)
+    assert said.startswith("the task vector of ft2 is 7 times as long as those of the others: it outvotes them")
+    assert not warnings_of(start, *refs[:2])
