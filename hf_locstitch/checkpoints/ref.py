@@ -55,11 +55,10 @@ def parse_ref(text: str) -> Ref:
 
     Raises RecipeError if the text is neither.
     """
-    if text.endswith(WEIGHTS) and (text.startswith(FOLDER_PREFIXES) or os.path.isfile(text)):
-        file = expand_home(Path(text))
-        return Ref(folder=file.parent, path=file.name)
-    if text.startswith(FOLDER_PREFIXES) or os.path.isdir(text):
-        return Ref(folder=expand_home(Path(text)))
+    if text.startswith(FOLDER_PREFIXES) or os.path.exists(text):
+        place = expand_home(Path(text))
+        one_file = place.suffix == WEIGHTS and not place.is_dir()
+        return Ref(folder=place.parent, path=place.name) if one_file else Ref(folder=place)
     where, at, revision = text.partition("@")
     repo, path = _split(where)
     valid = REPO_ID.fullmatch(repo) and (INSIDE.fullmatch(path) if path else not where.endswith("/"))

@@ -142,7 +142,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the result to this folder")
-    parser.add_argument("--push-to", metavar="ORG/NAME", help="push the result to this repo, in one commit")
+    parser.add_argument("--push-to", metavar="ORG/NAME", help="push to this repo, or ORG/NAME@BRANCH, in one commit")
+    parser.add_argument(
+        "--create-pr", action="store_true", default=None, help="propose the result there as a pull request"
+    )
     parser.add_argument("--private", action="store_true", default=None, help="make the repo private if it is new")
 
 

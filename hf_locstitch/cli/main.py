@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Flags whose destination is a recipe's field of the same name.
 FIELDS = ("method", "stitch", "scale", "include", "exclude", "rest_from", "files_from", "tokenizer", "embeddings",
           "chat_template", "also_copy", "dtype", "shard_size", "allow_non_finite", "figures", "strict", "out",
-          "push_to", "private")  # fmt: skip
+          "push_to", "private", "create_pr")  # fmt: skip
 # Flags of the localizer -> its fields.
 LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
 
@@ -255,13 +255,13 @@ def evaluate(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     """hf-locstitch export"""
     from hf_locstitch.engine.preflight import check_output_given
-    from hf_locstitch.exports.export import carry_out, check_possible, plan_export
+    from hf_locstitch.exports.export import carry_out, check_possible, make_target, plan_export
     from hf_locstitch.runtime.progress import Progress
 
     if not args.dry_run:
         check_output_given(args.out, args.push_to)
     plan = plan_export(args.ref, form=args.form, base=args.base)
-    target = args.out, args.push_to, bool(args.private)
+    target = args.out, make_target(args.push_to, bool(args.create_pr)), bool(args.private)
     if args.dry_run:
         if args.out or args.push_to:
             check_possible(plan, *target)

@@ -21,6 +21,7 @@ from hf_locstitch.runtime.processes import Processes, find_processes
 from hf_locstitch.runtime.progress import Progress, hide_library_bars
 
 if TYPE_CHECKING:
+    from hf_locstitch.plan.push_target import PushTarget
     from hf_locstitch.report.publish import Published, Upload
 
 AfterRun = Callable[[Path, Processes], None]  # called with the finished folder, in every process
@@ -72,22 +73,23 @@ def check_possible(plan: Plan) -> None:
 
 
 def _check_push(plan: Plan) -> None:
-    if (repo := plan.recipe.push_to) is not None:
+    if (target := plan.recipe.target) is not None:
         sources = {name: one.source for name, one in plan.inputs.items()}
         merges = {f"the mask of {name}": source for name, source in plan.merges.items()}
-        check_push(repo, sources | merges, plan.command)
+        check_push(target, sources | merges, plan.command)
 
 
-def check_push(repo: str, inputs: Mapping[str, Source], command: str) -> None:
-    """Raises OutputError unless this user may write to `repo`, and it is none of the inputs."""
+def check_push(target: PushTarget, inputs: Mapping[str, Source], command: str) -> None:
+    """Raises OutputError unless this user may push there, and no input's files are taken the place of."""
     from hf_locstitch.report.publish import check_target
 
-    if own := next((name for name, source in inputs.items() if _same_repo(source.repo, repo)), None):
+    own = next((name for name, source in inputs.items() if _same_repo(source.repo, target.repo)), None)
+    if own is not None and target.replaces:
         raise OutputError(
-            f"{repo} is an input of this {command} ({own}), whose files the result would take the place of. "
-            "Use another --push-to."
+            f"{target} is an input of this {command} ({own}), whose files the result would take the place of. "
+            f"Use another --push-to, a branch (--push-to {target.repo}@BRANCH), or --create-pr."
         )
-    check_target(repo)
+    check_target(target)
 
 
 def _same_repo(one: str | None, other: str) -> bool:
@@ -95,14 +97,23 @@ def _same_repo(one: str | None, other: str) -> bool:
 
 
 def _scratch(plan: Plan) -> Path:
-    return scratch(str(plan.recipe.push_to))
+    assert plan.recipe.target is not None
+    return scratch(plan.recipe.target)
 
 
-def scratch(repo: str) -> Path:
+def scratch(target: PushTarget) -> Path:
     """Where a result that is only pushed is made; the same command finds it again after an interruption."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HOME) / "hf-locstitch" / repo.replace("/", "--")
+    return Path(constants.HF_HOME) / "hf-locstitch" / target.ref.replace("/", "--")
+
+
+def by_hand(target: PushTarget | None, folder: Path) -> str:
+    """How a finished folder is uploaded without this program."""
+    if target is None:
+        return ""
+    flags = f" --revision {target.branch}" * (target.branch != "main") + " --create-pr" * target.pull_request
+    return f"Or upload it by hand: hf upload {target.repo} {folder}{flags}"
 
 
 def _into(
@@ -126,9 +137,8 @@ def _into(
         try:
             published = upload.commit(out, _message(plan), progress)
         except PublishError as error:
-            push_to = plan.recipe.push_to
             raise PublishError(
-                f"the merge is complete in {out}, but {error} Or upload it by hand: hf upload {push_to} {out}"
+                f"the merge is complete in {out}, but {error} {by_hand(plan.recipe.target, out)}"
             ) from error
     return Finished(out, published.url, published.commit, record)
 
@@ -211,12 +221,12 @@ def _runs_models(plan: Plan) -> bool:
 @contextmanager
 def _upload(plan: Plan, processes: Processes, discard: bool = False) -> Iterator[Upload | None]:
     """In the process that publishes, if anything is to be published."""
-    if plan.recipe.push_to is None or not processes.first:
+    if plan.recipe.target is None or not processes.first:
         yield None
         return
     from hf_locstitch.report.publish import Upload
 
-    upload = Upload(plan.recipe.push_to, private=plan.recipe.private, discard=discard)
+    upload = Upload(plan.recipe.target, private=plan.recipe.private, discard=discard)
     try:
         yield upload
     finally:

@@ -146,7 +146,7 @@ class AfterMerge:
     def _models(self, out: Path) -> list[Model]:
         plan = self.plan
         merged = open_checkpoint(parse_ref(str(out.absolute())))
-        ref = self.recipe.push_to or merged.source.pinned
+        ref = self.recipe.target.ref if self.recipe.target else merged.source.pinned
         subject = Model(ref.rsplit("/", 1)[-1], "model", ref, content_of(merged), merged)
         if not self.asked.parents and not self.asked.average:
             return [subject]
@@ -171,5 +171,5 @@ class AfterMerge:
     def _write(self, report: EvaluationReport, out: Path) -> EvaluationReport:
         from hf_locstitch.evaluation.publishing import record_in
 
-        title = (self.recipe.push_to or out.absolute().name).rsplit("/", 1)[-1]
+        title = (self.recipe.target.repo if self.recipe.target else out.absolute().name).rsplit("/", 1)[-1]
         return replace(report, figures=tuple(str(path) for path in record_in(report, out, title)))

@@ -36,9 +36,10 @@ def check_writable(ref: str) -> None:
     """Raises OutputError unless the results can be written where `ref` is."""
     parsed = parse_ref(ref)
     if parsed.folder is None:
+        from hf_locstitch.plan.push_target import PushTarget
         from hf_locstitch.report.publish import check_target
 
-        check_target(str(parsed.repo))
+        check_target(PushTarget(str(parsed.repo)))
     elif not parsed.folder.is_dir():
         raise OutputError(
             f"{parsed.folder} is not a folder, so results cannot be written there. Name a folder or a repo."

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_locstitch.engine.execute import check_push, scratch
+from hf_locstitch.engine.execute import by_hand, check_push, scratch
 from hf_locstitch.engine.preflight import check_output_given, check_place, check_space, is_free, taken
 from hf_locstitch.engine.work_dir import work_dir_beside, working_in
 from hf_locstitch.errors import PublishError, RecipeError
 from hf_locstitch.exports.changes import Changes, open_changes
 from hf_locstitch.exports.form import FormPlan
 from hf_locstitch.exports.forms import FORMS
+from hf_locstitch.plan.push_target import PushTarget, parse_target
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.processes import Processes, find_processes
 from hf_locstitch.runtime.progress import Progress, hide_all_library_bars
@@ -86,6 +87,7 @@ def export(
     out: str | Path | None = None,
     push_to: str | None = None,
     private: bool | None = None,
+    create_pr: bool | None = None,
     form: str = "peft",
     base: str | Path | None = None,
     show_progress: bool | None = None,
@@ -95,8 +97,9 @@ def export(
     Args:
         ref: A localized checkpoint, or a merge with masks: a folder, org/name or org/name@revision.
         out: A folder that does not exist yet. At least one of `out` and `push_to` is needed.
-        push_to: A repo, org/name, to push the result to, in one commit.
+        push_to: A repo, org/name or org/name@branch, to push the result to, in one commit.
         private: Whether a new repo is private.
+        create_pr: Whether the result is proposed there as a pull request.
         form: "peft": an adapter that `PeftModel.from_pretrained` loads.
         base: Where the base is, if not where the manifest says.
         show_progress: None shows bars on a terminal only.
@@ -114,7 +117,20 @@ def export(
     """
     place = None if out is None else Path(out)
     check_output_given(place, push_to)
-    return carry_out(plan_export(ref, form=form, base=base), place, push_to, bool(private), Progress(show_progress))
+    target = make_target(push_to, bool(create_pr))
+    return carry_out(plan_export(ref, form=form, base=base), place, target, bool(private), Progress(show_progress))
+
+
+def make_target(push_to: str | None, create_pr: bool) -> PushTarget | None:
+    """Raises RecipeError if it names no repo."""
+    if push_to is None:
+        if create_pr:
+            raise RecipeError("create_pr opens a pull request in the pushed repo: it needs --push-to.")
+        return None
+    try:
+        return parse_target(push_to, create_pr)
+    except ValueError as error:
+        raise RecipeError(f"push_to: {error} (got {push_to!r}).") from error
 
 
 @hide_all_library_bars()
@@ -132,50 +148,51 @@ def plan_export(ref: str | Path, *, form: str = "peft", base: str | Path | None 
 
 @hide_all_library_bars()
 def carry_out(
-    plan: ExportPlan, out: Path | None, push_to: str | None, private: bool, progress: Progress
+    plan: ExportPlan, out: Path | None, target: PushTarget | None, private: bool, progress: Progress
 ) -> ExportResult:
     """Write the result, and publish it. Raises like `export`."""
-    check_possible(plan, out, push_to, private)
-    near = _near(out, push_to)
+    check_possible(plan, out, target, private)
+    near = _near(out, target)
     published: Published | None = None
     with working_in(work_dir_beside(near, plan.fingerprint), out, Processes()) as work:
-        found = plan.planned.write(work.stage, push_to or "DIR", progress)
-        if out is None:
-            published = _publish(plan, work.stage, str(push_to), private, progress)
-    if out is not None and push_to is not None:
+        found = plan.planned.write(work.stage, target.repo if target else "DIR", progress)
+        if out is None and target is not None:
+            published = _publish(plan, work.stage, target, private, progress)
+    if out is not None and target is not None:
         try:
-            published = _publish(plan, out, push_to, private, progress)
+            published = _publish(plan, out, target, private, progress)
         except PublishError as error:
-            raise PublishError(
-                f"the export is complete in {out}, but {error} Or upload it by hand: hf upload {push_to} {out}"
-            ) from error
+            raise PublishError(f"the export is complete in {out}, but {error} {by_hand(target, out)}") from error
     url, commit = (None, None) if published is None else (published.url, published.commit)
     return ExportResult(out, url, commit, {**plan.as_json(), **found})
 
 
-def check_possible(plan: ExportPlan, out: Path | None, push_to: str | None, private: bool) -> None:
+def check_possible(plan: ExportPlan, out: Path | None, target: PushTarget | None, private: bool) -> None:
     """All that must hold before the work. Raises RequestError."""
     changes = plan.changes
-    if push_to is not None:
-        check_push(push_to, {changes.kind: changes.source, "base": changes.base.source}, "export")
+    if target is not None:
+        check_push(target, {changes.kind: changes.source, "base": changes.base.source}, "export")
     elif private:
         raise RecipeError("private applies to the pushed repo: it needs --push-to.")
     if out is not None and not is_free(out):
         raise taken(out)
-    near = _near(out, push_to)
+    near = _near(out, target)
     check_place(near)
     check_space(near, plan.planned.nbytes)
 
 
-def _near(out: Path | None, push_to: str | None) -> Path:
-    """Beside which the work is done."""
-    return out if out is not None else scratch(str(push_to)) / "exported"
+def _near(out: Path | None, target: PushTarget | None) -> Path:
+    """Beside which the work is done; one of the two is given."""
+    if out is not None:
+        return out
+    assert target is not None
+    return scratch(target) / "exported"
 
 
-def _publish(plan: ExportPlan, folder: Path, repo: str, private: bool, progress: Progress) -> Published:
+def _publish(plan: ExportPlan, folder: Path, target: PushTarget, private: bool, progress: Progress) -> Published:
     from hf_locstitch.report.publish import Upload
 
-    upload = Upload(repo, private=private)
+    upload = Upload(target, private=private)
     try:
         return upload.commit(folder, f"Export {plan.changes.label} with hf-locstitch", progress)
     finally:

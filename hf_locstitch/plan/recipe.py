@@ -23,10 +23,11 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hf_locstitch.checkpoints.names import LONGEST_NAME, SafeName
-from hf_locstitch.checkpoints.ref import REPO_ID, expand_home
+from hf_locstitch.checkpoints.ref import expand_home
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
+from hf_locstitch.plan.push_target import PushTarget, parse_target
 from hf_locstitch.runtime.registry import Registry
 from hf_locstitch.stitch.fitting import OnInputs, Stitcher
 from hf_locstitch.stitch.method import MaskedMethod, Method
@@ -130,7 +131,15 @@ class Recipe(Strict):
     """What the finished merge is evaluated on; nothing by default."""
     out: Path | None = None
     push_to: str | None = None
+    """org/name, or org/name@branch; the branch is made where there is none."""
     private: bool = False
+    create_pr: bool = False
+    """Whether the result is proposed to `push_to` as a pull request."""
+
+    @property
+    def target(self) -> PushTarget | None:
+        """What `push_to` and `create_pr` ask for."""
+        return None if self.push_to is None else parse_target(self.push_to, self.create_pr)
 
     @property
     def fitting(self) -> OnInputs | None:
@@ -326,15 +335,19 @@ class Recipe(Strict):
 
     @field_validator("push_to")
     @classmethod
-    def _is_repo_id(cls, value: str | None) -> str | None:
-        if value is not None and ("/" not in value or not REPO_ID.fullmatch(value)):
-            raise ValueError("must be org/name")
+    def _is_target(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_target(value)
         return value
 
     @model_validator(mode="after")
     def _private_needs_push(self) -> Recipe:
         if self.private and self.push_to is None:
             raise ValueError("private applies to the pushed repo: it needs push_to")
+        if self.create_pr and self.push_to is None:
+            raise ValueError("create_pr opens a pull request in the pushed repo: it needs push_to")
+        if self.create_pr and self.private:
+            raise ValueError("private applies to a new repo, and a pull request needs one that exists: drop one")
         return self
 
 

@@ -18,6 +18,7 @@ NOT_THE_MERGE = (
     "out",
     "push_to",
     "private",
+    "create_pr",
     "evaluate",
     "strict",
 )  # fields that say where it goes and how it is judged

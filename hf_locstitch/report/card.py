@@ -16,6 +16,7 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.config import architecture
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.plan.plans import LocalizePlan, ModelPlan, Plan, StitchPlan
+from hf_locstitch.plan.push_target import MAIN
 from hf_locstitch.runtime.escape import code, link, markdown, python, shell
 from hf_locstitch.tasks.sets import OpenSet
 
@@ -140,11 +141,14 @@ def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] 
     title = " + ".join(plan.finetuned) + (", localized" if isinstance(plan, LocalizePlan) else "")
     method, fitting = plan.recipe.method, plan.recipe.fitting
     fitted = fitting.card(record.stitch, _inputs_table(plan, record.stitch)) if fitting and record.stitch else ""
+    target = plan.recipe.target
     template = page(TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(
         card_data=Markup(card_data(plan).to_yaml()),
         title=title,
-        repo=plan.recipe.push_to or "DIR",
+        ref=target.ref if target else "DIR",
+        repo=target.repo if target else "DIR",
+        branch=target.branch if target and target.branch != MAIN else None,
         auto_class=auto_class(plan.files) if isinstance(plan, ModelPlan) else "",
         intro=method.introduce(len(plan.finetuned), bool(record.stitch and record.stitch.get("refitted"))),
         fitted=fitted,

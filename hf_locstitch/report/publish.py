@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
@@ -24,6 +25,7 @@ from hf_locstitch.artifacts.manifest import FILE
 from hf_locstitch.checkpoints.hub_client import RATE_LIMIT, Attempts, is_transient, retrying, status_of
 from hf_locstitch.checkpoints.source import git_blob_oid
 from hf_locstitch.errors import OutputError, PublishError
+from hf_locstitch.plan.push_target import MAIN, PushTarget
 from hf_locstitch.runtime.progress import Progress
 
 # What an earlier model in the repo may have left that would be loaded in place of, or mistaken for, the new one.
@@ -38,18 +40,21 @@ REPLACED = (
     "figures/*",
     ".eval_results/*",
 )
+RECENT = 10  # pull requests that are looked at for one that holds the result already
+Operation: TypeAlias = CommitOperationAdd | CommitOperationDelete
 
 
 @dataclass(frozen=True)
 class Published:
-    """url: of the repo. commit: 40 hex digits."""
+    """url: of the repo, of a branch of it, or of the pull request. commit: 40 hex digits."""
 
     url: str
     commit: str
 
 
-def check_target(repo: str) -> None:
-    """Raises OutputError unless this user may write to `repo`. Creates nothing."""
+def check_target(target: PushTarget) -> None:
+    """Raises OutputError unless this user may push there. Creates nothing."""
+    repo = target.repo
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -72,16 +77,28 @@ def check_target(repo: str) -> None:
             f"pushing to {repo} needs a token that {constants.ENDPOINT} accepts ({_short(error)}): "
             "log in with `hf auth login` or set HF_TOKEN."
         ) from error
-    if refusal := why_not(user, repo):
-        raise OutputError(f"{user['name']} cannot push to {repo}: {refusal}")
+    if refusal := _cannot_write(user) if target.pull_request else why_not(user, repo):
+        raise OutputError(f"{user['name']} cannot push to {target}: {refusal}")
+    if target.pull_request:
+        _check_open(target)
+
+
+def _check_open(target: PushTarget) -> None:
+    """Raises OutputError unless there is what a pull request would be merged into."""
+    try:
+        retrying(lambda: HfApi().model_info(target.repo, revision=target.branch))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise OutputError(
+            f"{target.ref} does not exist or is not accessible with this token, so no pull request can be opened "
+            "there. Check the name, or drop --create-pr."
+        ) from error
 
 
 def why_not(user: Mapping[str, Any], repo: str) -> str | None:
     """What keeps a token from writing to a repo, and what to do; None if nothing does. user: as whoami answers."""
-    namespace, token = repo.split("/")[0], user.get("auth", {}).get("accessToken") or {}
-    make_one = f"Make one that can at {constants.ENDPOINT}/settings/tokens, or use --out."
-    if token.get("role") == "read":
-        return f"the token may only read. {make_one}"
+    if refusal := _cannot_write(user):
+        return refusal
+    namespace, token = repo.split("/")[0], _token(user)
     orgs = [org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read"]
     writable = [user["name"], *orgs]
     if namespace not in writable:
@@ -92,17 +109,29 @@ def why_not(user: Mapping[str, Any], repo: str) -> str | None:
     if scoped is None:
         return None
     allowed = [one["entity"].get("name") for one in scoped if "repo.write" in one.get("permissions", ())]
-    return None if {namespace, repo} & {*allowed} else f"the fine-grained token may not write there. {make_one}"
+    return None if {namespace, repo} & {*allowed} else f"the fine-grained token may not write there. {_make_one()}"
+
+
+def _token(user: Mapping[str, Any]) -> Mapping[str, Any]:
+    return user.get("auth", {}).get("accessToken") or {}
+
+
+def _cannot_write(user: Mapping[str, Any]) -> str | None:
+    return f"the token may only read. {_make_one()}" if _token(user).get("role") == "read" else None
+
+
+def _make_one() -> str:
+    return f"Make one that can at {constants.ENDPOINT}/settings/tokens, or use --out."
 
 
 class Upload:
-    """The upload of one merge to one repo. Files are sent in the background; the repo shows nothing before the commit.
+    """The upload of one result. Files are sent in the background; the repo shows nothing before the commit.
 
     discard: delete a file from this machine once the Hub has it.
     """
 
-    def __init__(self, repo: str, *, private: bool, discard: bool = False) -> None:
-        self.repo, self.discard = repo, discard
+    def __init__(self, target: PushTarget, *, private: bool, discard: bool = False) -> None:
+        self.target, self.discard = target, discard
         self._private = private
         self._api = HfApi()
         self._parent: str | None = None
@@ -148,29 +177,33 @@ class Upload:
             return
         self._prepare()
         operation = CommitOperationAdd(file, folder / file)
-        retrying(lambda: self._api.preupload_lfs_files(self.repo, [operation], free_memory=self.discard))
+        how = {**_where(self.target), "free_memory": self.discard}
+        retrying(lambda: self._api.preupload_lfs_files(additions=[operation], **how))
         self._operations[file] = operation
         if operation.path_or_fileobj == b"":  # the client no longer needs the file
             (folder / file).unlink()
 
     def _prepare(self) -> str:
-        """Create the repo if need be; return the head that the commit will follow."""
+        """Create repo and branch if need be; return the head that the commit will follow."""
         if self._parent is None:
-            retrying(lambda: self._api.create_repo(self.repo, private=self._private, exist_ok=True))
-            self._parent = str(retrying(lambda: self._api.model_info(self.repo)).sha)
+            target, api = self.target, self._api
+            if not target.pull_request:
+                retrying(lambda: api.create_repo(target.repo, private=self._private, exist_ok=True))
+                if target.branch != MAIN:
+                    retrying(lambda: api.create_branch(target.repo, branch=target.branch, exist_ok=True))
+            self._parent = _head(api, target)
         return self._parent
 
     def _commit(self, message: str) -> Published:
         parent = self._prepare()
         operations = [self._operations[file] for file in sorted(self._operations)]
-        stale = _stale(retrying(lambda: self._api.list_repo_files(self.repo, revision=parent)), operations)
+        stale = _stale(retrying(lambda: self._api.list_repo_files(self.target.repo, revision=parent)), operations)
         # The manifest records the time taken, so it differs every time. If all else is already there, an earlier
         # process committed it, and nothing is left to do.
         timeless = [operation for operation in operations if operation.path_in_repo != FILE]
-        if _landed(self._api, self.repo, parent, [*timeless, *stale]):
-            return Published(f"{constants.ENDPOINT}/{self.repo}", parent)
-        commit = _commit(self._api, self.repo, [*operations, *stale], parent, message)
-        return Published(f"{constants.ENDPOINT}/{self.repo}", commit)
+        return _already(self._api, self.target, parent, [*timeless, *stale]) or _commit(
+            self._api, self.target, [*operations, *stale], parent, message
+        )
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -180,27 +213,26 @@ class Upload:
             raise
         except Exception as error:
             raise PublishError(
-                f"the upload to {self.repo} failed ({_short(error)}); nothing was committed. Run the same command "
+                f"the upload to {self.target} failed ({_short(error)}); nothing was committed. Run the same command "
                 "again: finished work is kept."
             ) from error
 
 
 def publish_files(folder: Path, repo: str, *, parent: str, message: str) -> Published:
     """Add the files of `folder` to a repo that is still at the commit `parent`, in one commit. Raises PublishError."""
-    api = HfApi()
+    api, target = HfApi(), PushTarget(repo)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     try:
         for operation in operations:
             retrying(lambda op=operation: api.preupload_lfs_files(repo, [op], free_memory=False))
-        commit = _commit(api, repo, [*operations], parent, message)
+        return _commit(api, target, [*operations], parent, message)
     except PublishError:
         raise
     except Exception as error:
         raise PublishError(
             f"uploading to {repo} failed ({_short(error)}); nothing was committed. Run the same command again."
         ) from error
-    return Published(f"{constants.ENDPOINT}/{repo}", commit)
 
 
 def _stale(present: Sequence[str], operations: Sequence[CommitOperationAdd]) -> list[CommitOperationDelete]:
@@ -213,35 +245,55 @@ def _stale(present: Sequence[str], operations: Sequence[CommitOperationAdd]) -> 
     ]
 
 
-def _commit(
-    api: HfApi,
-    repo: str,
-    operations: list[CommitOperationAdd | CommitOperationDelete],
-    parent: str,
-    message: str,
-) -> str:
-    """Commit once on top of `parent`. If the response is lost, the head shows whether the commit landed."""
-    attempts = Attempts()
+def _where(target: PushTarget) -> dict[str, Any]:
+    """For calls of the Hub's client."""
+    return {"repo_id": target.repo, "revision": target.branch, "create_pr": target.pull_request}
+
+
+def _head(api: HfApi, target: PushTarget) -> str:
+    return str(retrying(lambda: api.model_info(target.repo, revision=target.branch)).sha)
+
+
+def _url(target: PushTarget) -> str:
+    return f"{constants.ENDPOINT}/{target.repo}" + (f"/tree/{target.branch}" if target.branch != MAIN else "")
+
+
+def _commit(api: HfApi, target: PushTarget, operations: list[Operation], parent: str, message: str) -> Published:
+    """Commit once on top of `parent`. If the response is lost, the Hub shows whether the commit landed."""
+    attempts, about = Attempts(), {"commit_message": message, "parent_commit": parent}
     while True:
         RATE_LIMIT.wait()
         try:
-            return str(api.create_commit(repo, operations, commit_message=message, parent_commit=parent).oid)
+            made = api.create_commit(operations=operations, **about, **_where(target))
+            return Published(made.pr_url or _url(target), str(made.oid))
         except Exception as error:
             if not is_transient(error) and status_of(error) != 412:
                 raise
-            head = str(retrying(lambda: api.model_info(repo)).sha)
+            head = _head(api, target)
+            if landed := _already(api, target, head, operations) if target.pull_request or head != parent else None:
+                return landed
             if head != parent:
-                if _landed(api, repo, head, operations):
-                    return head
                 raise PublishError(
-                    f"{repo} moved from {parent[:7]} to {head[:7]} during the upload; nothing was committed. "
+                    f"{target.ref} moved from {parent[:7]} to {head[:7]} during the upload; nothing was committed. "
                     "Run the same command again."
                 ) from error
             if not attempts.wait_after(error, transient=True):
                 raise
 
 
-def _landed(api: HfApi, repo: str, head: str, operations: Sequence[CommitOperationAdd | CommitOperationDelete]) -> bool:
+def _already(api: HfApi, target: PushTarget, head: str, operations: Sequence[Operation]) -> Published | None:
+    """What an earlier process, or a request whose answer was lost, has published; None if there is nothing."""
+    if not target.pull_request:
+        return Published(_url(target), head) if _landed(api, target.repo, head, operations) else None
+    found = retrying(lambda: api.list_repo_refs(target.repo, include_pull_requests=True)).pull_requests or []
+    numbered = sorted(((int(ref.ref.rpartition("/")[2]), ref.target_commit) for ref in found), reverse=True)
+    for number, commit in numbered[:RECENT]:
+        if _landed(api, target.repo, commit, operations):
+            return Published(f"{constants.ENDPOINT}/{target.repo}/discussions/{number}", commit)
+    return None
+
+
+def _landed(api: HfApi, repo: str, head: str, operations: Sequence[Operation]) -> bool:
     """Whether the repo at `head` holds exactly what the operations put there."""
     there = {
         entry.path: entry for entry in retrying(lambda: list(api.list_repo_tree(repo, revision=head, recursive=True)))

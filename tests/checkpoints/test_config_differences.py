@@ -143,23 +143,22 @@ def write(file: str, content: Any) -> Callable[[Path], object]:
             write("tokenizer.json", {"model": {"vocab": {"a": 0, "b": 2, "<s>": 1}}}),
             "gives 2 of its 3 tokens other ids",
         ),
-        (
-            write(
-                "tokenizer.json",
-                {
-                    "model": {"vocab": {"a": 0, "b": 1}},
-                    "added_tokens": [{"content": "<s>", "id": 2}, {"content": "<|im_end|>", "id": 3}],
-                },
-            ),
-            "1 more ('<|im_end|>'): the base's is",
-        ),
     ],
-    ids=["eos", "template", "template in the config", "vocabulary", "unigram", "other ids", "added"],
+    ids=["eos", "template", "template in the config", "vocabulary", "unigram", "other ids"],
 )
 def test_texts(folders: list[Path], change: Callable[[Path], object], words: str) -> None:
     change(folders[1])
     (found,) = warnings(folders)
     assert words in found
+
+
+def test_added_tokens_that_are_left_out(folders: list[Path]) -> None:
+    """Unless they are, they are merged, and the plan says so."""
+    added = [{"content": "<s>", "id": 2}, {"content": "<|im_end|>", "id": 3}]
+    write("tokenizer.json", {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": added})(folders[1])
+    (found,) = warnings(folders, tokenizer="base")
+    assert "1 more ('<|im_end|>'): the base's is" in found
+    assert warnings(folders) == []
 
 
 def test_other_templates_and_damaged_files(folders: list[Path]) -> None:
