@@ -85,6 +85,7 @@ def merge_from_hub(
     out: Ref | None = None,
     push_to: str | None = None,
     private: bool | None = None,
+    create_pr: bool | None = None,
     names: Sequence[str] | None = None,
     method: str | Mapping[str, Any] | Method | None = None,
     localizer: Localizer | Mapping[str, Any] | None = None,
@@ -117,8 +118,9 @@ def merge_from_hub(
             the finetunes name.
         finetuned: One or several models finetuned from it, or PEFT adapters for it, likewise.
         out: A folder that does not exist yet. At least one of `out` and `push_to` is needed.
-        push_to: A repo, org/name, to push the merge to, in one commit.
+        push_to: A repo, org/name or org/name@branch, to push the merge to, in one commit.
         private: Whether a new repo is private.
+        create_pr: Whether the merge is proposed there as a pull request.
         names: Names of the finetunes and their masks; the refs' last parts by default.
         method: "locstitch" (default), "average", "task-arithmetic", "ties", "dare", "regmean", or its settings with
             its `name`.
@@ -161,7 +163,8 @@ def merge_from_hub(
     Source: https://arxiv.org/abs/2408.13656
     """
     recipe = _recipe(
-        base=base, finetuned=_entries(finetuned, names), out=out, push_to=push_to, private=private, method=method,
+        base=base, finetuned=_entries(finetuned, names), out=out, push_to=push_to, private=private,
+        create_pr=create_pr, method=method,
         localizer=localizer, data=data, stitch=stitch, scale=scale, include=include, exclude=exclude,
         rest_from=rest_from, files_from=files_from, tokenizer=tokenizer, embeddings=embeddings,
         chat_template=chat_template, also_copy=also_copy, dtype=dtype, shard_size=shard_size,
@@ -177,6 +180,7 @@ def localize_from_hub(
     out: Ref | None = None,
     push_to: str | None = None,
     private: bool | None = None,
+    create_pr: bool | None = None,
     name: str | None = None,
     stitch: Literal["mean", "refit"] | None = None,
     localizer: Localizer | Mapping[str, Any] | None = None,
@@ -199,8 +203,8 @@ def localize_from_hub(
         name: The name of its mask; the ref's last part by default.
         stitch: "refit" solves for the values under the mask again, so that it holds more of the model; they are then no
             longer the finetuned model's own.
-        out, push_to, private, localizer, data, include, exclude, allow_non_finite, figures, strict, cache, max_memory,
-            device, show_progress: As in `merge_from_hub`.
+        out, push_to, private, create_pr, localizer, data, include, exclude, allow_non_finite, figures, strict, cache,
+            max_memory, device, show_progress: As in `merge_from_hub`.
 
     Returns:
         Where the localized checkpoint is, and its record.
@@ -214,7 +218,7 @@ def localize_from_hub(
     """
     recipe = _recipe(
         base=base, finetuned=_entries(finetuned, None if name is None else [name]), out=out, push_to=push_to,
-        private=private, localizer=localizer, data=data, include=include, exclude=exclude,
+        private=private, create_pr=create_pr, localizer=localizer, data=data, include=include, exclude=exclude,
         allow_non_finite=allow_non_finite, figures=figures, strict=strict, stitch=stitch,
     )  # fmt: skip
     return carry_out(make_localize_plan(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
@@ -231,6 +235,7 @@ def stitch_from_hub(
     out: Ref | None = None,
     push_to: str | None = None,
     private: bool | None = None,
+    create_pr: bool | None = None,
     names: Sequence[str] | None = None,
     scale: float | None = None,
     also_copy: Sequence[str] | None = None,
@@ -257,7 +262,7 @@ def stitch_from_hub(
         remove: Names of its finetunes to leave out.
         finetuned: Its finetunes that stay, in its order, if they are not where it says.
         names: Names of the masks; those they were localized under by default.
-        out, push_to, private, scale, also_copy, dtype, shard_size, allow_non_finite, figures, strict, cache,
+        out, push_to, private, create_pr, scale, also_copy, dtype, shard_size, allow_non_finite, figures, strict, cache,
             max_memory, show_progress: As in `merge_from_hub`.
 
     Returns:
@@ -272,7 +277,8 @@ def stitch_from_hub(
         >>> stitch_from_hub(from_="me/merged", add="me/law-localized", remove="code", out="changed")
     """
     settings = {
-        "out": out, "push_to": push_to, "private": private, "scale": scale, "also_copy": also_copy, "dtype": dtype,
+        "out": out, "push_to": push_to, "private": private, "create_pr": create_pr, "scale": scale,
+        "also_copy": also_copy, "dtype": dtype,
         "shard_size": shard_size, "allow_non_finite": allow_non_finite, "figures": figures, "strict": strict,
     }  # fmt: skip
     if from_ is None:
