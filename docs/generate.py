@@ -300,7 +300,8 @@ def _anchor(name: str) -> str:
 def commands_page() -> str:
     parts = [
         "# Command reference",
-        "`python -m hf_locstitch` is the same program. `REF` is a folder, `org/name` or `org/name@revision`; several "
+        "`python -m hf_locstitch` is the same program. `REF` is a folder, `org/name`, "
+        "`org/name/subfolder`, or one of these with `@revision`; several "
         "values follow one flag (`--ft a b c`). Exit status: 0 done; 2 the request is wrong and nothing was written; 1 "
         "the work failed, and the same command may be given again (of `verify`: a check failed).",
     ]

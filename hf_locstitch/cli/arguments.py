@@ -13,7 +13,7 @@ from hf_locstitch.runtime.version import __version__
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.stitchers import MEAN, STITCHERS
 
-REF = "REF"  # a folder, org/name or org/name@revision
+REF = "REF"  # a folder or org/name[/subfolder][@revision]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +38,7 @@ def _add_merge(commands: Any) -> None:
         commands,
         "merge",
         help="merge finetuned models into their base",
-        description=f"Merge finetuned models into their base. {REF}: a folder, org/name or org/name@revision.",
+        description=f"Merge finetuned models into their base. {REF}: a folder or org/name[/subfolder][@revision].",
     )
     _add_recipe(parser)
     parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models, or PEFT adapters")
@@ -81,7 +81,8 @@ def _add_localize(commands: Any) -> None:
         "localize",
         help="reduce a finetuned model to its mask and the values under it",
         description="Make a localized checkpoint: the mask of one finetuned model and the values under it, a few "
-        f"percent of the model. `stitch` merges any number of them. {REF}: a folder, org/name or org/name@revision.",
+        "percent of the model. `stitch` merges any number of them. "
+        f"{REF}: a folder or org/name[/subfolder][@revision].",
     )
     _add_recipe(parser)
     parser.add_argument(
@@ -110,7 +111,7 @@ def _add_stitch(commands: Any) -> None:
         help="merge localized checkpoints into their base",
         description="Merge localized checkpoints into the base that they were localized against: the same weights as "
         f"one merge of the finetuned models. Or take a merge apart, and stitch it with other finetunes or fewer. "
-        f"{REF}: a folder, org/name or org/name@revision.",
+        f"{REF}: a folder or org/name[/subfolder][@revision].",
     )
     _add_recipe(parser)
     parser.add_argument("--localized", nargs="+", metavar=REF, help="the localized checkpoints")
@@ -245,7 +246,7 @@ def _add_export(commands: Any) -> None:
         "export",
         help="turn a localized checkpoint or a merge into a PEFT adapter",
         description="Turn a localized checkpoint, or a merge with masks, into an adapter over its base, for PEFT. "
-        f"{REF}: a folder, org/name or org/name@revision. "
+        f"{REF}: a folder or org/name[/subfolder][@revision]. "
         "Example: hf-locstitch export ./merged --as peft --out merged-adapter",
     )
     parser.add_argument("ref", metavar=REF, help="the localized checkpoint or merge")
@@ -291,7 +292,7 @@ def _add_inspect(commands: Any) -> None:
         help="show what a merge is made of: densities, overlaps, mask layout, anomalies",
         description="Show what a merge is made of, or what merging localized checkpoints would give: densities, "
         "overlaps, where the masks lie, norms, anomalies. Reads small files only, unless --inputs is given. "
-        f"{REF}: a folder, org/name or org/name@revision.",
+        f"{REF}: a folder or org/name[/subfolder][@revision].",
     )
     parser.add_argument("refs", nargs="+", metavar=REF, help="the merge, or one or more localized checkpoints")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures into this folder")
@@ -311,8 +312,8 @@ def _add_evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         help="score models side by side with lm-eval",
-        description=f"Score language models side by side with lm-eval. {REF}: a folder, org/name or org/name@revision. "
-        "Scores already measured on the same content are reused. Several GPUs share the examples under "
+        description="Score language models side by side with lm-eval. "
+        f"{REF}: a folder or org/name[/subfolder][@revision]. Scores already measured on the same content are reused. Several GPUs share the examples under "
         "`accelerate launch -m hf_locstitch evaluate ...`.",
     )
     parser.add_argument("refs", nargs="+", metavar=REF, help="the models; the first is the one being judged")

@@ -56,7 +56,7 @@ class Strict(BaseModel):
 
 
 class Input(Strict):
-    """A checkpoint. ref: a folder, org/name or org/name@revision. sha256: expected of its weights, if given."""
+    """A checkpoint. ref: a folder or org/name[/subfolder][@revision]. sha256: expected of its weights, if given."""
 
     ref: str = Field(min_length=1)
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
