@@ -313,7 +313,8 @@ def _add_evaluate(commands: Any) -> None:
         "evaluate",
         help="score models side by side with lm-eval",
         description="Score language models side by side with lm-eval. "
-        f"{REF}: a folder or org/name[/subfolder][@revision]. Scores already measured on the same content are reused. Several GPUs share the examples under "
+        f"{REF}: a folder or org/name[/subfolder][@revision]. "
+        "Scores already measured on the same content are reused. Several GPUs share the examples under "
         "`accelerate launch -m hf_locstitch evaluate ...`.",
     )
     parser.add_argument("refs", nargs="+", metavar=REF, help="the models; the first is the one being judged")
