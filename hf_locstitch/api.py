@@ -251,7 +251,8 @@ def stitch_from_hub(
     """Merge localized checkpoints into the base that they were localized against; or take a merge apart, and stitch it
     again with other finetunes or fewer.
 
-    The weights are, bit for bit, those of one merge of the same finetuned models with the same settings.
+    The weights are, bit for bit, those of one merge of the same finetuned models with the same settings, and with the
+    base's tokens: localized checkpoints carry no new ones.
 
     Args:
         base: The pretrained model: a folder, org/name or org/name@revision. With `from_`, if it is not where that says.
