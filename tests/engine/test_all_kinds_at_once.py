@@ -1,0 +1,40 @@
+"""A LoRA, a DoRA and a full finetune with tokens and a chat template of its own, merged in one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from helpers.adapters import save_lora
+from helpers.vocabularies import family
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_locstitch import verify
+from hf_locstitch.cli.main import main
+from loopback_hub import LoopbackHub
+
+
+def test_from_the_hub_to_the_hub(tmp_path: Path, home_hub: LoopbackHub) -> None:
+    folders = family(tmp_path, tied=False)
+    made = {
+        "base": folders["base"],
+        "math": folders["math"],
+        "lora": save_lora(tmp_path / "lora", folders["base"]),
+        "dora": save_lora(tmp_path / "dora", folders["base"], seed=1, use_dora=True),
+    }
+    for name, folder in made.items():
+        home_hub.add_repo(f"kinds/{name}", {file.name: file for file in folder.iterdir() if file.name != "README.md"})
+    finetuned = ["kinds/lora", "kinds/dora", "kinds/math"]
+    command = ["merge", "--base", "kinds/base", "--ft", *finetuned, "--density", "0.3", "--push-to", "demo/kinds"]
+    assert main([*command, "--quiet"]) == 0
+
+    pushed = Path(snapshot_download("demo/kinds"))
+    assert verify(pushed, tensors="all").ok
+    tokenizer, model = AutoTokenizer.from_pretrained(pushed), AutoModelForCausalLM.from_pretrained(pushed)
+    prompt = tokenizer.apply_chat_template([{"content": "w3 sum w4"}], tokenize=False)
+    assert prompt == "<|im_start|>w3 sum w4<|im_end|>"
+    ids = tokenizer(prompt.replace("<|im_end|>", " <|im_end|>"), return_tensors="pt").input_ids
+    assert tokenizer.unk_token_id not in ids and ids.max() >= 24, "the new tokens are known"
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    assert torch.isfinite(model(ids).logits).all() and model(ids).logits.shape[-1] == 27
