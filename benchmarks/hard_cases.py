@@ -26,12 +26,22 @@ from pathlib import Path
 
 import torch
 import vision
-from quality import BenchmarkError, Method, Result, as_json, compare, format_table, format_times, loopback_hub
+from quality import (
+    JOINT,
+    WEIGHTS,
+    BenchmarkError,
+    Method,
+    Result,
+    add_places,
+    as_json,
+    compare,
+    format_table,
+    format_times,
+    loopback_hub,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-WEIGHTS = "model.safetensors"
-JOINT = ("--localizer", "joint", "--stitch", "refit")
 ROWS = [
     Method("average", ("--density", "1")),
     Method("ties 20%", ("--method", "ties", "--density", "0.2")),
@@ -130,9 +140,7 @@ def run(case: str, seeds: list[int], work: Path) -> list[Result]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Merges of finetunes that are hard to merge.")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep checkpoints here")
+    add_places(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
     began, written = time.perf_counter(), {}

@@ -29,9 +29,11 @@ import torch
 import torch.nn.functional as F
 import vision
 from quality import (
+    JOINT,
     BenchmarkError,
     Method,
     Result,
+    add_places,
     as_json,
     compare,
     format_table,
@@ -39,7 +41,6 @@ from quality import (
     loopback_hub,
 )
 
-JOINT = ("--localizer", "joint", "--stitch", "refit")
 ROWS = [
     Method("average", ("--density", "1")),
     Method("magnitude 10%", ("--density", "0.1")),
@@ -136,12 +137,10 @@ def run(bed: str, seeds: list[int], how: Lora, work: Path) -> list[Result]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Merges of LoRA experts.")
     parser.add_argument("--bed", nargs="+", choices=BEDS, default=list(BEDS))
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    add_places(parser)
     parser.add_argument("--rank", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--same-start", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep checkpoints here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     began, written = time.perf_counter(), {}

@@ -55,6 +55,7 @@ DATA_METHODS: Mapping[str, tuple[Mapping[str, Any], str]] = {
 }
 OWNER = "demo"
 WEIGHTS = "model.safetensors"
+JOINT = ("--localizer", "joint", "--stitch", "refit")  # flags of a merge that is solved for without data
 
 
 class BenchmarkError(RuntimeError):
@@ -165,11 +166,10 @@ def without_data(densities: Sequence[float], inputs: Sequence[int]) -> list[Meth
     """Refits from the task vectors alone, in joint masks; and those that start from one of them, with inputs."""
     if not densities:
         return []
-    joint = ("--localizer", "joint", "--stitch", "refit")
     under = Method("magnitude 10%, refit without data", ("--density", "0.1", "--stitch", "refit"))
-    rows = [Method(f"joint {100 * d:g}%, refit without data", (*joint, "--density", f"{d:g}")) for d in densities]
+    rows = [Method(f"joint {100 * d:g}%, refit without data", (*JOINT, "--density", f"{d:g}")) for d in densities]
     started = [
-        Method(f"joint 30%, refit, {n} inputs", joint, data="train", stitch={"inputs": n}, inputs=n) for n in inputs
+        Method(f"joint 30%, refit, {n} inputs", JOINT, data="train", stitch={"inputs": n}, inputs=n) for n in inputs
     ]
     return [under, *rows, *started]
 
@@ -532,9 +532,16 @@ def _spread(values: Sequence[float]) -> str:
 # ---- the commands' common part ----------------------------------------------------------------------------------
 
 
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Which seeds, and where things are written."""
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one run each (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep checkpoints here and reuse experts in it")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What every benchmark of quality is told."""
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one run each (default: 0)")
+    add_places(parser)
     parser.add_argument(
         "--densities", type=float, nargs="*", default=DEFAULT_DENSITIES, metavar="F", help="one merge each"
     )
@@ -566,8 +573,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--finetune", type=int, nargs="*", default=[], metavar="EPOCHS",
         help="also the merge at 10 %% finetuned further on labelled examples; on --inputs N, too",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="keep checkpoints here and reuse experts in it")
 
 
 def asked_rows(args: argparse.Namespace, scales: Sequence[float] = SCALES) -> list[Method]:

@@ -15,14 +15,25 @@ from hf_locstitch.errors import CheckpointError
 from hf_locstitch.runtime.parsing import JSON_BYTES, front_matter, parse_json, parse_yaml
 
 STEMS = ("model", "diffusion_pytorch_model")  # of weight files, of transformers and of diffusers
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 QUANTIZATION = "quantization_config"  # a field of it
 CARD = "README.md"
 Config = Mapping[str, Any]  # of config.json
 CARD_BYTES = 10_000_000  # of a README.md
 FIRST_READ = 100_000  # bytes; most headers fit, as the Hub's own client assumes
+
+
+def single_file(stem: str) -> str:
+    """Of a model whose weights are in one file."""
+    return f"{stem}.safetensors"
+
+
+def index_file(stem: str) -> str:
+    """Of one whose weights are in several: it says which tensor is where."""
+    return f"{stem}.safetensors.index.json"
+
+
+SINGLE, INDEX = single_file(STEMS[0]), index_file(STEMS[0])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.config import model_types
 from hf_locstitch.runtime.human import more
 
 MOST_GLOBS = 3
@@ -44,13 +45,7 @@ def _of_one_kind(one: Checkpoint, other: Checkpoint) -> bool:
     Also if one states none.
     """
     own, others = one.config.get("model_type"), other.config.get("model_type")
-    return not own or not others or str(own) in _model_types(other) or str(others) in _model_types(one)
-
-
-def _model_types(checkpoint: Checkpoint) -> set[str]:
-    """The architecture's, and those of its parts."""
-    parts = [part for part in checkpoint.config.values() if isinstance(part, dict)]
-    return {str(part["model_type"]) for part in (checkpoint.config, *parts) if part.get("model_type")}
+    return not own or not others or str(own) in model_types(other.config) or str(others) in model_types(one.config)
 
 
 def _name_mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], finetuned: Sequence[str]) -> list[str]:

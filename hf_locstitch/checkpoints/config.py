@@ -24,7 +24,11 @@ def part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def whole_and_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The config and those inside it, such as text_config."""
+    return [config, *(value for value in config.values() if isinstance(value, dict))]
+
+
 def model_types(config: Mapping[str, Any]) -> list[str]:
-    """Of the model and of those that it consists of."""
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return [kind for one in parts if isinstance(kind := one.get("model_type"), str)]
+    """Of the model and of those that it consists of, as far as they are stated."""
+    return [str(kind) for one in whole_and_parts(config) if (kind := one.get("model_type"))]

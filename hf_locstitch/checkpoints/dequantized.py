@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import ml_dtypes
@@ -75,14 +73,10 @@ class DequantizedShard(Shard):
 
     def find(self, start: int, stop: int) -> tuple[StoredTensor, int, int]:
         """The tensor shown at bytes start … stop, and which of its elements they are."""
-        number = bisect_right(self._starts, start) - 1
+        number = self.header.number_at(start)
         shown = self.header.tensors[number]
         item = ITEM_BYTES[shown.dtype]
         return self.tensors[number], (start - shown.start) // item, (stop - shown.start) // item
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        return [shown.start for shown in self.header.tensors]
 
 
 class DequantizedFile:

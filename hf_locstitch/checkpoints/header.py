@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from hf_locstitch.errors import CheckpointError
@@ -61,6 +63,14 @@ class Header:
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str]
     data_start: int
+
+    def number_at(self, start: int) -> int:
+        """Which of the tensors has the byte `start`."""
+        return bisect_right(self._starts, start) - 1
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [info.start for info in self.tensors]
 
 
 def header_length(first_bytes: bytes, file_size: int, where: str) -> int:

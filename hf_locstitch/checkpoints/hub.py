@@ -35,7 +35,7 @@ from huggingface_hub.utils import (
 )
 
 from hf_locstitch.checkpoints.cached_repo import CachedRepoSource, find_snapshot
-from hf_locstitch.checkpoints.hub_client import RATE_LIMIT, Attempts, raise_clearly, retrying
+from hf_locstitch.checkpoints.hub_client import RATE_LIMIT, Attempts, newest_pulls, raise_clearly, retrying
 from hf_locstitch.checkpoints.names import is_safe_file
 from hf_locstitch.checkpoints.remembered import Remembered
 from hf_locstitch.checkpoints.source import Advance, FileInfo, Source, file_sha256, git_blob_oid
@@ -253,15 +253,13 @@ class HubSource:
 
     def revisions_with_weights(self) -> list[str]:
         """Of the newest pull requests; only ever advice, so that nothing is tried twice and no failure matters."""
+        api = HfApi()
         try:
-            refs = HfApi().list_repo_refs(self._repo, include_pull_requests=True).pull_requests or []
-            newest = sorted((ref.ref for ref in refs), key=_number, reverse=True)[:PULLS]
-            return [ref for ref in newest if any(f.endswith(".safetensors") for f in self._files_at(ref))]
+            refs = [pull.ref for pull in newest_pulls(api, self._repo, PULLS)]
+            listed = {ref: api.list_repo_files(self._repo, revision=ref) for ref in refs}
         except Exception:
             return []
-
-    def _files_at(self, revision: str) -> list[str]:
-        return HfApi().list_repo_files(self._repo, revision=revision)
+        return [ref for ref, files in listed.items() if any(file.endswith(".safetensors") for file in files)]
 
     def check_unchanged(self, files: Iterable[str]) -> None:
         """A commit does not change, and what is read of it is checked against its hashes."""
@@ -359,11 +357,6 @@ class HubSource:
                 if arrived is not None:
                     arrived(out.fileno(), at)
         return digest.hexdigest()
-
-
-def _number(pull_request: str) -> int:
-    """N of refs/pr/N."""
-    return int(pull_request.rpartition("/")[2])
 
 
 def _fresh(response: Any, known: int) -> Iterator[bytes]:

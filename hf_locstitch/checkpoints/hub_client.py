@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -23,6 +23,9 @@ from huggingface_hub.utils import parse_ratelimit_headers
 
 from hf_locstitch.errors import CheckpointError, DownloadError
 
+if TYPE_CHECKING:
+    from huggingface_hub import GitRefInfo, HfApi
+
 LOG = logging.getLogger("hf_locstitch")
 ATTEMPTS = 6
 LONGEST_WAIT = 30.0  # seconds; a server's Retry-After is honoured up to four times this
@@ -33,6 +36,17 @@ WORTH_SAYING = 5.0  # seconds of waiting
 TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
 T = TypeVar("T")
+
+
+def newest_pulls(api: HfApi, repo: str, count: int) -> list[GitRefInfo]:
+    """Pull requests of a repo, the newest first, `count` at most."""
+    pulls = api.list_repo_refs(repo, include_pull_requests=True).pull_requests or []
+    return sorted(pulls, key=lambda pull: pull_number(pull.ref), reverse=True)[:count]
+
+
+def pull_number(ref: str) -> int:
+    """N of refs/pr/N."""
+    return int(ref.rpartition("/")[2])
 
 
 def on_the_wire(error: Exception) -> Exception:

@@ -104,8 +104,4 @@ def where_weights_are(source: Source) -> str:
     folders = sorted({file.rpartition("/")[0] for file in source.files if file.endswith(WEIGHTS)} - {""})
     if not folders:
         return "Check the name."
-    return f"Weights lie in its folders {some(folders)}: name one, such as {_inside(source, folders[0])}."
-
-
-def _inside(source: Source, folder: str) -> str:
-    return f"{source.repo or source.label}/{folder}"
+    return f"Weights lie in its folders {some(folders)}: name one, such as {source.repo or source.label}/{folders[0]}."

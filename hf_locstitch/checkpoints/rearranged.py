@@ -6,10 +6,8 @@ of the real files, when it is read.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, Shard
 from hf_locstitch.checkpoints.header import TensorInfo
@@ -60,13 +58,9 @@ class RearrangedShard(Shard):
 
     def find(self, start: int, stop: int) -> list[Run]:
         """What lies at bytes start … stop as they are shown, all of one tensor."""
-        number = max(bisect_right(self._starts, start) - 1, 0)
+        number = self.header.number_at(start)
         shown = self.header.tensors[number]
         return _between(self.runs[number], start - shown.start, stop - shown.start)
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        return [info.start for info in self.header.tensors]
 
 
 class RearrangedFile:

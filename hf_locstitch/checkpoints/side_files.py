@@ -20,8 +20,10 @@ from hf_locstitch.checkpoints.checkpoint import (
     QUANTIZATION,
     STEMS,
     Checkpoint,
+    index_file,
     read_json,
     read_json_list,
+    single_file,
 )
 from hf_locstitch.checkpoints.names import is_own, same_place
 from hf_locstitch.checkpoints.source import Source
@@ -31,7 +33,6 @@ WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot",
     ".tflite", ".npz", ".npy", ".pkl", ".mlmodel", ".mlpackage",
 )  # fmt: skip
-ENDS = (".safetensors", ".safetensors.index.json")  # of files that hold or list a model's weights
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 MODULES = "modules.json"  # of sentence-transformers: which folder holds which module
 # JSON files whose `auto_map` names Python files.
@@ -104,7 +105,7 @@ def choose_side_files(checkpoint: Checkpoint, also: Sequence[str] = ()) -> SideF
     Raises CheckpointError if a file that says so is malformed.
     """
     source, files = checkpoint.source, list(checkpoint.source.files)
-    ours = {shard.file for shard in checkpoint.shards} | {f"{stem}{end}" for stem in STEMS for end in ENDS}
+    ours = {shard.file for shard in checkpoint.shards} | {*map(single_file, STEMS), *map(index_file, STEMS)}
     free = [file for file in files if file not in ours and not is_own(file)]
     asked = {file for file in free if matching(file, also)}
     modules = list_modules(source)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, read_json
+from hf_locstitch.checkpoints.config import whole_and_parts
 from hf_locstitch.checkpoints.localizable import BLOCKS
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
@@ -56,7 +57,7 @@ def token_matrices(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def vocabulary_sizes(config: Mapping[str, Any]) -> Iterator[int]:
     """Each vocab_size of a config: its own, and those of its parts, such as text_config."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    for part in whole_and_parts(config):
         if isinstance(size := part.get("vocab_size"), int):
             yield size
 

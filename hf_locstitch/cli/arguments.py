@@ -235,6 +235,10 @@ def _add_work(output: Any, device: bool) -> None:
         )
     output.add_argument("--no-figures", dest="figures", action="store_false", default=None, help="do not draw figures")
     output.add_argument("--strict", action="store_true", default=None, help="make errors of all warnings")
+    _add_printing(output)
+
+
+def _add_printing(output: Any) -> None:
     output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     output.add_argument("--quiet", action="store_true", help="print no plan and show no progress bars")
@@ -255,9 +259,7 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("--base", metavar=REF, help="the base, if it is not where the manifest says")
     _add_target(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    parser.add_argument("--quiet", action="store_true", help="print no plan and show no progress bars")
+    _add_printing(parser)
     _add_debug(parser)
 
 

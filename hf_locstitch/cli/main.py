@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -151,12 +151,12 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe's fields, overridden by the flags that this sub-command has and that were given."""
     from hf_locstitch.plan.recipe_file import check_task_code, load_recipe
 
-    if getattr(args, "from_", None) is not None:
-        return {**_restitched(args), **_flags_of(args)}
+    flags = {key: value for key, value in vars(args).items() if value is not None}
+    if "from_" in flags:
+        return {**_restitched(args), **_of_recipe(flags)}
     fields = load_recipe(args.recipe) if args.recipe is not None else {}
     if not getattr(args, "allow_task_code", False):
         check_task_code(fields, str(args.recipe))
-    flags = {key: value for key, value in vars(args).items() if value is not None}
     if args.command == "stitch" and (given := [flag for flag in ("add", "remove", "ft") if flag in flags]):
         raise RecipeError(f"--{given[0]} says what becomes of a merge, but none is given. Use --from REF.")
     if "base" in flags:
@@ -186,12 +186,12 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
         fields["localizer"] = {**(fields.get("localizer") or {}), **given}
     if flags.get("stitch") == "refit" and isinstance(fields.get("stitch"), dict):
         del flags["stitch"]  # the recipe holds its settings
-    return {**fields, **{field: flags[field] for field in FIELDS if field in flags}}
+    return {**fields, **_of_recipe(flags)}
 
 
-def _flags_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that are fields of a recipe, as far as they are given."""
-    return {field: value for field in FIELDS if (value := getattr(args, field, None)) is not None}
+def _of_recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the given flags that are fields of a recipe."""
+    return {field: flags[field] for field in FIELDS if field in flags}
 
 
 def _restitched(args: argparse.Namespace) -> dict[str, Any]:

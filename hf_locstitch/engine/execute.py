@@ -17,11 +17,11 @@ from hf_locstitch.engine.record import check_strict
 from hf_locstitch.engine.work_dir import clear_work, open_work_dir
 from hf_locstitch.errors import OutputError, PublishError, RecipeError
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
+from hf_locstitch.plan.push_target import MAIN, PushTarget
 from hf_locstitch.runtime.processes import Processes, find_processes
 from hf_locstitch.runtime.progress import Progress, hide_library_bars
 
 if TYPE_CHECKING:
-    from hf_locstitch.plan.push_target import PushTarget
     from hf_locstitch.report.publish import Published, Upload
 
 AfterRun = Callable[[Path, Processes], None]  # called with the finished folder, in every process
@@ -112,7 +112,7 @@ def by_hand(target: PushTarget | None, folder: Path) -> str:
     """How a finished folder is uploaded without this program."""
     if target is None:
         return ""
-    flags = f" --revision {target.branch}" * (target.branch != "main") + " --create-pr" * target.pull_request
+    flags = f" --revision {target.branch}" * (target.branch != MAIN) + " --create-pr" * target.pull_request
     return f"Or upload it by hand: hf upload {target.repo} {folder}{flags}"
 
 

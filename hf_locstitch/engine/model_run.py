@@ -146,9 +146,9 @@ class ModelRun(Run[AnyModelPlan]):
         self.work.record(shard.file, record)
 
     def write_side_files(self) -> None:
-        write_index(self.plan, self.work.stage)
-        plan = self.plan
-        copy_side_files(plan.files, plan.side_files, self.work.stage, plan.recipe.dtype)
+        plan, stage = self.plan, self.work.stage
+        write_index(plan, stage)
+        copy_side_files(plan.files, plan.side_files, stage, plan.recipe.dtype)
 
 
 class MergeRun(ModelRun[MergePlan]):

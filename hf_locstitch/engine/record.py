@@ -18,6 +18,7 @@ from hf_locstitch.artifacts.manifest import (
     values_file,
     weights_sha256,
 )
+from hf_locstitch.artifacts.merged_finetune import MergedFinetune
 from hf_locstitch.artifacts.overlap import Overlap
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.source import file_sha256
@@ -48,7 +49,7 @@ def make_manifest(
     localized = _localized_inputs(plan)
     masks = _mask_records(plan, overlap, examples) if plan.masked else {}
     smaller = list(_smaller_masks(plan, masks))
-    merged = plan.merged_inputs if isinstance(plan, StitchPlan) else {}
+    merged = _merged_inputs(plan)
     parts = [*localized.values(), *merged.values()]
     exact = plan.exact_k and not smaller and all(one.record.k is not None for one in parts)
     return Manifest(
@@ -91,7 +92,7 @@ def _smaller_masks(plan: Plan, masks: Mapping[str, MaskRecord]) -> Iterator[str]
 
 
 def _mask_records(plan: Plan, overlap: Overlap, examples: Mapping[str, int]) -> dict[str, MaskRecord]:
-    parts = {**plan.localized_inputs, **plan.merged_inputs} if isinstance(plan, StitchPlan) else {}
+    parts = {**_localized_inputs(plan), **_merged_inputs(plan)}
     stored = {name: one.record.masks[one.name].examples for name, one in parts.items()}
     ones = dict(zip(plan.finetuned, overlap.pairs.diagonal().tolist(), strict=True))
     return {
@@ -181,6 +182,10 @@ def _localized_inputs(plan: Plan) -> Mapping[str, LocalizedCheckpoint]:
     return plan.localized_inputs if isinstance(plan, StitchPlan) else {}
 
 
+def _merged_inputs(plan: Plan) -> Mapping[str, MergedFinetune]:
+    return plan.merged_inputs if isinstance(plan, StitchPlan) else {}
+
+
 def check_strict(recipe: Recipe, record: Manifest) -> None:
     """Raises WorkError if a strict recipe's run warned of what its plan could not know."""
     if recipe.strict and record.warnings:
@@ -206,7 +211,7 @@ def check_pins(plan: Plan, files: FileHashes) -> None:
                     f"{localized.label}/{file} is damaged: it has sha256 {got}, expected {due}. Fetch it again."
                 )
         _check_base(plan, localized.label, localized.base, files["base"])
-    for name, one in (plan.merged_inputs if isinstance(plan, StitchPlan) else {}).items():
+    for name, one in _merged_inputs(plan).items():
         _check_base(plan, one.label, one.base, files["base"])
         if unlike := sorted(one.finetuned.files.items() ^ files[name].items()):
             file = unlike[0][0]

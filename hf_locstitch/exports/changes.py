@@ -19,8 +19,7 @@ from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError, IntegrityError, MismatchError, RequestError
 from hf_locstitch.inspection.verification.inputs import InputRef, check_hashes, fetch_tensors, open_inputs
-from hf_locstitch.plan.recipe import Recipe, make_recipe
-from hf_locstitch.plan.recipe_file import load_recipe
+from hf_locstitch.plan.recipe_file import recipe_of
 from hf_locstitch.runtime.human import more
 
 if TYPE_CHECKING:
@@ -220,7 +219,9 @@ def _check_masked(source: Source, record: Manifest) -> None:
             f"{source.label} was merged by {record.method}, without masks: it changes its base everywhere, and the "
             "export would be as large as the model. Use the merged model itself, or merge by locstitch."
         )
-    recipe = _recipe(source)
+    recipe = recipe_of(source)
+    if recipe is None:
+        raise CheckpointError(f"{source.label} lacks {RECIPE_FILE}, the recipe of the merge. Fetch it again.")
     for key, value in (("rest_from", recipe.rest_from), ("files_from", recipe.files_from)):
         if value is not None and value != "base":
             what = "the tensors outside its masks" if key == "rest_from" else "config and tokenizer"
@@ -228,12 +229,6 @@ def _check_masked(source: Source, record: Manifest) -> None:
                 f"{source.label} has {what} from {value} ({key} in {RECIPE_FILE}), and not from the base, which an "
                 f"export leaves as it is. Merge again without {key}, or use the merged model itself."
             )
-
-
-def _recipe(source: Source) -> Recipe:
-    if RECIPE_FILE not in source.files:
-        raise CheckpointError(f"{source.label} lacks {RECIPE_FILE}, the recipe of the merge. Fetch it again.")
-    return make_recipe(load_recipe(source.fetch(RECIPE_FILE)), where=f"{source.label}/{RECIPE_FILE}")
 
 
 def _open_merged(source: Source, record: Manifest) -> Checkpoint:

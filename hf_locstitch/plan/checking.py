@@ -73,9 +73,9 @@ def check_inputs(
     chosen = chosen_tensors(recipe, base)
     if not chosen and not unknown:
         problems.append(_why_none(recipe, base))
-    warnings = list(_made_names(recipe, finetuned))
+    warnings, matrices = list(_made_names(recipe, finetuned)), token_matrices(base)
     for name, checkpoint in finetuned.items():
-        candidates = chosen_tensors(recipe, checkpoint, token_matrices(base))
+        candidates = chosen_tensors(recipe, checkpoint, matrices)
         problems += mismatches(base, checkpoint, chosen, candidates)
         warnings += renaming_notes(name, checkpoint)
         warnings += differences(base, name, checkpoint, chosen)

@@ -89,8 +89,8 @@ def _output(plan: Plan) -> int:
 
 def _spill(plan: Plan, here: Here) -> int:
     if isinstance(plan, StitchPlan):
-        stored = sum(4 * one.ones + one.shards[1].size for one in plan.localized_inputs.values())
-        return stored + sum(8 * one.ones for one in plan.merged_inputs.values())  # a position and a value, float32
+        kept = sum(4 * one.ones + one.shards[1].size for one in plan.localized_inputs.values())
+        return kept + sum(8 * one.ones for one in plan.merged_inputs.values())  # a position and a value, float32
     if not plan.masked:
         return 0
     all_here = all((name, file) in here for name, files in plan.needed.items() for file in files)

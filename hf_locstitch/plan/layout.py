@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hf_locstitch.checkpoints.checkpoint import STEMS, Checkpoint
+from hf_locstitch.checkpoints.checkpoint import STEMS, Checkpoint, index_file, single_file
 from hf_locstitch.checkpoints.header import TensorInfo, TensorSpec
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.plan.recipe import Recipe
@@ -49,8 +49,8 @@ def output_shards(
 def _standard_files(source: Source, files: list[str]) -> list[str]:
     """The shards' own names where the model's library will find them in one folder, else standard ones."""
     stem = stem_of(files)
-    single = f"{stem}.safetensors"
-    indexed = f"{single}.index.json" in source.files and not any(file == single or "/" in file for file in files)
+    single = single_file(stem)
+    indexed = index_file(stem) in source.files and not any(file == single or "/" in file for file in files)
     standard = files == [single] or indexed
     return files if standard else [shard_name(stem, i, len(files)) for i in range(len(files))]
 
@@ -62,14 +62,14 @@ def stem_of(files: Sequence[str]) -> str:
 
 def shard_name(stem: str, i: int, count: int) -> str:
     """File name of shard i (from 0) of count."""
-    return f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
+    return single_file(stem) if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
 
 
 def index_name(shards: Sequence[OutputShard]) -> str | None:
     """File name of their index; None of one that needs none."""
     files = [shard.file for shard in shards]
-    single = f"{stem_of(files)}.safetensors"
-    return None if files == [single] else f"{single}.index.json"
+    stem = stem_of(files)
+    return None if files == [single_file(stem)] else index_file(stem)
 
 
 def _pack(tensors: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:

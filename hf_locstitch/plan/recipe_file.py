@@ -8,20 +8,16 @@ from typing import Any
 
 import yaml
 
+from hf_locstitch.artifacts.manifest import RECIPE_FILE
+from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import RecipeError
-from hf_locstitch.plan.recipe import Recipe
+from hf_locstitch.plan.recipe import Recipe, make_recipe
 from hf_locstitch.runtime.parsing import parse_yaml
 from hf_locstitch.stitch.fitting import OnInputs
 from hf_locstitch.tasks.sets import LocalizationSet
 
-NOT_THE_MERGE = (
-    "out",
-    "push_to",
-    "private",
-    "create_pr",
-    "evaluate",
-    "strict",
-)  # fields that say where it goes and how it is judged
+# Fields that say where it goes and how it is judged.
+NOT_THE_MERGE = ("out", "push_to", "private", "create_pr", "evaluate", "strict")
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -35,6 +31,13 @@ def load_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise RecipeError(f"{path} must hold fields such as `base:` and `finetuned:`, not {type(fields).__name__}.")
     return fields
+
+
+def recipe_of(source: Source) -> Recipe | None:
+    """The recipe that lies beside a merge's weights; None if there is none. Raises RecipeError."""
+    if RECIPE_FILE not in source.files:
+        return None
+    return make_recipe(load_recipe(source.fetch(RECIPE_FILE)), where=f"{source.label}/{RECIPE_FILE}")
 
 
 def check_task_code(fields: Mapping[str, Any], where: str) -> None:

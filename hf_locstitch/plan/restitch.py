@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from hf_locstitch.artifacts.manifest import RECIPE_FILE
@@ -13,8 +12,8 @@ from hf_locstitch.artifacts.merged_finetune import open_merge
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError, RecipeError
-from hf_locstitch.plan.recipe import Finetuned, Recipe, make_recipe
-from hf_locstitch.plan.recipe_file import load_recipe
+from hf_locstitch.plan.recipe import Finetuned, Recipe
+from hf_locstitch.plan.recipe_file import recipe_of
 from hf_locstitch.runtime.progress import hide_library_bars
 
 CARRIED_OVER = ("scale", "also_copy", "dtype", "shard_size", "allow_non_finite")  # fields that the new merge has, too
@@ -55,9 +54,9 @@ def restitch(change: Change) -> dict[str, Any]:
 
 
 def _recipe_of(source: Source) -> Recipe:
-    if RECIPE_FILE not in source.files:
+    recipe = recipe_of(source)
+    if recipe is None:
         raise CheckpointError(f"{source.label} has no {RECIPE_FILE}, which says what it is made of. Fetch it again.")
-    recipe = make_recipe(load_recipe(Path(source.fetch(RECIPE_FILE))), where=f"{source.label}/{RECIPE_FILE}")
     if given := [f"{field}: {value}" for field in FROM_A_FINETUNE if (value := getattr(recipe, field)) is not None]:
         raise RecipeError(
             f"{source.label} has more of one finetune than its mask keeps ({', '.join(given)}): it does not consist of "

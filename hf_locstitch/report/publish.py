@@ -22,7 +22,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_locstitch.artifacts.manifest import FILE
-from hf_locstitch.checkpoints.hub_client import RATE_LIMIT, Attempts, is_transient, retrying, status_of
+from hf_locstitch.checkpoints.hub_client import (
+    RATE_LIMIT,
+    Attempts,
+    is_transient,
+    newest_pulls,
+    pull_number,
+    retrying,
+    status_of,
+)
 from hf_locstitch.checkpoints.source import git_blob_oid
 from hf_locstitch.errors import OutputError, PublishError
 from hf_locstitch.plan.push_target import MAIN, PushTarget
@@ -285,11 +293,10 @@ def _already(api: HfApi, target: PushTarget, head: str, operations: Sequence[Ope
     """What an earlier process, or a request whose answer was lost, has published; None if there is nothing."""
     if not target.pull_request:
         return Published(_url(target), head) if _landed(api, target.repo, head, operations) else None
-    found = retrying(lambda: api.list_repo_refs(target.repo, include_pull_requests=True)).pull_requests or []
-    numbered = sorted(((int(ref.ref.rpartition("/")[2]), ref.target_commit) for ref in found), reverse=True)
-    for number, commit in numbered[:RECENT]:
-        if _landed(api, target.repo, commit, operations):
-            return Published(f"{constants.ENDPOINT}/{target.repo}/discussions/{number}", commit)
+    for pull in retrying(lambda: newest_pulls(api, target.repo, RECENT)):
+        if _landed(api, target.repo, pull.target_commit, operations):
+            url = f"{constants.ENDPOINT}/{target.repo}/discussions/{pull_number(pull.ref)}"
+            return Published(url, pull.target_commit)
     return None
 
 

@@ -24,15 +24,15 @@ def parts(model_types: Iterable[str], names: Collection[str]) -> dict[str, Part]
 
 def _parts(model_type: str, names: Sequence[str]) -> dict[str, Part]:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, apply_renamings
 
     mapping = get_checkpoint_conversion_mapping(model_type) or []
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter) and _keeps_bytes_together(entry)]
-    before = {name: rename_source_key(name, renamings, [])[0] for name in names}
     found = {}
-    for name, renamed in before.items():
-        whole, pattern = rename_source_key(renamed, [], converters)
+    for name in names:
+        renamed = apply_renamings(name, renamings)
+        whole, pattern = apply_converters(renamed, converters)
         entry = next((one for one in converters if pattern in one.source_patterns), None)
         found[name] = Part(whole, _order(entry, pattern, renamed)) if entry and pattern else Part(whole)
     return found

@@ -12,9 +12,11 @@ from hf_locstitch.checkpoints.checkpoint import (
     Checkpoint,
     Config,
     Shard,
+    index_file,
     read_card,
     read_json,
     read_shard,
+    single_file,
 )
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.kind import CheckpointKind
@@ -55,7 +57,7 @@ class Safetensors(CheckpointKind):
 def _main_file(files: Collection[str]) -> str | None:
     """The single file or the index, of a variant such as fp16 only if there is but one and nothing else."""
     for stem in STEMS:
-        for file in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+        for file in (single_file(stem), index_file(stem)):
             if file in files:
                 return file
     variants = [file for file in files if VARIANT.fullmatch(file)]
