@@ -269,8 +269,8 @@ def _add_verify(commands: Any) -> None:
         "verify",
         help="check a merge or a localized checkpoint: files, masks, values",
         description="Read a merge or a localized checkpoint back: its files against the manifest, its masks against "
-        f"the densities, its values against the inputs. Writes nothing. {REF}: a folder, org/name or "
-        "org/name@revision.",
+        "the densities, its values against the inputs. Writes nothing. "
+        f"{REF}: a folder or org/name[/subfolder][@revision].",
     )
     parser.add_argument("ref", metavar=REF, help="the merge or localized checkpoint")
     parser.add_argument("--base", metavar=REF, help="the base, if it is not where the manifest says")
