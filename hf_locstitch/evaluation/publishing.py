@@ -17,11 +17,12 @@ from markupsafe import Markup
 
 from hf_locstitch.artifacts.manifest import FILE, parse_manifest, to_json
 from hf_locstitch.checkpoints.checkpoint import CARD, open_source
-from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.checkpoints.ref import Ref, parse_ref
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import OutputError
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, Table, markdown
 from hf_locstitch.evaluation.scores import TaskResult
+from hf_locstitch.plan.push_target import MAIN, PushTarget
 from hf_locstitch.runtime import escape
 from hf_locstitch.runtime.files import write_atomically
 
@@ -35,15 +36,25 @@ HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 def check_writable(ref: str) -> None:
     """Raises OutputError unless the results can be written where `ref` is."""
     parsed = parse_ref(ref)
+    if parsed.path:
+        whole = parsed.repo or parsed.folder
+        raise OutputError(
+            f"{ref} is only a part of {whole}, whose card speaks of the whole, so scores are not written there. Leave "
+            f"out --push, or evaluate {whole}."
+        )
     if parsed.folder is None:
-        from hf_locstitch.plan.push_target import PushTarget
-        from hf_locstitch.report.publish import check_target
+        from hf_locstitch.report.publish import check_branch, check_target
 
-        check_target(PushTarget(str(parsed.repo)))
+        check_target(_target(parsed))
+        check_branch(_target(parsed))
     elif not parsed.folder.is_dir():
         raise OutputError(
             f"{parsed.folder} is not a folder, so results cannot be written there. Name a folder or a repo."
         )
+
+
+def _target(ref: Ref) -> PushTarget:
+    return PushTarget(str(ref.repo), ref.revision or MAIN)
 
 
 def write_results(report: EvaluationReport, ref: str) -> EvaluationReport:
@@ -65,7 +76,7 @@ def write_results(report: EvaluationReport, ref: str) -> EvaluationReport:
                 shutil.copyfile(source.fetch(file), stage / file)
         record_in(report, stage, parsed.name)
         message = f"Add scores: {', '.join(report.tasks)}"
-        done = publish_files(stage, str(parsed.repo), parent=str(source.commit), message=message)
+        done = publish_files(stage, _target(parsed), parent=str(source.commit), message=message)
     return replace(report, url=done.url, commit=done.commit)
 
 

@@ -34,6 +34,7 @@ from hf_locstitch.checkpoints.hub_client import (
 from hf_locstitch.checkpoints.source import git_blob_oid
 from hf_locstitch.errors import OutputError, PublishError
 from hf_locstitch.plan.push_target import MAIN, PushTarget
+from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import Progress
 
 # What an earlier model in the repo may have left that would be loaded in place of, or mistaken for, the new one.
@@ -100,6 +101,16 @@ def _check_open(target: PushTarget) -> None:
             f"{target.ref} does not exist or is not accessible with this token, so no pull request can be opened "
             "there. Check the name, or drop --create-pr."
         ) from error
+
+
+def check_branch(target: PushTarget) -> None:
+    """Raises OutputError unless the repo has this branch, which a commit, a tag or a pull request's ref is not."""
+    branches = [one.name for one in retrying(lambda: HfApi().list_repo_refs(target.repo)).branches]
+    if target.branch not in branches:
+        raise OutputError(
+            f"{target.branch} is no branch of {target.repo}, so nothing can be committed there. Name one of "
+            f"{some(branches)}."
+        )
 
 
 def why_not(user: Mapping[str, Any], repo: str) -> str | None:
@@ -226,20 +237,20 @@ class Upload:
             ) from error
 
 
-def publish_files(folder: Path, repo: str, *, parent: str, message: str) -> Published:
-    """Add the files of `folder` to a repo that is still at the commit `parent`, in one commit. Raises PublishError."""
-    api, target = HfApi(), PushTarget(repo)
+def publish_files(folder: Path, target: PushTarget, *, parent: str, message: str) -> Published:
+    """Add the files of `folder` to a branch that is still at the commit `parent`, in one commit. Raises PublishError."""
+    api = HfApi()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     try:
         for operation in operations:
-            retrying(lambda op=operation: api.preupload_lfs_files(repo, [op], free_memory=False))
+            retrying(lambda op=operation: api.preupload_lfs_files(additions=[op], free_memory=False, **_where(target)))
         return _commit(api, target, [*operations], parent, message)
     except PublishError:
         raise
     except Exception as error:
         raise PublishError(
-            f"uploading to {repo} failed ({_short(error)}); nothing was committed. Run the same command again."
+            f"uploading to {target} failed ({_short(error)}); nothing was committed. Run the same command again."
         ) from error
 
 

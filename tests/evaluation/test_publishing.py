@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers.language_models import add_benchmark, favouring
 from helpers.models import load
-from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub import HfApi, ModelCard, parse_eval_result_entries
 
 from hf_locstitch import evaluate
 from hf_locstitch.errors import PublishError, WorkError
@@ -102,6 +102,32 @@ def test_a_repo_that_moved_is_left_alone(
     assert ".eval_results" not in str(home_hub.files(published)) and "figures/scores.png" not in home_hub.files(
         published
     )
+
+
+def test_scores_of_a_branch_go_to_the_branch(home_hub: LoopbackHub, published: str, tasks: Path, run: Run) -> None:
+    HfApi().create_branch(published, branch="next")
+    main_head = home_hub.head(published)
+    status, out, _ = run("evaluate", f"{published}@next", "--tasks", "letters", "--include-path", tasks, "--push")
+    assert status == 0 and f"{published}/tree/next" in out
+    assert home_hub.head(published) == main_head
+    assert "## Evaluation" in home_hub.read(published, "README.md", revision="next").decode()
+
+
+@pytest.mark.parametrize("kind", ["commit", "tag", "folder"])
+def test_what_cannot_be_committed_to_is_refused_before_the_work(
+    home_hub: LoopbackHub, published: str, a: Path, tasks: Path, run: Run, kind: str
+) -> None:
+    HfApi().create_tag(published, tag="v1")
+    home_hub.add_repo(published, {f"part/{file.name}": file for file in a.iterdir()})
+    ref, said = {
+        "commit": (f"{published}@{home_hub.head(published)}", "is no branch of"),
+        "tag": (f"{published}@v1", "v1 is no branch of"),
+        "folder": (f"{published}/part", "only a part of"),
+    }[kind]
+    commits = len(home_hub.commits(published))
+    status, _, err = run("evaluate", ref, "--tasks", "letters", "--include-path", tasks, "--push")
+    assert status == 2 and said in err
+    assert len(home_hub.commits(published)) == commits and not cache_folder().exists()
 
 
 def test_from_checkpoints_to_an_evaluated_page(
