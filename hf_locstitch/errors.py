@@ -61,7 +61,7 @@ class StrictError(RequestError):
         super().__init__(
             f"strict makes errors of warnings, and there {'is 1' if len(warnings) == 1 else f'are {len(warnings)}'}:\n"
             + "\n".join(f"  - {' '.join(warning.split())}" for warning in warnings)
-            + "\nSee to them, or drop strict."
+            + "\nResolve them, or leave out --strict."
         )
 
 

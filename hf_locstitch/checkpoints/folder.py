@@ -9,6 +9,7 @@ from pathlib import Path
 from hf_locstitch.checkpoints.names import is_safe_file
 from hf_locstitch.checkpoints.source import Advance, FileInfo, file_sha256
 from hf_locstitch.errors import CheckpointError
+from hf_locstitch.runtime.human import nearest
 
 
 class FolderSource:
@@ -19,7 +20,7 @@ class FolderSource:
         self.commit: str | None = None
         if not os.path.isdir(folder):  # also of a name too long for a file system
             raise CheckpointError(
-                f"the folder {folder} does not exist. Give an existing folder, or a repo as org/name."
+                f"the folder {folder} does not exist{_meant(folder)} Give an existing folder, or a repo as org/name."
             )
         _check_readable(folder, os.R_OK | os.X_OK)
         self.folder = folder
@@ -93,6 +94,15 @@ class FolderSource:
         if path.exists():
             _check_readable(path, os.R_OK)
         return path
+
+
+def _meant(folder: Path) -> str:
+    """The end of a sentence: a folder beside the one that is not there whose name is like its name."""
+    try:
+        beside = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        beside = []
+    return nearest(folder.name, beside, folder.parent) or "."
 
 
 def _check_readable(path: Path, rights: int) -> None:

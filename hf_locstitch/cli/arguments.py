@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_locstitch.cli.parser import Parser
 from hf_locstitch.exports.forms import FORMS
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.runtime.version import __version__
@@ -17,12 +18,13 @@ REF = "REF"  # a folder or org/name[/subfolder][@revision]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parsed arguments name the sub-command as `command`."""
-    parser = argparse.ArgumentParser(
+    """The parsed arguments name the sub-command as `command`, None if none was given."""
+    parser = Parser(
         prog="hf-locstitch", description="Merge finetuned models by Localize-and-Stitch.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"hf-locstitch {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
     _add_merge(commands)
     _add_localize(commands)
     _add_stitch(commands)

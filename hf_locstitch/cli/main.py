@@ -34,7 +34,11 @@ LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0 done, 2 invalid request, 1 the work failed, 128 + n signal n."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     log = logging.getLogger("hf_locstitch")
     if not log.handlers:
         log.addHandler(LogToStderr())
@@ -114,6 +118,7 @@ def stitch(args: argparse.Namespace) -> int:
 
 def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan]) -> int:
     """Plan, print the plan, work, and print the result."""
+    from hf_locstitch.engine.execute import check_free, check_possible
     from hf_locstitch.engine.preflight import check_output_given
     from hf_locstitch.plan.adapter_inputs import with_base
     from hf_locstitch.plan.describe import format_plan, plan_json
@@ -128,11 +133,10 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
     plan = make(recipe, make_settings(cache=not args.no_cache, max_memory=args.max_memory, device=device))
     quiet = args.quiet or not _speaks()
     if args.dry_run:
-        from hf_locstitch.engine.execute import check_possible
-
         check_possible(plan)
         _print(in_json(plan_json(plan)) if args.json else format_plan(plan))
         return 0
+    check_free(plan)
     if not quiet:
         print(format_plan(plan), file=sys.stderr)
     from hf_locstitch.api import carry_out

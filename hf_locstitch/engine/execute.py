@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.checkpoints.source import Source
-from hf_locstitch.engine.preflight import check_inputs, check_out, check_output_given, check_place, check_work
+from hf_locstitch.engine.preflight import (
+    check_inputs,
+    check_out,
+    check_output_given,
+    check_place,
+    check_work,
+    find_record,
+)
 from hf_locstitch.engine.record import check_strict
 from hf_locstitch.engine.work_dir import clear_work, open_work_dir
 from hf_locstitch.errors import OutputError, PublishError, RecipeError
@@ -66,10 +73,17 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
 
 def check_possible(plan: Plan) -> None:
     """As `execute` before its work: whether the Hub takes the result, and inputs and disk are there. RequestError."""
+    check_free(plan)
     _check_push(plan)
     if plan.recipe.out is not None or plan.recipe.push_to is not None:
         check_place(plan.recipe.out or _scratch(plan) / "merged")
     check_inputs(plan)
+
+
+def check_free(plan: Plan) -> None:
+    """Raises OutputError if the result cannot become the folder that is asked for. Reads no weights."""
+    if plan.recipe.out is not None:
+        find_record(plan.recipe.out, plan)
 
 
 def _check_push(plan: Plan) -> None:

@@ -29,10 +29,21 @@ def check_out(out: Path, plan: Plan) -> Manifest | None:
 
     Raises OutputError if it holds anything else, or a finished folder cannot be moved there.
     """
+    record = find_record(out, plan)
+    if record is not None and not is_intact(record, out):
+        raise taken(out)
+    return record
+
+
+def find_record(out: Path, plan: Plan) -> Manifest | None:
+    """The record of this very merge if `out` holds it, whose files may be damaged; None if nothing is there.
+
+    Raises OutputError if it holds anything else, or a finished folder cannot be moved there. Reads no weights.
+    """
     if is_free(out):
         return None
     record = _read_manifest(out)
-    if record is None or record.fingerprint != fingerprint(plan) or not is_intact(record, out):
+    if record is None or record.fingerprint != fingerprint(plan):
         raise taken(out)
     return record
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    constants,
+    eval_result_entries_to_yaml,
+)
 from markupsafe import Markup
 
 from hf_locstitch.artifacts.manifest import FILE, parse_manifest, to_json
@@ -222,7 +229,7 @@ def _where(model: ModelScores) -> str:
     repo, at, commit = model.ref.partition("@")
     if not at:
         return escape.code(model.ref) if model.role != "average" else escape.markdown(model.ref)
-    return f"{escape.link(repo, f'https://huggingface.co/{repo}/tree/{commit}')} at {escape.code(commit[:7])}"
+    return f"{escape.link(repo, f'{constants.ENDPOINT}/{repo}/tree/{commit}')} at {escape.code(commit[:7])}"
 
 
 def _tell_manifest(folder: Path, paths: Sequence[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from hf_locstitch.checkpoints.adapter import ADAPTER_CONFIG, AdapterCheckpoint
@@ -103,10 +104,28 @@ def adapter_warnings(base: Checkpoint, finetuned: Mapping[str, Checkpoint]) -> I
 
 def _adapter_warnings(base: Checkpoint, name: str, adapter: AdapterCheckpoint) -> Iterator[str]:
     named, repo = adapter.base_name, base.source.repo
-    if named is not None and repo is not None and could_be_repo(named) and named.casefold() != repo.casefold():
-        yield f"{name} was trained on {named}, as its {ADAPTER_CONFIG} says; the base given is {repo}."
+    if named is not None and _is_another(named, base):
+        yield (
+            f"{name} was trained on {named}, as its {ADAPTER_CONFIG} says; the base given is {repo or base.label}. "
+            "Over another base its changes mean nothing."
+        )
     revision, commit = adapter.base_revision, base.source.commit
     if named == repo and revision is not None and commit is not None and not commit.startswith(revision):
         yield f"{name} was trained on {named}@{revision}, as its {ADAPTER_CONFIG} says; the base given is at {commit}."
     if adapter.left:
         yield f"{name} holds what the base has no tensor for: {some(adapter.left)}. It is left out."
+
+
+def _is_another(named: str, base: Checkpoint) -> bool:
+    """Whether the base that an adapter names can be told to be another than the one given.
+
+    What is not here to be compared, such as where it was trained on another machine, is told apart by its last part.
+    """
+    repo = base.source.repo
+    if repo is not None and could_be_repo(named):
+        return named.casefold() != repo.casefold()
+    given = Path(repo or base.source.label).absolute()
+    if repo is None and os.path.isdir(named):
+        return not os.path.samefile(named, given)
+    cached = f"models--{named.replace('/', '--')}"  # a folder of the Hub's cache, whose last part is a commit
+    return given.name.casefold() != Path(named).name.casefold() and cached not in given.parts

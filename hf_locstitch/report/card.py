@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, constants
 from markupsafe import Markup
 
 from hf_locstitch.artifacts.manifest import Manifest, told
@@ -187,7 +187,7 @@ def pins(plan: Plan) -> str:
 def data_link(data: OpenSet) -> Markup:
     if data.repo is None:
         return Markup(f"local file {code(data.pinned.ref)}")
-    at = link(data.repo, f"https://huggingface.co/datasets/{data.repo}/tree/{data.commit}")
+    at = link(data.repo, f"{constants.ENDPOINT}/datasets/{data.repo}/tree/{data.commit}")
     return Markup(f"{at} ({markdown(data.config)})") if data.config else at
 
 
@@ -206,7 +206,7 @@ def source_link(source: Source) -> Markup:
     if source.repo is None:
         return Markup(f"local folder {code(source.pinned)}")
     named = source.pinned.rpartition("@")[0]  # with a subfolder, if it is one
-    at = link(named, f"https://huggingface.co/{source.repo}/tree/{source.commit}{named.removeprefix(source.repo)}")
+    at = link(named, f"{constants.ENDPOINT}/{source.repo}/tree/{source.commit}{named.removeprefix(source.repo)}")
     return Markup(f"{at} at {code((source.commit or '')[:7])}")
 
 

@@ -238,7 +238,7 @@ class Upload:
 
 
 def publish_files(folder: Path, target: PushTarget, *, parent: str, message: str) -> Published:
-    """Add the files of `folder` to a branch that is still at the commit `parent`, in one commit. Raises PublishError."""
+    """Add the files of `folder`, in one commit, to a branch that is still at `parent`. Raises PublishError."""
     api = HfApi()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 
 
 def human(nbytes: float) -> str:
@@ -22,3 +24,9 @@ def more(count: int) -> str:
 def some(names: Sequence[str]) -> str:
     """The first three, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def nearest(given: str, known: Iterable[str], within: Path | None = None) -> str:
+    """'. Did you mean X?', or nothing if nothing known is like what was given. within: the folder of what is known."""
+    close = get_close_matches(given, list(known), n=1)
+    return f". Did you mean {within / close[0] if within else close[0]}?" if close else ""

@@ -230,6 +230,35 @@ def test_another_repo_than_the_adapter_names(home: Path, published: Callable[...
     assert not plan_merge({"base": base, "finetuned": ["lora"]}).warnings
 
 
+@pytest.mark.parametrize(
+    ("named", "another"),
+    [
+        ("base", False),  # the folder itself
+        ("other", True),  # a folder that is here, too
+        ("/elsewhere/base", False),  # on the machine that it was trained on
+        ("/elsewhere/other", True),
+        ("org/base", False),  # a download of it
+        ("org/other", True),
+    ],
+)
+def test_another_folder_than_the_adapter_names(home: Path, named: str, another: bool) -> None:
+    """Its changes fit any base of these shapes, so only the name tells."""
+    shutil.copytree(home / "base", home / "other")
+    change(home / "lora", base_model_name_or_path=named, revision=None)
+    warned = [warning for warning in plan().warnings if "was trained on" in warning]
+    assert bool(warned) is another
+    assert all(f"was trained on {named}" in warning and "the base given is base" in warning for warning in warned)
+
+
+def test_a_folder_of_the_cache_is_the_repo_that_the_adapter_names(home: Path) -> None:
+    snapshot = home / "models--org--base" / "snapshots" / ("0" * 40)
+    shutil.copytree(home / "base", snapshot)
+    change(home / "lora", base_model_name_or_path="org/base", revision=None)
+    assert not any(
+        "was trained on" in warning for warning in plan_merge({"base": str(snapshot), "finetuned": ["lora"]}).warnings
+    )
+
+
 def test_the_base_that_adapters_name(home: Path, published: Callable[..., str], tmp_path: Path) -> None:
     base = published("base")
     lora = published("lora", base_model_name_or_path=base)

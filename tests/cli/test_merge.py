@@ -112,6 +112,15 @@ def test_dry_run_writes_nothing(merge: Run, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_folder_that_is_taken_is_said_before_the_plan(merge: Run, tmp_path: Path) -> None:
+    assert merge()[0] == 0
+    assert merge("--dry-run", "--out", tmp_path / "out")[0] == 0  # the same merge, which is done
+    for more in ([], ["--dry-run", "--out", tmp_path / "out"]):
+        status, out, err = merge("--density", "0.5", *more)
+        assert status == 2 and "exists and is not an empty folder" in err
+        assert "method" not in out + err
+
+
 def test_recipe_and_flags_that_override_it(run: Run, merge: Run, base: State, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -164,8 +173,14 @@ def test_a_terminal_that_knows_no_letters_and_a_reader_that_has_seen_enough(merg
 def test_usage(run: Run, merge: Run, tmp_path: Path) -> None:
     refused(tmp_path, run(), "usage")
     refused(tmp_path, run("merge", "--out", tmp_path / "out"), "'base' is missing", "'finetuned' is missing")
-    refused(tmp_path, merge("--densty", "0.1"), "--densty")
-    refused(tmp_path, merge("--method", "magic"), "magic")
+    refused(tmp_path, run("mrege"), "'mrege' is not one of merge, localize,", "Did you mean merge?")
+    refused(tmp_path, merge("--densty", "0.1"), "no flag --densty. Did you mean --density?", "merge --help")
+    refused(tmp_path, merge("--densty=0.1"), "no flag --densty. Did you mean --density?")
+    refused(tmp_path, run("merge", "a.yaml", "b.yaml"), "'b.yaml' is one value too many")
+    refused(tmp_path, merge("--method", "tie"), "'tie' is not one of average,", "Did you mean ties?")
+    refused(tmp_path, merge("--method", "xyz"), "'xyz' is not one of average,")
+    refused(tmp_path, run("merge", "--base", tmp_path / "bas", "--ft", tmp_path / "ft", "--dry-run"),
+            f"Did you mean {tmp_path / 'base'}?")  # fmt: skip
     refused(tmp_path, merge("--names", "a", "b"), "2 names", "1 finetunes")
     refused(tmp_path, merge("--names", "../evil"), "finetuned.0.name")
     refused(tmp_path, merge("--private"), "push_to")
