@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 
 from loopback_hub.api import Api
-from loopback_hub.faults import Fault, FaultKind, Faults, RateLimit, RateLimiter, Request
+from loopback_hub.faults import Fault, FaultKind, Faults, Link, RateLimit, RateLimiter, Request
 from loopback_hub.git import Change, Commit, Entry, Refusal, Repo, check_path, wants_lfs
 from loopback_hub.rights import Rights
 from loopback_hub.server import Server
@@ -26,7 +26,7 @@ from loopback_hub.store import Store
 from loopback_hub.upload import check_readme
 from loopback_hub.wire import CHUNK
 
-__all__ = ["Commit", "Entry", "Fault", "FaultKind", "LoopbackHub", "RateLimit", "Refusal", "Request"]
+__all__ = ["Commit", "Entry", "Fault", "FaultKind", "Link", "LoopbackHub", "RateLimit", "Refusal", "Request"]
 
 DEFAULT_USERS: Mapping[str, str] = MappingProxyType({"hf_loopback": "demo"})
 NO_ORGS: Mapping[str, Sequence[str]] = MappingProxyType({})
@@ -46,6 +46,7 @@ class LoopbackHub:
     multipart_chunk: bytes of a part; larger LFS files are then uploaded in parts. None: never in parts.
     read_tokens: those that may only read.
     rate_limit: how many requests are answered in a window of time. None: all.
+    link: how fast every connection is, how long an answer takes to begin, how many are served at a time.
     redirect_lfs: LFS files are answered with a 302 to another origin (localhost), as the real Hub does.
     """
 
@@ -64,6 +65,7 @@ class LoopbackHub:
         self._api = Api(self._store, self._rights, lambda: self.endpoint)
         self._faults = Faults()
         self._limiter = RateLimiter()
+        self._link = Link()
         self._log: list[Request] = []
 
     def start(self) -> LoopbackHub:
@@ -71,6 +73,7 @@ class LoopbackHub:
         if self._server is None:
             faults, limiter = self._faults, self._limiter
             self._server = Server(self._port, self._api.respond, self._rights.identify, faults, limiter, self._log)
+            self._server.link = self._link
             self._port = self._server.server_address[1]
             threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
@@ -143,6 +146,17 @@ class LoopbackHub:
     @rate_limit.setter
     def rate_limit(self, limit: RateLimit | None) -> None:
         self._limiter.limit = limit
+
+    @property
+    def link(self) -> Link:
+        """What the network does to every connection, from the next request on."""
+        return self._link
+
+    @link.setter
+    def link(self, link: Link) -> None:
+        self._link = link
+        if self._server is not None:
+            self._server.link = link
 
     @property
     def redirect_lfs(self) -> bool:

@@ -83,6 +83,22 @@ class RateLimit:
     headers: Literal["RateLimit", "Retry-After", ""] = "RateLimit"
 
 
+@dataclass(frozen=True)
+class Link:
+    """What a real network does to every connection. speed: bytes of an answer or a request per second; latency:
+    seconds before an answer begins; connections: answered at a time, others get a 503. 0: no limit.
+    """
+
+    speed: float = 0.0
+    latency: float = 0.0
+    connections: int = 0
+
+    def pass_on(self, nbytes: int) -> None:
+        """Take as long as so many bytes do."""
+        if self.speed:
+            time.sleep(nbytes / self.speed)
+
+
 class RateLimiter:
     """Counts requests against the limit of the moment, in fixed windows."""
 

@@ -15,11 +15,12 @@ from dataclasses import replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from loopback_hub.faults import Fault, FaultKind, Faults, RateLimiter, Request
+from loopback_hub.faults import Fault, FaultKind, Faults, Link, RateLimiter, Request
 from loopback_hub.git import Refusal
 from loopback_hub.wire import Answer, Body, Call, Dropped, refusal
 
 logger = logging.getLogger(__name__)
+PACKET = 1 << 15  # bytes that a slow link passes on together
 NUMBERS = itertools.count()  # of requests, also of a Hub that was started again
 
 
@@ -41,6 +42,7 @@ class Server(ThreadingHTTPServer):
     ) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.respond, self.identify, self.faults, self.limiter, self.log = respond, identify, faults, limiter, log
+        self.link = Link()
         self.stopping = threading.Event()
         self.idle = threading.Condition()
         self.active = 0
@@ -98,9 +100,11 @@ class Handler(BaseHTTPRequestHandler):
         self._status, self._sent = 0, 0
         self._fault: FaultKind | None = None
         self._user: str | None = None
-        self._body = Body(self.rfile, self.headers)
+        self._link = self.server.link
+        self._body = Body(self.rfile, self.headers, self._link)
         with self.server.idle:
             self.server.active += 1
+            self._full = 0 < self._link.connections < self.server.active
             self._number = next(NUMBERS)
         try:
             self._exchange()
@@ -137,9 +141,13 @@ class Handler(BaseHTTPRequestHandler):
         if early and early.kind == "reset":
             if early.after_bytes is None:
                 raise Dropped("fault")
-            self._body = Body(self.rfile, self.headers, early.after_bytes)
+            self._body = Body(self.rfile, self.headers, self._link, early.after_bytes)
         answered, limits = self.server.limiter.count(self.path)
-        answer = self._answer(early) if answered else Answer({"error": "Too Many Requests"}, 429)
+        time.sleep(self._link.latency)
+        if self._full:
+            answer = Answer({"error": "Too many connections"}, 503)
+        else:
+            answer = self._answer(early) if answered else Answer({"error": "Too Many Requests"}, 429)
         answer = replace(answer, headers={**answer.headers, **limits})
         self._body.drain()
         if self._take(lambda fault: fault.kind == "lost_answer"):
@@ -211,7 +219,9 @@ class Handler(BaseHTTPRequestHandler):
         self._put(chunk[at:])
 
     def _put(self, data: bytes) -> None:
-        self.wfile.write(data)
+        for start in range(0, len(data), PACKET):
+            self.wfile.write(data[start : start + PACKET])
+            self._link.pass_on(min(PACKET, len(data) - start))
         self._sent += len(data)
 
     def _reset(self) -> None:

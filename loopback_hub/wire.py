@@ -11,6 +11,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from loopback_hub.faults import Link
 from loopback_hub.git import Refusal
 
 CHUNK = 1 << 18
@@ -25,8 +26,8 @@ class Dropped(ConnectionError):
 class Body:
     """A request's body, by Content-Length or chunked, read as it comes."""
 
-    def __init__(self, stream: BufferedIOBase, headers: Message, reset_after: int | None = None) -> None:
-        self._stream = stream
+    def __init__(self, stream: BufferedIOBase, headers: Message, link: Link, reset_after: int | None = None) -> None:
+        self._stream, self._link = stream, link
         self._left = int(headers.get("Content-Length") or 0)
         self._chunked = "chunked" in (headers.get("Transfer-Encoding") or "").lower()
         self._reset_after = reset_after
@@ -35,6 +36,7 @@ class Body:
     def __iter__(self) -> Iterator[bytes]:
         while data := self._next():
             self.received += len(data)
+            self._link.pass_on(len(data))
             if self._reset_after is not None and self.received >= self._reset_after:
                 raise Dropped("fault")
             yield data

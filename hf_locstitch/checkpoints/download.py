@@ -11,10 +11,12 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from hf_locstitch.checkpoints.byte_ranges import Range
 from hf_locstitch.checkpoints.hub import HubSource
+from hf_locstitch.checkpoints.read_ahead import ReadAhead
 from hf_locstitch.checkpoints.source import Advance
 from hf_locstitch.errors import IntegrityError
 from hf_locstitch.runtime.files import punch_hole
@@ -102,12 +104,13 @@ class Download(ABC):
 
     def _fetch_all(self) -> None:
         try:
-            for file in self.files:
-                self._fetch(file)
-                self._on_verified(file)
-                with self._changed:
-                    self._verified.add(file)
-                    self._changed.notify_all()
+            with self._read_ahead() as ahead:
+                for file in self.files:
+                    self._fetch(file, ahead)
+                    self._on_verified(file)
+                    with self._changed:
+                        self._verified.add(file)
+                        self._changed.notify_all()
         except _Stopped:
             pass
         except BaseException as error:
@@ -116,7 +119,11 @@ class Download(ABC):
                 self._changed.notify_all()
 
     @abstractmethod
-    def _fetch(self, file: str) -> None:
+    def _read_ahead(self) -> ReadAhead:
+        """Through what the files come."""
+
+    @abstractmethod
+    def _fetch(self, file: str, ahead: ReadAhead) -> None:
         """Fetch a file, reporting progress to `_tell`, and check it."""
 
     def _tell(self, file: str, fd: int, upto: int) -> None:
@@ -126,12 +133,14 @@ class Download(ABC):
                 raise _Stopped
             if file not in self._fds:
                 self._fds[file] = os.dup(fd)
-            self._arrived[file] = upto
-            self._changed.notify_all()
+            before, self._arrived[file] = self._arrived[file], upto
+            if any(name == file and before < stop <= upto for name, stop in self._awaited):
+                self._changed.notify_all()
 
 
 class CachingDownload(Download):
-    """Into the user's Hub cache, at full speed. here: files that are in it already, which make no progress."""
+    """Into the user's Hub cache, at full speed. here: files that are in it already, which make no progress. early:
+    whether a file may be read while it comes; otherwise one that comes damaged is fetched once more."""
 
     def __init__(
         self,
@@ -140,13 +149,19 @@ class CachingDownload(Download):
         advance: Advance,
         on_verified: Callable[[str], object],
         here: Collection[str] = (),
+        *,
+        early: bool = True,
     ) -> None:
         super().__init__(source, files, advance, on_verified)
-        self._here = frozenset(here)
+        self._here, self._early = frozenset(here), early
 
-    def _fetch(self, file: str) -> None:
+    def _read_ahead(self) -> ReadAhead:
+        fetched = [file for file in self.files if self.source.files[file].sha256 is not None]
+        return self.source.read_ahead(fetched, self.source.arrived)
+
+    def _fetch(self, file: str, ahead: ReadAhead) -> None:
         advance: Advance = (lambda _: None) if file in self._here else self.advance
-        path = self.source.fetch(file, advance, lambda fd, upto: self._tell(file, fd, upto))
+        path = self.source.fetch(file, advance, partial(self._tell, file) if self._early else None, ahead)
         with path.open("rb") as whole:
             self._tell(file, whole.fileno(), self.source.files[file].size)
 
@@ -178,7 +193,10 @@ class StreamingDownload(Download):
             self._ahead -= stop - start
             self._changed.notify_all()
 
-    def _fetch(self, file: str) -> None:
+    def _read_ahead(self) -> ReadAhead:
+        return self.source.read_ahead(file for file in self.files if self.source.files[file].sha256 is not None)
+
+    def _fetch(self, file: str, ahead: ReadAhead) -> None:
         if self.source.files[file].sha256 is None:  # small, not in LFS: the client fetches it in one go
             with self.source.fetch(file, self.advance).open("rb") as whole:
                 self._tell(file, whole.fileno(), self.source.files[file].size)
@@ -186,7 +204,7 @@ class StreamingDownload(Download):
         digest, at = hashlib.sha256(), 0
         needs, kept = list(self._needs.get(file, ())), list(self._kept.get(file, ()))
         with tempfile.TemporaryFile(dir=self._folder, buffering=0) as out:
-            for block in self.source.stream(file):
+            for block in self.source.stream(file, ahead=ahead):
                 digest.update(block)
                 _write_ranges(out.fileno(), block, at, kept)
                 written = _write_ranges(out.fileno(), block, at, needs)

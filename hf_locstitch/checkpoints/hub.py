@@ -11,7 +11,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache
 from io import RawIOBase
 from pathlib import Path
@@ -37,6 +37,7 @@ from huggingface_hub.utils import (
 from hf_locstitch.checkpoints.cached_repo import CachedRepoSource, find_snapshot
 from hf_locstitch.checkpoints.hub_client import RATE_LIMIT, Attempts, newest_pulls, raise_clearly, retrying
 from hf_locstitch.checkpoints.names import is_safe_file
+from hf_locstitch.checkpoints.read_ahead import SLOTS, ReadAhead
 from hf_locstitch.checkpoints.remembered import Remembered
 from hf_locstitch.checkpoints.source import Advance, FileInfo, Source, file_sha256, git_blob_oid
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError, OutputError
@@ -46,6 +47,8 @@ from hf_locstitch.runtime.human import some
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+PARTIAL = 206
+EXPIRED = frozenset({400, 401, 403, 404, 410})  # statuses of storage whose link is no longer good
 PULLS = 5  # pull requests that are looked into, at most
 Arrived = Callable[[int, int], object]  # an open file and how many bytes from its beginning are there
 
@@ -110,6 +113,9 @@ class HubSource:
         }
         self._sha256: dict[str, str] = {}
         self._starts: dict[str, bytes] = {}  # read for the headers; not asked for again
+        self._elsewhere: dict[str, str] = {}  # file -> the storage that the Hub sent on to
+        self._whole: set[str] = set()  # files of which a range was asked for in vain
+        self._received = 0  # bytes, over all connections
         self._cache = _cache_for(repo)
         self._remembered = Remembered(self._folder, self._commit)
         self._remembered.keep_files(self._files)
@@ -148,11 +154,9 @@ class HubSource:
 
         def read() -> None:
             known = len(self._starts.get(file, b""))
-            with self._get(file, {"Range": f"bytes={known}-{length - 1}"}) as response:
-                for block in _fresh(response, known):
+            with self._get(file, known, length) as response:
+                for block in self._blocks(file, response, known, length):
                     self._starts[file] = self._starts.get(file, b"") + block
-                    if len(self._starts[file]) >= length:
-                        break
             if len(self._starts[file]) < min(length, self._files[file].size):
                 raise ConnectionError(f"{len(self._starts[file])} of {length} bytes were received")
 
@@ -167,18 +171,24 @@ class HubSource:
     def read_range(self, file: str, start: int, stop: int) -> bytes:
         """In one request that is not repeated: what only needs some bytes can do without them."""
         try:
-            with self._get(file, {"Range": f"bytes={start}-{stop - 1}"}) as response:
+            with self._get(file, start, stop) as response:
                 hf_raise_for_status(response)
-                content = b"".join(response.iter_bytes()) if response.status_code == 206 else b""
+                content = b"".join(response.iter_bytes()) if response.status_code == PARTIAL else b""
             if len(content) != stop - start:
                 raise ConnectionError(f"{len(content)} of {stop - start} bytes were received")
         except Exception as error:
             raise_clearly(error, self._repo, self._commit, self._endpoint)
         return content
 
-    def fetch(self, file: str, advance: Advance = lambda _: None, arrived: Arrived | None = None) -> Path:
+    def fetch(
+        self,
+        file: str,
+        advance: Advance = lambda _: None,
+        arrived: Arrived | None = None,
+        ahead: ReadAhead | None = None,
+    ) -> Path:
         """As Source.fetch. A listener `arrived` may read bytes before the file is checked: on damage it must forget
-        them, so a damaged file is then not fetched a second time."""
+        them, so a damaged file is then not fetched a second time. ahead: through what its bytes come, with others."""
         if path := self.cached(file):
             if self._is_as_promised(file, path):
                 advance(self._files[file].size)
@@ -186,42 +196,66 @@ class HubSource:
                 return path
             self._forget(file, path)  # damaged in the cache: fetch it again
         if self._files[file].sha256 is not None:
-            self._download(file, advance, arrived)
-        try:  # links what was downloaded into the snapshot; small files outside LFS are downloaded here
+            self._download(file, advance, arrived, ahead)
+            path = self._link(file)
+            self._remember_revision()
+            return path
+        try:
             where = {"revision": self._commit, "cache_dir": self._cache}
             path = Path(retrying(lambda: hf_hub_download(self._repo, file, **where)))
         except Exception as error:
             raise_clearly(error, self._repo, self._commit, self._endpoint)
-        if self._files[file].sha256 is None:
-            advance(self._files[file].size)
+        advance(self._files[file].size)
         if not self._is_as_promised(file, path):
-            got = git_blob_oid(path) if self._files[file].sha256 is None else file_sha256(path)
+            got = git_blob_oid(path)
             self._forget(file, path)
             raise self.damaged(file, got)
         self._remember_revision()
         return path
 
-    def stream(self, file: str, start: int = 0) -> Iterator[bytes]:
-        """A file's bytes from `start` on, in order, through as many connections as it takes. Not checked yet.
-
-        A server that ignores Range sends the file from its beginning; bytes already received are skipped.
-        """
-        size, at, attempts = self._files[file].size, start, Attempts()
-        if known := self._starts.get(file, b"")[start:]:
-            at += len(known)
+    def stream(self, file: str, start: int = 0, ahead: ReadAhead | None = None) -> Iterator[bytes]:
+        """A file's bytes from `start` on, in order. Not checked yet. ahead: through what they come, with others."""
+        known = self._starts.get(file, b"")[start:]
+        if known:
             yield known
-        while at < size:
-            before = at
+        with nullcontext(ahead) if ahead else self.read_ahead([file]) as ahead:
+            yield from ahead.read(file, start + len(known))
+
+    def read_ahead(self, files: Iterable[str], begin: Callable[[str], int] | None = None) -> ReadAhead:
+        """Several files at once, to be read one after another. begin: where the reading of each begins, as it seems."""
+
+        def missing(file: str) -> int:
+            return max(begin(file) if begin else 0, len(self._starts.get(file, b"")))
+
+        sizes = {file: self._files[file].size for file in files}
+        return ReadAhead(self._range, sizes, missing, lambda file: file in self._whole)
+
+    def arrived(self, file: str) -> int:
+        """How many bytes of a file are in the cache, from its beginning on."""
+        if self.cached(file):
+            return self._files[file].size
+        blob = self._blob(file)
+        return next((path.stat().st_size for path in (blob, _partial(blob)) if path.exists()), 0)
+
+    def _range(self, file: str, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes start … stop of a file, through as many connections as it takes, one after another."""
+        at, attempts = start, Attempts()
+        while at < stop:
+            before, all_before = at, self._received
             RATE_LIMIT.wait()
             try:
-                with self._get(file, {"Range": f"bytes={at}-"} if at else {}) as response:
-                    for block in _fresh(response, at):
+                with self._get(file, at, stop) as response:
+                    for block in self._blocks(file, response, at, stop):
                         at += len(block)
+                        self._received += len(block)
                         yield block
-                if at < size:
-                    raise ConnectionError(f"the connection ended at byte {at} of {size}")
+                if at < stop:
+                    raise ConnectionError(f"the connection ended at byte {at} of {stop}")
             except Exception as error:
-                if not attempts.wait_after(error, progress=at > before):
+                if at == before:
+                    SLOTS.turned_away()
+                # While other connections get something, this one's turn will come.
+                if not attempts.wait_after(error, progress=self._received > all_before):
                     self._give_up(error)
 
     def _give_up(self, error: Exception) -> NoReturn:
@@ -301,24 +335,57 @@ class HubSource:
             "server damaged it. Run the same command again; the damaged file was not kept."
         )
 
-    def _get(self, file: str, headers: Mapping[str, str]) -> AbstractContextManager[Any]:
+    def _get(self, file: str, start: int, stop: int) -> AbstractContextManager[Any]:
         """A streamed response, not retried here: a retry must know how many bytes have arrived."""
-        url = hf_hub_url(self._repo, file, revision=self._commit, endpoint=self._endpoint)
+        elsewhere = self._elsewhere.get(file)
+        part = {"Range": f"bytes={start}-{stop - 1}"} if start or stop < self._files[file].size else {}
         return http_stream_backoff(
             "GET",
-            url,
-            headers={**build_hf_headers(), "Accept-Encoding": "identity", **headers},
+            elsewhere or hf_hub_url(self._repo, file, revision=self._commit, endpoint=self._endpoint),
+            # The token is for the Hub, not for the storage that it sends on to.
+            headers={**build_hf_headers(token=False if elsewhere else None), "Accept-Encoding": "identity", **part},
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             max_retries=0,
             retry_on_exceptions=(),
             retry_on_status_codes=(),
         )
 
-    def _download(self, file: str, advance: Advance, arrived: Arrived | None) -> None:
+    def _blocks(self, file: str, response: Any, start: int, stop: int) -> Iterator[bytes]:
+        """Of a response to a request for bytes start … stop, as they arrive: buffered ones would be lost with the
+        connection. A server that ignores ranges sends the file from its beginning; what is not wanted is skipped."""
+        if file in self._elsewhere and response.status_code in EXPIRED:
+            del self._elsewhere[file]
+            raise ConnectionError(f"the link to {file} has expired (status {response.status_code})")
+        hf_raise_for_status(response)
+        if not str(response.url).startswith(f"{self._endpoint}/"):
+            self._elsewhere[file] = str(response.url)  # to ask there from now on: the Hub counts its requests
+        ranged = response.status_code == PARTIAL
+        if not ranged and stop < self._files[file].size:
+            self._whole.add(file)
+        at = start if ranged else 0
+        for block in response.iter_bytes():
+            fresh = block[max(0, start - at) : stop - at]
+            at += len(block)
+            if fresh:
+                yield fresh
+            if at >= stop and not ranged:
+                return
+
+    def _blob(self, file: str) -> Path:
+        return self._folder / "blobs" / str(self._files[file].sha256)
+
+    def _link(self, file: str) -> Path:
+        """Put an LFS file that is among the cache's blobs into its snapshot, as the Hub's client would."""
+        path, blob = self._folder / "snapshots" / self._commit / file, self._blob(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # another process was faster
+            path.symlink_to(os.path.relpath(blob, path.parent))
+        return path
+
+    def _download(self, file: str, advance: Advance, arrived: Arrived | None, ahead: ReadAhead | None) -> None:
         """Fetch an LFS file into the cache's blobs, whole and checked, or raise."""
-        due = str(self._files[file].sha256)
-        blob = self._folder / "blobs" / due
-        partial = blob.with_name(f"{due}.locstitch-incomplete")
+        due, blob = str(self._files[file].sha256), self._blob(file)
+        partial = _partial(blob)
         lock = self._cache / ".locks" / self._folder.name / f"{due}.lock"
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -327,7 +394,7 @@ class HubSource:
                 advance(self._files[file].size)
                 return
             for last in (arrived is not None, True):  # once more from scratch if the first download is damaged
-                got = self._append(file, partial, advance, arrived)
+                got = self._append(file, partial, advance, arrived, ahead)
                 if got == due:
                     self._sha256[file] = got
                     os.replace(partial, blob)
@@ -338,13 +405,15 @@ class HubSource:
                 if last:
                     raise self.damaged(file, got)
 
-    def _append(self, file: str, partial: Path, advance: Advance, arrived: Arrived | None) -> str:
+    def _append(
+        self, file: str, partial: Path, advance: Advance, arrived: Arrived | None, ahead: ReadAhead | None
+    ) -> str:
         """Append the missing bytes to `partial`. Returns the sha256 of the whole file."""
         with partial.open("a+b", buffering=0) as out:
             digest = hash_of_open(out)
             at = out.seek(0, os.SEEK_END)
             advance(at)
-            for block in self.stream(file, at):
+            for block in self.stream(file, at, ahead):
                 try:
                     write_all(out, block)
                 except OSError as error:
@@ -359,14 +428,9 @@ class HubSource:
         return digest.hexdigest()
 
 
-def _fresh(response: Any, known: int) -> Iterator[bytes]:
-    """Blocks of a response as they arrive (buffered ones would be lost with the connection), from byte `known` on."""
-    hf_raise_for_status(response)
-    skip = known if response.status_code != 206 else 0
-    for block in response.iter_bytes():
-        fresh, skip = block[skip:], max(0, skip - len(block))
-        if fresh:
-            yield fresh
+def _partial(blob: Path) -> Path:
+    """Where a blob is while it is downloaded."""
+    return blob.with_name(f"{blob.name}.locstitch-incomplete")
 
 
 def hash_of_open(file: RawIOBase) -> _Hash:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,16 @@ class PartSource:
     def fetch(self, file: str, advance: Advance = lambda _: None, *others: Any) -> Path:
         return self._whole.fetch(self._prefix + file, advance, *others)
 
-    def stream(self, file: str, start: int = 0) -> Iterator[bytes]:
-        return self._whole.stream(self._prefix + file, start)
+    def stream(self, file: str, start: int = 0, ahead: Any = None) -> Iterator[bytes]:
+        return self._whole.stream(self._prefix + file, start, ahead)
+
+    def read_ahead(self, files: Iterable[str], begin: Callable[[str], int] | None = None) -> Any:
+        start = len(self._prefix)
+        within = None if begin is None else lambda file: begin(file[start:])
+        return self._whole.read_ahead([self._prefix + file for file in files], within)
+
+    def arrived(self, file: str) -> int:
+        return self._whole.arrived(self._prefix + file)
 
     def check_obtainable(self, files: Iterable[str], cache: bool) -> None:
         self._whole.check_obtainable([self._prefix + file for file in files], cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,12 @@ from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import RequestError
 from hf_locstitch.plan.plans import Plan
+from hf_locstitch.runtime.processes import divide
 from hf_locstitch.runtime.progress import Advance, Progress
 
 if TYPE_CHECKING:
     from hf_locstitch.checkpoints.download import Download
+    from hf_locstitch.checkpoints.hub import HubSource
 
 Ranges = Mapping[str, Sequence[Range]]  # file -> what of it
 
@@ -77,13 +80,38 @@ class Inputs:
         """All inputs complete on this machine, for any number of passes."""
         if self._whole is None:
             inputs, needed = self._plan.inputs, self._plan.needed
-            with self._fetching(needed) as advance:
-                paths = {name: self._paths(name, files, advance) for name, files in needed.items()}
+            paths = self._fetch_all(needed)
             aligned = self._plan.aligned
             own = aligned.own if aligned else inputs
             readers = {name: local_reader(own[name], paths[name]) for name in inputs}
             self._whole = OpenInputs(aligned.readers(readers) if aligned else readers, {})
         return self._whole
+
+    def fetch_share(self, rank: int, count: int) -> None:
+        """Put this process's share of the files on this machine, where `count` processes fetch one each."""
+        files = [(name, file) for name, listed in self._plan.needed.items() for file in listed]
+        sizes = [self._plan.inputs[name].source.files[file].size for name, file in files]
+        own: dict[str, list[str]] = {}
+        for (name, file), owner in zip(files, divide(sizes, count), strict=True):
+            if owner == rank and not self._plan.inputs[name].source.local:
+                own.setdefault(name, []).append(file)
+        self._fetch_all(own)
+
+    def _fetch_all(self, files: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Path]]:
+        """Files of every input, on this machine and verified; those of several repos at a time."""
+        found: dict[str, dict[str, Path]] = {}
+        with self._fetching(files) as advance, ExitStack() as stack:
+            downloads: dict[str, Download] = {}
+            for name, listed in files.items():
+                if not self._plan.inputs[name].source.local:
+                    downloads[name] = self._caching(name, listed, advance, early=False)
+                    downloads[name].start()
+                    stack.callback(downloads[name].close)
+            for name, listed in files.items():
+                if name in downloads:
+                    downloads[name].verify()
+                found[name] = self._local(name, listed)
+        return found
 
     @contextmanager
     def opened(self, pieces: Pieces, kept: Pieces | None = None) -> Iterator[OpenInputs]:
@@ -101,8 +129,7 @@ class Inputs:
             advance = stack.enter_context(self._fetching(files))
             for name in names:
                 if inputs[name].source.local:
-                    paths = self._paths(name, files[name], advance)
-                    readers[name] = MappedCheckpoint(inputs[name], paths)
+                    readers[name] = MappedCheckpoint(inputs[name], self._local(name, files[name]))
                 else:
                     downloads[name] = self._start_download(name, wanted[name], later[name], advance)
                     (self._stack if name in kept else stack).callback(downloads[name].close)
@@ -130,28 +157,35 @@ class Inputs:
         streamed = not self._plan.settings.cache and not source.local and not self.all_here
         return source.cached(file) is None or (streamed and source.files[file].sha256 is not None)
 
-    def _paths(self, name: str, files: Sequence[str], advance: Advance) -> dict[str, Path]:
+    def _local(self, name: str, files: Sequence[str]) -> dict[str, Path]:
+        """Where files are that are on this machine."""
         source = self._plan.inputs[name].source
-        paths = {file: source.fetch(file, advance if self._is_fetched(name, file) else _uncounted) for file in files}
+        paths = {file: source.fetch(file) for file in files}
         self._verified((name, file) for file in files)
         return paths
 
     def _start_download(self, name: str, wanted: Ranges, later: Ranges, advance: Advance) -> Download:
         """Returns the running download."""
-        from hf_locstitch.checkpoints.download import CachingDownload, StreamingDownload
+        from hf_locstitch.checkpoints.download import StreamingDownload
 
         source, settings = self._plan.inputs[name].source, self._plan.settings
-
-        def verified(file: str) -> None:
-            self._verified([(name, file)])
-
         if settings.cache:
-            here = {file for file in {**wanted, **later} if not self._is_fetched(name, file)}
-            download = CachingDownload(source, [*{**wanted, **later}], advance, verified, here)  # pyright: ignore[reportArgumentType]
+            download = self._caching(name, [*{**wanted, **later}], advance, early=True)
         else:
-            download = StreamingDownload(source, wanted, later, self._folder, settings.window, advance, verified)  # pyright: ignore[reportArgumentType]
+            noted = partial(self._note, name)
+            download = StreamingDownload(source, wanted, later, self._folder, settings.window, advance, noted)  # pyright: ignore[reportArgumentType]
         download.start()
         return download
+
+    def _caching(self, name: str, files: Sequence[str], advance: Advance, *, early: bool) -> Download:
+        from hf_locstitch.checkpoints.download import CachingDownload
+
+        source: HubSource = self._plan.inputs[name].source  # pyright: ignore[reportAssignmentType]
+        here = {file for file in files if not self._is_fetched(name, file)}
+        return CachingDownload(source, files, advance, partial(self._note, name), here, early=early)
+
+    def _note(self, name: str, file: str) -> None:
+        self._verified([(name, file)])
 
 
 def _uncounted(nbytes: int) -> None:

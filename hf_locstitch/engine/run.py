@@ -128,6 +128,7 @@ class Run(ABC, Generic[AnyPlan]):
         note = self.work.note_verified if self.first else lambda _: None
         with Inputs(self.plan, self.progress, self.work.spill, note) as inputs, ThreadPoolExecutor(2) as background:
             if self.processes.count > 1:
+                self.processes.together(lambda: inputs.fetch_share(*self.processes.of_node))
                 self.processes.together(inputs.fetch)
             masks = self.find_masks(inputs)
             with ThreadPoolExecutor(1) as aside:

@@ -9,7 +9,10 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +22,7 @@ from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import OutputError, RequestError, WorkError
 from hf_locstitch.plan.plans import ModelPlan, Plan
 from hf_locstitch.plan.recipe_file import NOT_THE_MERGE
+from hf_locstitch.runtime.files import write_atomically
 from hf_locstitch.runtime.interrupts import Interrupted
 from hf_locstitch.runtime.journal import append_lines, read_lines, read_record, write_record
 from hf_locstitch.runtime.locks import try_lock
@@ -26,6 +30,7 @@ from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.version import __version__
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SEEN_WITHIN = 10.0  # seconds after which what one node has made is seen on another, if they share the folder
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EBUSY, errno.EXDEV)
 
 
@@ -122,6 +127,7 @@ def working_in(work: WorkDir, out: Path | None, processes: Processes) -> Iterato
     locks: list[int] = []
     try:
         processes.on_first(lambda: locks.append(_make(work)))
+        _check_common(work, processes)
         yield work
         if processes.first:
             if out is not None:
@@ -144,6 +150,27 @@ def working_in(work: WorkDir, out: Path | None, processes: Processes) -> Iterato
         for lock in locks:
             os.close(lock)
         processes.leave()
+
+
+def _check_common(work: WorkDir, processes: Processes) -> None:
+    """Raises OutputError unless every process sees the folder that the first has made."""
+    if processes.count == 1:
+        return
+    token = processes.gather(secrets.token_hex(8))[0]
+    processes.on_first(lambda: write_atomically(work.folder / "token", token))
+
+    def look() -> None:
+        until = time.monotonic() + SEEN_WITHIN
+        while not ((file := work.folder / "token").is_file() and file.read_text() == token):
+            if time.monotonic() > until:
+                raise OutputError(
+                    f"process {processes.rank} on {platform.node()} does not see {work.folder}, where the first "
+                    "process works. All nodes must reach --out (and for --push-to alone HF_HOME) under one path: use a "
+                    "folder that they share."
+                )
+            time.sleep(0.1)
+
+    processes.together(look)
 
 
 def clear_work(plan: Plan, out: Path) -> None:

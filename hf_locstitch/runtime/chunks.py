@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from hf_locstitch.runtime.processes import local_count
+
 CHUNK = 1 << 20  # elements; measured: smaller ones cost calls, larger ones cache misses
 SMALLEST_CHUNK = 1 << 14  # below this, calls cost more than arithmetic
 
@@ -45,8 +47,9 @@ def chunks_by_name(names: Sequence[str], chunks: Iterable[Chunk]) -> dict[str, l
 
 
 def worker_count() -> int:
-    """Threads that may run at once on this machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Threads that this process may run at once: its share of the machine's processors."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, processors // local_count())
 
 
 def keep_to_itself() -> None:

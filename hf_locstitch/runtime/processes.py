@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -30,6 +31,11 @@ class Processes:
     def first(self) -> bool:
         """Whether this is the process that prints, creates folders and publishes."""
         return self.rank == 0
+
+    @property
+    def of_node(self) -> tuple[int, int]:
+        """This process's rank among those of its machine, and how many these are."""
+        return int(os.environ.get("LOCAL_RANK", self.rank)), local_count()
 
     def own(self, number: int) -> slice:
         """This process's part of `number` items: parts are contiguous and about equal."""
@@ -81,7 +87,8 @@ class DistributedProcesses(Processes):
         import torch
         from accelerate import PartialState
 
-        self._state = PartialState(cpu=not torch.cuda.is_available())
+        # Others wait while one downloads or uploads, for hours: of a process that died the launcher ends all.
+        self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
         super().__init__(self._state.process_index, self._state.num_processes)
         self._failed = False  # whether the last shared work failed
 
@@ -147,6 +154,11 @@ def _portable(error: BaseException | None) -> Exception | None:
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror, error.filename)
     return error if isinstance(error, WorkError) else WorkError(f"{type(error).__name__}: {error}")
+
+
+def local_count() -> int:
+    """How many processes a launcher has started on this machine; 1 without one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def launched() -> int:

@@ -57,7 +57,7 @@ def test_a_merge_under_a_limit(
             cache=cache,
         )
     turned_away = [request for request in limited.requests if request.status == 429]
-    assert turned_away and len(limited.requests) > 3 * 20
+    assert turned_away and len(limited.requests) > 2 * 20
     assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
 
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
 from helpers.launch import launch
 from helpers.models import finetune, random_state, save, save_sharded
 from helpers.runs import files_of
+
+from hf_locstitch.engine.inputs import Inputs
+from hf_locstitch.plan.planning import make_plan
+from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.runtime.progress import Progress
+from hf_locstitch.runtime.settings import Settings
+from loopback_hub import LoopbackHub
 
 SHAPES = {f"layers.{i}.w": (40, 30 + i) for i in range(9)} | {"embed.w": (50, 30), "layers.9.empty": (0, 3)}
 
@@ -67,3 +77,37 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path, refs: list[object]) ->
     assert done.returncode != 0
     assert done.stderr.count("layers.8.w in broken/model.safetensors holds NaN") == 1
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_nodes_that_share_no_folder(tmp_path: Path, refs: list[object]) -> None:
+    """They are told before the work, and nothing is left."""
+    apart = Path(__file__).parents[1] / "helpers" / "apart.py"
+    asked = [str(one).replace("./", f"{tmp_path}/") for one in refs]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(apart),
+         "merge", *asked, "--out", "out", "--no-figures"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0 and "does not see" in done.stderr and "folder that they share" in done.stderr
+    assert not list(tmp_path.glob("node*/*out*"))
+
+
+def test_processes_of_a_machine_share_the_download_out(
+    tmp_path: Path, refs: list[object], home_hub: LoopbackHub, hub_cache: Path
+) -> None:
+    """Each fetches other files, and together they have all."""
+    repos = []
+    for name in ("base", "ft0", "ft1"):
+        repos.append(f"demo/{uuid4().hex[:8]}-{name}")
+        home_hub.add_repo(repos[-1], {path.name: path for path in (tmp_path / name).iterdir()})
+    plan = make_plan(make_recipe({"base": repos[0], "finetuned": repos[1:]}), Settings())
+    files = {(name, file) for name, listed in plan.needed.items() for file in listed}
+    here: set[tuple[str, str]] = set()
+    for rank in range(2):
+        noted: list[tuple[str, str]] = []
+        with Inputs(plan, Progress(False), tmp_path, noted.extend) as inputs:
+            inputs.fetch_share(rank, 2)
+        now = {(name, file) for name, file in files if plan.inputs[name].source.cached(file)}
+        assert set(noted) == now - here and set(noted)
+        here = now
+    assert here == files

@@ -108,7 +108,7 @@ def test_damage_that_another_process_mends_unseen(
     "fault",
     [
         Fault("reset", after_bytes=500_000, times=2),
-        Fault("cut", after_bytes=600_001, times=2),
+        Fault("cut", after_bytes=300_001, times=2),
         Fault("status", status=503, times=2),
         Fault("status", status=429, retry_after=1),
     ],

@@ -1,0 +1,41 @@
+"""An argument parser that answers a mistake with what was meant, not with all there is."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from hf_locstitch.runtime.human import nearest
+
+CHOICE = re.compile(r"invalid choice: '?(?P<given>.*?)'? \(choose from (?P<choices>.*)\)$")
+
+
+class Parser(argparse.ArgumentParser):
+    """Its sub-commands' parsers are of this class, too."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As argparse has it, but what is unknown is an error of the sub-command that it was given to."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._unknown(unknown))
+        return found, []
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and one paragraph."""
+        message = message.removeprefix("argument ")
+        if wrong := CHOICE.search(message):
+            choices = [choice.strip("'") for choice in wrong["choices"].split(", ")]
+            message = f"{message[: wrong.start()]}{wrong['given']!r} is not one of {', '.join(choices)}"
+            message += nearest(wrong["given"], choices)
+        stop = "" if message.endswith((".", "?")) else "."
+        self.exit(2, f"hf-locstitch: error: {message}{stop} `{self.prog} --help` lists what there is.\n")
+
+    def _unknown(self, given: Sequence[str]) -> str:
+        flags = sorted({*re.findall(r"--[a-z][a-z-]*", self.format_usage()), "--help"})
+        for word in given:
+            if word.startswith("-"):
+                flag = word.partition("=")[0]
+                return f"there is no flag {flag}{nearest(flag, flags)}"
+        return f"{given[0]!r} is one value too many"
