@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_locstitch.artifacts.manifest import FILE, InputRecord, Manifest, check_names, open_manifest
+from hf_locstitch.artifacts.manifest import FILE, InputRecord, Manifest, check_names, open_manifest, weights_sha256
 from hf_locstitch.artifacts.mask_file import FORMAT as MASK_FORMAT
 from hf_locstitch.artifacts.mask_file import MaskFile, Positions, parse_shapes
 from hf_locstitch.artifacts.values_file import FORMAT as VALUES_FORMAT
@@ -72,6 +72,11 @@ class LocalizedCheckpoint:
     def density(self) -> float:
         """ones / N."""
         return self.record.masks[self.name].real_density
+
+    @property
+    def content(self) -> str:
+        """One hash of its mask and values, wherever they lie: of those that its manifest states."""
+        return weights_sha256({shard.file: self.record.outputs[shard.file]["sha256"] for shard in self.shards})
 
     @property
     def base(self) -> InputRecord:
