@@ -79,6 +79,11 @@ class LocalizedCheckpoint:
         return weights_sha256({shard.file: self.record.outputs[shard.file]["sha256"] for shard in self.shards})
 
     @property
+    def identity(self) -> tuple[str, str, str]:
+        """What tells it from any other, wherever it lies; in this order a stitch sums values."""
+        return (self.finetuned.ref, weights_sha256(self.finetuned.files), self.content)
+
+    @property
     def base(self) -> InputRecord:
         return next(entry for entry in self.record.inputs if entry.role == "base")
 

@@ -66,7 +66,7 @@ def test_what_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> None:
         skill.apply(model)
     other = build("gpt2", torch.float32)
     before = weights(other)
-    with pytest.raises(MismatchError, match="not a parameter of the model"):
+    with pytest.raises(MismatchError, match="not a parameter of this GPT2LMHeadModel"):
         skill.apply(other)
     wide = build("llama", torch.float32)
     wide.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(49, 32))
