@@ -36,8 +36,8 @@ class Group:
 def group_names(model: Any, disk: Collection[str]) -> list[Group]:
     """How the tensors on disk that the model uses correspond to its parameters.
 
-    model: a transformers model, loaded by from_pretrained. A tensor that is not a parameter of it belongs to no group;
-    tied parameters that are stored twice make two groups.
+    model: a transformers model, loaded by from_pretrained or built of its config. A tensor that is not a parameter of
+    it belongs to no group; tied parameters that are stored twice make two groups.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, apply_converters
@@ -56,7 +56,7 @@ def group_names(model: Any, disk: Collection[str]) -> list[Group]:
             converted[key].append(name)
     if not converted:
         return groups
-    reverse = [entry.reverse_transform() for entry in (model._weight_conversions or mapping)[::-1]]
+    reverse = [entry.reverse_transform() for entry in (getattr(model, "_weight_conversions", None) or mapping)[::-1]]
     reverse = [entry for entry in reverse if isinstance(entry, WeightConverter)]
     together: dict[str, list[str]] = defaultdict(list)  # converted by one converter -> names in the state dict
     for key, parameter in state.items():
