@@ -20,7 +20,6 @@ FOREIGN = {  # in a parameter's name: whose it is, and what to do
     "_flat_param": ("FSDP", "before the model is sharded"),
     "_orig_mod": ("torch.compile around a part of the model", "before that, or compile the whole model"),
     "_checkpoint_wrapped_module": ("activation checkpointing", "before the model is wrapped"),
-    "parametrizations": ("a parametrization", "before it is registered, or after it is removed"),
 }
 
 

@@ -124,11 +124,14 @@ class LocalizedCheckpoint:
         With several of them in a model, its weights are those that `stitch` gives, to the bit.
 
         Args:
-            model: A transformers model of the base, as `from_pretrained` loads it, in any dtype, on any device.
+            model: A transformers model of the base, as `from_pretrained` loads it, in any floating dtype, on any
+                devices; also with `torch.compile` or data parallelism around it.
 
         Raises:
+            TypeError: If it is no transformers model.
             MismatchError: If the model lacks its tensors, or has them in other shapes.
-            RequestError: If it is in the model already.
+            RequestError: If it is in the model already, or the model's parameters cannot be written into: they are
+                quantized, offloaded or sharded, or changed by PEFT. The model is then as before.
 
         Example:
             >>> skill = load_localized("me/math-localized")
@@ -146,7 +149,9 @@ class LocalizedCheckpoint:
             model: That model.
 
         Raises:
-            RequestError: If it is not in the model.
+            TypeError: If it is no transformers model.
+            RequestError: If it is not in the model, or weights under it have changed since, such as by training. The
+                model is then as before.
         """
         from hf_locstitch.artifacts.grafts import remove_graft
 

@@ -166,9 +166,9 @@ def transposed(tensor: torch.Tensor) -> torch.Tensor:
 
 def spread(tensor: torch.Tensor) -> torch.Tensor:
     """Every other element of a wider one."""
-    wide = tensor.new_zeros(*tensor.shape[:-1], 2 * tensor.shape[-1])
-    wide[..., ::2] = tensor
-    return wide[..., ::2]
+    wide = tensor.new_zeros(*tensor.shape[:-1], 2 * tensor.shape[-1] + 1)
+    wide[..., 1::2] = tensor
+    return wide[..., 1::2]
 
 
 @pytest.mark.parametrize("change", [transposed, spread])
