@@ -1,35 +1,40 @@
 """Localized checkpoints put into a loaded model and taken out again, in place.
 
-Any number of them: at every moment the model's weights are those of the merge of what is in it, to the bit.
+Any number of them: at every moment the model's weights are those of the merge of what is in it, to the bit. Everything
+is checked and computed before the first weight is written; what fails then leaves the model as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_locstitch.errors import MismatchError, RequestError
-from hf_locstitch.tasks.parameter_names import Group, chosen_groups, from_disk, group_names
+from hf_locstitch.artifacts.graft_target import put, take, unwrapped, unwritable
+from hf_locstitch.errors import IntegrityError, MismatchError, RequestError
+from hf_locstitch.runtime.human import more, some
+from hf_locstitch.tasks.parameter_names import Group, from_disk, group_names, to_disk
 
 if TYPE_CHECKING:
     from hf_locstitch.artifacts.mask_file import Positions
-    from hf_locstitch.checkpoints.source import Source
 
 ATTRIBUTE = "_locstitch_grafts"
+
+Identity = tuple[str, ...]
 
 
 class Localized(Protocol):
     """A LocalizedCheckpoint."""
 
     @property
-    def source(self) -> Source: ...
+    def label(self) -> str: ...
 
     @property
-    def label(self) -> str: ...
+    def identity(self) -> Identity: ...
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
@@ -49,74 +54,217 @@ class Place:
     values: Tensor
 
 
-@dataclass
-class Grafted:
-    """What is in a model. originals: of each parameter, every position that was ever changed, and the value there.
+@dataclass(frozen=True)
+class Graft:
+    """One localized checkpoint in a model. label: for people. places: by parameter, where it has any."""
 
-    grafts: by the pinned ref of the localized checkpoint, places by parameter.
+    label: str
+    places: Mapping[str, Place]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One graft in one parameter. values: [m]. index: where its positions are among all that grafts cover."""
+
+    values: Tensor
+    index: Any
+
+
+@dataclass(frozen=True)
+class Grafted:
+    """What is in a model. originals: of each parameter, every position that a graft covers, and the value without any.
+
+    grafts: by what they are.
     """
 
-    originals: dict[str, Place] = field(default_factory=dict)
-    grafts: dict[str, dict[str, Place]] = field(default_factory=dict)
+    originals: Mapping[str, Place] = field(default_factory=dict)
+    grafts: Mapping[Identity, Graft] = field(default_factory=dict)
+
+    def layers(self, name: str) -> dict[Identity, Layer]:
+        """The grafts in a parameter, in the order in which a stitch sums them."""
+        places = {key: graft.places[name] for key, graft in sorted(self.grafts.items()) if name in graft.places}
+        return {key: Layer(place.values, _among(self.originals[name].at, place.at)) for key, place in places.items()}
+
+
+@dataclass(frozen=True)
+class Change:
+    """To be written into a parameter. before, after: values [m] at flat positions."""
+
+    parameter: Tensor
+    at: Tensor
+    before: Tensor
+    after: Tensor
 
 
 @torch.no_grad()
 def apply_graft(localized: Localized, model: Any) -> None:
-    """Put its values under its mask into the model. Raises MismatchError where the model is not of its kind, and
-    RequestError if it is in the model already; the model is then as before."""
-    grafted = _state(model)
-    if localized.source.pinned in grafted.grafts:
+    """Put its values under its mask into the model; what is raised leaves that as it was.
+
+    Raises TypeError if it is no transformers model, MismatchError where that is not of its kind, and RequestError where
+    values cannot be written into it, or it is in the model already.
+    """
+    model = unwrapped(model)
+    now, identity = _inside(model), localized.identity
+    if identity in now.grafts:
         raise RequestError(f"{localized.label} is in this model already. Remove it before you apply it again.")
-    places = dict(_places(localized, model))
-    for name, place in places.items():
-        _remember(grafted, name, model.get_parameter(name), place)
-    grafted.grafts[localized.source.pinned] = places
-    _write(grafted, model, places)
+    parameters = dict(model.named_parameters())
+    graft = Graft(localized.label, _places(localized, model, parameters))
+    originals = dict(now.originals)
+    for name, place in graft.places.items():
+        known, parameter = now.originals.get(name), parameters[name]
+        if known is not None:
+            _check_as_left(now, name, parameter, now.layers(name))
+        originals[name] = _remembered(known, parameter, place.at)
+    after, changes = Grafted(originals, {**now.grafts, identity: graft}), []
+    for name, place in graft.places.items():
+        layers = after.layers(name)
+        values = stitched(originals[name], layers.values())[layers[identity].index]
+        changes.append(Change(parameters[name], place.at, take(parameters[name], place.at), values))
+    _write(changes)
+    _set_inside(model, after)
 
 
 @torch.no_grad()
 def remove_graft(localized: Localized, model: Any) -> None:
-    """Take it out of the model. Raises RequestError if it is not in it."""
-    grafted = _state(model)
-    if localized.source.pinned not in grafted.grafts:
-        inside = ", ".join(grafted.grafts) or "none"
-        raise RequestError(f"{localized.label} is not in this model ({inside} is). Apply it first.")
-    places = grafted.grafts.pop(localized.source.pinned)
-    _write(grafted, model, places)
+    """Take it out of the model; what is raised leaves that as it was.
+
+    Raises TypeError as apply_graft, and RequestError if it is not in the model, or weights are not as they were left.
+    """
+    model = unwrapped(model)
+    now, identity = _inside(model), localized.identity
+    if identity not in now.grafts:
+        inside = some([graft.label for graft in now.grafts.values()]) or "no localized checkpoint"
+        raise RequestError(f"{localized.label} is not in this model, which has {inside} in it.")
+    parameters, originals, changes = dict(model.named_parameters()), dict(now.originals), []
+    for name, place in now.grafts[identity].places.items():
+        layers = now.layers(name)
+        parameter = _check_as_left(now, name, parameters.get(name), layers)
+        index, original = layers.pop(identity).index, originals.pop(name)
+        values = stitched(original, layers.values())[index]
+        changes.append(Change(parameter, place.at, take(parameter, place.at), values))
+        if layers:
+            originals[name] = _covered(original, layers.values())
+    _write(changes)
+    _set_inside(model, Grafted(originals, {key: other for key, other in now.grafts.items() if key != identity}))
 
 
-def _state(model: Any) -> Grafted:
-    if not hasattr(model, ATTRIBUTE):
-        object.__setattr__(model, ATTRIBUTE, Grafted())  # no module, no buffer: it is not saved with the model
-    return getattr(model, ATTRIBUTE)
+def _inside(model: Any) -> Grafted:
+    return getattr(model, ATTRIBUTE, Grafted())
 
 
-def _places(localized: Localized, model: Any) -> Iterator[tuple[str, Place]]:
-    """Its values by the model's parameters. Raises MismatchError."""
-    groups = chosen_groups(group_names(model, list(localized.shapes)), localized.shapes, "this model")
-    sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
+def _set_inside(model: Any, grafted: Grafted) -> None:
+    object.__setattr__(model, ATTRIBUTE, grafted)  # no module, no buffer: it is not saved with the model
+
+
+def _write(changes: Sequence[Change]) -> None:
+    """All of them, or none."""
+    for number, change in enumerate(changes):
+        try:
+            put(change.parameter, change.at, change.after)
+        except BaseException:
+            for done in changes[: number + 1]:
+                put(done.parameter, done.at, done.before)
+            raise
+
+
+def _check_as_left(now: Grafted, name: str, parameter: Tensor | None, layers: Mapping[Identity, Layer]) -> Tensor:
+    """The parameter. Raises RequestError if weights that grafts have changed are not what they were left as."""
+    original, changed = now.originals[name], "is not the parameter that it was"
+    if parameter is not None and not unwritable(parameter) and original.at[-1] < parameter.numel():
+        due = stitched(original, layers.values()).to(parameter.dtype)
+        if _same_bits(take(parameter, original.at), due):
+            return parameter
+        changed = "has other values than it had"
+    inside = some([now.grafts[key].label for key in layers])
+    raise RequestError(
+        f"{name} {changed} once {inside} was in this model: it was trained, loaded or converted since, and what it "
+        "would be without is not known. Load the model again."
+    )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def _places(localized: Localized, model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Place]:
+    """Its values by the model's parameters, of those that it changes. Raises RequestError, IntegrityError."""
+    groups = group_names(model, list(localized.shapes))
+    _check_fit(localized, model, parameters, groups)
+    places: dict[str, Place] = {}
     for group in groups:
-        if group.direct:
-            (name,), parameter = group.disk, group.parameters[0]
-            _check_shape(localized, name, sizes[parameter])
-            yield parameter, Place(torch.from_numpy(localized.positions(name)), localized.values(name))
-        else:
-            yield from _converted(localized, model, group)
+        for name, place in [_direct(localized, group)] if group.direct else _converted(localized, model, group):
+            if name in places and not _same(places[name], place):
+                raise MismatchError(
+                    [
+                        f"{group.disk[0]} and another tensor of {localized.label} are one parameter of this model, "
+                        f"{name}, but differ; load the model with tie_word_embeddings=False"
+                    ]
+                )
+            places[name] = place
+    return {name: place for name, place in places.items() if len(place.at)}
 
 
-def _check_shape(localized: Localized, name: str, shape: Iterable[int]) -> None:
-    if tuple(shape) != tuple(localized.shapes[name]):
+def _check_fit(localized: Localized, model: Any, parameters: Mapping[str, Tensor], groups: Sequence[Group]) -> None:
+    """Raises MismatchError if it does not fit the model, RequestError if the model cannot be written into."""
+    kind, label = type(model).__name__, localized.label
+    known = {name for group in groups for name in group.disk}
+    if lacking := [name for name in localized.shapes if name not in known]:
         raise MismatchError(
-            [f"{name} is {list(localized.shapes[name])} in {localized.label} but {list(shape)} in this model"]
+            [
+                f"{lacking[0]}{more(len(lacking))} of {label} is not a parameter of this {kind}; load the model that "
+                "it was localized for, with the class that its config names"
+            ]
         )
+    used = [name for group in groups for name in group.parameters]
+    if refused := [(name, reason) for name in used if (reason := unwritable(parameters[name]))]:
+        name, reason = refused[0]
+        raise RequestError(f"{label} cannot be put into this {kind}: {name}{more(len(refused))} {reason}.")
+    if wrong := [found for group in groups for found in _unlike(localized, model, parameters, group)]:
+        name, shape = wrong[0]
+        raise MismatchError(
+            [
+                f"{name} is {list(localized.shapes[name])} in {label} but {shape} in this {kind}{more(len(wrong))}; "
+                "load the model that it was localized for"
+            ]
+        )
+
+
+def _unlike(
+    localized: Localized, model: Any, parameters: Mapping[str, Tensor], group: Group
+) -> Iterator[tuple[str, str]]:
+    """Tensors that have another shape in the model, and that shape."""
+    hollow = {name: torch.empty(parameters[name].shape, device="meta") for name in group.parameters}
+    try:
+        own = to_disk(model, group, hollow)
+    except MismatchError:  # its parameters do not hold them all, such as fewer experts
+        own = {}
+    for name in group.disk:
+        shape = list(own[name].shape) if name in own else None
+        if shape != list(localized.shapes[name]):
+            yield name, f"no such part of {group.parameters[0]}" if shape is None else str(shape)
+
+
+def _direct(localized: Localized, group: Group) -> tuple[str, Place]:
+    (name,), (parameter,) = group.disk, group.parameters
+    return parameter, _stored(localized, name)
+
+
+def _stored(localized: Localized, name: str) -> Place:
+    place = Place(torch.from_numpy(localized.positions(name)), localized.values(name))
+    if len(place.at) != len(place.values):
+        raise IntegrityError(
+            f"{localized.label} is damaged: {name} has {len(place.values)} values for the {len(place.at)} ones of its "
+            "mask. Fetch it again."
+        )
+    return place
 
 
 def _converted(localized: Localized, model: Any, group: Group) -> Iterator[tuple[str, Place]]:
     """Of parameters that transformers makes of several tensors, such as stacked experts. float32 holds all values."""
 
     def dense(name: str) -> Tensor:
-        whole = torch.zeros(localized.shapes[name])
-        whole.view(-1)[torch.from_numpy(localized.positions(name))] = localized.values(name).float()
+        whole, place = torch.zeros(localized.shapes[name]), _stored(localized, name)
+        whole.view(-1)[place.at] = place.values.float()
         return whole
 
     masks = from_disk(model, group, localized.mask)
@@ -125,35 +273,56 @@ def _converted(localized: Localized, model: Any, group: Group) -> Iterator[tuple
         yield parameter, Place(at, values.reshape(-1)[at])
 
 
-def _remember(grafted: Grafted, name: str, parameter: Tensor, place: Place) -> None:
-    """The values of positions that are changed for the first time."""
-    known = grafted.originals.get(name)
-    flat = parameter.data.reshape(-1)
+def _same(one: Place, other: Place) -> bool:
+    return torch.equal(one.at, other.at) and torch.equal(one.values, other.values)
+
+
+def _remembered(known: Place | None, parameter: Tensor, at: Tensor) -> Place:
+    """The original values, with those of positions that no graft has covered before."""
     if known is None:
-        grafted.originals[name] = Place(place.at, flat[place.at.to(flat.device)].cpu())
-        return
-    new = place.at[~torch.isin(place.at, known.at)]
-    at, order = torch.cat([known.at, new]).sort()
-    values = torch.cat([known.values, flat[new.to(flat.device)].cpu()])[order]
-    grafted.originals[name] = Place(at, values)
+        return Place(at, take(parameter, at))
+    follows = _search(known.at, at)
+    new = known.at[follows.clamp(max=len(known.at) - 1)] != at
+    at, follows = at[new], follows[new]
+    ours = torch.arange(len(known.at)) + _search(at, known.at)
+    theirs = torch.arange(len(at)) + follows
+    wider = torch.promote_types(known.values.dtype, parameter.dtype)  # they differ where the model was converted since
+    both = Place(known.at.new_empty(len(ours) + len(theirs)), torch.empty(len(ours) + len(theirs), dtype=wider))
+    both.at[ours], both.at[theirs] = known.at, at
+    both.values[ours], both.values[theirs] = known.values.to(wider), take(parameter, at).to(wider)
+    return both
 
 
-def _write(grafted: Grafted, model: Any, places: Iterable[str]) -> None:
-    """The parameters' values at every position that was ever changed: the original, one graft's, or the mean."""
-    for name in places:
-        parameter, original = model.get_parameter(name), grafted.originals[name]
-        values = _stitched(original, [one[name] for one in grafted.grafts.values() if name in one])
-        flat = parameter.data.view(-1)
-        flat[original.at.to(flat.device)] = values.to(flat.device, flat.dtype)
+def _covered(original: Place, layers: Iterable[Layer]) -> Place:
+    """The part that grafts cover: elsewhere the weights are the model's own again, and may change."""
+    covered = torch.zeros(len(original.at), dtype=torch.bool)
+    for layer in layers:
+        covered[layer.index] = True
+    return Place(original.at[covered], original.values[covered])
 
 
-def _stitched(original: Place, grafts: list[Place]) -> Tensor:
-    """As stitch/mean.py has it: the mean in float64, rounded once."""
-    total = torch.zeros(len(original.at), dtype=torch.float64)
-    times = torch.zeros(len(original.at), dtype=torch.int64)
-    for graft in grafts:
-        here = torch.searchsorted(original.at, graft.at)
-        total[here] += graft.values.double()
-        times[here] += 1
-    mean = (total / times.clamp(min=1)).to(original.values.dtype)
-    return torch.where(times > 0, mean, original.values)
+def _among(positions: Tensor, chosen: Tensor) -> Any:
+    """Where some of ascending positions are among them all: an index."""
+    return slice(None) if len(chosen) == len(positions) else _search(positions, chosen)
+
+
+def _search(ascending: Tensor, others: Tensor) -> Tensor:
+    """How many come before each of the others, ascending too, which numpy makes use of."""
+    return torch.from_numpy(np.searchsorted(ascending.numpy(), others.numpy()))
+
+
+def stitched(original: Place, layers: Collection[Layer]) -> Tensor:
+    """As stitch/mean.py has it: the original, one graft's value, or the mean in float64, rounded once."""
+    values = original.values.clone()
+    for layer in layers:
+        values[layer.index] = layer.values.to(values.dtype)
+    if len(layers) < 2:
+        return values
+    times = torch.zeros(values.shape, dtype=torch.int32)
+    total = torch.full(values.shape, -0.0, dtype=torch.float64)  # the neutral element of addition, which +0 is not
+    for layer in layers:
+        times[layer.index] += 1
+        total[layer.index] += layer.values.double()
+    shared = times > 1
+    values[shared] = (total[shared] / times[shared]).to(values.dtype)
+    return values

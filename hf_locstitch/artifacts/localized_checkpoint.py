@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_locstitch.artifacts.manifest import FILE, InputRecord, Manifest, check_names, open_manifest
+from hf_locstitch.artifacts.manifest import FILE, InputRecord, Manifest, check_names, open_manifest, weights_sha256
 from hf_locstitch.artifacts.mask_file import FORMAT as MASK_FORMAT
 from hf_locstitch.artifacts.mask_file import MaskFile, Positions, parse_shapes
 from hf_locstitch.artifacts.values_file import FORMAT as VALUES_FORMAT
@@ -74,6 +74,16 @@ class LocalizedCheckpoint:
         return self.record.masks[self.name].real_density
 
     @property
+    def content(self) -> str:
+        """One hash of its mask and values, wherever they lie: of those that its manifest states."""
+        return weights_sha256({shard.file: self.record.outputs[shard.file]["sha256"] for shard in self.shards})
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What tells it from any other, wherever it lies; in this order a stitch sums values."""
+        return (self.finetuned.ref, weights_sha256(self.finetuned.files), self.content)
+
+    @property
     def base(self) -> InputRecord:
         return next(entry for entry in self.record.inputs if entry.role == "base")
 
@@ -114,11 +124,14 @@ class LocalizedCheckpoint:
         With several of them in a model, its weights are those that `stitch` gives, to the bit.
 
         Args:
-            model: A transformers model of the base, as `from_pretrained` loads it, in any dtype, on any device.
+            model: A transformers model of the base, as `from_pretrained` loads it, in any floating dtype, on any
+                devices; also with `torch.compile` or data parallelism around it.
 
         Raises:
+            TypeError: If it is no transformers model.
             MismatchError: If the model lacks its tensors, or has them in other shapes.
-            RequestError: If it is in the model already.
+            RequestError: If it is in the model already, or the model's parameters cannot be written into: they are
+                quantized, offloaded or sharded, or changed by PEFT. The model is then as before.
 
         Example:
             >>> skill = load_localized("me/math-localized")
@@ -136,7 +149,9 @@ class LocalizedCheckpoint:
             model: That model.
 
         Raises:
-            RequestError: If it is not in the model.
+            TypeError: If it is no transformers model.
+            RequestError: If it is not in the model, or weights under it have changed since, such as by training. The
+                model is then as before.
         """
         from hf_locstitch.artifacts.grafts import remove_graft
 

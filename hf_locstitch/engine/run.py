@@ -252,6 +252,7 @@ def localize(run: Run[MergePlan] | Run[LocalizePlan], inputs: Inputs) -> Mapping
     job = LocalizeJob(
         base=plan.base,
         finetuned=plan.finetuned,
+        order=plan.order,
         tensors=plan.mask_tensors,
         groups=plan.groups,
         data=plan.data,

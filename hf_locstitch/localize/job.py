@@ -77,14 +77,15 @@ class InputFiles(Protocol):
 class LocalizeJob:
     """All that is needed to find masks. Every process makes the same calls.
 
-    tensors: the localizable ones, as in the base; groups: which of them compete. own: the names of those that this
-    process handles. folder: for temporary files. kept: what of the finetuned models is read later, beside the
-    masks. trusted: whether what an earlier process kept of (model, tensor) can be used. note_examples: called with
-    the number of examples that a finetune's mask was found with.
+    order: of the finetunes in sums. tensors: the localizable ones, as in the base; groups: which of them compete.
+    own: the names of those that this process handles. folder: for temporary files. kept: what of the finetuned
+    models is read later, beside the masks. trusted: whether what an earlier process kept of (model, tensor) can be
+    used. note_examples: called with the number of examples that a finetune's mask was found with.
     """
 
     base: Checkpoint
     finetuned: Mapping[str, Checkpoint]
+    order: Sequence[str]
     tensors: Sequence[TensorInfo]
     groups: Sequence[Group]
     data: Mapping[str, OpenSet]

@@ -52,10 +52,9 @@ class JointMask:
 def find_joint_mask(job: LocalizeJob, device: str) -> Mapping[str, MaskSource]:
     """The same mask for each finetune, by name. Raises RequestError or WorkError."""
     readers = job.inputs.fetch().readers
-    order = sorted(job.finetuned, key=lambda name: job.finetuned[name].source.pinned)
     folder = dataless_folder(job.folder)
     solver = DatalessSolver(
-        DatalessJob(readers, order, job.tensors, folder, device, job.settings, job.processes, job.progress)
+        DatalessJob(readers, job.order, job.tensors, folder, device, job.settings, job.processes, job.progress)
     )
     dense = solver.solve()
     scan = Scan(

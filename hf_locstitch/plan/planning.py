@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from hf_locstitch.adapters.opening import laid_over
 from hf_locstitch.artifacts.merged_finetune import MergedFinetune
+from hf_locstitch.artifacts.summing_order import order_of_checkpoints
 from hf_locstitch.artifacts.values_file import values_metadata
 from hf_locstitch.checkpoints.checkpoint import INDEX, Checkpoint
 from hf_locstitch.checkpoints.config_differences import KeptTexts, text_differences
@@ -56,7 +57,9 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
         return _open_and_stitch(recipe, settings)
     base, finetuned, data, fit_data = _open_inputs(recipe, settings)
     recipe, notes = _without_what_stays(recipe, base, finetuned)
-    vocabulary, said = plan_vocabulary(recipe, base, finetuned, chosen_tensors(recipe, base))
+    vocabulary, said = plan_vocabulary(
+        recipe, base, finetuned, chosen_tensors(recipe, base), order_of_checkpoints(finetuned)
+    )
     planned = merge_plan(recipe, base, finetuned, settings, data, fit_data, vocabulary)
     planned = with_lineage(_with_text_warnings(_with_notes(planned, [*notes, *said])))
     plan = _with_tokens(_with_side_files(planned))
@@ -238,7 +241,7 @@ def merge_plan(
         exact_k=localizer is None or localizer.density is not None,
         localizers={} if localizer is None else dict.fromkeys(finetuned, localizer),
         origins={name: checkpoint.source.pinned for name, checkpoint in finetuned.items()},
-        order=tuple(sorted(finetuned, key=lambda name: finetuned[name].source.pinned)),
+        order=order_of_checkpoints(finetuned),
         scanned=_whole(base, chosen, finetuned) if localizer else {},
         warnings=warnings,
         unmasked_from=unmasked_from,

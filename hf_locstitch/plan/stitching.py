@@ -9,7 +9,9 @@ from pydantic import ValidationError
 
 from hf_locstitch.artifacts.fit import localized_mismatches, unlike
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, open_localized
+from hf_locstitch.artifacts.manifest import weights_sha256
 from hf_locstitch.artifacts.merged_finetune import MergedFinetune, open_merged_finetune
+from hf_locstitch.artifacts.summing_order import Content, summing_order
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.compatibility import dtype_warnings, licence_warning, mismatches
 from hf_locstitch.checkpoints.opening import open_checkpoint
@@ -86,6 +88,11 @@ def stitch_plan(
     }
     origins = {name: one.finetuned.ref for name, one in stored.items()}
     origins |= {name: one.checkpoint.source.pinned for name, one in merged.items()}
+
+    def content(name: str) -> Content:
+        through = stored[name].content if name in stored else ""
+        return (weights_sha256(localized[name].finetuned.files), through)
+
     ones = [checkpoint.ones for checkpoint in localized.values()]
     return StitchPlan(
         recipe=recipe,
@@ -98,7 +105,7 @@ def stitch_plan(
         exact_k=len(set(ones)) == 1,
         localizers={name: _recorded_localizer(checkpoint) for name, checkpoint in localized.items()},
         origins=origins,
-        order=tuple(sorted(localized, key=origins.__getitem__)),
+        order=summing_order(origins, content),
         scanned={name: [(tensor, 0, base.info(tensor).numel) for tensor in chosen] for name in merged},
         warnings=(*warnings, *licence_warning({"the base": base, **files})),
         unmasked_from=base,

@@ -104,11 +104,16 @@ def check_choices(recipe: Recipe, names: Sequence[str]) -> Iterator[str]:
 
 
 def plan_vocabulary(
-    recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint], chosen: Sequence[str]
+    recipe: Recipe,
+    base: Checkpoint,
+    finetuned: Mapping[str, Checkpoint],
+    chosen: Sequence[str],
+    order: Sequence[str],
 ) -> tuple[VocabularyPlan | None, list[str]]:
     """The plan, or None where every row keeps its place and the base's values, and warnings.
 
-    chosen: the tensors that the method ranges over. Raises RecipeError, MismatchError, CheckpointError.
+    chosen: the tensors that the method ranges over. order: in which finetunes are summed. Raises RecipeError,
+    MismatchError, CheckpointError.
     """
     if problems := list(check_choices(recipe, list(finetuned))):
         raise MismatchError(problems)
@@ -121,7 +126,6 @@ def plan_vocabulary(
     if models.settled:
         return None, warnings
     tokenizer = recipe.tokenizer or UNION
-    order = sorted(finetuned, key=lambda name: finetuned[name].source.pinned)
     made = _Maker(models.base, {name: models.finetuned[name] for name in order}, tokenizer, recipe.embeddings or BASE)
     localized = models.localized
     stays = made.unchanged and (not localized or made.in_place)

@@ -36,8 +36,8 @@ class Group:
 def group_names(model: Any, disk: Collection[str]) -> list[Group]:
     """How the tensors on disk that the model uses correspond to its parameters.
 
-    model: a transformers model, loaded by from_pretrained. A tensor that is not a parameter of it belongs to no group;
-    tied parameters that are stored twice make two groups.
+    model: a transformers model, loaded by from_pretrained or built of its config. A tensor that is not a parameter of
+    it belongs to no group; tied parameters that are stored twice make two groups.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, apply_converters
@@ -56,7 +56,7 @@ def group_names(model: Any, disk: Collection[str]) -> list[Group]:
             converted[key].append(name)
     if not converted:
         return groups
-    reverse = [entry.reverse_transform() for entry in (model._weight_conversions or mapping)[::-1]]
+    reverse = [entry.reverse_transform() for entry in (getattr(model, "_weight_conversions", None) or mapping)[::-1]]
     reverse = [entry for entry in reverse if isinstance(entry, WeightConverter)]
     together: dict[str, list[str]] = defaultdict(list)  # converted by one converter -> names in the state dict
     for key, parameter in state.items():
@@ -121,14 +121,15 @@ def to_disk(model: Any, group: Group, tensors: Mapping[str, torch.Tensor]) -> di
 
 
 def from_disk(model: Any, group: Group, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of to_disk, from where each element of a parameter lands. Returns parameter -> float32."""
+    """The inverse of to_disk, from where each element of a parameter lands. Returns parameter -> float32, zero where it
+    is of no tensor of the group, such as an expert that was left out."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name in group.parameters}
     if group.direct:
         return {group.parameters[0]: read(group.disk[0]).reshape(shapes[group.parameters[0]]).float()}
     numels = [shapes[name].numel() for name in group.parameters]
     numbers = torch.arange(sum(numels)).split(numels)
     places = {name: own.view(shapes[name]) for name, own in zip(group.parameters, numbers, strict=True)}
-    whole = torch.empty(sum(numels))
+    whole = torch.zeros(sum(numels))
     for name, where in to_disk(model, group, places).items():
         whole[where.reshape(-1)] = read(name).reshape(-1).float()
     parts = zip(group.parameters, whole.split(numels), strict=True)

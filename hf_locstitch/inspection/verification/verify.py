@@ -13,6 +13,7 @@ from typing import Any, Literal
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, read_localized
 from hf_locstitch.artifacts.manifest import FILE, RECIPE_FILE, Manifest, open_manifest
 from hf_locstitch.artifacts.mask_file import DamagedMask, MaskFile
+from hf_locstitch.artifacts.summing_order import recorded_order
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.opening import read_checkpoint
@@ -295,8 +296,7 @@ def _solved(merge: Merge, inputs: Mapping[str, Checkpoint], tensors: Tensors, no
     stitch = merge.record.stitch or {}
     if not is_without_data(stitch):
         return
-    order = sorted(merge.masks, key={entry.name: entry.ref for entry in merge.record.inputs}.__getitem__)
-    finetuned = [inputs[name] for name in order]
+    finetuned = [inputs[name] for name in recorded_order(merge.record)]
     solved = Solved(merge.weights, inputs["base"], finetuned, merge.masks, stitch, merge.recipe.scale)
     try:
         notes.findings += solved.check(sorted(merge.localized), GROUPS if tensors != "all" else ALL_GROUPS)
@@ -310,7 +310,7 @@ def _vocabulary(merge: Merge, inputs: Mapping[str, Checkpoint], notes: Notes) ->
         return None
     finetuned = {name: checkpoint for name, checkpoint in inputs.items() if name != "base"}
     chosen = chosen_tensors(merge.recipe, inputs["base"])
-    vocabulary, _ = plan_vocabulary(merge.recipe, inputs["base"], finetuned, chosen)
+    vocabulary, _ = plan_vocabulary(merge.recipe, inputs["base"], finetuned, chosen, recorded_order(merge.record))
     due = vocabulary.as_json() if vocabulary is not None else None
     if due != merge.record.vocabulary:
         notes.findings.append(Finding("recipe", FILE, "vocabulary", str(merge.record.vocabulary), str(due)))
@@ -329,15 +329,11 @@ def _value_check(
     under = {name for by in alignment.matrices.values() for name in by.values()} if alignment else ()
     own = {name: fetch_tensors(checkpoint, [*tensors, *under]) for name, checkpoint in inputs.items()}
     opened = alignment.readers(own) if alignment and vocabulary and vocabulary.localized else own
-    refs = {entry.name: entry.ref for entry in merge.record.inputs}
-    order = sorted(
-        merge.masks, key=lambda name: refs[name]
-    )  # the engine's order, which does not depend on the order given
     check = ValueCheck(
         fetch_tensors(merge.weights, tensors),
         opened["base"],
         opened[merge.rest],
-        {name: opened[name] for name in order},
+        {name: opened[name] for name in recorded_order(merge.record)},
         merge.masks,
         MergeSettings(merge.recipe.scale, _top_k(merge.record, notes), _refitted(merge.record, notes)),
     )

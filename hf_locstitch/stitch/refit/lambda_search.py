@@ -86,8 +86,10 @@ class Refitting:
         model_folder = job.folder / f"models.{job.processes.rank}"
         self._models: list[TaskModels] = job.processes.together(
             lambda: [
-                open_task_models(config, name, self._plain, job.readers[name], data, model_folder, self._device)
-                for name, data in job.data.items()
+                open_task_models(
+                    config, name, self._plain, job.readers[name], job.data[name], model_folder, self._device
+                )
+                for name in job.order
             ]
         )
         self._seen: Seen | None = None
