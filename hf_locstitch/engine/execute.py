@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.checkpoints.hashes import InputHashes
+from hf_locstitch.checkpoints.ref import WEIGHTS
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.engine.preflight import (
     check_inputs,
@@ -149,7 +150,7 @@ def _into(
         if upload is None:
             return Finished(out, None, None, record)
         try:
-            published = upload.commit(out, _message(plan), progress)
+            published = upload.commit(out, _message(plan), progress, _known(record))
         except PublishError as error:
             raise PublishError(
                 f"the merge is complete in {out}, but {error} {by_hand(plan.recipe.target, out)}"
@@ -164,9 +165,9 @@ def _to_hub(plan: Plan, progress: Progress, processes: Processes) -> Finished:
     published: list[Published] = []
     with _upload(plan, processes, discard=not plan.settings.cache) as upload:
 
-        def publish(folder: Path) -> None:
+        def publish(folder: Path, record: Manifest) -> None:
             assert upload is not None
-            published.append(upload.commit(folder, _message(plan), progress))
+            published.append(upload.commit(folder, _message(plan), progress, _known(record)))
 
         record = make(plan, scratch / "merged", progress, processes, upload, publish)
         processes.end()
@@ -182,12 +183,12 @@ def make(
     progress: Progress,
     processes: Processes | None = None,
     upload: Upload | None = None,
-    publish: Callable[[Path], object] | None = None,
+    publish: Callable[[Path, Manifest], object] | None = None,
 ) -> Manifest:
     """Make the folder `out`. Raises RequestError, or WorkError after which the same call resumes.
 
-    upload: receives each shard as soon as it is finished. publish: called with the finished folder instead of
-    moving it to `out`.
+    upload: receives each shard as soon as it is finished. publish: called with the finished folder and its
+    record instead of moving it to `out`.
     """
     processes = processes or Processes()
     with InputHashes(plan.inputs, processes.rank, processes.count) as hashes:  # begins while libraries are imported
@@ -220,7 +221,7 @@ def make(
                     run = MergeRun(plan, work, processes, progress, hashes, upload)
             record = run.run()
             if publish is not None and processes.first:
-                publish(work.stage)
+                publish(work.stage, record)
             if upload is not None:
                 upload.pause()  # the files are about to move
             return record
@@ -245,6 +246,11 @@ def _upload(plan: Plan, processes: Processes, discard: bool = False) -> Iterator
         yield upload
     finally:
         upload.close()
+
+
+def _known(record: Manifest) -> dict[str, str]:
+    """SHA-256 of the files that nobody writes to any more."""
+    return {file: entry["sha256"] for file, entry in record.outputs.items() if file.endswith(WEIGHTS)}
 
 
 def _message(plan: Plan) -> str:

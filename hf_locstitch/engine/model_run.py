@@ -136,7 +136,7 @@ class ModelRun(Run[AnyModelPlan]):
             sha256 or file_sha256(path), path.stat().st_size, overlap.covered.tolist(), overlap.pairs.tolist()
         )
         if self.upload is not None:
-            self.upload.add(self.work.stage, shard.file)
+            self.upload.add(self.work.stage, shard.file, record.sha256)
         return record
 
     def _note(self, shard: OutputShard, hashed: Future[ShardRecord], opened: OpenInputs) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
@@ -49,6 +51,7 @@ REPLACED = (
     "figures/*",
     ".eval_results/*",
 )
+AT_ONCE = 4  # files that are uploaded at a time
 RECENT = 10  # pull requests that are looked at for one that holds the result already
 Operation: TypeAlias = CommitOperationAdd | CommitOperationDelete
 
@@ -144,7 +147,8 @@ def _make_one() -> str:
 
 
 class Upload:
-    """The upload of one result. Files are sent in the background; the repo shows nothing before the commit.
+    """The upload of one result. Files are sent in the background, several at once; the repo shows nothing before the
+    commit.
 
     discard: delete a file from this machine once the Hub has it.
     """
@@ -154,36 +158,57 @@ class Upload:
         self._private = private
         self._api = HfApi()
         self._parent: str | None = None
+        self._preparing = threading.Lock()
         self._operations: dict[str, CommitOperationAdd] = {}
-        self._pool = ThreadPoolExecutor(1)
-        self._running: list[Future[None]] = []
+        self._pool = ThreadPoolExecutor(AT_ONCE)
+        self._running: dict[str, Future[None]] = {}
 
-    def add(self, folder: Path, file: str) -> None:
-        """Upload a finished file of `folder` in the background; errors are raised by `wait` and `commit`."""
-        self._running.append(self._pool.submit(self._add, folder, file))
+    def add(self, folder: Path, file: str, sha256: str | None = None) -> None:
+        """Upload a finished file of `folder` in the background; errors are raised by `wait` and `commit`.
+
+        sha256: of the file, if it is known.
+        """
+        self._running[file] = self._pool.submit(self._add, folder, file, sha256)
 
     def wait(self, unfinished: int) -> None:
         """Wait until at most `unfinished` files are still uploading. Raises PublishError."""
         while len(self._running) > unfinished:
-            future = self._running.pop(0)
+            future = self._running.pop(next(iter(self._running)))
             with self._explained():
                 future.result()
 
     def pause(self) -> None:
-        """Let running uploads finish or fail, and leave the rest to `commit`."""
-        for future in self._running:
-            if not future.cancel():
-                future.exception()
-        self._running.clear()
+        """The files are about to move: start no upload of them. One that runs goes on, for it has its file open."""
+        for file in reversed(list(self._running)):
+            if self._running[file].cancel():
+                del self._running[file]
 
-    def commit(self, folder: Path, message: str, progress: Progress) -> Published:
-        """Upload the remaining files of `folder`, create the repo if need be, and commit. Raises PublishError."""
+    def commit(
+        self, folder: Path, message: str, progress: Progress, known: Mapping[str, str] = MappingProxyType({})
+    ) -> Published:
+        """Upload the remaining files of `folder`, create the repo if need be, and commit. Raises PublishError.
+
+        known: the SHA-256 of files that were not changed since.
+        """
         with self._explained():
-            self.wait(0)
-            sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+            if self.discard:
+                self.wait(0)  # or files go while they are counted
+            sizes = {
+                path.relative_to(folder).as_posix(): path.stat().st_size
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            }
+            earlier = set(self._running)
             with progress.bar("uploading", sum(sizes.values())) as advance:
-                for path, size in sizes.items():
-                    self._add(folder, path.relative_to(folder).as_posix())
+                for file in sizes:
+                    if file not in earlier:
+                        self.add(folder, file, known.get(file))
+                for file, size in sizes.items():
+                    future = self._running.pop(file)
+                    if file in earlier and future.exception():  # for instance since its file moved
+                        self._add(folder, file, known.get(file))
+                    else:
+                        future.result()
                     advance(size)
             return self._commit(message)
 
@@ -191,11 +216,13 @@ class Upload:
         """Cancel uploads that have not started."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _add(self, folder: Path, file: str) -> None:
+    def _add(self, folder: Path, file: str, sha256: str | None) -> None:
         if file in self._operations:
             return
         self._prepare()
         operation = CommitOperationAdd(file, folder / file)
+        if sha256 is not None:
+            operation.upload_info.sha256 = bytes.fromhex(sha256)  # or the client would read the file for it
         how = {**_where(self.target), "free_memory": self.discard}
         retrying(lambda: self._api.preupload_lfs_files(additions=[operation], **how))
         self._operations[file] = operation
@@ -204,14 +231,15 @@ class Upload:
 
     def _prepare(self) -> str:
         """Create repo and branch if need be; return the head that the commit will follow."""
-        if self._parent is None:
-            target, api = self.target, self._api
-            if not target.pull_request:
-                retrying(lambda: api.create_repo(target.repo, private=self._private, exist_ok=True))
-                if target.branch != MAIN:
-                    retrying(lambda: api.create_branch(target.repo, branch=target.branch, exist_ok=True))
-            self._parent = _head(api, target)
-        return self._parent
+        with self._preparing:
+            if self._parent is None:
+                target, api = self.target, self._api
+                if not target.pull_request:
+                    retrying(lambda: api.create_repo(target.repo, private=self._private, exist_ok=True))
+                    if target.branch != MAIN:
+                        retrying(lambda: api.create_branch(target.repo, branch=target.branch, exist_ok=True))
+                self._parent = _head(api, target)
+            return self._parent
 
     def _commit(self, message: str) -> Published:
         parent = self._prepare()
