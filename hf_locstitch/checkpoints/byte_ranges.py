@@ -44,6 +44,19 @@ def _joined(ranges: Iterable[Range]) -> list[Range]:
     return joined
 
 
+def without(one: Range, ranges: Iterable[Range]) -> list[Range]:
+    """The parts of a range that lie in none of others, which ascend and do not overlap."""
+    at, stop = one
+    parts = []
+    for first, last in ranges:
+        if first >= stop:
+            break
+        if last > at:
+            parts.append((at, first))
+            at = last
+    return [(first, last) for first, last in [*parts, (at, stop)] if first < last]
+
+
 def most_held(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> int:
     """Bytes that lie on the disk at most when pieces are read in this order from files that come in file order.
 

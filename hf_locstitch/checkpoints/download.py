@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from hf_locstitch.checkpoints.byte_ranges import Range
+from hf_locstitch.checkpoints.byte_ranges import Range, without
 from hf_locstitch.checkpoints.hub import HubSource
 from hf_locstitch.checkpoints.read_ahead import ReadAhead
 from hf_locstitch.checkpoints.source import Advance
@@ -63,8 +63,12 @@ class Download(ABC):
         return content
 
     def release(self, file: str, start: int, stop: int) -> None:
-        """These bytes will not be read again."""
+        """These bytes will not be read again in this pass."""
         del file, start, stop  # what is cached stays
+
+    def read_again(self) -> None:
+        """Another pass begins, over what was kept for it."""
+        return  # what is cached stays
 
     def verify(self, files: Iterable[str] | None = None) -> None:
         """Wait until files are complete and verified; raises IntegrityError if one is damaged.
@@ -185,13 +189,19 @@ class StreamingDownload(Download):
     ) -> None:
         super().__init__(source, list({**needs, **kept}), advance, on_verified)
         self._needs, self._kept, self._folder, self._window = needs, kept, folder, window
+        self._again = False  # whether what was kept is being read
         self._ahead = 0  # bytes that arrived and were not released
 
     def release(self, file: str, start: int, stop: int) -> None:
-        punch_hole(self._fds[file], start, stop)
+        for first, last in without((start, stop), self._kept.get(file, ())):
+            punch_hole(self._fds[file], first, last)
         with self._changed:
-            self._ahead -= stop - start
+            self._ahead -= 0 if self._again else stop - start
             self._changed.notify_all()
+
+    def read_again(self) -> None:
+        """The pass begins that ranges were kept for; from now on they are released for good."""
+        self._kept, self._again = {}, True
 
     def _read_ahead(self) -> ReadAhead:
         return self.source.read_ahead(file for file in self.files if self.source.files[file].sha256 is not None)

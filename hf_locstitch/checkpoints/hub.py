@@ -357,7 +357,7 @@ class HubSource:
             del self._elsewhere[file]
             raise ConnectionError(f"the link to {file} has expired (status {response.status_code})")
         hf_raise_for_status(response)
-        if not str(response.url).startswith(f"{self._endpoint}/"):
+        if response.history and not str(response.url).startswith(f"{self._endpoint}/"):
             self._elsewhere[file] = str(response.url)  # to ask there from now on: the Hub counts its requests
         ranged = response.status_code == PARTIAL
         if not ranged and stop < self._files[file].size:

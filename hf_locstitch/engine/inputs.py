@@ -55,6 +55,7 @@ class Inputs:
     ) -> None:
         self._plan, self._progress, self._folder, self._verified = plan, progress, folder, verified
         self._kept: dict[str, CheckpointReader] = {}
+        self._keeping: list[Download] = []
         self._whole: OpenInputs | None = None
         self._stack = ExitStack()
 
@@ -121,6 +122,8 @@ class Inputs:
             return
         inputs, kept = self._plan.inputs, kept or {}
         names = [name for name in {**pieces, **kept} if name not in self._kept]
+        for download in self._keeping:
+            download.read_again()
         wanted = {name: byte_ranges(inputs[name], pieces.get(name, ())) for name in names}
         later = {name: byte_ranges(inputs[name], kept.get(name, ())) for name in names}
         readers, downloads = dict(self._kept), {}
@@ -136,6 +139,7 @@ class Inputs:
                     readers[name] = _arriving(inputs[name], downloads[name])
                 if name in kept:
                     self._kept[name] = readers[name]
+                    self._keeping += [downloads[name]] if name in downloads else []
             opened = OpenInputs(readers, downloads)
             try:
                 yield opened

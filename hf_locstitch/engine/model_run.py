@@ -62,7 +62,7 @@ class ModelRun(Run[AnyModelPlan]):
         )
 
     def read_later(self) -> Pieces:
-        return self.plan.written_from(self._unfinished())
+        return self.plan.kept_for(self._unfinished())
 
     def _unfinished(self) -> list[OutputShard]:
         return [shard for shard in self.plan.shards if self._finished[shard.file] is None]

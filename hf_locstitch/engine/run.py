@@ -81,7 +81,7 @@ class Run(ABC, Generic[AnyPlan]):
         """The output's shards. Returns how the masks overlap, and what is known of each shard."""
 
     def read_later(self) -> Pieces:
-        """What writing the shards will read, besides the masks."""
+        """What writing the shards will read of inputs that are streamed once, besides the masks."""
         return {}
 
     @abstractmethod
@@ -262,7 +262,7 @@ def localize(run: Run[MergePlan] | Run[LocalizePlan], inputs: Inputs) -> Mapping
         settings=plan.settings,
         processes=run.processes,
         progress=run.progress,
-        kept={name: pieces for name, pieces in run.read_later().items() if name != "base"},
+        kept=run.read_later(),
         trusted=trusted,
         allow_non_finite=plan.recipe.allow_non_finite,
         note_examples=run.examples.__setitem__,

@@ -44,7 +44,7 @@ def estimate(plan: Plan, here: Here) -> Cost:
         missing = {file: size for file, size in sizes.items() if (name, file) not in here}
         times = [list(byte_ranges(checkpoint, pieces.get(name, ()))) for pieces in passes]
         read += sum(sizes[file] for files in ([sizes] if name in stored else times) for file in files)
-        if plan.settings.cache or name != "base":
+        if plan.settings.cache or name != "base" or "base" in plan.kept_for(plan.shards):
             download += sum(missing.values())
         else:
             download += sum(missing.get(file, 0) for files in times for file in files)
@@ -116,8 +116,12 @@ def _streams(plan: Plan, here: Here) -> int:
     """Bytes that have arrived and are still to be read, in the pass that holds the most."""
     scanned, written = plan.scanned, plan.written_from(plan.shards)
     passes = [sum(_held(plan, here, name, pieces[name]) for name in pieces) for pieces in (scanned, written)]
-    kept = [_bytes(plan.inputs[name], written[name]) for name in written if scanned and name != "base"]
-    return max(passes) + sum(kept)
+    if not scanned:
+        return max(passes)
+    kept = {name: _bytes(plan.inputs[name], pieces) for name, pieces in plan.kept_for(plan.shards).items()}
+    place = kept.pop("base", 0)  # which the output takes, shard by shard
+    largest = max((shard.nbytes for shard in plan.shards), default=0)
+    return max(passes) + sum(kept.values()) + (largest + max(0, place - _output(plan)) if place else 0)
 
 
 def _held(plan: Plan, here: Here, name: str, pieces: Sequence[Piece]) -> int:

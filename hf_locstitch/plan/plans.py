@@ -118,6 +118,14 @@ class Plan:
         """What writing these shards reads, besides what finding masks kept."""
         return {}
 
+    def kept_for(self, shards: Sequence[OutputShard]) -> Pieces:
+        """What stays on the disk from the first pass until these shards are written, where inputs are streamed.
+
+        The base only where the output takes its place there: of a result that is only pushed, it is read twice.
+        """
+        whole = self.recipe.out is not None
+        return {name: pieces for name, pieces in self.written_from(shards).items() if whole or name != "base"}
+
     @property
     def needed(self) -> dict[str, list[str]]:
         """The files of each input that are read: with data all of them, because whole models run."""

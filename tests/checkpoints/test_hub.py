@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -107,6 +108,42 @@ def test_an_ignored_range(home_hub: LoopbackHub, repo: str) -> None:
     assert sum(heard) == SIZE and not home_hub.faults
 
 
+@pytest.fixture
+def elsewhere(home_hub: LoopbackHub) -> Iterator[LoopbackHub]:
+    """A Hub that sends on to storage, whose requests it does not count."""
+    home_hub.redirect_lfs = True
+    yield home_hub
+    home_hub.redirect_lfs = False
+
+
+def test_the_hub_is_asked_once_for_the_pieces_of_a_file(elsewhere: LoopbackHub, repo: str) -> None:
+    assert HubSource(repo, None).fetch(FILE).read_bytes() == elsewhere.read(repo, FILE)
+    weights = [request for request in elsewhere.requests if request.method == "GET" and request.status in (206, 302)]
+    asked = [request for request in weights if request.status == 302]
+    sent = [request for request in weights if request.status == 206]
+    assert len(sent) == 3 and sum(request.sent for request in sent) == SIZE
+    assert 1 <= len(asked) <= 3 and all(request.authorization for request in asked)
+    assert not any(request.authorization for request in sent)  # the token is not the storage's
+
+
+def test_the_hub_is_not_asked_again_after_the_header(elsewhere: LoopbackHub, repo: str) -> None:
+    source = HubSource(repo, None)
+    source.read_start(FILE, 1000)
+    elsewhere.requests.clear()
+    assert len(b"".join(source.stream(FILE))) == SIZE
+    assert not [request for request in elsewhere.requests if "/resolve/" in request.path]
+
+
+def test_a_link_that_expires_is_asked_for_again(elsewhere: LoopbackHub, repo: str) -> None:
+    source = HubSource(repo, None)
+    source.read_start(FILE, 1000)
+    elsewhere.requests.clear()
+    elsewhere.fail(Fault("status", status=403, path="download", method="GET"))
+    assert b"".join(source.stream(FILE)) == elsewhere.read(repo, FILE)
+    assert not elsewhere.faults
+    assert [request for request in elsewhere.requests if "/resolve/" in request.path and request.status == 302]
+
+
 def test_a_flipped_byte_is_fetched_again(home_hub: LoopbackHub, repo: str) -> None:
     home_hub.fail(Fault("flip", method="GET", path=f"{repo}/resolve/.*{FILE}", offset=700_000))
     heard: list[int] = []
@@ -145,6 +182,7 @@ def test_a_damaged_cache_is_repaired(home_hub: LoopbackHub, repo: str) -> None:
 def test_a_killed_download_goes_on(home_hub: LoopbackHub, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later process finds what an earlier one had fetched."""
     monkeypatch.setattr(hub_client, "ATTEMPTS", 1)
+    monkeypatch.setattr("hf_locstitch.checkpoints.read_ahead.CONNECTIONS", 1)  # pieces come in order
     third = f"{repo}/resolve/.*{FILE}"
     home_hub.fail(Fault("status", method="GET", path=third, skip=2, times=9))
     with pytest.raises(DownloadError, match="Run the same command again"):

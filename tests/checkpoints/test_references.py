@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.models import State, finetune, load, random_state, same_bits, save
 from helpers.runs import quick_merge
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from safetensors.torch import save_file
 
 from hf_locstitch import localize_from_hub, verify
@@ -85,7 +85,7 @@ def test_subfolders(due: State, cache: bool, tmp_path: Path, home_hub: LoopbackH
     report = verify(tmp_path / "out", tensors="all")
     assert report.ok and not report.skipped, report.describe()
     assert (
-        f"[org/all/first](https://huggingface.co/org/all/tree/{pinned[1].partition('@')[2]}/first)"
+        f"[org/all/first]({constants.ENDPOINT}/org/all/tree/{pinned[1].partition('@')[2]}/first)"
         in (tmp_path / "out" / "README.md").read_text()
     )
 

@@ -168,3 +168,30 @@ def test_no_cache_takes_one_process(repos: list[str], tmp_path: Path, monkeypatc
     recipe = make_recipe({"base": repos[0], "finetuned": repos[1:], "out": str(tmp_path / "out")})
     with pytest.raises(RecipeError, match="--no-cache works in one process"):
         execute(make_plan(recipe, PASSING), Progress(False))
+
+
+def test_no_byte_of_the_base_comes_twice(
+    home_hub: LoopbackHub, hub_cache: Path, states: list[State], tmp_path: Path
+) -> None:
+    """Into a folder, the base waits on the disk for its second pass, and goes as the output takes its place."""
+    repos = []
+    for i, state in enumerate(states):
+        folder = save_sharded(tmp_path / "in" / f"m{i}", state, lambda names: [names[:3], names[3:5], names[5:]])
+        repos.append(f"demo/{uuid4().hex[:8]}-{i}00")
+        home_hub.add_repo(repos[-1], {path.name: path for path in folder.iterdir()})
+    work = tmp_path / "work"
+    work.mkdir()
+    fields = {"base": repos[0], "finetuned": repos[1:], "localizer": {"density": 0.02}, "figures": False}
+    home_hub.requests.clear()
+    plan = make_plan(make_recipe({**fields, "out": str(work / "out")}), PASSING)
+    with watched(work) as seen:
+        execute(plan, Progress(False))
+    for repo in repos:
+        assert served(home_hub, repo) == sizes(home_hub, repo)
+    cost = estimate(plan, files_here(plan))
+    print(f"on the disk at most {max(seen):,} bytes, planned {cost.disk:,}, one model {SIZE:,}")
+    assert cost.download == sum(sum(sizes(home_hub, repo).values()) for repo in repos)
+    assert max(seen) <= cost.disk + 100_000 and cost.disk < 3 * SIZE
+    merged(repos, tmp_path / "cached", CACHING, localizer={"density": 0.02})
+    for path in (tmp_path / "cached").glob("*.safetensors"):
+        assert (work / "out" / path.name).read_bytes() == path.read_bytes()
