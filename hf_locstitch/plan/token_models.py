@@ -9,18 +9,20 @@ from typing import Any
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.aligned import RowSources
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.checkpoints.config import part
 from hf_locstitch.checkpoints.vocabulary import (
     WAY_OUT,
     Vocabulary,
     has_tokenizer,
     read_vocabulary,
+    row_count,
+    row_shape,
     same_vocabulary,
     token_matrices,
 )
 from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.human import more, some
+from hf_locstitch.tasks.token_shapes import ties_head
 
 BASE, UNION, MEAN, LOCALIZE = "base", "union", "mean", "localize"
 
@@ -139,7 +141,7 @@ def _read_model(checkpoint: Checkpoint, rows: int, needed: bool) -> TokenModel:
 
 def _rows(matrices: Sequence[str], checkpoint: Checkpoint) -> int | None:
     """How many rows the matrices have; None if it has none of them. Raises MismatchError if they differ."""
-    counts = {checkpoint.info(name).shape[0]: name for name in matrices if name in checkpoint.tensors}
+    counts = {row_count(checkpoint.info(name).shape): name for name in matrices if name in checkpoint.tensors}
     if len(counts) > 1:
         listed = ", ".join(f"{name} has {count:,} rows" for count, name in counts.items())
         raise MismatchError([f"{listed} in {checkpoint.label}, where each token needs one in all of them"])
@@ -228,9 +230,9 @@ def matrix_names(
 
 def _own_name(matrix: str, matrices: Sequence[str], base: Checkpoint, other: Checkpoint) -> str | None:
     """A head that is not stored is the embedding, if the config ties the two."""
-    width = base.info(matrix).shape[1:]
-    tied = any(one.get("tie_word_embeddings", True) for one in (other.config, part(other.config, "text_config")))
-    for name in (matrix, *(matrices if tied and len(width) == 1 and matrix not in other.tensors else ())):
-        if name in other.tensors and other.info(name).shape[1:] == width and other.info(name).floating:
+    row = row_shape(base.info(matrix).shape)
+    tied = len(row) == 1 and matrix not in other.tensors and ties_head(other.config)
+    for name in (matrix, *(matrices if tied else ())):
+        if name in other.tensors and row_shape(other.info(name).shape) == row and other.info(name).floating:
             return name
     return None

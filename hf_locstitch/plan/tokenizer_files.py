@@ -13,12 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_locstitch.checkpoints.aligned import resized
 from hf_locstitch.checkpoints.checkpoint import CONFIG, Checkpoint, read_json
 from hf_locstitch.checkpoints.ref import expand_home
 from hf_locstitch.checkpoints.side_files import TEMPLATES, TOKENIZER, SideFiles, choose_side_files, matching
 from hf_locstitch.checkpoints.source import Source
-from hf_locstitch.checkpoints.vocabulary import FAST, SLOW_ADDED, TOKENIZER_CONFIG, read_vocabulary
+from hf_locstitch.checkpoints.vocabulary import FAST, SLOW_ADDED, TOKENIZER_CONFIG, read_vocabulary, resized, row_count
 from hf_locstitch.errors import MismatchError, RecipeError
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.vocabulary import BASE, AddedToken, VocabularyPlan
@@ -192,7 +191,7 @@ class _Edit:
         """vocab_size wherever the config has that of the base's matrices."""
         config = self._json(CONFIG)
         base, rows = vocabulary.alignment.own[BASE], vocabulary.alignment.rows
-        old = base.info(vocabulary.matrices[0]).shape[0]
+        old = row_count(base.info(vocabulary.matrices[0]).shape)
         if config is not None and rows != old:
             self._put(CONFIG, resized(config, {old}, rows))
 
