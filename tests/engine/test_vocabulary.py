@@ -403,6 +403,24 @@ def test_a_tied_head_that_only_the_base_stores(tmp_path: Path) -> None:
     assert verify(out, base=folders["base"], finetuned=[folders["math"]]).ok
 
 
+@pytest.mark.parametrize("stated", [True, False], ids=["stated", "by default"])
+def test_a_head_that_is_not_stored_and_not_tied(tmp_path: Path, stated: bool) -> None:
+    """Its rows are nowhere: those of the embedding are another thing."""
+    folders = family(tmp_path / "in", tied=False)
+    state = load(folders["math"])
+    del state[MATRICES[1]]
+    save_file(state, folders["math"] / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folders["math"] / "config.json").read_text())
+    if stated:
+        config["tie_word_embeddings"] = False
+    else:
+        config.pop("tie_word_embeddings", None)
+    (folders["math"] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MismatchError, match=r"math has no lm_head\.weight of the base's width"):
+        quick_merge(folders["base"], [folders["math"]], out=tmp_path / "out", localizer=DENSITY)
+    assert not (tmp_path / "out").exists()
+
+
 def test_tokenizers_of_two_files(untied: dict[str, Path], tmp_path: Path) -> None:
     """vocab.json and added_tokens.json, without tokenizer.json."""
     folders = {name: shutil.copytree(folder, tmp_path / name) for name, folder in untied.items()}
