@@ -35,7 +35,7 @@ from hf_locstitch.plan.layout import OutputShard, guessed, index_name, output_sh
 from hf_locstitch.plan.lineage import with_lineage
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
-from hf_locstitch.plan.stitching import open_masked, stitch_plan
+from hf_locstitch.plan.stitching import open_masked, stitch_plan, stitch_vocabulary
 from hf_locstitch.plan.tokenizer_files import template_owner, with_tokens
 from hf_locstitch.plan.untrained_state import without_untrained_state
 from hf_locstitch.plan.vocabulary import BASE, UNION, VocabularyPlan, plan_vocabulary
@@ -94,7 +94,7 @@ def _without_what_stays(
     return recipe, notes + more
 
 
-def _with_notes(plan: AnyPlan, notes: Sequence[str]) -> AnyPlan:
+def _with_notes(plan: AnyStrictPlan, notes: Sequence[str]) -> AnyStrictPlan:
     return replace(plan, warnings=(*plan.warnings, *notes))
 
 
@@ -150,7 +150,9 @@ def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
         check_adapters(recipe, settings, whole)
     named |= {name: merged[name].over(checkpoint) for name, checkpoint in laid_over(base, whole).items()}
     with hide_library_bars():
-        return _strictly(_with_side_files(stitch_plan(recipe, base, named, settings)))
+        vocabulary, said = stitch_vocabulary(recipe, base, named)
+        planned = _with_notes(stitch_plan(recipe, base, named, settings, vocabulary), said)
+        return _strictly(_with_tokens(_with_side_files(planned)))
 
 
 def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
@@ -172,13 +174,13 @@ def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
     return replace(plan, side_files=chosen, warnings=tuple(warnings))
 
 
-def _with_tokens(plan: MergePlan) -> MergePlan:
+def _with_tokens(plan: AnyModelPlan) -> AnyModelPlan:
     """The plan with the files of the chosen tokenizer and chat template. Raises RequestError."""
-    recipe, vocabulary = plan.recipe, plan.vocabulary
-    if vocabulary is None and recipe.chat_template is None and recipe.tokenizer not in plan.finetuned:
+    recipe, vocabulary, models = plan.recipe, plan.vocabulary, plan.whole_models
+    if vocabulary is None and recipe.chat_template is None and recipe.tokenizer not in models:
         return plan
     with hide_library_bars():
-        files, notes = with_tokens(recipe, plan.files, plan.side_files, plan.finetuned, vocabulary)
+        files, notes = with_tokens(recipe, plan.files, plan.side_files, models, vocabulary)
     return replace(plan, side_files=files, warnings=(*plan.warnings, *notes))
 
 

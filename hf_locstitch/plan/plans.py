@@ -158,6 +158,11 @@ class ModelPlan(Plan):
     """Which of these go along with the weights."""
 
     @property
+    def whole_models(self) -> Mapping[str, Checkpoint]:
+        """The finetunes whose tokens and files the output may have."""
+        return self.finetuned
+
+    @property
     def aligned(self) -> Alignment | None:
         return self.vocabulary.alignment if self.vocabulary is not None and self.vocabulary.localized else None
 
@@ -201,6 +206,10 @@ class StitchPlan(ModelPlan):
     def needed(self) -> dict[str, list[str]]:
         stored = {name: [shard.file for shard in one.shards] for name, one in self.localized_inputs.items()}
         return {**super().needed, **stored}
+
+    @property
+    def whole_models(self) -> Mapping[str, Checkpoint]:
+        return {name: one.checkpoint for name, one in self.merged_inputs.items()}
 
     @property
     def merges(self) -> dict[str, Source]:
