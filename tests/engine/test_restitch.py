@@ -355,3 +355,16 @@ def test_rows_in_their_places_may_be_localized(speakers: Path) -> None:
     quick_merge("base", ["plain", "one", "two"], out="merged", localizer={"density": 0.3}, **fields)
     quick_stitch(from_="merged", remove="one", out="fewer")
     assert made(speakers / "fewer") == merge("plain", "two", **fields)
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["caching", "passing"])
+def test_tokens_from_the_hub(speakers: Path, home_hub: LoopbackHub, hub_cache: Path, cache: bool) -> None:
+    org = f"t{uuid4().hex[:8]}"
+    for name in ("base", "math", "chat"):
+        home_hub.add_repo(f"{org}/{name}", {path.name: path for path in (speakers / name).iterdir()})
+    refs = [f"{org}/math", f"{org}/chat"]
+    quick_merge(f"{org}/base", refs, push_to=f"lab/{org}", localizer={"density": 0.3})
+    quick_merge(f"{org}/base", refs[:1], out="once", localizer={"density": 0.3})
+    empty_cache()
+    quick_stitch(from_=f"lab/{org}", remove="chat", out="fewer", cache=cache)
+    assert made(speakers / "fewer") == made(speakers / "once")

@@ -18,7 +18,7 @@ from helpers.models import save as save_state
 from helpers.runs import Killed, files_of, quick_merge
 from helpers.vocabularies import TEMPLATE, family, model, save, tokenizer
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from hf_locstitch import merge_from_hub, verify
 from hf_locstitch.cli.main import main
@@ -419,6 +419,33 @@ def test_a_head_that_is_not_stored_and_not_tied(tmp_path: Path, stated: bool) ->
     with pytest.raises(MismatchError, match=r"math has no lm_head\.weight of the base's width"):
         quick_merge(folders["base"], [folders["math"]], out=tmp_path / "out", localizer=DENSITY)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_names_with_a_prefix(untied: dict[str, Path], tmp_path: Path, prefix: str) -> None:
+    """Embeddings are known by it, too, though they have other numbers of rows."""
+    folders = {**untied, "math": shutil.copytree(untied["math"], tmp_path / "math")}
+    state = {f"{prefix}{name}": value for name, value in load(untied["math"]).items()}
+    save_file(state, folders["math"] / "model.safetensors", metadata={"format": "pt"})
+    out, due = merged(folders, tmp_path / "out"), merged(untied, tmp_path / "due")
+    assert same_bits(load(out), load(due))
+    assert (out / "tokenizer.json").read_bytes() == (due / "tokenizer.json").read_bytes()
+
+
+def test_a_headless_base_under_heads_with_more_tokens(tmp_path: Path) -> None:
+    size = {"n_embd": 8, "n_layer": 2, "n_head": 2}
+    words = tokenizer(special=["<|a|>"])
+    folders = {"base": tmp_path / "base", "ft": tmp_path / "ft"}
+    GPT2Model(GPT2Config(vocab_size=24, **size)).save_pretrained(folders["base"])
+    GPT2LMHeadModel(GPT2Config(vocab_size=25, **size)).save_pretrained(folders["ft"])
+    tokenizer().save_pretrained(folders["base"])
+    words.save_pretrained(folders["ft"])
+    out = quick_merge(folders["base"], [folders["ft"]], out=tmp_path / "out", localizer=DENSITY).out
+    assert out is not None
+    assert ids(out) == words.get_vocab()
+    got, theirs = load(out)["wte.weight"], load(folders["ft"])["transformer.wte.weight"]
+    assert got.shape == (25, 8) and torch.equal(got[24], theirs[24])
+    assert verify(out, base=folders["base"], finetuned=[folders["ft"]], tensors="all").ok
 
 
 def test_tokenizers_of_two_files(untied: dict[str, Path], tmp_path: Path) -> None:
