@@ -21,27 +21,51 @@ IGNORED = re.compile(
     r"attn_implementation|max_window_layers|name_or_path|unsloth_.*|tokenizer_class|processor_class|torchscript|use_bfloat16)(\.|$)"
 )
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-TOKENS = {"bos_token_id": "begins", "eos_token_id": "ends", "pad_token_id": "pads"}
+END = "eos_token_id"
+TOKENS = {"bos_token_id": "begins", END: "ends", "pad_token_id": "pads"}
 NAMED = 3  # tokens that a sentence shows
 
 
-def config_differences(base: Checkpoint, name: str, finetuned: Checkpoint, kept: str) -> list[str]:
-    """One line for each setting that both configs have and that differs. kept: whose config the output gets."""
+@dataclass(frozen=True)
+class KeptTexts:
+    """Whose config and files of texts the output has; what is a finetune's own is nothing to warn it of.
+
+    special: whose tokens begin, end and pad texts; ends: whose end them, too. template: None if the user has said
+    which. tokens: whose tokenizer; None: those of several.
+    """
+
+    config: str
+    special: str
+    template: str | None
+    tokens: str | None
+    ends: str | None = None
+
+    def has_token(self, token: str, name: str) -> bool:
+        """Whether a finetune's own token begins, ends or pads the output's texts."""
+        return name == self.special or (token == END and name == self.ends)
+
+
+def config_differences(base: Checkpoint, name: str, finetuned: Checkpoint, kept: KeptTexts) -> list[str]:
+    """One line for each setting that both configs have and that differs."""
     ours, theirs = plain_settings(base.config), plain_settings(finetuned.config)
+    unlike = [key for key, value in ours.items() if key in theirs and theirs[key] != value and not IGNORED.search(key)]
     return [
-        f"{name}'s config has {key} {_shown(theirs[key])}, the base's {_shown(value)}: {kept}'s is kept, "
-        f"{_meaning(key, name, kept)}."
-        for key, value in ours.items()
-        if key in theirs and theirs[key] != value and not IGNORED.search(key)
+        f"{name}'s config has {key} {_shown(theirs[key])}, the base's {_shown(ours[key])}: {_meaning(key, name, kept)}."
+        for key in unlike
+        if (token := _token(key)) is None or not kept.has_token(token, name)
     ]
 
 
-def _meaning(key: str, name: str, kept: str) -> str:
+def _token(key: str) -> str | None:
+    """Which special token a setting says, if it does."""
+    return next((token for token in TOKENS if key.endswith(token)), None)
+
+
+def _meaning(key: str, name: str, kept: KeptTexts) -> str:
     """What it means for the merge that a setting is one model's."""
-    for token, does in TOKENS.items():
-        if key.endswith(token):
-            return f"so the merge {does} texts with it"
-    return f"with which {'the base' if kept == name else name} was not trained"
+    if (token := _token(key)) is not None:
+        return f"{kept.special}'s is kept, so the merge {TOKENS[token]} texts with it"
+    return f"{kept.config}'s is kept, with which {'the base' if kept.config == name else name} was not trained"
 
 
 def _shown(value: Value) -> str:
@@ -59,29 +83,20 @@ class TextFiles:
     vocabulary: Mapping[str, Any] | None
 
 
-@dataclass(frozen=True)
-class KeptTexts:
-    """Whose files of texts the output has. tokens: whose tokenizer; None: those of several."""
-
-    generation: str
-    template: str
-    tokens: str | None
-
-
 def text_differences(base: Source, name: str, finetuned: Source, kept: KeptTexts) -> list[str]:
     """Likewise of generation_config.json, chat template and tokenizer; only files that differ are read."""
     return list(_text_differences(read_text_files(base, finetuned), name, read_text_files(finetuned, base), kept))
 
 
 def _text_differences(base: TextFiles, name: str, other: TextFiles, kept: KeptTexts) -> Iterator[str]:
-    end = f"{kept.generation}'s is kept."
+    end = f"{kept.special}'s is kept."
     for token, does in TOKENS.items():
         ours, theirs = base.special.get(token), other.special.get(token)
-        if ours is not None and theirs is not None and ours != theirs:
+        if ours is not None and theirs is not None and ours != theirs and not kept.has_token(token, name):
             s = "s" if len(theirs) > 1 else ""
             yield f"{name} {does} its texts with the token{s} {_ids(theirs)}, the base with {_ids(ours)}: {end}"
     end = f"{kept.template}'s is kept."
-    if other.template != base.template:
+    if kept.template not in (None, name) and other.template != base.template:
         said = (
             "another chat template than the base"
             if base.template and other.template
@@ -89,7 +104,7 @@ def _text_differences(base: TextFiles, name: str, other: TextFiles, kept: KeptTe
         )
         yield f"{name} has {said}: {end}" if other.template else f"the base has a chat template, {name} none: {end}"
     ours, theirs = base.vocabulary, other.vocabulary
-    if kept.tokens and ours is not None and theirs is not None and ours != theirs:
+    if kept.tokens not in (None, name) and ours is not None and theirs is not None and ours != theirs:
         yield f"{_vocabularies(ours, name, theirs)}: {kept.tokens}'s is kept."
 
 

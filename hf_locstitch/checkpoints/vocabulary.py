@@ -19,6 +19,7 @@ FAST = "tokenizer.json"
 SLOW = "vocab.json"  # with the tokens added later in
 SLOW_ADDED = "added_tokens.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+DECODER = "added_tokens_decoder"  # of it: entries by id
 # Files that a token's id may depend on where there is no tokenizer.json.
 OTHERS = (
     SLOW, SLOW_ADDED, "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model",
@@ -65,7 +66,7 @@ Shape = tuple[int, ...]
 
 
 def row_shape(shape: Shape) -> Shape:
-    """Of what such a matrix has for each token; () for a bias, which is [tokens] or, in BART and its kin, [1, tokens]."""
+    """Of what such a matrix has for each token; () for a bias, which is [tokens] or, as in BART, [1, tokens]."""
     return () if _is_flat(shape) else shape[1:]
 
 
@@ -171,7 +172,7 @@ def _read_slow(source: Source) -> Vocabulary:
     own = _parse(source, SLOW)
     added = _parse(source, SLOW_ADDED) if SLOW_ADDED in source.files else {}
     settings = read_json(source, TOKENIZER_CONFIG) if TOKENIZER_CONFIG in source.files else {}
-    decoder = settings.get("added_tokens_decoder")
+    decoder = settings.get(DECODER)
     entries = decoder.values() if isinstance(decoder, dict) else ()
     known = {entry["content"]: entry for entry in entries}
     return _vocabulary(own, {token: {**known.get(token, {}), "id": i, "content": token} for token, i in added.items()})

@@ -76,6 +76,7 @@ class Changes(ABC):
         before = self._base.flat(tensor, 0, self.base.info(tensor).numel)
         return before, self._changed(tensor, before) if tensor in self.ones else before
 
+    @abstractmethod
     def check_rest(self, progress: Progress) -> None:
         """Whether all else is the base's, to the bit. Raises IntegrityError."""
 
@@ -116,6 +117,9 @@ class LocalizedChanges(Changes):
     def ones(self) -> Mapping[str, int]:
         counts = {name: self._localized.stored(name).numel for name in self._localized.shapes}
         return {name: count for name, count in counts.items() if count}
+
+    def check_rest(self, progress: Progress) -> None:
+        """It holds nothing else."""
 
     def _changed(self, tensor: str, before: Tensor) -> Tensor:
         import torch

@@ -12,7 +12,7 @@ from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.likeness import cosines, likeness_warnings
 from hf_locstitch.checkpoints.lineage import STRANGE, Lineage, length_warning, lineage, lineage_warnings
 from hf_locstitch.checkpoints.sample import Sample, read_samples, sample_pieces
-from hf_locstitch.plan.plans import LocalizePlan, MergePlan
+from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan
 
 AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
 CLOSELY = 1 << 13  # tensors to look at, and
@@ -37,7 +37,7 @@ def with_lineage(plan: AnyPlan) -> AnyPlan:
     return replace(plan, lineage=found.lineage, warnings=(*plan.warnings, *found.warnings))
 
 
-def look(plan: MergePlan | LocalizePlan, fetch: bool = True) -> Look:
+def look(plan: Plan, fetch: bool = True) -> Look:
     """What a sample tells of the plan's inputs. fetch: whether the Hub is asked for it.
 
     Matrices whose rows are matched by tokens are left out: the files have them in other places.

@@ -58,6 +58,8 @@ class Plan:
     """The unlabelled inputs of each finetune, where values are fitted."""
     lineage: Mapping[str, Lineage] = field(default_factory=dict)
     """What a sample tells of each finetune, where one could be taken before the work."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing, and nothing to warn of."""
     command: ClassVar[str]
     """The sub-command that carries out such a plan."""
 

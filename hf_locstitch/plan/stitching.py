@@ -97,8 +97,8 @@ def stitch_plan(
     ]
     if vocabulary is not None and stored:
         warnings.append(
-            f"{some(list(stored))}: a localized checkpoint has the base's tokens alone. Tokens that its finetune added, "
-            "if it did, are not in the merge."
+            f"{some(list(stored))}: a localized checkpoint has the base's tokens alone. If its finetune added tokens, "
+            "they are not in the merge."
         )
     warnings += same_warnings(
         {
@@ -137,6 +137,7 @@ def stitch_plan(
         unmasked_from=base,
         files=base,
         vocabulary=vocabulary,
+        notes=vocabulary.notes if vocabulary is not None else (),
         localized_inputs=stored,
         merged_inputs=merged,
     )

@@ -56,6 +56,8 @@ class VocabularyPlan:
     multiple: int
     added: tuple[AddedToken, ...]
     ids: Mapping[str, int] | None = field(repr=False)
+    notes: tuple[str, ...] = ()
+    """What is worth knowing of how rows were matched."""
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -141,10 +143,12 @@ def plan_vocabulary(
     alignment = Alignment(made.rows, {BASE: base, **finetuned}, matrices, sources)
     if problems := list(_unloadable(alignment)):
         raise MismatchError(problems)
+    notes = tuple(made.reordered())
     plan = VocabularyPlan(
-        tokenizer, rows_by, localized, alignment, made.tokens, made.base_tokens, made.multiple, made.added, made.ids
-    )
-    return plan, [*warnings, *made.reordered()]
+        tokenizer, rows_by, localized, alignment, made.tokens, made.base_tokens, made.multiple, made.added, made.ids,
+        notes,
+    )  # fmt: skip
+    return plan, warnings
 
 
 def _unloadable(alignment: Alignment) -> Iterator[str]:

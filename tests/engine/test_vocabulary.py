@@ -20,10 +20,11 @@ from helpers.vocabularies import TEMPLATE, family, model, save, tokenizer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from hf_locstitch import merge_from_hub, verify
+from hf_locstitch import merge_from_hub, plan_merge, verify
 from hf_locstitch.cli.main import main
 from hf_locstitch.engine.shard_writer import ShardWriter
 from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError, RequestError
+from hf_locstitch.plan.describe import format_plan, plan_json
 from loopback_hub import LoopbackHub
 
 MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -363,6 +364,61 @@ def test_hostile_tokenizers(untied: dict[str, Path], tmp_path: Path, edit: Edit 
     merged(folders, tmp_path / "out", tokenizer="base")  # which needs none of the finetunes' tokens
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("added_tokens_decoder", None, None),
+        ("added_tokens_decoder", [1], r"in base/tokenizer_config\.json must be an object, but is \[1\]"),
+        ("additional_special_tokens", None, None),
+        ("additional_special_tokens", "x", 'additional_special_tokens in .* must be a list, but is "x"'),
+        ("extra_special_tokens", {"image_token": "w1"}, None),
+        ("extra_special_tokens", 3, "extra_special_tokens in .* must be a list, but is 3"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hostile_settings_of_the_bases_tokenizer(
+    untied: dict[str, Path], tmp_path: Path, key: str, value: Any, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(untied["base"], tmp_path / "base")
+    folders = {**untied, "base": Path("base")}
+    listed = key if key != "added_tokens_decoder" else "additional_special_tokens"
+    for name in ("math", "chat"):
+        folders[name] = shutil.copytree(untied[name], tmp_path / name)
+        theirs = json.loads((folders[name] / "tokenizer_config.json").read_text())
+        for one in ("additional_special_tokens", "extra_special_tokens"):
+            theirs.pop(one, None)
+        theirs[listed] = ["<|im_end|>"]
+        (folders[name] / "tokenizer_config.json").write_text(json.dumps(theirs))
+    settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    for one in ("additional_special_tokens", "extra_special_tokens"):
+        settings.pop(one, None)
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({**settings, key: value}))
+    if said is not None:
+        with pytest.raises(CheckpointError, match=said):
+            merged(folders, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    out = merged(folders, tmp_path / "out")
+    got = json.loads((out / "tokenizer_config.json").read_text())
+    assert "<|im_end|>" in [*(got.get("additional_special_tokens") or ()), *(got.get("extra_special_tokens") or ())]
+    assert not isinstance(value, dict) or got[key] == value
+    AutoTokenizer.from_pretrained(out)
+
+
+@pytest.mark.parametrize("size", [[24], {"text": 24}, "24", None, True])
+def test_sizes_that_are_no_numbers(untied: dict[str, Path], tmp_path: Path, size: Any) -> None:
+    """They are left as they are; the config's own size follows."""
+    folders = {**untied, "base": shutil.copytree(untied["base"], tmp_path / "base")}
+    config = json.loads((untied["base"] / "config.json").read_text())
+    state = {name: value[:24].clone() if name in MATRICES else value for name, value in load(untied["base"]).items()}
+    save_file(state, folders["base"] / "model.safetensors", metadata={"format": "pt"})
+    config = {**config, "vocab_size": 24, "text_config": {"vocab_size": size}}
+    (folders["base"] / "config.json").write_text(json.dumps(config))
+    got = json.loads((merged(folders, tmp_path / "out") / "config.json").read_text())
+    assert (got["vocab_size"], got["text_config"]) == (28, {"vocab_size": size})
+
+
 def test_names_that_are_no_choice_and_choices_that_exclude_one_another(untied: dict[str, Path], tmp_path: Path) -> None:
     for field in ("tokenizer", "embeddings"):
         with pytest.raises(MismatchError, match="one of the finetunes"):
@@ -497,3 +553,39 @@ def test_vocab_size_of_a_part(untied: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "texts", folders["base"], dirs_exist_ok=True)
     out = merged(folders, tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["text_config"]["vocab_size"] == 28
+
+
+def warned(folders: Mapping[str, Path], **fields: Any) -> list[str]:
+    request = {"base": str(folders["base"]), "finetuned": [str(folders["math"]), str(folders["chat"])], **fields}
+    return list(plan_merge(request).warnings)
+
+
+def test_a_template_is_spoken_of_once_and_not_at_all_where_it_was_asked_for(
+    untied: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also of the tokens that end its answers."""
+    folders = {**untied, "math": shutil.copytree(untied["math"], tmp_path / "math")}
+    for file in ("config.json", "generation_config.json"):
+        fields = json.loads((folders["math"] / file).read_text())
+        fields["eos_token_id"] = ids(folders["math"])["<|im_end|>"]
+        (folders["math"] / file).write_text(json.dumps(fields))
+    (said,) = warned(folders)
+    assert said == "the chat template is that of math, whose tokens are added; the base has none."
+    assert warned(folders, chat_template="math") == []
+    assert any("math ends its texts with the token 25" in line for line in warned(folders, chat_template="base"))
+    assert not [line for line in warned(folders, tokenizer="math") if "template" in line or line.startswith("math")]
+    recipe = {"base": str(folders["base"]), "finetuned": [str(folders["math"]), str(folders["chat"])]}
+    plan = plan_merge({**recipe, "chat_template": "math", "strict": True})
+    assert "note       answers end with the tokens [25], too" in format_plan(plan)
+    (folders["math"] / "chat_template.jinja").unlink()
+    assert not [line for line in warned(folders, chat_template="base", tokenizer="base") if "template" in line]
+
+
+def test_tokens_under_other_ids_are_no_warning(untied: dict[str, Path], tmp_path: Path) -> None:
+    words = tokenizer(["<s>", "</s>", "<unk>", *(f"w{i}" for i in reversed(range(21)))], special=["<|x|>"])
+    turned = save(tmp_path / "turned", model(25, tied=False, seed=3, dtype=torch.bfloat16), words)
+    said = "turned has 23 of the base's tokens under other ids, such as '<unk>' (2, in the base 0): rows are matched"
+    plan = plan_merge({"base": str(untied["base"]), "finetuned": [str(turned)]})
+    assert [note for note in plan.notes if note.startswith(said)] == list(plan.notes) != []
+    assert not [line for line in plan.warnings if "other ids" in line]
+    assert plan_json(plan)["notes"] == list(plan.notes) and f"note       {said}" in format_plan(plan)
