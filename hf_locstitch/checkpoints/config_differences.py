@@ -11,6 +11,7 @@ from typing import Any
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, read_json
 from hf_locstitch.checkpoints.plain_config import Value, plain_settings
 from hf_locstitch.checkpoints.source import Source
+from hf_locstitch.checkpoints.vocabulary import read_vocabulary, same_vocabulary
 from hf_locstitch.errors import CheckpointError
 
 # Of training, saving and labels, or told by the tensors' shapes: they do not change what the merged weights mean.
@@ -80,7 +81,7 @@ class TextFiles:
 
     special: Mapping[str, tuple[int, ...]]
     template: str | None
-    vocabulary: Mapping[str, Any] | None
+    vocabulary: Mapping[str, int] | None
 
 
 def text_differences(base: Source, name: str, finetuned: Source, kept: KeptTexts) -> list[str]:
@@ -112,7 +113,7 @@ def _ids(ids: Sequence[int]) -> str:
     return ", ".join(map(str, ids))
 
 
-def _vocabularies(base: Mapping[str, Any], name: str, other: Mapping[str, Any]) -> str:
+def _vocabularies(base: Mapping[str, int], name: str, other: Mapping[str, int]) -> str:
     """How two tokenizers differ."""
     if base.keys() == other.keys():
         moved = [token for token in other if other[token] != base[token]]
@@ -129,9 +130,8 @@ def _vocabularies(base: Mapping[str, Any], name: str, other: Mapping[str, Any]) 
 def read_text_files(source: Source, other: Source) -> TextFiles:
     """other: the model to compare with; files that both promise to be alike are not read."""
     generation = _read(source, other, "generation_config.json")
-    tokenizer = _read(source, other, "tokenizer.json")
     special = {token: _listed(generation[token]) for token in TOKENS if generation.get(token) is not None}
-    return TextFiles(special, _template(source, other), _vocabulary(tokenizer) if tokenizer else None)
+    return TextFiles(special, _template(source, other), _tokens(source, other))
 
 
 def _listed(ids: Any) -> tuple[int, ...]:
@@ -164,15 +164,12 @@ def _alike(source: Source, other: Source, file: str) -> bool:
     return promised is not None and file in other.files and other.files[file].promised == promised
 
 
-def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Token -> id of a tokenizer.json, those that were added to it included."""
-    model = tokenizer.get("model")
-    pieces = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(pieces, list):
-        pieces = {str(entry[0]): number for number, entry in enumerate(pieces) if isinstance(entry, list) and entry}
-    if not isinstance(pieces, dict):
+def _tokens(source: Source, other: Source) -> Mapping[str, int] | None:
+    """Token -> id; None if they are not known, or the same in both."""
+    if same_vocabulary(source, other):
         return None
-    listed = tokenizer.get("added_tokens")
-    added = [token for token in listed if isinstance(token, dict)] if isinstance(listed, list) else []
-    named = [(str(token.get("content")), token.get("id")) for token in added]
-    return pieces | {content: pieces.get(content) if number is None else number for content, number in named}
+    try:
+        known = read_vocabulary(source)
+    except CheckpointError:
+        return None  # only compared here
+    return None if known is None else known.ids
