@@ -81,10 +81,13 @@ class TokenModels:
 def read_models(
     recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint], chosen: Sequence[str]
 ) -> TokenModels | None:
-    """None where there are no matrices, or all inputs have the same rows. Raises RequestError."""
+    """None where there are no matrices, those of several vocabularies, or all inputs have the same rows.
+
+    Raises RequestError.
+    """
     matrices = token_matrices(base)
-    if not matrices:
-        _refuse_without_matrices(recipe, base)
+    if len({row_count(base.info(name).shape) for name in matrices}) != 1:
+        _refuse_without_vocabulary(recipe, base, matrices)
         return None
     rows = {name: _rows(matrices, one) for name, one in finetuned.items()}
     own = _rows(matrices, base) or 0
@@ -113,12 +116,15 @@ def read_models(
     return TokenModels(matrices, replace(start, by_number=True), models, localized, settled, tuple(losses.warnings))
 
 
-def _refuse_without_matrices(recipe: Recipe, base: Checkpoint) -> None:
+def _refuse_without_vocabulary(recipe: Recipe, base: Checkpoint, matrices: Sequence[str]) -> None:
+    """Raises RecipeError if a choice is made between tokens of a base that has no matrices, or several vocabularies."""
     if asked := [one for one in ("tokenizer", "embeddings") if getattr(recipe, one) not in (None, BASE)]:
-        raise RecipeError(
-            f"{asked[0]} is given, but no tensor of {base.label} is known as an embedding with as many rows as the "
-            f"vocab_size of its config. Drop {asked[0]}."
+        known = (
+            f"{some(matrices)} of {base.label} are of several vocabularies: which of them its tokenizer's is, is unknown"
+            if matrices
+            else f"no tensor of {base.label} is known as an embedding with as many rows as the vocab_size of its config"
         )
+        raise RecipeError(f"{asked[0]} is given, but {known}. Drop {asked[0]}.")
 
 
 def _has_other_tokens(base: Checkpoint, other: Checkpoint) -> bool:

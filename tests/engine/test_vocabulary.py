@@ -406,6 +406,22 @@ def test_hostile_settings_of_the_bases_tokenizer(
     AutoTokenizer.from_pretrained(out)
 
 
+def test_a_model_of_several_vocabularies(untied: dict[str, Path], tmp_path: Path) -> None:
+    """Such as an encoder's and a decoder's: merged with the base's rows, of which no choice can be made."""
+    folders = {name: shutil.copytree(folder, tmp_path / name) for name, folder in untied.items()}
+    for folder in folders.values():
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "talker_config": {"vocab_size": 9}}))
+        state = {**load(folder), "talker.embed_tokens.weight": torch.ones(9, 8)}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="are of several vocabularies"):
+        merged(folders, tmp_path / "out", tokenizer="union")
+    out = merged(folders, tmp_path / "out")
+    got, base = load(out), load(folders["base"])
+    assert all(torch.equal(got[name], base[name]) for name in (*MATRICES, "talker.embed_tokens.weight"))
+    assert any("3 more" in line for line in json.loads((out / "locstitch.json").read_text())["warnings"])
+
+
 @pytest.mark.parametrize("size", [[24], {"text": 24}, "24", None, True])
 def test_sizes_that_are_no_numbers(untied: dict[str, Path], tmp_path: Path, size: Any) -> None:
     """They are left as they are; the config's own size follows."""
