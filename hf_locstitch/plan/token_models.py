@@ -120,7 +120,7 @@ def _refuse_without_vocabulary(recipe: Recipe, base: Checkpoint, matrices: Seque
     """Raises RecipeError if a choice is made between tokens of a base that has no matrices, or several vocabularies."""
     if asked := [one for one in ("tokenizer", "embeddings") if getattr(recipe, one) not in (None, BASE)]:
         known = (
-            f"{some(matrices)} of {base.label} are of several vocabularies: which of them its tokenizer's is, is unknown"
+            f"{some(matrices)} of {base.label} are of several vocabularies, and which is its tokenizer's is unknown"
             if matrices
             else f"no tensor of {base.label} is known as an embedding with as many rows as the vocab_size of its config"
         )
