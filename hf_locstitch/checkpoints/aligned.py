@@ -7,7 +7,7 @@ Rows are gathered as they are read, a chunk at a time; no matrix is ever held.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_locstitch.checkpoints.byte_ranges import Piece
-from hf_locstitch.checkpoints.checkpoint import Checkpoint, Config
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.checkpoints.vocabulary import resized, row_count, row_width, with_rows
 from hf_locstitch.runtime.dtypes import DTYPE, ITEM_BYTES, ON_DISK, Values, common_dtype
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Alignment:
             if name in owners
         }
         seen = _with_infos(self.own[name], infos)
-        counts = {self.own[name].info(own[name]).shape[0] for own in self.matrices.values() if name in own}
+        counts = {row_count(self.own[name].info(own[name]).shape) for own in self.matrices.values() if name in own}
         return replace(seen, config=resized(seen.config, counts, self.rows))
 
     def layout(self) -> Checkpoint:
@@ -59,7 +60,7 @@ class Alignment:
 
     def _resized(self, matrix: str, model: str, dtype: str) -> TensorInfo:
         info = self.own[model].info(self.matrices[matrix][model])
-        shape = (self.rows, *info.shape[1:])
+        shape = with_rows(info.shape, self.rows)
         return TensorInfo(matrix, dtype, shape, info.start, info.start + math.prod(shape) * ITEM_BYTES[dtype])
 
     def _dtype(self, matrix: str) -> str:
@@ -80,7 +81,7 @@ class Alignment:
         """(model, piece of it) that the base's matrix in these rows is made of."""
         for model, rows in self.sources["base"].items():
             taken = np.unique(rows[rows >= 0])
-            width = math.prod(self.own["base"].info(matrix).shape[1:])
+            width = row_width(self.own["base"].info(matrix))
             for _, first, count in _stretches(taken):
                 yield model, (self.matrices[matrix][model], first * width, count * width)
 
@@ -97,7 +98,7 @@ class AlignedReader(CheckpointReader):
         if name not in self._matrices:
             return self._own.values(name, first, count)
         info = self.checkpoint.info(name)
-        width = math.prod(info.shape[1:])
+        width = row_width(info)
         start, stop = first // width, -(-(first + count) // width)
         gathered = self._rows(name, start, stop, width, DTYPE[info.dtype]).reshape(-1)
         values = gathered[first - start * width :][:count]
@@ -134,7 +135,7 @@ class AlignedReader(CheckpointReader):
     def release(self, name: str, first: int, count: int) -> None:
         if name not in self._matrices:
             return self._own.release(name, first, count)
-        width = math.prod(self.checkpoint.info(name).shape[1:])
+        width = row_width(self.checkpoint.info(name))
         start, stop = first // width, -(-(first + count) // width)
         for model, rows in self._once.items():
             for place, there, length in _stretches(rows[start:stop]):
@@ -151,18 +152,6 @@ class AlignedReader(CheckpointReader):
             taken, times = np.unique(rows, return_counts=True)
             found[model] = np.where(np.isin(rows, taken[times > 1]), -1, rows)
         return found
-
-
-def resized(config: Config, counts: Collection[int], rows: int) -> dict[str, Any]:
-    """The config with `rows` wherever it has one of these counts as vocab_size, of its own or of a part."""
-    return {
-        key: rows
-        if key == "vocab_size" and value in counts
-        else {**value, "vocab_size": rows}
-        if isinstance(value, dict) and value.get("vocab_size") in counts
-        else value
-        for key, value in config.items()
-    }
 
 
 def _are_means(sources: RowSources) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, read_json
 from hf_locstitch.checkpoints.plain_config import Value, plain_settings
 from hf_locstitch.checkpoints.source import Source
+from hf_locstitch.checkpoints.vocabulary import read_vocabulary, same_vocabulary
 from hf_locstitch.errors import CheckpointError
 
 # Of training, saving and labels, or told by the tensors' shapes: they do not change what the merged weights mean.
@@ -21,27 +22,51 @@ IGNORED = re.compile(
     r"attn_implementation|max_window_layers|name_or_path|unsloth_.*|tokenizer_class|processor_class|torchscript|use_bfloat16)(\.|$)"
 )
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-TOKENS = {"bos_token_id": "begins", "eos_token_id": "ends", "pad_token_id": "pads"}
+END = "eos_token_id"
+TOKENS = {"bos_token_id": "begins", END: "ends", "pad_token_id": "pads"}
 NAMED = 3  # tokens that a sentence shows
 
 
-def config_differences(base: Checkpoint, name: str, finetuned: Checkpoint, kept: str) -> list[str]:
-    """One line for each setting that both configs have and that differs. kept: whose config the output gets."""
+@dataclass(frozen=True)
+class KeptTexts:
+    """Whose config and files of texts the output has; what is a finetune's own is nothing to warn it of.
+
+    special: whose tokens begin, end and pad texts; ends: whose end them, too. template: None if the user has said
+    which. tokens: whose tokenizer; None: those of several.
+    """
+
+    config: str
+    special: str
+    template: str | None
+    tokens: str | None
+    ends: str | None = None
+
+    def has_token(self, token: str, name: str) -> bool:
+        """Whether a finetune's own token begins, ends or pads the output's texts."""
+        return name == self.special or (token == END and name == self.ends)
+
+
+def config_differences(base: Checkpoint, name: str, finetuned: Checkpoint, kept: KeptTexts) -> list[str]:
+    """One line for each setting that both configs have and that differs."""
     ours, theirs = plain_settings(base.config), plain_settings(finetuned.config)
+    unlike = [key for key, value in ours.items() if key in theirs and theirs[key] != value and not IGNORED.search(key)]
     return [
-        f"{name}'s config has {key} {_shown(theirs[key])}, the base's {_shown(value)}: {kept}'s is kept, "
-        f"{_meaning(key, name, kept)}."
-        for key, value in ours.items()
-        if key in theirs and theirs[key] != value and not IGNORED.search(key)
+        f"{name}'s config has {key} {_shown(theirs[key])}, the base's {_shown(ours[key])}: {_meaning(key, name, kept)}."
+        for key in unlike
+        if (token := _token(key)) is None or not kept.has_token(token, name)
     ]
 
 
-def _meaning(key: str, name: str, kept: str) -> str:
+def _token(key: str) -> str | None:
+    """Which special token a setting says, if it does."""
+    return next((token for token in TOKENS if key.endswith(token)), None)
+
+
+def _meaning(key: str, name: str, kept: KeptTexts) -> str:
     """What it means for the merge that a setting is one model's."""
-    for token, does in TOKENS.items():
-        if key.endswith(token):
-            return f"so the merge {does} texts with it"
-    return f"with which {'the base' if kept == name else name} was not trained"
+    if (token := _token(key)) is not None:
+        return f"{kept.special}'s is kept, so the merge {TOKENS[token]} texts with it"
+    return f"{kept.config}'s is kept, with which {'the base' if kept.config == name else name} was not trained"
 
 
 def _shown(value: Value) -> str:
@@ -56,16 +81,7 @@ class TextFiles:
 
     special: Mapping[str, tuple[int, ...]]
     template: str | None
-    vocabulary: Mapping[str, Any] | None
-
-
-@dataclass(frozen=True)
-class KeptTexts:
-    """Whose files of texts the output has. tokens: whose tokenizer; None: those of several."""
-
-    generation: str
-    template: str
-    tokens: str | None
+    vocabulary: Mapping[str, int] | None
 
 
 def text_differences(base: Source, name: str, finetuned: Source, kept: KeptTexts) -> list[str]:
@@ -74,14 +90,14 @@ def text_differences(base: Source, name: str, finetuned: Source, kept: KeptTexts
 
 
 def _text_differences(base: TextFiles, name: str, other: TextFiles, kept: KeptTexts) -> Iterator[str]:
-    end = f"{kept.generation}'s is kept."
+    end = f"{kept.special}'s is kept."
     for token, does in TOKENS.items():
         ours, theirs = base.special.get(token), other.special.get(token)
-        if ours is not None and theirs is not None and ours != theirs:
+        if ours is not None and theirs is not None and ours != theirs and not kept.has_token(token, name):
             s = "s" if len(theirs) > 1 else ""
             yield f"{name} {does} its texts with the token{s} {_ids(theirs)}, the base with {_ids(ours)}: {end}"
     end = f"{kept.template}'s is kept."
-    if other.template != base.template:
+    if kept.template not in (None, name) and other.template != base.template:
         said = (
             "another chat template than the base"
             if base.template and other.template
@@ -89,7 +105,7 @@ def _text_differences(base: TextFiles, name: str, other: TextFiles, kept: KeptTe
         )
         yield f"{name} has {said}: {end}" if other.template else f"the base has a chat template, {name} none: {end}"
     ours, theirs = base.vocabulary, other.vocabulary
-    if kept.tokens and ours is not None and theirs is not None and ours != theirs:
+    if kept.tokens not in (None, name) and ours is not None and theirs is not None and ours != theirs:
         yield f"{_vocabularies(ours, name, theirs)}: {kept.tokens}'s is kept."
 
 
@@ -97,7 +113,7 @@ def _ids(ids: Sequence[int]) -> str:
     return ", ".join(map(str, ids))
 
 
-def _vocabularies(base: Mapping[str, Any], name: str, other: Mapping[str, Any]) -> str:
+def _vocabularies(base: Mapping[str, int], name: str, other: Mapping[str, int]) -> str:
     """How two tokenizers differ."""
     if base.keys() == other.keys():
         moved = [token for token in other if other[token] != base[token]]
@@ -114,9 +130,8 @@ def _vocabularies(base: Mapping[str, Any], name: str, other: Mapping[str, Any]) 
 def read_text_files(source: Source, other: Source) -> TextFiles:
     """other: the model to compare with; files that both promise to be alike are not read."""
     generation = _read(source, other, "generation_config.json")
-    tokenizer = _read(source, other, "tokenizer.json")
     special = {token: _listed(generation[token]) for token in TOKENS if generation.get(token) is not None}
-    return TextFiles(special, _template(source, other), _vocabulary(tokenizer) if tokenizer else None)
+    return TextFiles(special, _template(source, other), _tokens(source, other))
 
 
 def _listed(ids: Any) -> tuple[int, ...]:
@@ -149,15 +164,12 @@ def _alike(source: Source, other: Source, file: str) -> bool:
     return promised is not None and file in other.files and other.files[file].promised == promised
 
 
-def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Token -> id of a tokenizer.json, those that were added to it included."""
-    model = tokenizer.get("model")
-    pieces = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(pieces, list):
-        pieces = {str(entry[0]): number for number, entry in enumerate(pieces) if isinstance(entry, list) and entry}
-    if not isinstance(pieces, dict):
+def _tokens(source: Source, other: Source) -> Mapping[str, int] | None:
+    """Token -> id; None if they are not known, or the same in both."""
+    if same_vocabulary(source, other):
         return None
-    listed = tokenizer.get("added_tokens")
-    added = [token for token in listed if isinstance(token, dict)] if isinstance(listed, list) else []
-    named = [(str(token.get("content")), token.get("id")) for token in added]
-    return pieces | {content: pieces.get(content) if number is None else number for content, number in named}
+    try:
+        known = read_vocabulary(source)
+    except CheckpointError:
+        return None  # only compared here
+    return None if known is None else known.ids

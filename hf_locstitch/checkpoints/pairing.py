@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.checkpoints.header import Header
+from hf_locstitch.checkpoints.header import Header, TensorInfo
 from hf_locstitch.checkpoints.localizable import BLOCKS
+from hf_locstitch.checkpoints.vocabulary import row_shape, token_matrices
 
 DEEPEST = 8  # parts of a prefix
 OLD = {"gamma": "weight", "beta": "bias"}  # of norms, as TensorFlow has them
@@ -38,18 +39,37 @@ def _with_names(header: Header, new: Mapping[str, str]) -> Header:
 
 def own_names(base: Checkpoint, other: Checkpoint) -> dict[str, str]:
     """A tensor's name in the base -> in the other checkpoint, where the two differ."""
-    lacking = {name for name in base.tensors if name not in other.tensors}
-    free = [name for name in other.tensors if name not in base.tensors]
+    lacking, free = _unpaired(base, other)
     if not lacking or not free:
         return {}
     found: dict[str, str] = {}
-    prefixes = _prefixes(base, other, lacking, free)
+    prefixes, of_tokens = _prefixes(base, other, lacking, free), frozenset(token_matrices(base))
     for name in free:
         for due in _candidates(_modern(name), prefixes):
-            if due in lacking and due not in found and base.info(due).shape == other.info(name).shape:
+            if due in lacking and due not in found and _alike(base.info(due), other.info(name), due in of_tokens):
                 found[due] = name
                 break
     return found
+
+
+def names_in_base(base: Checkpoint, other: Checkpoint) -> dict[str, str]:
+    """What the base would call each tensor of the other checkpoint whose name it lacks, were it cut in the same way."""
+    lacking, free = _unpaired(base, other)
+    prefixes = _prefixes(base, other, lacking, free)
+    return {name: next(_candidates(_modern(name), prefixes)) for name in free}
+
+
+def _unpaired(base: Checkpoint, other: Checkpoint) -> tuple[set[str], list[str]]:
+    """The names that only the base has, and those that only the other checkpoint has."""
+    lacking = {name for name in base.tensors if name not in other.tensors}
+    return lacking, [name for name in other.tensors if name not in base.tensors]
+
+
+def _alike(one: TensorInfo, other: TensorInfo, of_tokens: bool) -> bool:
+    """Whether both have one shape; of those with a row for each token, the rows."""
+    if of_tokens and other.shape:
+        return row_shape(one.shape) == row_shape(other.shape)
+    return one.shape == other.shape
 
 
 def _prefixes(base: Checkpoint, other: Checkpoint, lacking: set[str], free: list[str]) -> dict[str, str]:

@@ -10,6 +10,9 @@ from hf_locstitch.checkpoints.ref import WEIGHTS
 from hf_locstitch.checkpoints.source import Advance, FileInfo, Source
 from hf_locstitch.errors import CheckpointError, IntegrityError
 from hf_locstitch.runtime.human import some
+from hf_locstitch.runtime.parsing import parse_json
+
+INDEX = f"{WEIGHTS}.index."  # in the name of a file that says which tensor is where
 
 
 class PartSource:
@@ -28,6 +31,8 @@ class PartSource:
         self._files = {file: info for file, info in within.items() if not self._only or self._belongs(file)}
         if not self.files or (self._only and self._only not in self.files):
             raise CheckpointError(f"{whole.label} has no {path}. {where_weights_are(whole)}")
+        if self._only:
+            self._refuse_shard([file for file in within if INDEX in file])
 
     @property
     def label(self) -> str:
@@ -61,7 +66,21 @@ class PartSource:
         """Whether a file is that which is named, or goes along with it."""
         if file.startswith("adapter_"):
             return self._only.startswith("adapter_")
-        return file == self._only or not (file.endswith(WEIGHTS) or f"{WEIGHTS}.index." in file)
+        return file == self._only or not (file.endswith(WEIGHTS) or INDEX in file)
+
+    def _refuse_shard(self, indices: Iterable[str]) -> None:
+        """Raises CheckpointError if an index lists the file among others, so that it is but a part of a model."""
+        for index in indices:
+            try:
+                listed = parse_json(self.fetch(index).read_bytes())["weight_map"].values()
+                shards = {file for file in listed if isinstance(file, str)}
+            except (ValueError, LookupError, TypeError, AttributeError):
+                continue  # no index that anything could be told from
+            if self._only in shards and len(shards) > 1:
+                raise CheckpointError(
+                    f"{self.label} is one of the {len(shards)} files of a model that {index} lists, and no model by "
+                    "itself. Name the folder or repo that they are in, not one of them."
+                )
 
     def read_start(self, file: str, length: int) -> bytes:
         return self._whole.read_start(self._prefix + file, length)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, read_json
-from hf_locstitch.checkpoints.config import whole_and_parts
+from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.localizable import BLOCKS
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
@@ -18,13 +19,19 @@ FAST = "tokenizer.json"
 SLOW = "vocab.json"  # with the tokens added later in
 SLOW_ADDED = "added_tokens.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+DECODER = "added_tokens_decoder"  # of it: entries by id
 # Files that a token's id may depend on where there is no tokenizer.json.
 OTHERS = (
     SLOW, SLOW_ADDED, "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model",
     "tekken.json", "merges.txt",
 )  # fmt: skip
-MATRICES = re.compile(r"(^|[._])(embed\w*|wte|shared|\w*head|output|decoder|predictions)([._]|$)")
+# tests/checkpoints/test_token_matrices.py has the architectures of transformers whose names these are.
+MATRICES = re.compile(
+    r"(^|[._])(embed\w*|wte|shared|\w*head|output|decoder|predictions|final_logits_bias|lm_loss|pred_layer|proj_out|"
+    r"vocab_projector)([._]|$)|(^|transformer\.)w\.weight$"
+)
 NOT_OF_TOKENS = re.compile(r"(position|token_type|wpe)")
+SIZES = ("vocab_size", "decoder_vocab_size", "n_words", "n_token")  # names of the number of tokens in configs
 WAY_OUT = "Save the tokenizer again with transformers, or leave new tokens out: --tokenizer base --embeddings base."
 
 
@@ -48,18 +55,59 @@ def token_matrices(checkpoint: Checkpoint) -> tuple[str, ...]:
         for _, info in checkpoint.tensors.values()
         if info.floating
         and len(info.shape) in (1, 2)
-        and info.shape[0] in sizes
+        and row_count(info.shape) in sizes
         and MATRICES.search(info.name)
         and not NOT_OF_TOKENS.search(info.name)
         and not BLOCKS.search(info.name)
     )
 
 
+Shape = tuple[int, ...]
+
+
+def row_shape(shape: Shape) -> Shape:
+    """Of what such a matrix has for each token; () for a bias, which is [tokens] or, as in BART, [1, tokens]."""
+    return () if _is_flat(shape) else shape[1:]
+
+
+def row_width(info: TensorInfo) -> int:
+    """Elements that such a matrix has for each token."""
+    return math.prod(row_shape(info.shape))
+
+
+def row_count(shape: Shape) -> int:
+    """For how many tokens such a matrix has a row."""
+    return shape[-1] if _is_flat(shape) else shape[0]
+
+
+def with_rows(shape: Shape, rows: int) -> Shape:
+    """The shape of such a matrix with so many rows."""
+    return (*shape[:-1], rows) if _is_flat(shape) else (rows, *shape[1:])
+
+
+def _is_flat(shape: Shape) -> bool:
+    return len(shape) == 1 or (len(shape) == 2 and shape[0] == 1)
+
+
 def vocabulary_sizes(config: Mapping[str, Any]) -> Iterator[int]:
     """Each vocab_size of a config: its own, and those of its parts, such as text_config."""
-    for part in whole_and_parts(config):
-        if isinstance(size := part.get("vocab_size"), int):
-            yield size
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from vocabulary_sizes(value)
+        elif key in SIZES and type(value) is int:
+            yield value
+
+
+def resized(config: Mapping[str, Any], counts: Collection[int], rows: int) -> dict[str, Any]:
+    """The config with `rows` wherever it has one of these counts as vocab_size, of its own or of a part."""
+    return {
+        key: resized(value, counts, rows)
+        if isinstance(value, dict)
+        else rows
+        if key in SIZES and type(value) is int and value in counts
+        else value
+        for key, value in config.items()
+    }
 
 
 def has_tokenizer(source: Source) -> bool:
@@ -124,7 +172,7 @@ def _read_slow(source: Source) -> Vocabulary:
     own = _parse(source, SLOW)
     added = _parse(source, SLOW_ADDED) if SLOW_ADDED in source.files else {}
     settings = read_json(source, TOKENIZER_CONFIG) if TOKENIZER_CONFIG in source.files else {}
-    decoder = settings.get("added_tokens_decoder")
+    decoder = settings.get(DECODER)
     entries = decoder.values() if isinstance(decoder, dict) else ()
     known = {entry["content"]: entry for entry in entries}
     return _vocabulary(own, {token: {**known.get(token, {}), "id": i, "content": token} for token, i in added.items()})

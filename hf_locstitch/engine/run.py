@@ -161,7 +161,7 @@ class Run(ABC, Generic[AnyPlan]):
         plan = self.plan
         if isinstance(plan, StitchPlan) or not plan.finetuned.keys() - plan.adapters.keys() - plan.lineage.keys():
             return
-        for warning in look(plan.inputs, plan.mask_tensors, fetch=False).warnings:
+        for warning in look(plan, fetch=False).warnings:
             if warning not in plan.warnings:
                 LOG.warning(warning)
                 self.warnings.append(warning)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, read_localized
-from hf_locstitch.artifacts.manifest import RECIPE_FILE, Manifest, check_names, open_manifest
+from hf_locstitch.artifacts.manifest import FILE, RECIPE_FILE, Manifest, check_names, open_manifest
 from hf_locstitch.artifacts.mask_file import MaskFile, Positions
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source, read_card
 from hf_locstitch.checkpoints.opening import read_checkpoint
@@ -21,10 +21,12 @@ from hf_locstitch.errors import CheckpointError, IntegrityError, MismatchError, 
 from hf_locstitch.inspection.verification.inputs import InputRef, check_hashes, fetch_tensors, open_inputs
 from hf_locstitch.plan.recipe_file import recipe_of
 from hf_locstitch.runtime.human import more
+from hf_locstitch.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PIECE = 1 << 24  # bytes compared at once
 EXPRESSED = ("F32", "F16", "BF16")  # dtypes of tensors whose changes a float32 can tell
 
 
@@ -75,6 +77,10 @@ class Changes(ABC):
         return before, self._changed(tensor, before) if tensor in self.ones else before
 
     @abstractmethod
+    def check_rest(self, progress: Progress) -> None:
+        """Whether all else is the base's, to the bit. Raises IntegrityError."""
+
+    @abstractmethod
     def _changed(self, tensor: str, before: Tensor) -> Tensor: ...
 
     @cached_property
@@ -112,6 +118,9 @@ class LocalizedChanges(Changes):
         counts = {name: self._localized.stored(name).numel for name in self._localized.shapes}
         return {name: count for name, count in counts.items() if count}
 
+    def check_rest(self, progress: Progress) -> None:
+        """It holds nothing else."""
+
     def _changed(self, tensor: str, before: Tensor) -> Tensor:
         import torch
 
@@ -139,6 +148,22 @@ class MergeChanges(Changes):
         counts = {name: len(self.positions(name)) for name in names}
         return {name: count for name, count in counts.items() if count}
 
+    def check_rest(self, progress: Progress) -> None:
+        rest = [info for _, info in self.base.tensors.values() if info.name not in self.ones]
+        with progress.bar("comparing", sum(info.nbytes for info in rest)) as advance:
+            for info in rest:
+                for first in range(0, info.nbytes, PIECE):
+                    stop = min(first + PIECE, info.nbytes)
+                    own, due = (reader.raw(info.name, first, stop) for reader in (self._values, self._base))
+                    if not np.array_equal(np.frombuffer(own, np.uint8), np.frombuffer(due, np.uint8)):
+                        raise IntegrityError(
+                            f"{info.name} in {self.label} is not the base's, though no mask covers any of it, so an "
+                            f"adapter would leave that change out. Run hf-locstitch verify {self.label} --tensors all."
+                        )
+                    advance(stop - first)
+                for reader in (self._values, self._base):
+                    reader.release(info.name, 0, info.numel)
+
     def _changed(self, tensor: str, before: Tensor) -> Tensor:
         import torch
 
@@ -156,7 +181,7 @@ class MergeChanges(Changes):
 
     @cached_property
     def _values(self) -> CheckpointReader:
-        return fetch_tensors(self._merged, self.ones)
+        return fetch_tensors(self._merged, self._merged.tensors)
 
     def _misfits(self) -> Iterator[str]:
         yield from super()._misfits()
@@ -165,12 +190,13 @@ class MergeChanges(Changes):
             where = self.label if unlike[0] in merged else f"the base {self.base.label}"
             yield f"only {where} has {unlike[0]}{more(len(unlike))}"
         pairs = [(self._merged.info(name), self.base.info(name)) for name in sorted(merged.keys() & base.keys())]
-        if other := [(own, due) for own, due in pairs if (own.dtype, own.shape) != (due.dtype, due.shape)]:
-            own, due = other[0]
-            yield (
-                f"{own.name} is {own.dtype} {list(own.shape)} in {self.label} but {due.dtype} {list(due.shape)} in the "
-                f"base {self.base.label}{more(len(other))}, as after a merge with --dtype"
-            )
+        for what, cause in (("shape", "an adapter cannot change shapes"), ("dtype", "as after a merge with --dtype")):
+            if other := [(own, due) for own, due in pairs if getattr(own, what) != getattr(due, what)]:
+                own, due = other[0]
+                yield (
+                    f"{own.name} is {own.dtype} {list(own.shape)} in {self.label} but {due.dtype} {list(due.shape)} in "
+                    f"the base {self.base.label}{more(len(other))}, {cause}"
+                )
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -218,6 +244,12 @@ def _check_masked(source: Source, record: Manifest) -> None:
         raise RequestError(
             f"{source.label} was merged by {record.method}, without masks: it changes its base everywhere, and the "
             "export would be as large as the model. Use the merged model itself, or merge by locstitch."
+        )
+    if record.vocabulary is not None:
+        raise RequestError(
+            f"{source.label} has rows of embeddings and heads from its finetunes' tokens, which no mask covers "
+            f"(vocabulary in {FILE}): an export over the base would lack them. Merge again with --tokenizer base "
+            "--embeddings base, or use the merged model itself."
         )
     recipe = recipe_of(source)
     if recipe is None:

@@ -155,6 +155,7 @@ def carry_out(
     near = _near(out, target)
     published: Published | None = None
     with working_in(work_dir_beside(near, plan.fingerprint), out, Processes()) as work:
+        plan.changes.check_rest(progress)
         found = plan.planned.write(work.stage, target.repo if target else "DIR", progress)
         if out is None and target is not None:
             published = _publish(plan, work.stage, target, private, progress)

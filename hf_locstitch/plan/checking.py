@@ -13,7 +13,6 @@ from hf_locstitch.checkpoints.compatibility import (
     mismatches,
     swap_warnings,
 )
-from hf_locstitch.checkpoints.config_differences import config_differences
 from hf_locstitch.checkpoints.localizable import localizable, missed_blocks, reach, unknown_globs
 from hf_locstitch.checkpoints.pairing import renaming_notes
 from hf_locstitch.checkpoints.ref import parse_ref
@@ -79,7 +78,6 @@ def check_inputs(
         problems += mismatches(base, checkpoint, chosen, candidates)
         warnings += renaming_notes(name, checkpoint)
         warnings += differences(base, name, checkpoint, chosen)
-        warnings += config_differences(base, name, checkpoint, kept_name(recipe, finetuned))
     found = misfit_files(*given_files(recipe, base, finetuned))
     problems, warnings = problems + found[0], warnings + found[1]
     if problems:

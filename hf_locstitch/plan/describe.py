@@ -8,7 +8,7 @@ from typing import Any
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.localizable import reach
-from hf_locstitch.checkpoints.ref import could_be_repo
+from hf_locstitch.checkpoints.ref import could_be_repo, parse_ref
 from hf_locstitch.plan.cost import estimate, files_here, fit_cost, localizing_cost
 from hf_locstitch.plan.plans import ModelPlan, Plan, StitchPlan
 from hf_locstitch.runtime.escape import line
@@ -47,6 +47,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "refit_data": {name: found.pinned.dump() for name, found in plan.fit_data.items()},
         "refitting": fitting.as_json() if (fitting := fit_cost(plan)) else None,
         "lineage": {name: asdict(found) for name, found in plan.lineage.items()},
+        "notes": list(plan.notes),
         "warnings": list(plan.warnings),
     }
 
@@ -70,10 +71,11 @@ def _files(plan: ModelPlan) -> str:
 
 
 def _shadowing(ref: str, checkpoint: Checkpoint) -> str:
-    """A note on a folder that is named as a repo could be."""
+    """A note on a folder or file that is named as a repo could be."""
     if checkpoint.source.repo is not None or not could_be_repo(ref):
         return ""
-    return f" (the folder here, not the repo {ref} on the Hub; write ./{ref} for a folder)"
+    what = "file" if parse_ref(ref).path else "folder"
+    return f" (the {what} here, not the repo {ref} on the Hub; write ./{ref} for a {what})"
 
 
 def _could_be_solved(plan: Plan) -> bool:
@@ -148,6 +150,7 @@ def format_plan(plan: Plan) -> str:
         *([localizing.describe()] if (localizing := localizing_cost(plan)) else []),
         *(fitting.describe().split("\n") if (fitting := fit_cost(plan)) else []),
         *([f"hint       {HINT}"] if _could_be_solved(plan) else []),
+        *(f"note       {note}" for note in plan.notes),
         *(f"warning    {warning}" for warning in plan.warnings),
     ]
     return "\n".join(map(line, lines))

@@ -12,7 +12,7 @@ from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.likeness import cosines, likeness_warnings
 from hf_locstitch.checkpoints.lineage import STRANGE, Lineage, length_warning, lineage, lineage_warnings
 from hf_locstitch.checkpoints.sample import Sample, read_samples, sample_pieces
-from hf_locstitch.plan.plans import LocalizePlan, MergePlan
+from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan
 
 AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
 CLOSELY = 1 << 13  # tensors to look at, and
@@ -29,12 +29,23 @@ class Look:
 
 def with_lineage(plan: AnyPlan) -> AnyPlan:
     """The plan with what could be told before the work begins."""
-    found = look(plan.inputs, plan.mask_tensors)
+    try:
+        found = look(plan)
+    except Exception as error:  # what only people look at ends no merge
+        fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        found = Look(warnings=(f"the finetunes were not compared with the base and one another ({fault}).",))
     return replace(plan, lineage=found.lineage, warnings=(*plan.warnings, *found.warnings))
 
 
-def look(inputs: Mapping[str, Checkpoint], tensors: Sequence[TensorInfo], fetch: bool = True) -> Look:
-    """inputs: "base" and the finetunes. tensors: those that are merged. fetch: whether the Hub is asked for samples."""
+def look(plan: Plan, fetch: bool = True) -> Look:
+    """What a sample tells of the plan's inputs. fetch: whether the Hub is asked for it.
+
+    Matrices whose rows are matched by tokens are left out: the files have them in other places.
+    """
+    inputs, tensors = plan.inputs, plan.mask_tensors
+    if plan.aligned is not None:
+        inputs = plan.aligned.own
+        tensors = [info for info in tensors if info.name not in plan.aligned.matrices]
     samples = read_samples(inputs, sample_pieces(tensors), fetch)
     base = samples.pop("base", {})
     found = {name: lineage(base, sample) for name, sample in samples.items()} if base else {}

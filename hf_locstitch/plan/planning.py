@@ -14,7 +14,7 @@ from hf_locstitch.artifacts.merged_finetune import MergedFinetune
 from hf_locstitch.artifacts.summing_order import order_of_checkpoints
 from hf_locstitch.artifacts.values_file import values_metadata
 from hf_locstitch.checkpoints.checkpoint import INDEX, Checkpoint
-from hf_locstitch.checkpoints.config_differences import KeptTexts, text_differences
+from hf_locstitch.checkpoints.config_differences import KeptTexts, config_differences, text_differences
 from hf_locstitch.checkpoints.localizable import unknown_globs
 from hf_locstitch.checkpoints.names import is_own, make_name, same_place
 from hf_locstitch.checkpoints.opening import open_checkpoint, refuse_adapter
@@ -35,7 +35,7 @@ from hf_locstitch.plan.layout import OutputShard, guessed, index_name, output_sh
 from hf_locstitch.plan.lineage import with_lineage
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
-from hf_locstitch.plan.stitching import open_masked, stitch_plan
+from hf_locstitch.plan.stitching import open_masked, stitch_plan, stitch_vocabulary
 from hf_locstitch.plan.tokenizer_files import template_owner, with_tokens
 from hf_locstitch.plan.untrained_state import without_untrained_state
 from hf_locstitch.plan.vocabulary import BASE, UNION, VocabularyPlan, plan_vocabulary
@@ -61,7 +61,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
         recipe, base, finetuned, chosen_tensors(recipe, base), order_of_checkpoints(finetuned)
     )
     planned = merge_plan(recipe, base, finetuned, settings, data, fit_data, vocabulary)
-    planned = with_lineage(_with_text_warnings(_with_notes(planned, [*notes, *said])))
+    planned = with_lineage(_with_text_warnings(_with_warnings(planned, [*notes, *said])))
     plan = _with_tokens(_with_side_files(planned))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
@@ -74,7 +74,7 @@ def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> Localize
     check_localizable(recipe)
     base, finetuned, data, _ = _open_inputs(recipe, settings)
     recipe, notes = _without_what_stays(recipe, base, finetuned)
-    planned = _with_notes(localize_plan(recipe, base, finetuned, settings, data), notes)
+    planned = _with_warnings(localize_plan(recipe, base, finetuned, settings, data), notes)
     return _strictly(with_lineage(_with_text_warnings(planned)))
 
 
@@ -94,8 +94,8 @@ def _without_what_stays(
     return recipe, notes + more
 
 
-def _with_notes(plan: AnyPlan, notes: Sequence[str]) -> AnyPlan:
-    return replace(plan, warnings=(*plan.warnings, *notes))
+def _with_warnings(plan: AnyStrictPlan, said: Sequence[str]) -> AnyStrictPlan:
+    return replace(plan, warnings=(*plan.warnings, *said))
 
 
 def _without_fit_data(recipe: Recipe) -> Recipe:
@@ -123,18 +123,24 @@ def _open_inputs(
 
 
 def _with_text_warnings(plan: AnyPlan) -> AnyPlan:
-    """The plan, with what small files of the inputs say of texts, such as other chat templates."""
-    recipe, one = plan.recipe, kept_name(plan.recipe, plan.finetuned)
-    kept = KeptTexts(one, one, one)
-    if isinstance(plan, MergePlan):
-        named = recipe.tokenizer if recipe.tokenizer in plan.finetuned else one
-        template = template_owner(recipe, plan.files, plan.finetuned, plan.vocabulary)
-        tokens = None if plan.vocabulary is not None and plan.vocabulary.tokenizer == UNION else named
-        kept = KeptTexts(named, one if template == BASE else template, tokens)
+    """The plan, with what configs and small files of the inputs say of texts, such as other chat templates."""
+    kept = _kept_texts(plan)
+    found = [config_differences(plan.base, name, one, kept) for name, one in plan.finetuned.items()]
     others = {name: one for name, one in plan.finetuned.items() if one.layout is one or TOKENIZER in one.source.files}
     with hide_library_bars():
-        found = [text_differences(plan.base.source, name, one.source, kept) for name, one in others.items()]
-    return replace(plan, warnings=(*plan.warnings, *chain.from_iterable(found)))
+        found += [text_differences(plan.base.source, name, one.source, kept) for name, one in others.items()]
+    return _with_warnings(plan, list(chain.from_iterable(found)))
+
+
+def _kept_texts(plan: MergePlan | LocalizePlan) -> KeptTexts:
+    recipe, one = plan.recipe, kept_name(plan.recipe, plan.finetuned)
+    if not isinstance(plan, MergePlan):
+        return KeptTexts(one, one, one, one)
+    named = str(recipe.tokenizer) if recipe.tokenizer in plan.finetuned else one
+    owner = template_owner(recipe, plan.files, plan.finetuned, plan.vocabulary)
+    template = one if owner == BASE else owner
+    tokens = None if plan.vocabulary is not None and plan.vocabulary.tokenizer == UNION else named
+    return KeptTexts(one, named, None if recipe.chat_template else template, tokens, ends=template)
 
 
 def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
@@ -150,7 +156,9 @@ def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
         check_adapters(recipe, settings, whole)
     named |= {name: merged[name].over(checkpoint) for name, checkpoint in laid_over(base, whole).items()}
     with hide_library_bars():
-        return _strictly(_with_side_files(stitch_plan(recipe, base, named, settings)))
+        vocabulary, said = stitch_vocabulary(recipe, base, named)
+        planned = _with_warnings(stitch_plan(recipe, base, named, settings, vocabulary), said)
+        return _strictly(_with_tokens(_with_side_files(planned)))
 
 
 def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
@@ -172,14 +180,14 @@ def _with_side_files(plan: AnyModelPlan) -> AnyModelPlan:
     return replace(plan, side_files=chosen, warnings=tuple(warnings))
 
 
-def _with_tokens(plan: MergePlan) -> MergePlan:
+def _with_tokens(plan: AnyModelPlan) -> AnyModelPlan:
     """The plan with the files of the chosen tokenizer and chat template. Raises RequestError."""
-    recipe, vocabulary = plan.recipe, plan.vocabulary
-    if vocabulary is None and recipe.chat_template is None and recipe.tokenizer not in plan.finetuned:
+    recipe, vocabulary, models = plan.recipe, plan.vocabulary, plan.whole_models
+    if vocabulary is None and recipe.chat_template is None and recipe.tokenizer not in models:
         return plan
     with hide_library_bars():
-        files, notes = with_tokens(recipe, plan.files, plan.side_files, plan.finetuned, vocabulary)
-    return replace(plan, side_files=files, warnings=(*plan.warnings, *notes))
+        files, warnings, notes = with_tokens(recipe, plan.files, plan.side_files, models, vocabulary)
+    return replace(plan, side_files=files, warnings=(*plan.warnings, *warnings), notes=(*plan.notes, *notes))
 
 
 def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
@@ -250,6 +258,7 @@ def merge_plan(
         data=data,
         fit_data=fit_data,
         vocabulary=vocabulary,
+        notes=vocabulary.notes if vocabulary is not None else (),
     )
 
 

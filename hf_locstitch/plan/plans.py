@@ -58,6 +58,8 @@ class Plan:
     """The unlabelled inputs of each finetune, where values are fitted."""
     lineage: Mapping[str, Lineage] = field(default_factory=dict)
     """What a sample tells of each finetune, where one could be taken before the work."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing, and nothing to warn of."""
     command: ClassVar[str]
     """The sub-command that carries out such a plan."""
 
@@ -166,6 +168,11 @@ class ModelPlan(Plan):
     """Which of these go along with the weights."""
 
     @property
+    def whole_models(self) -> Mapping[str, Checkpoint]:
+        """The finetunes whose tokens and files the output may have."""
+        return self.finetuned
+
+    @property
     def aligned(self) -> Alignment | None:
         return self.vocabulary.alignment if self.vocabulary is not None and self.vocabulary.localized else None
 
@@ -209,6 +216,10 @@ class StitchPlan(ModelPlan):
     def needed(self) -> dict[str, list[str]]:
         stored = {name: [shard.file for shard in one.shards] for name, one in self.localized_inputs.items()}
         return {**super().needed, **stored}
+
+    @property
+    def whole_models(self) -> Mapping[str, Checkpoint]:
+        return {name: one.checkpoint for name, one in self.merged_inputs.items()}
 
     @property
     def merges(self) -> dict[str, Source]:

@@ -48,6 +48,7 @@ LOG = logging.getLogger("hf_locstitch")
 # Fields already settled in localized checkpoints, or that need whole models.
 SETTLED = ("localizer", "data", "stitch", "include", "exclude", "rest_from", "files_from", "tokenizer", "embeddings",
            "chat_template", "evaluate")  # fmt: skip
+OF_TOKENS = ("tokenizer", "embeddings", "chat_template")  # those of them that models with the masks of a merge settle
 UNIONS: Mapping[str, Registry[Any]] = {"localizer": LOCALIZERS, "method": METHODS, "stitch": STITCHERS}
 
 
@@ -287,9 +288,14 @@ class Recipe(Strict):
     def _localized_settle_the_rest(self) -> Recipe:
         if self.localized and self.method.name != "locstitch":
             raise ValueError(f"localized checkpoints are merged by method locstitch, not {self.method.name}")
-        given = [field for field in SETTLED if getattr(self, field)]
+        whole = [entry for entry in self.localized if entry.mask is not None]
+        given = [field for field in SETTLED if getattr(self, field) and not (whole and field in OF_TOKENS)]
         if self.localized and given:
             raise ValueError(f"{', '.join(given)} cannot be set for localized checkpoints: this needs whole models")
+        if self.localized and self.embeddings == "localize":
+            raise ValueError("embeddings: localize cannot be set for localized checkpoints: their masks settle it")
+        if self.embeddings == "mean" and 0 < len(whole) < len(self.localized):
+            raise ValueError("embeddings: mean needs whole models, but a localized checkpoint has no rows of its own")
         return self
 
     @model_validator(mode="after")

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from hf_locstitch.artifacts.manifest import RECIPE_FILE
+from hf_locstitch.artifacts.manifest import RECIPE_FILE, Manifest
 from hf_locstitch.artifacts.merged_finetune import open_merge
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError, RecipeError
-from hf_locstitch.plan.recipe import Finetuned, Recipe
+from hf_locstitch.plan.recipe import OF_TOKENS, Finetuned, Recipe
 from hf_locstitch.plan.recipe_file import recipe_of
+from hf_locstitch.plan.token_models import LOCALIZE, MEAN
 from hf_locstitch.runtime.progress import hide_library_bars
 
-CARRIED_OVER = ("scale", "also_copy", "dtype", "shard_size", "allow_non_finite")  # fields that the new merge has, too
+# Fields that the new merge has, too; the latter may name a finetune.
+CARRIED_OVER = ("scale", "also_copy", "dtype", "shard_size", "allow_non_finite", *OF_TOKENS)
 FROM_A_FINETUNE = ("rest_from", "files_from")
 
 
@@ -39,8 +41,9 @@ def restitch(change: Change) -> dict[str, Any]:
             f"nothing is to be added to {change.merge} or removed from it: use --add REF or --remove NAME."
         )
     with hide_library_bars():
-        source, _ = open_merge(parse_ref(change.merge))
+        source, record = open_merge(parse_ref(change.merge))
         recipe = _recipe_of(source)
+    _check_rows(source, record)
     stays = _staying(source, recipe, change.remove)
     if not stays and not change.add:
         raise RecipeError(f"nothing of {source.label} would be left. Keep one of its finetunes, or add one.")
@@ -50,6 +53,9 @@ def restitch(change: Change) -> dict[str, Any]:
     merge = str(parse_ref(change.merge).folder or source.pinned)
     kept = [_entry(recipe, one, ref, merge) for one, ref in zip(stays, refs, strict=True)]
     settings = {key: value for key, value in _set(recipe).items() if key in CARRIED_OVER}
+    if settings.get("embeddings") == LOCALIZE:  # which the masks say
+        del settings["embeddings"]
+    _check_named(source, settings, change)
     return {**settings, "base": base, "localized": [*kept, *({"ref": ref} for ref in change.add)]}
 
 
@@ -63,6 +69,29 @@ def _recipe_of(source: Source) -> Recipe:
             "parts. Run its recipe with the finetunes wanted."
         )
     return recipe
+
+
+def _check_rows(source: Source, record: Manifest) -> None:
+    """Raises RecipeError if masks range over rows that were matched by the tokens of all finetunes."""
+    if record.vocabulary is not None and record.vocabulary.get("embeddings") == LOCALIZE:
+        raise RecipeError(
+            f"the masks of {source.label} range over rows of embeddings that are matched by its finetunes' tokens: "
+            "with other finetunes they would be other rows. Run its recipe with the finetunes wanted."
+        )
+
+
+def _check_named(source: Source, settings: Mapping[str, Any], change: Change) -> None:
+    """Raises RecipeError if tokens, rows or the template are those of a finetune that is removed, or need its rows."""
+    if taken := [f"{field}: {settings[field]}" for field in OF_TOKENS if settings.get(field) in change.remove]:
+        raise RecipeError(
+            f"{source.label} has {', '.join(taken)}, of a finetune that is to be removed. Run its recipe with the "
+            "finetunes wanted and another choice."
+        )
+    if settings.get("embeddings") == MEAN and change.add:
+        raise RecipeError(
+            f"{source.label} has embeddings: mean, and what is added has no embeddings of its own. Run its recipe with "
+            "the finetunes wanted."
+        )
 
 
 def _staying(source: Source, recipe: Recipe, remove: Sequence[str]) -> list[Finetuned]:

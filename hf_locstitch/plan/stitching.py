@@ -11,7 +11,7 @@ from hf_locstitch.artifacts.fit import localized_mismatches, unlike
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, open_localized
 from hf_locstitch.artifacts.manifest import weights_sha256
 from hf_locstitch.artifacts.merged_finetune import MergedFinetune, open_merged_finetune
-from hf_locstitch.artifacts.summing_order import Content, summing_order
+from hf_locstitch.artifacts.summing_order import Content, order_of_checkpoints, summing_order
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.compatibility import dtype_warnings, licence_warning, mismatches
 from hf_locstitch.checkpoints.opening import open_checkpoint
@@ -23,6 +23,8 @@ from hf_locstitch.plan.layout import output_shards
 from hf_locstitch.plan.lineage import same_warnings
 from hf_locstitch.plan.plans import StitchPlan
 from hf_locstitch.plan.recipe import Localized, Recipe
+from hf_locstitch.plan.vocabulary import VocabularyPlan, plan_vocabulary
+from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.settings import DEFAULT, Settings
 
 AnyLocalized = LocalizedCheckpoint | MergedFinetune
@@ -44,13 +46,31 @@ def open_masked(entry: Localized) -> AnyLocalized:
     return found
 
 
+def stitch_vocabulary(
+    recipe: Recipe, base: Checkpoint, localized: Mapping[str, AnyLocalized]
+) -> tuple[VocabularyPlan | None, list[str]]:
+    """The tokens of the output, those of the whole models among what is stitched, and warnings. Raises RequestError."""
+    whole = {name: one.checkpoint for name, one in localized.items() if isinstance(one, MergedFinetune)}
+    if not whole:
+        return None, []
+    chosen = list(next(iter(localized.values())).shapes)
+    found, warnings = plan_vocabulary(recipe, base, whole, chosen, order_of_checkpoints(whole))
+    if found is not None and found.localized:
+        raise RecipeError(
+            f"the masks range over {found.matrices[0]}, whose rows are matched by the finetunes' tokens: they are "
+            "other rows with other finetunes. Merge the finetunes anew."
+        )
+    return found, warnings
+
+
 def stitch_plan(
     recipe: Recipe,
     base: Checkpoint,
     localized: Mapping[str, AnyLocalized],
     settings: Settings = DEFAULT,
+    vocabulary: VocabularyPlan | None = None,
 ) -> StitchPlan:
-    """Plan the merge of localized checkpoints, and of finetunes whose masks a merge holds.
+    """Plan the merge of localized checkpoints, and of finetunes whose masks a merge holds. vocabulary: of the latter.
 
     Raises MismatchError with every problem in the headers.
     """
@@ -75,6 +95,11 @@ def stitch_plan(
         for name, dtype_of in _dtypes(localized).items()
         for warning in dtype_warnings(name, [(dtype_of(tensor), base.info(tensor).dtype) for tensor in chosen])
     ]
+    if vocabulary is not None and stored:
+        warnings.append(
+            f"{some(list(stored))}: a localized checkpoint has the base's tokens alone. If its finetune added tokens, "
+            "they are not in the merge."
+        )
     warnings += same_warnings(
         {
             (one, other)
@@ -93,12 +118,13 @@ def stitch_plan(
         through = stored[name].content if name in stored else ""
         return (weights_sha256(localized[name].finetuned.files), through)
 
+    layout = vocabulary.alignment.layout() if vocabulary is not None else base
     ones = [checkpoint.ones for checkpoint in localized.values()]
     return StitchPlan(
         recipe=recipe,
         settings=settings,
         inputs={"base": base, **files},
-        shards=output_shards(recipe, base, base, frozenset(chosen)),
+        shards=output_shards(recipe, layout, layout, frozenset(chosen)),
         mask_tensors=tuple(base.info(name) for name in chosen),
         n=sum(base.info(name).numel for name in chosen),
         k=max(ones),
@@ -110,6 +136,8 @@ def stitch_plan(
         warnings=(*warnings, *licence_warning({"the base": base, **files})),
         unmasked_from=base,
         files=base,
+        vocabulary=vocabulary,
+        notes=vocabulary.notes if vocabulary is not None else (),
         localized_inputs=stored,
         merged_inputs=merged,
     )

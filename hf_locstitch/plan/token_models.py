@@ -9,18 +9,20 @@ from typing import Any
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.aligned import RowSources
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.checkpoints.config import part
 from hf_locstitch.checkpoints.vocabulary import (
     WAY_OUT,
     Vocabulary,
     has_tokenizer,
     read_vocabulary,
+    row_count,
+    row_shape,
     same_vocabulary,
     token_matrices,
 )
 from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.human import more, some
+from hf_locstitch.tasks.token_shapes import ties_head
 
 BASE, UNION, MEAN, LOCALIZE = "base", "union", "mean", "localize"
 
@@ -79,10 +81,13 @@ class TokenModels:
 def read_models(
     recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint], chosen: Sequence[str]
 ) -> TokenModels | None:
-    """None where there are no matrices, or all inputs have the same rows. Raises RequestError."""
+    """None where there are no matrices, those of several vocabularies, or all inputs have the same rows.
+
+    Raises RequestError.
+    """
     matrices = token_matrices(base)
-    if not matrices:
-        _refuse_without_matrices(recipe, base)
+    if len({row_count(base.info(name).shape) for name in matrices}) != 1:
+        _refuse_without_vocabulary(recipe, base, matrices)
         return None
     rows = {name: _rows(matrices, one) for name, one in finetuned.items()}
     own = _rows(matrices, base) or 0
@@ -111,12 +116,15 @@ def read_models(
     return TokenModels(matrices, replace(start, by_number=True), models, localized, settled, tuple(losses.warnings))
 
 
-def _refuse_without_matrices(recipe: Recipe, base: Checkpoint) -> None:
+def _refuse_without_vocabulary(recipe: Recipe, base: Checkpoint, matrices: Sequence[str]) -> None:
+    """Raises RecipeError if a choice is made between tokens of a base that has no matrices, or several vocabularies."""
     if asked := [one for one in ("tokenizer", "embeddings") if getattr(recipe, one) not in (None, BASE)]:
-        raise RecipeError(
-            f"{asked[0]} is given, but no tensor of {base.label} is known as an embedding with as many rows as the "
-            f"vocab_size of its config. Drop {asked[0]}."
+        known = (
+            f"{some(matrices)} of {base.label} are of several vocabularies, and which is its tokenizer's is unknown"
+            if matrices
+            else f"no tensor of {base.label} is known as an embedding with as many rows as the vocab_size of its config"
         )
+        raise RecipeError(f"{asked[0]} is given, but {known}. Drop {asked[0]}.")
 
 
 def _has_other_tokens(base: Checkpoint, other: Checkpoint) -> bool:
@@ -139,7 +147,7 @@ def _read_model(checkpoint: Checkpoint, rows: int, needed: bool) -> TokenModel:
 
 def _rows(matrices: Sequence[str], checkpoint: Checkpoint) -> int | None:
     """How many rows the matrices have; None if it has none of them. Raises MismatchError if they differ."""
-    counts = {checkpoint.info(name).shape[0]: name for name in matrices if name in checkpoint.tensors}
+    counts = {row_count(checkpoint.info(name).shape): name for name in matrices if name in checkpoint.tensors}
     if len(counts) > 1:
         listed = ", ".join(f"{name} has {count:,} rows" for count, name in counts.items())
         raise MismatchError([f"{listed} in {checkpoint.label}, where each token needs one in all of them"])
@@ -228,9 +236,9 @@ def matrix_names(
 
 def _own_name(matrix: str, matrices: Sequence[str], base: Checkpoint, other: Checkpoint) -> str | None:
     """A head that is not stored is the embedding, if the config ties the two."""
-    width = base.info(matrix).shape[1:]
-    tied = any(one.get("tie_word_embeddings", True) for one in (other.config, part(other.config, "text_config")))
-    for name in (matrix, *(matrices if tied and len(width) == 1 and matrix not in other.tensors else ())):
-        if name in other.tensors and other.info(name).shape[1:] == width and other.info(name).floating:
+    row = row_shape(base.info(matrix).shape)
+    tied = len(row) == 1 and matrix not in other.tensors and ties_head(other.config)
+    for name in (matrix, *(matrices if tied else ())):
+        if name in other.tensors and row_shape(other.info(name).shape) == row and other.info(name).floating:
             return name
     return None

@@ -13,13 +13,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_locstitch.checkpoints.aligned import resized
 from hf_locstitch.checkpoints.checkpoint import CONFIG, Checkpoint, read_json
 from hf_locstitch.checkpoints.ref import expand_home
 from hf_locstitch.checkpoints.side_files import TEMPLATES, TOKENIZER, SideFiles, choose_side_files, matching
 from hf_locstitch.checkpoints.source import Source
-from hf_locstitch.checkpoints.vocabulary import FAST, SLOW_ADDED, TOKENIZER_CONFIG, read_vocabulary
-from hf_locstitch.errors import MismatchError, RecipeError
+from hf_locstitch.checkpoints.vocabulary import (
+    DECODER,
+    FAST,
+    SLOW_ADDED,
+    TOKENIZER_CONFIG,
+    WAY_OUT,
+    read_vocabulary,
+    resized,
+    row_count,
+)
+from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.vocabulary import BASE, AddedToken, VocabularyPlan
 from hf_locstitch.runtime.parsing import JSON_BYTES
@@ -43,8 +51,8 @@ def with_tokens(
     chosen: SideFiles,
     finetuned: Mapping[str, Checkpoint],
     vocabulary: VocabularyPlan | None,
-) -> tuple[SideFiles, list[str]]:
-    """The side files with those of the chosen tokenizer and chat template, and what is to be said of them.
+) -> tuple[SideFiles, list[str], list[str]]:
+    """The side files with those of the chosen tokenizer and chat template, warnings, and what else is worth knowing.
 
     files: whose config and tokenizer the output has by default. Raises RequestError.
     """
@@ -53,10 +61,10 @@ def with_tokens(
         edit.take_tokenizer(str(recipe.tokenizer))
     elif vocabulary is not None and vocabulary.added:
         edit.add_tokens(vocabulary.added)
-    notes = list(edit.choose_template(recipe))
+    edit.choose_template(recipe)
     if vocabulary is not None:
         edit.resize(vocabulary)
-    return edit.done(), notes
+    return edit.done(), edit.warnings, edit.notes
 
 
 class _Edit:
@@ -71,6 +79,8 @@ class _Edit:
     ) -> None:
         self._files, self._base, self._chosen, self._finetuned = files, files.source, chosen, finetuned
         self._vocabulary = vocabulary
+        self.warnings: list[str] = []
+        self.notes: list[str] = []
         self._made: Texts = {}
         self._dropped: set[str] = set()
 
@@ -118,9 +128,12 @@ class _Edit:
         ids = self._json(SLOW_ADDED)
         if ids is not None or tokenizer is None:
             self._put(SLOW_ADDED, {**(ids or {}), **{one.token: one.id for one in added}})
-        if settings is not None and (tokenizer is None or "added_tokens_decoder" in settings):
+        if settings is not None and (tokenizer is None or DECODER in settings):
             decoder = {str(one.id): _decoder_entry(one) for one in added}
-            settings["added_tokens_decoder"] = {**settings.get("added_tokens_decoder", {}), **decoder}
+            known = settings.get(DECODER) or {}
+            if not isinstance(known, dict):
+                raise self._malformed(TOKENIZER_CONFIG, DECODER, "an object", known)
+            settings[DECODER] = {**known, **decoder}
             self._put(TOKENIZER_CONFIG, settings)
         self._list_special(added)
 
@@ -134,14 +147,22 @@ class _Edit:
             found: dict[str, str] = {}
             for checkpoint in self._finetuned.values():
                 found |= dict(_listed_special(checkpoint.source, file))
-            new = [(found[one.token], one.token) for one in added if one.token in found]
-            for key, token in new:
-                fields[own or key] = [*fields.get(own or key, ()), token]
-            if new:
+            for token in (one.token for one in added if one.token in found):
+                key = own or next(key for key in (found[token], *LISTS) if not isinstance(fields.get(key), dict))
+                known = fields.get(key) or []
+                if not isinstance(known, list):
+                    raise self._malformed(file, key, "a list", known)
+                fields[key] = [*known, token]
                 self._put(file, fields)
 
-    def choose_template(self, recipe: Recipe) -> Iterator[str]:
-        """Yields what is to be said of it."""
+    def _malformed(self, file: str, key: str, due: str, got: object) -> CheckpointError:
+        return CheckpointError(
+            f"{key} in {self._base.label}/{file} must be {due}, but is {json.dumps(got)[:60]}: no tokens can be added "
+            f"to it. {WAY_OUT}"
+        )
+
+    def choose_template(self, recipe: Recipe) -> None:
+        """Put the files of the chosen template in the place of the others."""
         owner = template_owner(recipe, self._files, self._finetuned, self._vocabulary)
         tokenizer = recipe.tokenizer if recipe.tokenizer in self._finetuned else BASE
         if owner in self._finetuned:
@@ -150,9 +171,11 @@ class _Edit:
                 raise MismatchError([f"{source.label} has no chat template; drop chat_template: {owner}"])
             self._take_template(template_files(source), _template_in_config(source))
             if recipe.chat_template is None and owner != tokenizer:
-                yield f"the chat template is that of {owner}, whose tokens are added; the base has none."
+                self.warnings.append(
+                    f"the chat template is that of {owner}, whose tokens are added; the base has none."
+                )
             if owner != tokenizer:
-                yield from self._end_with(owner)
+                self._end_with(owner)
         elif owner != BASE:
             self._take_template({TEMPLATE: read_template(owner, list(self._finetuned))}, None)
         elif tokenizer != BASE:
@@ -166,7 +189,7 @@ class _Edit:
             settings.pop(IN_CONFIG, None)
             self._put(TOKENIZER_CONFIG, settings if in_config is None else {**settings, IN_CONFIG: in_config})
 
-    def _end_with(self, name: str) -> Iterator[str]:
+    def _end_with(self, name: str) -> None:
         """Answers end with the tokens that end them in the finetune whose chat template is taken, too."""
         ours, theirs = self._json(GENERATION) or {}, self._finetuned[name]
         config = self._json(CONFIG) or {}
@@ -176,7 +199,9 @@ class _Edit:
         if missing := [number for number in end if number not in have]:
             kept = {key: value for key, value in config.items() if key in ("bos_token_id", "pad_token_id")}
             self._put(GENERATION, {**kept, **ours, "eos_token_id": [*have, *missing]})
-            yield f"answers end with the tokens {missing}, too, as those of {name} do, whose chat template is taken."
+            self.notes.append(
+                f"answers end with the tokens {missing}, too, as those of {name} do, whose chat template is taken."
+            )
 
     def _output_id(self, source: Source, number: int) -> int | None:
         """The id in the output of a model's token; None if it is not there."""
@@ -192,7 +217,7 @@ class _Edit:
         """vocab_size wherever the config has that of the base's matrices."""
         config = self._json(CONFIG)
         base, rows = vocabulary.alignment.own[BASE], vocabulary.alignment.rows
-        old = base.info(vocabulary.matrices[0]).shape[0]
+        old = row_count(base.info(vocabulary.matrices[0]).shape)
         if config is not None and rows != old:
             self._put(CONFIG, resized(config, {old}, rows))
 

@@ -16,10 +16,12 @@ import numpy as np
 
 from hf_locstitch.checkpoints.aligned import Alignment, Rows, RowSources
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.vocabulary import resized, row_count
 from hf_locstitch.errors import MismatchError, RecipeError
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.token_models import BASE, LOCALIZE, MEAN, UNION, TokenModel, matrix_names, read_models
 from hf_locstitch.runtime.human import more, some
+from hf_locstitch.tasks.token_shapes import shapes_in_memory
 
 TOKENIZERS = (BASE, UNION)
 EMBEDDINGS = (BASE, MEAN, LOCALIZE)
@@ -54,6 +56,8 @@ class VocabularyPlan:
     multiple: int
     added: tuple[AddedToken, ...]
     ids: Mapping[str, int] | None = field(repr=False)
+    notes: tuple[str, ...] = ()
+    """What is worth knowing of how rows were matched."""
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -137,10 +141,36 @@ def plan_vocabulary(
         raise MismatchError(problems)
     rows_by = LOCALIZE if localized else recipe.embeddings or BASE
     alignment = Alignment(made.rows, {BASE: base, **finetuned}, matrices, sources)
+    if problems := list(_unloadable(alignment)):
+        raise MismatchError(problems)
+    notes = tuple(made.reordered())
     plan = VocabularyPlan(
-        tokenizer, rows_by, localized, alignment, made.tokens, made.base_tokens, made.multiple, made.added, made.ids
-    )
-    return plan, [*warnings, *made.reordered()]
+        tokenizer, rows_by, localized, alignment, made.tokens, made.base_tokens, made.multiple, made.added, made.ids,
+        notes,
+    )  # fmt: skip
+    return plan, warnings
+
+
+def _unloadable(alignment: Alignment) -> Iterator[str]:
+    """Why transformers would not load the base with its matrices in these rows: what else has as many as there are
+    tokens."""
+    base, layout, matrices = alignment.own[BASE], alignment.layout(), alignment.matrices
+    counts = {row_count(base.info(name).shape) for name in matrices}
+    if counts == {alignment.rows}:
+        return
+    before = shapes_in_memory(base.config, base.tensors)
+    after = shapes_in_memory(resized(base.config, counts, alignment.rows), base.tensors)
+    if before is None or after is None:
+        return
+    known = [name for name, shape in before.items() if shape == base.info(name).shape and name in after]
+    if wrong := [name for name in known if after[name] != layout.info(name).shape]:
+        name = wrong[0]
+        yield (
+            f"{name} is {list(layout.info(name).shape)}, where transformers expects {list(after[name])} with "
+            f"{alignment.rows:,} rows of {some(tuple(matrices))}{more(len(wrong))}: it follows the vocabulary in a way "
+            "that is not known, so that tokens cannot be added; leave new ones out with --tokenizer base --embeddings "
+            "base"
+        )
 
 
 class _Maker:

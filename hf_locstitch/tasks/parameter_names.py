@@ -82,6 +82,16 @@ def group_buffers(model: Any, disk: Collection[str]) -> list[Group]:
     ]
 
 
+def state_shapes(model: Any, disk: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Of the tensors on disk that are one entry of the model's state each, under any name: its shape there."""
+    state = model.state_dict(keep_vars=True)
+    return {
+        name: tuple(state[key].shape)
+        for name, key, pattern in _keys(model, state, disk)
+        if key in state and pattern is None
+    }
+
+
 def _keys(model: Any, state: dict[str, Any], disk: Collection[str]) -> Iterator[tuple[str, str, str | None]]:
     """(name on disk, name in the state dict, the pattern by which it is converted, if it is), sorted."""
     from transformers.conversion_mapping import get_model_conversion_mapping

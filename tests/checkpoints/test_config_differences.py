@@ -161,6 +161,17 @@ def test_added_tokens_that_are_left_out(folders: list[Path]) -> None:
     assert warnings(folders) == []
 
 
+def test_tokenizers_without_tokenizer_json(folders: list[Path]) -> None:
+    """Are read by the same code as where tokens are matched."""
+    for folder in folders:
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
+    assert warnings(folders) == []
+    (folders[1] / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 2}))
+    (found,) = warnings(folders, tokenizer="base")
+    assert "ft's tokenizer has 3 tokens, the base's 2; 1 more ('<|im_end|>'): the base's is" in found
+
+
 def test_other_templates_and_damaged_files(folders: list[Path]) -> None:
     for folder, text in zip(folders, ("{{ a }}", "{{ b }}"), strict=True):
         (folder / "chat_template.jinja").write_text(text)

@@ -74,6 +74,25 @@ def test_the_merge_is_that_of_one_layout(kind: str, of_base: Save, how: dict[str
     assert report.ok, report.describe()
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+@pytest.mark.parametrize("of_base", [one_by_one, stacked])
+def test_under_a_prefix(of_base: Save, prefix: str, tmp_path: Path) -> None:
+    """Stripped to see which experts they are, as it is of all other tensors."""
+    base, alike, mixed = family("mixtral", of_base, tmp_path)
+    wrapped = [
+        save(
+            tmp_path / f"wrapped{number}",
+            {f"{prefix}{name}": value for name, value in load(folder).items()},
+            (base / "config.json").read_text(),
+        )
+        for number, folder in enumerate(mixed)
+    ]
+    quick_merge(base, alike, out=tmp_path / "due", names=["ft0", "ft1"], **PLAIN)
+    quick_merge(base, wrapped, out=tmp_path / "out", names=["ft0", "ft1"], **PLAIN)
+    assert same_bits(load(tmp_path / "out"), load(tmp_path / "due"))
+    assert verify(tmp_path / "out", base=base, finetuned=wrapped, tensors="all").ok
+
+
 def test_streamed_from_the_hub(tmp_path: Path, home_hub: LoopbackHub) -> None:
     base, alike, mixed = family("mixtral", one_by_one, tmp_path)
     for folder in (base, *mixed):

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.models import State, finetune, load, random_state, same_bits, save
+from helpers.models import State, finetune, load, random_state, same_bits, save, save_sharded
 from helpers.runs import quick_merge
 from huggingface_hub import HfApi, constants
 from safetensors.torch import save_file
 
 from hf_locstitch import localize_from_hub, verify
+from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import Ref, parse_ref
 from hf_locstitch.cli.main import main
 from hf_locstitch.errors import CheckpointError, RecipeError
@@ -118,6 +119,20 @@ def test_one_file(due: State, tmp_path: Path, home_hub: LoopbackHub) -> None:
         assert same_bits(load(tmp_path / f"out{number}"), due)
         assert [one.name for one in result.manifest.inputs] == ["base", "first-step9", "second-step9"]
     assert verify(tmp_path / "out1", base=tmp_path / "base", finetuned=hub, tensors="all").ok
+
+
+def test_one_shard_of_several(tmp_path: Path, home_hub: LoopbackHub) -> None:
+    """Half a model, which would be merged as if it were a whole one."""
+    base = save_sharded(tmp_path / "base", BASE, lambda names: [names[:4], names[4:]])
+    add(home_hub, "org/sharded", root=base, sub=base)
+    shard = "model-00001-of-00002.safetensors"
+    said = r"00002\.safetensors(@\w+)? is one of the 2 files of a model that model\.safetensors\.index\.json lists"
+    for ref in (f"{base}/{shard}", f"org/sharded/{shard}", f"org/sharded/sub/{shard}"):
+        with pytest.raises(CheckpointError, match=said):
+            quick_merge(ref, [ref], out=tmp_path / "out", **DENSITY)
+    for content in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"x": 3}}'):  # from which nothing can be told
+        (base / "model.safetensors.index.json").write_text(content)
+        assert open_checkpoint(parse_ref(f"{base}/{shard}")).files == (shard,)
 
 
 def test_an_adapter_in_a_subfolder(tmp_path: Path, home_hub: LoopbackHub) -> None:

@@ -93,6 +93,11 @@ def variant(tmp: Path) -> None:
     merges(tmp, base, ft, warns=r"model\.fp16\.safetensors")
 
 
+def shard(tmp: Path) -> None:
+    base, ft = save_sharded(tmp / "base", BASE, lambda names: [names[:3], names[3:]]), save(tmp / "ft", FT)
+    refused(tmp, base / "model-00001-of-00002.safetensors", ft, because=r"one of the 2 files .*index\.json lists")
+
+
 def several_files(tmp: Path) -> None:
     base, ft = toys(tmp)
     save_file({Q: FT[Q]}, ft / "a.safetensors")
@@ -258,6 +263,7 @@ ROWS: dict[str, Callable[[Path], None]] = {
     "a subfolder of a repo, or one file": part,
     "a component of diffusers": component,
     "`model.fp16.safetensors` beside `model.safetensors`": variant,
+    "one file of a model in several": shard,
     "several safetensors files without an index": several_files,
     "pickled weights only": pickled,
     "GGUF": gguf,

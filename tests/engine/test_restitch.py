@@ -13,9 +13,13 @@ import pytest
 import torch
 from helpers.adapters import save_base, save_lora
 from helpers.launch import launch
-from helpers.models import State, finetune, random_state, save
+from helpers.models import State, finetune, load, random_state, save
 from helpers.runs import Killed, files_of, quick_localize, quick_merge, quick_stitch
 from helpers.streaming import empty_cache
+from helpers.vocabularies import family, model, tokenizer
+from helpers.vocabularies import save as save_model
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
 
 from hf_locstitch import merge_from_hub, plan_merge, stitch_from_hub, verify
 from hf_locstitch.cli.main import main
@@ -278,3 +282,89 @@ def test_another_finetune_of_that_name(home: Path) -> None:
         quick_stitch(from_="merged", remove="b", out="fewer")
     with pytest.raises(OutputError):
         quick_stitch(from_="merged", remove="a", out="base")
+
+
+# ---- tokens of the finetunes --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def speakers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """base, math and chat with tokens of their own, plain with none; as working directory."""
+    monkeypatch.chdir(tmp_path)
+    made = family(tmp_path, tied=False, dtype=torch.bfloat16)
+    base = LlamaForCausalLM.from_pretrained(made["base"])
+    save_model(tmp_path / "plain", model(24, tied=False, seed=7, base=base, dtype=torch.bfloat16), tokenizer())
+    return tmp_path
+
+
+TOKEN_CHOICES: list[dict[str, str]] = [
+    {},
+    {"tokenizer": "base"},
+    {"tokenizer": "math"},
+    {"embeddings": "mean"},
+    {"embeddings": "math"},
+    {"chat_template": "math"},
+    {"chat_template": "./my.jinja", "tokenizer": "math"},
+]
+
+
+@pytest.mark.parametrize("asked", TOKEN_CHOICES, ids=str)
+def test_tokens_rows_and_the_template_stay(speakers: Path, asked: dict[str, str]) -> None:
+    (speakers / "my.jinja").write_text("{{ messages }}")
+    quick_merge("base", ["math", "chat", "plain"], out="merged", localizer={"density": 0.3}, **asked)
+    done = quick_stitch(from_="merged", remove="chat", out="fewer")
+    assert made(speakers / "fewer") == merge("math", "plain", **asked)
+    assert verify("fewer", tensors="all").findings == ()
+    assert (done.manifest.vocabulary is None) == (asked.get("tokenizer") == "base")
+    if not asked:  # without the finetunes that added tokens there are none
+        quick_stitch(from_="merged", remove=["chat", "math"], out="none")
+        assert made(speakers / "none") == merge("plain")
+    recipe = ["stitch", "fewer/locstitch.yaml", "--out", "again", "--no-figures", "--quiet"]
+    assert main(recipe) == 0 and made(speakers / "again") == made(speakers / "fewer")
+
+
+def test_a_localized_checkpoint_among_finetunes_with_tokens(speakers: Path) -> None:
+    quick_merge("base", ["math", "chat"], out="merged", localizer={"density": 0.3})
+    quick_localize("base", "plain", out="plain-localized", localizer={"density": 0.3})
+    done = quick_stitch(from_="merged", add="plain-localized", remove="chat", out="other")
+    assert made(speakers / "other") == merge("math", "plain")
+    assert verify("other", tensors="all").findings == ()
+    assert any("a localized checkpoint has the base's tokens alone" in line for line in done.manifest.warnings)
+
+
+def test_tokens_that_cannot_be_carried_over(speakers: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick_localize("base", "plain", out="plain-localized", localizer={"density": 0.3})
+    asked: list[tuple[dict[str, str], list[str], str]] = [
+        ({"tokenizer": "math"}, ["--remove", "math"], "has tokenizer: math, of a finetune that is to be removed"),
+        ({"chat_template": "math"}, ["--remove", "math"], "has chat_template: math"),
+        ({"embeddings": "mean"}, ["--add", "plain-localized"], "what is added has no embeddings of its own"),
+        ({"embeddings": "localize"}, ["--remove", "math"], "range over rows of embeddings that are matched"),
+    ]
+    for number, (fields, change, words) in enumerate(asked):
+        quick_merge("base", ["math", "chat"], out=f"m{number}", localizer={"density": 0.3}, **fields)
+        fails(words, ["--from", f"m{number}", *change], capsys)
+
+
+def test_rows_in_their_places_may_be_localized(speakers: Path) -> None:
+    """Where all have the base's tokens."""
+    for name in ("one", "two"):
+        shutil.copytree("plain", name)
+        state = load(speakers / name)
+        save_file(finetune(state, len(name) + ord(name[0])), f"{name}/model.safetensors", metadata={"format": "pt"})
+    fields = {"embeddings": "localize"}
+    quick_merge("base", ["plain", "one", "two"], out="merged", localizer={"density": 0.3}, **fields)
+    quick_stitch(from_="merged", remove="one", out="fewer")
+    assert made(speakers / "fewer") == merge("plain", "two", **fields)
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["caching", "passing"])
+def test_tokens_from_the_hub(speakers: Path, home_hub: LoopbackHub, hub_cache: Path, cache: bool) -> None:
+    org = f"t{uuid4().hex[:8]}"
+    for name in ("base", "math", "chat"):
+        home_hub.add_repo(f"{org}/{name}", {path.name: path for path in (speakers / name).iterdir()})
+    refs = [f"{org}/math", f"{org}/chat"]
+    quick_merge(f"{org}/base", refs, push_to=f"lab/{org}", localizer={"density": 0.3})
+    quick_merge(f"{org}/base", refs[:1], out="once", localizer={"density": 0.3})
+    empty_cache()
+    quick_stitch(from_=f"lab/{org}", remove="chat", out="fewer", cache=cache)
+    assert made(speakers / "fewer") == made(speakers / "once")

@@ -18,12 +18,13 @@ from helpers.models import save as save_state
 from helpers.runs import Killed, files_of, quick_merge
 from helpers.vocabularies import TEMPLATE, family, model, save, tokenizer
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from hf_locstitch import merge_from_hub, verify
+from hf_locstitch import merge_from_hub, plan_merge, verify
 from hf_locstitch.cli.main import main
 from hf_locstitch.engine.shard_writer import ShardWriter
 from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError, RequestError
+from hf_locstitch.plan.describe import format_plan, plan_json
 from loopback_hub import LoopbackHub
 
 MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -363,6 +364,77 @@ def test_hostile_tokenizers(untied: dict[str, Path], tmp_path: Path, edit: Edit 
     merged(folders, tmp_path / "out", tokenizer="base")  # which needs none of the finetunes' tokens
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("added_tokens_decoder", None, None),
+        ("added_tokens_decoder", [1], r"in base/tokenizer_config\.json must be an object, but is \[1\]"),
+        ("additional_special_tokens", None, None),
+        ("additional_special_tokens", "x", 'additional_special_tokens in .* must be a list, but is "x"'),
+        ("extra_special_tokens", {"image_token": "w1"}, None),
+        ("extra_special_tokens", 3, "extra_special_tokens in .* must be a list, but is 3"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hostile_settings_of_the_bases_tokenizer(
+    untied: dict[str, Path], tmp_path: Path, key: str, value: Any, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(untied["base"], tmp_path / "base")
+    folders = {**untied, "base": Path("base")}
+    listed = key if key != "added_tokens_decoder" else "additional_special_tokens"
+    for name in ("math", "chat"):
+        folders[name] = shutil.copytree(untied[name], tmp_path / name)
+        theirs = json.loads((folders[name] / "tokenizer_config.json").read_text())
+        for one in ("additional_special_tokens", "extra_special_tokens"):
+            theirs.pop(one, None)
+        theirs[listed] = ["<|im_end|>"]
+        (folders[name] / "tokenizer_config.json").write_text(json.dumps(theirs))
+    settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    for one in ("additional_special_tokens", "extra_special_tokens"):
+        settings.pop(one, None)
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({**settings, key: value}))
+    if said is not None:
+        with pytest.raises(CheckpointError, match=said):
+            merged(folders, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    out = merged(folders, tmp_path / "out")
+    got = json.loads((out / "tokenizer_config.json").read_text())
+    assert "<|im_end|>" in [*(got.get("additional_special_tokens") or ()), *(got.get("extra_special_tokens") or ())]
+    assert not isinstance(value, dict) or got[key] == value
+    AutoTokenizer.from_pretrained(out)
+
+
+def test_a_model_of_several_vocabularies(untied: dict[str, Path], tmp_path: Path) -> None:
+    """Such as an encoder's and a decoder's: merged with the base's rows, of which no choice can be made."""
+    folders = {name: shutil.copytree(folder, tmp_path / name) for name, folder in untied.items()}
+    for folder in folders.values():
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "talker_config": {"vocab_size": 9}}))
+        state = {**load(folder), "talker.embed_tokens.weight": torch.ones(9, 8)}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="are of several vocabularies"):
+        merged(folders, tmp_path / "out", tokenizer="union")
+    out = merged(folders, tmp_path / "out")
+    got, base = load(out), load(folders["base"])
+    assert all(torch.equal(got[name], base[name]) for name in (*MATRICES, "talker.embed_tokens.weight"))
+    assert any("3 more" in line for line in json.loads((out / "locstitch.json").read_text())["warnings"])
+
+
+@pytest.mark.parametrize("size", [[24], {"text": 24}, "24", None, True])
+def test_sizes_that_are_no_numbers(untied: dict[str, Path], tmp_path: Path, size: Any) -> None:
+    """They are left as they are; the config's own size follows."""
+    folders = {**untied, "base": shutil.copytree(untied["base"], tmp_path / "base")}
+    config = json.loads((untied["base"] / "config.json").read_text())
+    state = {name: value[:24].clone() if name in MATRICES else value for name, value in load(untied["base"]).items()}
+    save_file(state, folders["base"] / "model.safetensors", metadata={"format": "pt"})
+    config = {**config, "vocab_size": 24, "text_config": {"vocab_size": size}}
+    (folders["base"] / "config.json").write_text(json.dumps(config))
+    got = json.loads((merged(folders, tmp_path / "out") / "config.json").read_text())
+    assert (got["vocab_size"], got["text_config"]) == (28, {"vocab_size": size})
+
+
 def test_names_that_are_no_choice_and_choices_that_exclude_one_another(untied: dict[str, Path], tmp_path: Path) -> None:
     for field in ("tokenizer", "embeddings"):
         with pytest.raises(MismatchError, match="one of the finetunes"):
@@ -401,6 +473,51 @@ def test_a_tied_head_that_only_the_base_stores(tmp_path: Path) -> None:
     got = load(out)
     assert torch.equal(got[MATRICES[0]], got[MATRICES[1]])
     assert verify(out, base=folders["base"], finetuned=[folders["math"]]).ok
+
+
+@pytest.mark.parametrize("stated", [True, False], ids=["stated", "by default"])
+def test_a_head_that_is_not_stored_and_not_tied(tmp_path: Path, stated: bool) -> None:
+    """Its rows are nowhere: those of the embedding are another thing."""
+    folders = family(tmp_path / "in", tied=False)
+    state = load(folders["math"])
+    del state[MATRICES[1]]
+    save_file(state, folders["math"] / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folders["math"] / "config.json").read_text())
+    if stated:
+        config["tie_word_embeddings"] = False
+    else:
+        config.pop("tie_word_embeddings", None)
+    (folders["math"] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MismatchError, match=r"math has no lm_head\.weight of the base's width"):
+        quick_merge(folders["base"], [folders["math"]], out=tmp_path / "out", localizer=DENSITY)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_names_with_a_prefix(untied: dict[str, Path], tmp_path: Path, prefix: str) -> None:
+    """Embeddings are known by it, too, though they have other numbers of rows."""
+    folders = {**untied, "math": shutil.copytree(untied["math"], tmp_path / "math")}
+    state = {f"{prefix}{name}": value for name, value in load(untied["math"]).items()}
+    save_file(state, folders["math"] / "model.safetensors", metadata={"format": "pt"})
+    out, due = merged(folders, tmp_path / "out"), merged(untied, tmp_path / "due")
+    assert same_bits(load(out), load(due))
+    assert (out / "tokenizer.json").read_bytes() == (due / "tokenizer.json").read_bytes()
+
+
+def test_a_headless_base_under_heads_with_more_tokens(tmp_path: Path) -> None:
+    size = {"n_embd": 8, "n_layer": 2, "n_head": 2}
+    words = tokenizer(special=["<|a|>"])
+    folders = {"base": tmp_path / "base", "ft": tmp_path / "ft"}
+    GPT2Model(GPT2Config(vocab_size=24, **size)).save_pretrained(folders["base"])
+    GPT2LMHeadModel(GPT2Config(vocab_size=25, **size)).save_pretrained(folders["ft"])
+    tokenizer().save_pretrained(folders["base"])
+    words.save_pretrained(folders["ft"])
+    out = quick_merge(folders["base"], [folders["ft"]], out=tmp_path / "out", localizer=DENSITY).out
+    assert out is not None
+    assert ids(out) == words.get_vocab()
+    got, theirs = load(out)["wte.weight"], load(folders["ft"])["transformer.wte.weight"]
+    assert got.shape == (25, 8) and torch.equal(got[24], theirs[24])
+    assert verify(out, base=folders["base"], finetuned=[folders["ft"]], tensors="all").ok
 
 
 def test_tokenizers_of_two_files(untied: dict[str, Path], tmp_path: Path) -> None:
@@ -452,3 +569,39 @@ def test_vocab_size_of_a_part(untied: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "texts", folders["base"], dirs_exist_ok=True)
     out = merged(folders, tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["text_config"]["vocab_size"] == 28
+
+
+def warned(folders: Mapping[str, Path], **fields: Any) -> list[str]:
+    request = {"base": str(folders["base"]), "finetuned": [str(folders["math"]), str(folders["chat"])], **fields}
+    return list(plan_merge(request).warnings)
+
+
+def test_a_template_is_spoken_of_once_and_not_at_all_where_it_was_asked_for(
+    untied: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also of the tokens that end its answers."""
+    folders = {**untied, "math": shutil.copytree(untied["math"], tmp_path / "math")}
+    for file in ("config.json", "generation_config.json"):
+        fields = json.loads((folders["math"] / file).read_text())
+        fields["eos_token_id"] = ids(folders["math"])["<|im_end|>"]
+        (folders["math"] / file).write_text(json.dumps(fields))
+    (said,) = warned(folders)
+    assert said == "the chat template is that of math, whose tokens are added; the base has none."
+    assert warned(folders, chat_template="math") == []
+    assert any("math ends its texts with the token 25" in line for line in warned(folders, chat_template="base"))
+    assert not [line for line in warned(folders, tokenizer="math") if "template" in line or line.startswith("math")]
+    recipe = {"base": str(folders["base"]), "finetuned": [str(folders["math"]), str(folders["chat"])]}
+    plan = plan_merge({**recipe, "chat_template": "math", "strict": True})
+    assert "note       answers end with the tokens [25], too" in format_plan(plan)
+    (folders["math"] / "chat_template.jinja").unlink()
+    assert not [line for line in warned(folders, chat_template="base", tokenizer="base") if "template" in line]
+
+
+def test_tokens_under_other_ids_are_no_warning(untied: dict[str, Path], tmp_path: Path) -> None:
+    words = tokenizer(["<s>", "</s>", "<unk>", *(f"w{i}" for i in reversed(range(21)))], special=["<|x|>"])
+    turned = save(tmp_path / "turned", model(25, tied=False, seed=3, dtype=torch.bfloat16), words)
+    said = "turned has 23 of the base's tokens under other ids, such as '<unk>' (2, in the base 0): rows are matched"
+    plan = plan_merge({"base": str(untied["base"]), "finetuned": [str(turned)]})
+    assert [note for note in plan.notes if note.startswith(said)] == list(plan.notes) != []
+    assert not [line for line in plan.warnings if "other ids" in line]
+    assert plan_json(plan)["notes"] == list(plan.notes) and f"note       {said}" in format_plan(plan)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers import vocabularies
 from helpers.families import finetunes
 from helpers.fp8 import quantized, save_fp8
 from helpers.models import finetune, load, random_state, save
@@ -83,6 +84,38 @@ def test_weights_that_are_not_those_of_the_masks(here: Path) -> None:
     with Path("merged/model.safetensors").open("ab") as file:
         file.write(b"0")
     refuse(CheckpointError, "bytes")
+
+
+@pytest.mark.parametrize("rows", [{"base": 32}, {}], ids=["in spare rows", "in new rows"])
+def test_a_merge_with_rows_of_added_tokens(tmp_path: Path, rows: dict[str, int]) -> None:
+    """No mask covers them, and an adapter would leave them out."""
+    given = vocabularies.family(tmp_path, tied=False, rows=rows, dtype=torch.bfloat16)
+    tuned = [given["math"], given["chat"]]
+    quick_merge(given["base"], tuned, out=tmp_path / "merged", localizer={"density": 0.3})
+    with pytest.raises(RequestError, match=r"from its finetunes' tokens.*--tokenizer base --embeddings base"):
+        export(tmp_path / "merged", out=tmp_path / "adapter", base=given["base"])
+    assert not (tmp_path / "adapter").exists()
+    choice = {"tokenizer": "base", "embeddings": "base"}
+    quick_merge(given["base"], tuned, out=tmp_path / "plain", localizer={"density": 0.3}, **choice)
+    assert export(tmp_path / "plain", out=tmp_path / "adapter", base=given["base"]).facts["inexact"] == 0
+
+
+def test_tensors_without_a_mask_are_the_bases(here: Path) -> None:
+    """Exact is said of every weight, so every one is compared."""
+    state = load_file("merged/model.safetensors")
+    state["lm_head.weight"][1, 2] += 1
+    save_file(state, "merged/model.safetensors", metadata={"format": "pt"})
+    refuse(IntegrityError, r"lm_head\.weight in merged is not the base's, though no mask covers any of it")
+
+
+def test_another_shape_is_no_matter_of_the_dtype(here: Path) -> None:
+    state = load_file("merged/model.safetensors")
+    wide = torch.cat([state["lm_head.weight"], state["lm_head.weight"][:1]])
+    save_file({**state, "lm_head.weight": wide}, "merged/model.safetensors", metadata={"format": "pt"})
+    record = json.loads(Path("merged/locstitch.json").read_text())
+    record["outputs"]["model.safetensors"]["size"] = Path("merged/model.safetensors").stat().st_size
+    Path("merged/locstitch.json").write_text(json.dumps(record))
+    refuse(MismatchError, r"lm_head\.weight is .* in the base base, an adapter cannot change shapes$")
 
 
 def _mask(edit: Callable[[dict[str, Any]], object], ref: str = "merged") -> None:

@@ -25,7 +25,11 @@ def test_a_folder_that_hides_a_repo(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     assert plan_of("demo/base", "./demo/ft").count("the folder here, not the repo demo/base on the Hub") == 1
     assert plan_of("./demo/base", "demo/ft").count("the folder here, not the repo demo/ft on the Hub") == 1
-    assert "not the repo" not in plan_of("./demo/base", str(tmp_path / "demo" / "ft"))
+    (tmp_path / "demo" / "ft" / "model.safetensors").rename(tmp_path / "demo" / "ft.safetensors")
+    said = "(the file here, not the repo demo/ft.safetensors on the Hub; write ./demo/ft.safetensors for a file)"
+    assert said in plan_of("./demo/base", "demo/ft.safetensors")
+    save(tmp_path / "demo" / "again", finetune(state, 1))
+    assert "not the repo" not in plan_of("./demo/base", str(tmp_path / "demo" / "again"))
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["text", "list"])

@@ -12,15 +12,19 @@ from uuid import uuid4
 
 import pytest
 import torch
-from helpers.models import State, finetune, random_state, save
+from helpers import vocabularies
+from helpers.fp8 import fp8_config, quantized
+from helpers.models import State, finetune, load, random_state, save
 from helpers.runs import quick_localize, quick_merge, quick_stitch
 from helpers.streaming import empty_cache, served
+from safetensors.torch import save_file
 
 from hf_locstitch import plan_merge
 from hf_locstitch.checkpoints.sample import sample_pieces
 from hf_locstitch.cli.main import main
 from hf_locstitch.errors import StrictError, WorkError
 from hf_locstitch.plan.describe import format_plan, plan_json
+from hf_locstitch.plan.plans import ModelPlan
 from loopback_hub import LoopbackHub
 
 SHAPES = {"embed.w": (30, 40)} | {f"model.layers.{i}.w": (60, 40) for i in range(3)}
@@ -158,3 +162,28 @@ def test_one_task_vector_much_longer_than_the_others(tmp_path: Path) -> None:
     (said,) = warnings_of(start, *refs)
     assert said.startswith("the task vector of ft2 is 7 times as long as those of the others: it outvotes them")
     assert not warnings_of(start, *refs[:2])
+
+
+@pytest.mark.parametrize("asked", [{"method": "average"}, {"method": "ties"}, {"embeddings": "localize"}], ids=str)
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
+def test_rows_that_are_matched_by_tokens(tmp_path: Path, asked: dict[str, str], fp8: bool) -> None:
+    """They lie elsewhere in each file: what is said is what all other tensors tell."""
+    given = vocabularies.family(tmp_path, tied=False)
+    if fp8:
+        config = json.loads((given["base"] / "config.json").read_text())
+        save_file(quantized(load(given["base"])), given["base"] / "model.safetensors")
+        (given["base"] / "config.json").write_text(fp8_config(**config))
+    request = {"base": str(given["base"]), "finetuned": [str(given["math"]), str(given["chat"])]}
+    plan = plan_merge({**request, **asked})
+    assert isinstance(plan, ModelPlan) and plan.aligned is not None
+    options = {key: value for key, value in asked.items() if key == "method"}
+    plain = plan_merge({**request, **options, "embeddings": "base"})
+    assert plan.lineage.keys() == plain.lineage.keys() == {"math", "chat"}
+    assert plan.lineage == plain.lineage
+    assert not [one for one in plan.warnings if "looks as if" in one or "not compared" in one]
+
+
+def test_what_cannot_be_compared_ends_no_merge(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_locstitch.plan.lineage.lineage", lambda *_: 1 / 0)
+    (warning,) = warnings_of(folders["base"], folders["a"])
+    assert warning.startswith("the finetunes were not compared with the base and one another (ZeroDivisionError")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from hf_locstitch.checkpoints.aligned import Alignment
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
+from hf_locstitch.checkpoints.vocabulary import row_width
 from hf_locstitch.inspection.verification.report import Finding
 from hf_locstitch.inspection.verification.values import PIECE, Differences
 
@@ -20,7 +20,7 @@ def check_rows(
 ) -> Iterator[Finding]:
     """Whether each row is its one model's, or the mean of several. own: the inputs as their files have them."""
     info = merged.checkpoint.info(matrix)
-    width = math.prod(info.shape[1:])
+    width = row_width(info)
     step = max(1, PIECE // width)
     wrong = Differences(matrix, merged.where(matrix), info.shape)
     for first in range(0, alignment.rows, step):
@@ -34,7 +34,7 @@ def _due(matrix: str, alignment: Alignment, own: Mapping[str, CheckpointReader],
     """Rows first … stop [stop − first, width], in float32, or float64 if a model has that."""
     names = alignment.matrices[matrix]
     wide = any(own[model].checkpoint.info(name).dtype == "F64" for model, name in names.items())
-    width = math.prod(own["base"].checkpoint.info(matrix).shape[1:])
+    width = row_width(own["base"].checkpoint.info(matrix))
     total = torch.full((stop - first, width), -0.0, dtype=torch.float64 if wide else torch.float32)
     times = torch.zeros(stop - first, 1, dtype=total.dtype)
     for model, rows in alignment.sources["base"].items():

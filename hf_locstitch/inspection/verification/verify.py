@@ -306,11 +306,13 @@ def _solved(merge: Merge, inputs: Mapping[str, Checkpoint], tensors: Tensors, no
 
 def _vocabulary(merge: Merge, inputs: Mapping[str, Checkpoint], notes: Notes) -> VocabularyPlan | None:
     """Where rows come from, planned once more from the inputs' tokenizers; to be what the manifest records."""
-    if merge.recipe.localized:
+    stitched = {entry.name for entry in merge.recipe.localized if entry.mask is None}  # which bring no tokens
+    finetuned = {name: checkpoint for name, checkpoint in inputs.items() if name not in ("base", *stitched)}
+    if not finetuned:
         return None
-    finetuned = {name: checkpoint for name, checkpoint in inputs.items() if name != "base"}
-    chosen = chosen_tensors(merge.recipe, inputs["base"])
-    vocabulary, _ = plan_vocabulary(merge.recipe, inputs["base"], finetuned, chosen, recorded_order(merge.record))
+    chosen = sorted(merge.localized) if merge.recipe.localized else chosen_tensors(merge.recipe, inputs["base"])
+    order = [name for name in recorded_order(merge.record) if name in finetuned]
+    vocabulary, _ = plan_vocabulary(merge.recipe, inputs["base"], finetuned, chosen, order)
     due = vocabulary.as_json() if vocabulary is not None else None
     if due != merge.record.vocabulary:
         notes.findings.append(Finding("recipe", FILE, "vocabulary", str(merge.record.vocabulary), str(due)))
