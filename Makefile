@@ -52,10 +52,12 @@ bench-speed: $(READY)  ## time and memory beside the floor and the peers, and th
 	$(BIN)/python benchmarks/learning_memory.py
 	$(BIN)/python benchmarks/refit_memory.py
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/wire.py
 	$(BIN)/python benchmarks/parity.py
 
 bench-faults: $(READY)  ## commands of every kind, killed at random moments, and what they left damaged
 	$(BIN)/python benchmarks/kills.py --kills 100
+	$(BIN)/python benchmarks/kills.py --kills 50 --speed 1 --ways merge "merge --no-cache"
 	$(BIN)/python benchmarks/damage.py --damages 100
 
 $(READY): pyproject.toml constraints.txt

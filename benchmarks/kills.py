@@ -1,6 +1,7 @@
 """Kills commands with SIGKILL at random moments, starts the same command again, and compares the bytes in the end.
 
-    python benchmarks/kills.py [--kills 100] [--ways merge refit ...] [--billions 0.01] [--seed 0] [--work DIR]
+    python benchmarks/kills.py [--kills 100] [--ways merge refit ...] [--billions 0.01] [--seed 0] [--speed MB]
+                               [--work DIR]
 
 The commands of stopping.py take turns. Each is started and killed, often several times, until it is allowed to end;
 then its files must be those of an undisturbed one, the Hub must hold one commit of it, and nothing may be left behind.

@@ -32,7 +32,7 @@ from huggingface_hub import HfApi
 from synthetic import shape_of, write_models
 
 from hf_locstitch.cli.main import main
-from loopback_hub import LoopbackHub
+from loopback_hub import Link, LoopbackHub
 
 NAMES = ("base", "ft1", "ft2")
 HOME = "home"  # of the Hub's cache
@@ -240,6 +240,7 @@ def bench_of(arguments: argparse.Namespace) -> Iterator[tuple[Bench, list[Way]]]
             os.environ.pop(name, None)
         os.environ.update(hub.environment(work / HOME))
         multiprocessing.set_forkserver_preload(IMPORTED)
+        hub.link = Link(arguments.speed * 1e6)
         bench = Bench(work, hub, random.Random(arguments.seed), shape.parameters * 2 // 4)
         for name in NAMES[1:]:  # for stitch
             words = ["localize", "--base", "weights/base", "--ft", f"weights/{name}", "--no-figures", "--quiet"]
@@ -256,6 +257,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--billions", type=float, default=0.01, help="parameters of made-up weights (default: 0.01)")
     parser.add_argument("--ways", nargs="+", choices=[way.name for way in WAYS], default=[way.name for way in WAYS])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--speed", type=float, default=0.0, help="MB/s of a connection to the Hub (default: no limit)")
     parser.add_argument("--work", type=Path, help="default: a temporary folder")
     return parser
 
