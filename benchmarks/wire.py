@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -158,12 +159,11 @@ class Bench:
 
     def twice(self) -> int:
         """Bytes of weights that went over the wire beyond the first time, since the log was cleared."""
-        log = self.hub.tell("log")
-        sent = sum(sent for method, path, _, status, sent in log if method == "GET" and self._is_weight(path, status))
-        return sent - self.nbytes
-
-    def _is_weight(self, path: str, status: int) -> bool:
-        return self.hub.endpoint + path in self.sizes and status in (0, 200, 206)
+        sent: Counter[str] = Counter()
+        for method, path, _, status, count in self.hub.tell("log"):
+            if method == "GET" and status in (0, 200, 206):
+                sent[self.hub.endpoint + path] += count
+        return sum(max(0, sent[url] - size) for url, size in self.sizes.items())
 
     def _timed(self, command: list[str]) -> float:
         self.hub.tell("clear")
