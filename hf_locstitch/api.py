@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from hf_locstitch.runtime.processes import Processes
 
 Ref = str | Path  # a folder, org/name or org/name@revision
-Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Data = Mapping[str, Any] | Sequence[Any] | str  # localization sets, by the finetunes' names or in their order
 
@@ -108,7 +107,7 @@ def merge_from_hub(
     evaluate: Mapping[str, Any] | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
-    device: Device = "cpu",
+    device: str | None = None,
     show_progress: bool | None = None,
 ) -> MergeResult:
     """Merge finetuned models into their base, by Localize-and-Stitch unless a `method` is given.
@@ -145,7 +144,7 @@ def merge_from_hub(
         evaluate: What the merge is evaluated on, as in a recipe: `{"suite": "quick"}`.
         cache: False streams the inputs and keeps none of them.
         max_memory: Memory limit in bytes, or a string such as "1GB".
-        device: Where models are compared; the output bytes are the same.
+        device: Where models run and values are solved for, as torch names it, or "auto"; as the recipe says by default.
         show_progress: None shows bars on a terminal only.
 
     Returns:
@@ -192,7 +191,7 @@ def localize_from_hub(
     strict: bool | None = None,
     cache: bool = True,
     max_memory: int | str | None = None,
-    device: Device = "cpu",
+    device: str | None = None,
     show_progress: bool | None = None,
 ) -> MergeResult:
     """Reduce one finetuned model to its mask and the values under it: a localized checkpoint.
@@ -335,7 +334,7 @@ def plan_merge(
     *,
     cache: bool = True,
     max_memory: int | str | None = None,
-    device: Device = "cpu",
+    device: str | None = None,
 ) -> MergePlan | StitchPlan:
     """Pin every revision, read every header, and say what a merge would do.
 

@@ -233,7 +233,9 @@ def _add_work(output: Any, device: bool) -> None:
     )
     if device:
         output.add_argument(
-            "--device", choices=["cpu", "cuda"], default="cpu", help="where models are compared (default: cpu)"
+            "--device",
+            metavar="auto|cpu|cuda[:N]|...",
+            help="where models run and values are solved for, with data or a refit (default: as the recipe says; auto)",
         )
     output.add_argument("--no-figures", dest="figures", action="store_false", default=None, help="do not draw figures")
     output.add_argument("--strict", action="store_true", default=None, help="make errors of all warnings")

@@ -129,7 +129,7 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
     recipe = make_recipe(with_base(_fields(args)), where=str(args.recipe or "command"))
     if not args.dry_run:
         check_output_given(recipe.out, recipe.push_to)
-    device = getattr(args, "device", "cpu")
+    device = getattr(args, "device", None)
     plan = make(recipe, make_settings(cache=not args.no_cache, max_memory=args.max_memory, device=device))
     quiet = args.quiet or not _speaks()
     if args.dry_run:

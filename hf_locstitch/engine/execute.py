@@ -230,7 +230,7 @@ def make(
 def _runs_models(plan: Plan) -> bool:
     """Whether torch is needed; importing it takes longer than merging small models."""
     with_data = isinstance(plan, MergePlan | LocalizePlan) and plan.masked and plan.localizer.needs_data
-    return with_data or plan.recipe.fitting is not None or plan.settings.device != "cpu"
+    return with_data or plan.recipe.fitting is not None
 
 
 @contextmanager

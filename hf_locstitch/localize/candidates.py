@@ -1,10 +1,9 @@
-"""Which elements of a chunk may be in a mask: those that reach a bracket. on_device.py does the same on a GPU."""
+"""Which elements of a chunk may be in a mask: those that reach a bracket."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -56,23 +55,8 @@ def magnitude_scores(finetuned: Values, base: Values) -> Scores:
     return scores
 
 
-class Finder(Protocol):
-    """Finds the candidates of one chunk after another; one instance serves many threads."""
-
-    def begin(self, base: Values) -> None:
-        """Start this thread's next chunk. base: [n], any float."""
-        ...
-
-    def find(self, finetuned: Values, bracket: Bracket) -> tuple[Candidates, int]:
-        """The candidates that reach the bracket, and the largest score. finetuned: [n], any float.
-
-        With a low of 0: what differs from the base in any bit. The result is overwritten by this thread's next call.
-        """
-        ...
-
-
-class OnCpu:
-    """chunk: the largest n."""
+class CandidateFinder:
+    """Finds the candidates of one chunk after another; one instance serves many threads. chunk: the largest n."""
 
     def __init__(self, chunk: int) -> None:
         self._chunk = chunk

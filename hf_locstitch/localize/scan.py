@@ -29,7 +29,7 @@ from hf_locstitch.localize.bracket import (
     histogram_bracket,
     sample_bracket,
 )
-from hf_locstitch.localize.candidates import Finder, OnCpu, differing, magnitude_scores
+from hf_locstitch.localize.candidates import CandidateFinder, differing, magnitude_scores
 from hf_locstitch.localize.selection import BracketMissed, Selection
 from hf_locstitch.localize.spill import Spill
 from hf_locstitch.runtime.chunks import Chunk, chunks_of, for_each
@@ -71,7 +71,6 @@ class Scan:
         processes: Processes,
         chunk: int,
         workers: int,
-        device: str = "cpu",
         trusted: Callable[[str, str], bool] = lambda model, tensor: True,
         allow_non_finite: bool = False,
         scores: ScoreBits | None = None,
@@ -85,8 +84,7 @@ class Scan:
         self.own_chunks = [chunk for chunk in self.chunks if self.names[chunk.tensor] in own]
         self.processes = processes
         self._chunk = chunk
-        self.cpu = OnCpu(chunk)
-        self.finder = self.cpu if device == "cpu" else _on_device(device)
+        self._candidates = CandidateFinder(chunk)
 
     def select(self, inputs: Readers) -> dict[str, Selection]:
         """The mask of each finetuned model, whose files are all on this machine. Raises NonFiniteError."""
@@ -169,18 +167,18 @@ class Scan:
         if not todo:
             return
         original = inputs["base"].values(name, chunk.first, chunk.count)
-        self.finder.begin(original)
+        self._candidates.begin(original)
         # Each thread begins with another model: if values are computed as they are read, two do not wait for the same.
         turn = chunk.index % len(todo)
         for model, selection in [*todo.items()][turn:] + [*todo.items()][:turn]:
             finetuned = inputs[model].values(name, chunk.first, chunk.count)
             bracket = selection.bracket(chunk)
             if self._own_scores is None:
-                candidates, largest = self.finder.find(finetuned, bracket)
+                candidates, largest = self._candidates.find(finetuned, bracket)
             else:
-                self.cpu.begin(original)
+                self._candidates.begin(original)
                 scores = self._scores(name, chunk.first, finetuned, original)
-                candidates, largest = self.cpu.reaching(scores, finetuned, bracket)
+                candidates, largest = self._candidates.reaching(scores, finetuned, bracket)
             selection.offer(chunk, candidates)
             if largest >= NON_FINITE and not self.allow_non_finite:
                 self._raise_non_finite(inputs, model, chunk)
@@ -266,9 +264,3 @@ def _some_of(tensors: Sequence[int]) -> Sequence[int]:
     """One in FEW of them, the same ones every time, but not fewer than LEAST."""
     count = min(len(tensors), max(LEAST, len(tensors) // FEW))
     return sorted(np.random.default_rng(0).choice(np.asarray(tensors), count, replace=False).tolist())
-
-
-def _on_device(device: str) -> Finder:
-    from hf_locstitch.localize.on_device import OnDevice  # imports torch, which the CPU does not need
-
-    return OnDevice(device)

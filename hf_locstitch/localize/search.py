@@ -36,7 +36,6 @@ def find_by_scores(job: LocalizeJob, scores: ScoreBits | None) -> Mapping[str, M
             processes=job.processes,
             chunk=job.settings.chunk,
             workers=job.settings.workers,
-            device=job.processes.device(job.settings.device),
             trusted=job.trusted,
             allow_non_finite=job.allow_non_finite,
             scores=scores,

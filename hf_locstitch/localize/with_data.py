@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hf_locstitch.localize.localizer import Localizer
+from hf_locstitch.runtime.devices import AUTO, DeviceName
 
 if TYPE_CHECKING:
     from hf_locstitch.localize.grafted_model import GraftedModel
@@ -24,7 +25,7 @@ class WithData(Localizer):
 
     state_dtype: of the numbers kept for every localizable parameter; bfloat16 is rounded stochastically. state_on:
     where they are kept; "disk" is a mapped file. checkpointing: recompute activations in place of keeping them.
-    device: "auto" takes the accelerator if there is one. seed: of the stochastic rounding.
+    device: "auto" (the accelerator, if there is one) or as torch names it. seed: of the stochastic rounding.
     sharded: shard the parameters over the processes (FSDP2), for models larger than one device.
     """
 
@@ -34,7 +35,7 @@ class WithData(Localizer):
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     state_on: Literal["device", "cpu", "disk"] = "device"
     checkpointing: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = AUTO
     sharded: bool = False
     seed: int = Field(default=0, ge=0)
 

@@ -30,6 +30,7 @@ from hf_locstitch.plan.checking import (
     given_files,
     kept_name,
 )
+from hf_locstitch.plan.device import with_device
 from hf_locstitch.plan.dropped_layers import without_dropped_layers
 from hf_locstitch.plan.layout import OutputShard, guessed, index_name, output_shards
 from hf_locstitch.plan.lineage import with_lineage
@@ -55,6 +56,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     """The plan of a recipe that ends in a model. Raises RequestError with every problem."""
     if recipe.localized:
         return _open_and_stitch(recipe, settings)
+    recipe, idle = with_device(recipe, settings.device)
     base, finetuned, data, fit_data = _open_inputs(recipe, settings)
     recipe, notes = _without_what_stays(recipe, base, finetuned)
     vocabulary, said = plan_vocabulary(
@@ -65,17 +67,18 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     plan = _with_tokens(_with_side_files(planned))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
-    return _strictly(plan)
+    return _strictly(replace(plan, notes=(*plan.notes, *idle)))
 
 
 def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> LocalizePlan:
     """The plan for a localized checkpoint of the recipe's one finetune. Raises like make_plan."""
-    recipe = _without_fit_data(recipe)
+    recipe, idle = with_device(_without_fit_data(recipe), settings.device)
     check_localizable(recipe)
     base, finetuned, data, _ = _open_inputs(recipe, settings)
     recipe, notes = _without_what_stays(recipe, base, finetuned)
     planned = _with_warnings(localize_plan(recipe, base, finetuned, settings, data), notes)
-    return _strictly(with_lineage(_with_text_warnings(planned)))
+    planned = with_lineage(_with_text_warnings(planned))
+    return _strictly(replace(planned, notes=(*planned.notes, *idle)))
 
 
 def _strictly(plan: AnyStrictPlan) -> AnyStrictPlan:

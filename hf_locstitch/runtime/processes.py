@@ -63,10 +63,6 @@ class Processes:
         """As `share`, without the results of other processes."""
         return self.share(work, lambda _: None)[0]
 
-    def device(self, kind: str) -> str:
-        """This process's device of a kind, "cpu" or "cuda", as torch names it."""
-        return kind
-
     def end(self) -> None:
         """Wait for all and shut down; after an error the launcher ends the others."""
 
@@ -98,10 +94,6 @@ class DistributedProcesses(Processes):
         on_device = torch.from_numpy(np.ascontiguousarray(counts)).to(self._state.device)
         torch.distributed.all_reduce(on_device)
         return on_device.cpu().numpy()
-
-    def device(self, kind: str) -> str:
-        own = str(self._state.device)
-        return own if own.startswith(kind) else kind
 
     def add_up(self, values: Tensor) -> None:
         import torch

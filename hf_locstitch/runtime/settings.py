@@ -8,6 +8,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.chunks import CHUNK, SMALLEST_CHUNK, worker_count
+from hf_locstitch.runtime.devices import DeviceName
 
 IMPORTS_BYTES = 200_000_000  # of the imported libraries, including those that draw figures; measured
 CHUNK_BYTES_PER_ELEMENT = 90  # one worker's buffers where masks keep nearly everything; measured
@@ -21,15 +22,15 @@ COMPACT_SLACK = 16_000_000  # and this many bytes larger
 class Settings:
     """chunk: elements handled at once by each of `workers` threads. cache: keep downloads in the user's Hub cache.
 
-    window: bytes of each input that may lie on the disk ahead of their use, without the cache. device: where chunks
-    are compared, as torch names it.
+    window: bytes of each input that may lie on the disk ahead of their use, without the cache. device: where
+    models run, in place of what the recipe says; None leaves it.
     """
 
     chunk: int = CHUNK
     workers: int = field(default_factory=worker_count)
     cache: bool = True
     window: int = 32_000_000
-    device: str = "cpu"
+    device: str | None = None
 
     @property
     def memory(self) -> int:
@@ -52,16 +53,13 @@ class Settings:
 DEFAULT = Settings()
 
 
-def make_settings(cache: bool = True, max_memory: int | str | None = None, device: str = "cpu") -> Settings:
-    """max_memory: bytes, or such as "1GB". device: "cpu" or "cuda". Raises RecipeError."""
-    if device != "cpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise RecipeError(
-                f"--device {device} was requested, but torch {torch.__version__} finds no CUDA device. "
-                "Use --device cpu."
-            )
+def make_settings(cache: bool = True, max_memory: int | str | None = None, device: str | None = None) -> Settings:
+    """max_memory: bytes, or such as "1GB". device: as torch names it, or "auto". Raises RequestError."""
+    if device is not None:
+        try:
+            TypeAdapter(DeviceName).validate_python(device)
+        except ValidationError as error:
+            raise RecipeError(f"--device {device!r} is no name of a device. Use auto, cpu, cuda or cuda:1.") from error
     settings = replace(DEFAULT, cache=cache, device=device)
     if max_memory is None:
         return settings

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hf_locstitch.runtime.devices import AUTO, DeviceName
 from hf_locstitch.tasks.sets import LocalizationSet
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class OnInputs(BaseModel, ABC):
     """data: unlabelled inputs of each finetune, by name or in order; the recipe's `data` unless given.
 
     inputs: how many per finetune; each is cut to `tokens`. batch: inputs that pass through the models together; results
-    depend on it only through rounding. device: "auto" takes the accelerator if there is one.
+    depend on it only through rounding. device: "auto" (the accelerator, if there is one) or as torch names it.
     states_on: where the hidden states of a batch are kept while others run: "cpu" is main memory, "disk" is files.
     """
 
@@ -89,7 +90,7 @@ class OnInputs(BaseModel, ABC):
     inputs: int = Field(default=256, ge=1)
     tokens: int = Field(default=128, ge=1)
     batch: int = Field(default=32, ge=1)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = AUTO
     states_on: Literal["device", "cpu", "disk"] = "device"
 
     @property

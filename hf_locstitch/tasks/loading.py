@@ -10,17 +10,32 @@ import torch
 from hf_locstitch.checkpoints.checkpoint import CONFIG, Checkpoint
 from hf_locstitch.checkpoints.side_files import SideFiles, choose_side_files, copy_side_files
 from hf_locstitch.errors import RequestError
+from hf_locstitch.runtime.devices import AUTO, CPU
 from hf_locstitch.tasks.custom_code import load_failure
 from hf_locstitch.tasks.objective import Objective
 
 
 def find_device(asked: str) -> torch.device:
-    """asked: "auto", "cpu" or "cuda". Raises RequestError if there is no such device."""
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise RequestError("device: cuda was requested, but torch finds no CUDA device. Use device: auto or cpu.")
-    return torch.device("cuda", torch.cuda.current_device())
+    """asked: "auto", or a device as torch names it. Raises RequestError if it is not here.
+
+    "auto" is the accelerator, this process's own under a launcher; but not Apple's, which has no float64.
+    """
+    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if asked == CPU or (asked == AUTO and (present is None or present.type == "mps")):
+        return torch.device(CPU)
+    try:
+        wanted = present if asked == AUTO else torch.device(asked)
+    except RuntimeError as error:
+        raise RequestError(f"device: torch knows no device {asked}. Use auto, cpu, cuda or cuda:1.") from error
+    assert wanted is not None
+    if present is None or wanted.type != present.type or (wanted.index or 0) >= torch.accelerator.device_count():
+        count = torch.accelerator.device_count()
+        there = "no accelerator" if present is None else f"only {count} of {present.type}"
+        raise RequestError(
+            f"device: {asked} was requested, but torch {torch.__version__} finds {there}. Use auto or cpu."
+        )
+    index = torch.accelerator.current_device_index() if wanted.index is None else wanted.index
+    return torch.device(wanted.type, index)
 
 
 def link_files(checkpoint: Checkpoint, folder: Path, weights: bool = True) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from hf_locstitch.localize.density import TopShare
+from hf_locstitch.runtime.devices import AUTO, DeviceName
 
 if TYPE_CHECKING:
     from hf_locstitch.artifacts.mask_source import MaskSource
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class Joint(TopShare):
-    """density, scope: as in Magnitude, of the one mask. device: "auto" takes the accelerator if there is one.
+    """density, scope: as in Magnitude, of the one mask. device: "auto" (the accelerator, if there is one) or as
+    torch names it.
 
     Its values are solved together: it is combined with `stitch: refit`.
     """
@@ -23,7 +25,7 @@ class Joint(TopShare):
     method: Literal["joint"] = "joint"
     joint: ClassVar[bool] = True
     density: float = Field(default=0.3, ge=0, le=1, allow_inf_nan=False)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = AUTO
 
     def describe(self) -> str:
         return f"one joint mask, density {self.density:g}, largest change of the solution without data {self.where}"

@@ -1,0 +1,61 @@
+"""Where models run: what a command asks for takes the place of what the recipe says, where anything runs at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.models import finetune, random_state, save
+
+from hf_locstitch.cli.main import main
+from hf_locstitch.errors import RecipeError, RequestError
+from hf_locstitch.plan.describe import format_plan
+from hf_locstitch.plan.planning import make_plan
+from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.runtime.settings import make_settings
+from hf_locstitch.tasks.loading import find_device
+
+
+@pytest.fixture
+def fields(tmp_path: Path) -> dict[str, Any]:
+    base = random_state(0)
+    folders = [save(tmp_path / "base", base), *(save(tmp_path / f"ft{i}", finetune(base, i)) for i in (1, 2))]
+    return {"base": str(folders[0]), "finetuned": [str(folder) for folder in folders[1:]], "strict": True}
+
+
+def test_masks_by_magnitude_are_found_on_the_processors(fields: dict[str, Any]) -> None:
+    plan = make_plan(make_recipe(fields), make_settings(device="cuda"))
+    assert "note       --device cuda changes nothing: no model runs here" in format_plan(plan)
+    assert "changes nothing" not in format_plan(make_plan(make_recipe(fields), make_settings(device="cpu")))
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "xpu", "meta", "toaster"])
+def test_a_device_that_is_not_here(device: str) -> None:
+    with pytest.raises(RequestError, match=f"{device}.*Use auto"):
+        find_device(device)
+
+
+@pytest.mark.parametrize("device", ["CUDA", "cuda:", "cuda:x", "", "cuda 1"])
+def test_what_is_no_name(device: str) -> None:
+    with pytest.raises(RecipeError, match="no name of a device"):
+        make_settings(device=device)
+
+
+def test_a_recipe_takes_any_device(fields: dict[str, Any]) -> None:
+    recipe = make_recipe({**fields, "stitch": {"method": "refit", "device": "cuda:1"}})
+    assert recipe.fitting is not None and recipe.fitting.device == "cuda:1"
+    with pytest.raises(RecipeError, match=r"stitch.*device"):
+        make_recipe({**fields, "stitch": {"method": "refit", "device": "no device"}})
+
+
+def test_the_command_overrides_the_recipe(fields: dict[str, Any], tmp_path: Path) -> None:
+    from hf_locstitch.plan.device import with_device
+
+    recipe = make_recipe({**fields, "localizer": {"method": "joint", "device": "cuda"}, "stitch": "refit"})
+    moved, said = with_device(recipe, "cpu")
+    assert not said and moved.fitting is not None
+    assert (moved.localizer.device, moved.fitting.device) == ("cpu", "cpu")  # type: ignore[union-attr]
+    command = ["merge", "--base", fields["base"], "--ft", *fields["finetuned"], "--out", str(tmp_path / "out")]
+    assert main([*command, "--density", "0.3", "--device", "auto", "--no-figures"]) == 0
+    assert main([*command[:-1], str(tmp_path / "other"), "--device", "toaster!", "--no-figures"]) == 2
