@@ -220,3 +220,19 @@ def gaps(positions: Positions, last: int, content: Counts) -> int:
         count += 1
         last = position
     return count
+
+
+@compiled
+def ones(content: Counts, last: int, positions: Ints) -> Ints:
+    """Fill in the positions that gaps stand for, the first counted from after `last`: the inverse of `gaps`.
+
+    positions: [≥ gaps]. Returns how many there are, and after which position the next gap counts.
+    """
+    count = 0
+    for gap in content:
+        last += np.int64(gap)
+        if gap != ESCAPE:
+            last += 1
+            positions[count] = last
+            count += 1
+    return np.array([count, last])
