@@ -285,6 +285,19 @@ class HubSource:
             self._sha256[file] = file_sha256(self.fetch(file))
         return self._sha256[file]
 
+    def check(self, file: str, sha256: str) -> None:
+        """Forgets a damaged file, so that it is fetched again."""
+        due, path = self._files[file].sha256, self.cached(file)
+        if due not in (None, sha256):
+            if path is not None:
+                self._forget(file, path)
+            raise IntegrityError(
+                f"{file} of {self.label} was damaged in the cache: its sha256 was {sha256}, not {due}. It was removed "
+                "from there: run the same command again, and it is fetched again."
+            )
+        self._sha256[file] = sha256
+        self._remember_revision()
+
     def revisions_with_weights(self) -> list[str]:
         """Of the newest pull requests; only ever advice, so that nothing is tried twice and no failure matters."""
         api = HfApi()

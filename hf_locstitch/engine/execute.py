@@ -191,7 +191,9 @@ def make(
     record instead of moving it to `out`.
     """
     processes = processes or Processes()
-    with InputHashes(plan.inputs, processes.rank, processes.count) as hashes:  # begins while libraries are imported
+    # What such runs keep of their inputs, for a later process, is not told apart by the files it comes from.
+    deferred = processes.count == 1 and not _runs_models(plan) and not plan.adapters
+    with InputHashes(plan.inputs, processes.rank, processes.count, deferred=deferred) as hashes:
         from hf_locstitch.runtime.bus_error import explain_bus_errors
 
         explain_bus_errors()

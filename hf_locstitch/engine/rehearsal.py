@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from hf_locstitch.plan.plans import Plan, StitchPlan
+from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan
 from hf_locstitch.runtime.dtypes import DTYPE
 from hf_locstitch.runtime.progress import Progress
 
@@ -32,7 +32,7 @@ def loops_ready(plan: Plan, progress: Progress) -> Iterator[None]:
 
 def loop_dtypes(plan: Plan) -> set[Dtypes]:
     """Of the tensors that masks are found in; none where loops are not all that finds them."""
-    if not plan.masked or isinstance(plan, StitchPlan) or plan.localizer.needs_data:
+    if not isinstance(plan, MergePlan | LocalizePlan) or not plan.masked or plan.localizer.needs_data:
         return set()
     written = {tensor.name: tensor.dtype for shard in plan.shards for tensor in shard.tensors}
     return {

@@ -128,7 +128,8 @@ class Run(ABC, Generic[AnyPlan]):
     def run(self) -> Manifest:
         began = time.monotonic()
         note = self.work.note_verified if self.first else lambda _: None
-        with Inputs(self.plan, self.progress, self.work.spill, note) as inputs, ThreadPoolExecutor(2) as background:
+        opened = Inputs(self.plan, self.progress, self.work.spill, note, self.hashes)
+        with opened as inputs, ThreadPoolExecutor(2) as background:
             if self.processes.count > 1:
                 self.processes.together(lambda: inputs.fetch_share(*self.processes.of_node))
                 self.processes.together(inputs.fetch)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+from numba.core import config
 
 from hf_locstitch.runtime.own_cache import private_cache
 from hf_locstitch.runtime.version import __version__
@@ -41,12 +42,13 @@ def kept(compile: Callable[[bool], T]) -> T:
 @contextmanager
 def _in_own_folder() -> Iterator[None]:
     """Numba chooses the place of a function when that is decorated; other programs' functions stay where they are."""
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = before or str(_own_folder() or "")
+    settings: Any = config
+    before = settings.CACHE_DIR
+    settings.CACHE_DIR = before or str(_own_folder() or "")
     try:
         yield
     finally:
-        numba.config.CACHE_DIR = before
+        settings.CACHE_DIR = before
 
 
 @cache

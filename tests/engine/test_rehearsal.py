@@ -51,7 +51,7 @@ def merge_in(home: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """A merge in a process that knows of no other place for compiled loops than HF_HOME."""
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": ""}
     del environment["NUMBA_CACHE_DIR"]
-    code = f"""
+    code = """
 import sys
 from hf_locstitch import merge_from_hub
 from hf_locstitch.runtime import kernels

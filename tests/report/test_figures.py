@@ -18,8 +18,8 @@ from hf_locstitch.report.figures.mask_layout import OUTSIDE, count_layout, layer
 from hf_locstitch.report.figures.survey import jaccard_matrix
 from hf_locstitch.report.figures.task_vectors import (
     Sample,
-    kept_among,
     by_octave,
+    kept_among,
     read_task_vectors,
     sample_places,
     sampled_values,

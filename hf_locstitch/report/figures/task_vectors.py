@@ -125,7 +125,7 @@ def summarize(samples: Iterable[Sample]) -> TaskVectors:
 def by_octave(
     values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """A histogram of values (> 0). Its bins end at powers of two, between which low-precision numbers are evenly spaced.
+    """A histogram of values (> 0). Bins end at powers of two, between which low-precision numbers are evenly spaced.
 
     Returns the edges [bins + 1] and the sum of the weights in each bin [bins].
     """
@@ -134,7 +134,7 @@ def by_octave(
     octave = np.frexp(values)[1]  # of 2^(octave − 1) ≤ value < 2^octave
     first, last = int(octave.min()), int(octave.max())
     edges = np.exp2(np.arange(first - 1, last + 1, dtype=np.float64))
-    return edges, np.bincount(octave - first, weights=weights, minlength=last - first + 1)
+    return edges, np.bincount(octave - first, weights, last - first + 1).astype(np.float64, copy=False)
 
 
 def write_task_vectors(vectors: Mapping[str, TaskVectors], path: Path) -> None:
