@@ -143,9 +143,14 @@ class HubSource:
     def cached(self, file: str) -> Path | None:
         for cache in dict.fromkeys((Path(constants.HF_HUB_CACHE), self._cache)):
             path = try_to_load_from_cache(self._repo, file, cache_dir=cache, revision=self._commit)
-            if isinstance(path, str):
+            if isinstance(path, str) and self._is_whole(file, Path(path)):
                 return Path(path)
         return None
+
+    def _is_whole(self, file: str, path: Path) -> bool:
+        """Whether a file has its size: of one that was cut short, nothing is to be read."""
+        info = self._files[file]
+        return info.sha256 is None or path.stat().st_size == info.size
 
     def read_start(self, file: str, length: int) -> bytes:
         if path := self.cached(file):
@@ -403,7 +408,7 @@ class HubSource:
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
-            if blob.exists():
+            if blob.exists() and self._is_whole(file, blob):
                 advance(self._files[file].size)
                 return
             for last in (arrived is not None, True):  # once more from scratch if the first download is damaged
