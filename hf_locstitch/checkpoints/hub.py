@@ -240,7 +240,9 @@ class HubSource:
         if self.cached(file):
             return self._files[file].size
         blob = self._blob(file)
-        return next((path.stat().st_size for path in (blob, _partial(blob)) if path.exists()), 0)
+        if blob.exists() and self._is_whole(file, blob):
+            return self._files[file].size
+        return _partial(blob).stat().st_size if _partial(blob).exists() else 0
 
     def _range(self, file: str, start: int, stop: int) -> Iterator[bytes]:
         """Bytes start … stop of a file, through as many connections as it takes, one after another."""
