@@ -154,9 +154,7 @@ class Inputs:
             advance = stack.enter_context(self._fetching(files))
             for name in names:
                 if self._is_here(name, files[name]):
-                    readers[name] = MappedCheckpoint(
-                        inputs[name], self._local(name, files[name]), self._followed(name)
-                    )
+                    readers[name] = MappedCheckpoint(inputs[name], self._local(name, files[name]), self._followed(name))
                 else:
                     downloads[name] = self._start_download(name, wanted[name], later[name], advance)
                     (self._stack if name in kept else stack).callback(downloads[name].close)
