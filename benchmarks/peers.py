@@ -25,6 +25,14 @@ HASHED = f"{FLOOR}, hashed"
 OURS = "hf-locstitch"
 RIVAL = "mergekit ties"  # what everything is compared with
 
+READY = """
+import hf_locstitch.engine.model_run
+from hf_locstitch.engine.rehearsal import rehearse
+from hf_locstitch.runtime.bus_error import explain_bus_errors
+explain_bus_errors()
+rehearse(("BF16", "BF16", "BF16"))
+"""
+
 # sd-mecha 1.1.8's own add_difference_ties fails on these models, so its parts are put together here.
 SD_MECHA_TIES = """
 import sys, torch, sd_mecha
@@ -94,7 +102,7 @@ def _ours(name: str, program: Sequence[str], flags: Sequence[str], *, compiled: 
         models = ["--base", str(job.base), "--ft", *map(str, job.finetuned)]
         return [*empty, *program, *models, *flags, "--out", str(job.out), "--quiet"]
 
-    return Contender(name, command, (sys.executable, "-c", "import hf_locstitch.engine.model_run"))
+    return Contender(name, command, (sys.executable, "-c", READY))
 
 
 def floors() -> list[Contender]:

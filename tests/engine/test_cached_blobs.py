@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from uuid import uuid4
@@ -96,6 +97,30 @@ def test_what_a_killed_run_made_of_a_damaged_blob(
         with pytest.raises(KeyboardInterrupt):
             merge(repos, tmp_path / "out")
     path.write_bytes(whole)
+    assert merge(repos, tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_others_are_on_their_way(
+    repos: list[str], damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in the cache is read from there, and checked no less."""
+    expected = merge(repos, tmp_path / "expected")
+    shutil.rmtree(blob(repos[2]).parent.parent)
+    if not damaged:
+        fetch = HubSource.fetch
+
+        def watched(self: HubSource, file: str, *others: object, **named: object) -> Path:
+            assert self.repo == repos[2] or file != FILE
+            return fetch(self, file, *others, **named)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(HubSource, "fetch", watched)
+        assert merge(repos, tmp_path / "out") == expected
+        return
+    damage(blob(repos[1]), blob(repos[1]).stat().st_size - 1, b"\x55")
+    with pytest.raises(IntegrityError, match="was damaged in the cache"):
+        merge(repos, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     assert merge(repos, tmp_path / "out") == expected
 
 
