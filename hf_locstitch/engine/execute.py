@@ -198,7 +198,7 @@ def make(
 
         explain_bus_errors()
         with ExitStack() as stack:
-            stack.enter_context(loops_ready(plan, progress))
+            stack.enter_context(loops_ready(plan, progress if processes.first else Progress(False)))
             if _runs_models(plan) or plan.adapters:
                 from hf_locstitch.runtime.allocator import share_one_arena
                 from hf_locstitch.runtime.chunks import one_torch_thread

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 
@@ -19,11 +20,11 @@ Dtypes = tuple[str, str, str]  # of a finetune, the base and the output
 
 @contextmanager
 def loops_ready(plan: Plan, progress: Progress) -> Iterator[None]:
-    """Rehearse what the plan will do. A loop that is called before its turn is compiled by the caller."""
+    """Rehearse what the plan will do. A loop that is called before its turn is compiled by the caller, and what fails
+    is left to it."""
     over = threading.Event()
     with ThreadPoolExecutor(1) as thread:
-        for dtypes in sorted(loop_dtypes(plan)):
-            thread.submit(_rehearse_unless, over, dtypes, progress)
+        thread.submit(_rehearse_unless, over, sorted(loop_dtypes(plan)), progress)
         try:
             yield
         finally:
@@ -42,37 +43,44 @@ def loop_dtypes(plan: Plan) -> set[Dtypes]:
     }
 
 
-def _rehearse_unless(over: threading.Event, dtypes: Dtypes, progress: Progress) -> None:
-    from hf_locstitch.localize.candidates import magnitude_scores
+def _rehearse_unless(over: threading.Event, kinds: Sequence[Dtypes], progress: Progress) -> None:
     from hf_locstitch.runtime import kernels
     from hf_locstitch.runtime.compiling import was_compiled
 
-    if not over.is_set():
-        magnitude_scores(*_values(dtypes)[:2])
-        if was_compiled(kernels.sizes):
+    told = False
+    for _ in chain.from_iterable(map(rehearsal, kinds)):
+        if over.is_set():
+            return
+        if not told and was_compiled(kernels.sizes):
             progress.say("compiling loops, once: later runs find them in the cache")
-        rehearse(dtypes, over)
+            told = True
 
 
-def rehearse(dtypes: Dtypes, over: threading.Event | None = None) -> None:
-    """Find a mask of a few elements, code it, and stitch it, unless it is over before."""
+def rehearse(dtypes: Dtypes) -> None:
+    """The whole rehearsal."""
+    for _ in rehearsal(dtypes):
+        pass
+
+
+def rehearsal(dtypes: Dtypes) -> Iterator[None]:
+    """Find a mask of a few elements, code it, and stitch it, step by step."""
     from hf_locstitch.artifacts.mask_file import encode_positions
     from hf_locstitch.artifacts.mask_source import MaskedValues
     from hf_locstitch.localize.bracket import FixedBracket
-    from hf_locstitch.localize.candidates import OnCpu
+    from hf_locstitch.localize.candidates import OnCpu, magnitude_scores
     from hf_locstitch.stitch.mean import coverage, stitch
 
     finetuned, base, written = _values(dtypes)
+    magnitude_scores(finetuned, base)
+    yield
     finder = OnCpu(ELEMENTS)
     finder.begin(base)
     found, _ = finder.find(finetuned, FixedBracket(1, 2))
+    yield
     mask = MaskedValues(*found.among(np.ones(len(found.scores), bool)))
-    for step in (
-        lambda: encode_positions([(0, mask.positions)]),
-        lambda: stitch(base, [mask, mask], coverage(ELEMENTS, [mask, mask]), dtype=written.dtype),
-    ):
-        if over is None or not over.is_set():
-            step()
+    encode_positions([(0, mask.positions)])
+    yield
+    stitch(base, [mask, mask], coverage(ELEMENTS, [mask, mask]), dtype=written.dtype)
 
 
 def _values(dtypes: Dtypes) -> list[np.ndarray]:
