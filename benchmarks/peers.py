@@ -21,8 +21,17 @@ PACKAGES = ("mergekit", "sd-mecha")
 VERSIONS_OF = ("mergekit", "sd-mecha", "torch", "transformers", "safetensors", "numpy")
 DENSITY = 0.05
 FLOOR = "floor"
+HASHED = f"{FLOOR}, hashed"
 OURS = "hf-locstitch"
 RIVAL = "mergekit ties"  # what everything is compared with
+
+READY = """
+import hf_locstitch.engine.model_run
+from hf_locstitch.engine.rehearsal import rehearse
+from hf_locstitch.runtime.bus_error import explain_bus_errors
+explain_bus_errors()
+rehearse(("BF16", "BF16", "BF16"))
+"""
 
 # sd-mecha 1.1.8's own add_difference_ties fails on these models, so its parts are put together here.
 SD_MECHA_TIES = """
@@ -67,56 +76,75 @@ def weights(model: Path) -> list[Path]:
 
 
 def ours() -> list[Contender]:
-    """This project's methods, as far as `hf-locstitch merge --help` lists them; without figures, as peers draw none."""
+    """This project's methods, as far as `hf-locstitch merge --help` lists them, without figures, as peers draw none;
+    and Localize-and-Stitch with them, and where its loops are not compiled yet."""
     program = (sys.executable, "-m", "hf_locstitch", "merge")
     text = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
     listed = re.search(r"--method \{([^}]*)\}", re.sub(r"\s+", " ", text))
     available = re.split(r",\s*", listed[1]) if listed else []
     trimmed = ("--density", f"{DENSITY}")
     wanted = {"locstitch": trimmed, "ties": trimmed, "task-arithmetic": (), "average": ()}
-    return [_ours(program, method, flags) for method, flags in wanted.items() if method in available]
+    plain = {method: ("--method", method, *flags, "--no-figures") for method, flags in wanted.items()}
+    return [
+        *(_ours(_name(method), program, flags) for method, flags in plain.items() if method in available),
+        _ours(f"{OURS}, figures", program, trimmed),
+        _ours(f"{OURS}, first run", program, plain["locstitch"], compiled=False),
+    ]
 
 
-def _ours(program: tuple[str, ...], method: str, flags: Sequence[str]) -> Contender:
+def _name(method: str) -> str:
+    return OURS if method == "locstitch" else f"{OURS} {method}"
+
+
+def _ours(name: str, program: Sequence[str], flags: Sequence[str], *, compiled: bool = True) -> Contender:
     def command(job: Job) -> list[str]:
+        empty = [] if compiled else ["env", f"NUMBA_CACHE_DIR={job.scratch / 'loops'}"]
         models = ["--base", str(job.base), "--ft", *map(str, job.finetuned)]
-        return [*program, *models, "--method", method, *flags, "--no-figures", "--out", str(job.out), "--quiet"]
+        return [*empty, *program, *models, *flags, "--out", str(job.out), "--quiet"]
 
-    name = OURS if method == "locstitch" else f"{OURS} {method}"
-    return Contender(name, command, (sys.executable, "-c", "import hf_locstitch.engine.model_run"))
+    return Contender(name, command, (sys.executable, "-c", READY))
 
 
 def floors() -> list[Contender]:
-    """The least that a merge can do, in plain Python; once leaving the output to the page cache, once on the disk."""
-    return [_floor(FLOOR, sync=False), _floor(f"{FLOOR}, synced", sync=True)]
+    """The least that a merge can do, in plain Python: the output left to the page cache, or on the disk, or with the
+    hash of every file that is read or written."""
+    return [_floor(FLOOR), _floor(f"{FLOOR}, synced", sync=True), _floor(HASHED, hashed=True)]
 
 
-def _floor(name: str, *, sync: bool) -> Contender:
+def _floor(name: str, *, sync: bool = False, hashed: bool = False) -> Contender:
     source = inspect.getsource(copy_through)
 
     def command(job: Job) -> list[str]:
         ones = len(weights(job.base))
         out = str(job.out / "model.safetensors")
-        call = f"copy_through({[str(file) for file in job.inputs]!r}, {ones}, {out!r}, {sync})"
+        call = f"copy_through({[str(file) for file in job.inputs]!r}, {ones}, {out!r}, {sync}, {hashed})"
         return [sys.executable, "-I", "-S", "-c", f"{source}\n{call}"]
 
     return Contender(name, command, (sys.executable, "-I", "-S", "-c", "pass"), needs_out=True)
 
 
-def copy_through(sources: list[str], copied: int, out: str, sync: bool) -> None:
-    """Read all files once; write the first `copied` of them to `out`. sync: wait until the disk has it.
+def copy_through(sources: list[str], copied: int, out: str, sync: bool, hashed: bool) -> None:
+    """Read all files once; write the first `copied` of them to `out`. sync: wait until the disk has it. hashed: take
+    the SHA-256 of all that is read, and of all that is written.
 
     Its text runs by itself, in a process that imports nothing else.
     """
+    import hashlib
     import os
 
     buffer = memoryview(bytearray(1 << 22))
+    written = hashlib.sha256()
     with open(out, "wb", buffering=0) as target:
         for number, source in enumerate(sources):
+            read = hashlib.sha256()
             with open(source, "rb", buffering=0) as handle:
                 while count := handle.readinto(buffer):
+                    if hashed:
+                        read.update(buffer[:count])
                     if number < copied:
                         target.write(buffer[:count])
+                        if hashed:
+                            written.update(buffer[:count])
         if sync:
             os.fsync(target.fileno())
 

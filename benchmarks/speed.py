@@ -33,7 +33,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from peers import DENSITY, FLOOR, OURS, RIVAL, Contender, Job, floors, install_peers, ours, peers, versions, weights
+from peers import (
+    DENSITY,
+    FLOOR,
+    HASHED,
+    OURS,
+    RIVAL,
+    Contender,
+    Job,
+    floors,
+    install_peers,
+    ours,
+    peers,
+    versions,
+    weights,
+)
 
 INTERVAL = 0.02  # seconds between two looks at a process
 LOOKS_PER_TREE = 10  # looks at known processes before new children are searched
@@ -206,8 +220,9 @@ class _End:
 
 
 def _environment(home: Path) -> dict[str, str]:
-    """Without network, and with caches that are empty at the start of every run."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home / "cache")}
+    """Without network, with caches that are empty at the start of every run, and with modules compiled as installed."""
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**own, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home / "cache")}
 
 
 def _failure(status: int, log: Path) -> str | None:
@@ -297,7 +312,7 @@ def _size(files: Iterable[Path]) -> int:
 
 def _shown(command: Sequence[str], work: Path) -> str:
     """A command as a person would type it, with folders of this machine left out."""
-    words = [Path(word).name if i == 0 else word for i, word in enumerate(command)]
+    words = [Path(word).name if i == 0 or word == sys.executable else word for i, word in enumerate(command)]
     return re.sub(rf"{re.escape(str(work))}/(models|run-\w+)/", "", shlex.join(words))
 
 
@@ -386,6 +401,7 @@ def case_table(results: Results, case: Case) -> str:
         "wall ÷ floor",
         f"{RIVAL} ÷ wall",
         "CPU s",
+        f"CPU ÷ {HASHED}",
         f"CPU of {RIVAL} ÷ CPU",
         "peak anonymous MB",
         "peak RSS MB",
@@ -400,6 +416,7 @@ def case_table(results: Results, case: Case) -> str:
             results.ratio(name, FLOOR, case, lambda run: run.wall),
             results.ratio(RIVAL, name, case, lambda run: run.wall),
             results.cell(name, case, lambda run: run.cpu, "{:.2f}"),
+            results.ratio(name, HASHED, case, lambda run: run.cpu),
             results.ratio(RIVAL, name, case, lambda run: run.cpu),
             results.cell(name, case, lambda run: run.peak_anonymous / 1e6, "{:.0f}"),
             results.cell(name, case, lambda run: run.peak_rss / 1e6, "{:.0f}"),
@@ -471,7 +488,8 @@ files that are mapped do not show. *from disk* is what the page cache did not ha
 What is trimmed is trimmed to a density of {DENSITY}. {OURS} alone is Localize-and-Stitch, which localizes the
 transformer blocks over the whole model and also writes masks; all others take all tensors, and the peers trim each by
 itself. mergekit's weights are 1, its output bfloat16, all else its defaults. {OURS} waits until its output is on
-the disk (fsync), as does *floor, synced*; the others leave that to the system."""
+the disk (fsync), as does *floor, synced*; the others leave that to the system. It also takes the SHA-256 of every
+input and of its output, as does *{HASHED}*: of all the bytes that are read or written, once."""
 
 
 def facts_of(args: argparse.Namespace, environment: Path | None) -> dict[str, str]:
@@ -578,6 +596,7 @@ def benchmark(args: argparse.Namespace, work: Path) -> None:
     contenders = [one for one in everyone if not args.only or one.name in args.only]
     if unknown := sorted(set(args.only or ()) - {one.name for one in everyone}):
         raise BenchmarkError(f"no contender is called {unknown}. There are {[one.name for one in everyone]}.")
+    os.environ["NUMBA_CACHE_DIR"] = str(work / "loops")  # of all runs; where they are compiled is a contender's own
     for contender in contenders:  # imports from the disk are not what is measured
         subprocess.run(contender.warm_up, stdout=subprocess.DEVNULL, check=True, cwd=work)
     setting = Setting(contenders, args.repeat, args.timeout, args.shard_gb * GB, work)

@@ -23,6 +23,7 @@ os.environ.update(
     no_proxy="127.0.0.1,localhost",
 )
 os.environ["TMPDIR"] = _HOME  # what processes of tests leave, such as torchrun its logs, goes with it
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent / "__pycache__" / "loops"))  # outlives HF_HOME
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny, and tests run side by side
 
 from helpers.models import State, random_state, save  # noqa: E402

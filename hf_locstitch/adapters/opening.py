@@ -8,7 +8,8 @@ from pathlib import Path
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.config import model_types
-from hf_locstitch.checkpoints.mapped import MappedCheckpoint
+from hf_locstitch.checkpoints.following_hash import FollowingHash
+from hf_locstitch.checkpoints.mapped import NOT_HASHED, MappedCheckpoint
 from hf_locstitch.checkpoints.pairing import names_in_base, paired
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.rearranged import rearranged
@@ -41,10 +42,14 @@ def _recut(base: Checkpoint, other: Checkpoint, called: Mapping[str, str]) -> Ch
     return rearranged(base, other, parts(types, lacking), {name: own[called[name]] for name in free})
 
 
-def local_reader(checkpoint: Checkpoint, paths: Mapping[str, Path]) -> CheckpointReader:
-    """A reader of files on this machine. paths: where those are that the checkpoint's tensors lie in."""
+def local_reader(
+    checkpoint: Checkpoint, paths: Mapping[str, Path], hashed: Mapping[str, FollowingHash] = NOT_HASHED
+) -> CheckpointReader:
+    """A reader of files on this machine. paths: where those are that the checkpoint's tensors lie in. hashed: what
+    follows the reading of some, if it is not an adapter.
+    """
     if not isinstance(checkpoint, AdapterCheckpoint):
-        return MappedCheckpoint(checkpoint, paths)
+        return MappedCheckpoint(checkpoint, paths, hashed)
     from hf_locstitch.adapters.reader import AdapterReader
 
     return AdapterReader(checkpoint, paths)

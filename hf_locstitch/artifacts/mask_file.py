@@ -61,18 +61,17 @@ def iter_positions(coded: Coded, numel: int, piece: int = 1 << 20) -> Iterator[P
     """
     if not len(coded):
         return
-    inflate, rest, total, count, content = zlib.decompressobj(), coded, 0, 0, np.empty(0, np.uint8)
+    inflate, rest, last, content = zlib.decompressobj(), coded, -1, np.empty(0, np.uint8)
     while not inflate.eof:
         content = np.frombuffer(inflate.decompress(rest, piece), dtype=np.uint8)
         rest = inflate.unconsumed_tail
         if not len(content) and not rest and not inflate.eof:
             raise zlib.error("incomplete")
-        ends = np.flatnonzero(content != ESCAPE)
-        positions = np.cumsum(content, dtype=np.int64)[ends] + total + count + np.arange(len(ends))
-        total, count = total + int(content.sum(dtype=np.int64)), count + len(ends)
-        if total + count > numel:
+        positions = np.empty(len(content), np.int64)
+        count, last = kernels.ones(content, last, positions).tolist()
+        if last >= numel:
             raise ValueError(f"its gaps reach beyond its {numel} elements")
-        yield positions
+        yield positions[:count]
     if inflate.unused_data or (len(content) and content[-1] == ESCAPE):
         raise ValueError("something follows its last one")
 

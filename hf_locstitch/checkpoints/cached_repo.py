@@ -84,14 +84,19 @@ class CachedRepoSource(FolderSource):
             return promised  # every read of the file is checked against it
         return super().sha256(file)
 
+    def check(self, file: str, sha256: str) -> None:
+        if (due := self._files[file].sha256) is not None:
+            self._check(file, sha256, due)
+            self._verified.add(file)
+
     def _verify(self, file: str) -> None:
         info, path = self._files[file], self.folder / file
         if info.sha256 is not None:
-            due, got = info.sha256, file_sha256(path)
+            self._check(file, file_sha256(path), info.sha256)
         elif info.git_oid is not None:
-            due, got = info.git_oid, git_blob_oid(path)
-        else:
-            return
+            self._check(file, git_blob_oid(path), info.git_oid)
+
+    def _check(self, file: str, got: str, due: str) -> None:
         if got != due:
             raise IntegrityError(
                 f"{file} of {self.label} is damaged in the cache: its hash is {got}, not {due}. Unset HF_HUB_OFFLINE "

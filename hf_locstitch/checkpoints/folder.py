@@ -70,6 +70,9 @@ class FolderSource:
             self._sha256[file] = file_sha256(self._path(file))
         return self._sha256[file]
 
+    def check(self, file: str, sha256: str) -> None:
+        """A folder promises nothing."""
+
     def revisions_with_weights(self) -> list[str]:
         return []
 

@@ -143,9 +143,14 @@ class HubSource:
     def cached(self, file: str) -> Path | None:
         for cache in dict.fromkeys((Path(constants.HF_HUB_CACHE), self._cache)):
             path = try_to_load_from_cache(self._repo, file, cache_dir=cache, revision=self._commit)
-            if isinstance(path, str):
+            if isinstance(path, str) and self._is_whole(file, Path(path)):
                 return Path(path)
         return None
+
+    def _is_whole(self, file: str, path: Path) -> bool:
+        """Whether a file has its size: of one that was cut short, nothing is to be read."""
+        info = self._files[file]
+        return info.sha256 is None or path.stat().st_size == info.size
 
     def read_start(self, file: str, length: int) -> bytes:
         if path := self.cached(file):
@@ -235,7 +240,9 @@ class HubSource:
         if self.cached(file):
             return self._files[file].size
         blob = self._blob(file)
-        return next((path.stat().st_size for path in (blob, _partial(blob)) if path.exists()), 0)
+        if blob.exists() and self._is_whole(file, blob):
+            return self._files[file].size
+        return _partial(blob).stat().st_size if _partial(blob).exists() else 0
 
     def _range(self, file: str, start: int, stop: int) -> Iterator[bytes]:
         """Bytes start … stop of a file, through as many connections as it takes, one after another."""
@@ -284,6 +291,19 @@ class HubSource:
         if file not in self._sha256:
             self._sha256[file] = file_sha256(self.fetch(file))
         return self._sha256[file]
+
+    def check(self, file: str, sha256: str) -> None:
+        """Forgets a damaged file, so that it is fetched again."""
+        due, path = self._files[file].sha256, self.cached(file)
+        if due not in (None, sha256):
+            if path is not None:
+                self._forget(file, path)
+            raise IntegrityError(
+                f"{file} of {self.label} was damaged in the cache: its sha256 was {sha256}, not {due}. It was removed "
+                "from there: run the same command again, and it is fetched again."
+            )
+        self._sha256[file] = sha256
+        self._remember_revision()
 
     def revisions_with_weights(self) -> list[str]:
         """Of the newest pull requests; only ever advice, so that nothing is tried twice and no failure matters."""
@@ -390,7 +410,7 @@ class HubSource:
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
-            if blob.exists():
+            if blob.exists() and self._is_whole(file, blob):
                 advance(self._files[file].size)
                 return
             for last in (arrived is not None, True):  # once more from scratch if the first download is damaged

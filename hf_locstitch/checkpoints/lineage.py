@@ -15,8 +15,8 @@ from statistics import median
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
+from hf_locstitch.checkpoints.likeness import Floats, inner
 from hf_locstitch.checkpoints.sample import Sample
 from hf_locstitch.runtime.dtypes import DTYPE, Values
 
@@ -24,8 +24,6 @@ STRANGE = 0.1  # a lower correlation is not that of a finetune; tests/checkpoint
 ROUNDED = 0.4  # of ‖τ‖; a larger part that is rounding is worth a warning, and can be told from training
 LONG = 5  # times the others' length: at seven times, merges were seen to lose the others (docs/quality.md, Hard cases)
 EVEN = 0.05  # below, the mean of cos 2πu is that of values u spread evenly between the numbers of a dtype
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def lineage(base: Sample, finetuned: Sample) -> Lineage:
     pairs = [_finite(base[tensor], finetuned[tensor]) for tensor in base]
     start, moved = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     tau = moved - start
-    norm, base_norm = float(np.linalg.norm(tau)), float(np.linalg.norm(start))
+    norm, base_norm = _norm(tau), _norm(start)
     correlations = [found for pair in pairs if (found := _correlation(*pair)) is not None]
     return Lineage(
         sampled=len(tau),
@@ -90,8 +88,12 @@ def _correlation(one: Floats, other: Floats) -> float | None:
     if len(one) < 2:
         return None
     one, other = one - one.mean(), other - other.mean()
-    scale = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
-    return float(one @ other) / scale if scale else None
+    scale = _norm(one) * _norm(other)
+    return float(inner(one, other)) / scale if scale else None
+
+
+def _norm(values: Floats) -> float:
+    return math.sqrt(inner(values, values))
 
 
 def _rounding(base: Sample, finetuned: Sample, norm: float) -> Rounding | None:
@@ -108,9 +110,9 @@ def _rounding(base: Sample, finetuned: Sample, norm: float) -> Rounding | None:
     parts = [_spacing(narrow[tensor], wide[tensor]) for tensor in mixed]
     spacing, away = (np.concatenate(column) for column in zip(*parts, strict=True))
     weight = spacing**2  # by which each counts in the norm
-    if not len(away) or abs(float(np.cos(2 * np.pi * away) @ weight)) > EVEN * float(weight.sum()):
+    if not len(away) or abs(float(inner(np.cos(2 * np.pi * away), weight))) > EVEN * float(weight.sum()):
         return None
-    share = min(1.0, float(np.linalg.norm(spacing)) / math.sqrt(12) / norm)
+    share = min(1.0, _norm(spacing) / math.sqrt(12) / norm)
     return Rounding(share, "base" if of_base else "finetune", *(_name(one[first]) for one in (narrow, wide)))
 
 

@@ -5,23 +5,25 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.following_hash import FollowingHash
 from hf_locstitch.checkpoints.header import Header, header_length, parse_header
 from hf_locstitch.checkpoints.reader import CheckpointReader
 
 STRETCH = 1 << 22  # bytes; Python holds its lock during madvise
 LAGGING = 16  # stretches that the slowest thread may be behind
-
+NOT_HASHED: Mapping[str, FollowingHash] = MappingProxyType({})
 
 COPIED = 1 << 20  # bytes; a smaller private part is copied, as each mapping keeps a file open
 
 
 class MappedFile:
-    """A TensorFile. Views stay valid as long as they are referenced."""
+    """A TensorFile. Views stay valid as long as they are referenced. hashed: what follows as parts are released."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, hashed: FollowingHash | None = None) -> None:
+        self._path, self._hashed = path, hashed
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -41,6 +43,8 @@ class MappedFile:
 
         Earlier stretches are dropped again: another thread may have read them since.
         """
+        if self._hashed is not None:
+            self._hashed.follow(stop, self.raw)
         first, last = start // STRETCH, stop // STRETCH
         if last > first and hasattr(self._map, "madvise"):
             first = max(0, first - LAGGING)
@@ -56,7 +60,9 @@ def read_header(path: Path, label: str) -> Header:
 
 
 class MappedCheckpoint(CheckpointReader):
-    """paths: where each of the checkpoint's files lies on this machine."""
+    """paths: where each of the checkpoint's files lies on this machine. hashed: what follows the reading of some."""
 
-    def __init__(self, checkpoint: Checkpoint, paths: Mapping[str, Path]) -> None:
-        super().__init__(checkpoint, {file: MappedFile(path) for file, path in paths.items()})
+    def __init__(
+        self, checkpoint: Checkpoint, paths: Mapping[str, Path], hashed: Mapping[str, FollowingHash] = NOT_HASHED
+    ) -> None:
+        super().__init__(checkpoint, {file: MappedFile(path, hashed.get(file)) for file, path in paths.items()})

@@ -111,6 +111,9 @@ class PartSource:
     def sha256(self, file: str) -> str:
         return self._whole.sha256(self._prefix + file)
 
+    def check(self, file: str, sha256: str) -> None:
+        self._whole.check(self._prefix + file, sha256)
+
     def check_unchanged(self, files: Iterable[str]) -> None:
         self._whole.check_unchanged([self._prefix + file for file in files])
 

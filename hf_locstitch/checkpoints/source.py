@@ -90,6 +90,10 @@ class Source(Protocol):
         """SHA-256 of the fetched file's content, hex; computed once."""
         ...
 
+    def check(self, file: str, sha256: str) -> None:
+        """Raises IntegrityError if a file with this hash, found on this machine, is not what the source promises."""
+        ...
+
     def revisions_with_weights(self) -> list[str]:
         """Pull requests of its repo that hold safetensors, newest first; none where that cannot be found out."""
         ...

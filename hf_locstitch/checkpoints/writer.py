@@ -89,18 +89,18 @@ class SafetensorsWriter:
                     self._moved.notify_all()
 
     def _sha256(self) -> str:
-        digest, at = hashlib.sha256(), 0
+        digest, at, buffer = hashlib.sha256(), 0, memoryview(bytearray(BLOCK))
         while at < self._size:
             reached = self._wait_beyond(at)
             while at < reached:
-                block = os.pread(self._fd, min(reached - at, BLOCK), at)
-                if not block:
+                count = os.preadv(self._fd, [buffer[: reached - at]], at)
+                if not count:
                     raise EOFError(f"the file ends at byte {at} of {self._size}: another process has truncated it")
-                digest.update(block)
+                digest.update(buffer[:count])
                 if hasattr(os, "posix_fadvise"):
                     # Start writing back now, or all of it is left to the final sync.
-                    os.posix_fadvise(self._fd, at, len(block), os.POSIX_FADV_DONTNEED)
-                at += len(block)
+                    os.posix_fadvise(self._fd, at, count, os.POSIX_FADV_DONTNEED)
+                at += count
         return digest.hexdigest()
 
     def _wait_beyond(self, at: int) -> int:

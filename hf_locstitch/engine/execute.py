@@ -22,10 +22,12 @@ from hf_locstitch.engine.preflight import (
     find_record,
 )
 from hf_locstitch.engine.record import check_strict
+from hf_locstitch.engine.rehearsal import loops_ready
 from hf_locstitch.engine.work_dir import clear_work, open_work_dir
 from hf_locstitch.errors import OutputError, PublishError, RecipeError
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.plan.push_target import MAIN, PushTarget
+from hf_locstitch.runtime.own_cache import own_cache
 from hf_locstitch.runtime.processes import Processes, find_processes
 from hf_locstitch.runtime.progress import Progress, hide_library_bars
 
@@ -118,9 +120,7 @@ def _scratch(plan: Plan) -> Path:
 
 def scratch(target: PushTarget) -> Path:
     """Where a result that is only pushed is made; the same command finds it again after an interruption."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HOME) / "hf-locstitch" / target.ref.replace("/", "--")
+    return own_cache() / target.ref.replace("/", "--")
 
 
 def by_hand(target: PushTarget | None, folder: Path) -> str:
@@ -191,11 +191,14 @@ def make(
     record instead of moving it to `out`.
     """
     processes = processes or Processes()
-    with InputHashes(plan.inputs, processes.rank, processes.count) as hashes:  # begins while libraries are imported
+    # What such runs keep of their inputs, for a later process, is not told apart by the files it comes from.
+    deferred = processes.count == 1 and not _runs_models(plan) and not plan.adapters
+    with InputHashes(plan.inputs, processes.rank, processes.count, deferred=deferred) as hashes:
         from hf_locstitch.runtime.bus_error import explain_bus_errors
 
         explain_bus_errors()
         with ExitStack() as stack:
+            stack.enter_context(loops_ready(plan, progress if processes.first else Progress(False)))
             if _runs_models(plan) or plan.adapters:
                 from hf_locstitch.runtime.allocator import share_one_arena
                 from hf_locstitch.runtime.chunks import one_torch_thread

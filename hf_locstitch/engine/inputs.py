@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from hf_locstitch.adapters.opening import local_reader
 from hf_locstitch.checkpoints.byte_ranges import Pieces, Range, byte_ranges, files_of
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.following_hash import FollowingHash
+from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import RequestError
@@ -23,37 +27,52 @@ if TYPE_CHECKING:
     from hf_locstitch.checkpoints.hub import HubSource
 
 Ranges = Mapping[str, Sequence[Range]]  # file -> what of it
+InputFile = tuple[str, str]  # input, file
+NO_DOWNLOADS: Mapping[str, Download] = MappingProxyType({})
 
 
 class OpenInputs:
-    """readers: input name -> its reader. downloads: of the inputs that are still being downloaded."""
+    """readers: input name -> its reader. downloads: of the inputs that are still being downloaded. check: waits until
+    what was read from the cache is verified."""
 
-    def __init__(self, readers: Mapping[str, CheckpointReader], downloads: Mapping[str, Download]) -> None:
-        self.readers, self._downloads = readers, downloads
+    def __init__(
+        self,
+        readers: Mapping[str, CheckpointReader],
+        downloads: Mapping[str, Download] = NO_DOWNLOADS,
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.readers, self._downloads, self._check = readers, downloads, check
 
     def verify(self, tensors: Iterable[str] | None = None) -> None:
-        """Wait until every file, or only those that hold `tensors`, is verified. Raises IntegrityError."""
+        """Wait until every file, or of downloads those that hold `tensors`, is verified. Raises IntegrityError."""
         names = None if tensors is None else list(tensors)
         for name, download in self._downloads.items():
             download.verify(None if names is None else files_of(self.readers[name].checkpoint, names))
+        self._check()
 
     def verify_read(self) -> None:
         """Wait until every file that was read from is verified; nothing more will be read. Raises IntegrityError."""
         for download in self._downloads.values():
             download.verify_read()
+        self._check()
 
 
 class Inputs:
-    """Of one merge. folder: for temporary files. verified: called with each verified (input, file)."""
+    """Of one merge. folder: for temporary files. verified: called with each verified (input, file). hashes: they follow
+    what is read."""
 
     def __init__(
         self,
         plan: Plan,
         progress: Progress,
         folder: Path,
-        verified: Callable[[Iterable[tuple[str, str]]], None],
+        verified: Callable[[Iterable[InputFile]], None],
+        hashes: InputHashes,
     ) -> None:
         self._plan, self._progress, self._folder, self._verified = plan, progress, folder, verified
+        self._hashes = hashes
+        self._unchecked: list[InputFile] = []
+        self._checking = threading.Lock()
         self._kept: dict[str, CheckpointReader] = {}
         self._keeping: list[Download] = []
         self._whole: OpenInputs | None = None
@@ -62,8 +81,10 @@ class Inputs:
     def __enter__(self) -> Inputs:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
+        if kind is not None and issubclass(kind, RequestError):  # such as NaN: to be believed only of whole files
+            self._check()
 
     @property
     def all_here(self) -> bool:
@@ -84,8 +105,9 @@ class Inputs:
             paths = self._fetch_all(needed)
             aligned = self._plan.aligned
             own = aligned.own if aligned else inputs
-            readers = {name: local_reader(own[name], paths[name]) for name in inputs}
-            self._whole = OpenInputs(aligned.readers(readers) if aligned else readers, {})
+            readers = {name: local_reader(own[name], paths[name], self._followed(name)) for name in inputs}
+            readers = aligned.readers(readers) if aligned else readers
+            self._whole = OpenInputs(readers, check=self._check)
         return self._whole
 
     def fetch_share(self, rank: int, count: int) -> None:
@@ -99,12 +121,12 @@ class Inputs:
         self._fetch_all(own)
 
     def _fetch_all(self, files: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Path]]:
-        """Files of every input, on this machine and verified; those of several repos at a time."""
+        """Files of every input, on this machine, and verified or to be; those of several repos at a time."""
         found: dict[str, dict[str, Path]] = {}
         with self._fetching(files) as advance, ExitStack() as stack:
             downloads: dict[str, Download] = {}
             for name, listed in files.items():
-                if not self._plan.inputs[name].source.local:
+                if not self._is_here(name, listed):
                     downloads[name] = self._caching(name, listed, advance, early=False)
                     downloads[name].start()
                     stack.callback(downloads[name].close)
@@ -131,8 +153,8 @@ class Inputs:
         with ExitStack() as stack:
             advance = stack.enter_context(self._fetching(files))
             for name in names:
-                if inputs[name].source.local:
-                    readers[name] = MappedCheckpoint(inputs[name], self._local(name, files[name]))
+                if self._is_here(name, files[name]):
+                    readers[name] = MappedCheckpoint(inputs[name], self._local(name, files[name]), self._followed(name))
                 else:
                     downloads[name] = self._start_download(name, wanted[name], later[name], advance)
                     (self._stack if name in kept else stack).callback(downloads[name].close)
@@ -140,10 +162,10 @@ class Inputs:
                 if name in kept:
                     self._kept[name] = readers[name]
                     self._keeping += [downloads[name]] if name in downloads else []
-            opened = OpenInputs(readers, downloads)
+            opened = OpenInputs(readers, downloads, self._check)
             try:
                 yield opened
-            except RequestError:  # such as NaN: to be believed only if no byte was damaged on the way
+            except RequestError:  # likewise
                 opened.verify_read()
                 raise
 
@@ -161,12 +183,35 @@ class Inputs:
         streamed = not self._plan.settings.cache and not source.local and not self.all_here
         return source.cached(file) is None or (streamed and source.files[file].sha256 is not None)
 
+    def _is_here(self, name: str, files: Sequence[str]) -> bool:
+        """Whether files are in a folder, or all in the cache, where they need not be verified before they are read."""
+        cached = self._plan.settings.cache and all(self._hashes.unchecked(name, file) for file in files)
+        return self._plan.inputs[name].source.local or cached
+
     def _local(self, name: str, files: Sequence[str]) -> dict[str, Path]:
         """Where files are that are on this machine."""
         source = self._plan.inputs[name].source
-        paths = {file: source.fetch(file) for file in files}
-        self._verified((name, file) for file in files)
+        cached = {file: source.cached(file) for file in files if self._hashes.unchecked(name, file)}
+        paths = {file: path for file, path in cached.items() if path is not None}
+        self._unchecked += [(name, file) for file in paths]
+        whole = [file for file in files if file not in paths]
+        paths |= {file: source.fetch(file) for file in whole}
+        self._verified((name, file) for file in whole)
         return paths
+
+    def _followed(self, name: str) -> dict[str, FollowingHash]:
+        """What follows the reading of an input's files."""
+        found = {file: self._hashes.followed(name, file) for file in self._plan.inputs[name].files}
+        return {file: one for file, one in found.items() if one is not None}
+
+    def _check(self) -> None:
+        """Wait until every file that was read from the cache before it was verified is. Raises IntegrityError."""
+        with self._checking:
+            while self._unchecked:
+                file = self._unchecked[0]
+                self._hashes.check(*file)
+                self._verified([file])
+                self._unchecked.remove(file)
 
     def _start_download(self, name: str, wanted: Ranges, later: Ranges, advance: Advance) -> Download:
         """Returns the running download."""

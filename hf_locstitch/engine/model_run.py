@@ -180,7 +180,7 @@ class StitchRun(ModelRun[StitchPlan]):
 
     def _opened(self, inputs: Inputs) -> AbstractContextManager[OpenInputs]:
         """The finetunes whose masks a merge holds."""
-        return inputs.opened(self.plan.scanned) if self.plan.scanned else nullcontext(OpenInputs({}, {}))
+        return inputs.opened(self.plan.scanned) if self.plan.scanned else nullcontext(OpenInputs({}))
 
     def _spill_of(self, name: str) -> Path:
         return self.work.spill / f"{name}.{self.processes.rank}-of-{self.processes.count}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
@@ -31,7 +31,7 @@ from hf_locstitch.localize.job import LocalizeJob
 from hf_locstitch.plan.lineage import look
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.report.card import write_card
-from hf_locstitch.report.figures.survey import Survey, draw_merge, survey_merge
+from hf_locstitch.report.figures.survey import FOLDER, draw_overlap, draw_survey, survey_merge
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.stitch.fitting import FitJob
@@ -42,9 +42,11 @@ if TYPE_CHECKING:
     from hf_locstitch.stitch.fitted_values import FittedValues
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
+Drawn = tuple[list[str], list[str]]  # the masks' names, and the stems of their figures
 T = TypeVar("T")
 
 LOG = logging.getLogger("hf_locstitch")
+NOT_DRAWN = "the figures could not be drawn"
 
 
 class Run(ABC, Generic[AnyPlan]):
@@ -126,7 +128,8 @@ class Run(ABC, Generic[AnyPlan]):
     def run(self) -> Manifest:
         began = time.monotonic()
         note = self.work.note_verified if self.first else lambda _: None
-        with Inputs(self.plan, self.progress, self.work.spill, note) as inputs, ThreadPoolExecutor(2) as background:
+        opened = Inputs(self.plan, self.progress, self.work.spill, note, self.hashes)
+        with opened as inputs, ThreadPoolExecutor(2) as background:
             if self.processes.count > 1:
                 self.processes.together(lambda: inputs.fetch_share(*self.processes.of_node))
                 self.processes.together(inputs.fetch)
@@ -138,23 +141,35 @@ class Run(ABC, Generic[AnyPlan]):
                 surveyed = aside.submit(self._survey, written)
                 stitch = self.fit(inputs, masks)
                 overlap, shards = self.write_shards(inputs, masks, background)
-                survey = surveyed.result()
+                drawn = surveyed.result()
             for mask in masks.values():
                 mask.close()
         files = self.files
         records: list[Manifest] = []
-        self.processes.on_first(lambda: records.append(self._finish(files, overlap, shards, survey, stitch, began)))
+        self.processes.on_first(lambda: records.append(self._finish(files, overlap, shards, drawn, stitch, began)))
         return self.processes.gather(records[0] if records else None)[0]  # type: ignore[return-value]
 
     @property
     def first(self) -> bool:
         return self.processes.first
 
-    def _survey(self, written: Future[None]) -> Survey | None:
-        """What the figures show about masks and inputs."""
+    def _survey(self, written: Future[None]) -> Drawn | None:
+        """Draw what the figures show about masks and inputs."""
         written.result()
         self.spared("the finetunes were not compared with the base and one another", self._compare)
-        return self.spared("the masks were not surveyed", lambda: survey_merge(self.plan, self.work.stage))
+        stage = self.work.stage
+        if (survey := self.spared("the masks were not surveyed", lambda: survey_merge(self.plan, stage))) is None:
+            return None
+        stems = self.spared(NOT_DRAWN, lambda: draw_survey(survey, stage / FOLDER))
+        return None if stems is None else (list(survey.ones), stems)
+
+    def _figures(self, drawn: Drawn | None, overlap: Sequence[Mapping[str, Any]]) -> list[str]:
+        """All figures' stems, once the overlap is drawn, too, which is known when all shards are written."""
+        if drawn is None:
+            return []
+        names, stems = drawn
+        first = self.spared(NOT_DRAWN, lambda: draw_overlap(overlap, names, self.work.stage / FOLDER))
+        return [] if first is None else [*first, *stems]
 
     def _compare(self) -> None:
         """What the plan would have warned of, had the weights been here."""
@@ -217,7 +232,7 @@ class Run(ABC, Generic[AnyPlan]):
         files: FileHashes,
         overlap: Overlap,
         shards: Mapping[str, ShardRecord],
-        survey: Survey | None,
+        drawn: Drawn | None,
         stitch: dict[str, Any] | None,
         began: float,
     ) -> Manifest:
@@ -229,7 +244,7 @@ class Run(ABC, Generic[AnyPlan]):
         self.write_side_files()
         record = make_manifest(plan, files, overlap, fingerprint(plan), stitch, self.examples)
         (stage / RECIPE_FILE).write_text(pinned_recipe(plan, files), encoding="utf-8")
-        figures = self.spared("the figures could not be drawn", lambda: draw_merge(record, survey, stage)) or []
+        figures = self._figures(drawn, record.overlap)
         record = replace(record, warnings=[*record.warnings, *self.warnings])
         self.spared("the model card could not be written", lambda: write_card(plan, record, stage / CARD, figures))
         record = replace(record, warnings=list(dict.fromkeys([*record.warnings, *self.warnings])))

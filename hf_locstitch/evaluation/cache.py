@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_locstitch.evaluation.scores import TaskResult, result_from_json
 from hf_locstitch.runtime.files import is_writable
+from hf_locstitch.runtime.own_cache import own_cache
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:
@@ -20,9 +21,7 @@ def cache_key(facts: Mapping[str, Any]) -> str:
 
 
 def cache_folder() -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HOME) / "hf-locstitch" / "evaluations"
+    return own_cache() / "evaluations"
 
 
 def read_cached(key: str, folder: Path) -> list[TaskResult] | None:

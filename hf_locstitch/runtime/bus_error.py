@@ -14,6 +14,8 @@ import numba
 import numpy as np
 from numba import types
 
+from hf_locstitch.runtime.compiling import kept
+
 MESSAGE = np.frombuffer(
     b"hf-locstitch: error: a file was cut short by another program while it was read (SIGBUS). Nothing was written to "
     b"the output. Check that the inputs are whole and that nothing writes there, then run the same command again.\n",
@@ -34,10 +36,7 @@ def explain_bus_errors() -> None:
     """From now on in this process, unless something handles them already."""
     if not hasattr(signal, "SIGBUS"):
         return
-    try:
-        handler = numba.cfunc(HANDLER, cache=True)(_on_bus_error)
-    except RuntimeError:  # no place for compiled code can be written to
-        handler = numba.cfunc(HANDLER)(_on_bus_error)
+    handler = kept(lambda cache: numba.cfunc(HANDLER, cache=cache)(_on_bus_error))
     install = ctypes.CDLL(None).signal
     install.argtypes, install.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     if before := install(signal.SIGBUS, handler.address):

@@ -6,13 +6,13 @@ size: one loop for all dtypes. The interpreter is left free meanwhile, so thread
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
+from hf_locstitch.runtime.compiling import compiled
 from hf_locstitch.runtime.dtypes import DTYPE, Values
 
 BLOCK = 1 << 12  # elements examined together; their flags stay in the L1 cache
@@ -33,24 +33,13 @@ UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 F64, F32, F16, BF16 = range(4)
 KIND = {DTYPE["F64"]: F64, DTYPE["F32"]: F32, DTYPE["F16"]: F16, DTYPE["BF16"]: BF16}
 
-Loop = TypeVar("Loop", bound=Callable[..., Any])
-
 
 def bits(values: Values) -> Bits:
     """The same memory as unsigned integers. values: [n], any float."""
     return values.view(UNSIGNED[values.itemsize])
 
 
-def _compiled(loop: Loop) -> Loop:
-    """Compiled at the first call; kept beside this file, or in the user's cache folder, for the next process."""
-    try:
-        compiled = numba.njit(loop, nogil=True, cache=True, error_model="numpy")
-    except RuntimeError:  # neither place can be written to
-        compiled = numba.njit(loop, nogil=True, error_model="numpy")
-    return cast(Loop, compiled)
-
-
-@_compiled
+@compiled
 def _places(block: Any, least: int, flags: Counts, places: Positions) -> int:
     """Where the numbers of a block [≤ BLOCK] are at least so large. places: [BLOCK + 1], filled. Returns how many.
 
@@ -93,7 +82,7 @@ def _sizes(finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, sco
         scores[at] = difference.view(np.int32) & np.int32(0x7FFFFFFF)
 
 
-@_compiled
+@compiled
 def sizes(finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, scores: Scores) -> None:
     """Bits of |finetuned − base| in float32. All [n]; scores: filled; kinds: of KIND."""
     if finetuned_kind == BF16 and base_kind == BF16:  # what most models are: a loop without any choice
@@ -102,7 +91,7 @@ def sizes(finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, scor
         _sizes(finetuned, finetuned_kind, base, base_kind, scores)
 
 
-@_compiled
+@compiled
 def _take(
     block: Scores, start: int, low: int, high: int, values: Bits, flags: Counts, places: Positions,
     found: Found, counts: Ints,
@@ -123,7 +112,7 @@ def _take(
     counts[0], counts[1], counts[2] = count, open_, largest
 
 
-@_compiled
+@compiled
 def reaching(scores: Scores, low: int, high: int, values: Bits, found: Found) -> Ints:
     """Fill in the candidates: those of the scores [n] that are at least `low`.
 
@@ -137,7 +126,7 @@ def reaching(scores: Scores, low: int, high: int, values: Bits, found: Found) ->
     return counts
 
 
-@_compiled
+@compiled
 def candidates(
     finetuned: Bits, finetuned_kind: int, base: Bits, base_kind: int, low: int, high: int,
     found: Found,
@@ -154,7 +143,7 @@ def candidates(
     return counts
 
 
-@_compiled
+@compiled
 def among(flagged: Flagged, values: Bits, wanted: Bools, positions: Positions, chosen: Bits) -> int:
     """Of the candidates [m], fill in those that are sure and, of the others, the `wanted`. Returns how many."""
     count = open_ = 0
@@ -169,14 +158,14 @@ def among(flagged: Flagged, values: Bits, wanted: Bools, positions: Positions, c
     return count
 
 
-@_compiled
+@compiled
 def count_up(times: Counts, positions: Positions) -> None:
     """Add one at each of the positions."""
     for position in positions:
         times[position] += np.uint8(1)
 
 
-@_compiled
+@compiled
 def more_than(times: Counts, least: int, positions: Positions) -> int:
     """Fill in the positions where a count [n] exceeds `least`. positions: [≥ n + 1]. Returns how many there are."""
     count = 0
@@ -189,14 +178,14 @@ def more_than(times: Counts, least: int, positions: Positions) -> int:
     return count
 
 
-@_compiled
+@compiled
 def put(target: Bits, positions: Positions, values: Bits) -> None:
     """target[positions] = values."""
     for at in range(len(positions)):
         target[positions[at]] = values[at]
 
 
-@_compiled
+@compiled
 def find(positions: Positions, times: Counts, least: int, wanted: Positions, taken: Positions, slots: Positions) -> int:
     """Fill in which of the positions have a count larger than `least`, and the index of each among all that have.
 
@@ -214,7 +203,7 @@ def find(positions: Positions, times: Counts, least: int, wanted: Positions, tak
     return count
 
 
-@_compiled
+@compiled
 def gaps(positions: Positions, last: int, content: Counts) -> int:
     """Fill in the zeros before each of the positions, the first counted from after `last`; see masks.py.
 
@@ -231,3 +220,19 @@ def gaps(positions: Positions, last: int, content: Counts) -> int:
         count += 1
         last = position
     return count
+
+
+@compiled
+def ones(content: Counts, last: int, positions: Ints) -> Ints:
+    """Fill in the positions that gaps stand for, the first counted from after `last`: the inverse of `gaps`.
+
+    positions: [≥ gaps]. Returns how many there are, and after which position the next gap counts.
+    """
+    count = 0
+    for gap in content:
+        last += np.int64(gap)
+        if gap != ESCAPE:
+            last += 1
+            positions[count] = last
+            count += 1
+    return np.array([count, last])

@@ -56,6 +56,11 @@ class Progress:
         hidden = os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
         self._show = not hidden and (sys.stderr.isatty() if show is None else show)
 
+    def say(self, text: str) -> None:
+        """A line between the bars, where they are shown."""
+        if self._show:
+            tqdm.write(text, file=sys.stderr)
+
     @contextmanager
     def bar(self, stage: str, total: int, unit: str = "B") -> Iterator[Advance]:
         """A bar over `total` bytes, or other units; yields a function to advance it, from any thread."""

@@ -14,6 +14,7 @@ from helpers.launch import launch
 from helpers.models import finetune, random_state, save, save_sharded
 from helpers.runs import files_of
 
+from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.engine.inputs import Inputs
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
@@ -105,7 +106,10 @@ def test_processes_of_a_machine_share_the_download_out(
     here: set[tuple[str, str]] = set()
     for rank in range(2):
         noted: list[tuple[str, str]] = []
-        with Inputs(plan, Progress(False), tmp_path, noted.extend) as inputs:
+        with (
+            InputHashes(plan.inputs) as hashes,
+            Inputs(plan, Progress(False), tmp_path, noted.extend, hashes) as inputs,
+        ):
             inputs.fetch_share(rank, 2)
         now = {(name, file) for name, file in files if plan.inputs[name].source.cached(file)}
         assert set(noted) == now - here and set(noted)

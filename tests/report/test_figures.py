@@ -18,8 +18,8 @@ from hf_locstitch.report.figures.mask_layout import OUTSIDE, count_layout, layer
 from hf_locstitch.report.figures.survey import jaccard_matrix
 from hf_locstitch.report.figures.task_vectors import (
     Sample,
+    by_octave,
     kept_among,
-    log_edges,
     read_task_vectors,
     sample_places,
     sampled_values,
@@ -102,8 +102,14 @@ def test_odd_samples() -> None:
     assert nothing.unchanged == 1 and nothing.norm == 0 and nothing.threshold == 0
     broken = summarize([Sample(2, np.float32([np.nan, 1]), np.float32([1, 1]), np.array([True, True]))])
     assert broken.norm == 1 and broken.sampled == 1
-    edges = log_edges(np.array([1e-3, 1.0]))
-    assert edges[0] == 2.0**-10 and edges[-1] == 2.0
+
+
+def test_octaves() -> None:
+    values, weights = np.array([1e-3, 0.25, 1.0, np.nextafter(1.0, 0)]), np.array([1.0, 2.0, 4.0, 8.0])
+    edges, counts = by_octave(values, weights)
+    assert edges.tolist() == [2.0**power for power in range(-10, 2)]
+    assert counts.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 2, 8, 4]
+    assert counts.tolist() == np.histogram(values, edges, weights=weights)[0].tolist()
 
 
 class InMemory:

@@ -80,7 +80,7 @@ def test_odd_architectures(tmp_path: Path, architectures: Any) -> None:
     assert not result.manifest.warnings and auto_class.__doc__
 
 
-@pytest.mark.parametrize("broken", ["draw_merge", "write_card", "survey_merge"])
+@pytest.mark.parametrize("broken", ["draw_survey", "draw_overlap", "write_card", "survey_merge"])
 def test_what_cannot_be_drawn_is_said(
     folders: Path, broken: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

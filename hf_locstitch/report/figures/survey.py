@@ -29,7 +29,6 @@ from hf_locstitch.report.figures.task_vectors import (
 from hf_locstitch.runtime.escape import cell
 
 if TYPE_CHECKING:
-    from hf_locstitch.artifacts.manifest import Manifest
     from hf_locstitch.checkpoints.reader import CheckpointReader
     from hf_locstitch.checkpoints.source import Source
 
@@ -112,11 +111,6 @@ def noted_task_vectors(source: Source) -> Mapping[str, TaskVectors]:
         return {}
 
 
-def draw_merge(record: Manifest, surveyed: Survey | None, stage: Path) -> list[str]:
-    """The figures of a merge into stage/figures. Returns the figures' stems; none without a survey."""
-    return [] if surveyed is None else draw_masks(record.overlap, surveyed, stage / FOLDER)
-
-
 def inputs_at_hand(plan: Plan) -> dict[str, Reader]:
     """Readers of all inputs; empty if any would have to be downloaded, or computed once more."""
     from hf_locstitch.checkpoints.mapped import MappedCheckpoint
@@ -144,18 +138,30 @@ def jaccard_matrix(names: Sequence[str], overlap: Sequence[Mapping[str, Any]]) -
 
 def draw_masks(overlap: Sequence[Mapping[str, Any]], surveyed: Survey, folder: Path) -> list[str]:
     """Draw all figures of the masks, as PNG and SVG, with their data. Returns the figures' stems."""
+    return [*draw_overlap(overlap, list(surveyed.ones), folder), *draw_survey(surveyed, folder)]
+
+
+def draw_overlap(overlap: Sequence[Mapping[str, Any]], names: Sequence[str], folder: Path) -> list[str]:
+    """The one of how much masks overlap, where there are several; likewise. overlap: as in the manifest."""
+    from hf_locstitch.report.figures import draw
+
+    if len(names) < 2:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    jaccard = jaccard_matrix(names, overlap)
+    _write_matrix(names, jaccard, folder / f"{OVERLAP}.csv")
+    draw.save(draw.draw_overlap(names, jaccard), folder / OVERLAP)
+    return [OVERLAP]
+
+
+def draw_survey(surveyed: Survey, folder: Path) -> list[str]:
+    """Those of where each mask lies, and of the task vectors, where they were sampled; likewise."""
     from hf_locstitch.report.figures import draw
 
     folder.mkdir(parents=True, exist_ok=True)
-    names, layout, stems = list(surveyed.ones), surveyed.layout, []
-    if len(names) > 1:
-        jaccard = jaccard_matrix(names, overlap)
-        _write_matrix(names, jaccard, folder / f"{OVERLAP}.csv")
-        draw.save(draw.draw_overlap(names, jaccard), folder / OVERLAP)
-        stems.append(OVERLAP)
+    layout, stems = surveyed.layout, [LAYOUT]
     write_layout(layout, folder / f"{LAYOUT}.csv")
     draw.save(draw.draw_mask_layout(layout), folder / LAYOUT)
-    stems.append(LAYOUT)
     if surveyed.vectors:
         write_task_vectors(surveyed.vectors, folder / FILE)
         draw.save(draw.draw_task_vectors(surveyed.vectors), folder / VECTORS)

@@ -107,8 +107,7 @@ def summarize(samples: Iterable[Sample]) -> TaskVectors:
     fine = np.isfinite(size) & np.isfinite(base)
     weight, size, base, kept = weight[fine], size[fine], base[fine], kept[fine]
     moved = size > 0
-    edges = log_edges(size[moved])
-    counts, _ = np.histogram(size[moved], edges, weights=weight[moved])
+    edges, counts = by_octave(size[moved], weight[moved])
     total = float(weight.sum()) or 1.0
     threshold = float(size[kept].min()) if kept.any() else None
     return TaskVectors(
@@ -123,12 +122,19 @@ def summarize(samples: Iterable[Sample]) -> TaskVectors:
     )
 
 
-def log_edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Bins that hold all of the values (> 0): powers of two, between which low-precision numbers are evenly spaced."""
+def by_octave(
+    values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """A histogram of values (> 0). Bins end at powers of two, between which low-precision numbers are evenly spaced.
+
+    Returns the edges [bins + 1] and the sum of the weights in each bin [bins].
+    """
     if not len(values):
-        return np.array([0.5, 1.0])
-    first, last = math.floor(math.log2(values.min())), math.floor(math.log2(values.max())) + 1
-    return np.exp2(np.arange(first, last + 1, dtype=np.float64))
+        return np.array([0.5, 1.0]), np.zeros(1)
+    octave = np.frexp(values)[1]  # of 2^(octave − 1) ≤ value < 2^octave
+    first, last = int(octave.min()), int(octave.max())
+    edges = np.exp2(np.arange(first - 1, last + 1, dtype=np.float64))
+    return edges, np.bincount(octave - first, weights, last - first + 1).astype(np.float64, copy=False)
 
 
 def write_task_vectors(vectors: Mapping[str, TaskVectors], path: Path) -> None:
