@@ -67,13 +67,13 @@ def rehearsal(dtypes: Dtypes) -> Iterator[None]:
     from hf_locstitch.artifacts.mask_file import encode_positions
     from hf_locstitch.artifacts.mask_source import MaskedValues
     from hf_locstitch.localize.bracket import FixedBracket
-    from hf_locstitch.localize.candidates import OnCpu, magnitude_scores
+    from hf_locstitch.localize.candidates import CandidateFinder, magnitude_scores
     from hf_locstitch.stitch.mean import coverage, stitch
 
     finetuned, base, written = _values(dtypes)
     magnitude_scores(finetuned, base)
     yield
-    finder = OnCpu(ELEMENTS)
+    finder = CandidateFinder(ELEMENTS)
     finder.begin(base)
     found, _ = finder.find(finetuned, FixedBracket(1, 2))
     yield
