@@ -32,8 +32,9 @@ def cosines(base: Sample, finetuned: Mapping[str, Sample], numels: Mapping[str, 
     """
     gram = np.zeros((len(finetuned), len(finetuned)))
     for tensor, values in base.items():
-        start = values.astype(np.float64)
-        vectors = np.stack([sample[tensor].astype(np.float64) - start for sample in finetuned.values()])
+        with np.errstate(invalid="ignore"):  # of NaN and infinity, which are left out
+            start = values.astype(np.float64)
+            vectors = np.stack([sample[tensor].astype(np.float64) - start for sample in finetuned.values()])
         vectors[:, ~np.isfinite(vectors).all(0)] = 0
         gram += inner(vectors[:, None], vectors) * (numels[tensor] / len(start))
     norms = np.sqrt(gram.diagonal())
