@@ -73,8 +73,8 @@ class Xet:
         """The storage. Raises Refusal."""
         self._check_enabled()
         right, repo = self._bearer(call)
-        if (method, parts[:2]) == ("GET", ["v1", "reconstructions"]):
-            return self._reconstruction(call, repo, "".join(parts[2:]))
+        if method == "GET" and parts[0] in ("v1", "v2") and parts[1:2] == ["reconstructions"]:
+            return self._reconstruction(call, repo, "".join(parts[2:]), parts[0])
         if parts[:3] == ["v1", "xorbs", "default"]:
             key = check_sha256("".join(parts[3:]))
             if method == "POST" and right == "write":
@@ -83,8 +83,6 @@ class Xet:
                 return Answer()
         if (method, parts[:2], right) == ("POST", ["v1", "shards"], "write"):
             return self._put_shard(call, repo)
-        if parts[:2] == ["v1", "telemetry"]:
-            return Answer({})
         raise Refusal(404, "Not found")
 
     def _bearer(self, call: Call) -> tuple[str, Repo]:
@@ -97,11 +95,11 @@ class Xet:
             raise Refusal(401, "The token has expired")
         return right, self._store.get(folder.removesuffix("s"), f"{owner}/{name}")
 
-    def _reconstruction(self, call: Call, repo: Repo, oid: str) -> Answer:
+    def _reconstruction(self, call: Call, repo: Repo, oid: str, version: str) -> Answer:
         """From which chunks a file, or a range of it, is put together."""
         entry = self._store.lfs_entry(repo, oid)
         start, length = select_range(call.range, entry.size) or (0, entry.size)
-        terms, fetch = [], {}
+        terms, fetches = [], {}
         for number, (offset, nbytes) in enumerate(xorbs_of(self._store.content(entry))):
             first, end = max(start - offset, 0) // CHUNK, -(-min(start + length - offset, nbytes) // CHUNK)
             if first >= end:
@@ -109,11 +107,17 @@ class Xet:
             part = {"start": first, "end": end}
             unpacked = min(end * CHUNK, nbytes) - first * CHUNK
             key = hashlib.sha256(f"{oid}/{number}".encode()).hexdigest()
-            stop = packed_bytes(min(end * CHUNK, nbytes)) - 1
+            packed = {"start": packed_bytes(first * CHUNK), "end": packed_bytes(min(end * CHUNK, nbytes)) - 1}
             url = self._uploads.signed("xorb", repo, oid, entry.size, number)
             terms.append({"hash": key, "unpacked_length": unpacked, "range": part})
-            fetch[key] = [{"range": part, "url": url, "url_range": {"start": packed_bytes(first * CHUNK), "end": stop}}]
-        return Answer({"offset_into_first_range": start % CHUNK, "terms": terms, "fetch_info": fetch})
+            fetches[key] = (
+                {"range": part, "url": url, "url_range": packed}
+                if version == "v1"
+                else {"url": url, "ranges": [{"chunks": part, "bytes": packed}]}
+            )
+        told = {key: [fetch] for key, fetch in fetches.items()}
+        kind = "fetch_info" if version == "v1" else "xorbs"
+        return Answer({"offset_into_first_range": start % CHUNK, "terms": terms, kind: told})
 
     def _put_xorb(self, call: Call, key: str) -> Answer:
         new = not self._store.xorb(key).exists()

@@ -11,7 +11,7 @@ import pytest
 from helpers.wire import raw, sha256
 from huggingface_hub import HfApi, constants, snapshot_download
 
-from loopback_hub import LoopbackHub
+from loopback_hub import Fault, LoopbackHub
 from loopback_hub.git import Refusal
 from loopback_hub.xorb import chunks
 
@@ -43,10 +43,13 @@ def token(hub: LoopbackHub, right: str, repo: str = "demo/base", **headers: str)
 
 
 @pytest.mark.parametrize("size", [1, 65_536, 65_537, 900_000])
+@pytest.mark.parametrize("version", [1, 2])
 def test_downloads_come_from_the_storage(
-    xet_hub: LoopbackHub, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    xet_hub: LoopbackHub, size: int, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loopback_hub.xorb.IN_XORB", 4)
+    if version == 1:  # what the client asks for where there is no second one
+        xet_hub.fail(Fault("status", "/v2/", status=404, times=9))
     data = os.urandom(size)
     xet_hub.add_repo("demo/base", {"model.safetensors": data, "config.json": "{}"})
     folder = Path(snapshot_download("demo/base", endpoint=xet_hub.endpoint, cache_dir=tmp_path / "cache"))
@@ -54,6 +57,7 @@ def test_downloads_come_from_the_storage(
     asked = targets(xet_hub)
     assert not any("/resolve/" in path and path.endswith(".safetensors") for _, path in asked)
     assert sum("/_lfs/xorb/" in path for _, path in asked) == -(-size // (4 * 65_536))
+    assert any(f"/v{version}/reconstructions/" in path for _, path in asked)
 
 
 def test_uploads_of_all_kinds(xet_hub: LoopbackHub, api: HfApi, tmp_path: Path) -> None:
