@@ -1,0 +1,148 @@
+"""Ranges of files that the Hub keeps in Xet, through hf_xet: what it does not bring has to come over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import build_hf_headers
+
+from hf_locstitch.checkpoints.hub_client import retrying
+
+LOG = logging.getLogger("hf_locstitch")
+MB = 1_000_000
+# Of what hf_xet would do by itself it needs less here: a few ranges of some MB at a time, and HTTP to fall back on.
+CAREFUL = {
+    "client.retry_max_attempts": 1,
+    "client.retry_base_delay": timedelta(seconds=0.5),
+    "telemetry.enabled": not constants.HF_HUB_DISABLE_TELEMETRY,
+}
+# Unless HF_XET_HIGH_PERFORMANCE is set: its buffers may take gigabytes, and it begins with few connections.
+MODEST = {
+    "client.ac_initial_download_concurrency": 16,
+    "reconstruction.min_reconstruction_fetch_size": 8 * MB,
+    "reconstruction.max_reconstruction_fetch_size": 64 * MB,
+    "reconstruction.min_prefetch_buffer": 16 * MB,
+    "reconstruction.download_buffer_size": 64 * MB,
+    "reconstruction.download_buffer_perfile_size": 8 * MB,
+    "reconstruction.download_buffer_limit": 128 * MB,
+}
+
+
+class Failures:
+    """Whether hf_xet has failed in this process: it is then not tried again, since its storage is that of all repos."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._failed = False
+
+    def __bool__(self) -> bool:
+        return self._failed
+
+    def note(self, what: str) -> None:
+        """Say so the first time."""
+        with self._lock:
+            first, self._failed = not self._failed, True
+        if first:
+            LOG.warning(f"{what}: going on over HTTP, without hf_xet.")
+
+
+FAILURES = Failures()
+
+
+class XetFiles:
+    """A repo's files at a commit, as far as they are in Xet."""
+
+    def __init__(self, repo: str, commit: str, endpoint: str) -> None:
+        self._repo, self._commit, self._endpoint = repo, commit, endpoint
+        self._lock = threading.Lock()
+        self._hashes: Mapping[str, str] | None = None  # asked for once they are needed
+        self._group: Any = None  # hf_xet's connection to the storage
+
+    def range(self, file: str, size: int, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes start … stop of a file, which may end early, at once where hf_xet is of no use. size: of the file."""
+        if not is_usable():
+            return
+        try:
+            yield from self._range(file, size, start, stop)
+        except Exception as error:
+            FAILURES.note(f"hf_xet did not bring {file} of {self._repo} ({type(error).__name__}: {error})")
+
+    def distrust(self, file: str) -> bool:
+        """A file came damaged: whether hf_xet may have brought it. If so it is not used again."""
+        brought = self._hashes is not None and file in self._hashes
+        if brought:
+            FAILURES.note(f"{file} of {self._repo} came damaged through hf_xet")
+        return brought
+
+    def _range(self, file: str, size: int, start: int, stop: int) -> Iterator[bytes]:
+        from hf_xet import XetFileInfo  # pyright: ignore[reportAttributeAccessIssue]
+
+        with self._lock:
+            key = None if FAILURES else self._known_hashes().get(file)
+            if key is None:
+                return
+            group = self._open_group()
+        stream = group.download_stream(XetFileInfo(key, size), start, stop)
+        try:
+            for block in stream:
+                start += len(block)
+                if start > stop:
+                    raise ValueError(f"{start - stop} bytes too many")
+                yield block
+        finally:
+            with suppress(Exception):  # of what has ended by itself
+                stream.cancel()
+        if start < stop:
+            raise EOFError(f"{stop - start} bytes are missing")
+
+    def _known_hashes(self) -> Mapping[str, str]:
+        """Of the repo's files that are in Xet."""
+        if self._hashes is None:
+            api = HfApi(endpoint=self._endpoint)
+            listed = retrying(lambda: list(api.list_repo_tree(self._repo, revision=self._commit, recursive=True)))
+            keys = {entry.path: getattr(entry, "xet_hash", None) for entry in listed}
+            self._hashes = {file: key for file, key in keys.items() if key is not None}
+        return self._hashes
+
+    def _open_group(self) -> Any:
+        if self._group is None:
+            headers = build_hf_headers()
+            self._group = _session().new_download_stream_group(
+                token_refresh_url=f"{self._endpoint}/api/models/{self._repo}/xet-read-token/{self._commit}",
+                token_refresh_headers=headers,
+                # The token is for the Hub, not for the storage behind it.
+                custom_headers={name: value for name, value in headers.items() if name.lower() != "authorization"},
+            )
+        return self._group
+
+
+def is_usable() -> bool:
+    """Whether hf_xet is there, is wanted, and has not failed."""
+    return not constants.HF_HUB_DISABLE_XET and not FAILURES and find_spec("hf_xet") is not None
+
+
+@lru_cache(1)
+def _session() -> Any:
+    """A session of hf_xet's own for ranges: that of the Hub's client is set up for whole files."""
+    from hf_xet import XetConfig, XetSession  # pyright: ignore[reportAttributeAccessIssue]
+
+    timeout = timedelta(seconds=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    wanted = CAREFUL | {"client.read_timeout": timeout, "client.connect_timeout": timeout}
+    if not constants.HF_XET_HIGH_PERFORMANCE:
+        wanted |= MODEST
+    ours = {name: value for name, value in wanted.items() if _variable(name) not in os.environ}
+    return XetSession(XetConfig().with_config(ours))
+
+
+def _variable(setting: str) -> str:
+    """With which the user sets it."""
+    return f"HF_XET_{setting.replace('.', '_').upper()}"
