@@ -66,6 +66,7 @@ class XetFiles:
         self._lock = threading.Lock()
         self._hashes: Mapping[str, str] | None = None  # asked for once they are needed
         self._group: Any = None  # hf_xet's connection to the storage
+        self._brought: set[str] = set()  # files of which it brought something
 
     def range(self, file: str, size: int, start: int, stop: int) -> Iterator[bytes]:
         """Bytes start … stop of a file, which may end early, at once where hf_xet is of no use. size: of the file."""
@@ -77,11 +78,11 @@ class XetFiles:
             FAILURES.note(f"hf_xet did not bring {file} of {self._repo} ({type(error).__name__}: {error})")
 
     def distrust(self, file: str) -> bool:
-        """A file came damaged: whether hf_xet may have brought it. If so it is not used again."""
-        brought = self._hashes is not None and file in self._hashes
-        if brought:
-            FAILURES.note(f"{file} of {self._repo} came damaged through hf_xet")
-        return brought
+        """A file came damaged: whether through hf_xet, at least in part. If so that is not used again."""
+        if file not in self._brought:
+            return False
+        FAILURES.note(f"{file} of {self._repo} came damaged through hf_xet")
+        return True
 
     def _range(self, file: str, size: int, start: int, stop: int) -> Iterator[bytes]:
         from hf_xet import XetFileInfo  # pyright: ignore[reportAttributeAccessIssue]
@@ -97,6 +98,7 @@ class XetFiles:
                 start += len(block)
                 if start > stop:
                     raise ValueError(f"{start - stop} bytes too many")
+                self._brought.add(file)
                 yield block
         finally:
             with suppress(Exception):  # of what has ended by itself
@@ -126,8 +128,8 @@ class XetFiles:
 
 
 def is_usable() -> bool:
-    """Whether hf_xet is there, is wanted, and has not failed."""
-    return not constants.HF_HUB_DISABLE_XET and not FAILURES and find_spec("hf_xet") is not None
+    """Whether hf_xet is there and wanted."""
+    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
 
 
 @lru_cache(1)

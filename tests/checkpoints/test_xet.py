@@ -199,3 +199,22 @@ def test_headers_are_read_without_hf_xet(xet_hub: LoopbackHub, models: list[str]
     xet_hub.requests.clear()
     open_checkpoint(parse_ref(models[0]))
     assert not any("/tree/" in one.path or "/_cas/" in one.path for one in xet_hub.requests)
+
+
+def test_a_merge_is_pushed_through_hf_xet(xet_hub: LoopbackHub, models: list[str], tmp_path: Path) -> None:
+    target = f"demo/{uuid4().hex[:8]}-merged"
+    refs = ["--base", models[0], "--ft", *models[1:]]
+    command = [sys.executable, "-m", "hf_locstitch", "merge", *refs, "--no-figures", "--quiet", "--push-to", target]
+    environment = {**os.environ, **xet_hub.environment(tmp_path / "home")}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    weights = [path for path in (tmp_path / "out").rglob("*.safetensors")]
+    assert weights and all(
+        xet_hub.read(target, path.relative_to(tmp_path / "out").as_posix()) == path.read_bytes() for path in weights
+    )
+    received = {one.path.split("?")[0]: one.received for one in xet_hub.requests if one.method in ("POST", "PUT")}
+    through_xet = sum(nbytes for path, nbytes in received.items() if path.startswith("/_cas/v1/xorbs/"))
+    assert through_xet > 0.5 * sum(path.stat().st_size for path in weights)
+    assert not any(path.startswith("/_lfs/") for path in received)
