@@ -10,12 +10,14 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import build_hf_headers
 
 from hf_locstitch.checkpoints.hub_client import retrying
+from hf_locstitch.runtime.files import is_writable
 
 LOG = logging.getLogger("hf_locstitch")
 MB = 1_000_000
@@ -63,6 +65,7 @@ class XetFiles:
 
     def __init__(self, repo: str, commit: str, endpoint: str) -> None:
         self._repo, self._commit, self._endpoint = repo, commit, endpoint
+        self._usable = is_usable()
         self._lock = threading.Lock()
         self._hashes: Mapping[str, str] | None = None  # asked for once they are needed
         self._group: Any = None  # hf_xet's connection to the storage
@@ -70,7 +73,7 @@ class XetFiles:
 
     def range(self, file: str, size: int, start: int, stop: int) -> Iterator[bytes]:
         """Bytes start … stop of a file, which may end early, at once where hf_xet is of no use. size: of the file."""
-        if not is_usable():
+        if not self._usable:
             return
         try:
             yield from self._range(file, size, start, stop)
@@ -128,8 +131,9 @@ class XetFiles:
 
 
 def is_usable() -> bool:
-    """Whether hf_xet is there and wanted."""
-    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+    """Whether hf_xet is there and wanted, and has the folder that it cannot do without."""
+    there = not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+    return there and is_writable(Path(constants.HF_XET_CACHE))
 
 
 @lru_cache(1)
@@ -137,14 +141,15 @@ def _session() -> Any:
     """A session of hf_xet's own for ranges: that of the Hub's client is set up for whole files."""
     from hf_xet import XetConfig, XetSession  # pyright: ignore[reportAttributeAccessIssue]
 
+    return XetSession(XetConfig().with_config(settings()))
+
+
+def settings() -> dict[str, Any]:
+    """Of hf_xet, where they differ from its own; what the user sets (group.field as HF_XET_GROUP_FIELD) stays."""
     timeout = timedelta(seconds=constants.HF_HUB_DOWNLOAD_TIMEOUT)
     wanted = CAREFUL | {"client.read_timeout": timeout, "client.connect_timeout": timeout}
     if not constants.HF_XET_HIGH_PERFORMANCE:
         wanted |= MODEST
-    ours = {name: value for name, value in wanted.items() if _variable(name) not in os.environ}
-    return XetSession(XetConfig().with_config(ours))
-
-
-def _variable(setting: str) -> str:
-    """With which the user sets it."""
-    return f"HF_XET_{setting.replace('.', '_').upper()}"
+    return {
+        name: value for name, value in wanted.items() if f"HF_XET_{name.replace('.', '_').upper()}" not in os.environ
+    }

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
+import hf_xet
 import pytest
 from helpers.models import finetune, random_state, save_sharded
 from helpers.streaming import CACHING, PASSING, SHAPES, empty_cache, merged, restart
@@ -19,6 +20,7 @@ from hf_locstitch.checkpoints import hub_client, xet
 from hf_locstitch.checkpoints.hub import HubSource
 from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.checkpoints.xet import settings
 from hf_locstitch.errors import IntegrityError
 from hf_locstitch.runtime.settings import Settings
 from loopback_hub import Fault, LoopbackHub
@@ -83,11 +85,11 @@ def test_a_file_comes_through_hf_xet(xet_hub: LoopbackHub, repo: str) -> None:
     assert sum("/tree/" in one.path for one in xet_hub.requests) == 1
 
 
-@pytest.mark.parametrize("settings", [CACHING, PASSING], ids=["cached", "no-cache"])
+@pytest.mark.parametrize("how", [CACHING, PASSING], ids=["cached", "no-cache"])
 def test_a_merge_has_the_bytes_of_a_plain_one(
-    xet_hub: LoopbackHub, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings
+    xet_hub: LoopbackHub, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Settings
 ) -> None:
-    found = merged(models, tmp_path / "through-xet", settings)
+    found = merged(models, tmp_path / "through-xet", how)
     weights = sum(
         size for name in models for file, size in xet_hub.files(name).items() if file.endswith(".safetensors")
     )
@@ -95,7 +97,7 @@ def test_a_merge_has_the_bytes_of_a_plain_one(
     empty_cache()
     xet_hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    assert merged(models, tmp_path / "plain", settings) == found
+    assert merged(models, tmp_path / "plain", how) == found
     assert sent(xet_hub, "/_cas/") == sent(xet_hub, XORB) == 0
 
 
@@ -187,6 +189,28 @@ def test_without_hf_xet(xet_hub: LoopbackHub, repo: str, monkeypatch: pytest.Mon
     HubSource(repo, None).fetch(FILE)
     assert over_http(xet_hub) == SIZE and sent(xet_hub, "/_cas/") == 0
     assert not any("/tree/" in one.path for one in xet_hub.requests)
+
+
+def test_a_folder_that_cannot_be_written_to(xet_hub: LoopbackHub, repo: str, tmp_path: Path) -> None:
+    """hf_xet keeps things there, and tells standard output when it cannot."""
+    (tmp_path / "file").touch()
+    path = fetched_elsewhere(xet_hub, tmp_path, repo, HF_XET_CACHE=str(tmp_path / "file" / "xet"))
+    assert path is not None and path.read_bytes() == xet_hub.read(repo, FILE)
+    assert over_http(xet_hub) == SIZE and sent(xet_hub, "/_cas/") == 0
+
+
+def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 7)
+    own = dict(hf_xet.XetConfig().items())  # pyright: ignore[reportAttributeAccessIssue]
+    assert settings().keys() <= own.keys()
+    assert settings()["client.read_timeout"].total_seconds() == 7
+    for buffer in ("download_buffer_size", "download_buffer_limit", "download_buffer_perfile_size"):
+        assert settings()[f"reconstruction.{buffer}"] < own[f"reconstruction.{buffer}"] / 10
+    monkeypatch.setenv("HF_XET_CLIENT_READ_TIMEOUT", "99s")
+    assert "client.read_timeout" not in settings()
+    monkeypatch.setattr(constants, "HF_XET_HIGH_PERFORMANCE", True)
+    assert not any(name.startswith("reconstruction.") for name in settings())
+    assert "client.retry_max_attempts" in settings()
 
 
 def test_the_token_stays_at_the_hub(xet_hub: LoopbackHub, repo: str) -> None:

@@ -87,6 +87,12 @@ def test_what_the_lists_and_the_files_tell(xet_hub: LoopbackHub, api: HfApi) -> 
     assert raw(xet_hub, "GET", "/api/models/demo/base/xet-read-token/main")[0] == 404
 
 
+def test_environment_allows_it(hub: LoopbackHub, tmp_path: Path) -> None:
+    before = hub.environment(tmp_path)["HF_HUB_DISABLE_XET"]
+    hub.xet = True
+    assert (before, hub.environment(tmp_path)["HF_HUB_DISABLE_XET"]) == ("1", "0")
+
+
 def test_tokens_open_one_repo(town: LoopbackHub) -> None:
     town.xet = True
     town.add_repo("demo/base", {"model.safetensors": RANDOM})
