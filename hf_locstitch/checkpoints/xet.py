@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -66,6 +67,7 @@ class XetFiles:
     def __init__(self, repo: str, commit: str, endpoint: str) -> None:
         self._repo, self._commit, self._endpoint = repo, commit, endpoint
         self._usable = is_usable()
+        provide_folder()
         self._lock = threading.Lock()
         self._hashes: Mapping[str, str] | None = None  # asked for once they are needed
         self._group: Any = None  # hf_xet's connection to the storage
@@ -131,9 +133,20 @@ class XetFiles:
 
 
 def is_usable() -> bool:
-    """Whether hf_xet is there and wanted, and has the folder that it cannot do without."""
-    there = not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
-    return there and is_writable(Path(constants.HF_XET_CACHE))
+    """Whether hf_xet is there and wanted."""
+    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+
+
+def provide_folder() -> None:
+    """Without a folder to write to, hf_xet fails and logs to standard output: it then gets one that goes with this
+    process. To be called before hf_xet is first used, also by the Hub's client."""
+    if not is_writable(Path(constants.HF_XET_CACHE)):
+        os.environ["HF_XET_CACHE"] = _passing_folder().name
+
+
+@lru_cache(1)
+def _passing_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="hf-locstitch-xet-")
 
 
 @lru_cache(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -192,11 +193,11 @@ def test_without_hf_xet(xet_hub: LoopbackHub, repo: str, monkeypatch: pytest.Mon
 
 
 def test_a_folder_that_cannot_be_written_to(xet_hub: LoopbackHub, repo: str, tmp_path: Path) -> None:
-    """hf_xet keeps things there, and tells standard output when it cannot."""
+    """hf_xet keeps things there, fails without, and tells standard output of it."""
     (tmp_path / "file").touch()
     path = fetched_elsewhere(xet_hub, tmp_path, repo, HF_XET_CACHE=str(tmp_path / "file" / "xet"))
     assert path is not None and path.read_bytes() == xet_hub.read(repo, FILE)
-    assert over_http(xet_hub) == SIZE and sent(xet_hub, "/_cas/") == 0
+    assert over_http(xet_hub) == 0 < sent(xet_hub, XORB)
 
 
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,20 +226,24 @@ def test_headers_are_read_without_hf_xet(xet_hub: LoopbackHub, models: list[str]
     assert not any("/tree/" in one.path or "/_cas/" in one.path for one in xet_hub.requests)
 
 
-def test_a_merge_is_pushed_through_hf_xet(xet_hub: LoopbackHub, models: list[str], tmp_path: Path) -> None:
-    target = f"demo/{uuid4().hex[:8]}-merged"
-    refs = ["--base", models[0], "--ft", *models[1:]]
-    command = [sys.executable, "-m", "hf_locstitch", "merge", *refs, "--no-figures", "--quiet", "--push-to", target]
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_merge_is_pushed_through_hf_xet(
+    xet_hub: LoopbackHub, models: list[str], tmp_path: Path, writable: bool
+) -> None:
+    """Also where the folder that hf_xet needs cannot be written to."""
+    (tmp_path / "file").touch()
+    target, out = f"demo/{uuid4().hex[:8]}-merged", tmp_path / "out"
+    merge = [sys.executable, "-m", "hf_locstitch", "merge", "--base", models[0], "--ft", *models[1:], "--no-figures"]
     environment = {**os.environ, **xet_hub.environment(tmp_path / "home")}
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "out")], env=environment, capture_output=True, text=True, check=False
-    )
+    if not writable:
+        environment["HF_XET_CACHE"] = str(tmp_path / "file" / "xet")
+    command = [*merge, "--out", str(out), "--push-to", target, "--quiet", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    weights = [path for path in (tmp_path / "out").rglob("*.safetensors")]
-    assert weights and all(
-        xet_hub.read(target, path.relative_to(tmp_path / "out").as_posix()) == path.read_bytes() for path in weights
-    )
-    received = {one.path.split("?")[0]: one.received for one in xet_hub.requests if one.method in ("POST", "PUT")}
-    through_xet = sum(nbytes for path, nbytes in received.items() if path.startswith("/_cas/v1/xorbs/"))
-    assert through_xet > 0.5 * sum(path.stat().st_size for path in weights)
-    assert not any(path.startswith("/_lfs/") for path in received)
+    assert json.loads(done.stdout)["commit"] == xet_hub.head(target)
+    weights = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.safetensors")}
+    assert weights and {file: xet_hub.read(target, file) for file in weights} == weights
+    received = [(one.path, one.received) for one in xet_hub.requests if one.method in ("POST", "PUT")]
+    through_xet = sum(nbytes for path, nbytes in received if path.startswith("/_cas/v1/xorbs/"))
+    assert through_xet > 0.5 * sum(map(len, weights.values()))
+    assert not any(path.startswith("/_lfs/") for path, _ in received)
