@@ -12,6 +12,7 @@ merge      hf-locstitch merge, into the cache
 passing    hf-locstitch merge --no-cache
 snapshots  snapshot_download of the three repos, then hf-locstitch merge of the folders
 two        hf-locstitch merge in two processes under accelerate
+xet        hf-locstitch merge of repos in Xet, through hf_xet
 
 and once each under a limit of requests, and of connections. Every merge must give the same bytes, and the Hub's log
 tells how often each byte of a weight file went over the wire.
@@ -144,6 +145,13 @@ class Bench:
         took = self._timed([*MERGE, "--base", self.repos[0], "--ft", *self.repos[1:], "--out", str(out), *flags])
         return self._checked(out, took)
 
+    def xet(self) -> float:
+        self.hub.tell("xet", True)
+        try:
+            return self.merge()
+        finally:
+            self.hub.tell("xet", False)
+
     def two(self) -> float:
         out = self.work / "out"
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
@@ -175,7 +183,7 @@ class Bench:
         home = self.work / "home"
         variables = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         variables |= {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_loopback"}
-        variables |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
+        variables |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
         done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)[:200]} failed:\n{done.stderr[-2000:]}")
@@ -217,7 +225,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--window", type=float, default=60.0)
     parser.add_argument("--connections", type=int, default=4)
-    parser.add_argument("--only", nargs="+", help="of floor, merge, passing, snapshots, two, limited, few")
+    parser.add_argument("--only", nargs="+", help="of floor, merge, passing, snapshots, two, xet, limited, few")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -233,6 +241,7 @@ def main() -> None:
             "passing": lambda: bench.merge("--no-cache"),
             "snapshots": bench.snapshots,
             "two": bench.two,
+            "xet": bench.xet,
         }
         chosen = {name: way for name, way in ways.items() if args.only is None or name in args.only}
         print(f"{bench.nbytes / MB:.0f} MB in {len(bench.sizes)} files, {args.speed} MB/s and {args.latency} s each")

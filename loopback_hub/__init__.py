@@ -7,7 +7,7 @@ The real `huggingface_hub` client speaks to it through `HF_ENDPOINT` or `endpoin
         HfApi(endpoint=hub.endpoint, token="hf_loopback").model_info("demo/base")
 
 Models and datasets, commits, references, pull requests, LFS (basic and multipart), ranges, private and gated
-repositories. Xet is not spoken: clients need HF_HUB_DISABLE_XET=1, which `environment` sets.
+repositories, and on request Xet: without `xet` clients need HF_HUB_DISABLE_XET=1, which `environment` then sets.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class LoopbackHub:
     rate_limit: how many requests are answered in a window of time. None: all.
     link: how fast every connection is, how long an answer takes to begin, how many are served at a time.
     redirect_lfs: LFS files are answered with a 302 to another origin (localhost), as the real Hub does.
+    xet: LFS files can also be had, and are uploaded, through Xet.
     """
 
     def __init__(
@@ -167,6 +168,15 @@ class LoopbackHub:
     def redirect_lfs(self, redirect: bool) -> None:
         self._api.redirect_lfs = redirect
 
+    @property
+    def xet(self) -> bool:
+        """Whether LFS files can be had, and are uploaded, through Xet."""
+        return self._api.xet.enabled
+
+    @xet.setter
+    def xet(self, enabled: bool) -> None:
+        self._api.xet.enabled = enabled
+
     def add_repo(
         self,
         repo_id: str,
@@ -226,7 +236,7 @@ class LoopbackHub:
         variables = {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "0" if self.xet else "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1,localhost",
             "no_proxy": "127.0.0.1,localhost",

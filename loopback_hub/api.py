@@ -19,10 +19,11 @@ from loopback_hub.git import (
     folders,
     folders_of,
 )
-from loopback_hub.rights import Rights
+from loopback_hub.rights import CAS, Rights
 from loopback_hub.store import Store
 from loopback_hub.upload import Uploads
 from loopback_hub.wire import Answer, Call, content, is_true, json_object
+from loopback_hub.xet import Xet
 
 _TYPES = {f"{name}s": name for name in REPO_TYPES}
 _GATES = (False, "auto", "manual")
@@ -34,6 +35,7 @@ class Api:
     def __init__(self, store: Store, rights: Rights, origin: Callable[[], str]) -> None:
         self._store, self._rights, self._origin = store, rights, origin
         self.uploads = Uploads(store, rights, origin, self._url)
+        self.xet = Xet(store, rights, origin, self.uploads)
         self.page_size = 1000
         self.redirect_lfs = False
         self._actions: dict[tuple[str, str], Callable[[Call, Repo, list[str]], Answer]] = {
@@ -51,6 +53,8 @@ class Api:
             ("POST", "tag"): self._create_tag,
             ("DELETE", "tag"): self._delete_tag,
             ("GET", "auth-check"): self._auth_check,
+            ("GET", "xet-read-token"): self.xet.read_token,
+            ("GET", "xet-write-token"): self.xet.write_token,
         }
 
     def respond(self, call: Call) -> Answer:
@@ -67,6 +71,8 @@ class Api:
             return fixed(call)
         if parts[0] == "_lfs":
             return self.uploads.object(call, method, parts[1:])
+        if parts[0] == CAS:
+            return self.xet.cas(call, method, parts[1:])
         if parts[0] == "api" and len(parts) >= 3 and parts[1] in _TYPES:
             repo = self._rights.readable(call, _TYPES[parts[1]], "/".join(parts[2:4]))
             action = self._actions.get((method, "".join(parts[4:5])))
@@ -220,7 +226,7 @@ class Api:
             line = (
                 {"type": "directory", "oid": trees[path], "size": 0, "path": path}
                 if entry is None
-                else _tree_line(path, entry)
+                else _tree_line(path, entry) | self.xet.listed(entry)
             )
             if expand:
                 last = changes[path]
@@ -327,6 +333,7 @@ class Api:
         }
         if entry.lfs:
             headers |= {"X-Linked-ETag": f'"{entry.lfs}"', "X-Linked-Size": str(entry.size)}
+            headers |= self.xet.headers(repo, commit, entry)
         if entry.lfs and self.redirect_lfs:
             link = self.uploads.signed("download", repo, entry.lfs, entry.size)
             headers["Location"] = link.replace("//127.0.0.1:", "//localhost:", 1)

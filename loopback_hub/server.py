@@ -35,7 +35,7 @@ class Server(ThreadingHTTPServer):
         self,
         port: int,
         respond: Callable[[Call], Answer],
-        identify: Callable[[str | None], str | None],
+        identify: Callable[[str, str | None], str | None],
         faults: Faults,
         limiter: RateLimiter,
         log: list[Request],
@@ -159,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
             headers = {} if early.retry_after is None else {"Retry-After": str(early.retry_after)}
             return Answer({"error": "fault"}, early.status, headers)
         try:
-            self._user = self.server.identify(self.headers.get("Authorization"))
+            self._user = self.server.identify(self.path, self.headers.get("Authorization"))
             ignore_range = early is not None and early.kind == "ignore_range"
             call = Call(self.command, self.path, self.headers, self._body, self._user, ignore_range)
             return self.server.respond(call)

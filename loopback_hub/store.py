@@ -3,7 +3,8 @@
 Layout under the root, everything content-addressed and immutable but the one `repo.json` a repository has:
 `blobs/<sha1>` and `lfs/<sha256>` hold file contents once for all repositories,
 `repos/<type>s/<owner>/<name>/repo.json` the settings and references, `commits/<sha>.json` a commit with its
-whole file list, `lfs/<sha256>` an empty marker for each object that was uploaded to this repository.
+whole file list, `lfs/<sha256>` an empty marker for each object that was uploaded to this repository,
+`xorbs/<hash>` what came through Xet and LFS objects were then made of.
 No name chosen by a client ever becomes a file name, but the validated owner and name of a repository.
 """
 
@@ -48,7 +49,7 @@ class Store:
         self.root = Path(root)
         self.lock = threading.RLock()
         self._commits: dict[tuple[Path, str], Commit] = {}
-        for name in ("blobs", "lfs", "repos", "parts", "tmp"):
+        for name in ("blobs", "lfs", "repos", "parts", "tmp", "xorbs"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         for leftover in (self.root / "tmp").iterdir():
             leftover.unlink()
@@ -226,6 +227,14 @@ class Store:
                 self._marker(repo, found).parent.mkdir(exist_ok=True)
                 self._marker(repo, found).touch()
         return found
+
+    def xorb(self, key: str) -> Path:
+        """Where a xorb is that was uploaded through Xet, if it was. key: its hash, 64 hex digits."""
+        return self.root / "xorbs" / key[:2] / key
+
+    def put_xorb(self, key: str, data: bytes) -> None:
+        """Keep a xorb."""
+        self._write(self.xorb(key), data)
 
     def parts_folder(self, repo: Repo, oid: str) -> Path:
         """Where the parts of a multipart upload wait until they are complete."""

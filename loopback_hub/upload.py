@@ -27,6 +27,7 @@ from loopback_hub.git import (
 from loopback_hub.rights import Rights
 from loopback_hub.store import Store
 from loopback_hub.wire import CHUNK, Answer, Call, content, json_object, object_list
+from loopback_hub.xorb import packed_range
 
 
 class Uploads:
@@ -45,7 +46,7 @@ class Uploads:
 
     def preupload(self, call: Call, repo: Repo, rest: list[str]) -> Answer:
         """How each file is to be uploaded, and what is at its path already."""
-        self._committer(call, repo)
+        self.committer(call, repo)
         revision = "/".join(rest)
         files = self._store.commit_at(repo, revision).files
         patterns = self._store.patterns(repo, revision)
@@ -62,7 +63,7 @@ class Uploads:
     def commit(self, call: Call, repo: Repo, rest: list[str]) -> Answer:
         """One commit from NDJSON lines: a header, then operations."""
         pull = call.flag("create_pr")
-        user = self._committer(call, repo)
+        user = self.committer(call, repo)
         branch = "/".join(rest)
         lines = (json_object(line) for line in call.body.lines())
         header = next(lines, {})
@@ -115,7 +116,8 @@ class Uploads:
         check_readme(path, data, repo.type)
         return self._store.put_blob(data)
 
-    def _committer(self, call: Call, repo: Repo) -> str:
+    def committer(self, call: Call, repo: Repo) -> str:
+        """The user, who may commit or propose what the call asks for. Raises Refusal."""
         if call.flag("create_pr"):
             return self._rights.signed_in(call)
         return self._rights.writer(call, repo.owner)
@@ -165,21 +167,28 @@ class Uploads:
     def signed(self, action: str, repo: Repo, oid: str, size: int, number: int = 0) -> str:
         """A link to the storage that lets its bearer do one thing with one object."""
         path = f"/_lfs/{action}/{repo.type}s/{repo.id}/{oid}/{size}/{number}"
-        return f"{self._origin()}{path}?signature={self._signature(path)}"
+        return f"{self._origin()}{path}?signature={self.signature(path)}"
 
-    def _signature(self, path: str) -> str:
+    def is_signed(self, path: str, signature: str) -> bool:
+        """Whether this Hub signed a path."""
+        return hmac.compare_digest(signature, self.signature(path))
+
+    def signature(self, path: str) -> str:
+        """What only this Hub can make of a path."""
         return hmac.new(self._secret, path.encode(), "sha256").hexdigest()
 
     def object(self, call: Call, method: str, parts: list[str]) -> Answer:
         """The storage behind LFS: whoever has a link may use it, as with a presigned URL."""
         given = call.query.get("signature", [""])[0]
-        if len(parts) != 7 or not hmac.compare_digest(given, self._signature(urlsplit(call.target).path)):
+        if len(parts) != 7 or not self.is_signed(urlsplit(call.target).path, given):
             raise Refusal(403, "SignatureDoesNotMatch")
         action, folder, owner, name, oid, size, number = parts
         repo = self._store.get(folder.removesuffix("s"), f"{owner}/{name}")
         if (method, action) == ("GET", "download"):
             entry = self._store.lfs_entry(repo, oid)
             return content(call, self._store.content(entry), {"ETag": f'"{oid}"'})
+        if (method, action) == ("GET", "xorb"):
+            return packed_range(call, self._store.content(self._store.lfs_entry(repo, oid)), int(number))
         if (method, action) == ("PUT", "upload"):
             self._store.put_object(repo, _sized(call.body, int(size)), oid)
             return Answer(headers={"ETag": f'"{oid}"'})

@@ -40,6 +40,7 @@ from hf_locstitch.checkpoints.names import is_safe_file
 from hf_locstitch.checkpoints.read_ahead import SLOTS, ReadAhead
 from hf_locstitch.checkpoints.remembered import Remembered
 from hf_locstitch.checkpoints.source import Advance, FileInfo, Source, file_sha256, git_blob_oid
+from hf_locstitch.checkpoints.xet import XetFiles
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError, OutputError
 from hf_locstitch.runtime.files import is_writable, write_all
 from hf_locstitch.runtime.human import some
@@ -114,6 +115,7 @@ class HubSource:
         self._sha256: dict[str, str] = {}
         self._starts: dict[str, bytes] = {}  # read for the headers; not asked for again
         self._elsewhere: dict[str, str] = {}  # file -> the storage that the Hub sent on to
+        self._xet = XetFiles(self._repo, self._commit, self._endpoint)
         self._whole: set[str] = set()  # files of which a range was asked for in vain
         self._received = 0  # bytes, over all connections
         self._cache = _cache_for(repo)
@@ -249,13 +251,11 @@ class HubSource:
         at, attempts = start, Attempts()
         while at < stop:
             before, all_before = at, self._received
-            RATE_LIMIT.wait()
             try:
-                with self._get(file, at, stop) as response:
-                    for block in self._blocks(file, response, at, stop):
-                        at += len(block)
-                        self._received += len(block)
-                        yield block
+                for block in self._part(file, at, stop):
+                    at += len(block)
+                    self._received += len(block)
+                    yield block
                 if at < stop:
                     raise ConnectionError(f"the connection ended at byte {at} of {stop}")
             except Exception as error:
@@ -264,6 +264,16 @@ class HubSource:
                 # While other connections get something, this one's turn will come.
                 if not attempts.wait_after(error, progress=self._received > all_before):
                     self._give_up(error)
+
+    def _part(self, file: str, start: int, stop: int) -> Iterator[bytes]:
+        """Bytes start … stop of a file, through hf_xet as far as it brings them, else over HTTP. May end early."""
+        for block in self._xet.range(file, self._files[file].size, start, stop):
+            start += len(block)
+            yield block
+        if start < stop:
+            RATE_LIMIT.wait()
+            with self._get(file, start, stop) as response:
+                yield from self._blocks(file, response, start, stop)
 
     def _give_up(self, error: Exception) -> NoReturn:
         """In the middle of a file: access that worked when the headers were read has now failed."""
@@ -347,13 +357,18 @@ class HubSource:
 
     def damaged(self, file: str, got: str) -> IntegrityError:
         """The error to raise when a file does not match its hash but has another; forgets the bytes read of it."""
-        self._starts.pop(file, None)
+        otherwise = " With HF_HUB_DISABLE_XET=1 it comes another way." if self._distrust(file) else ""
         info = self._files[file]
         kind = "git blob" if info.sha256 is None else "sha256"
         return IntegrityError(
             f"{file} of {self.label} arrived with {kind} {got}, not with {kind} {info.promised}: the connection or the "
-            "server damaged it. Run the same command again; the damaged file was not kept."
+            f"server damaged it. Run the same command again; the damaged file was not kept.{otherwise}"
         )
+
+    def _distrust(self, file: str) -> bool:
+        """Forget what was read of a damaged file. Returns whether there is another way for it to come."""
+        self._starts.pop(file, None)
+        return self._xet.distrust(file)
 
     def _get(self, file: str, start: int, stop: int) -> AbstractContextManager[Any]:
         """A streamed response, not retried here: a retry must know how many bytes have arrived."""
@@ -420,7 +435,7 @@ class HubSource:
                     os.replace(partial, blob)
                     return
                 partial.unlink()
-                self._starts.pop(file, None)
+                self._distrust(file)
                 advance(-self._files[file].size)
                 if last:
                     raise self.damaged(file, got)

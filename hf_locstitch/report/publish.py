@@ -34,6 +34,7 @@ from hf_locstitch.checkpoints.hub_client import (
     status_of,
 )
 from hf_locstitch.checkpoints.source import git_blob_oid
+from hf_locstitch.checkpoints.xet import provide_folder
 from hf_locstitch.errors import OutputError, PublishError
 from hf_locstitch.plan.push_target import MAIN, PushTarget
 from hf_locstitch.runtime.human import some
@@ -156,7 +157,7 @@ class Upload:
     def __init__(self, target: PushTarget, *, private: bool, discard: bool = False) -> None:
         self.target, self.discard = target, discard
         self._private = private
-        self._api = HfApi()
+        self._api = _uploading_client()
         self._parent: str | None = None
         self._preparing = threading.Lock()
         self._operations: dict[str, CommitOperationAdd] = {}
@@ -267,7 +268,7 @@ class Upload:
 
 def publish_files(folder: Path, target: PushTarget, *, parent: str, message: str) -> Published:
     """Add the files of `folder`, in one commit, to a branch that is still at `parent`. Raises PublishError."""
-    api = HfApi()
+    api = _uploading_client()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     try:
@@ -290,6 +291,11 @@ def _stale(present: Sequence[str], operations: Sequence[CommitOperationAdd]) -> 
         for file in present
         if file not in new and any(fnmatchcase(file, glob) for glob in REPLACED)
     ]
+
+
+def _uploading_client() -> HfApi:
+    provide_folder()
+    return HfApi()
 
 
 def _where(target: PushTarget) -> dict[str, Any]:
