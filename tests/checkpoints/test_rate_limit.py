@@ -28,7 +28,7 @@ def limited(home_hub: LoopbackHub, hub_cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(hub_client, "LONGEST_WAIT", 0.01)
     monkeypatch.setattr(hub_client, "ATTEMPTS", 1)
     monkeypatch.setattr(hub_client, "RATE_LIMIT", RateLimit())
-    monkeypatch.setattr("hf_locstitch.checkpoints.hub.RATE_LIMIT", hub_client.RATE_LIMIT)
+    monkeypatch.setattr("hf_locstitch.checkpoints.repo_files.RATE_LIMIT", hub_client.RATE_LIMIT)
     yield home_hub
     home_hub.rate_limit = None
 
