@@ -20,7 +20,7 @@ from hf_locstitch.runtime.progress import hide_all_library_bars
 from hf_locstitch.stitch.dataless.shared_inputs import SharedInput, shared_inputs
 from hf_locstitch.stitch.dataless.solution import LOW_RANK, energy
 from hf_locstitch.stitch.refit.models import NO_REFIT, reading, releasing
-from hf_locstitch.stitch.refit.passes import Linear
+from hf_locstitch.stitch.refit.stops import Linear
 from hf_locstitch.stitch.refit.weights import Part, Weights, hollow
 from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
 from hf_locstitch.tasks.loading import link_files, load_config

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_locstitch.stitch.refit.passes import Lending, Linear, LinearStop, Pass
+from hf_locstitch.stitch.refit.lending import Lending
+from hf_locstitch.stitch.refit.passes import Pass
+from hf_locstitch.stitch.refit.stops import Linear, LinearStop
 from hf_locstitch.stitch.refit.weights import Part, part_of
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
