@@ -67,7 +67,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     plan = _with_tokens(_with_side_files(planned))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
-    return _strictly(replace(plan, notes=(*plan.notes, *idle)))
+    return _strictly(_with_fit_warnings(replace(plan, notes=(*plan.notes, *idle))))
 
 
 def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> LocalizePlan:
@@ -78,7 +78,7 @@ def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> Localize
     recipe, notes = _without_what_stays(recipe, base, finetuned)
     planned = _with_warnings(localize_plan(recipe, base, finetuned, settings, data), notes)
     planned = with_lineage(_with_text_warnings(planned))
-    return _strictly(replace(planned, notes=(*planned.notes, *idle)))
+    return _strictly(_with_fit_warnings(replace(planned, notes=(*planned.notes, *idle))))
 
 
 def _strictly(plan: AnyStrictPlan) -> AnyStrictPlan:
@@ -99,6 +99,12 @@ def _without_what_stays(
 
 def _with_warnings(plan: AnyStrictPlan, said: Sequence[str]) -> AnyStrictPlan:
     return replace(plan, warnings=(*plan.warnings, *said))
+
+
+def _with_fit_warnings(plan: AnyPlan) -> AnyPlan:
+    """The plan, with what fitting values says of the models. Raises RequestError."""
+    fitting = plan.recipe.fitting
+    return plan if fitting is None else _with_warnings(plan, fitting.plan_warnings(plan))
 
 
 def _without_fit_data(recipe: Recipe) -> Recipe:

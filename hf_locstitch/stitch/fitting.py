@@ -45,6 +45,9 @@ class Fittable(Protocol):
     def settings(self) -> Settings: ...
 
     @property
+    def joint(self) -> bool: ...
+
+    @property
     def n(self) -> int: ...
 
     @property
@@ -109,6 +112,10 @@ class OnInputs(BaseModel, ABC):
 
     def warnings(self, data: Mapping[str, OpenSet]) -> list[str]:
         """What people should know before the work starts."""
+        return []
+
+    def plan_warnings(self, fittable: Fittable) -> list[str]:
+        """The same of the models. Raises RequestError where they are unsuitable."""
         return []
 
     def check(self, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:

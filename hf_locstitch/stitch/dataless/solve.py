@@ -23,7 +23,8 @@ from hf_locstitch.runtime.dtypes import Values
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import Settings
-from hf_locstitch.stitch.dataless.opened import OpenedModels, Unit, finite, matrices, open_models, take_apart
+from hf_locstitch.stitch.dataless.layers import Unit, is_vector
+from hf_locstitch.stitch.dataless.opened import OpenedModels, finite, matrices, open_models, take_apart
 from hf_locstitch.stitch.dataless.shared_inputs import SharedInput
 from hf_locstitch.stitch.dataless.solution import Threads, capped, dense, inside, moments, of_vectors
 from hf_locstitch.stitch.fitted_values import FittedValues, FittedWriter, open_fitted
@@ -79,14 +80,12 @@ class DatalessSolver:
         self.threads = Threads(job.settings.workers if self.device.type == "cpu" else 1)
         self._infos = {info.name: info for info in job.tensors}
         self.opened = job.processes.together(self._open)
-        owners = divide([self._work(unit) for unit in self.opened.units], job.processes.count)
-        self._own = [unit for unit, rank in zip(self.opened.units, owners, strict=True) if rank == job.processes.rank]
+        units = self.opened.layers.units
+        owners = divide([self._work(unit) for unit in units], job.processes.count)
+        self._own = [unit for unit, rank in zip(units, owners, strict=True) if rank == job.processes.rank]
 
     def _open(self) -> OpenedModels:
-        job = self.job
-        folder = job.folder / f"models.{job.processes.rank}"
-        finetuned = [job.readers[name] for name in job.order]
-        return open_models(job.readers["base"], finetuned, list(self._infos), folder, self.device)
+        return open_models(self.job.readers["base"], self._finetuned, list(self._infos), self.device)
 
     def _work(self, unit: Unit) -> int:
         return sum(self._infos[name].numel * max(self._infos[name].shape, default=1) for name in unit.disk)
@@ -94,19 +93,17 @@ class DatalessSolver:
     @property
     def _own_others(self) -> list[str]:
         job = self.job
-        return list(self.opened.others[job.processes.rank :: job.processes.count])
+        return list(self.opened.layers.others[job.processes.rank :: job.processes.count])
 
     @property
     def _own_names(self) -> set[str]:
         return {name for unit in self._own for name in unit.disk} | set(self._own_others)
 
     @property
-    def plain(self) -> list[str]:
-        """Localized tensors of which no run showed that they are linear layers, and that are no vectors."""
-        return [name for name in self.opened.others if not self._is_vector(name)]
-
-    def _is_vector(self, name: str) -> bool:
-        return len(self._infos[name].shape) <= 1 or name.endswith("bias")  # those of experts lie in a stack
+    def plain(self) -> dict[str, str]:
+        """Localized tensors that are no linear layers, as far as a run showed, and no vectors: and why."""
+        layers = self.opened.layers
+        return {name: layers.why_plain(name) for name in layers.others if not is_vector(self._infos[name])}
 
     # ---- the dense solution --------------------------------------------------------------------------------------
 
@@ -148,7 +145,7 @@ class DatalessSolver:
 
     def _mean(self, parameter: str) -> Tensor:
         """The mean of the task vectors of a parameter that is in no linear layer."""
-        part = self.opened.parts[parameter]
+        part = self.opened.layers.parts[parameter]
         return sum((w.load(part) - self.opened.base.load(part) for w in self.opened.finetuned), torch.zeros(())) / len(
             self.opened.finetuned
         )
@@ -156,7 +153,7 @@ class DatalessSolver:
     def _outside(self, name: str) -> Tensor:
         """Of a tensor on disk that is in no linear layer, flat."""
         vectors = [self._flat(reader, name) - self._flat(self.job.readers["base"], name) for reader in self._finetuned]
-        if self._is_vector(name):
+        if is_vector(self._infos[name]):
             return of_vectors(vectors)
         return torch.stack(vectors).mean(0)
 
@@ -184,7 +181,7 @@ class DatalessSolver:
                             self._write(writer, plain, name, _in_range(name, change.reshape(-1).cpu()) * scale)
                     advance(1)
             for name in self._own_others:
-                if self._is_vector(name) and not writer.known(name):
+                if is_vector(self._infos[name]) and not writer.known(name):
                     change = dense.tensor(name, [self._infos[name].numel])
                     self._write(writer, plain, name, change * scale)
 
@@ -232,9 +229,10 @@ class _Masked:
         infos: Mapping[str, TensorInfo],
         device: torch.device,
     ) -> None:
-        self._parts = opened.parts
-        self._dense = Weights(opened.model, opened.disk, lambda name: dense.tensor(name, infos[name].shape), device)
-        self._covered = Weights(opened.model, opened.disk, plain.covered, device)
+        layers = opened.layers
+        self._parts = layers.parts
+        self._dense = Weights(layers.model, layers.disk, lambda name: dense.tensor(name, infos[name].shape), device)
+        self._covered = Weights(layers.model, layers.disk, plain.covered, device)
 
     def begin(self, shared: SharedInput) -> list[Tensor]:
         return matrices(self._dense, shared.linears)

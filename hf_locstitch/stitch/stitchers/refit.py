@@ -94,6 +94,16 @@ class Refit(Stitcher):
             "single lambda."
         ]
 
+    def plan_warnings(self, fittable: Fittable) -> list[str]:
+        from hf_locstitch.stitch.dataless.layers import layer_warnings  # slow to import
+
+        localized = [info.name for info in fittable.mask_tensors]
+        return list(layer_warnings(fittable.base, localized)) if self._solves(fittable) else []
+
+    def _solves(self, fittable: Fittable) -> bool:
+        """Whether a solution without data is needed, if only for the mask."""
+        return not self.data or self.start == "dataless" or fittable.joint
+
     def describe(self) -> str:
         if not self.data:
             return "refit without data, from the task vectors alone"
@@ -113,10 +123,9 @@ class Refit(Stitcher):
     def cost(self, fittable: Fittable) -> Cost | None:
         from hf_locstitch.stitch.refit.cost import refit_cost  # imports torch
 
-        without, fitted = dataless_cost(fittable), refit_cost(self, fittable) if self.data else None
-        if without is None or fitted is None:
-            return fitted or without
-        return Successive(without, fitted) if self.start == "dataless" else fitted
+        without = dataless_cost(fittable) if self._solves(fittable) else None
+        fitted = refit_cost(self, fittable) if self.data else None
+        return fitted or without if without is None or fitted is None else Successive(without, fitted)
 
     def fit(self, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
         from hf_locstitch.stitch.dataless.fit import fit_without_data, go_on_from  # slow to import

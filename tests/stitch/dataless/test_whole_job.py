@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.families import build, family, finetunes
 from helpers.launch import launch
+from helpers.many_models import MANY
 from helpers.models import load, same_bits, save
 from helpers.runs import Killed, files_of, quick_merge
 from safetensors.torch import save_file
 
 from hf_locstitch import RequestError, load_mask, localize_from_hub
 from hf_locstitch.cli.main import main
-from hf_locstitch.errors import NonFiniteError
+from hf_locstitch.errors import NonFiniteError, StrictError
+from hf_locstitch.stitch.dataless import layers
 from hf_locstitch.stitch.fitted_values import FittedWriter
 from loopback_hub import LoopbackHub
 
@@ -230,3 +234,44 @@ def test_a_task_vector_beyond_float32_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="up_proj"):
         quick_merge(folders[0], folders[1:], out=tmp_path / "out", **JOINT)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("hf_locstitch.stitch.dataless.shared_inputs.made_up_inputs", lambda _: iter([{}]))
+    layers._layers.cache_clear()
+    yield
+    layers._layers.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_model_that_cannot_be_run_is_warned_of_before_the_work(tmp_path: Path) -> None:
+    folders = family(build("mixtral", torch.float32), tmp_path)
+    with pytest.raises(StrictError, match=r"could not be run on a made-up input \(ValueError: You must"):
+        quick_merge(folders[0], folders[1:], out=tmp_path / "out", strict=True, **JOINT)
+    assert not list(tmp_path.glob("*out*"))
+    merge(folders, tmp_path / "out")
+    record = record_of(tmp_path / "out")
+    (warning,) = record["warnings"]
+    kept = record["stitch"]["kept_plain"]
+    assert set(kept) == {name for name in load(folders[0]) if "block_sparse_moe" in name}
+    assert f"each is solved for by itself, and {len(kept)} of them keep the mean" in warning
+    assert all(why.startswith("the model could not be run: ValueError: You must") for why in kept.values())
+    assert "could not be run" in (tmp_path / "out" / "README.md").read_text()
+    assert "model.layers.0.self_attn.q_proj.weight" in record["stitch"]["refitted"]
+
+
+@pytest.mark.parametrize("kind", ["segformer", "resnet", "patchtst", "qwen2.5-vl"])
+def test_one_finetune_of_many_architectures_is_itself_under_a_full_mask(kind: str, tmp_path: Path) -> None:
+    name, config_class, fields = MANY[kind]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config_class)(**fields)).eval()
+    folders = family(model, tmp_path)
+    out = merge(folders[:2], tmp_path / "out", localizer={"method": "joint", "density": 1})
+    record, base, tuned = record_of(tmp_path / "out"), load(folders[0]), load(folders[1])
+    assert not any("could not be run" in warning for warning in record["warnings"])
+    localized = load_mask(str(tmp_path / "out")).keys()
+    matrices = {name for name in localized if base[name].dim() > 1}
+    assert matrices and matrices - record["stitch"]["kept_plain"].keys() <= set(record["stitch"]["refitted"])
+    for name, values in out.items():
+        assert torch.allclose(values, tuned[name] if name in localized else base[name], atol=1e-5), name
