@@ -30,6 +30,7 @@ from hf_locstitch.plan.checking import (
     given_files,
     kept_name,
 )
+from hf_locstitch.plan.cost import check_memory
 from hf_locstitch.plan.device import with_device
 from hf_locstitch.plan.dropped_layers import without_dropped_layers
 from hf_locstitch.plan.layout import OutputShard, guessed, index_name, output_shards
@@ -104,7 +105,11 @@ def _with_warnings(plan: AnyStrictPlan, said: Sequence[str]) -> AnyStrictPlan:
 def _with_fit_warnings(plan: AnyPlan) -> AnyPlan:
     """The plan, with what fitting values says of the models. Raises RequestError."""
     fitting = plan.recipe.fitting
-    return plan if fitting is None else _with_warnings(plan, fitting.plan_warnings(plan))
+    if fitting is None:
+        return plan
+    warnings = fitting.plan_warnings(plan)
+    check_memory(plan)
+    return _with_warnings(plan, warnings)
 
 
 def _without_fit_data(recipe: Recipe) -> Recipe:

@@ -133,6 +133,10 @@ class OnInputs(BaseModel, ABC):
     def fit(self, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
         """The fitted values (None where the plain stitch is best), and what to record. Raises RequestError."""
 
+    def how_found(self, record: Mapping[str, Any]) -> str | None:
+        """How the values were found, for a sentence that ends with it; None where they are as without a fit."""
+        return "fitted to what the finetuned models compute" if record.get("refitted") else None
+
     @abstractmethod
     def card(self, record: Mapping[str, Any], inputs: str) -> str:
         """Its section of the model card, Markdown. record: as `fit` returned it. inputs: a table of the inputs."""

@@ -58,15 +58,19 @@ class Solved:
         def weights(checkpoint: Checkpoint) -> Weights:
             return Weights(opened.layers.model, opened.layers.disk, reading(fetch_tensors(checkpoint, unit.disk)), CPU)
 
-        linears = unit.inputs[0].linears
-        starts = matrices(weights(self.base), linears)
+        shared = unit.inputs[0]
+        linears, biased = shared.linears, shared.biased
+        starts = matrices(weights(self.base), linears, biased)
         tasks = [
-            [(tuned - start).double() for tuned, start in zip(matrices(weights(one), linears), starts, strict=True)]
+            [
+                (tuned - start).double()
+                for tuned, start in zip(matrices(weights(one), linears, biased), starts, strict=True)
+            ]
             for one in self.finetuned
         ]
-        covered = matrices(Weights(opened.layers.model, opened.layers.disk, self._covered, CPU), linears)
+        covered = matrices(Weights(opened.layers.model, opened.layers.disk, self._covered, CPU), linears, biased)
         merged = weights(self.merged)
-        each = zip(linears, matrices(merged, linears), starts, covered, strict=True)
+        each = zip(linears, matrices(merged, linears, biased), starts, covered, strict=True)
         for number, (linear, found, start, mask) in enumerate(each):
             name = merged.groups[linear.weight.parameter].disk[0]
             most = max(0.3 * float(start.norm()), *(float(task[number].norm()) for task in tasks))

@@ -4,7 +4,8 @@ on disk."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from hf_locstitch.checkpoints.finite import check_whole
 from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.stitch.dataless.layers import Layers, Unit, layers_of
-from hf_locstitch.stitch.dataless.solution import LOW_RANK, energy
+from hf_locstitch.stitch.dataless.layers import Layers, Unit, layers_of, parts_of
+from hf_locstitch.stitch.dataless.shared_inputs import SharedInput
+from hf_locstitch.stitch.dataless.solution import LOW_RANK, Threads, energy, input_gram
 from hf_locstitch.stitch.refit.models import reading, releasing
 from hf_locstitch.stitch.refit.stops import Linear
 from hf_locstitch.stitch.refit.weights import Part, Weights
@@ -31,13 +33,20 @@ class OpenedModels:
     base: Weights
     finetuned: Sequence[Weights]
 
-    def task_vectors(self, linears: Sequence[Linear]) -> Iterator[list[Tensor]]:
+    def task_vectors(self, linears: Sequence[Linear], biased: bool) -> Iterator[list[Tensor]]:
         """Of each finetune, one after another: those of these layers, as `matrices` has them."""
         for weights in self.finetuned:
-            vectors = matrices(weights, linears)
-            for vector, start in zip(vectors, matrices(self.base, linears), strict=True):
-                vector -= start
-            yield vectors
+            yield [self._task_vector(weights, linear, biased) for linear in linears]
+
+    def input_grams(self, shared: SharedInput, threads: Threads) -> list[Tensor]:
+        """Of each finetune, the Gram matrix that its vectors of these layers stand for; read layer by layer."""
+        return [
+            input_gram((self._task_vector(weights, linear, shared.biased) for linear in shared.linears), threads)
+            for weights in self.finetuned
+        ]
+
+    def _task_vector(self, weights: Weights, linear: Linear, biased: bool) -> Tensor:
+        return _matrix(weights, linear, biased).sub_(_matrix(self.base, linear, biased))
 
     def is_low_rank(self) -> bool:
         """Whether a finetune's update is of low rank, as of an adapter merged into its base."""
@@ -45,18 +54,44 @@ class OpenedModels:
         chosen = [linears[number * len(linears) // LOOKED_AT] for number in range(min(LOOKED_AT, len(linears)))]
         energies: list[list[float]] = [[] for _ in self.finetuned]
         for linear in dict.fromkeys(chosen):
-            for found, (vector,) in zip(energies, self.task_vectors([linear]), strict=True):
+            for found, (vector,) in zip(energies, self.task_vectors([linear], linear.bias is not None), strict=True):
                 if (share := energy(vector)) is not None:
                     found.append(share)
         return any(found and median(found) > LOW_RANK for found in energies)
 
-    def to_disk(
-        self, unit: Unit, parameters: Mapping[str, Tensor], fill: Callable[[str], Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Values of a unit's parameters, under their names on disk. fill: those of a parameter that has none."""
-        for group in unit.groups:
-            whole = {name: parameters[name] if name in parameters else fill(name) for name in group.parameters}
-            yield from to_disk(self.layers.model, group, whole).items()
+
+class Assembled:
+    """The parameters of a unit, passed on under their names on disk as soon as all that form a tensor are there. fill:
+    values of a parameter that is in no linear layer."""
+
+    def __init__(self, opened: OpenedModels, unit: Unit, fill: Callable[[str], Tensor]) -> None:
+        self._model, self._fill = opened.layers.model, fill
+        self._groups = {parameter: group for group in unit.groups for parameter in group.parameters}
+        parts = [part for shared in unit.inputs for linear in shared.linears for part in parts_of(linear)]
+        self._due = Counter(self._groups[part.parameter] for part in parts)
+        self._parameters: dict[str, Tensor] = {}
+
+    def add(self, linear: Linear, solved: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """solved: the change of a layer, as `matrices` has it. Returns what it makes complete."""
+        for part, values in take_apart(solved, linear):
+            self._put(part, values)
+            group = self._groups[part.parameter]
+            self._due[group] -= 1
+            if self._due[group] == 0:
+                whole = {name: self._take(name) for name in group.parameters}
+                yield from to_disk(self._model, group, whole).items()
+
+    def _take(self, parameter: str) -> Tensor:
+        return self._parameters.pop(parameter) if parameter in self._parameters else self._fill(parameter)
+
+    def _put(self, part: Part, values: Tensor) -> None:
+        """Keep the values of a parameter, or of one of its stacked tensors."""
+        if part.index is None:
+            self._parameters[part.parameter] = values
+            return
+        if part.parameter not in self._parameters:
+            self._parameters[part.parameter] = values.new_zeros(part.stacked, *part.shape)
+        self._parameters[part.parameter][part.index] = values
 
 
 def open_models(
@@ -83,10 +118,9 @@ def finite(reader: CheckpointReader) -> Callable[[str], Tensor]:
     return checked
 
 
-def matrices(weights: Weights, linears: Sequence[Linear]) -> list[Tensor]:
-    """The layers' weights [outputs, inputs], in memory of their own; where one of them has a bias, all have a last
-    column for it, which is 0 for those without."""
-    biased = any(linear.bias for linear in linears)
+def matrices(weights: Weights, linears: Sequence[Linear], biased: bool) -> list[Tensor]:
+    """The layers' weights [outputs, inputs], in memory of their own; if `biased`, with a last column for biases: 0 for
+    those without."""
     return [_matrix(weights, linear, biased) for linear in linears]
 
 

@@ -38,6 +38,28 @@ class SharedInput:
 
     linears: tuple[Linear, ...]
 
+    @property
+    def biased(self) -> bool:
+        """Whether any has a bias: then all have a last column for it, which is 0 for those without."""
+        return any(linear.bias for linear in self.linears)
+
+    @property
+    def width(self) -> int:
+        """Columns of their matrices, with that of the biases."""
+        return self.linears[0].matrix[1] + self.biased
+
+    def strips(self, most: int) -> list[tuple[Linear, ...]]:
+        """The layers, cut where a part would hold more than so many elements, but for single layers that do."""
+        parts: list[list[Linear]] = []
+        held = 0
+        for linear in self.linears:
+            held += linear.matrix[0] * self.width
+            if not parts or held > most:
+                parts.append([])
+                held = linear.matrix[0] * self.width
+            parts[-1].append(linear)
+        return [tuple(part) for part in parts]
+
 
 @dataclass
 class Seen:

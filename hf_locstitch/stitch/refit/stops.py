@@ -26,6 +26,12 @@ class Linear:
     def key(self) -> Key:
         return self.weight.key
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Outputs and inputs; those of a convolution are inputs · kernel."""
+        first, *rest = self.weight.shape
+        return (math.prod(rest), first) if self.transposed else (first, math.prod(rest))
+
     def load(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
         """Weight [outputs, inputs] and bias [outputs], read from `weights`, those of a model with these parts."""
         weight = weights.load(self.weight)
