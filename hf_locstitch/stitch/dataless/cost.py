@@ -11,7 +11,7 @@ from hf_locstitch.runtime.dtypes import ITEM_BYTES
 from hf_locstitch.runtime.human import human
 from hf_locstitch.runtime.processes import launched
 from hf_locstitch.runtime.settings import Settings
-from hf_locstitch.stitch.dataless.layers import Layers, Unit, layers_of
+from hf_locstitch.stitch.dataless.layers import Layers, layers_of
 from hf_locstitch.stitch.dataless.shared_inputs import SharedInput
 from hf_locstitch.stitch.fit_cost import LIBRARIES
 from hf_locstitch.stitch.fitting import Fittable
@@ -97,11 +97,9 @@ def strip_size(layers: Layers, tasks: int, settings: Settings) -> int:
 
 
 def _memory(layers: Layers, tasks: int, most: int, settings: Settings) -> tuple[int, int, int]:
-    """Bytes of the layers, Gram matrices and stacks of the unit that takes most of them."""
-    each = [
-        (*_solving(one, tasks, most, settings), _stacks(unit, tasks)) for unit in layers.units for one in unit.inputs
-    ]
-    return max(each, key=sum)
+    """Bytes of the layers and Gram matrices of one input, where they are most, and of the stacks."""
+    each = [_solving(shared, tasks, most, settings) for unit in layers.units for shared in unit.inputs]
+    return (*max(each, key=sum), _stacks(layers, tasks))
 
 
 def _solving(shared: SharedInput, tasks: int, most: int, settings: Settings) -> tuple[int, int]:
@@ -117,16 +115,15 @@ def _outputs(shared: SharedInput) -> Iterable[int]:
     return (linear.matrix[0] for linear in shared.linears)
 
 
-def _stacks(unit: Unit, tasks: int) -> int:
+def _stacks(layers: Layers, tasks: int) -> int:
     """Bytes of stacked experts: some of the base's, the finetunes', the solution's and the mask's, and what is computed
     from the largest."""
+    linears = [linear for unit in layers.units for shared in unit.inputs for linear in shared.linears]
     sizes = {
         linear.weight.parameter: linear.weight.stacked * math.prod(linear.weight.shape)
-        for shared in unit.inputs
-        for linear in shared.linears
+        for linear in linears
         if linear.weight.index is not None
     }
-    if not sizes:
-        return 0
-    held = sum(sorted(sizes.values())[-HELD:])
-    return FLOAT * ((tasks + 3) * held + (CONVERTED + 2) * max(sizes.values()))
+    following = list(sizes.values())  # in the order in which they are read
+    held = max((sum(following[first : first + HELD]) for first in range(len(following))), default=0)
+    return FLOAT * ((tasks + 3) * held + (CONVERTED + 2) * max(following, default=0))

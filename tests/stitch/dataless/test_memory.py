@@ -21,6 +21,8 @@ from hf_locstitch.stitch.dataless.shared_inputs import SharedInput
 from hf_locstitch.stitch.refit.stops import Linear
 from hf_locstitch.stitch.refit.weights import Part
 
+EXPERTS = {"gate_up": (2048, 512), "down": (512, 1024)}
+
 
 @pytest.fixture
 def t5(tmp_path: Path) -> list[Path]:
@@ -69,6 +71,17 @@ def test_the_limit_makes_parts_smaller() -> None:
     assert strip_size(layers, 3, Settings(limit=1)) == 0
     assert [len(strip) for strip in shared.strips(10 * one)] == [10, 10, 4]
     assert [len(strip) for strip in shared.strips(0)] == [1] * 24
+
+
+def test_stacks_of_experts_are_counted_for_every_model() -> None:
+    """Eight experts of two matrices: each model holds both stacks while they are read."""
+    stacks = {name: Part(name, None, (8, *shape), (name,), torch.device("cpu")) for name, shape in EXPERTS.items()}
+    units = [
+        Unit(tuple(SharedInput((Linear(stack.at(number), None, transposed=False),)) for number in range(8)), ())
+        for stack in stacks.values()
+    ]
+    taken = [cost._memory(Layers(None, {}, [], units, []), tasks, cost.STRIP, Settings())[2] for tasks in (1, 5)]
+    assert taken[1] - taken[0] == 4 * 4 * 8 * (2048 * 512 + 512 * 1024)
 
 
 @pytest.mark.parametrize("localizer", ["joint", "magnitude"])
