@@ -45,8 +45,11 @@ def own_names(base: Checkpoint, other: Checkpoint) -> dict[str, str]:
     found: dict[str, str] = {}
     prefixes, of_tokens = _prefixes(base, other, lacking, free), frozenset(token_matrices(base))
     for name in free:
-        for due in _candidates(_modern(name), prefixes):
-            if due in lacking and due not in found and _alike(base.info(due), other.info(name), due in of_tokens):
+        for modern in _candidates(_modern(name), prefixes):
+            due = lacking.get(modern)
+            if due is None or due in found:
+                continue
+            if _alike(base.info(due), other.info(name), due in of_tokens):
                 found[due] = name
                 break
     return found
@@ -56,12 +59,13 @@ def names_in_base(base: Checkpoint, other: Checkpoint) -> dict[str, str]:
     """What the base would call each tensor of the other checkpoint whose name it lacks, were it cut in the same way."""
     lacking, free = _unpaired(base, other)
     prefixes = _prefixes(base, other, lacking, free)
-    return {name: next(_candidates(_modern(name), prefixes)) for name in free}
+    called = {name: next(_candidates(_modern(name), prefixes)) for name in free}
+    return {name: lacking.get(modern, modern) for name, modern in called.items()}
 
 
-def _unpaired(base: Checkpoint, other: Checkpoint) -> tuple[set[str], list[str]]:
-    """The names that only the base has, and those that only the other checkpoint has."""
-    lacking = {name for name in base.tensors if name not in other.tensors}
+def _unpaired(base: Checkpoint, other: Checkpoint) -> tuple[dict[str, str], list[str]]:
+    """The names that only the base has, by their modern forms, and those that only the other checkpoint has."""
+    lacking = {_modern(name): name for name in base.tensors if name not in other.tensors}
     return lacking, [name for name in other.tensors if name not in base.tensors]
 
 
@@ -72,18 +76,19 @@ def _alike(one: TensorInfo, other: TensorInfo, of_tokens: bool) -> bool:
     return one.shape == other.shape
 
 
-def _prefixes(base: Checkpoint, other: Checkpoint, lacking: set[str], free: list[str]) -> dict[str, str]:
-    """What stands before the blocks in the other checkpoint -> in the base; nothing that could be two things."""
+def _prefixes(base: Checkpoint, other: Checkpoint, lacking: Mapping[str, str], free: list[str]) -> dict[str, str]:
+    """What stands before the blocks in the other checkpoint -> in the base; nothing that could be two things. lacking:
+    modern name -> that in the base."""
     begins: dict[str, list[str]] = {}
-    for name in lacking:
-        if block := BLOCKS.search(name):
-            begins.setdefault(name[block.start() :].lstrip("."), []).append(name)
+    for modern in lacking:
+        if block := BLOCKS.search(modern):
+            begins.setdefault(modern[block.start() :].lstrip("."), []).append(modern)
     votes: Counter[tuple[str, str]] = Counter()
     for name in free:
         if block := BLOCKS.search(name):
             tail = _modern(name)[block.start() :].lstrip(".")
             for due in begins.get(tail, ()):
-                if base.info(due).shape == other.info(name).shape:
+                if base.info(lacking[due]).shape == other.info(name).shape:
                     votes[name[: len(name) - len(name[block.start() :].lstrip("."))], due[: len(due) - len(tail)]] += 1
     best = _undisputed({pair: count for pair, count in votes.items() if _is_longer(*pair)})
     for own, due in list(best.items()):  # what stands before the blocks also stands before embeddings and heads

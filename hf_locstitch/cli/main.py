@@ -184,6 +184,10 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
         fields[field] = [{**entry, "name": name} for entry, name in zip(entries, args.names, strict=True)]
     if "data" in flags:
         fields["data"] = args.data
+    if flags.get("density") == 0:
+        raise RecipeError(
+            "--density 0 keeps no weight: the result would be the base. Use a share above 0, such as 0.1."
+        )
     if "density" in flags and (own := _with_density(flags.get("method", fields.get("method")), flags["density"])):
         flags["method"] = own
         del flags["density"]

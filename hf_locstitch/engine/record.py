@@ -83,11 +83,14 @@ def _libraries(plan: Plan) -> tuple[str, ...]:
 def _smaller_masks(plan: Plan, masks: Mapping[str, MaskRecord]) -> Iterator[str]:
     """A sentence for each mask that keeps fewer elements than asked for."""
     if plan.exact_k and not isinstance(plan, StitchPlan):
-        for name, mask in masks.items():
+        for name, mask in list(masks.items())[: 1 if plan.joint else None]:
             if mask.ones < plan.k:
+                called = "the joint mask" if plan.joint else f"the mask of {name}"
+                changed = "are changed by any finetune" if plan.joint else "differ from the base"
+                adapted = "; adapters change only the layers that they adapt" if name in plan.adapters else ""
                 yield (
-                    f"the mask of {name} keeps {mask.ones:,} of the {plan.k:,} elements asked for: no more of the "
-                    "localized weights differ from the base."
+                    f"{called} keeps {mask.ones:,} of the {plan.k:,} elements asked for: no more of the localized "
+                    f"weights {changed}{adapted}."
                 )
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from hf_locstitch.checkpoints.byte_ranges import Piece, byte_ranges, most_held, stored
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.job import Cost as LocalizingCost
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.runtime.dtypes import ITEM_BYTES
+from hf_locstitch.runtime.human import human
 from hf_locstitch.runtime.settings import BATCH, COMPACT_FROM, COMPACT_SLACK
 from hf_locstitch.stitch.fit_cost import Cost as FitCost
 
@@ -52,8 +54,18 @@ def estimate(plan: Plan, here: Here) -> Cost:
     disk = _output(plan) + _spill(plan, here) + _masks(plan) + (0 if plan.settings.cache else _streams(plan, here))
     fitting = fit_cost(plan)
     disk += fitting.disk if fitting else 0
-    memory = plan.settings.memory + (fitting.peak if fitting else 0)
+    memory = max(plan.settings.memory, fitting.peak if fitting else 0)  # one after the other
     return Cost(read, download, write, disk, memory + adapters_memory(plan))
+
+
+def check_memory(plan: Plan) -> None:
+    """Raises RecipeError if fitting values takes more memory than is allowed."""
+    limit, fitting = plan.settings.limit, fit_cost(plan)
+    if limit is not None and fitting is not None and fitting.peak > limit:
+        raise RecipeError(
+            f"--max-memory {human(limit)} is too little: with the smallest parts that can be solved for by themselves, "
+            f"fitting values takes {human(fitting.peak)}. Allow that much, or use --stitch mean."
+        )
 
 
 def adapters_memory(plan: Plan) -> int:

@@ -30,6 +30,7 @@ from hf_locstitch.plan.checking import (
     given_files,
     kept_name,
 )
+from hf_locstitch.plan.cost import check_memory
 from hf_locstitch.plan.device import with_device
 from hf_locstitch.plan.dropped_layers import without_dropped_layers
 from hf_locstitch.plan.layout import OutputShard, guessed, index_name, output_shards
@@ -67,7 +68,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     plan = _with_tokens(_with_side_files(planned))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
-    return _strictly(replace(plan, notes=(*plan.notes, *idle)))
+    return _strictly(_with_fit_warnings(replace(plan, notes=(*plan.notes, *idle))))
 
 
 def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> LocalizePlan:
@@ -78,7 +79,7 @@ def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> Localize
     recipe, notes = _without_what_stays(recipe, base, finetuned)
     planned = _with_warnings(localize_plan(recipe, base, finetuned, settings, data), notes)
     planned = with_lineage(_with_text_warnings(planned))
-    return _strictly(replace(planned, notes=(*planned.notes, *idle)))
+    return _strictly(_with_fit_warnings(replace(planned, notes=(*planned.notes, *idle))))
 
 
 def _strictly(plan: AnyStrictPlan) -> AnyStrictPlan:
@@ -99,6 +100,16 @@ def _without_what_stays(
 
 def _with_warnings(plan: AnyStrictPlan, said: Sequence[str]) -> AnyStrictPlan:
     return replace(plan, warnings=(*plan.warnings, *said))
+
+
+def _with_fit_warnings(plan: AnyPlan) -> AnyPlan:
+    """The plan, with what fitting values says of the models. Raises RequestError."""
+    fitting = plan.recipe.fitting
+    if fitting is None:
+        return plan
+    warnings = fitting.plan_warnings(plan)
+    check_memory(plan)
+    return _with_warnings(plan, warnings)
 
 
 def _without_fit_data(recipe: Recipe) -> Recipe:

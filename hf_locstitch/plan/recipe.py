@@ -378,6 +378,8 @@ def _fault(fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{'.'.join(loc)!r} is missing"
     message = fault["msg"].removeprefix("Value error, ")
+    if loc[-1:] == ["density"] and fault["type"] == "less_than_equal" and 1 < fault["input"] <= 100:
+        message += f"; a density is a share: did you mean {fault['input'] / 100:g}?"
     return f"{'.'.join(loc)}: {message} (got {fault['input']!r})" if loc else message
 
 

@@ -11,7 +11,7 @@ import jinja2
 from huggingface_hub import ModelCardData, constants
 from markupsafe import Markup
 
-from hf_locstitch.artifacts.manifest import Manifest, told
+from hf_locstitch.artifacts.manifest import JOINT, Manifest, told
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.config import architecture
 from hf_locstitch.checkpoints.source import Source
@@ -150,11 +150,14 @@ def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] 
         repo=target.repo if target else "DIR",
         branch=target.branch if target and target.branch != MAIN else None,
         auto_class=auto_class(plan.files) if isinstance(plan, ModelPlan) else "",
-        intro=method.introduce(len(plan.finetuned), bool(record.stitch and record.stitch.get("refitted"))),
+        intro=method.introduce(
+            len(plan.finetuned), fitting.how_found(record.stitch) if fitting and record.stitch else None, plan.joint
+        ),
         fitted=fitted,
         localized=isinstance(plan, LocalizePlan),
         plan=plan,
         record=told(record),
+        masks={JOINT: next(iter(told(record).masks.values()))} if plan.joint else told(record).masks,
         figures=figures,
         links={name: _link(plan, name) for name in plan.inputs},
         licences={name: licence_of(checkpoint.card) for name, checkpoint in plan.inputs.items()},

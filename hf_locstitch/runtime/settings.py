@@ -23,7 +23,7 @@ class Settings:
     """chunk: elements handled at once by each of `workers` threads. cache: keep downloads in the user's Hub cache.
 
     window: bytes of each input that may lie on the disk ahead of their use, without the cache. device: where
-    models run, in place of what the recipe says; None leaves it.
+    models run, in place of what the recipe says; None leaves it. limit: bytes of memory allowed, if there is a limit.
     """
 
     chunk: int = CHUNK
@@ -31,6 +31,7 @@ class Settings:
     cache: bool = True
     window: int = 32_000_000
     device: str | None = None
+    limit: int | None = None
 
     @property
     def memory(self) -> int:
@@ -47,7 +48,7 @@ class Settings:
                 f"{IMPORTS_BYTES / 1e6:.0f} MB. Allow at least {least / 1e6:.0f} MB."
             )
         workers = max(1, min(self.workers, room // self.chunk))
-        return replace(self, workers=workers, chunk=min(self.chunk, room // workers))
+        return replace(self, workers=workers, chunk=min(self.chunk, room // workers), limit=memory)
 
 
 DEFAULT = Settings()

@@ -45,6 +45,9 @@ class Fittable(Protocol):
     def settings(self) -> Settings: ...
 
     @property
+    def joint(self) -> bool: ...
+
+    @property
     def n(self) -> int: ...
 
     @property
@@ -111,6 +114,10 @@ class OnInputs(BaseModel, ABC):
         """What people should know before the work starts."""
         return []
 
+    def plan_warnings(self, fittable: Fittable) -> list[str]:
+        """The same of the models. Raises RequestError where they are unsuitable."""
+        return []
+
     def check(self, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
         """Check before the work starts. Raises RequestError if the inputs are unsuitable."""
 
@@ -125,6 +132,10 @@ class OnInputs(BaseModel, ABC):
     @abstractmethod
     def fit(self, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
         """The fitted values (None where the plain stitch is best), and what to record. Raises RequestError."""
+
+    def how_found(self, record: Mapping[str, Any]) -> str | None:
+        """How the values were found, for a sentence that ends with it; None where they are as without a fit."""
+        return "fitted to what the finetuned models compute" if record.get("refitted") else None
 
     @abstractmethod
     def card(self, record: Mapping[str, Any], inputs: str) -> str:

@@ -57,9 +57,9 @@ class Method(BaseModel, ABC):
         own = self.model_dump(mode="json", exclude={"name", "data"})
         return self.title + (f" ({', '.join(f'{key} {value}' for key, value in own.items())})" if own else "")
 
-    def introduce(self, models: int, fitted: bool) -> str:
-        """The first paragraph of a model card, Markdown. models: how many are merged. fitted: whether values were
-        fitted."""
+    def introduce(self, models: int, fitted: str | None, joint: bool) -> str:
+        """The first paragraph of a model card, Markdown. models: how many are merged. fitted: how their values were
+        found, if they were fitted ("fitted to …"). joint: whether all have one mask."""
         plural = "model" if models == 1 else "models"
         return f"A merge of {models} finetuned {plural} by [{self.title}]({self.paper}), made with hf-locstitch."
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from hf_locstitch.checkpoints.checkpoint import CONFIG, Checkpoint
+from hf_locstitch.checkpoints.checkpoint import CONFIG, QUANTIZATION, Checkpoint
 from hf_locstitch.checkpoints.side_files import SideFiles, choose_side_files, copy_side_files
 from hf_locstitch.errors import RequestError
 from hf_locstitch.runtime.devices import AUTO, CPU
@@ -80,16 +83,25 @@ def load_model(folder: Path, objective: Objective, config: Any, dtype: torch.dty
     return model.eval(), absent
 
 
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path, called: str | None = None) -> Any:
+    """called: what the folder is of, for messages; its name by default. Raises RequestError."""
     import transformers
 
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise RequestError(
-            f"transformers cannot read the config.json of {folder.name} ({load_failure(error)}). "
+            f"transformers cannot read the config.json of {called or folder.name} ({load_failure(error)}). "
             "A localizer that uses data needs it; use one without data."
         ) from error
+
+
+def config_of(fields: Mapping[str, Any], called: str) -> Any:
+    """The same from the fields of a config.json, as of weights that are not quantized. Raises RequestError."""
+    with TemporaryDirectory() as folder:
+        plain = {key: value for key, value in fields.items() if key != QUANTIZATION}
+        (Path(folder) / CONFIG).write_text(json.dumps(plain), encoding="utf-8")
+        return load_config(Path(folder), called)
 
 
 def load_processor(objective: Objective, *folders: Path) -> Any:

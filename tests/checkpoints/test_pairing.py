@@ -10,8 +10,10 @@ import torch
 import transformers
 from demo.skills import make_tokenizer
 from helpers.data import write_texts
+from helpers.families import build, family
 from helpers.models import load, random_state, same_bits, save
 from helpers.runs import quick_merge
+from safetensors.torch import save_file
 
 from hf_locstitch import plan_merge, verify
 from hf_locstitch.checkpoints.opening import open_checkpoint
@@ -43,6 +45,12 @@ CASES: list[tuple[list[str], list[str], dict[str, str]]] = [
      {"model.layers.0.w": "base_model.model.model.layers.0.w"}),
     (["layer.0.LayerNorm.weight", "layer.0.LayerNorm.bias"], ["layer.0.LayerNorm.gamma", "layer.0.LayerNorm.beta"],
      {"layer.0.LayerNorm.weight": "layer.0.LayerNorm.gamma", "layer.0.LayerNorm.bias": "layer.0.LayerNorm.beta"}),
+    (["layer.0.LayerNorm.gamma", "layer.0.LayerNorm.beta"], ["layer.0.LayerNorm.weight", "layer.0.LayerNorm.bias"],
+     {"layer.0.LayerNorm.gamma": "layer.0.LayerNorm.weight", "layer.0.LayerNorm.beta": "layer.0.LayerNorm.bias"}),
+    (["bert.layer.0.LayerNorm.gamma", "bert.layer.0.w", "bert.e.LayerNorm.beta"],
+     ["layer.0.LayerNorm.weight", "layer.0.w", "e.LayerNorm.bias"],
+     {"bert.layer.0.LayerNorm.gamma": "layer.0.LayerNorm.weight", "bert.layer.0.w": "layer.0.w",
+      "bert.e.LayerNorm.beta": "e.LayerNorm.bias"}),
     (["model.encoder.layers.0.w", "model.decoder.layers.0.w"], ["encoder.layers.0.w", "decoder.layers.0.w"],
      {"model.encoder.layers.0.w": "encoder.layers.0.w", "model.decoder.layers.0.w": "decoder.layers.0.w"}),
     (["model.language_model.layers.0.w", "model.language_model.embed.w", "model.visual.blocks.0.w"],
@@ -112,3 +120,18 @@ def test_a_base_without_a_head_under_finetunes_that_have_one(tmp_path: Path) -> 
         assert merged.keys() == load(tmp_path / "base").keys()
         assert not same_bits(merged, load(tmp_path / "base"))
         transformers.GPT2Model.from_pretrained(tmp_path / f"out{number}")
+
+
+@pytest.mark.parametrize("asked", [{}, {"localizer": {"method": "joint"}, "stitch": "refit"}])
+def test_a_base_with_old_names_of_norms(asked: dict[str, Any], tmp_path: Path) -> None:
+    folders = family(build("bert", torch.float32), tmp_path)
+    quick_merge(folders[0], folders[1:], out=tmp_path / "due", **asked)
+    old = {name: _old(name) for name in load(folders[0])}
+    save_file({old[name]: value for name, value in load(folders[0]).items()}, folders[0] / "model.safetensors")
+    quick_merge(folders[0], folders[1:], out=tmp_path / "out", **asked)
+    due = {old[name]: value for name, value in load(tmp_path / "due").items()}
+    assert any(name.endswith("LayerNorm.gamma") for name in due) and same_bits(load(tmp_path / "out"), due)
+
+
+def _old(name: str) -> str:
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")

@@ -21,7 +21,7 @@ from hf_locstitch import load_mask
 from hf_locstitch.cli.main import main
 from hf_locstitch.errors import RecipeError, RequestError
 from hf_locstitch.localize.density import exact_share
-from hf_locstitch.stitch.refit.passes import _last_states
+from hf_locstitch.stitch.refit.watching import _last_states
 from hf_locstitch.tasks.objectives import suggest
 from hf_locstitch.tasks.objectives.causal_lm import ALPACA
 from hf_locstitch.tasks.objectives.seq2seq import Seq2Seq

@@ -6,10 +6,8 @@ Independent of the solver's arithmetic; only which layers share an input is foun
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,8 @@ from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.inspection.verification.inputs import fetch_tensors
 from hf_locstitch.inspection.verification.report import Finding
-from hf_locstitch.stitch.dataless.opened import OpenedModels, Unit, matrices, open_models
+from hf_locstitch.stitch.dataless.layers import Unit
+from hf_locstitch.stitch.dataless.opened import OpenedModels, matrices, open_models
 from hf_locstitch.stitch.refit.models import reading
 from hf_locstitch.stitch.refit.weights import Weights
 
@@ -47,9 +46,8 @@ class Solved:
     def check(self, localized: Sequence[str], groups: int) -> Iterator[Finding]:
         """In the linear layers of so many inputs, spread over the model. Raises RequestError, IntegrityError."""
         closed = [CheckpointReader(one, {}) for one in (self.base, *self.finetuned)]
-        with tempfile.TemporaryDirectory() as folder:
-            opened = open_models(closed[0], closed[1:], localized, Path(folder), CPU)
-        units = [unit for unit in opened.units if len(unit.inputs) == 1]
+        opened = open_models(closed[0], closed[1:], localized, CPU)
+        units = [unit for unit in opened.layers.units if len(unit.inputs) == 1]
         count = min(groups, len(units))
         for unit in [units[number * len(units) // count] for number in range(count)]:
             yield from self._check(opened, unit)
@@ -58,17 +56,21 @@ class Solved:
         """The files that hold these layers are fetched."""
 
         def weights(checkpoint: Checkpoint) -> Weights:
-            return Weights(opened.model, opened.disk, reading(fetch_tensors(checkpoint, unit.disk)), CPU)
+            return Weights(opened.layers.model, opened.layers.disk, reading(fetch_tensors(checkpoint, unit.disk)), CPU)
 
-        linears = unit.inputs[0].linears
-        starts = matrices(weights(self.base), linears)
+        shared = unit.inputs[0]
+        linears, biased = shared.linears, shared.biased
+        starts = matrices(weights(self.base), linears, biased)
         tasks = [
-            [(tuned - start).double() for tuned, start in zip(matrices(weights(one), linears), starts, strict=True)]
+            [
+                (tuned - start).double()
+                for tuned, start in zip(matrices(weights(one), linears, biased), starts, strict=True)
+            ]
             for one in self.finetuned
         ]
-        covered = matrices(Weights(opened.model, opened.disk, self._covered, CPU), linears)
+        covered = matrices(Weights(opened.layers.model, opened.layers.disk, self._covered, CPU), linears, biased)
         merged = weights(self.merged)
-        each = zip(linears, matrices(merged, linears), starts, covered, strict=True)
+        each = zip(linears, matrices(merged, linears, biased), starts, covered, strict=True)
         for number, (linear, found, start, mask) in enumerate(each):
             name = merged.groups[linear.weight.parameter].disk[0]
             most = max(0.3 * float(start.norm()), *(float(task[number].norm()) for task in tasks))

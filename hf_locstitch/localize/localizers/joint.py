@@ -24,7 +24,7 @@ class Joint(TopShare):
 
     method: Literal["joint"] = "joint"
     joint: ClassVar[bool] = True
-    density: float = Field(default=0.3, ge=0, le=1, allow_inf_nan=False)
+    density: float = Field(default=0.3, gt=0, le=1, allow_inf_nan=False)
     device: DeviceName = AUTO
 
     def describe(self) -> str:

@@ -14,7 +14,6 @@ from hf_locstitch.stitch.fitted_values import FittedValues, open_fitted
 from hf_locstitch.stitch.fitting import FitJob
 from hf_locstitch.stitch.refit.plain import PlainStitch
 
-NOT_LINEAR = "not called as a linear layer"
 LOW_RANK_NOTE = (
     "Updates are of low rank, as those of adapters: their rows do not tell what a layer's inputs were, so the values "
     "stay near the mean of the task vectors. With some 64 unlabelled inputs of each task (data), a refit is far better."
@@ -45,7 +44,7 @@ def fit_without_data(job: FitJob, device: str) -> tuple[FittedValues, dict[str, 
         "steps": STEPS,
         "low_rank": dense.low_rank,
         "refitted": sorted(fitted.names),
-        "kept_plain": dict.fromkeys(sorted(solver.plain), NOT_LINEAR),
+        "kept_plain": dict(sorted(solver.plain.items())),
         "notes": [LOW_RANK_NOTE] if dense.low_rank else [],
     }
 

@@ -4,114 +4,106 @@ on disk."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.checkpoints.config import architecture
 from hf_locstitch.checkpoints.finite import check_whole
 from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.runtime.progress import hide_all_library_bars
-from hf_locstitch.stitch.dataless.shared_inputs import SharedInput, shared_inputs
-from hf_locstitch.stitch.dataless.solution import LOW_RANK, energy
-from hf_locstitch.stitch.refit.models import NO_REFIT, reading, releasing
-from hf_locstitch.stitch.refit.passes import Linear
-from hf_locstitch.stitch.refit.weights import Part, Weights, hollow
-from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
-from hf_locstitch.tasks.loading import link_files, load_config
-from hf_locstitch.tasks.parameter_names import Group, to_disk
+from hf_locstitch.stitch.dataless.layers import Layers, Unit, layers_of, parts_of
+from hf_locstitch.stitch.dataless.shared_inputs import SharedInput
+from hf_locstitch.stitch.dataless.solution import LOW_RANK, Threads, energy, input_gram
+from hf_locstitch.stitch.refit.models import reading, releasing
+from hf_locstitch.stitch.refit.stops import Linear
+from hf_locstitch.stitch.refit.weights import Part, Weights
+from hf_locstitch.tasks.parameter_names import to_disk
 
 LOOKED_AT = 8  # linear layers of a finetune that tell whether its update is of low rank
 
 
 @dataclass(frozen=True)
-class Unit:
-    """Linear layers that are solved together, because they share an input or form tensors on disk together.
-
-    groups: the parameters that they are, all of which are localized.
-    """
-
-    inputs: tuple[SharedInput, ...]
-    groups: tuple[Group, ...]
-
-    @property
-    def disk(self) -> list[str]:
-        return [name for group in self.groups for name in group.disk]
-
-
-@dataclass(frozen=True)
 class OpenedModels:
-    """model: without weights; parts: its parameters by name; disk: names of the base's tensors. base, finetuned: their
-    weights, float32, the latter in the order of summation. units: of the localized linear layers. others: localized
-    tensors on disk that are in none.
-    """
+    """base, finetuned: their weights, float32, the latter in the order of summation."""
 
-    model: object
-    parts: Mapping[str, Part]
-    disk: Sequence[str]
+    layers: Layers
     base: Weights
     finetuned: Sequence[Weights]
-    units: Sequence[Unit]
-    others: Sequence[str]
 
-    def task_vectors(self, linears: Sequence[Linear]) -> Iterator[list[Tensor]]:
+    def task_vectors(self, linears: Sequence[Linear], biased: bool) -> Iterator[list[Tensor]]:
         """Of each finetune, one after another: those of these layers, as `matrices` has them."""
         for weights in self.finetuned:
-            vectors = matrices(weights, linears)
-            for vector, start in zip(vectors, matrices(self.base, linears), strict=True):
-                vector -= start
-            yield vectors
+            yield [self._task_vector(weights, linear, biased) for linear in linears]
+
+    def input_grams(self, shared: SharedInput, threads: Threads) -> list[Tensor]:
+        """Of each finetune, the Gram matrix that its vectors of these layers stand for; read layer by layer."""
+        return [
+            input_gram((self._task_vector(weights, linear, shared.biased) for linear in shared.linears), threads)
+            for weights in self.finetuned
+        ]
+
+    def _task_vector(self, weights: Weights, linear: Linear, biased: bool) -> Tensor:
+        return _matrix(weights, linear, biased).sub_(_matrix(self.base, linear, biased))
 
     def is_low_rank(self) -> bool:
         """Whether a finetune's update is of low rank, as of an adapter merged into its base."""
-        linears = [linear for unit in self.units for shared in unit.inputs for linear in shared.linears]
+        linears = [linear for unit in self.layers.units for shared in unit.inputs for linear in shared.linears]
         chosen = [linears[number * len(linears) // LOOKED_AT] for number in range(min(LOOKED_AT, len(linears)))]
         energies: list[list[float]] = [[] for _ in self.finetuned]
         for linear in dict.fromkeys(chosen):
-            for found, (vector,) in zip(energies, self.task_vectors([linear]), strict=True):
+            for found, (vector,) in zip(energies, self.task_vectors([linear], linear.bias is not None), strict=True):
                 if (share := energy(vector)) is not None:
                     found.append(share)
         return any(found and median(found) > LOW_RANK for found in energies)
 
-    def to_disk(
-        self, unit: Unit, parameters: Mapping[str, Tensor], fill: Callable[[str], Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Values of a unit's parameters, under their names on disk. fill: those of a parameter that has none."""
-        for group in unit.groups:
-            whole = {name: parameters[name] if name in parameters else fill(name) for name in group.parameters}
-            yield from to_disk(self.model, group, whole).items()
+
+class Assembled:
+    """The parameters of a unit, passed on under their names on disk as soon as all that form a tensor are there. fill:
+    values of a parameter that is in no linear layer."""
+
+    def __init__(self, opened: OpenedModels, unit: Unit, fill: Callable[[str], Tensor]) -> None:
+        self._model, self._fill = opened.layers.model, fill
+        self._groups = {parameter: group for group in unit.groups for parameter in group.parameters}
+        parts = [part for shared in unit.inputs for linear in shared.linears for part in parts_of(linear)]
+        self._due = Counter(self._groups[part.parameter] for part in parts)
+        self._parameters: dict[str, Tensor] = {}
+
+    def add(self, linear: Linear, solved: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """solved: the change of a layer, as `matrices` has it. Returns what it makes complete."""
+        for part, values in take_apart(solved, linear):
+            self._put(part, values)
+            group = self._groups[part.parameter]
+            self._due[group] -= 1
+            if self._due[group] == 0:
+                whole = {name: self._take(name) for name in group.parameters}
+                yield from to_disk(self._model, group, whole).items()
+
+    def _take(self, parameter: str) -> Tensor:
+        return self._parameters.pop(parameter) if parameter in self._parameters else self._fill(parameter)
+
+    def _put(self, part: Part, values: Tensor) -> None:
+        """Keep the values of a parameter, or of one of its stacked tensors."""
+        if part.index is None:
+            self._parameters[part.parameter] = values
+            return
+        if part.parameter not in self._parameters:
+            self._parameters[part.parameter] = values.new_zeros(part.stacked, *part.shape)
+        self._parameters[part.parameter][part.index] = values
 
 
-@hide_all_library_bars()
 def open_models(
-    base: CheckpointReader,
-    finetuned: Sequence[CheckpointReader],
-    localized: Collection[str],
-    folder: Path,
-    device: torch.device,
+    base: CheckpointReader, finetuned: Sequence[CheckpointReader], localized: Collection[str], device: torch.device
 ) -> OpenedModels:
-    """Raises RequestError where transformers cannot build the model."""
-    checkpoint = base.checkpoint
-    linked = link_files(checkpoint, folder / "base", weights=False)
-    model = empty_model(_class_name(checkpoint), load_config(linked), NO_REFIT)
-    attach_conversions(model, list(checkpoint.tensors))
-    disk = list(checkpoint.tensors)
-    parts = hollow(model, disk, torch.device("cpu"))
+    """localized: names on disk. Raises RequestError where transformers cannot build the model."""
+    layers = layers_of(base.checkpoint, localized)
     weights = [
-        Weights(model, list(one.checkpoint.tensors), finite(one), device, release=releasing(one))
+        Weights(layers.model, list(one.checkpoint.tensors), finite(one), device, release=releasing(one))
         for one in (base, *finetuned)
     ]
-    inside = frozenset(localized)
-    groups = {name: group for name, group in weights[0].groups.items() if inside.issuperset(group.disk)}
-    units = _units(shared_inputs(model, groups.__contains__), groups)
-    within = {name for unit in units for name in unit.disk}
-    others = [name for name in localized if name not in within]
-    return OpenedModels(model, parts, disk, weights[0], weights[1:], units, others)
+    return OpenedModels(layers, weights[0], weights[1:])
 
 
 def finite(reader: CheckpointReader) -> Callable[[str], Tensor]:
@@ -126,50 +118,9 @@ def finite(reader: CheckpointReader) -> Callable[[str], Tensor]:
     return checked
 
 
-def _class_name(checkpoint: Checkpoint) -> str:
-    import transformers
-
-    named = architecture(checkpoint.config)
-    return named if hasattr(transformers, named) else "AutoModel"
-
-
-def _units(shared: Sequence[SharedInput], groups: Mapping[str, Group]) -> list[Unit]:
-    """groups: of the parameters that are completely localized."""
-    found: list[tuple[list[SharedInput], dict[Group, None]]] = []
-    of_group: dict[Group, int] = {}
-    for one in shared:
-        linears = tuple(_with_bias(linear, groups) for linear in one.linears if linear.weight.parameter in groups)
-        if not linears:
-            continue
-        own = {groups[part.parameter]: None for linear in linears for part in parts_of(linear)}
-        touched = sorted({of_group[group] for group in own if group in of_group})
-        first = touched[0] if touched else len(found)
-        if not touched:
-            found.append(([], {}))
-        for other in touched[1:]:
-            found[first][0].extend(found[other][0])
-            found[first][1].update(found[other][1])
-            found[other] = ([], {})
-        found[first][0].append(SharedInput(linears))
-        found[first][1].update(own)
-        of_group.update(dict.fromkeys(found[first][1], first))
-    return [Unit(tuple(inputs), tuple(own)) for inputs, own in found if inputs]
-
-
-def _with_bias(linear: Linear, groups: Mapping[str, Group]) -> Linear:
-    """The layer without its bias where that is not localized."""
-    keep = linear.bias is not None and linear.bias.parameter in groups
-    return linear if keep or linear.bias is None else Linear(linear.weight, None, linear.transposed)
-
-
-def parts_of(linear: Linear) -> list[Part]:
-    return [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
-
-
-def matrices(weights: Weights, linears: Sequence[Linear]) -> list[Tensor]:
-    """The layers' weights [outputs, inputs], in memory of their own; where one of them has a bias, all have a last
-    column for it, which is 0 for those without."""
-    biased = any(linear.bias for linear in linears)
+def matrices(weights: Weights, linears: Sequence[Linear], biased: bool) -> list[Tensor]:
+    """The layers' weights [outputs, inputs], in memory of their own; if `biased`, with a last column for biases: 0 for
+    those without."""
     return [_matrix(weights, linear, biased) for linear in linears]
 
 

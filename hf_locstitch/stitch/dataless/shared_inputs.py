@@ -1,28 +1,33 @@
 """Which linear layers read the same input: seen by running the model once on a made-up input, without its weights.
 
 Every weight is a constant and every product with one is zero, so that a run costs no more than the model's own code.
-What the run shows is the calls, as transformers makes them: layers that are given the same tensor share an input.
+What the run shows is the calls, as transformers makes them: layers that are given the same tensor share an input. A
+layer that no run reaches, but whose class is that of a linear layer, has an input of its own.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_locstitch.stitch.refit.passes import Lending, Linear, LinearStop, Pass
+from hf_locstitch.stitch.dataless.made_up_inputs import made_up_inputs
+from hf_locstitch.stitch.refit.lending import Lending
+from hf_locstitch.stitch.refit.passes import Pass
+from hf_locstitch.stitch.refit.stops import Linear, LinearStop
+from hf_locstitch.stitch.refit.weights import SMALL as HELD_WHOLE
 from hf_locstitch.stitch.refit.weights import Part, part_of
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # their arguments
-TOKENS = 4
-SAMPLES = 4000  # of a made-up sound
-SMALL = 0.01  # every weight
+WIDENING = (Tensor.float, Tensor.to, Tensor.type)  # of a weight to float32, which it is already
+VALUE = 0.01  # of every weight
 Input = tuple[Any, ...]
 
 
@@ -33,65 +38,134 @@ class SharedInput:
 
     linears: tuple[Linear, ...]
 
+    @property
+    def biased(self) -> bool:
+        """Whether any has a bias: then all have a last column for it, which is 0 for those without."""
+        return any(linear.bias for linear in self.linears)
 
-def shared_inputs(model: Any, wanted: Callable[[str], bool]) -> list[SharedInput]:
+    @property
+    def width(self) -> int:
+        """Columns of their matrices, with that of the biases."""
+        return self.linears[0].matrix[1] + self.biased
+
+    def strips(self, most: int) -> list[tuple[Linear, ...]]:
+        """The layers, cut where a part would hold more than so many elements, but for single layers that do."""
+        parts: list[list[Linear]] = []
+        held = 0
+        for linear in self.linears:
+            held += linear.matrix[0] * self.width
+            if not parts or held > most:
+                parts.append([])
+                held = linear.matrix[0] * self.width
+            parts[-1].append(linear)
+        return [tuple(part) for part in parts]
+
+
+@dataclass
+class Seen:
+    """inputs: of the linear layers. not_run: the parameters asked for that no run reached because the part of the model
+    that they belong to could not be run, and why; if such a one is among the inputs, then by itself."""
+
+    inputs: list[SharedInput]
+    not_run: dict[str, str] = field(default_factory=dict)
+
+
+def shared_inputs(model: Any, wanted: Callable[[str], bool]) -> Seen:
     """model: as `weights.hollow` leaves it. wanted: whether a parameter is of interest; the model is run, and then its
     sub-models on inputs of their own, until all of those were seen or nothing is left to run.
     """
     from transformers import PreTrainedModel
 
-    seen: dict[Linear, list[Input]] = {}
+    recorder = Recorder()
+    asked = [name for name, _ in model.named_parameters() if wanted(name)]
+    failures: dict[str, str | None] = {}  # of the innermost model that holds a parameter
     for name, module in model.named_modules():
         if not isinstance(module, PreTrainedModel):
             continue
-        own = {f"{name}.{one}" if name else one for one, _ in module.named_parameters()}
-        known = {linear.weight.parameter for linear in seen}
-        if any(wanted(parameter) and parameter not in known for parameter in own):
-            _run(module, seen, known)
-    return _grouped(_each_expert(seen))
+        inside = [parameter for parameter in asked if parameter.startswith(f"{name}." if name else "")]
+        if unseen := set(inside) - recorder.seen:
+            failures |= dict.fromkeys(unseen, recorder.run(module))
+    reached = recorder.seen | recorder.used
+    not_run = {name: why for name, why in failures.items() if why is not None and name not in reached}
+    found = dict(recorder.calls)
+    found |= {linear: [("alone", linear.weight.parameter)] for linear in _by_class(model, set(asked) - recorder.seen)}
+    return Seen(_grouped(_each_expert(found)), not_run)
 
 
-def _run(module: Any, seen: dict[Linear, list[Input]], known: Collection[str]) -> None:
-    """Add what a run shows of parameters that are not known. A model that does not run shows what it called so far."""
-    for inputs in made_up_inputs(module):
-        recorder = Recorder()
-        try:
-            with torch.no_grad(), recorder:
-                module(**inputs)
-        except Exception:  # whatever a model makes of inputs that mean nothing
-            failed = True
-        else:
-            failed = False
-        for linear, given in recorder.calls.items():
-            if linear.weight.parameter not in known:
-                seen[linear] = given
-        if not failed:
-            return
+def _by_class(model: Any, unseen: set[str]) -> Iterator[Linear]:
+    """Linear layers and convolutions over all channels among parameters that no run reached."""
+    from transformers.pytorch_utils import Conv1D
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Conv1D):
+            weight, bias = part_of(module._parameters.get("weight")), part_of(module._parameters.get("bias"))
+            if weight is not None and weight.parameter in unseen and getattr(module, "groups", 1) == 1:
+                yield Linear(weight, bias, transposed=isinstance(module, Conv1D))
 
 
 class _Constants:
-    """In place of a model's weights."""
+    """In place of a model's weights. used: the parameters that were asked for."""
+
+    def __init__(self) -> None:
+        self.used: set[str] = set()
 
     def held(self, part: Part) -> Tensor:
-        return torch.full((), SMALL, device=part.device).expand(part.shape)
+        self.used.add(part.parameter)
+        if math.prod(part.shape) <= HELD_WHOLE:  # some models write to them
+            return torch.full(part.shape, VALUE, device=part.device)
+        return torch.full((), VALUE, device=part.device).expand(part.shape)
 
     stored = held
 
 
 class Recorder(Lending):
-    """calls: each linear layer's inputs, in the order of its calls."""
+    """calls: each linear layer's inputs, in the order of its calls. seen: the parameters that they are of. used: those
+    that anything else was computed with."""
 
     def __init__(self) -> None:
-        super().__init__(Pass(_Constants(), lambda: None, frozenset()))  # type: ignore[arg-type]
+        weights = _Constants()
+        super().__init__(Pass(weights, lambda: None, frozenset()))  # type: ignore[arg-type]
+        self.used = weights.used
         self.calls: dict[Linear, list[Input]] = {}
-        self._alive: list[Tensor] = []  # whose addresses tell inputs apart
+        self._running: dict[Linear, list[Input]] = {}
+        self._numbers = count()
+
+    @property
+    def seen(self) -> set[str]:
+        return {linear.weight.parameter for linear in self.calls}
+
+    def run(self, module: Any) -> str | None:
+        """Note what a run shows of parameters that earlier runs did not; of a model that does not run, what it called
+        so far. Returns why it does not."""
+        failure, partial = None, []
+        for inputs in made_up_inputs(module):
+            self._running = {}
+            try:
+                with torch.no_grad(), self:
+                    module(**inputs)
+            except Exception as error:  # whatever a model makes of inputs that mean nothing
+                failure = failure or _in_short(error)
+                partial.append(self._running)
+            else:
+                self._add(self._running, *partial)
+                return None
+        self._add(*partial)
+        return failure
+
+    def _add(self, *runs: Mapping[Linear, list[Input]]) -> None:
+        """Of each, what those before it did not show."""
+        for calls in runs:
+            known = self.seen
+            self.calls |= {linear: given for linear, given in calls.items() if linear.weight.parameter not in known}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        others = {*args[1:], *(kwargs or {}).values()} if func in WIDENING else set()
+        if func in WIDENING and part_of(args[0]) is not None and others <= {torch.float32}:
+            return args[0]
         if func in CONVOLUTIONS and (found := _as_convolution(func, args, dict(kwargs or {}))) is not None:
-            linear, x = found
-            self._note(linear, x)
+            self._note(*found)
         return super().__torch_function__(func, types, args, kwargs)
 
     def _linear(self, stop: LinearStop) -> Tensor:
@@ -100,9 +174,17 @@ class Recorder(Lending):
         return stop.x.new_zeros(*stop.x.shape[:-1], outputs)
 
     def _note(self, linear: Linear, x: Tensor) -> None:
-        self._alive.append(x)
-        place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x._version)
-        self.calls.setdefault(linear, []).append(place)
+        storage: Any = x.untyped_storage()
+        if not hasattr(storage, "locstitch_number"):  # it goes with the storage: an address is soon used again
+            storage.locstitch_number = next(self._numbers)
+        place = (storage.locstitch_number, x.storage_offset(), x.numel(), x._version)
+        self._running.setdefault(linear, []).append(place)
+
+
+def _in_short(error: Exception) -> str:
+    """One line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:150]}" if text else type(error).__name__
 
 
 def _as_convolution(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Linear, Tensor] | None:
@@ -138,33 +220,3 @@ def _grouped(seen: Mapping[Linear, list[Input]]) -> list[SharedInput]:
 def _width(linear: Linear) -> Input:
     """The kernel of a convolution belongs to its input."""
     return tuple(linear.weight.shape[1:]) if not linear.transposed else (linear.weight.shape[0],)
-
-
-def made_up_inputs(module: Any) -> Iterator[dict[str, Any]]:
-    """Inputs of the shapes that a model asks for, by what its config says: all at once, then its main one alone."""
-    accepted = inspect.signature(module.forward).parameters
-    made = {name: value for name, value in _by_name(module.config) if name in accepted}
-    yield made
-    main = getattr(module, "main_input_name", "input_ids")
-    if main in made and len(made) > 1:
-        yield {main: made[main]}
-
-
-def _by_name(config: Any) -> Iterator[tuple[str, Tensor]]:
-    tokens = torch.arange(TOKENS).unsqueeze(0)
-    if _size(config, "vocab_size"):
-        yield "input_ids", tokens
-        if getattr(config, "is_encoder_decoder", False):
-            yield "decoder_input_ids", tokens
-    if sides := _size(config, "image_size"):
-        height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
-        yield "pixel_values", torch.zeros(1, _size(config, "num_channels") or 3, height, width)
-    if bins := _size(config, "num_mel_bins"):
-        yield "input_features", torch.zeros(1, bins, 2 * (_size(config, "max_source_positions") or SAMPLES))
-    yield "input_values", torch.zeros(1, SAMPLES)
-
-
-def _size(config: Any, name: str) -> Any:
-    """Of the config or of the part of it that has it."""
-    parts = [config, *(getattr(config, part, None) for part in ("text_config", "vision_config", "audio_config"))]
-    return next((value for part in parts if (value := getattr(part, name, None)) is not None), None)

@@ -83,36 +83,39 @@ class Moments:
     largest: list[float]
 
 
-def moments(tasks: Iterable[Sequence[Tensor]], threads: Threads) -> Moments:
-    """tasks: for each, the task vectors of the layers, float32 [outputs, inputs]. They are summed in this order."""
+def moments(tasks: Iterable[Sequence[Tensor]], threads: Threads, grams: Sequence[Tensor] | None = None) -> Moments:
+    """tasks: for each, the task vectors of the layers, float32 [outputs, inputs]. They are summed in this order. grams:
+    of each task, where these are not all of the layers that share the input."""
     found: Moments | None = None
     for vectors in tasks:
-        gram = input_gram(vectors, threads)
+        gram = input_gram(vectors, threads) if grams is None else grams[found.tasks if found else 0]
         norms = [_norm(vector) for vector in vectors]
         if found is None:
             total, cross = [v.clone() for v in vectors], [threads.product(v, gram) for v in vectors]
-            found = Moments(total, cross, gram, 1, norms)
-            continue
-        for number, vector in enumerate(vectors):
-            found.total[number] += vector
-            found.cross[number] += threads.product(vector, gram)
-        found.gram += gram
-        found.tasks += 1
-        found.largest = list(map(max, found.largest, norms))
+            found = Moments(total, cross, gram if grams is None else gram.clone(), 1, norms)
+        else:
+            for number, vector in enumerate(vectors):
+                found.total[number] += vector
+                found.cross[number] += threads.product(vector, gram)
+            found.gram += gram
+            found.tasks += 1
+            found.largest = list(map(max, found.largest, norms))
+        del vectors  # before the next ones are read
     assert found is not None
     return found
 
 
-def input_gram(vectors: Sequence[Tensor], threads: Threads) -> Tensor:
+def input_gram(vectors: Iterable[Tensor], threads: Threads) -> Tensor:
     """What a task's vectors of layers that share an input tell of it: the Gram matrix of their rows, every layer of
     equal weight, scaled to a mean diagonal of 1. 0 if nothing changed."""
-    width = vectors[0].shape[1]
-    gram = vectors[0].new_zeros(width, width)
+    gram = torch.zeros(())
     for vector in vectors:
+        if gram.dim() == 0:
+            gram = vector.new_zeros(vector.shape[1], vector.shape[1])
         if (norm := _norm(vector)) > 0:
             gram += threads.gram(vector / norm)
     trace = gram.diagonal().double().sum().item()
-    return gram.mul_(width / trace) if trace > 0 else gram
+    return gram.mul_(len(gram) / trace) if trace > 0 else gram
 
 
 def system(found: Moments, ridge: float) -> Tensor:
@@ -122,12 +125,16 @@ def system(found: Moments, ridge: float) -> Tensor:
     return matrix
 
 
-def dense(found: Moments, threads: Threads, low_rank: bool = False) -> list[Tensor]:
+def dense(found: Moments, threads: Threads, low_rank: bool = False, share: float | None = None) -> list[Tensor]:
     """D of each layer. low_rank: whether updates are of low rank, whose rows do not tell of the inputs: then the start
-    is the mean, and the solution stays near it."""
+    is the mean, and the solution stays near it. share: a, where these are not all of the layers that share the input.
+    """
     factor = torch.linalg.cholesky(system(found, LOW_RANK_RIDGE if low_rank else RIDGE))
     images = [threads.product(total, found.gram) for total in found.total]
-    share = 1 / found.tasks if low_rank else start(found, images)
+    if low_rank:
+        share = 1 / found.tasks
+    elif share is None:
+        share = start(start_terms(found, images))
     solved = []
     for total, cross, image in zip(found.total, found.cross, images, strict=True):
         rest = cross - share * image
@@ -136,10 +143,15 @@ def dense(found: Moments, threads: Threads, low_rank: bool = False) -> list[Tens
     return solved
 
 
-def start(found: Moments, images: Sequence[Tensor]) -> float:
-    """a. images: S Σ G_i of each layer."""
-    above = sum(_dot(total, cross) for total, cross in zip(found.total, found.cross, strict=True))
-    below = sum(_dot(total, image) for total, image in zip(found.total, images, strict=True))
+def start_terms(found: Moments, images: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """Of each layer, what it adds to the numerator and the denominator of a. images: S Σ G_i of each."""
+    layers = zip(found.total, found.cross, images, strict=True)
+    return [(_dot(total, cross), _dot(total, image)) for total, cross, image in layers]
+
+
+def start(terms: Sequence[tuple[float, float]]) -> float:
+    """a, from the terms of all layers that share an input."""
+    above, below = (sum(term[side] for term in terms) for side in range(2))
     return above / below if below > 0 else 0.0
 
 

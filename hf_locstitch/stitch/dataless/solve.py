@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_locstitch.checkpoints.finite import check_whole
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import NonFiniteError
@@ -23,12 +24,25 @@ from hf_locstitch.runtime.dtypes import Values
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import Settings
-from hf_locstitch.stitch.dataless.opened import OpenedModels, Unit, finite, matrices, open_models, take_apart
+from hf_locstitch.stitch.dataless.cost import strip_size
+from hf_locstitch.stitch.dataless.layers import Unit, is_vector
+from hf_locstitch.stitch.dataless.opened import Assembled, OpenedModels, finite, matrices, open_models
 from hf_locstitch.stitch.dataless.shared_inputs import SharedInput
-from hf_locstitch.stitch.dataless.solution import Threads, capped, dense, inside, moments, of_vectors
+from hf_locstitch.stitch.dataless.solution import (
+    Moments,
+    Threads,
+    capped,
+    dense,
+    inside,
+    moments,
+    of_vectors,
+    start,
+    start_terms,
+)
 from hf_locstitch.stitch.fitted_values import FittedValues, FittedWriter, open_fitted
 from hf_locstitch.stitch.refit.plain import PlainStitch
-from hf_locstitch.stitch.refit.weights import Part, Weights
+from hf_locstitch.stitch.refit.stops import Linear
+from hf_locstitch.stitch.refit.weights import PIECE, Weights
 from hf_locstitch.tasks.loading import find_device
 
 
@@ -66,12 +80,14 @@ class DenseSolution:
 
 @dataclass
 class DatalessSolver:
-    """Every process makes one, and the same calls."""
+    """Every process makes one, and the same calls. most: elements of the layers in memory at once, where those that
+    share an input are more; it changes no bit."""
 
     job: DatalessJob
     opened: OpenedModels = field(init=False)
     threads: Threads = field(init=False)
     device: torch.device = field(init=False)
+    most: int = field(init=False)
 
     def __post_init__(self) -> None:
         job = self.job
@@ -79,14 +95,13 @@ class DatalessSolver:
         self.threads = Threads(job.settings.workers if self.device.type == "cpu" else 1)
         self._infos = {info.name: info for info in job.tensors}
         self.opened = job.processes.together(self._open)
-        owners = divide([self._work(unit) for unit in self.opened.units], job.processes.count)
-        self._own = [unit for unit, rank in zip(self.opened.units, owners, strict=True) if rank == job.processes.rank]
+        self.most = strip_size(self.opened.layers, len(job.order), job.settings)
+        units = self.opened.layers.units
+        owners = divide([self._work(unit) for unit in units], job.processes.count)
+        self._own = [unit for unit, rank in zip(units, owners, strict=True) if rank == job.processes.rank]
 
     def _open(self) -> OpenedModels:
-        job = self.job
-        folder = job.folder / f"models.{job.processes.rank}"
-        finetuned = [job.readers[name] for name in job.order]
-        return open_models(job.readers["base"], finetuned, list(self._infos), folder, self.device)
+        return open_models(self.job.readers["base"], self._finetuned, list(self._infos), self.device)
 
     def _work(self, unit: Unit) -> int:
         return sum(self._infos[name].numel * max(self._infos[name].shape, default=1) for name in unit.disk)
@@ -94,19 +109,17 @@ class DatalessSolver:
     @property
     def _own_others(self) -> list[str]:
         job = self.job
-        return list(self.opened.others[job.processes.rank :: job.processes.count])
+        return list(self.opened.layers.others[job.processes.rank :: job.processes.count])
 
     @property
     def _own_names(self) -> set[str]:
         return {name for unit in self._own for name in unit.disk} | set(self._own_others)
 
     @property
-    def plain(self) -> list[str]:
-        """Localized tensors of which no run showed that they are linear layers, and that are no vectors."""
-        return [name for name in self.opened.others if not self._is_vector(name)]
-
-    def _is_vector(self, name: str) -> bool:
-        return len(self._infos[name].shape) <= 1 or name.endswith("bias")  # those of experts lie in a stack
+    def plain(self) -> dict[str, str]:
+        """Localized tensors that are no linear layers, as far as a run showed, and no vectors: and why."""
+        layers = self.opened.layers
+        return {name: layers.why_plain(name) for name in layers.others if not is_vector(self._infos[name])}
 
     # ---- the dense solution --------------------------------------------------------------------------------------
 
@@ -136,29 +149,59 @@ class DatalessSolver:
                 writer.write(name, "F32", [_in_range(name, self._outside(name))])
 
     def _dense_of(self, unit: Unit, low_rank: bool) -> Iterator[tuple[str, Tensor]]:
-        parameters: dict[str, Tensor] = {}
+        assembled = Assembled(self.opened, unit, self._mean)
         for shared in unit.inputs:
-            found = moments(self.opened.task_vectors(shared.linears), self.threads)
-            changes = dense(found, self.threads, low_rank)
-            starts = matrices(self.opened.base, shared.linears)
-            for linear, change, base, largest in zip(shared.linears, changes, starts, found.largest, strict=True):
-                for part, values in take_apart(capped(change, base, largest), linear):
-                    _put(parameters, part, values)
-        return self.opened.to_disk(unit, parameters, self._mean)
+            strips = shared.strips(self.most)
+            grams = self.opened.input_grams(shared, self.threads) if len(strips) > 1 else None
+            share = self._share(shared, strips, grams) if grams and not low_rank else None
+            for strip in strips:
+                found = self._moments(shared, strip, grams)
+                changes = dense(found, self.threads, low_rank, share)
+                yield from self._assemble(assembled, shared, strip, changes, found.largest)
+
+    def _moments(self, shared: SharedInput, strip: Sequence[Linear], grams: Sequence[Tensor] | None) -> Moments:
+        return moments(self.opened.task_vectors(strip, shared.biased), self.threads, grams)
+
+    def _share(self, shared: SharedInput, strips: Sequence[Sequence[Linear]], grams: Sequence[Tensor] | None) -> float:
+        """a, of layers that are too large to be in memory at once."""
+        terms: list[tuple[float, float]] = []
+        for strip in strips:
+            found = self._moments(shared, strip, grams)
+            terms += start_terms(found, [self.threads.product(total, found.gram) for total in found.total])
+        return start(terms)
+
+    def _assemble(
+        self,
+        assembled: Assembled,
+        shared: SharedInput,
+        strip: Sequence[Linear],
+        changes: Sequence[Tensor],
+        largest: Sequence[float],
+    ) -> Iterator[tuple[str, Tensor]]:
+        """What becomes complete by the changes of some layers, none of which is longer than it may be."""
+        for linear, change, longest in zip(strip, changes, largest, strict=True):
+            (base,) = matrices(self.opened.base, [linear], shared.biased)
+            yield from assembled.add(linear, capped(change, base, longest))
 
     def _mean(self, parameter: str) -> Tensor:
         """The mean of the task vectors of a parameter that is in no linear layer."""
-        part = self.opened.parts[parameter]
+        part = self.opened.layers.parts[parameter]
         return sum((w.load(part) - self.opened.base.load(part) for w in self.opened.finetuned), torch.zeros(())) / len(
             self.opened.finetuned
         )
 
     def _outside(self, name: str) -> Tensor:
         """Of a tensor on disk that is in no linear layer, flat."""
-        vectors = [self._flat(reader, name) - self._flat(self.job.readers["base"], name) for reader in self._finetuned]
-        if self._is_vector(name):
-            return of_vectors(vectors)
-        return torch.stack(vectors).mean(0)
+        info, base = self._infos[name], self.job.readers["base"]
+        for reader in (base, *self._finetuned):
+            check_whole(reader, name)
+        pieces = []
+        for first in range(0, info.numel, PIECE):
+            count = min(PIECE, info.numel - first)
+            start = base.flat(name, first, count).float()
+            vectors = [reader.flat(name, first, count).float() - start for reader in self._finetuned]
+            pieces.append(of_vectors(vectors) if is_vector(info) else torch.stack(vectors).mean(0))
+        return torch.cat(pieces)
 
     @property
     def _finetuned(self) -> list[CheckpointReader]:
@@ -184,7 +227,7 @@ class DatalessSolver:
                             self._write(writer, plain, name, _in_range(name, change.reshape(-1).cpu()) * scale)
                     advance(1)
             for name in self._own_others:
-                if self._is_vector(name) and not writer.known(name):
+                if is_vector(self._infos[name]) and not writer.known(name):
                     change = dense.tensor(name, [self._infos[name].numel])
                     self._write(writer, plain, name, change * scale)
 
@@ -197,18 +240,21 @@ class DatalessSolver:
 
     def _inside(self, unit: Unit, masked: _Masked, low_rank: bool) -> Iterator[tuple[str, Tensor]]:
         """The changes of a unit's tensors on disk, of which those under the masks count."""
-        parameters: dict[str, Tensor] = {}
+        assembled = Assembled(self.opened, unit, masked.dense_of)
         for shared in unit.inputs:
-            begin, masks = masked.begin(shared), masked.masks(shared)
-            if not all(mask.all() for mask in masks):
-                found = moments(self.opened.task_vectors(shared.linears), self.threads)
-                begin = inside(found, [b * m for b, m in zip(begin, masks, strict=True)], masks, self.threads, low_rank)
-                starts = matrices(self.opened.base, shared.linears)
-                begin = [capped(*each) for each in zip(begin, starts, found.largest, strict=True)]
-            for linear, change in zip(shared.linears, begin, strict=True):
-                for part, values in take_apart(change, linear):
-                    _put(parameters, part, values)
-        return self.opened.to_disk(unit, parameters, masked.dense_of)
+            if masked.whole(shared):
+                for linear in shared.linears:
+                    yield from assembled.add(linear, masked.begin(shared, [linear])[0])
+                continue
+            strips = shared.strips(self.most)
+            grams = self.opened.input_grams(shared, self.threads) if len(strips) > 1 else None
+            for strip in strips:
+                found = self._moments(shared, strip, grams)
+                found.total.clear()  # of no use here
+                masks = masked.masks(shared, strip)
+                begin = [values.mul_(mask) for values, mask in zip(masked.begin(shared, strip), masks, strict=True)]
+                changes = inside(found, begin, masks, self.threads, low_rank)
+                yield from self._assemble(assembled, shared, strip, changes, found.largest)
 
 
 def _in_range(name: str, change: Tensor) -> Tensor:
@@ -232,25 +278,20 @@ class _Masked:
         infos: Mapping[str, TensorInfo],
         device: torch.device,
     ) -> None:
-        self._parts = opened.parts
-        self._dense = Weights(opened.model, opened.disk, lambda name: dense.tensor(name, infos[name].shape), device)
-        self._covered = Weights(opened.model, opened.disk, plain.covered, device)
+        layers = opened.layers
+        self._parts = layers.parts
+        self._dense = Weights(layers.model, layers.disk, lambda name: dense.tensor(name, infos[name].shape), device)
+        self._covered = Weights(layers.model, layers.disk, plain.covered, device)
 
-    def begin(self, shared: SharedInput) -> list[Tensor]:
-        return matrices(self._dense, shared.linears)
+    def whole(self, shared: SharedInput) -> bool:
+        """Whether the masks cover all of these layers."""
+        return all(mask.all() for linear in shared.linears for mask in self.masks(shared, [linear]))
 
-    def masks(self, shared: SharedInput) -> list[Tensor]:
-        return [covered > 0 for covered in matrices(self._covered, shared.linears)]
+    def begin(self, shared: SharedInput, strip: Sequence[Linear]) -> list[Tensor]:
+        return matrices(self._dense, strip, shared.biased)
+
+    def masks(self, shared: SharedInput, strip: Sequence[Linear]) -> list[Tensor]:
+        return [matrices(self._covered, [linear], shared.biased)[0] > 0 for linear in strip]
 
     def dense_of(self, parameter: str) -> Tensor:
         return self._dense.load(self._parts[parameter])
-
-
-def _put(parameters: dict[str, Tensor], part: Part, values: Tensor) -> None:
-    """Keep the values of a parameter, or of one of its stacked tensors."""
-    if part.index is None:
-        parameters[part.parameter] = values
-        return
-    if part.parameter not in parameters:
-        parameters[part.parameter] = values.new_zeros(part.stacked, *part.shape)
-    parameters[part.parameter][part.index] = values

@@ -44,16 +44,17 @@ class LocStitch(MaskedMethod):
 
         return stitch(base, kept, covered, scale=scale, dtype=dtype)
 
-    def introduce(self, models: int, fitted: bool) -> str:
+    def introduce(self, models: int, fitted: str | None, joint: bool) -> str:
         plural = "model" if models == 1 else "models"
         values = (
-            "are changed in the base, to values fitted to what the finetuned models compute."
+            f"are changed in the base, to values {fitted}."
             if fitted
             else "are stitched into the base, and where masks overlap, the finetuned values are averaged."
         )
+        skills = "the finetunes' skills together" if joint else "each\nfinetune's skill"
         return (
             f"A merge of {models} finetuned {plural} by\n[{self.title}]({self.paper}): a binary mask selects the few "
-            f"weights that carry each\nfinetune's skill; only those {values}"
+            f"weights that carry {skills}; only those {values}"
         )
 
 

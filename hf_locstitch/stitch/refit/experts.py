@@ -10,8 +10,9 @@ from torch import Tensor
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.stitch.refit.lockstep import LockstepStop, Pair, lockstep
 from hf_locstitch.stitch.refit.models import TaskModels
-from hf_locstitch.stitch.refit.passes import Experts, ExpertsStop, Linear, Pass
+from hf_locstitch.stitch.refit.passes import Pass
 from hf_locstitch.stitch.refit.states import MakeStates
+from hf_locstitch.stitch.refit.stops import Experts, ExpertsStop, Linear
 
 
 class StackedExperts:

@@ -26,10 +26,11 @@ from hf_locstitch.stitch.refit.least_squares import LeastSquares, Problem, Targe
 from hf_locstitch.stitch.refit.lockstep import LockstepStop, Pair, lockstep
 from hf_locstitch.stitch.refit.models import TaskModels
 from hf_locstitch.stitch.refit.param_groups import ParamGroups
-from hf_locstitch.stitch.refit.passes import Experts, Key, Linear, Pass
+from hf_locstitch.stitch.refit.passes import Pass
 from hf_locstitch.stitch.refit.plain import PlainStitch
 from hf_locstitch.stitch.refit.settings import RefitSettings
 from hf_locstitch.stitch.refit.states import MakeStates
+from hf_locstitch.stitch.refit.stops import Experts, Key, Linear
 from hf_locstitch.stitch.refit.weights import Part
 from hf_locstitch.tasks.parameter_names import Group, from_disk
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.stitch.refit.lockstep import Pair
 from hf_locstitch.stitch.refit.models import TaskModels
-from hf_locstitch.stitch.refit.passes import Key, Pass
+from hf_locstitch.stitch.refit.passes import Pass
 from hf_locstitch.stitch.refit.states import MakeStates
+from hf_locstitch.stitch.refit.stops import Key
 
 Job = tuple[int, int]  # a task and one of its batches, by index
 

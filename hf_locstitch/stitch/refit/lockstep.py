@@ -9,7 +9,8 @@ from typing import Any, Protocol, TypeVar
 from hf_locstitch.errors import RequestError
 from hf_locstitch.runtime.chunks import for_each
 from hf_locstitch.runtime.processes import Processes
-from hf_locstitch.stitch.refit.passes import Experts, Key, Linear, Pass
+from hf_locstitch.stitch.refit.passes import Pass
+from hf_locstitch.stitch.refit.stops import Experts, Key, Linear
 
 
 @dataclass(frozen=True)

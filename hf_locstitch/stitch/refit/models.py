@@ -14,9 +14,10 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import RecipeError, RequestError
 from hf_locstitch.runtime.progress import hide_all_library_bars
-from hf_locstitch.stitch.refit.passes import Pass, watch
+from hf_locstitch.stitch.refit.passes import Pass
 from hf_locstitch.stitch.refit.plain import PlainStitch
 from hf_locstitch.stitch.refit.settings import JUDGED, InputSettings, RefitSettings
+from hf_locstitch.stitch.refit.watching import watch
 from hf_locstitch.stitch.refit.weights import Part, Weights, hollow
 from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
 from hf_locstitch.tasks.loading import link_files, load_config, load_processor

@@ -27,9 +27,10 @@ from hf_locstitch.stitch.fitting import FitJob
 from hf_locstitch.stitch.refit.lockstep import LockstepStop, lockstep
 from hf_locstitch.stitch.refit.models import OpenTask, batched, open_task
 from hf_locstitch.stitch.refit.param_groups import ParamGroups
-from hf_locstitch.stitch.refit.passes import Key, Linear, LinearStop, Pass, linear_stop
+from hf_locstitch.stitch.refit.passes import Pass, linear_stop
 from hf_locstitch.stitch.refit.settings import RegMeanSettings
 from hf_locstitch.stitch.refit.states import MakeStates, making_states
+from hf_locstitch.stitch.refit.stops import Key, Linear, LinearStop
 from hf_locstitch.stitch.refit.weights import part_of
 from hf_locstitch.tasks.loading import find_device
 

@@ -12,7 +12,6 @@ from pydantic import Field, PlainSerializer, model_validator
 from hf_locstitch.checkpoints.sizes import find_size
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.escape import markdown
-from hf_locstitch.stitch.dataless.cost import dataless_cost
 from hf_locstitch.stitch.fit_cost import Successive
 from hf_locstitch.stitch.fitting import FitJob, Fittable, Stitcher
 from hf_locstitch.stitch.refit.settings import SCORES
@@ -94,6 +93,23 @@ class Refit(Stitcher):
             "single lambda."
         ]
 
+    def plan_warnings(self, fittable: Fittable) -> list[str]:
+        from hf_locstitch.stitch.dataless.layers import layer_warnings  # slow to import
+
+        localized = [info.name for info in fittable.mask_tensors]
+        return list(layer_warnings(fittable.base, localized)) if self._solves(fittable) else []
+
+    def _solves(self, fittable: Fittable) -> bool:
+        """Whether a solution without data is needed, if only for the mask."""
+        return not self.data or self.start == "dataless" or fittable.joint
+
+    def how_found(self, record: Mapping[str, Any]) -> str | None:
+        if not record.get("refitted"):
+            return None
+        if record.get("lambda", "inf") == "inf":
+            return "solved for from the finetunes' task vectors alone"
+        return super().how_found(record)
+
     def describe(self) -> str:
         if not self.data:
             return "refit without data, from the task vectors alone"
@@ -111,12 +127,12 @@ class Refit(Stitcher):
             check_labels(self, finetuned, data)
 
     def cost(self, fittable: Fittable) -> Cost | None:
-        from hf_locstitch.stitch.refit.cost import refit_cost  # imports torch
+        from hf_locstitch.stitch.dataless.cost import dataless_cost  # slow to import
+        from hf_locstitch.stitch.refit.cost import refit_cost
 
-        without, fitted = dataless_cost(fittable), refit_cost(self, fittable) if self.data else None
-        if without is None or fitted is None:
-            return fitted or without
-        return Successive(without, fitted) if self.start == "dataless" else fitted
+        without = dataless_cost(fittable) if self._solves(fittable) else None
+        fitted = refit_cost(self, fittable) if self.data else None
+        return fitted or without if without is None or fitted is None else Successive(without, fitted)
 
     def fit(self, job: FitJob) -> tuple[FittedValues | None, dict[str, Any]]:
         from hf_locstitch.stitch.dataless.fit import fit_without_data, go_on_from  # slow to import
@@ -149,9 +165,9 @@ def _refuse_shared_layers(checkpoint: Checkpoint) -> None:
 def _sections_without_data(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Refitted values"
     count = _tensors(len(record["refitted"]))
-    yield f"""The values under the masks are not the mean of the finetuned values: in {count} they were {SOLVED}
+    yield f"""The values under the masks are not finetuned values, nor their mean: in {count} they were {SOLVED}
 (ridge {record["ridge"]}, {record["steps"]} steps of conjugate gradients). Nothing outside the masks changed."""
-    yield from _notes(record, "the mean of the finetuned values")
+    yield from _notes(record, "the finetuned values, or their mean")
 
 
 def _sections(record: Mapping[str, Any], inputs: str) -> Iterator[str]:
@@ -161,7 +177,7 @@ def _sections(record: Mapping[str, Any], inputs: str) -> Iterator[str]:
     if record["lambda"] != "inf":
         by_labels = record["judge"] != "agreement" and len(record[SCORES[record["judge"]][0]]) > 1
         inputs_of, chosen = ("inputs", ", chosen by their labels") if by_labels else ("unlabelled inputs", "")
-        yield f"""The values under the masks are not the mean of the finetuned values: in
+        yield f"""The values under the masks are not finetuned values, nor their mean: in
 {_tensors(len(record["refitted"]))} they were fitted, layer by layer in the order of the forward pass, so that on
 {inputs_of} of every finetune, each linear layer's outputs match those of the same layer in that finetuned model (masked
 least squares from {begin}, lambda {record["lambda"]}{chosen}, ridge {record["ridge"]}, {record["steps"]} steps of

@@ -38,7 +38,9 @@ def test_it_says_so(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureF
     asked = ["localize", *inputs, "--out", str(tmp_path / "l"), "--stitch", "refit", "--no-figures"]
     assert main(asked[:-1]) == 0
     assert "refit without data" in capsys.readouterr().err
-    assert "no longer the finetuned model's own" in (tmp_path / "l" / "README.md").read_text()
+    card = (tmp_path / "l" / "README.md").read_text()
+    assert "no longer the finetuned model's own" in card and "those that were solved for" in card
+    assert "the finetuned values where" not in card
     assert json.loads((tmp_path / "l" / "locstitch.json").read_text())["stitch"]["refitted"]
     assert main(["verify", str(tmp_path / "l"), *inputs]) == 0
     said = capsys.readouterr().err

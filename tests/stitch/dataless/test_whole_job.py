@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.families import build, family, finetunes
 from helpers.launch import launch
+from helpers.many_models import MANY
 from helpers.models import load, same_bits, save
 from helpers.runs import Killed, files_of, quick_merge
 from safetensors.torch import save_file
 
 from hf_locstitch import RequestError, load_mask, localize_from_hub
 from hf_locstitch.cli.main import main
-from hf_locstitch.errors import NonFiniteError
+from hf_locstitch.errors import NonFiniteError, StrictError
+from hf_locstitch.stitch.dataless import layers
 from hf_locstitch.stitch.fitted_values import FittedWriter
 from loopback_hub import LoopbackHub
 
@@ -148,7 +152,10 @@ def test_what_is_no_linear_layer_keeps_the_mean_and_is_listed(tmp_path: Path) ->
     out = merge(folders, tmp_path / "out", include=["*.layers.*", "*embed_tokens*"])
     kept = record_of(tmp_path / "out")["stitch"]["kept_plain"]
     assert kept == {"model.embed_tokens.weight": "not called as a linear layer"}
-    assert "1 matrix keeps the mean" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "1 matrix keeps the finetuned values, or their mean (for example"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
     mask = load_mask(str(tmp_path / "out"))["model.embed_tokens.weight"]
     states = [load(folder)["model.embed_tokens.weight"] for folder in folders]
     assert mask.any() and torch.allclose(out["model.embed_tokens.weight"][mask], (states[1] + states[2])[mask] / 2)
@@ -184,6 +191,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**JOINT, "cache": False}, "no-cache"),
     ({**JOINT, "stitch": {"method": "refit", "lambdas": [1]}}, "a refit without data has no lambdas"),
     ({**JOINT, "method": "ties"}, "ties"),
+    ({**JOINT, "localizer": {"method": "joint", "density": 0}}, r"density: .*greater than 0 \(got 0\)"),
+    (
+        {**JOINT, "localizer": {"method": "joint", "density": 30}},
+        r"a density is a share: did you mean 0\.3\? \(got 30\)",
+    ),
+    ({"localizer": {"density": 5}}, r"did you mean 0\.05\?"),
+    ({"method": {"name": "dare", "density": 20}}, r"did you mean 0\.2\?"),
 ]
 
 
@@ -230,3 +244,76 @@ def test_a_task_vector_beyond_float32_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="up_proj"):
         quick_merge(folders[0], folders[1:], out=tmp_path / "out", **JOINT)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("hf_locstitch.stitch.dataless.shared_inputs.made_up_inputs", lambda _: iter([{}]))
+    layers._layers.cache_clear()
+    yield
+    layers._layers.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_model_that_cannot_be_run_is_warned_of_before_the_work(tmp_path: Path) -> None:
+    folders = family(build("mixtral", torch.float32), tmp_path)
+    with pytest.raises(StrictError, match=r"could not be run on a made-up input \(ValueError: You must"):
+        quick_merge(folders[0], folders[1:], out=tmp_path / "out", strict=True, **JOINT)
+    assert not list(tmp_path.glob("*out*"))
+    merge(folders, tmp_path / "out")
+    record = record_of(tmp_path / "out")
+    (warning,) = record["warnings"]
+    kept = record["stitch"]["kept_plain"]
+    assert set(kept) == {name for name in load(folders[0]) if "block_sparse_moe" in name}
+    assert f"each is solved for by itself, and {len(kept)} of them keep the mean" in warning
+    assert all(why.startswith("the model could not be run: ValueError: You must") for why in kept.values())
+    assert "could not be run" in (tmp_path / "out" / "README.md").read_text()
+    assert "model.layers.0.self_attn.q_proj.weight" in record["stitch"]["refitted"]
+
+
+@pytest.mark.parametrize("kind", ["segformer", "resnet", "patchtst", "qwen2.5-vl"])
+def test_one_finetune_of_many_architectures_is_itself_under_a_full_mask(kind: str, tmp_path: Path) -> None:
+    name, config_class, fields = MANY[kind]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config_class)(**fields)).eval()
+    folders = family(model, tmp_path)
+    out = merge(folders[:2], tmp_path / "out", localizer={"method": "joint", "density": 1})
+    record, base, tuned = record_of(tmp_path / "out"), load(folders[0]), load(folders[1])
+    assert not any("could not be run" in warning for warning in record["warnings"])
+    localized = load_mask(str(tmp_path / "out")).keys()
+    matrices = {name for name in localized if base[name].dim() > 1}
+    assert matrices and matrices - record["stitch"]["kept_plain"].keys() <= set(record["stitch"]["refitted"])
+    for name, values in out.items():
+        assert torch.allclose(values, tuned[name] if name in localized else base[name], atol=1e-5), name
+
+
+def test_a_density_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = family(build("llama", torch.float32), tmp_path)
+    inputs = ["--base", str(folders[0]), "--ft", *map(str, folders[1:])]
+    assert main(["merge", *inputs, "--density", "0", "--out", str(tmp_path / "out")]) == 2
+    assert "--density 0 keeps no weight" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_card_says_how_the_values_were_found(tmp_path: Path) -> None:
+    folders = family(build("llama", torch.float32), tmp_path)
+    for name, asked in {"joint": JOINT, "own": {"stitch": "refit"}}.items():
+        quick_merge(folders[0], folders[1:], out=tmp_path / name, **asked)
+    joint, own = (" ".join((tmp_path / name / "README.md").read_text().split()) for name in ("joint", "own"))
+    assert "to values solved for from the finetunes' task vectors alone" in joint
+    assert "what the finetuned models compute" not in joint + own
+    assert "the finetunes' skills together" in joint and "each finetune's skill" in own
+    assert joint.count("(masks/joint.safetensors)") == 1 and "Each mask" not in joint and "Each mask keeps" in own
+
+
+def test_a_joint_mask_over_weights_that_did_not_change_says_why_it_is_smaller(tmp_path: Path) -> None:
+    folders = family(build("llama", torch.float32), tmp_path)
+    base = load(folders[0])
+    for folder in folders[1:]:
+        state = {name: values if "q_proj" in name else base[name] for name, values in load(folder).items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    merge(folders, tmp_path / "out")
+    (warning,) = [one for one in record_of(tmp_path / "out")["warnings"] if "asked for" in one]
+    assert warning.startswith("the joint mask keeps 2,048 of the")
+    assert "no more of the localized weights are changed by any finetune" in warning
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "it holds every localized weight that any finetune changes" in card

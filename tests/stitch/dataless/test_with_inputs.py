@@ -42,6 +42,7 @@ def test_an_infinite_lambda_is_the_refit_without_data(folders: list[Path], data:
     assert record["lambda"] == "inf" and record["without_data"]["ridge"] == 0.3 and record["refitted"]
     card = (tmp_path / "inf" / "README.md").read_text()
     assert "what is found without data, so that was kept" in card and "WUDI-Merging" in card
+    assert "to values solved for from the finetunes' task vectors alone" in " ".join(card.split())
 
 
 def test_small_lambdas_move_linears_and_leave_vectors(folders: list[Path], data: list[str], tmp_path: Path) -> None:
@@ -53,6 +54,7 @@ def test_small_lambdas_move_linears_and_leave_vectors(folders: list[Path], data:
     assert set(record["refitted"]) == {name for name in fitted if ".layers." in name}
     card = " ".join((tmp_path / "out" / "README.md").read_text().split())
     assert "masked least squares from what is found without data" in card
+    assert "to values fitted to what the finetuned models compute" in card
 
 
 def test_the_judge(folders: list[Path], data: list[str], tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from hf_locstitch.errors import RequestError
 from hf_locstitch.runtime.processes import DistributedProcesses, Processes
 from hf_locstitch.stitch.refit import states
 from hf_locstitch.stitch.refit.lockstep import LockstepStop, Pair, lockstep
-from hf_locstitch.stitch.refit.passes import LinearStop, Pass, watch
+from hf_locstitch.stitch.refit.passes import Pass
 from hf_locstitch.stitch.refit.states import InFile, InMemory, Shelf, States
+from hf_locstitch.stitch.refit.stops import LinearStop
+from hf_locstitch.stitch.refit.watching import watch
 from hf_locstitch.stitch.refit.weights import Part, Weights, hollow
 from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
 from hf_locstitch.tasks.task import Task
