@@ -28,7 +28,7 @@ def test_solved_values_are_checked(dtype: torch.dtype, localizer: dict[str, obje
     state[HIT] = torch.where(mask, start + 0.4 * (tuned - start), state[HIT])
     save_file(state, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     found = verify(tmp_path / "out", base=folders[0], finetuned=folders[1:], tensors="all").findings
-    assert any("was solved for" in finding.what and finding.where == HIT for finding in found)
+    assert any("a refitted value" in finding.what and finding.where == HIT for finding in found)
 
 
 def test_what_was_fitted_to_data_is_not(tmp_path: Path) -> None:

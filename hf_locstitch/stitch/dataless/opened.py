@@ -192,3 +192,18 @@ def take_apart(solved: Tensor, linear: Linear) -> Iterator[tuple[Part, Tensor]]:
     yield part, weight.T if linear.transposed else weight.reshape(part.shape)
     if linear.bias is not None:
         yield linear.bias, solved[:, -1].reshape(linear.bias.shape)
+
+
+def put_part(parameters: dict[str, Tensor], part: Part, values: Tensor) -> None:
+    """Keep the values of a parameter, or of one of its stacked tensors."""
+    if part.index is None:
+        parameters[part.parameter] = values
+        return
+    if part.parameter not in parameters:
+        parameters[part.parameter] = values.new_zeros(part.stacked, *part.shape)
+    parameters[part.parameter][part.index] = values
+
+
+def is_vector(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor on disk that is in no linear layer is solved for element by element."""
+    return len(shape) <= 1 or name.endswith("bias")  # those of experts lie in a stack

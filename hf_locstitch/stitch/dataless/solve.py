@@ -23,12 +23,21 @@ from hf_locstitch.runtime.dtypes import Values
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import Settings
-from hf_locstitch.stitch.dataless.opened import OpenedModels, Unit, finite, matrices, open_models, take_apart
+from hf_locstitch.stitch.dataless.opened import (
+    OpenedModels,
+    Unit,
+    finite,
+    is_vector,
+    matrices,
+    open_models,
+    put_part,
+    take_apart,
+)
 from hf_locstitch.stitch.dataless.shared_inputs import SharedInput
 from hf_locstitch.stitch.dataless.solution import Threads, capped, dense, inside, moments, of_vectors
 from hf_locstitch.stitch.fitted_values import FittedValues, FittedWriter, open_fitted
 from hf_locstitch.stitch.refit.plain import PlainStitch
-from hf_locstitch.stitch.refit.weights import Part, Weights
+from hf_locstitch.stitch.refit.weights import Weights
 from hf_locstitch.tasks.loading import find_device
 
 
@@ -106,7 +115,7 @@ class DatalessSolver:
         return [name for name in self.opened.others if not self._is_vector(name)]
 
     def _is_vector(self, name: str) -> bool:
-        return len(self._infos[name].shape) <= 1 or name.endswith("bias")  # those of experts lie in a stack
+        return is_vector(name, self._infos[name].shape)
 
     # ---- the dense solution --------------------------------------------------------------------------------------
 
@@ -143,7 +152,7 @@ class DatalessSolver:
             starts = matrices(self.opened.base, shared.linears)
             for linear, change, base, largest in zip(shared.linears, changes, starts, found.largest, strict=True):
                 for part, values in take_apart(capped(change, base, largest), linear):
-                    _put(parameters, part, values)
+                    put_part(parameters, part, values)
         return self.opened.to_disk(unit, parameters, self._mean)
 
     def _mean(self, parameter: str) -> Tensor:
@@ -207,7 +216,7 @@ class DatalessSolver:
                 begin = [capped(*each) for each in zip(begin, starts, found.largest, strict=True)]
             for linear, change in zip(shared.linears, begin, strict=True):
                 for part, values in take_apart(change, linear):
-                    _put(parameters, part, values)
+                    put_part(parameters, part, values)
         return self.opened.to_disk(unit, parameters, masked.dense_of)
 
 
@@ -244,13 +253,3 @@ class _Masked:
 
     def dense_of(self, parameter: str) -> Tensor:
         return self._dense.load(self._parts[parameter])
-
-
-def _put(parameters: dict[str, Tensor], part: Part, values: Tensor) -> None:
-    """Keep the values of a parameter, or of one of its stacked tensors."""
-    if part.index is None:
-        parameters[part.parameter] = values
-        return
-    if part.parameter not in parameters:
-        parameters[part.parameter] = values.new_zeros(part.stacked, *part.shape)
-    parameters[part.parameter][part.index] = values
