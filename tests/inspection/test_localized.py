@@ -15,6 +15,8 @@ from helpers.damage import adjust, replace_tensor
 from helpers.families import finetunes
 from helpers.models import State, finetune, load, random_state, save
 from helpers.runs import quick_localize, quick_merge, quick_stitch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from hf_locstitch import (
     Magnitude,
@@ -135,6 +137,18 @@ def test_a_wrong_value_is_found(home: Path) -> None:
     (finding,) = verify("loc-maths", tensors="all").findings
     assert finding.part == "values" and finding.where == NAME and "1 of 54 values are wrong" in finding.what
     assert main(["verify", "loc-maths", "--tensors", "all", "--quiet"]) == 1
+
+
+def test_as_many_values_as_ones_in_each_tensor(home: Path) -> None:
+    file, other = "values/maths.safetensors", "model.layers.0.norm.weight"
+    taken = load_localized("loc-maths").values(NAME)[-1:]
+    path = home / "loc-maths" / file
+    with safe_open(path, framework="pt") as opened:
+        metadata, state = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file({**state, NAME: state[NAME][:-1], other: torch.cat([state[other], taken])}, path, metadata=metadata)
+    adjust(home / "loc-maths", file)
+    found = {finding.where: finding.what for finding in verify("loc-maths", tensors="all").findings}
+    assert found == {NAME: "the number of values", other: "the number of values"}
 
 
 def test_damaged_files_are_found(home: Path) -> None:

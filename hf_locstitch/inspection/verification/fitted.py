@@ -77,18 +77,17 @@ class Fit:
 
 
 class Looked:
-    """names: of refitted tensors. What was looked at of them."""
+    """How many values of refitted tensors were looked at. ones: how many each has under the masks."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = frozenset(names)
-        self._counts = dict.fromkeys(names, 0)
+    def __init__(self, ones: Mapping[str, int]) -> None:
+        self.names = frozenset(ones)
+        self._ones, self._counts = ones, dict.fromkeys(ones, 0)
 
     def add(self, name: str, count: int) -> None:
         self._counts[name] += count
 
-    def report(self, ones: Mapping[str, int]) -> Refitted:
-        """ones: how many values each tensor has under the masks."""
-        counts = self._counts
+    def report(self) -> Refitted:
+        ones, counts = self._ones, self._counts
         return Refitted(
             recomputed=tuple(name for name in counts if counts[name] == ones[name]),
             sampled=tuple(name for name in counts if 0 < counts[name] < ones[name]),

@@ -29,12 +29,12 @@ ALL_WORK = 5e13  # for those where all tensors are asked for
 def check_refit(fit: Fit, localized: Collection[str], tensors: Tensors, progress: Progress, notes: Notes) -> None:
     """Note what was found, and how much was looked at."""
     refitted = refitted_names(fit.record) & set(localized)
-    names = [name for name in sorted(refitted) if len(fit.union(name))]
-    if not names:
+    ones = {name: count for name in sorted(refitted) if (count := len(fit.union(name)))}
+    if not ones:
         return
-    looked = Looked(names)
+    looked = Looked(ones)
     why = _solve(fit, looked, localized, tensors, progress, notes)
-    notes.refitted = looked.report({name: len(fit.union(name)) for name in names})
+    notes.refitted = looked.report()
     left = len(notes.refitted.sampled) + len(notes.refitted.hashed)
     if left:
         notes.skip(f"values under the masks of {left} refitted tensors", why)
