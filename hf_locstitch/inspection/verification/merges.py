@@ -51,7 +51,7 @@ class Merge:
         return self.recipe.rest_from or "base"
 
     @property
-    def order(self) -> list[str]:
+    def order(self) -> tuple[str, ...]:
         """Finetunes as they were summed."""
         return recorded_order(self.record)
 
