@@ -71,8 +71,10 @@ class Opened:
 
     def aligned(self, own: Mapping[str, CheckpointReader]) -> dict[str, CheckpointReader]:
         """The models as the method saw them. own: as their files have them."""
-        vocabulary = self.vocabulary
-        return vocabulary.alignment.readers(own) if vocabulary is not None and vocabulary.localized else dict(own)
+        if self.vocabulary is None or not self.vocabulary.localized:
+            return dict(own)
+        alignment = self.vocabulary.alignment
+        return {**own, **alignment.readers({name: one for name, one in own.items() if name in alignment.sources})}
 
 
 def read_merge(source: Source, record: Manifest, recipe: Recipe, weights: Checkpoint, notes: Notes) -> Merge | None:
@@ -113,9 +115,9 @@ def check_merge(merge: Merge, refs: Sequence[InputRef], tensors: Tensors, progre
 
 def _vocabulary(merge: Merge, parts: Parts, notes: Notes) -> VocabularyPlan | None:
     """Where rows come from, if that is not simply the base; to be what the manifest records."""
-    if merge.recipe.localized:
-        return None
-    planned = plan_again(merge.recipe, parts.models, merge.order)
+    stitched = {entry.name for entry in merge.recipe.localized if entry.mask is None}  # which bring no tokens
+    finetuned = {name: parts.models[name] for name in merge.order if name in parts.models and name not in stitched}
+    planned = plan_again(merge.recipe, parts.models["base"], finetuned, merge.localized)
     notes.findings += check_vocabulary(merge.record, planned)
     return planned
 

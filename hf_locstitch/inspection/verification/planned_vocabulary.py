@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from hf_locstitch.artifacts.manifest import FILE, Manifest
@@ -17,12 +17,15 @@ EXAMPLES = 3  # of what differs
 LONGEST = 100  # characters of one
 
 
-def plan_again(recipe: Recipe, inputs: Mapping[str, Checkpoint], order: Sequence[str]) -> VocabularyPlan | None:
-    """order: of the finetunes in sums. Raises RequestError."""
-    finetuned = {name: checkpoint for name, checkpoint in inputs.items() if name != "base"}
-    chosen = chosen_tensors(recipe, inputs["base"])
-    vocabulary, _ = plan_vocabulary(recipe, inputs["base"], finetuned, chosen, order)
-    return vocabulary
+def plan_again(
+    recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint], localized: Collection[str]
+) -> VocabularyPlan | None:
+    """finetuned: those that bring tokens, in the order of summation. localized: tensors of the merge. Raises
+    RequestError."""
+    if not finetuned:
+        return None
+    chosen = sorted(localized) if recipe.localized else chosen_tensors(recipe, base)
+    return plan_vocabulary(recipe, base, finetuned, chosen, list(finetuned))[0]
 
 
 def check_vocabulary(record: Manifest, due: VocabularyPlan | None) -> Iterator[Finding]:
