@@ -74,7 +74,8 @@ class InputRecord:
 class MaskRecord:
     """density: as requested; real_density = ones / N. examples: of the localization set that it was found with, if any.
 
-    values: file of the finetuned values under the mask, in a localized checkpoint; a model holds them itself.
+    values: file of the finetuned values under the mask, in a localized checkpoint; a model holds them itself. refitted:
+    of a stitch, whether they were solved for again in the localized checkpoint that they are from.
     """
 
     file: str
@@ -83,6 +84,7 @@ class MaskRecord:
     real_density: Share
     values: str | None = None
     examples: int | None = None
+    refitted: bool = False
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,12 @@ def _add_verify(commands: Any) -> None:
     )
     parser.add_argument("ref", metavar=REF, help="the merge or localized checkpoint")
     parser.add_argument("--base", metavar=REF, help="the base, if it is not where the manifest says")
-    parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge")
+    parser.add_argument(
+        "--ft",
+        nargs="+",
+        metavar=REF,
+        help="the finetuned models, or of a stitch its localized checkpoints, in its order",
+    )
     parser.add_argument(
         "--tensors",
         type=_count_or("all"),

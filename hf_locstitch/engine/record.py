@@ -95,7 +95,8 @@ def _smaller_masks(plan: Plan, masks: Mapping[str, MaskRecord]) -> Iterator[str]
 
 
 def _mask_records(plan: Plan, overlap: Overlap, examples: Mapping[str, int]) -> dict[str, MaskRecord]:
-    parts = {**_localized_inputs(plan), **_merged_inputs(plan)}
+    localized = _localized_inputs(plan)
+    parts = {**localized, **_merged_inputs(plan)}
     stored = {name: one.record.masks[one.name].examples for name, one in parts.items()}
     ones = dict(zip(plan.finetuned, overlap.pairs.diagonal().tolist(), strict=True))
     return {
@@ -106,6 +107,7 @@ def _mask_records(plan: Plan, overlap: Overlap, examples: Mapping[str, int]) -> 
             count / plan.n if plan.n else 0.0,
             values_file(name) if isinstance(plan, LocalizePlan) else None,
             examples.get(name, stored.get(name)),
+            refitted=name in localized and localized[name].refitted,
         )
         for name, count in ones.items()
     }

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from hf_locstitch.artifacts.manifest import RECIPE_FILE
 from hf_locstitch.checkpoints.checkpoint import open_source
 from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
@@ -23,8 +22,7 @@ from hf_locstitch.evaluation.models import (
 from hf_locstitch.evaluation.report import EvaluationReport
 from hf_locstitch.evaluation.session import Session
 from hf_locstitch.plan.plans import ModelPlan
-from hf_locstitch.plan.recipe import make_recipe
-from hf_locstitch.plan.recipe_file import load_recipe
+from hf_locstitch.plan.recipe_file import recipe_of
 from hf_locstitch.runtime.processes import Processes, find_processes
 from hf_locstitch.tasks.benchmarks import SUITES, make_options
 from hf_locstitch.tasks.leaks import UsedData, used_open_set
@@ -98,13 +96,11 @@ def evaluate(
 
 def _data_of(ref: str) -> list[UsedData]:
     """The data sets that a merge was made with, according to its recipe; none for other models."""
-    source = open_source(parse_ref(ref))
-    if RECIPE_FILE not in source.files:
-        return []
     try:
-        return make_recipe(load_recipe(source.fetch(RECIPE_FILE)), RECIPE_FILE).used_data
+        recipe = recipe_of(open_source(parse_ref(ref)))
     except RecipeError:
         return []  # a recipe of another version
+    return recipe.used_data if recipe is not None else []
 
 
 class AfterMerge:

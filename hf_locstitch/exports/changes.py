@@ -227,7 +227,7 @@ def _open_base(source: Source, record: Manifest, base: str | None) -> Checkpoint
     entry = next(entry for entry in record.inputs if entry.role == "base")
     opened, reasons = open_inputs([InputRef("base", base or entry.ref, base is not None)])
     if reasons:
-        raise CheckpointError(f"{source.label} cannot be exported without its base ({reasons[0]}) Use --base REF.")
+        raise CheckpointError(f"{source.label} cannot be exported without its base ({reasons['base']}) Use --base REF.")
     if wrong := [str(finding) for finding in check_hashes(entry, opened["base"])]:
         raise MismatchError(
             [

@@ -228,7 +228,7 @@ def _survey_inputs(
     named = None if finetuned is None else [str(one) for one in finetuned]
     opened, reasons = open_inputs(input_refs(record, None if base is None else str(base), named))
     if reasons:
-        raise CheckpointError(f"{' '.join(reasons)} Name the inputs with --base REF and --ft REF...")
+        raise CheckpointError(f"{' '.join(reasons.values())} Name the inputs with --base REF and --ft REF...")
     tensors = survey(masks).shapes
     readers = {name: fetch_tensors(checkpoint, tensors) for name, checkpoint in opened.items()}
     try:

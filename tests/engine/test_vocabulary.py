@@ -12,6 +12,7 @@ from uuid import uuid4
 import pytest
 import torch
 import yaml
+from helpers.damage import edit_manifest
 from helpers.launch import launch
 from helpers.models import State, load, same_bits
 from helpers.models import save as save_state
@@ -325,6 +326,31 @@ def test_verify_finds_a_wrong_row(untied: dict[str, Path], tmp_path: Path) -> No
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     report = verify(out, base=untied["base"], finetuned=[untied["math"], untied["chat"]])
     assert any(finding.where == "lm_head.weight" and "[26, 3]" in finding.what for finding in report.findings)
+
+
+def test_verify_tells_of_another_vocabulary_in_a_few_words(untied: dict[str, Path], tmp_path: Path) -> None:
+    out = merged(untied, tmp_path / "out")
+    finetuned = [untied["math"], untied["chat"]]
+
+    def told() -> list[str]:
+        found = verify(out, base=untied["base"], finetuned=finetuned).findings
+        return [str(finding) for finding in found if "vocabulary" in finding.what]
+
+    assert told() == []
+    more = [{"token": f"<new {number}>", "id": number, "from": ["math"]} for number in range(5000)]
+
+    def change(record: dict[str, Any]) -> None:
+        record["vocabulary"]["tokens"] = 5028
+        record["vocabulary"]["added"] = [*more, *record["vocabulary"]["added"][1:]]
+
+    edit_manifest(out, change)
+    added, tokens = told()
+    assert "vocabulary.added is 5,003 entries (5,000 of them only here: " in added and '"<new 2>"' in added
+    assert "expected 4 entries (1 of them only here: " in added and "<new 3>" not in added and len(added) < 500
+    assert tokens == "locstitch.json: vocabulary.tokens is 5028, expected 28"
+    edit_manifest(out, lambda record: record.update(vocabulary=None))
+    (absent,) = told()
+    assert absent.startswith("locstitch.json: vocabulary is absent, expected 24 tokens of the base, 1 added by chat")
 
 
 Edit = Callable[[dict[str, Any]], object]

@@ -11,8 +11,12 @@ from uuid import uuid4
 
 import pytest
 import torch
-from helpers.models import State, finetune, random_state, save
+from helpers.damage import adjust, replace_tensor
+from helpers.families import finetunes
+from helpers.models import State, finetune, load, random_state, save
 from helpers.runs import quick_localize, quick_merge, quick_stitch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from hf_locstitch import (
     Magnitude,
@@ -26,6 +30,7 @@ from hf_locstitch.errors import CheckpointError, IntegrityError, MismatchError, 
 from loopback_hub import LoopbackHub
 
 NAME = "model.layers.1.mlp.up_proj.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
 def make(folder: Path, figures: bool = False, **fields: Any) -> Path:
@@ -134,6 +139,18 @@ def test_a_wrong_value_is_found(home: Path) -> None:
     assert main(["verify", "loc-maths", "--tensors", "all", "--quiet"]) == 1
 
 
+def test_as_many_values_as_ones_in_each_tensor(home: Path) -> None:
+    file, other = "values/maths.safetensors", "model.layers.0.norm.weight"
+    taken = load_localized("loc-maths").values(NAME)[-1:]
+    path = home / "loc-maths" / file
+    with safe_open(path, framework="pt") as opened:
+        metadata, state = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file({**state, NAME: state[NAME][:-1], other: torch.cat([state[other], taken])}, path, metadata=metadata)
+    adjust(home / "loc-maths", file)
+    found = {finding.where: finding.what for finding in verify("loc-maths", tensors="all").findings}
+    assert found == {NAME: "the number of values", other: "the number of values"}
+
+
 def test_damaged_files_are_found(home: Path) -> None:
     path = home / "loc-maths" / "values" / "maths.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
@@ -166,6 +183,77 @@ def test_stitched_models_are_checked_against_the_finetunes(home: Path) -> None:
     save(home / "other", finetune(random_state(0), 9))
     wrong = verify("stitched", base="base", finetuned=["other", "code"], tensors="all")
     assert not wrong.ok and any(finding.part == "values" for finding in wrong.findings)
+
+
+@pytest.fixture(scope="module")
+def refitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, ft and ft1; these localized, as `solved`, with values solved for again, and `plain`; `stitched` of both."""
+    home = tmp_path_factory.mktemp("refitted")
+    finetunes(home)
+    how = {"localizer": Magnitude(density=0.3), "show_progress": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        quick_localize("base", "ft", out="solved", stitch="refit", **how)
+        quick_localize("base", "ft1", out="plain", **how)
+        quick_stitch("base", ["solved", "plain"], out="stitched")
+    return home
+
+
+@pytest.fixture
+def stitched(refitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of all that to damage, as working directory."""
+    shutil.copytree(refitted, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    return tmp_path / "home"
+
+
+def test_a_stitch_of_refitted_values_is_compared_with_the_localized_checkpoint(stitched: Path) -> None:
+    report = verify("stitched", tensors="all")
+    assert report.ok and not report.findings and not report.skipped, report.describe()
+    masks = json.loads((stitched / "stitched" / "locstitch.json").read_text())["masks"]
+    assert {name: mask["refitted"] for name, mask in masks.items()} == {"ft": True, "ft1": False}
+    at = load_mask("stitched", "ft")[QUERY] & ~load_mask("stitched", "ft1")[QUERY]
+    replace_tensor(stitched / "stitched", QUERY, lambda tensor: tensor + 1e-4 * at)
+    found = verify("stitched", tensors="all").findings
+    assert found and {finding.where for finding in found} == {QUERY}
+    assert f"{int(at.sum())} of {at.numel()} values are wrong" in found[0].what
+
+
+@pytest.mark.parametrize("moved", [["ft", "ft1"], ["ft"]])
+def test_a_stitch_holds_without_the_finetuned_models(stitched: Path, moved: list[str]) -> None:
+    for name in moved:
+        shutil.rmtree(name)
+    report = verify("stitched", tensors="all")
+    assert report.ok and [skipped.what for skipped in report.skipped] == ["top k"]
+    assert f"{' and '.join(moved)} not at hand".replace(" and ", ", ") in report.describe()
+    assert report.checked.tensors == report.checked.of_tensors and not report.checked.partly
+
+
+def test_localized_checkpoints_that_are_elsewhere(stitched: Path) -> None:
+    shutil.move("solved", "moved")
+    report = verify("stitched", tensors="all")
+    assert report.ok and [skipped.what for skipped in report.skipped] == ["values under the mask of ft"]
+    assert (
+        "the folder solved does not exist" in report.describe() and "of them outside their masks" in report.describe()
+    )
+    mask = load_mask("stitched", "ft")
+    numel = sum(tensor.numel() for tensor in load(Path("base")).values())
+    assert report.checked.coordinates == numel - sum(int(part.sum()) for part in mask.values())
+    report = verify("stitched", finetuned=["moved", "plain"], tensors="all")
+    assert report.ok and not report.skipped
+    replace_tensor(stitched / "moved", QUERY, lambda values: values + 1, "values/ft.safetensors")
+    found = verify("stitched", finetuned=["moved", "ft1"], tensors="all").findings
+    assert [(finding.part, finding.where) for finding in found] == [
+        ("inputs", "ft (moved/values/ft.safetensors)"),
+        ("values", QUERY),
+    ]
+
+
+def test_a_mask_of_a_stitch_that_is_another(stitched: Path) -> None:
+    shutil.copy("stitched/masks/ft1.safetensors", "stitched/masks/ft.safetensors")
+    adjust(stitched / "stitched", "masks/ft.safetensors")
+    found = verify("stitched", tensors="all").findings
+    assert any("that solved does not have" in finding.what and finding.part == "masks" for finding in found)
 
 
 def test_from_the_hub_and_back(

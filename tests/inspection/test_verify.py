@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import pytest
 import torch
+from helpers.damage import adjust, edit_manifest
 from helpers.models import BLOCK_NAMES, SHAPES, State, finetune, load, random_state, save, save_sharded
 from helpers.reference import reference_stitch
 from helpers.runs import quick_merge
@@ -48,23 +49,6 @@ def home(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(made, tmp_path / "home")
     monkeypatch.chdir(tmp_path / "home")
     return tmp_path / "home"
-
-
-def edit_manifest(merge: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    record = json.loads((merge / "locstitch.json").read_text())
-    change(record)
-    (merge / "locstitch.json").write_text(json.dumps(record))
-
-
-def adjust(merge: Path, *files: str) -> None:
-    """State the present hashes of these files in the manifest."""
-
-    def change(record: dict[str, Any]) -> None:
-        for file in files:
-            content = (merge / file).read_bytes()
-            record["outputs"][file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-    edit_manifest(merge, change)
 
 
 def found(report: VerifyReport) -> list[str]:

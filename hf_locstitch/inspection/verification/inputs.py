@@ -40,17 +40,17 @@ def input_refs(record: Manifest, base: str | None, finetuned: Sequence[str] | No
     return [InputRef(entry.name, asked.get(entry.name, entry.ref), entry.name in asked) for entry in record.inputs]
 
 
-def open_inputs(refs: Sequence[InputRef]) -> tuple[dict[str, Checkpoint], list[str]]:
+def open_inputs(refs: Sequence[InputRef]) -> tuple[dict[str, Checkpoint], dict[str, str]]:
     """The inputs that can be opened, and why the others cannot. Raises CheckpointError for one that the user named."""
     opened: dict[str, Checkpoint] = {}
-    reasons: list[str] = []
+    reasons: dict[str, str] = {}
     for ref in refs:
         try:
             opened[ref.name] = open_checkpoint(parse_ref(ref.ref))
         except LocstitchError as error:
             if ref.asked:
                 raise
-            reasons.append(f"{ref.name}: {error}")
+            reasons[ref.name] = f"{ref.name}: {error}"
     if "base" not in opened:
         return opened, reasons
     refuse_adapter(opened["base"], "a base must be a whole model")

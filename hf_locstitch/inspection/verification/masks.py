@@ -6,18 +6,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from hf_locstitch.artifacts.manifest import Manifest
+from hf_locstitch.artifacts.manifest import Manifest, told
 from hf_locstitch.artifacts.mask_file import DamagedMask, ForeignMask, MaskFile, Positions, Shapes
 from hf_locstitch.artifacts.overlap import jaccard
+from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.source import Source
-from hf_locstitch.inspection.verification.report import Finding
+from hf_locstitch.inspection.verification.report import Finding, Notes
 from hf_locstitch.localize.density import exact_share
 
+METHOD = "locstitch"  # the method whose values are recomputed
 SPARSE = 256  # elements for each one; real masks have fewer
 
 
@@ -38,6 +40,51 @@ def open_masks(source: Source, record: Manifest) -> tuple[dict[str, MaskFile], l
         except (DamagedMask, ForeignMask) as error:
             findings.append(mask_finding(error))
     return masks, findings
+
+
+def check_masks(
+    record: Manifest,
+    masks: Mapping[str, MaskFile],
+    damaged: Sequence[Finding],
+    ranged: Sequence[TensorInfo],
+    notes: Notes,
+) -> bool:
+    """Whether the masks, over the tensors `ranged`, can be used to recompute values; wrong counts are findings only."""
+    unfit = [*damaged, *check_tensors(masks, ranged)]
+    notes.findings += unfit
+    if unfit:
+        return False
+    try:
+        counts = tally(masks, {info.name: info.shape for info in ranged})
+    except DamagedMask as error:
+        notes.findings.append(mask_finding(error))
+        return False
+    notes.findings += check_counts(record, counts)
+    if record.method == METHOD:
+        notes.findings += check_shares(record, counts, ranged)
+    for_people = told(record)
+    joint = for_people is not record
+    notes.count(masks=len(for_people.masks), joint=joint, mask_elements=sum(info.numel for info in ranged))
+    return True
+
+
+def check_foreign_masks(source: Source, record: Manifest, merged: Checkpoint, notes: Notes) -> None:
+    """Masks of another method may cover other tensors: those of the first mask are expected in all."""
+    if not record.masks:
+        notes.skip("masks", "the manifest lists none")
+        return
+    masks, damaged = open_masks(source, record)
+    shapes = next(iter(masks.values())).shapes if masks else {}
+    ranged = [merged.info(name) for name in shapes if name in merged.tensors]
+    check_masks(record, masks, damaged, ranged, notes)
+
+
+def top_k(record: Manifest, notes: Notes) -> Literal["model", "tensor", ""]:
+    """The scope in which a mask keeps the largest entries; "" if it was not found by magnitude."""
+    if record.localizer is not None and record.localizer.get("method") == "magnitude":
+        return "tensor" if record.localizer.get("scope") == "tensor" else "model"
+    notes.skip("top k", "the search for these masks was not by magnitude alone and is not repeated")
+    return ""
 
 
 def check_tensors(masks: Mapping[str, MaskFile], localized: Sequence[TensorInfo]) -> Iterator[Finding]:

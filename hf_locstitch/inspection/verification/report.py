@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from hf_locstitch.runtime.escape import line
-from hf_locstitch.runtime.human import human
+from hf_locstitch.runtime.human import human, some
 
 Part = Literal["files", "recipe", "masks", "inputs", "values"]
 SHOWN = 20  # findings shown to people; JSON holds them all
@@ -43,16 +43,40 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Checked:
-    """How much was checked. tensors, of_tensors: how many tensors were recomputed, and how many there are."""
+    """How much was checked. joint: whether the mask is one that all finetunes share. tensors, of_tensors: how many
+    tensors were recomputed, and how many there are; partly: of how many only what lies outside fitted or unknown masks.
+    """
 
     files: int = 0
     bytes: int = 0
     masks: int = 0
+    joint: bool = False
     mask_elements: int = 0
     inputs: int = 0
     tensors: int = 0
     of_tensors: int = 0
     coordinates: int = 0
+    partly: int = 0
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """Tensors whose values under the masks were fitted, by how these were checked. recomputed: all values. sampled:
+    those of some rows. hashed: none, so that only the hash of their file speaks for them. values: recomputed ones."""
+
+    recomputed: tuple[str, ...] = ()
+    sampled: tuple[str, ...] = ()
+    hashed: tuple[str, ...] = ()
+    values: int = 0
+
+    def __str__(self) -> str:
+        checked = f"{self.values:,} values recomputed" if self.values else "no value recomputed"
+        parts = {"all of": self.recomputed, "some rows of": self.sampled, "by hash only": self.hashed}
+        return "; ".join([checked, *(f"{how} {_tensors(names)}" for how, names in parts.items() if names)])
+
+
+def _tensors(names: Sequence[str]) -> str:
+    return f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} ({some(names)})"
 
 
 @dataclass
@@ -62,6 +86,7 @@ class Notes:
     checked: Checked = field(default_factory=Checked)
     skipped: list[Skipped] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    refitted: Refitted | None = None
 
     def count(self, **counts: int) -> None:
         self.checked = replace(self.checked, **counts)
@@ -72,13 +97,14 @@ class Notes:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """ref: the merge, pinned."""
+    """ref: the merge, pinned. refitted: where values under masks were fitted, how these were checked."""
 
     ref: str
     method: str
     checked: Checked
     skipped: tuple[Skipped, ...]
     findings: tuple[Finding, ...]
+    refitted: Refitted | None = None
 
     @property
     def ok(self) -> bool:
@@ -117,14 +143,16 @@ class VerifyReport:
             f"files      {done.files} checked against locstitch.json, {human(done.bytes)}",
         ]
         if done.masks:
-            lines.append(
-                f"masks      {done.masks} over N = {done.mask_elements:,} elements: ones, coverage and overlaps"
-            )
+            many = "one joint mask" if done.joint else f"{done.masks}"
+            lines.append(f"masks      {many} over N = {done.mask_elements:,} elements: ones, coverage and overlaps")
         if done.tensors:
+            partly = f" ({done.partly} of them outside their masks)" if done.partly else ""
             lines.append(
-                f"values     {done.tensors} of {done.of_tensors} tensors, {done.coordinates:,} coordinates, "
+                f"values     {done.tensors} of {done.of_tensors} tensors{partly}, {done.coordinates:,} coordinates, "
                 f"recomputed from {done.inputs} inputs"
             )
+        if self.refitted is not None:
+            lines.append(f"refitted   {self.refitted}")
         return lines
 
 

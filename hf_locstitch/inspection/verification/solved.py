@@ -1,135 +1,137 @@
-"""The values of a refit without data, checked from weights alone: solved for once more, in float64, in a few rows.
-
-Independent of the solver's arithmetic; only which layers share an input is found in the same way.
-"""
+"""The arithmetic of a refit without data once more, in float64 and independent of the solver's: rows of layers that
+share an input. See stitch/dataless/solution.py for the formulas."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
-from hf_locstitch.artifacts.mask_file import MaskFile
-from hf_locstitch.checkpoints.checkpoint import Checkpoint
-from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
-from hf_locstitch.inspection.verification.inputs import fetch_tensors
-from hf_locstitch.inspection.verification.report import Finding
-from hf_locstitch.stitch.dataless.layers import Unit
-from hf_locstitch.stitch.dataless.opened import OpenedModels, matrices, open_models
-from hf_locstitch.stitch.refit.models import reading
-from hf_locstitch.stitch.refit.weights import Weights
-
-CPU = torch.device("cpu")
-ROWS = 8  # of each layer
+CAP = 0.3  # of the base's norm: a layer's change is at most this, or as long as the longest task vector
+ROWS = 8  # of each layer at least,
+WORK = 1e11  # floating-point operations for those of one layer, where more rows than that are solved for
 SLACK = 0.02  # of the largest change in a row, and
 UNSETTLED = 0.5  # of what is still to change: conjugate gradients stop early, and float32 steps lag behind
 SETTLED = 200  # steps
+SOLVED = 1e-28  # of what was to be solved, squared: no more is left of a row that is
+
+
+class Solving(BaseModel):
+    """How values were solved for, as recorded. ridge: ρ. steps: of conjugate gradients. low_rank: whether updates are
+    of low rank, and the solution stays near their mean."""
+
+    ridge: float = Field(gt=0, allow_inf_nan=False)
+    steps: int = Field(ge=0, le=1000)
+    low_rank: bool
 
 
 @dataclass(frozen=True)
-class Solved:
-    """merged, base, finetuned: checkpoints, the latter in the order of summation. masks: whose union was solved for.
-    stitch: as recorded. scale: the recipe's."""
+class Moments:
+    """Sums over the tasks of layers that share an input. total, cross: S and Σ τ_i G_i of each layer [outputs, inputs].
+    gram: Σ G_i [inputs, inputs]. longest: max ‖τ_i‖ of each layer."""
 
-    merged: Checkpoint
-    base: Checkpoint
-    finetuned: Sequence[Checkpoint]
-    masks: Mapping[str, MaskFile]
-    stitch: Mapping[str, Any]
-    scale: float
+    total: list[Tensor]
+    cross: list[Tensor]
+    gram: Tensor
+    tasks: int
+    longest: list[float]
 
-    def check(self, localized: Sequence[str], groups: int) -> Iterator[Finding]:
-        """In the linear layers of so many inputs, spread over the model. Raises RequestError, IntegrityError."""
-        closed = [CheckpointReader(one, {}) for one in (self.base, *self.finetuned)]
-        opened = open_models(closed[0], closed[1:], localized, CPU)
-        units = [unit for unit in opened.layers.units if len(unit.inputs) == 1]
-        count = min(groups, len(units))
-        for unit in [units[number * len(units) // count] for number in range(count)]:
-            yield from self._check(opened, unit)
 
-    def _check(self, opened: OpenedModels, unit: Unit) -> Iterator[Finding]:
-        """The files that hold these layers are fetched."""
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a layer's change. numbers: which. values [rows, inputs], and how far from them others may be, which
+    were found in float32 and in fewer steps than are needed."""
 
-        def weights(checkpoint: Checkpoint) -> Weights:
-            return Weights(opened.layers.model, opened.layers.disk, reading(fetch_tensors(checkpoint, unit.disk)), CPU)
+    numbers: Tensor
+    values: Tensor
+    slack: Tensor
 
-        shared = unit.inputs[0]
-        linears, biased = shared.linears, shared.biased
-        starts = matrices(weights(self.base), linears, biased)
-        tasks = [
-            [
-                (tuned - start).double()
-                for tuned, start in zip(matrices(weights(one), linears, biased), starts, strict=True)
-            ]
-            for one in self.finetuned
-        ]
-        covered = matrices(Weights(opened.layers.model, opened.layers.disk, self._covered, CPU), linears, biased)
-        merged = weights(self.merged)
-        each = zip(linears, matrices(merged, linears, biased), starts, covered, strict=True)
-        for number, (linear, found, start, mask) in enumerate(each):
-            name = merged.groups[linear.weight.parameter].disk[0]
-            most = max(0.3 * float(start.norm()), *(float(task[number].norm()) for task in tasks))
-            if float((found - start).norm()) > 0.99 * self.scale * most:
-                continue  # it was cut back to that length
-            rows, change, settled = solve(tasks, number, mask > 0, start.double(), self.stitch)
-            due, rounding = start[rows] + self.scale * change, torch.finfo(merged_dtype(self.merged, name)).eps
-            unsure = SLACK * _largest(change) + UNSETTLED * _largest(settled - change)
-            slack = self.scale * unsure + rounding * due.abs()
-            yield from _compare(name, found[rows].double(), due, slack, mask[rows] > 0)
 
-    def _covered(self, name: str) -> Tensor:
-        shape = self.base.info(name).shape
-        covered = torch.zeros(math.prod(shape), dtype=torch.bool)
-        for mask in self.masks.values():
-            covered[torch.from_numpy(mask.positions(name))] = True
-        return covered.view(shape)
+def moments(tasks: Iterable[Sequence[Tensor]]) -> Moments:
+    """tasks: for each, the task vectors of the layers, float64 [outputs, inputs]."""
+    found: Moments | None = None
+    for vectors in tasks:
+        width = vectors[0].shape[1]
+        none = torch.zeros(width, width, dtype=torch.float64)
+        gram = torch.stack([none, *(v.T @ v / v.square().sum() for v in vectors if v.any())]).sum(0)
+        gram = gram * width / gram.trace() if gram.trace() > 0 else gram
+        crosses, norms = [v @ gram for v in vectors], [float(v.norm()) for v in vectors]
+        if found is None:
+            found = Moments(list(vectors), crosses, gram, 1, norms)
+            continue
+        found = Moments(
+            [total + v for total, v in zip(found.total, vectors, strict=True)],
+            [cross + more for cross, more in zip(found.cross, crosses, strict=True)],
+            found.gram + gram,
+            found.tasks + 1,
+            list(map(max, found.longest, norms)),
+        )
+    assert found is not None
+    return found
+
+
+def longest_change(base: Tensor, longest: float) -> float:
+    """How long a layer's change may be. longest: the longest task vector."""
+    return max(CAP * float(base.double().norm()), longest)
+
+
+def dense(found: Moments, solving: Solving, bases: Sequence[Tensor]) -> list[Tensor]:
+    """D of each layer, cut back to the length that is allowed. bases: their weights [outputs, inputs]."""
+    images = [total @ found.gram for total in found.total]
+    below = sum(float((total * image).sum()) for total, image in zip(found.total, images, strict=True))
+    above = sum(float((total * cross).sum()) for total, cross in zip(found.total, found.cross, strict=True))
+    share = 1 / found.tasks if solving.low_rank else above / below if below > 0 else 0.0
+    factor, solved = torch.linalg.cholesky(_system(found, solving)), []
+    for number, (total, cross, image) in enumerate(zip(found.total, found.cross, images, strict=True)):
+        change = share * total + torch.cholesky_solve((cross - share * image).T, factor).T
+        most = longest_change(bases[number], found.longest[number])
+        solved.append(change * min(1.0, most / max(float(change.norm()), 1e-300)))
+    return solved
+
+
+def whole(change: Tensor) -> Rows:
+    """All rows of a change in which nothing is left out by a mask."""
+    return Rows(torch.arange(len(change)), change, SLACK * _largest(change).expand_as(change))
+
+
+def inside(found: Moments, number: int, change: Tensor, mask: Tensor, solving: Solving) -> Rows:
+    """Rows of a layer (by number), solved for inside its mask. change: D. mask: bool, both [outputs, inputs]."""
+    matrix = _system(found, solving)
+    width = len(matrix)
+    count = min(len(change), max(ROWS, int(WORK / (2 * width**2 * (solving.steps + SETTLED)))))
+    rows = torch.linspace(0, len(change) - 1, count).long()
+    begin, kept = torch.where(mask[rows], change[rows], 0.0), mask[rows].double()
+    rest = found.cross[number][rows] - begin @ found.gram
+    values, settled = (begin + _gradients(matrix, rest, kept, steps) for steps in (solving.steps, SETTLED))
+    return Rows(rows, values, (SLACK * _largest(values) + UNSETTLED * _largest(settled - values)).expand_as(values))
+
+
+def cut_back(rows: Rows, found: Tensor) -> Rows:
+    """The rows of a change that was cut back to the length allowed. found: its values, which tell the factor.
+
+    To know that takes all rows, and is not needed: with another factor, the change would not have that length.
+    """
+    square = float(rows.values.square().sum())
+    factor = min(1.0, max(0.0, float((found * rows.values).sum()) / square)) if square > 0 else 1.0
+    return Rows(rows.numbers, factor * rows.values, factor * rows.slack)
+
+
+def of_vectors(task_vectors: Sequence[Tensor]) -> Tensor:
+    """Σ τ³ / Σ τ², element by element, 0 where nothing changed. task_vectors: float64."""
+    squares = torch.stack([vector.square() for vector in task_vectors])
+    shares = squares / squares.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+    return (shares * torch.stack(list(task_vectors))).sum(0)
+
+
+def _system(found: Moments, solving: Solving) -> Tensor:
+    return found.gram + solving.ridge * found.tasks * torch.eye(len(found.gram)).double()
 
 
 def _largest(change: Tensor) -> Tensor:
     return change.abs().amax(1, keepdim=True)
-
-
-def merged_dtype(merged: Checkpoint, name: str) -> torch.dtype:
-    return TORCH_DTYPE[merged.info(name).dtype]
-
-
-def solve(
-    tasks: Sequence[Sequence[Tensor]], number: int, mask: Tensor, base: Tensor, stitch: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Some rows of a layer, by number, their change, and what it would be after many more steps.
-
-    tasks: task vectors of each task, of each layer. See
-    stitch/dataless/solution.py for the formulas."""
-    width, count = mask.shape[1], len(tasks)
-    grams = []
-    for vectors in tasks:
-        gram = sum((v.T @ v / v.square().sum() for v in vectors if v.any()), torch.zeros(width, width).double())
-        grams.append(gram * width / gram.trace() if gram.trace() > 0 else gram)
-    summed = torch.stack(grams).sum(0)
-    totals = [torch.stack(layer).sum(0) for layer in zip(*tasks, strict=True)]
-    crosses = [
-        torch.stack([v @ g for v, g in zip(layer, grams, strict=True)]).sum(0) for layer in zip(*tasks, strict=True)
-    ]
-    below = sum(float((total @ summed * total).sum()) for total in totals)
-    above = sum(float((total * cross).sum()) for total, cross in zip(totals, crosses, strict=True))
-    share = 1 / count if stitch["low_rank"] else above / below if below > 0 else 0.0
-    matrix = summed + stitch["ridge"] * count * torch.eye(width).double()
-    total, cross = totals[number], crosses[number]
-    dense = share * total + torch.linalg.solve(matrix, cross - share * total @ summed, left=False)
-    most = max(0.3 * float(base.norm()), *(float(vectors[number].norm()) for vectors in tasks))
-    dense *= min(1.0, most / max(float(dense.norm()), 1e-300))
-    rows = torch.linspace(0, len(total) - 1, min(ROWS, len(total))).long()
-    begin = torch.where(mask, dense, 0.0)[rows]
-    if mask.all():
-        return rows, begin, begin
-    rest, kept = cross[rows] - begin @ summed, mask[rows].double()
-    found, settled = (begin + _gradients(matrix, rest, kept, steps) for steps in (stitch["steps"], SETTLED))
-    return rows, found, settled
 
 
 def _gradients(matrix: Tensor, rest: Tensor, mask: Tensor, steps: int) -> Tensor:
@@ -137,18 +139,13 @@ def _gradients(matrix: Tensor, rest: Tensor, mask: Tensor, steps: int) -> Tensor
     solution, residual = torch.zeros_like(rest), rest * mask
     scaled = residual / matrix.diagonal()
     direction, power = scaled, (residual * scaled).sum(1, keepdim=True)
+    enough = SOLVED * power
     for _ in range(steps):
+        open_ = power > enough  # else rounding is all that is left, and quotients of it mean nothing
         image = direction @ matrix * mask
-        step = torch.nan_to_num(power / (direction * image).sum(1, keepdim=True))
+        step = torch.where(open_, power / (direction * image).sum(1, keepdim=True), 0.0)
         solution, residual = solution + step * direction, residual - step * image
         scaled = residual / matrix.diagonal()
-        new = (residual * scaled).sum(1, keepdim=True)
-        direction, power = scaled + torch.nan_to_num(new / power) * direction, new
+        before, power = power, torch.where(open_, (residual * scaled).sum(1, keepdim=True), power)
+        direction = scaled + torch.where(open_, power / before, 0.0) * direction
     return solution
-
-
-def _compare(name: str, found: Tensor, due: Tensor, slack: Tensor, mask: Tensor) -> Iterator[Finding]:
-    if (far := ((found - due).abs() > slack) & mask).any():
-        row, column = (int(place) for place in far.nonzero()[0])
-        what = f"a value that was solved for (of {int(mask.sum())} looked at, {int(far.sum())} are off)"
-        yield Finding("values", name, what, f"{found[row, column]:.6g}", f"about {due[row, column]:.6g}")

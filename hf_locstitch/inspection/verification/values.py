@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -91,32 +91,38 @@ def _float(bits: int) -> str:
 class MergeSettings:
     """How the merge was made. top_k: masks keep the largest entries of the model, of each tensor, or ("") neither.
 
-    refitted: tensors whose values under the masks were fitted; these values are not recomputed."""
+    refitted: tensors whose values under the masks were fitted. unknown: masks whose values nobody has. Neither of these
+    values are compared."""
 
     scale: float
     top_k: Literal["model", "tensor", ""]
-    refitted: frozenset[str] = frozenset()
+    refitted: Collection[str] = ()
+    unknown: Collection[str] = ()
 
 
 @dataclass
 class ValueCheck:
-    """merged, base, rest, finetuned: open readers; finetuned in summation order, under the names of their masks.
+    """merged, base, rest, finetuned, ranked: open readers; finetuned in summation order, by the names of their masks.
 
-    rest: provides the tensors that are not localized.
+    rest: provides the tensors that are not localized. finetuned: what the values under the masks are of. ranked: the
+    whole finetuned models at hand, which tell whether masks keep the largest entries. partly: tensors of which only the
+    values outside fitted or unknown masks were compared.
     """
 
     merged: CheckpointReader
     base: CheckpointReader
     rest: CheckpointReader
     finetuned: Mapping[str, CheckpointReader]
+    ranked: Mapping[str, CheckpointReader]
     masks: Mapping[str, MaskFile]
     settings: MergeSettings
     coordinates: int = 0
+    partly: set[str] = field(default_factory=set)
     extremes: dict[str, Extremes] = field(default_factory=dict)
 
     def localized(self, tensor: str) -> Iterator[Finding]:
         """Check a localized tensor: its values, and that the masks keep the largest entries. Raises DamagedMask."""
-        inputs = {"base": self.base, **self.finetuned}
+        inputs = {"base": self.base, **self.ranked, **self.finetuned}
         shape = self.merged.checkpoint.info(tensor).shape
         if unlike := list(_unlike_inputs(tensor, shape, inputs)):
             yield from unlike
@@ -138,24 +144,25 @@ class ValueCheck:
     def _piece(self, tensor: str, first: int, places: Mapping[str, torch.Tensor], wrong: Differences) -> None:
         info = self.merged.checkpoint.info(tensor)
         count = min(PIECE, info.numel - first)
+        kept = {name: _within(found, first, count) for name, found in places.items()}
         base = self.base.flat(tensor, first, count)
-        finetuned: list[Kept] = []
-        for name, reader in self.finetuned.items():
-            begin, end = np.searchsorted(places[name].numpy(), [first, first + count])
-            values, kept = reader.flat(tensor, first, count), places[name][begin:end] - first
-            finetuned.append((values, kept))
-            if self.settings.top_k:
-                scores = (values.float() - base.float()).abs()
-                self.extremes.setdefault(name, Extremes()).add(tensor, scores, kept)
+        values = {name: reader.flat(tensor, first, count) for name, reader in self.finetuned.items()}
+        for name, reader in self.ranked.items() if self.settings.top_k else ():
+            whole = values[name] if reader is self.finetuned.get(name) else reader.flat(tensor, first, count)
+            scores = (whole.float() - base.float()).abs()
+            self.extremes.setdefault(name, Extremes()).add(tensor, scores, kept[name])
+        finetuned = [(own, kept[name]) for name, own in values.items()]
         due = stitched(base, finetuned, self.settings.scale, TORCH_DTYPE[info.dtype])
         got = self.merged.flat(tensor, first, count)
-        if tensor in self.settings.refitted:
+        fitted = kept if tensor in self.settings.refitted else {name: kept[name] for name in self.settings.unknown}
+        left_out = torch.unique(torch.cat([*fitted.values(), torch.empty(0, dtype=torch.int64)]))
+        if len(left_out):
             got = got.clone()
-            for _, kept in finetuned:
-                got[kept] = due[kept]
+            got[left_out] = due[left_out]
+            self.partly.add(tensor)
         wrong.compare(got, due, first)
-        self.coordinates += count
-        for reader in (self.merged, self.base, *self.finetuned.values()):
+        self.coordinates += count - len(left_out)
+        for reader in (self.merged, self.base, *self.finetuned.values(), *self.ranked.values()):
             reader.release(tensor, first, count)
 
     def other(self, tensor: str) -> Iterator[Finding]:
@@ -176,6 +183,12 @@ class ValueCheck:
             for reader in (self.merged, self.rest):
                 reader.release(tensor, first, count)
         yield from wrong.findings()
+
+
+def _within(positions: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """Those of ascending positions that lie in first … first + count, from there."""
+    begin, end = np.searchsorted(positions.numpy(), [first, first + count])
+    return positions[begin:end] - first
 
 
 def _raw(reader: CheckpointReader, info: TensorInfo, first: int, count: int, item: int) -> torch.Tensor:

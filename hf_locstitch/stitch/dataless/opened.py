@@ -74,7 +74,7 @@ class Assembled:
     def add(self, linear: Linear, solved: Tensor) -> Iterator[tuple[str, Tensor]]:
         """solved: the change of a layer, as `matrices` has it. Returns what it makes complete."""
         for part, values in take_apart(solved, linear):
-            self._put(part, values)
+            put_part(self._parameters, part, values)
             group = self._groups[part.parameter]
             self._due[group] -= 1
             if self._due[group] == 0:
@@ -83,15 +83,6 @@ class Assembled:
 
     def _take(self, parameter: str) -> Tensor:
         return self._parameters.pop(parameter) if parameter in self._parameters else self._fill(parameter)
-
-    def _put(self, part: Part, values: Tensor) -> None:
-        """Keep the values of a parameter, or of one of its stacked tensors."""
-        if part.index is None:
-            self._parameters[part.parameter] = values
-            return
-        if part.parameter not in self._parameters:
-            self._parameters[part.parameter] = values.new_zeros(part.stacked, *part.shape)
-        self._parameters[part.parameter][part.index] = values
 
 
 def open_models(
@@ -143,3 +134,13 @@ def take_apart(solved: Tensor, linear: Linear) -> Iterator[tuple[Part, Tensor]]:
     yield part, weight.T if linear.transposed else weight.reshape(part.shape)
     if linear.bias is not None:
         yield linear.bias, solved[:, -1].reshape(linear.bias.shape)
+
+
+def put_part(parameters: dict[str, Tensor], part: Part, values: Tensor) -> None:
+    """Keep the values of a parameter, or of one of its stacked tensors."""
+    if part.index is None:
+        parameters[part.parameter] = values
+        return
+    if part.parameter not in parameters:
+        parameters[part.parameter] = values.new_zeros(part.stacked, *part.shape)
+    parameters[part.parameter][part.index] = values

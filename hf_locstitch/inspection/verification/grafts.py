@@ -1,0 +1,54 @@
+"""A localized checkpoint read as a model, so that its values can be checked like a merge's, or a merge's by them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
+from hf_locstitch.artifacts.mask_file import Positions
+from hf_locstitch.checkpoints.header import TensorInfo
+from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
+from hf_locstitch.errors import IntegrityError
+
+
+class GraftReader(CheckpointReader):
+    """The base with a localized checkpoint's values under its mask, in the finetuned dtypes, as if it were a model that
+    has the localized tensors alone."""
+
+    def __init__(self, localized: LocalizedCheckpoint, base: CheckpointReader) -> None:
+        files = localized.as_checkpoint()
+        infos = {
+            name: (localized.shards[1], TensorInfo(name, localized.stored(name).dtype, shape, 0, 0))
+            for name, shape in localized.shapes.items()
+        }
+        super().__init__(replace(files, tensors=infos), {})
+        self._localized, self._base = localized, base
+        self._positions = lru_cache(1)(self._read)  # a tensor is read piece by piece
+
+    def _read(self, name: str) -> Positions:
+        """Raises IntegrityError."""
+        positions, stored = self._localized.positions(name), self._localized.stored(name).numel
+        if len(positions) != stored:
+            raise IntegrityError(
+                f"{self.where(name)} holds {stored:,} values for {name}, but its mask has {len(positions):,} ones "
+                "there. Fetch it again."
+            )
+        return positions
+
+    def flat(self, name: str, first: int, count: int) -> torch.Tensor:
+        graft = self._base.flat(name, first, count).to(TORCH_DTYPE[self.checkpoint.info(name).dtype], copy=True)
+        positions = self._positions(name)
+        begin, end = np.searchsorted(positions, [first, first + count]).tolist()
+        graft[torch.from_numpy(positions[begin:end] - first)] = self._localized.values(name, begin, end - begin)
+        return graft
+
+    def release(self, name: str, first: int, count: int) -> None:
+        del name, first, count  # the values were computed, nothing is mapped
+
+    def where(self, name: str) -> str:
+        return f"{self._localized.label}/{self._localized.shards[1].file}"
