@@ -31,7 +31,8 @@ MATRICES = re.compile(
     r"vocab_projector)([._]|$)|(^|transformer\.)w\.weight$"
 )
 NOT_OF_TOKENS = re.compile(r"(position|token_type|wpe)")
-SIZES = ("vocab_size", "decoder_vocab_size", "n_words", "n_token")  # names of the number of tokens in configs
+SIZE, TEXT = "vocab_size", "text_config"
+SIZES = (SIZE, "decoder_vocab_size", "n_words", "n_token")  # names of the number of tokens in configs
 WAY_OUT = "Save the tokenizer again with transformers, or leave new tokens out: --tokenizer base --embeddings base."
 
 
@@ -48,14 +49,15 @@ class Vocabulary:
 
 
 def token_matrices(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Names of the embeddings and heads (and their biases) that have a row for each token, told by name and shape."""
+    """Names of the embeddings and heads (and their biases) that have a row for each token, told by name and shape; by
+    name alone where the config leaves their number to its class, as those of Gemma 3 do."""
     sizes = set(vocabulary_sizes(checkpoint.config))
     return tuple(
         info.name
         for _, info in checkpoint.tensors.values()
         if info.floating
         and len(info.shape) in (1, 2)
-        and row_count(info.shape) in sizes
+        and (not sizes or row_count(info.shape) in sizes)
         and MATRICES.search(info.name)
         and not NOT_OF_TOKENS.search(info.name)
         and not BLOCKS.search(info.name)
@@ -99,9 +101,17 @@ def vocabulary_sizes(config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def resized(config: Mapping[str, Any], counts: Collection[int], rows: int) -> dict[str, Any]:
-    """The config with `rows` wherever it has one of these counts as vocab_size, of its own or of a part."""
+    """The config with `rows` wherever it has one of these counts as vocab_size, of its own or of a part; with it in the
+    text's part, or else its own, where it has none."""
+    if any(True for _ in vocabulary_sizes(config)):
+        return _resized(config, counts, rows)
+    text = config.get(TEXT)
+    return {**config, **({TEXT: {**text, SIZE: rows}} if isinstance(text, dict) else {SIZE: rows})}
+
+
+def _resized(config: Mapping[str, Any], counts: Collection[int], rows: int) -> dict[str, Any]:
     return {
-        key: resized(value, counts, rows)
+        key: _resized(value, counts, rows)
         if isinstance(value, dict)
         else rows
         if key in SIZES and type(value) is int and value in counts

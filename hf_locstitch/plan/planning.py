@@ -38,9 +38,10 @@ from hf_locstitch.plan.lineage import with_lineage
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.stitching import open_masked, stitch_plan, stitch_vocabulary
+from hf_locstitch.plan.token_models import BASE, LOCALIZE, MEAN, UNION
 from hf_locstitch.plan.tokenizer_files import template_owner, with_tokens
 from hf_locstitch.plan.untrained_state import without_untrained_state
-from hf_locstitch.plan.vocabulary import BASE, UNION, VocabularyPlan, plan_vocabulary
+from hf_locstitch.plan.vocabulary import VocabularyPlan, plan_vocabulary
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import hide_library_bars
 from hf_locstitch.runtime.settings import DEFAULT, Settings
@@ -49,6 +50,7 @@ from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, open_set
 AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
 AnyStrictPlan = TypeVar("AnyStrictPlan", bound=Plan)
 AnyModelPlan = TypeVar("AnyModelPlan", bound=ModelPlan)
+WORDS = (BASE, UNION, MEAN, LOCALIZE)  # that stand where a finetune's name may, too
 TOKENIZER = "tokenizer_config.json"  # where it is, other files of texts may be
 NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
 
@@ -215,8 +217,10 @@ def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
         raise RecipeError(
             f"two finetunes are named {called} ({', '.join(names)}), but each name is a mask's file name. Set --names."
         )
-    if "base" in (name.casefold() for name in names):
-        raise RecipeError("a finetune is named 'base', a name reserved for the base. Set --names.")
+    if taken := [name for name in names if name.casefold() in WORDS]:
+        raise RecipeError(
+            f"a finetune is named {taken[0]!r}, which in recipes and flags stands for something else. Set --names."
+        )
     return names
 
 
