@@ -260,11 +260,13 @@ def _stored(localized: Localized, name: str) -> Place:
 
 
 def _converted(localized: Localized, model: Any, group: Group) -> Iterator[tuple[str, Place]]:
-    """Of parameters that transformers makes of several tensors, such as stacked experts. float32 holds all values."""
+    """Of parameters that transformers makes of several tensors, such as stacked experts, in a dtype that holds all
+    values."""
 
     def dense(name: str) -> Tensor:
-        whole, place = torch.zeros(localized.shapes[name]), _stored(localized, name)
-        whole.view(-1)[place.at] = place.values.float()
+        place = _stored(localized, name)
+        whole = torch.zeros(localized.shapes[name], dtype=torch.promote_types(place.values.dtype, torch.float32))
+        whole.view(-1)[place.at] = place.values.to(whole.dtype)
         return whole
 
     masks = from_disk(model, group, localized.mask)

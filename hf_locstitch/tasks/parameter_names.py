@@ -131,19 +131,25 @@ def to_disk(model: Any, group: Group, tensors: Mapping[str, torch.Tensor]) -> di
 
 
 def from_disk(model: Any, group: Group, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of to_disk, from where each element of a parameter lands. Returns parameter -> float32, zero where it
-    is of no tensor of the group, such as an expert that was left out."""
+    """The inverse of to_disk, from where each element of a parameter lands. Returns parameter -> float32, or
+    float64 where that is read, zero where it is of no tensor of the group, such as an expert that was left out."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name in group.parameters}
     if group.direct:
-        return {group.parameters[0]: read(group.disk[0]).reshape(shapes[group.parameters[0]]).float()}
+        return {group.parameters[0]: _wide(read(group.disk[0]).reshape(shapes[group.parameters[0]]))}
     numels = [shapes[name].numel() for name in group.parameters]
     numbers = torch.arange(sum(numels)).split(numels)
     places = {name: own.view(shapes[name]) for name, own in zip(group.parameters, numbers, strict=True)}
     whole = torch.zeros(sum(numels))
     for name, where in to_disk(model, group, places).items():
-        whole[where.reshape(-1)] = read(name).reshape(-1).float()
+        values = _wide(read(name).reshape(-1))
+        whole = whole.to(torch.promote_types(whole.dtype, values.dtype))
+        whole[where.reshape(-1)] = values
     parts = zip(group.parameters, whole.split(numels), strict=True)
     return {name: values.view(shapes[name]) for name, values in parts}
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def chosen_groups(groups: Sequence[Group], localized: Collection[str], where: str) -> list[Group]:
