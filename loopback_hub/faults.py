@@ -117,7 +117,7 @@ class RateLimiter:
             if now >= began + limit.seconds:
                 began, count = now, 0
             self._windows[kind] = began, count + 1
-        resets, left = math.ceil(began + limit.seconds - now), max(0, limit.requests - count - 1)
+        resets, left = math.ceil(round(began + limit.seconds - now, 3)), max(0, limit.requests - count - 1)
         told = {"RateLimit": f'"{kind}";r={left};t={resets}'} if limit.headers == "RateLimit" else {}
         if count < limit.requests:
             return True, told

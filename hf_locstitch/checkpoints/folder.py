@@ -38,7 +38,7 @@ class FolderSource:
 
     @property
     def identity(self) -> str:
-        states = [(file, size, time) for file, (size, time, _) in self._states.items()]
+        states = sorted(self._states.items())
         return f"{self.folder.resolve()} {states}"
 
     @property
@@ -113,13 +113,13 @@ def _check_readable(path: Path, rights: int) -> None:
         raise CheckpointError(f"{path} cannot be read by this user. Change its permissions, or use a copy.")
 
 
-def _state(path: Path) -> tuple[int, int, int]:
-    """Size in bytes, time of the last change in nanoseconds, inode; zeros if the file is gone."""
+def _state(path: Path) -> tuple[int, ...]:
+    """Size in bytes, times of the last changes of content and file in nanoseconds, inode; zeros if the file is gone."""
     try:
         found = path.stat()
     except OSError:
-        return 0, 0, 0
-    return found.st_size, found.st_mtime_ns, found.st_ino
+        return 0, 0, 0, 0
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def _list_files(folder: Path) -> dict[str, FileInfo]:

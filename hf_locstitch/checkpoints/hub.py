@@ -305,9 +305,10 @@ class HubSource:
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
-            if blob.exists() and self._is_whole(file, blob):
+            if blob.exists() and self._is_whole(file, blob) and self._is_as_promised(file, blob):
                 advance(self._files[file].size)
                 return
+            self._sha256.pop(file, None)
             for last in (arrived is not None, True):  # once more from scratch if the first download is damaged
                 got = self._append(file, partial, advance, arrived, ahead)
                 if got == due:

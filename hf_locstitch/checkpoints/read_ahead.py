@@ -23,6 +23,7 @@ class Slots:
     def __init__(self, most: int) -> None:
         self._most = self._limit = float(most)
         self._taken = 0
+        self.received = 0  # bytes, by all
         self._changed = threading.Condition()
 
     def take(self, at_once: Callable[[], bool]) -> None:
@@ -99,6 +100,7 @@ class ReadAhead:
         with self._changed:
             self._closed = True
             self._drop_all()
+            self._changed.notify_all()
         SLOTS.ask_again()
 
     def read(self, file: str, start: int) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-from hf_locstitch.checkpoints.hub_client import RATE_LIMIT, Attempts, raise_clearly, retrying
+from hf_locstitch.checkpoints.hub_client import RATE_LIMIT, Attempts, raise_clearly
 from hf_locstitch.checkpoints.read_ahead import SLOTS, ReadAhead
 from hf_locstitch.checkpoints.source import FileInfo
 from hf_locstitch.checkpoints.xet import XetFiles
@@ -28,25 +28,23 @@ class RepoFiles:
         self._elsewhere: dict[str, str] = {}  # file -> the storage that the Hub sent on to
         self._xet = XetFiles(repo, commit, endpoint)
         self._whole: set[str] = set()  # files of which a range was asked for in vain
-        self._received = 0  # bytes, over all connections
 
     def start(self, file: str, length: int) -> bytes:
         """The first `length` bytes of a file, or all that it has; none is asked for twice."""
 
-        def read() -> None:
-            known = len(self._starts.get(file, b""))
-            with self._get(file, known, length) as response:
-                for block in self._blocks(file, response, known, length):
-                    self._starts[file] = self._starts.get(file, b"") + block
-            if len(self._starts[file]) < min(length, self._files[file].size):
-                raise ConnectionError(f"{len(self._starts[file])} of {length} bytes were received")
-
-        try:
-            if len(self._starts.get(file, b"")) < length:
-                retrying(read)
-        except Exception as error:
-            raise_clearly(error, self._repo, self._commit, self._endpoint)
-        return self._starts[file][:length]
+        wanted, attempts = min(length, self._files[file].size), Attempts()
+        while (known := len(self._starts.get(file, b""))) < wanted:
+            RATE_LIMIT.wait()
+            try:
+                with self._get(file, known, length) as response:
+                    for block in self._blocks(file, response, known, length):
+                        self._starts[file] = self._starts.get(file, b"") + block
+                if len(self._starts.get(file, b"")) < wanted:
+                    raise ConnectionError(f"{len(self._starts.get(file, b''))} of {wanted} bytes were received")
+            except Exception as error:
+                if not attempts.wait_after(error, progress=len(self._starts.get(file, b"")) > known):
+                    raise_clearly(error, self._repo, self._commit, self._endpoint)
+        return self._starts.get(file, b"")[:length]
 
     def range_once(self, file: str, start: int, stop: int) -> bytes:
         """In one request that is not repeated: what only needs some bytes can do without them."""
@@ -86,19 +84,19 @@ class RepoFiles:
         """Bytes start … stop of a file, through as many connections as it takes, one after another."""
         at, attempts = start, Attempts()
         while at < stop:
-            before, all_before = at, self._received
+            before, all_before = at, SLOTS.received
             try:
                 for block in self._part(file, at, stop):
                     at += len(block)
-                    self._received += len(block)
+                    SLOTS.received += len(block)
                     yield block
                 if at < stop:
                     raise ConnectionError(f"the connection ended at byte {at} of {stop}")
             except Exception as error:
                 if at == before:
                     SLOTS.turned_away()
-                # While other connections get something, this one's turn will come.
-                if not attempts.wait_after(error, progress=self._received > all_before):
+                # While other connections get something, of this repo or another, this one's turn will come.
+                if not attempts.wait_after(error, progress=SLOTS.received > all_before):
                     self._give_up(error)
 
     def _part(self, file: str, start: int, stop: int) -> Iterator[bytes]:
@@ -154,5 +152,5 @@ class RepoFiles:
             at += len(block)
             if fresh:
                 yield fresh
-            if at >= stop and not ranged:
+            if at >= stop and (not ranged or at > stop):  # else the response is read to its end, for the next request
                 return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -37,6 +37,7 @@ from hf_locstitch.checkpoints.source import git_blob_oid
 from hf_locstitch.checkpoints.xet import provide_folder
 from hf_locstitch.errors import OutputError, PublishError
 from hf_locstitch.plan.push_target import MAIN, PushTarget
+from hf_locstitch.runtime.daemon_pool import DaemonPool
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import Progress
 
@@ -161,7 +162,7 @@ class Upload:
         self._parent: str | None = None
         self._preparing = threading.Lock()
         self._operations: dict[str, CommitOperationAdd] = {}
-        self._pool = ThreadPoolExecutor(AT_ONCE)
+        self._pool = DaemonPool(AT_ONCE)
         self._running: dict[str, Future[None]] = {}
 
     def add(self, folder: Path, file: str, sha256: str | None = None) -> None:
@@ -169,7 +170,7 @@ class Upload:
 
         sha256: of the file, if it is known.
         """
-        self._running[file] = self._pool.submit(self._add, folder, file, sha256)
+        self._running[file] = self._pool.submit(lambda: self._add(folder, file, sha256))
 
     def wait(self, unfinished: int) -> None:
         """Wait until at most `unfinished` files are still uploading. Raises PublishError."""
@@ -215,7 +216,7 @@ class Upload:
 
     def close(self) -> None:
         """Cancel uploads that have not started."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
     def _add(self, folder: Path, file: str, sha256: str | None) -> None:
         if file in self._operations:

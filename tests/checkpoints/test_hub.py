@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from helpers.models import finetune, random_state, save
+from helpers.models import finetune, load, random_state, same_bits, save
+from helpers.runs import carry_out, quick_merge
 from helpers.streaming import restart
 from huggingface_hub import constants
 
@@ -19,7 +21,9 @@ from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.read_ahead import SMALLEST
 from hf_locstitch.checkpoints.ref import Ref, parse_ref
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
-from loopback_hub import Fault, LoopbackHub
+from hf_locstitch.plan.planning import make_plan
+from hf_locstitch.plan.recipe import make_recipe
+from loopback_hub import Fault, Link, LoopbackHub
 
 FILE = "model.safetensors"
 SIZE = 3_000_000
@@ -240,3 +244,71 @@ def test_without_network_the_cache_serves(
         assert list(again.tensors) == list(first.tensors)
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):
         open_checkpoint(parse_ref("demo/never-fetched"))
+
+
+def test_a_damaged_blob_that_no_snapshot_links_to(home_hub: LoopbackHub, repo: str) -> None:
+    """A commit that changed the card alone finds the weights of the one before: they are looked at, not believed."""
+    path = HubSource(repo, None).fetch(FILE)
+    home_hub.add_repo(repo, {"README.md": "another card"})
+    with path.resolve().open("r+b") as file:
+        file.seek(1_000_000)
+        file.write(b"damage")
+    again = HubSource(repo, None).fetch(FILE)
+    assert again != path and again.read_bytes() == home_hub.read(repo, FILE)
+
+
+class Answers:
+    """Stands for responses of a server: bodies of a 206, one after another."""
+
+    def __init__(self, *bodies: bytes) -> None:
+        self._bodies = iter(bodies)
+        self.status_code, self.history, self.url = 206, (), ""
+
+    @contextmanager
+    def get(self, *_: object) -> Iterator[Answers]:
+        yield self
+
+    def iter_bytes(self) -> Iterator[bytes]:
+        body = next(self._bodies)
+        yield from (body[at : at + 300] for at in range(0, len(body), 300))
+
+    def raise_for_status(self) -> Answers:
+        return self
+
+
+@pytest.mark.parametrize("bodies", [[b"", b"", b"x" * 1000], [b"x" * 10, *[b"x" * 99] * 10], [b"x" * 5000]])
+def test_headers_from_servers_that_send_less_or_more(
+    repo: str, monkeypatch: pytest.MonkeyPatch, bodies: list[bytes]
+) -> None:
+    monkeypatch.setattr(hub_client, "LONGEST_WAIT", 0.0)
+    source = HubSource(repo, None)
+    monkeypatch.setattr(source._wire, "_get", Answers(*bodies).get)
+    assert source.read_start(FILE, 1000) == b"x" * 1000
+
+
+def test_more_than_was_asked_for_is_left(repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = HubSource(repo, None)
+    monkeypatch.setattr(source._wire, "_get", Answers(b"y" * 5000).get)
+    assert b"".join(source._wire._range(FILE, 100, 1750)) == b"y" * 1650
+
+
+@pytest.mark.parametrize("connections", [1, 2])
+def test_more_repos_than_a_server_takes_connections(
+    home_hub: LoopbackHub, connections: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that get nothing for a while do not give up as long as others get something."""
+    monkeypatch.setattr(hub_client, "LONGEST_WAIT", 0.5)
+    base = random_state(0, shapes={f"layers.{i}.w": (300, 600) for i in range(4)})
+    repos = []
+    for i in range(4):
+        folder = save(tmp_path / f"m{i}", finetune(base, i) if i else base)
+        repos.append(f"demo/{uuid4().hex[:8]}-{i}")
+        home_hub.add_repo(repos[-1], {path.name: path for path in folder.iterdir()})
+    plan = make_plan(make_recipe({"base": repos[0], "finetuned": repos[1:], "figures": False}))
+    home_hub.link = Link(speed=3e6, latency=0.01, connections=connections)
+    try:
+        carry_out(plan, tmp_path / "out")
+    finally:
+        home_hub.link = Link()
+    quick_merge(tmp_path / "m0", [tmp_path / f"m{i}" for i in (1, 2, 3)], out=tmp_path / "local")
+    assert same_bits(load(tmp_path / "out"), load(tmp_path / "local"))

@@ -129,3 +129,14 @@ def test_slots_grow_again_after_a_server_turned_connections_away() -> None:
     for _ in range(4):
         slots.served()
     assert taken.wait(5)
+
+
+def test_no_thread_is_left() -> None:
+    server = Server({"a": 95, "b": 40})
+    with server.ahead() as ahead:
+        for file in server.files:
+            assert b"".join(ahead.read(file, 0)) == server.files[file]
+        time.sleep(0.05)  # all wait for more to ask for
+    for thread in ahead._threads:
+        thread.join(5)
+        assert not thread.is_alive()

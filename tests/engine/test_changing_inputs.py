@@ -12,6 +12,7 @@ import pytest
 from helpers.models import finetune, random_state, save
 from helpers.runs import quick_localize, quick_merge
 
+from hf_locstitch.checkpoints.folder import FolderSource
 from hf_locstitch.engine.run import Run
 from hf_locstitch.errors import CheckpointError
 
@@ -23,6 +24,13 @@ def rewritten(path: Path) -> None:
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
     os.utime(path, ns=(1, 1))
+
+
+def rewritten_unseen(path: Path) -> None:
+    """The same size and time."""
+    state = path.stat()
+    rewritten(path)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
 def replaced(path: Path) -> None:
@@ -39,7 +47,7 @@ def grown(path: Path) -> None:
         file.write(b"x")
 
 
-@pytest.mark.parametrize("change", [rewritten, replaced, grown])
+@pytest.mark.parametrize("change", [rewritten, rewritten_unseen, replaced, grown])
 @pytest.mark.parametrize("name", ["base", "ft"])
 @pytest.mark.parametrize("method", ["locstitch", "average", "localize"])
 def test_an_input_that_changes(
@@ -62,6 +70,16 @@ def test_an_input_that_changes(
         else:
             quick_merge(tmp_path / "base", [tmp_path / "ft"], out=tmp_path / "out", method=method)
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("change", [rewritten, rewritten_unseen, replaced, grown])
+def test_what_was_begun_with_other_weights_is_not_gone_on_with(change: Callable[[Path], None], tmp_path: Path) -> None:
+    """The folder of an interrupted merge is found by what its inputs were."""
+    folder = save(tmp_path / "model", random_state(0))
+    before = FolderSource(folder).identity
+    assert FolderSource(folder).identity == before
+    change(folder / "model.safetensors")
+    assert FolderSource(folder).identity != before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how the system tells of it is Linux's")
