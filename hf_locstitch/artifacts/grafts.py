@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_locstitch.artifacts.graft_target import put, take, unwrapped, unwritable
 from hf_locstitch.errors import IntegrityError, MismatchError, RequestError
 from hf_locstitch.runtime.human import more, some
-from hf_locstitch.tasks.parameter_names import Group, from_disk, group_names, to_disk
+from hf_locstitch.tasks.parameter_names import Group, from_disk, group_buffers, group_names, to_disk
 
 if TYPE_CHECKING:
     from hf_locstitch.artifacts.mask_file import Positions
@@ -107,7 +107,7 @@ def apply_graft(localized: Localized, model: Any) -> None:
     now, identity = _inside(model), localized.identity
     if identity in now.grafts:
         raise RequestError(f"{localized.label} is in this model already. Remove it before you apply it again.")
-    parameters = dict(model.named_parameters())
+    parameters = _weights(model)
     graft = Graft(localized.label, _places(localized, model, parameters))
     originals = dict(now.originals)
     for name, place in graft.places.items():
@@ -135,7 +135,7 @@ def remove_graft(localized: Localized, model: Any) -> None:
     if identity not in now.grafts:
         inside = some([graft.label for graft in now.grafts.values()]) or "no localized checkpoint"
         raise RequestError(f"{localized.label} is not in this model, which has {inside} in it.")
-    parameters, originals, changes = dict(model.named_parameters()), dict(now.originals), []
+    parameters, originals, changes = _weights(model), dict(now.originals), []
     for name, place in now.grafts[identity].places.items():
         layers = now.layers(name)
         parameter = _check_as_left(now, name, parameters.get(name), layers)
@@ -186,9 +186,15 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
+def _weights(model: Any) -> dict[str, Tensor]:
+    """Parameters, and the buffers that files hold, such as routers' biases."""
+    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+
+
 def _places(localized: Localized, model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Place]:
     """Its values by the model's parameters, of those that it changes. Raises RequestError, IntegrityError."""
-    groups = group_names(model, list(localized.shapes))
+    disk = list(localized.shapes)
+    groups = [*group_names(model, disk), *group_buffers(model, disk)]
     _check_fit(localized, model, parameters, groups)
     places: dict[str, Place] = {}
     for group in groups:

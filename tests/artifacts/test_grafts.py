@@ -30,7 +30,7 @@ def loaded(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return {name: values.detach().clone() for name, values in model.state_dict().items()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -39,7 +39,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize(("kind", "dtype"), [
     ("llama", torch.bfloat16), ("llama", torch.float32), ("gpt2", torch.float32), ("mixtral", torch.bfloat16),
-    ("qwen3-moe", torch.float32),
+    ("qwen3-moe", torch.float32), ("mixtral", torch.float64), ("deepseek-v3", torch.float32),
 ])  # fmt: skip
 def test_at_every_moment_the_merge_of_what_is_in_it(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     base, *tuned = finetunes(tmp_path, kind, dtype, count=3)
