@@ -224,3 +224,25 @@ def test_what_was_fitted_to_data_is_not(tmp_path: Path) -> None:
     quick_merge(folders[0], folders[1:], out=tmp_path / "kept", stitch=stitch, data=data)
     report = check([tmp_path / "kept", *folders])
     assert report.ok and report.refitted is not None and report.refitted.recomputed and not report.refitted.hashed
+
+
+def test_a_router_of_few_experts_over_wide_inputs(tmp_path: Path) -> None:
+    """Its system is badly conditioned: ten steps in float32 and in float64 end in other values, and both are honest."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=1024, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, num_local_experts=8,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(config)
+        model.save_pretrained(tmp_path / "base")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.002 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / "ft")
+    density = {"density": 0.1, "scope": "tensor"}
+    quick_localize(tmp_path / "base", tmp_path / "ft", out=tmp_path / "l", localizer=density, stitch="refit")
+    report = verify(tmp_path / "l", base=tmp_path / "base", finetuned=[tmp_path / "ft"])
+    assert report.ok, report.describe()

@@ -53,7 +53,8 @@ class Fit:
         covered = torch.from_numpy(self.union(name))
         covered = covered[places[covered]]
         found, due, slack = reader.flat(name, 0, info.numel)[covered].double(), due[covered].double(), slack[covered]
-        rounding = torch.finfo(TORCH_DTYPE[info.dtype]).eps * due.abs()
+        steps = torch.finfo(TORCH_DTYPE[info.dtype])
+        rounding = steps.eps * due.abs().clamp(min=steps.smallest_normal)  # below which steps are no smaller
         far = ~((found - due).abs() <= slack + rounding)  # NaN is far from everything
         looked.add(name, len(covered))
         if far.any():

@@ -53,6 +53,8 @@ def _solve(
         what = f"stitch.{'.'.join(map(str, fault['loc']))}"
         notes.findings.append(Finding("recipe", FILE, what, str(recorded.get(str(fault["loc"][0]))), fault["msg"]))
         return "the manifest does not say how they were solved for"
+    if solving.low_rank and tensors != "all":
+        notes.skip("whether updates are of low rank, as recorded", "--tensors all looks at the layers that tell")
     try:
         notes.findings += _solve_some(fit, looked, localized, solving, tensors, progress)
     except LocstitchError as error:

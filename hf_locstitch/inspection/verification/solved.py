@@ -15,6 +15,7 @@ ROWS = 8  # of each layer at least,
 WORK = 1e11  # floating-point operations for those of one layer, where more rows than that are solved for
 SLACK = 0.02  # of the largest change in a row, and
 UNSETTLED = 0.5  # of what is still to change: conjugate gradients stop early, and float32 steps lag behind
+UNSTEADY = 5.0  # times how far float32 steps of another order may go
 SETTLED = 200  # steps
 SOLVED = 1e-28  # of what was to be solved, squared: no more is left of a row that is
 
@@ -106,7 +107,10 @@ def inside(found: Moments, number: int, change: Tensor, mask: Tensor, solving: S
     begin, kept = torch.where(mask[rows], change[rows], 0.0), mask[rows].double()
     rest = found.cross[number][rows] - begin @ found.gram
     values, settled = (begin + _gradients(matrix, rest, kept, steps) for steps in (solving.steps, SETTLED))
-    return Rows(rows, values, (SLACK * _largest(values) + UNSETTLED * _largest(settled - values)).expand_as(values))
+    # Where the system is badly conditioned, as of a router of few experts, a few steps in float32 end elsewhere.
+    short = begin + _gradients(matrix.float(), rest.float(), kept.float(), solving.steps).double()
+    apart = UNSETTLED * _largest(settled - values) + UNSTEADY * _largest(short - values)
+    return Rows(rows, values, (SLACK * _largest(values) + apart).expand_as(values))
 
 
 def cut_back(rows: Rows, found: Tensor) -> Rows:
