@@ -31,6 +31,7 @@ MATRICES = re.compile(
     r"vocab_projector)([._]|$)|(^|transformer\.)w\.weight$"
 )
 NOT_OF_TOKENS = re.compile(r"(position|token_type|wpe)")
+EMBEDDING = re.compile(r"\b(embed_tokens|word_embeddings|wte)\.weight$")  # of a text, by name alone
 SIZE, TEXT = "vocab_size", "text_config"
 SIZES = (SIZE, "decoder_vocab_size", "n_words", "n_token")  # names of the number of tokens in configs
 WAY_OUT = "Save the tokenizer again with transformers, or leave new tokens out: --tokenizer base --embeddings base."
@@ -49,15 +50,17 @@ class Vocabulary:
 
 
 def token_matrices(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Names of the embeddings and heads (and their biases) that have a row for each token, told by name and shape; by
-    name alone where the config leaves their number to its class, as those of Gemma 3 do."""
+    """Names of the embeddings and heads (and their biases) that have a row for each token, told by name and shape:
+    as many as the config states, or, where it leaves that to the class of its text's part, as the embedding has."""
     sizes = set(vocabulary_sizes(checkpoint.config))
+    if _is_unstated(checkpoint.config):
+        sizes = {row_count(info.shape) for _, info in checkpoint.tensors.values() if EMBEDDING.search(info.name)}
     return tuple(
         info.name
         for _, info in checkpoint.tensors.values()
         if info.floating
         and len(info.shape) in (1, 2)
-        and (not sizes or row_count(info.shape) in sizes)
+        and row_count(info.shape) in sizes
         and MATRICES.search(info.name)
         and not NOT_OF_TOKENS.search(info.name)
         and not BLOCKS.search(info.name)
@@ -102,11 +105,15 @@ def vocabulary_sizes(config: Mapping[str, Any]) -> Iterator[int]:
 
 def resized(config: Mapping[str, Any], counts: Collection[int], rows: int) -> dict[str, Any]:
     """The config with `rows` wherever it has one of these counts as vocab_size, of its own or of a part; with it in the
-    text's part, or else its own, where it has none."""
-    if any(True for _ in vocabulary_sizes(config)):
-        return _resized(config, counts, rows)
-    text = config.get(TEXT)
-    return {**config, **({TEXT: {**text, SIZE: rows}} if isinstance(text, dict) else {SIZE: rows})}
+    text's part, where that leaves it to its class."""
+    if _is_unstated(config):
+        return {**config, TEXT: {**config[TEXT], SIZE: rows}}
+    return _resized(config, counts, rows)
+
+
+def _is_unstated(config: Mapping[str, Any]) -> bool:
+    """Whether the number of tokens is the default of a class: parts of a config are written without their defaults."""
+    return isinstance(config.get(TEXT), dict) and next(vocabulary_sizes(config), None) is None
 
 
 def _resized(config: Mapping[str, Any], counts: Collection[int], rows: int) -> dict[str, Any]:

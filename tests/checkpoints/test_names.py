@@ -56,7 +56,7 @@ def test_names_are_compared_without_case(tmp_path: Path) -> None:
     refs = [str(tmp_path / "Math"), str(tmp_path / "math")]
     with pytest.raises(RecipeError, match=r"'Math' and 'math'.*--names"):
         make_plan(make_recipe({"base": str(tmp_path / "base"), "finetuned": refs}))
-    with pytest.raises(RecipeError, match="named 'base'"):
+    with pytest.raises(RecipeError, match="named 'Base'"):
         make_plan(make_recipe({"base": str(tmp_path / "base"), "finetuned": [{"ref": refs[0], "name": "Base"}]}))
 
 

@@ -639,21 +639,3 @@ def test_a_finetune_with_the_name_of_a_choice(word: str, tmp_path: Path) -> None
     folders = family(tmp_path, tied=True)
     with pytest.raises(RecipeError, match=f"is named '{word}'.*Set --names"):
         plan_merge({"base": str(folders["base"]), "finetuned": [{"ref": str(folders["math"]), "name": word}]})
-
-
-def test_a_config_that_leaves_the_number_of_tokens_to_its_class(tmp_path: Path) -> None:
-    """As Gemma 3's do: the number is that of the matrices, and the output's config states it."""
-    folders = family(tmp_path, tied=False, rows={"base": 32000, "math": 32003, "chat": 32002})
-    file = folders["base"] / "config.json"
-    stated = json.loads(file.read_text())
-    file.write_text(json.dumps({key: value for key, value in stated.items() if key != "vocab_size"}))
-    assert AutoModelForCausalLM.from_pretrained(folders["base"]).config.vocab_size == 32000
-    quick_merge(folders["base"], [folders["math"], folders["chat"]], out=tmp_path / "out")
-    model, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(found.values())
-    tokens = AutoTokenizer.from_pretrained(tmp_path / "out")
-    math = AutoTokenizer.from_pretrained(folders["math"])
-    rows = load(folders["math"])["model.embed_tokens.weight"]
-    own = model.get_input_embeddings().weight
-    for token in ("<|im_start|>", "sum"):
-        assert torch.equal(own[tokens.convert_tokens_to_ids(token)], rows[math.convert_tokens_to_ids(token)])
