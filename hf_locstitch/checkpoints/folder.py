@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from hf_locstitch.checkpoints.known_hashes import state_of
 from hf_locstitch.checkpoints.names import is_safe_file
 from hf_locstitch.checkpoints.source import Advance, FileInfo, file_sha256
 from hf_locstitch.errors import CheckpointError
@@ -25,7 +26,7 @@ class FolderSource:
         _check_readable(folder, os.R_OK | os.X_OK)
         self.folder = folder
         self._files = _list_files(folder)
-        self._states = {file: _state(folder / file) for file in self._files}
+        self._states = {file: state_of(folder / file) for file in self._files}
         self._sha256: dict[str, str] = {}
 
     @property
@@ -38,8 +39,7 @@ class FolderSource:
 
     @property
     def identity(self) -> str:
-        states = sorted(self._states.items())
-        return f"{self.folder.resolve()} {states}"
+        return f"{self.folder.resolve()} {sorted(self._states.items())}"
 
     @property
     def files(self) -> Mapping[str, FileInfo]:
@@ -78,8 +78,9 @@ class FolderSource:
 
     def check_unchanged(self, files: Iterable[str]) -> None:
         for file in self._states.keys() & set(files):
-            if (now := _state(self.folder / file)) != (then := self._states[file]):
-                what = f"its size was {then[0]} bytes and is {now[0]}" if now[0] != then[0] else "it was written to"
+            if (now := state_of(self.folder / file)) != (then := self._states[file]):
+                was, is_ = (0 if state is None else state.size for state in (then, now))
+                what = f"its size was {was} bytes and is {is_}" if is_ != was else "it was written to"
                 raise CheckpointError(
                     f"{self.label}/{file} changed while it was read ({what}), so the result would be of no known "
                     "weights. Nothing was written; run the same command again once nothing writes there."
@@ -111,15 +112,6 @@ def _meant(folder: Path) -> str:
 def _check_readable(path: Path, rights: int) -> None:
     if not os.access(path, rights):
         raise CheckpointError(f"{path} cannot be read by this user. Change its permissions, or use a copy.")
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    """Size in bytes, times of the last changes of content and file in nanoseconds, inode; zeros if the file is gone."""
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0, 0, 0
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def _list_files(folder: Path) -> dict[str, FileInfo]:

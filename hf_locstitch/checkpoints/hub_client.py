@@ -74,6 +74,17 @@ def is_transient(error: Exception) -> bool:
     return isinstance(error, (TransportError, ConnectionError, TimeoutError))
 
 
+def short(error: Exception) -> str:
+    """One line, without request id and URL."""
+    if isinstance(error, RepositoryNotFoundError):
+        return "the repo does not exist or is not accessible with this token"
+    if status_of(error) == 401:
+        return "status 401: the token is invalid or has expired"
+    if isinstance(error, HfHubHTTPError):
+        return f"status {status_of(error)}: {str(error).splitlines()[0]}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
 class RateLimit:
     """A gate that all requests of this process pass; the Hub closes it when it answers that there were too many."""
 

@@ -39,6 +39,14 @@ class FileState:
         return cls(str(real), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
+def state_of(path: Path) -> FileState | None:
+    """None if the file is gone."""
+    try:
+        return FileState.of(path)
+    except OSError:
+        return None
+
+
 def recall(state: FileState) -> str | None:
     """The hash of a file that is still as it was when that was remembered."""
     if (folder := private_cache("hashes")) is None:
@@ -54,7 +62,7 @@ def remember(state: FileState, since: int, sha256: str) -> None:
     if since - max(state.changed, state.moved) < SETTLED or (folder := private_cache("hashes")) is None:
         return
     with suppress(OSError):
-        if FileState.of(Path(state.path)) == state:
+        if state_of(Path(state.path)) == state:
             with replacing(_record(folder, state)) as new:
                 append_lines(new, [[*astuple(state), sha256]])
 

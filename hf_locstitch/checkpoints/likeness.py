@@ -13,11 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_locstitch.checkpoints.sample import Sample
+from hf_locstitch.runtime.dtypes import Values
 
 ALIKE = 0.4  # finetunes of one base were seen up to 0.2; of a base that is another finetune, about 0.5 to 0.7
 SAME = 0.999
 
 Floats = npt.NDArray[np.float64]
+
+
+def widened(values: Values) -> Floats:
+    """In float64; what is not finite is NaN, of which numpy does not warn in sums."""
+    with np.errstate(invalid="ignore"):
+        wide = values.astype(np.float64)
+    return np.where(np.isfinite(wide), wide, np.nan)
 
 
 def inner(one: Floats, other: Floats) -> Floats:
@@ -32,9 +40,8 @@ def cosines(base: Sample, finetuned: Mapping[str, Sample], numels: Mapping[str, 
     """
     gram = np.zeros((len(finetuned), len(finetuned)))
     for tensor, values in base.items():
-        with np.errstate(invalid="ignore"):  # of NaN and infinity, which are left out
-            start = values.astype(np.float64)
-            vectors = np.stack([sample[tensor].astype(np.float64) - start for sample in finetuned.values()])
+        start = widened(values)
+        vectors = np.stack([widened(sample[tensor]) - start for sample in finetuned.values()])
         vectors[:, ~np.isfinite(vectors).all(0)] = 0
         gram += inner(vectors[:, None], vectors) * (numels[tensor] / len(start))
     norms = np.sqrt(gram.diagonal())

@@ -16,7 +16,7 @@ from statistics import median
 import ml_dtypes
 import numpy as np
 
-from hf_locstitch.checkpoints.likeness import Floats, inner
+from hf_locstitch.checkpoints.likeness import Floats, inner, widened
 from hf_locstitch.checkpoints.sample import Sample
 from hf_locstitch.runtime.dtypes import DTYPE, Values
 
@@ -78,7 +78,7 @@ def lineage(base: Sample, finetuned: Sample) -> Lineage:
 
 
 def _finite(base: Values, finetuned: Values) -> tuple[Floats, Floats]:
-    one, other = base.astype(np.float64), finetuned.astype(np.float64)
+    one, other = widened(base), widened(finetuned)
     fine = np.isfinite(one) & np.isfinite(other)
     return one[fine], other[fine]
 

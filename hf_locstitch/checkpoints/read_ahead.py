@@ -219,7 +219,8 @@ class ReadAhead:
         piece.blocks = []
         if piece.done:
             SLOTS.free()
-        SLOTS.ask_again()
+        else:
+            SLOTS.ask_again()
         self._changed.notify_all()
 
     def _drop_all(self) -> None:

@@ -98,7 +98,7 @@ def _check_push(plan: Plan) -> None:
 
 def check_push(target: PushTarget, inputs: Mapping[str, Source], command: str) -> None:
     """Raises OutputError unless this user may push there, and no input's files are taken the place of."""
-    from hf_locstitch.report.publish import check_target
+    from hf_locstitch.report.push_rights import check_target
 
     own = next((name for name, source in inputs.items() if _same_repo(source.repo, target.repo)), None)
     if own is not None and target.replaces:

@@ -50,7 +50,7 @@ def check_writable(ref: str) -> None:
             f"out --push, or evaluate {whole}."
         )
     if parsed.folder is None:
-        from hf_locstitch.report.publish import check_branch, check_target
+        from hf_locstitch.report.push_rights import check_branch, check_target
 
         check_target(_target(parsed))
         check_branch(_target(parsed))

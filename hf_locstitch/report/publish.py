@@ -13,15 +13,6 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
 
 from hf_locstitch.artifacts.manifest import FILE
 from hf_locstitch.checkpoints.hub_client import (
@@ -31,14 +22,14 @@ from hf_locstitch.checkpoints.hub_client import (
     newest_pulls,
     pull_number,
     retrying,
+    short,
     status_of,
 )
 from hf_locstitch.checkpoints.source import git_blob_oid
 from hf_locstitch.checkpoints.xet import provide_folder
-from hf_locstitch.errors import OutputError, PublishError
+from hf_locstitch.errors import PublishError
 from hf_locstitch.plan.push_target import MAIN, PushTarget
 from hf_locstitch.runtime.daemon_pool import DaemonPool
-from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import Progress
 
 # What an earlier model in the repo may have left that would be loaded in place of, or mistaken for, the new one.
@@ -64,88 +55,6 @@ class Published:
 
     url: str
     commit: str
-
-
-def check_target(target: PushTarget) -> None:
-    """Raises OutputError unless this user may push there. Creates nothing."""
-    repo = target.repo
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise OutputError(
-            f"{repo} cannot be the name of a repo on the Hub: {str(error).splitlines()[0]} Use another --push-to."
-        ) from error
-    try:
-        user = retrying(lambda: HfApi().whoami())
-    except OfflineModeIsEnabled as error:
-        raise OutputError(f"HF_HUB_OFFLINE is set, so {repo} cannot be pushed to. Unset it, or use --out.") from error
-    except LocalTokenNotFoundError as error:
-        raise OutputError(
-            f"pushing to {repo} needs a token with the right to write, and there is none: log in with "
-            "`hf auth login` or set HF_TOKEN."
-        ) from error
-    except Exception as error:
-        if is_transient(error):
-            raise PublishError(f"{constants.ENDPOINT} does not respond ({error}). Try again later.") from error
-        raise OutputError(
-            f"pushing to {repo} needs a token that {constants.ENDPOINT} accepts ({_short(error)}): "
-            "log in with `hf auth login` or set HF_TOKEN."
-        ) from error
-    if refusal := _cannot_write(user) if target.pull_request else why_not(user, repo):
-        raise OutputError(f"{user['name']} cannot push to {target}: {refusal}")
-    if target.pull_request:
-        _check_open(target)
-
-
-def _check_open(target: PushTarget) -> None:
-    """Raises OutputError unless there is what a pull request would be merged into."""
-    try:
-        retrying(lambda: HfApi().model_info(target.repo, revision=target.branch))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise OutputError(
-            f"{target.ref} does not exist or is not accessible with this token, so no pull request can be opened "
-            "there. Check the name, or drop --create-pr."
-        ) from error
-
-
-def check_branch(target: PushTarget) -> None:
-    """Raises OutputError unless the repo has this branch, which a commit, a tag or a pull request's ref is not."""
-    branches = [one.name for one in retrying(lambda: HfApi().list_repo_refs(target.repo)).branches]
-    if target.branch not in branches:
-        raise OutputError(
-            f"{target.branch} is no branch of {target.repo}, so nothing can be committed there. Name one of "
-            f"{some(branches)}."
-        )
-
-
-def why_not(user: Mapping[str, Any], repo: str) -> str | None:
-    """What keeps a token from writing to a repo, and what to do; None if nothing does. user: as whoami answers."""
-    if refusal := _cannot_write(user):
-        return refusal
-    namespace, token = repo.split("/")[0], _token(user)
-    orgs = [org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read"]
-    writable = [user["name"], *orgs]
-    if namespace not in writable:
-        return (
-            f"the token can write to {', '.join(writable)} only. Choose one of these namespaces, or use another token."
-        )
-    scoped = (token.get("fineGrained") or {}).get("scoped")
-    if scoped is None:
-        return None
-    allowed = [one["entity"].get("name") for one in scoped if "repo.write" in one.get("permissions", ())]
-    return None if {namespace, repo} & {*allowed} else f"the fine-grained token may not write there. {_make_one()}"
-
-
-def _token(user: Mapping[str, Any]) -> Mapping[str, Any]:
-    return user.get("auth", {}).get("accessToken") or {}
-
-
-def _cannot_write(user: Mapping[str, Any]) -> str | None:
-    return f"the token may only read. {_make_one()}" if _token(user).get("role") == "read" else None
-
-
-def _make_one() -> str:
-    return f"Make one that can at {constants.ENDPOINT}/settings/tokens, or use --out."
 
 
 class Upload:
@@ -262,7 +171,7 @@ class Upload:
             raise
         except Exception as error:
             raise PublishError(
-                f"the upload to {self.target} failed ({_short(error)}); nothing was committed. Run the same command "
+                f"the upload to {self.target} failed ({short(error)}); nothing was committed. Run the same command "
                 "again: finished work is kept."
             ) from error
 
@@ -280,7 +189,7 @@ def publish_files(folder: Path, target: PushTarget, *, parent: str, message: str
         raise
     except Exception as error:
         raise PublishError(
-            f"uploading to {target} failed ({_short(error)}); nothing was committed. Run the same command again."
+            f"uploading to {target} failed ({short(error)}); nothing was committed. Run the same command again."
         ) from error
 
 
@@ -365,14 +274,3 @@ def _landed(api: HfApi, repo: str, head: str, operations: Sequence[Operation]) -
         if not same:
             return False
     return True
-
-
-def _short(error: Exception) -> str:
-    """One line, without request id and URL."""
-    if isinstance(error, RepositoryNotFoundError):
-        return "the repo does not exist or is not accessible with this token"
-    if status_of(error) == 401:
-        return "status 401: the token is invalid or has expired"
-    if isinstance(error, HfHubHTTPError):
-        return f"status {status_of(error)}: {str(error).splitlines()[0]}"
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

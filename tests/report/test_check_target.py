@@ -15,7 +15,7 @@ from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.cli.main import main
 from hf_locstitch.errors import CheckpointError, OutputError
-from hf_locstitch.report.publish import why_not
+from hf_locstitch.report.push_rights import why_not
 from loopback_hub import LoopbackHub
 
 
