@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     )
     from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, load_localized
     from hf_locstitch.artifacts.mask_file import load_mask
+    from hf_locstitch.comparison.compare import compare
+    from hf_locstitch.comparison.report import ComparisonReport
     from hf_locstitch.errors import LocstitchError, RequestError, WorkError
     from hf_locstitch.evaluation.evaluate import evaluate
     from hf_locstitch.evaluation.report import EvaluationReport
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from hf_locstitch.stitch.stitchers.refit import Refit
 
 __all__ = [
+    "ComparisonReport",
     "EvaluationReport",
     "ExportResult",
     "Inspection",
@@ -52,6 +55,7 @@ __all__ = [
     "VerifyReport",
     "WorkError",
     "__version__",
+    "compare",
     "evaluate",
     "export",
     "inspect",
@@ -66,6 +70,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ComparisonReport": "comparison.report",
     "EvaluationReport": "evaluation.report",
     "ExportResult": "exports.export",
     "Inspection": "inspection.inspect",
@@ -82,6 +87,7 @@ _HOME = {
     "VerifyReport": "inspection.verification.report",
     "WorkError": "errors",
     "__version__": "runtime.version",
+    "compare": "comparison.compare",
     "evaluate": "evaluation.evaluate",
     "export": "exports.export",
     "inspect": "inspection.inspect",

@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_localize(commands)
     _add_stitch(commands)
+    _add_compare(commands)
     _add_export(commands)
     _add_verify(commands)
     _add_inspect(commands)
@@ -146,6 +147,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the result to this folder")
     parser.add_argument("--push-to", metavar="ORG/NAME", help="push to this repo, or ORG/NAME@BRANCH, in one commit")
+    _add_push_options(parser)
+
+
+def _add_push_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--create-pr", action="store_true", default=None, help="propose the result there as a pull request"
     )
@@ -246,6 +251,35 @@ def _add_printing(output: Any) -> None:
     output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     output.add_argument("--quiet", action="store_true", help="print no plan and show no progress bars")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "compare",
+        help="merge in several ways, score every merge, choose the best",
+        description="Merge the same finetuned models by several methods and settings (`compare:` in a recipe), score "
+        "every merge, and write out the scores, a figure and the best recipe. Masks of all densities come from one "
+        "scan. Example: hf-locstitch compare recipe.yaml --out compared",
+    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="a recipe with `compare:`")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="write the report to this folder")
+    parser.add_argument(
+        "--push-to", metavar="ORG/NAME", help="push the best merge to this repo, or ORG/NAME@BRANCH, in one commit"
+    )
+    _add_push_options(parser)
+    parser.add_argument(
+        "--allow-task-code",
+        action="store_true",
+        help="let the recipe evaluate on a folder of task files (include_path), which can run Python code",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--max-memory", metavar="SIZE", help="memory limit of a merge, such as 1GB")
+    output.add_argument(
+        "--device", metavar="auto|cpu|cuda[:N]|...", help="where models run and values are solved for (default: auto)"
+    )
+    _add_printing(output)
+    _add_debug(parser)
 
 
 def _add_export(commands: Any) -> None:

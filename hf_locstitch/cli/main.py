@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 FIELDS = ("method", "stitch", "scale", "include", "exclude", "rest_from", "files_from", "tokenizer", "embeddings",
           "chat_template", "also_copy", "dtype", "shard_size", "allow_non_finite", "figures", "strict", "out",
           "push_to", "private", "create_pr")  # fmt: skip
-# Flags of the localizer -> its fields.
-LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,11 +153,12 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
 
 def _fields(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe's fields, overridden by the flags that this sub-command has and that were given."""
+    from hf_locstitch.plan.overrides import LOCALIZER, overridden
     from hf_locstitch.plan.recipe_file import check_task_code, load_recipe
 
     flags = {key: value for key, value in vars(args).items() if value is not None}
     if "from_" in flags:
-        return {**_restitched(args), **_of_recipe(flags)}
+        return {**_restitched(args), **{field: flags[field] for field in FIELDS if field in flags}}
     fields = load_recipe(args.recipe) if args.recipe is not None else {}
     if not getattr(args, "allow_task_code", False):
         check_task_code(fields, str(args.recipe))
@@ -188,20 +187,9 @@ def _fields(args: argparse.Namespace) -> dict[str, Any]:
         raise RecipeError(
             "--density 0 keeps no weight: the result would be the base. Use a share above 0, such as 0.1."
         )
-    if "density" in flags and (own := _with_density(flags.get("method", fields.get("method")), flags["density"])):
-        flags["method"] = own
-        del flags["density"]
-    given = {key: flags[flag] for flag, key in LOCALIZER.items() if flag in flags}
-    if given:
-        fields["localizer"] = {**(fields.get("localizer") or {}), **given}
     if flags.get("stitch") == "refit" and isinstance(fields.get("stitch"), dict):
         del flags["stitch"]  # the recipe holds its settings
-    return {**fields, **_of_recipe(flags)}
-
-
-def _of_recipe(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the given flags that are fields of a recipe."""
-    return {field: flags[field] for field in FIELDS if field in flags}
+    return overridden(fields, {key: flags[key] for key in (*FIELDS, *LOCALIZER) if key in flags})
 
 
 def _restitched(args: argparse.Namespace) -> dict[str, Any]:
@@ -212,17 +200,6 @@ def _restitched(args: argparse.Namespace) -> dict[str, Any]:
         called = "a recipe" if given[0] == "recipe" else f"--{given[0]}"
         raise RecipeError(f"--from takes everything from the merge, beside {called}. Drop one of the two; --add adds.")
     return restitch(Change(args.from_, tuple(args.add or ()), tuple(args.remove or ()), args.base, args.ft))
-
-
-def _with_density(method: Any, density: float) -> dict[str, Any] | None:
-    """A method, as a recipe has it, with this density; None if density is a field of its localizer instead."""
-    from hf_locstitch.stitch.methods import METHODS
-
-    fields = {"name": method} if isinstance(method, str) else method
-    if not isinstance(fields, dict) or fields.get("name") not in METHODS.names():
-        return None
-    own = "density" in METHODS.find(fields["name"]).model_fields
-    return {**fields, "density": density} if own else None
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -262,6 +239,30 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def compare(args: argparse.Namespace) -> int:
+    """hf-locstitch compare"""
+    from hf_locstitch.comparison.compare import carry_out, plan_comparison
+    from hf_locstitch.plan.recipe_file import check_task_code, load_recipe
+    from hf_locstitch.runtime.progress import Progress
+
+    fields = load_recipe(args.recipe)
+    if not args.allow_task_code:
+        check_task_code(fields, str(args.recipe))
+    target = {"push_to": args.push_to, "private": bool(args.private), "create_pr": bool(args.create_pr)}
+    planned = plan_comparison({**fields, **target}, args.max_memory, args.device, where=str(args.recipe))
+    if args.dry_run:
+        _print(in_json(planned.as_json()) if args.json else planned.describe())
+        return 0
+    if not args.quiet:
+        print(planned.describe(), file=sys.stderr)
+    report = carry_out(planned, args.out, Progress(False if args.quiet else None))
+    if args.json:
+        _print(in_json(report.as_json()))
+    else:
+        print(report.describe(), file=sys.stderr)
+    return 0
+
+
 def export(args: argparse.Namespace) -> int:
     """hf-locstitch export"""
     from hf_locstitch.engine.preflight import check_output_given
@@ -287,4 +288,6 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {command.__name__: command for command in (merge, localize, stitch, export, verify, inspect, evaluate)}
+COMMANDS = {
+    command.__name__: command for command in (merge, localize, stitch, compare, export, verify, inspect, evaluate)
+}

@@ -257,12 +257,12 @@ class Run(ABC, Generic[AnyPlan]):
 
 def localize(run: Run[MergePlan] | Run[LocalizePlan], inputs: Inputs) -> Mapping[str, MaskSource]:
     """The masks that a plan's localizer finds."""
-    plan = run.plan
+    plan, shared = run.plan, run.plan.shared
 
     def trusted(model: str, tensor: str) -> bool:
         """Whether the files that hold this tensor were verified when an earlier run read them."""
         files = ((name, file) for name in ("base", model) for file in files_of(plan.inputs[name], [tensor]))
-        return all(file in run.verified_before for file in files)
+        return (shared is not None and shared.verified) or all(file in run.verified_before for file in files)
 
     job = LocalizeJob(
         base=plan.base,
@@ -273,7 +273,7 @@ def localize(run: Run[MergePlan] | Run[LocalizePlan], inputs: Inputs) -> Mapping
         data=plan.data,
         inputs=inputs,
         own=run.own,
-        folder=run.work.spill,
+        folder=run.work.spill if shared is None else shared.folder,
         settings=plan.settings,
         processes=run.processes,
         progress=run.progress,
@@ -281,5 +281,6 @@ def localize(run: Run[MergePlan] | Run[LocalizePlan], inputs: Inputs) -> Mapping
         trusted=trusted,
         allow_non_finite=plan.recipe.allow_non_finite,
         note_examples=run.examples.__setitem__,
+        shared=shared,
     )
     return plan.localizer.find_masks(job)

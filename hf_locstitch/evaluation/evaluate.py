@@ -24,7 +24,7 @@ from hf_locstitch.evaluation.session import Session
 from hf_locstitch.plan.plans import ModelPlan
 from hf_locstitch.plan.recipe_file import recipe_of
 from hf_locstitch.runtime.processes import Processes, find_processes
-from hf_locstitch.tasks.benchmarks import SUITES, make_options
+from hf_locstitch.tasks.benchmarks import SUITES, EvaluateOptions, make_options
 from hf_locstitch.tasks.leaks import UsedData, used_open_set
 
 
@@ -103,6 +103,35 @@ def _data_of(ref: str) -> list[UsedData]:
     return recipe.used_data if recipe is not None else []
 
 
+def merged_model(folder: Path, ref: str | None = None) -> Model:
+    """A merge that was just made. ref: where it will be; the folder if that is None."""
+    merged = open_checkpoint(parse_ref(str(folder.absolute())))
+    ref = ref or merged.source.pinned
+    return Model(ref.rsplit("/", 1)[-1], "model", ref, content_of(merged), merged)
+
+
+def reference_models(plan: ModelPlan, asked: EvaluateOptions) -> list[Model]:
+    """What a merge is compared with: base, finetunes and their plain average, as asked for."""
+    if not asked.parents and not asked.average:
+        return []
+    models = [
+        Model(
+            name,
+            "base" if checkpoint is plan.base else "finetuned",
+            checkpoint.source.pinned,
+            content_of(checkpoint),
+            checkpoint,
+        )
+        for name, checkpoint in plan.inputs.items()
+    ]
+    if asked.average:
+        entries = (plan.recipe.base, *plan.recipe.finetuned)
+        refs = [e.ref if m.checkpoint and m.checkpoint.source.commit is None else m.ref
+                for m, e in zip(models, entries, strict=True)]  # fmt: skip
+        models.append(average_model(models[0], models[1:], refs))
+    return models
+
+
 class AfterMerge:
     """The evaluation that a recipe asks for. Created before the merge, so that an invalid request fails early."""
 
@@ -140,29 +169,8 @@ class AfterMerge:
         ]
 
     def _models(self, out: Path) -> list[Model]:
-        plan = self.plan
-        merged = open_checkpoint(parse_ref(str(out.absolute())))
-        ref = self.recipe.target.ref if self.recipe.target else merged.source.pinned
-        subject = Model(ref.rsplit("/", 1)[-1], "model", ref, content_of(merged), merged)
-        if not self.asked.parents and not self.asked.average:
-            return [subject]
-        inputs = {
-            name: Model(
-                name,
-                "base" if checkpoint is plan.base else "finetuned",
-                checkpoint.source.pinned,
-                content_of(checkpoint),
-                checkpoint,
-            )
-            for name, checkpoint in plan.inputs.items()
-        }
-        models = list(inputs.values())
-        if self.asked.average:
-            entries = (self.recipe.base, *self.recipe.finetuned)
-            refs = [e.ref if m.checkpoint and m.checkpoint.source.commit is None else m.ref
-                    for m, e in zip(models, entries, strict=True)]  # fmt: skip
-            models.append(average_model(models[0], models[1:], refs))
-        return with_own_names([*models, subject])
+        subject = merged_model(out, self.recipe.target.ref if self.recipe.target else None)
+        return with_own_names([*reference_models(self.plan, self.asked), subject])
 
     def _write(self, report: EvaluationReport, out: Path) -> EvaluationReport:
         from hf_locstitch.evaluation.publishing import record_in

@@ -104,7 +104,7 @@ def record_in(report: EvaluationReport, folder: Path, title: str) -> list[Path]:
     card.save(path)
     write_entries(report.subject.results, folder / ENTRIES)
     if (folder / FILE).exists():
-        _tell_manifest(folder, [path, folder / SCORES, *pictures])
+        tell_manifest(folder, [path, folder / SCORES, *pictures])
     return pictures
 
 
@@ -232,7 +232,7 @@ def _where(model: ModelScores) -> str:
     return f"{escape.link(repo, f'{constants.ENDPOINT}/{repo}/tree/{commit}')} at {escape.code(commit[:7])}"
 
 
-def _tell_manifest(folder: Path, paths: Sequence[Path]) -> None:
+def tell_manifest(folder: Path, paths: Sequence[Path]) -> None:
     """Update the files' sizes and hashes, which `verify` checks."""
     record = parse_manifest((folder / FILE).read_bytes(), str(folder / FILE))
     outputs = dict(record.outputs)

@@ -29,6 +29,9 @@ class TopShare(Localizer):
             return [(list(range(len(numels))), exact_share(self.density, sum(numels)))]
         return [([tensor], exact_share(self.density, numel)) for tensor, numel in enumerate(numels)]
 
+    def scoring(self) -> dict[str, Any] | None:
+        return self.model_dump(mode="json", exclude={"density"})
+
     @property
     def where(self) -> str:
         """The scope, for people."""

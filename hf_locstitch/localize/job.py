@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_locstitch.checkpoints.checkpoint import Checkpoint
     from hf_locstitch.checkpoints.header import TensorInfo
     from hf_locstitch.checkpoints.reader import CheckpointReader
+    from hf_locstitch.localize.shared_scan import SharedScan
     from hf_locstitch.runtime.processes import Processes
     from hf_locstitch.runtime.progress import Progress
     from hf_locstitch.runtime.settings import Settings
@@ -80,7 +81,8 @@ class LocalizeJob:
     order: of the finetunes in sums. tensors: the localizable ones, as in the base; groups: which of them compete.
     own: the names of those that this process handles. folder: for temporary files. kept: what of the finetuned
     models is read later, beside the masks. trusted: whether what an earlier process kept of (model, tensor) can be
-    used. note_examples: called with the number of examples that a finetune's mask was found with.
+    used. note_examples: called with the number of examples that a finetune's mask was found with. shared: where
+    scores stay for other merges; `folder` is then its folder.
     """
 
     base: Checkpoint
@@ -99,3 +101,4 @@ class LocalizeJob:
     trusted: Callable[[str, str], bool]
     allow_non_finite: bool
     note_examples: Callable[[str, int], object] = lambda name, count: None
+    shared: SharedScan | None = None

@@ -50,6 +50,11 @@ class Localizer(BaseModel, ABC):
         """Number of ones in a mask over tensors of these sizes (k)."""
         return sum(k for _, k in self.groups(numels))
 
+    def scoring(self) -> dict[str, Any] | None:
+        """The settings that decide what is scored, and how: merges that agree in them share one scan, and may differ in
+        how many elements they keep. None if they cannot share it."""
+        return self.model_dump(mode="json")
+
     def scores(self, tensor: str, first: int, finetuned: Values, base: Values) -> npt.NDArray[np.float32] | None:
         """How much each element matters: float32 [n], non-negative. None: |task vector|, the magnitude of its change.
 

@@ -31,6 +31,7 @@ from hf_locstitch.localize.bracket import (
 )
 from hf_locstitch.localize.candidates import CandidateFinder, differing, magnitude_scores
 from hf_locstitch.localize.selection import BracketMissed, Selection
+from hf_locstitch.localize.shared_scan import SharedScan
 from hf_locstitch.localize.spill import Spill
 from hf_locstitch.runtime.chunks import Chunk, chunks_of, for_each
 from hf_locstitch.runtime.dtypes import ITEM_BYTES, Values, common_dtype
@@ -56,7 +57,7 @@ class Scan:
 
     own: the names of those that this process scans; every process makes the same calls.
     trusted: whether what an earlier process kept of (model, tensor) may be used.
-    scores: where they are not the magnitudes of task vectors.
+    scores: where they are not the magnitudes of task vectors. shared: where what is kept stays for other merges.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class Scan:
         trusted: Callable[[str, str], bool] = lambda model, tensor: True,
         allow_non_finite: bool = False,
         scores: ScoreBits | None = None,
+        shared: SharedScan | None = None,
         advance: Callable[[int], object] = lambda _: None,
     ) -> None:
         self.base, self.finetuned, self.tensors, self.groups = base, finetuned, tensors, groups
         self.spill_folder, self.workers, self.advance = spill_folder, workers, advance
+        self._shared = shared
         self.trusted, self.allow_non_finite, self._own_scores = trusted, allow_non_finite, scores
         self.names = [info.name for info in tensors]
         self.chunks = chunks_of([info.numel for info in tensors], chunk)
@@ -88,6 +91,8 @@ class Scan:
 
     def select(self, inputs: Readers) -> dict[str, Selection]:
         """The mask of each finetuned model, whose files are all on this machine. Raises NonFiniteError."""
+        if self._shared is not None:
+            return self._select_shared(inputs)
         with ThreadPoolExecutor(self.workers) as pool:
             sampled = list(pool.map(partial(self._sampled_brackets, inputs), self.finetuned))
         selections = self._pass(inputs, dict(zip(self.finetuned, sampled, strict=True)))
@@ -100,13 +105,20 @@ class Scan:
                 selections[name].settle(self.workers)
         return selections
 
+    def _select_shared(self, inputs: Readers) -> dict[str, Selection]:
+        """As `select`, keeping what any of the merges may need."""
+        selections = self.begin()
+        self.processes.together(lambda: self.stream(inputs, selections))
+        for selection in selections.values():
+            selection.settle(self.workers)
+        return selections
+
     def begin(self) -> dict[str, Selection]:
         """Selections to stream files into that are still being downloaded."""
-        sizes = [sum(self.tensors[tensor].numel for tensor in tensors) for tensors, _ in self.groups]
+        most = self._shared.most if self._shared is not None else self.groups
+        sizes = [sum(self.tensors[tensor].numel for tensor in tensors) for tensors, _ in most]
         return {
-            name: self._selection(
-                name, [RisingBracket(k, n) for (_, k), n in zip(self.groups, sizes, strict=True)], "rising"
-            )
+            name: self._selection(name, [RisingBracket(k, n) for (_, k), n in zip(most, sizes, strict=True)], "rising")
             for name in self.finetuned
         }
 

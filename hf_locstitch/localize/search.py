@@ -39,6 +39,7 @@ def find_by_scores(job: LocalizeJob, scores: ScoreBits | None) -> Mapping[str, M
             trusted=job.trusted,
             allow_non_finite=job.allow_non_finite,
             scores=scores,
+            shared=job.shared,
             advance=advance,
         )
         if job.inputs.all_here:

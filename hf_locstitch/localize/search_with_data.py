@@ -36,6 +36,7 @@ def find_with_data(localizer: WithData, job: LocalizeJob) -> dict[str, Selection
             chunk=job.settings.chunk,
             workers=job.settings.workers,
             scores=_Stored(scores),
+            shared=None if scores.ones is not None else job.shared,
         )
         selections |= scan.select(readers)
     return selections

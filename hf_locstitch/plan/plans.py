@@ -20,6 +20,7 @@ from hf_locstitch.checkpoints.side_files import SideFiles
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.localize.job import Group
 from hf_locstitch.localize.localizer import Localizer
+from hf_locstitch.localize.shared_scan import SharedScan
 from hf_locstitch.plan.layout import OutputShard
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.vocabulary import VocabularyPlan
@@ -60,6 +61,8 @@ class Plan:
     """What a sample tells of each finetune, where one could be taken before the work."""
     notes: tuple[str, ...] = ()
     """What is worth knowing, and nothing to warn of."""
+    shared: SharedScan | None = None
+    """Where the scores of the localizer stay for other merges of the same finetunes."""
     command: ClassVar[str]
     """The sub-command that carries out such a plan."""
 

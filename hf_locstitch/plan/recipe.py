@@ -27,6 +27,7 @@ from hf_locstitch.checkpoints.ref import expand_home
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
+from hf_locstitch.plan.compare_options import CompareOptions
 from hf_locstitch.plan.push_target import PushTarget, parse_target
 from hf_locstitch.runtime.registry import Registry
 from hf_locstitch.stitch.fitting import OnInputs, Stitcher
@@ -130,6 +131,8 @@ class Recipe(Strict):
     """Whether warnings are errors: those of the plan before the work begins, others before anything is published."""
     evaluate: EvaluateOptions | None = None
     """What the finished merge is evaluated on; nothing by default."""
+    compare: CompareOptions | None = None
+    """What `compare` tries; no matter for one merge."""
     out: Path | None = None
     push_to: str | None = None
     """org/name, or org/name@branch; the branch is made where there is none."""
@@ -395,6 +398,7 @@ def _fields_at(loc: list[str]) -> list[str]:
         "localized": Localized,
         "data": LocalizationSet,
         "evaluate": EvaluateOptions,
+        "compare": CompareOptions,
     }.get(loc[0] if loc else "", Recipe)
     return list(model.model_fields)
 

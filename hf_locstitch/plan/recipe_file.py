@@ -17,7 +17,7 @@ from hf_locstitch.stitch.fitting import OnInputs
 from hf_locstitch.tasks.sets import LocalizationSet
 
 # Fields that say where it goes and how it is judged.
-NOT_THE_MERGE = ("out", "push_to", "private", "create_pr", "evaluate", "strict")
+NOT_THE_MERGE = ("out", "push_to", "private", "create_pr", "evaluate", "compare", "strict")
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -45,13 +45,15 @@ def check_task_code(fields: Mapping[str, Any], where: str) -> None:
 
     Task files can call any Python of their folder, and recipes come from strangers.
     """
-    asked = fields.get("evaluate")
-    if isinstance(asked, Mapping) and asked.get("include_path") is not None:
-        raise RecipeError(
-            f"{where} asks for the task files in {asked['include_path']} (evaluate.include_path), which can run any "
-            "Python code. Read them, then allow it with --allow-task-code, or evaluate the merge afterwards: "
-            "hf-locstitch evaluate OUT --include-path DIR."
-        )
+    compared = fields.get("compare")
+    selecting = compared.get("select") if isinstance(compared, Mapping) else None
+    for key, asked in (("evaluate", fields.get("evaluate")), ("compare.select", selecting)):
+        if isinstance(asked, Mapping) and asked.get("include_path") is not None:
+            raise RecipeError(
+                f"{where} asks for the task files in {asked['include_path']} ({key}.include_path), which can run any "
+                "Python code. Read them, then allow it with --allow-task-code, or evaluate the merge afterwards: "
+                "hf-locstitch evaluate OUT --include-path DIR."
+            )
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -30,6 +30,9 @@ class Joint(TopShare):
     def describe(self) -> str:
         return f"one joint mask, density {self.density:g}, largest change of the solution without data {self.where}"
 
+    def scoring(self) -> None:
+        """What it solves for is solved again with the mask, in the same folder."""
+
     def find_masks(self, job: LocalizeJob) -> Mapping[str, MaskSource]:
         from hf_locstitch.localize.joint_mask import find_joint_mask  # slow to import
 

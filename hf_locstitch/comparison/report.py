@@ -1,0 +1,135 @@
+"""What a comparison found, as data and for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, Table, align, markdown, show_score
+from hf_locstitch.evaluation.scores import TaskResult
+from hf_locstitch.runtime import escape
+from hf_locstitch.runtime.escape import line
+
+FILE = "comparison.json"
+BEST = "best.yaml"
+FIGURE = "figures/comparison.png"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One merge of a comparison. settings: its values of what was varied, and label: these for people. density: the
+    share of weights that it keeps, None for all. scores: as model of an evaluation. shares: for each task the share of
+    the best finetune's main score that it keeps; the score itself (its negative where lower is better) if no finetune
+    was evaluated."""
+
+    label: str
+    settings: Mapping[str, Any]
+    density: float | None
+    scores: ModelScores
+    shares: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.shares.values()) / len(self.shares)
+
+    @property
+    def worst(self) -> float:
+        return min(self.shares.values())
+
+    def rank(self, by: Literal["mean", "worst"]) -> tuple[float, float]:
+        """The larger, the better; ties are decided by the other of the two."""
+        return (self.mean, self.worst) if by == "mean" else (self.worst, self.mean)
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """entries: in the order they were made. references: base, finetunes and average on the same examples. reported:
+    the chosen merge and these on the examples that are reported. scans: how often finetunes were scanned for masks.
+    url, commit: where the chosen merge was pushed."""
+
+    entries: tuple[Entry, ...]
+    references: tuple[ModelScores, ...]
+    by: Literal["mean", "worst"]
+    reported: EvaluationReport
+    scans: int
+    warnings: tuple[str, ...] = ()
+    out: str | None = None
+    url: str | None = None
+    commit: str | None = None
+
+    @property
+    def relative(self) -> bool:
+        """Whether shares are of the best finetune's scores."""
+        return any(model.role == "finetuned" for model in self.references)
+
+    @property
+    def chosen(self) -> Entry:
+        """The best, the first among equals."""
+        return max(self.entries, key=lambda entry: entry.rank(self.by))
+
+    def as_json(self) -> dict[str, Any]:
+        entries = [{**asdict(entry), "mean": entry.mean, "worst": entry.worst} for entry in self.entries]
+        return {
+            **asdict(self),
+            "entries": entries,
+            "chosen": self.entries.index(self.chosen),
+            "reported": self.reported.as_json(),
+        }
+
+    def table(self) -> Table:
+        """The best first: the settings, the main score of each task, mean and worst of the shares."""
+        axes = list(dict.fromkeys(axis for entry in self.entries for axis in entry.settings))
+        tasks = self.chosen.scores.results
+        percent = " %" if self.relative else ""
+        rows = [[*axes, *(f"{result.title} {result.main.metric}" for result in tasks), "mean", "worst"]]
+        for entry in sorted(self.entries, key=lambda entry: entry.rank(self.by), reverse=True):
+            scores = [show_score(entry.scores.score(result.task, result.main.metric), 3) for result in tasks]
+            factor = 100 if self.relative else 1
+            shares = [f"{factor * share:.4g}{percent}" for share in (entry.mean, entry.worst)]
+            rows.append([*(_cell(entry.settings.get(axis)) for axis in axes), *scores, *shares])
+        return rows
+
+    def describe(self) -> str:
+        """For people, on a terminal."""
+        notes = [f"chosen     {self.chosen.label} (by {self.by})", f"scans      {self.scans}"]
+        notes += [f"warning    {warning}" for warning in self.warnings]
+        notes += [f"comparison {self.out}"] if self.out else []
+        notes += [f"published  {self.url} at {self.commit}"] if self.url else []
+        notes += [f"next       hf-locstitch merge {self.out}/{BEST} --out DIR"] if self.out and not self.url else []
+        return "\n\n".join([align(self.table()), "\n".join(map(line, notes)), self.reported.describe()])
+
+    def section(self) -> str:
+        """Of a card, Markdown."""
+        share = "share of the best finetune's score" if self.relative else "score"
+        by = f"the mean {share} over the tasks" if self.by == "mean" else f"the {share} on the worst task"
+        others = "the same examples" if self.same_examples else "other examples"
+        axes = len(self.table()[0]) - len(self.chosen.scores.results) - 2
+        return "\n\n".join(
+            [
+                "## Comparison",
+                f"The best of {len(self.entries)} merges of the same finetunes by {by}: "
+                f"{escape.markdown(self.chosen.label)}. They were compared by the scores below; the evaluation's are "
+                f"on {others}.",
+                f"![Scores of the merges against density: mean over the tasks, and worst task]({FIGURE})",
+                markdown(self.table(), left=axes),
+                *(f"> **Warning**: {escape.markdown(warning)}" for warning in self.warnings),
+            ]
+        )
+
+    @property
+    def same_examples(self) -> bool:
+        """Whether some of the examples that decided are among those reported."""
+        decided = {_examples(result) for result in self.chosen.scores.results}
+        return any(_examples(result) in decided for result in self.reported.subject.results)
+
+
+def _examples(result: TaskResult) -> tuple[str | None, ...]:
+    """The same for results that are, as far as is known, of the same examples."""
+    return (result.dataset or result.task, result.config, result.split)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{key} {setting}" for key, setting in value.items())
+    return "" if value is None else str(value)

@@ -1,0 +1,191 @@
+"""The merges of a comparison, one after another: made, scored, and removed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard
+
+from hf_locstitch.checkpoints.checkpoint import CARD
+from hf_locstitch.comparison.cells import Cell, make_cell
+from hf_locstitch.comparison.figure import save_comparison
+from hf_locstitch.comparison.report import BEST, FILE, ComparisonReport, Entry
+from hf_locstitch.comparison.search import search
+from hf_locstitch.comparison.sharing import Scans
+from hf_locstitch.engine.execute import AfterRun, Finished, execute, make
+from hf_locstitch.engine.preflight import check_disk
+from hf_locstitch.engine.work_dir import WorkDir
+from hf_locstitch.errors import RequestError, WorkError
+from hf_locstitch.evaluation.evaluate import AfterMerge, merged_model, reference_models
+from hf_locstitch.evaluation.publishing import tell_manifest
+from hf_locstitch.evaluation.report import EvaluationReport, ModelScores
+from hf_locstitch.evaluation.scores import result_from_json
+from hf_locstitch.evaluation.session import Session
+from hf_locstitch.plan.planning import make_plan
+from hf_locstitch.plan.plans import MergePlan
+from hf_locstitch.plan.recipe import Finetuned, Input, Recipe
+from hf_locstitch.plan.recipe_file import dump_recipe
+from hf_locstitch.runtime.files import write_atomically
+from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.runtime.progress import Advance, Progress
+
+if TYPE_CHECKING:
+    from hf_locstitch.comparison.comparison import Comparison
+
+LOWEST = float("-inf")
+
+
+class ComparisonRun:
+    def __init__(self, planned: Comparison, work: WorkDir, progress: Progress) -> None:
+        self._planned, self._work, self._progress = planned, work, progress
+        self._options = planned.options
+        self._session = Session(planned.options.select)
+        self._scans = Scans(work.spill / "scans", (cell.recipe for cell in planned.cells.values()))
+        self._merged = work.spill / "merged"
+        self._entries: dict[str, Entry] = {}
+        self._failed: dict[str, str] = {}
+        self._alone = 0  # scans that no other merge shares
+
+    def run(self, out: Path) -> ComparisonReport:
+        """Make, score and choose; write the report into the stage. out: what the stage becomes."""
+        base = self._planned.plan(self._planned.first)
+        references = self._session.run(reference_models(base, self._options.select), Processes())
+        with self._progress.bar("comparing", self._planned.count, " merges") as advance:
+            search(self._options, lambda settings: self._measure(settings, references, advance))
+        if not self._entries:
+            raise WorkError(f"no merge could be made: {'; '.join(self._failed.values())}")
+        cell = self._planned.cells[self._best]
+        return self._publish(cell, references, out)
+
+    @property
+    def _best(self) -> str:
+        """The identity of the best, the first among equals."""
+        return max(self._entries, key=lambda identity: self._entries[identity].rank(self._options.by))
+
+    def _measure(self, settings: Mapping[str, Any], references: EvaluationReport, advance: Advance) -> float:
+        """The score of a combination, measured once; the lowest if its merge cannot be made."""
+        cell = make_cell(self._planned.fields, settings)
+        if cell.identity not in self._entries and cell.identity not in self._failed:
+            try:
+                self._entries[cell.identity] = self._entry(cell, references)
+            except RequestError as error:  # such as values that its dtype cannot hold
+                self._failed[cell.identity] = f"{cell.label} could not be merged: {error}"
+            advance(1)
+        entry = self._entries.get(cell.identity)
+        return LOWEST if entry is None else entry.rank(self._options.by)[0]
+
+    def _entry(self, cell: Cell, references: EvaluationReport) -> Entry:
+        """Made and scored now, or by an earlier process. Raises RequestError or WorkError."""
+        known = self._work.folder / "scores" / f"{hashlib.sha256(cell.identity.encode()).hexdigest()[:16]}.json"
+        if known.exists():
+            scores = _scores_from(json.loads(known.read_text("utf-8")))
+        else:
+            scores = self._score(cell)
+            known.parent.mkdir(exist_ok=True)
+            write_atomically(known, json.dumps(asdict(scores)))
+        kept = dict(replace(references, models=(*references.models, scores)).kept())
+        own = {one.task: one.main.value * (1 if one.main.higher_is_better else -1) for one in scores.results}
+        return Entry(cell.label, cell.settings, cell.density, scores, kept if kept.keys() == own.keys() else own)
+
+    def _score(self, cell: Cell) -> ModelScores:
+        """Make the merge, evaluate it and remove it."""
+        plan = self._sharing(self._planned.plan(cell))
+        shutil.rmtree(self._merged, ignore_errors=True)
+        self._progress.say(cell.label)
+        check_disk(self._merged, plan)
+        make(plan, self._merged, Progress(False))
+        self._note_scan(plan)
+        report = self._session.run([replace(merged_model(self._merged), name=cell.label)], Processes())
+        shutil.rmtree(self._merged, ignore_errors=True)
+        return report.subject
+
+    def _sharing(self, plan: MergePlan) -> MergePlan:
+        shared = self._scans.of(plan)
+        if shared is not None:
+            shared.folder.mkdir(parents=True, exist_ok=True)
+        return replace(plan, shared=shared)
+
+    def _note_scan(self, plan: MergePlan) -> None:
+        """All that it scanned is verified now."""
+        if plan.shared is not None:
+            plan.shared.note_verified()
+        elif plan.masked:
+            self._alone += 1
+
+    def _publish(self, cell: Cell, references: EvaluationReport, out: Path) -> ComparisonReport:
+        """Make the chosen merge again, report its scores, push it if asked to, and write the report."""
+        recipe = self._planned.published(cell)
+        if recipe.push_to is None:
+            recipe = recipe.model_copy(update={"out": self._work.spill / "chosen"})
+        plan = make_plan(recipe, self._planned.settings)
+        assert isinstance(plan, MergePlan)
+        plan = self._sharing(plan)
+        reports: list[ComparisonReport] = []
+
+        def prepare() -> AfterRun:
+            judge = AfterMerge(plan)
+
+            def after(folder: Path, processes: Processes) -> None:
+                report = self._report(references, replace(judge.run(folder, processes), figures=()))
+                add_to_card(report, folder)
+                reports.append(report)
+
+            return after
+
+        done: Finished = execute(plan, Progress(False), prepare)
+        report = replace(reports[0], out=str(out), url=done.url, commit=done.commit)
+        stage = self._work.stage
+        save_comparison(report, stage)
+        (stage / FILE).write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+        (stage / BEST).write_text(f"# The best by comparison: {cell.label}\n{dump_recipe(pinned(cell.recipe, plan))}")
+        (stage / CARD).write_text(f"# Comparison\n\n{report.section()}\n", encoding="utf-8")
+        return report
+
+    def _report(self, references: EvaluationReport, reported: EvaluationReport) -> ComparisonReport:
+        report = ComparisonReport(
+            entries=tuple(self._entries.values()),
+            references=references.models,
+            by=self._options.by,
+            reported=reported,
+            scans=self._scans.finished + self._alone,
+        )
+        warnings = [*self._failed.values()]
+        if report.same_examples:
+            warnings.append(
+                "the chosen merge is reported on examples that it was chosen by, so its scores there are too good: "
+                "give others as `evaluate:`"
+            )
+        return replace(report, warnings=tuple(warnings))
+
+
+def pinned(recipe: Recipe, plan: MergePlan) -> Recipe:
+    """The recipe with repos at their commits; local folders stay as they are written."""
+
+    def at(entry: Input, name: str) -> str:
+        source = plan.inputs[name].source
+        return source.pinned if source.commit else entry.ref
+
+    entries = zip(recipe.finetuned, plan.finetuned, strict=True)
+    finetuned = tuple(Finetuned(ref=at(entry, name), name=name, sha256=entry.sha256) for entry, name in entries)
+    base = recipe.base.model_copy(update={"ref": at(recipe.base, "base")})
+    return recipe.model_copy(update={"base": base, "finetuned": finetuned})
+
+
+def add_to_card(report: ComparisonReport, folder: Path) -> None:
+    """The comparison, in a merge's card, figures and manifest."""
+    pictures = save_comparison(report, folder)
+    card = ModelCard.load(folder / CARD)
+    card.text = f"{card.text.rstrip()}\n\n{report.section()}\n"
+    card.save(folder / CARD)
+    tell_manifest(folder, [folder / CARD, *pictures])
+
+
+def _scores_from(fields: Mapping[str, Any]) -> ModelScores:
+    """The inverse of dataclasses.asdict."""
+    return ModelScores(**{**fields, "results": tuple(map(result_from_json, fields["results"]))})

@@ -1,0 +1,41 @@
+"""Which combinations are merged, one after another: all of them, or those that Optuna asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hf_locstitch.comparison.cells import all_settings
+from hf_locstitch.errors import RecipeError
+from hf_locstitch.plan.compare_options import CompareOptions
+
+Measure = Callable[[Mapping[str, Any]], float]  # a combination -> its score, the larger the better
+
+
+def check_search(options: CompareOptions) -> None:
+    """Raises RecipeError if the combinations are to be chosen by a package that is not there."""
+    if options.trials is None:
+        return
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise RecipeError(
+            f"compare.trials chooses {options.trials} of {options.size} combinations by Optuna, which is not "
+            "installed. Install it (pip install 'hf-locstitch[search]'), or drop trials to merge all of them."
+        ) from error
+
+
+def search(options: CompareOptions, measure: Measure) -> None:
+    """Measure the combinations. The same scores lead to the same combinations, so that a search can be resumed."""
+    if options.trials is None or options.trials >= options.size:
+        for settings in all_settings(options):
+            measure(settings)
+        return
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=options.seed))
+    for _ in range(options.trials):
+        trial = study.ask()
+        chosen = {axis: trial.suggest_categorical(axis, range(len(tried))) for axis, tried in options.grid.items()}
+        study.tell(trial, measure({axis: options.grid[axis][number] for axis, number in chosen.items()}))

@@ -1,0 +1,235 @@
+"""`compare` on models whose scores are known by construction."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import yaml
+from helpers.language_models import favouring, local_task
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+
+from hf_locstitch import ComparisonReport, compare, merge_from_hub, verify
+from hf_locstitch.cli.main import main
+from hf_locstitch.comparison import run
+from hf_locstitch.errors import OutputError, RecipeError
+from hf_locstitch.localize.scan import Scan
+from hf_locstitch.plan.recipe_file import load_recipe
+from loopback_hub import LoopbackHub
+
+SELECT, REPORT = "ABBBBBBCCC", "BBBC"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def fields(tmp_path: Path) -> dict[str, Any]:
+    """A base that favours A, and finetunes for B and C; a merge with a negative scale favours A, others B."""
+    for name, word in {"base": "A", "b": "B", "c": "C"}.items():
+        favouring(tmp_path / name, word, seed=ord(word))
+    tasks = local_task(tmp_path / "tasks", "letters", SELECT)
+    local_task(tasks, "others", REPORT)
+    return {
+        "base": str(tmp_path / "base"),
+        "finetuned": [str(tmp_path / "b"), str(tmp_path / "c")],
+        "include": ["*"],
+        "compare": {
+            "grid": {"scale": [-1, 1], "method": ["locstitch", "ties", "average"], "density": [0.5, 1.0]},
+            "select": {"tasks": ["letters"], "include_path": str(tasks)},
+        },
+        "evaluate": {"tasks": ["others"], "include_path": str(tasks)},
+    }
+
+
+@pytest.fixture
+def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the model of every chunk that is scanned."""
+    models: list[str] = []
+    offer = Scan._offer
+
+    def noting(self: Scan, inputs: Any, selections: Any, chunk: Any) -> None:
+        models.extend(name for name, selection in selections.items() if not selection.has(chunk))
+        offer(self, inputs, selections, chunk)
+
+    monkeypatch.setattr(Scan, "_offer", noting)
+    return models
+
+
+def shares(report: ComparisonReport) -> dict[str, float]:
+    return {entry.label: entry.mean for entry in report.entries}
+
+
+def test_the_best_is_chosen_and_its_recipe_gives_the_same_merge(
+    fields: Mapping[str, Any], tmp_path: Path, scanned: list[str]
+) -> None:
+    report = compare(fields, out=tmp_path / "compared")
+    assert len(report.entries) == 10  # of twelve: density is nothing to the average
+    assert all(
+        share == pytest.approx(1 if label.endswith("scale 1") else 1 / 6) for label, share in shares(report).items()
+    )
+    assert report.chosen.label == "locstitch, density 0.5, scale 1" and report.warnings == ()
+    assert report.scans == 1 and len(scanned) == 2 * len(set_of_tensors(tmp_path / "base"))
+    reported = {model.name: model.results[0].main.value for model in report.reported.models}
+    assert reported["base"] == 0 and reported["b"] == 0.75 and reported["c"] == 0.25
+    assert report.reported.subject.results[0].main.value == 0.75
+
+    best = load_recipe(tmp_path / "compared" / "best.yaml")
+    main(["merge", str(tmp_path / "compared" / "best.yaml"), "--out", str(tmp_path / "merged"), "--quiet"])
+    merge_from_hub(
+        fields["base"], fields["finetuned"], include=["*"], localizer={"density": 0.5}, out=tmp_path / "same"
+    )
+    assert best["localizer"]["density"] == 0.5 and "compare" not in best and "evaluate" not in best
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("merged", "same")]
+    assert weights[0] == weights[1]
+
+    kept = json.loads((tmp_path / "compared" / "comparison.json").read_text())
+    assert kept["entries"][kept["chosen"]]["label"] == report.chosen.label and kept["scans"] == 1
+    page = (tmp_path / "compared" / "README.md").read_text()
+    assert "| method | density | scale |" in page and "figures/comparison.png" in page
+    assert {path.name for path in (tmp_path / "compared" / "figures").iterdir()} == {"comparison.png", "comparison.svg"}
+    assert not list(tmp_path.glob(".compared*"))
+
+
+def set_of_tensors(folder: Path) -> set[str]:
+    return set(load_file(folder / "model.safetensors"))
+
+
+def test_masks_of_a_shared_scan_are_those_of_a_merge_alone(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where many scores tie: in bfloat16."""
+    import torch
+    from safetensors.torch import save_file
+
+    for name in ("base", "b", "c"):
+        file = tmp_path / name / "model.safetensors"
+        state = {key: value.to(torch.bfloat16) for key, value in load_file(file).items()}
+        if name != "base":
+            first = load_file(tmp_path / "base" / "model.safetensors")
+            for key, value in state.items():
+                steps = torch.randint(-2, 3, value.shape, generator=torch.Generator().manual_seed(len(key)))
+                state[key] = (first[key].float() * (1 + steps / 64)).to(torch.bfloat16)
+        save_file(state, file, metadata={"format": "pt"})
+    made: dict[str, dict[str, bytes]] = {}
+    make = run.make
+
+    def keeping(plan: Any, out: Path, progress: Any) -> Any:
+        record = make(plan, out, progress)
+        density = plan.recipe.localizer.density
+        made[str(density)] = {path.name: path.read_bytes() for path in out.rglob("*.safetensors")}
+        return record
+
+    monkeypatch.setattr(run, "make", keeping)
+    grid = {"density": [0.05, 0.3, 0.1]}
+    compare({**fields, "compare": {**fields["compare"], "grid": grid}}, out=tmp_path / "compared")
+    for density in grid["density"]:
+        alone = tmp_path / f"alone-{density}"
+        localizer = {"density": density}
+        merge_from_hub(fields["base"], fields["finetuned"], include=["*"], localizer=localizer, out=alone)
+        assert made[str(density)] == {path.name: path.read_bytes() for path in alone.rglob("*.safetensors")}
+
+
+def test_what_was_scored_is_not_made_again(
+    fields: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned: list[str]
+) -> None:
+    """Stopped in the sixth merge, by what a kill or a full disk would do."""
+    made: list[str] = []
+    make = run.make
+
+    def stopping(plan: Any, out: Path, progress: Any) -> Any:
+        made.append(plan.recipe.method.name)
+        if len(made) == 6:
+            raise OSError("gone")
+        return make(plan, out, progress)
+
+    monkeypatch.setattr(run, "make", stopping)
+    with pytest.raises(OSError, match="gone"):
+        compare(fields, out=tmp_path / "compared")
+    count = len(scanned)
+    report = compare(fields, out=tmp_path / "compared")
+    assert len(made) == 6 + 5 and len(report.entries) == 10  # the sixth again, and four more
+    assert len(scanned) == count and report.scans == 1
+
+
+def test_one_merge_that_cannot_be_made_ends_nothing(fields: Mapping[str, Any], tmp_path: Path) -> None:
+    grid = {"scale": [1e39, 1], "method": ["average"]}
+    report = compare({**fields, "compare": {**fields["compare"], "grid": grid}}, out=tmp_path / "compared")
+    assert [entry.label for entry in report.entries] == ["average, scale 1"]
+    (warning,) = report.warnings
+    assert warning.startswith("average, scale 1e+39 could not be merged: ")
+
+
+def test_scores_on_the_examples_that_decided_are_warned_of(fields: dict[str, Any], tmp_path: Path) -> None:
+    grid = {"method": ["average"]}
+    asked = {**fields, "compare": {**fields["compare"], "grid": grid}, "evaluate": None}
+    report = compare(asked, out=tmp_path / "compared")
+    assert "on examples that it was chosen by" in report.warnings[0]
+
+
+def test_trials_find_the_best_of_a_large_grid(fields: Mapping[str, Any], tmp_path: Path) -> None:
+    grid = {"scale": [-1, -0.5, 1], "method": ["locstitch", "average", "task-arithmetic"], "density": [0.4, 0.6, 1.0]}
+    asked = {**fields, "compare": {**fields["compare"], "grid": grid, "trials": 6}}
+    report = compare(asked, out=tmp_path / "compared")
+    assert 1 < len(report.entries) <= 6 and report.chosen.mean == max(shares(report).values())
+    again = compare(asked, out=tmp_path / "again")
+    assert shares(again) == shares(report)
+
+
+def test_the_best_is_pushed_with_the_comparison_on_its_card(
+    home_hub: LoopbackHub, fields: Mapping[str, Any], tmp_path: Path
+) -> None:
+    target = f"demo/{uuid4().hex[:12]}-best"
+    report = compare(
+        {**fields, "compare": {**fields["compare"], "grid": {"density": [0.5, 1.0]}}},
+        out=tmp_path / "compared", push_to=target,
+    )  # fmt: skip
+    assert report.commit is not None and str(report.url).endswith(target)
+    files = home_hub.files(target)
+    card = Path(hf_hub_download(target, "README.md")).read_text("utf-8")
+    assert "## Evaluation" in card and "## Comparison" in card and "| density |" in card
+    assert "figures/comparison.png" in files
+    assert verify(target, base=fields["base"], finetuned=fields["finetuned"]).ok
+
+
+def test_wrong_requests(fields: dict[str, Any], tmp_path: Path) -> None:
+    def refused(message: str, **compared: Any) -> None:
+        with pytest.raises(RecipeError, match=message):
+            compare({**fields, "compare": {**fields["compare"], **compared}}, out=tmp_path / "compared")
+
+    refused("differ in 'densty' .did you mean 'density'", grid={"densty": [0.1]})
+    refused("no values to try for scale", grid={"scale": []})
+    refused("unknown method 'tise'", grid={"method": ["tise"]})
+    refused("more than 1,000", grid={"scale": [n / 2000 for n in range(2000)]})
+    refused("did you mean 0.05", grid={"density": [5]})
+    with pytest.raises(RecipeError, match="does not say what to compare"):
+        compare({**fields, "compare": None}, out=tmp_path / "compared")
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "file").write_text("")
+    with pytest.raises(OutputError, match="not an empty folder"):
+        compare(fields, out=tmp_path / "compared")
+
+
+def test_the_command_plans_and_prints(
+    fields: Mapping[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    command = ["compare", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "compared")]
+    assert main([*command, "--dry-run"]) == 2  # strangers' task files can run any code
+    assert "--allow-task-code" in capsys.readouterr().err
+    assert main([*command, "--dry-run", "--allow-task-code"]) == 0
+    planned = capsys.readouterr().out
+    assert "merges     10" in planned and "ties, density 0.5, scale 1" in planned
+    assert not (tmp_path / "compared").exists()
+    assert main([*command, "--json", "--quiet", "--allow-task-code"]) == 0
+    printed, said = capsys.readouterr()
+    assert json.loads(printed)["by"] == "mean" and said == ""
+    shutil.rmtree(tmp_path / "compared")
