@@ -44,6 +44,7 @@ TITLES = {
     "Localized": "Localized checkpoint",
     "LocalizationSet": "Localization set",
     "EvaluateOptions": "Evaluation",
+    "CompareOptions": "Comparison",
 }
 FLAG_OF = {"finetuned": "ft"}  # recipe key -> the flag's destination, where they differ
 # What class docstrings leave to the reader's guess.
