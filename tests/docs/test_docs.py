@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from hf_locstitch import Magnitude, errors, load_mask, merge_from_hub
 from hf_locstitch.cli.arguments import build_parser
+from hf_locstitch.cli.main import COMMANDS
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.plan.recipe import Recipe, make_recipe
 from hf_locstitch.stitch.methods import METHODS
@@ -30,7 +31,6 @@ from hf_locstitch.tasks.objectives import OBJECTIVES
 ROOT = Path(__file__).parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
-COMMANDS = ("merge", "localize", "stitch", "export", "verify", "inspect", "evaluate")
 
 
 def blocks(page: Path, language: str) -> list[str]:
