@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.localizers import LOCALIZERS
-from hf_locstitch.plan.compare_options import LARGEST, CompareOptions
+from hf_locstitch.plan.compare_options import LARGEST, SEARCHED, CompareOptions
 from hf_locstitch.plan.overrides import LOCALIZER, as_fields, overridden
 from hf_locstitch.plan.recipe import Recipe, make_recipe
 from hf_locstitch.plan.recipe_file import NOT_THE_MERGE, dump_recipe
@@ -57,22 +57,24 @@ def shown(axis: str, value: Any) -> str:
 
 def check_grid(options: CompareOptions) -> None:
     """Raises RecipeError for axes that there are not, and for more merges than one comparison may have."""
-    for axis in options.grid:
+    for axis in (axis for grid in options.grid for axis in grid):
         if axis not in AXES:
             near = get_close_matches(axis, AXES, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(AXES)}"
             raise RecipeError(f"compare.grid: merges cannot differ in {axis!r} ({hint}).")
-    if options.trials is None and options.size > LARGEST:
+    bound = LARGEST if options.trials is None else SEARCHED
+    if options.size > bound:
         raise RecipeError(
-            f"compare.grid has {options.size:,} combinations, more than {LARGEST:,}. Try fewer values, or set "
-            "compare.trials to how many of them to look at."
+            f"compare.grid has {options.size:,} combinations, more than {bound:,}. Try fewer values"
+            + (", or set compare.trials to how many of them to merge." if options.trials is None else ".")
         )
 
 
 def all_settings(options: CompareOptions) -> Iterator[dict[str, Any]]:
     """Every combination of the values that are tried, the last axis fastest."""
-    for values in product(*options.grid.values()):
-        yield dict(zip(options.grid, values, strict=True))
+    for grid in options.grid:
+        for values in product(*grid.values()):
+            yield dict(zip(grid, values, strict=True))
 
 
 def make_cells(fields: Mapping[str, Any], settings: Iterator[Mapping[str, Any]]) -> list[Cell]:
@@ -92,7 +94,7 @@ def make_cell(fields: Mapping[str, Any], combination: Mapping[str, Any]) -> Cell
 
     Raises RecipeError.
     """
-    common = {key: value for key, value in fields.items() if key not in NOT_THE_MERGE}
+    common = {key: value for key, value in fields.items() if key not in NOT_THE_MERGE or key == "strict"}
     method = str(as_fields("name", combination.get("method", fields.get("method") or "locstitch")).get("name"))
     absent = _absent(method)
     settings = {axis: combination[axis] for axis in sorted(combination, key=_place) if axis not in absent}

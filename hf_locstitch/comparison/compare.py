@@ -11,7 +11,7 @@ from hf_locstitch.comparison.comparison import Comparison
 from hf_locstitch.comparison.report import ComparisonReport
 from hf_locstitch.comparison.run import ComparisonRun
 from hf_locstitch.engine.execute import check_push
-from hf_locstitch.engine.preflight import check_inputs, check_place, is_free, taken
+from hf_locstitch.engine.preflight import check_disk, check_inputs, check_place, is_free, taken
 from hf_locstitch.engine.work_dir import work_dir_beside, working_in
 from hf_locstitch.evaluation.evaluate import AfterMerge
 from hf_locstitch.plan.adapter_inputs import with_base
@@ -88,6 +88,7 @@ def check_possible(planned: Comparison, out: Path) -> None:
     if planned.asked.target is not None:
         check_push(planned.asked.target, {name: one.source for name, one in plan.inputs.items()}, "compare")
     check_inputs(plan)
+    check_disk(out, planned.largest)
 
 
 def carry_out(planned: Comparison, out: Path, progress: Progress) -> ComparisonReport:

@@ -56,6 +56,11 @@ class Comparison:
             self._plans[cell.identity] = plan
         return self._plans[cell.identity]
 
+    @property
+    def largest(self) -> MergePlan:
+        """Of those planned, the one whose masks keep most."""
+        return max(self._plans.values(), key=lambda plan: plan.k if plan.masked else 0)
+
     def published(self, cell: Cell) -> Recipe:
         """A cell's recipe if it is the chosen one: evaluated, and pushed if that is asked for."""
         own = {"evaluate": self.asked.evaluate or self.options.select, "figures": self.asked.figures}

@@ -37,5 +37,7 @@ def search(options: CompareOptions, measure: Measure) -> None:
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=options.seed))
     for _ in range(options.trials):
         trial = study.ask()
-        chosen = {axis: trial.suggest_categorical(axis, range(len(tried))) for axis, tried in options.grid.items()}
-        study.tell(trial, measure({axis: options.grid[axis][number] for axis, number in chosen.items()}))
+        number = trial.suggest_categorical("grid", range(len(options.grid)))
+        grid = options.grid[number]
+        chosen = {axis: trial.suggest_categorical(f"{number} {axis}", range(len(grid[axis]))) for axis in grid}
+        study.tell(trial, measure({axis: grid[axis][place] for axis, place in chosen.items()}))
