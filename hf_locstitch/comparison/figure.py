@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LISTED = 24  # lines that a legend can tell apart
+FAR = 8  # times the smallest density
 
 
 def save_comparison(report: ComparisonReport, folder: Path) -> list[Path]:
@@ -42,20 +43,32 @@ def draw_comparison(report: ComparisonReport) -> Figure:
     figure = new_figure(WIDTH, 3.6 + 0.16 * min(len(found), LISTED))
     mean, worst = figure.subplots(1, 2, sharex=True, sharey=True)
     factor = 100 if report.relative else 1
-    for axes, title in ((mean, "mean over the tasks"), (worst, "worst task")):
-        _draw(axes, found, {"mean over the tasks": "mean"}.get(title, "worst"), factor)
-        best = getattr(report.chosen, "mean" if axes is mean else "worst") * factor
+    for axes, what, title in ((mean, "mean", "mean over the tasks"), (worst, "worst", "worst task")):
+        _draw(axes, found, what, factor)
         if report.chosen.density is not None:
+            best = getattr(report.chosen, what) * factor
             axes.plot(report.chosen.density, best, "o", markersize=12, fillstyle="none", color=INK, zorder=4)
         axes.set_title(title)
         axes.set_xlabel("density")
         axes.grid(color=NOTHING, linewidth=0.7)
         axes.set_axisbelow(True)
+    _scale(mean, {entry.density for entry in report.entries if entry.density is not None})
     mean.set_ylabel("share of the best finetune's score, %" if report.relative else "score")
     handles, labels = mean.get_legend_handles_labels()
     figure.legend(handles[:LISTED], labels[:LISTED], loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{len(report.entries)} merges; the circle is the chosen one", fontsize=11)
+    figure.suptitle(f"{len(report.entries)} merges; the best: {text(report.chosen.label)}", fontsize=11)
     return figure
+
+
+def _scale(axes: Axes, densities: set[float]) -> None:
+    """Ticks where there are merges, on a logarithmic axis if they are far apart."""
+    if not densities:
+        axes.set_xticks([])
+        return
+    if max(densities) >= FAR * min(densities):
+        axes.set_xscale("log")
+    axes.set_xticks(sorted(densities), [f"{density:g}" for density in sorted(densities)])
+    axes.set_xticks([], minor=True)
 
 
 def _draw(axes: Axes, found: Mapping[str, Sequence[Entry]], what: str, factor: float) -> None:

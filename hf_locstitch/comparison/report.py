@@ -81,12 +81,10 @@ class ComparisonReport:
         """The best first: the settings, the main score of each task, mean and worst of the shares."""
         axes = list(dict.fromkeys(axis for entry in self.entries for axis in entry.settings))
         tasks = self.chosen.scores.results
-        percent = " %" if self.relative else ""
         rows = [[*axes, *(f"{result.title} {result.main.metric}" for result in tasks), "mean", "worst"]]
         for entry in sorted(self.entries, key=lambda entry: entry.rank(self.by), reverse=True):
             scores = [show_score(entry.scores.score(result.task, result.main.metric), 3) for result in tasks]
-            factor = 100 if self.relative else 1
-            shares = [f"{factor * share:.4g}{percent}" for share in (entry.mean, entry.worst)]
+            shares = [_share(share, self.relative) for share in (entry.mean, entry.worst)]
             rows.append([*(_cell(entry.settings.get(axis)) for axis in axes), *scores, *shares])
         return rows
 
@@ -127,6 +125,10 @@ class ComparisonReport:
 def _examples(result: TaskResult) -> tuple[str | None, ...]:
     """The same for results that are, as far as is known, of the same examples."""
     return (result.dataset or result.task, result.config, result.split)
+
+
+def _share(value: float, relative: bool) -> str:
+    return f"{100 * value:.1f} %" if relative else f"{value:.4f}"
 
 
 def _cell(value: Any) -> str:
