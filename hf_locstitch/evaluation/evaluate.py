@@ -21,6 +21,7 @@ from hf_locstitch.evaluation.models import (
     content_of,
     gather_models,
     known_inputs,
+    model_of,
     with_own_names,
 )
 from hf_locstitch.evaluation.report import EvaluationReport
@@ -172,8 +173,7 @@ class AfterMerge:
 
     def _input(self, name: str) -> Model:
         checkpoint = self.plan.inputs[name]
-        role = "base" if checkpoint is self.plan.base else "finetuned"
-        return Model(name, role, checkpoint.source.pinned, content_of(checkpoint), checkpoint)
+        return model_of(checkpoint, "base" if checkpoint is self.plan.base else "finetuned", name)
 
     def _models(self, out: Path) -> list[Model]:
         merged = open_checkpoint(parse_ref(str(out.absolute())))

@@ -70,8 +70,12 @@ class Inputs(Mapping[str, Model]):
 def open_model(ref: str, role: Role, name: str | None = None) -> Model:
     """Raises CheckpointError unless `ref` holds a whole model."""
     parsed = parse_ref(ref)
-    checkpoint = read_checkpoint(open_source(parsed))
-    return Model(name or parsed.name, role, checkpoint.source.pinned, content_of(checkpoint), checkpoint)
+    return model_of(read_checkpoint(open_source(parsed)), role, name or parsed.name)
+
+
+def model_of(checkpoint: Checkpoint, role: Role, name: str) -> Model:
+    """An open checkpoint of a whole model."""
+    return Model(name, role, checkpoint.source.pinned, content_of(checkpoint), checkpoint)
 
 
 def content_of(checkpoint: Checkpoint) -> str:
