@@ -13,6 +13,7 @@ from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.runtime.version import __version__
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.stitchers import MEAN, STITCHERS
+from hf_locstitch.tasks.metrics import METRICS
 
 REF = "REF"  # a folder or org/name[/subfolder][@revision]
 
@@ -356,8 +357,8 @@ def _add_evaluate(commands: Any) -> None:
     parser = _add_command(
         commands,
         "evaluate",
-        help="score models side by side with lm-eval",
-        description="Score language models side by side with lm-eval. "
+        help="score models side by side, with lm-eval and on labelled sets",
+        description="Score models side by side: language models with lm-eval, models of any kind on labelled sets. "
         f"{REF}: a folder or org/name[/subfolder][@revision]. "
         "Scores already measured on the same content are reused. Several GPUs share the examples under "
         "`accelerate launch -m hf_locstitch evaluate ...`.",
@@ -372,7 +373,24 @@ def _add_evaluate(commands: Any) -> None:
     )
     tasks.add_argument("--tasks", nargs="+", default=[], metavar="NAME[:SHOTS]", help="lm-eval tasks or groups")
     tasks.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with more lm-eval task files")
-    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N examples of each task")
+    tasks.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]DATA",
+        help="labelled sets: a file, a surrogate, org/name, or a YAML file of sets; one with the NAME of a finetune is "
+        "judged by that finetune's head",
+    )
+    tasks.add_argument(
+        "--objective",
+        metavar="KIND",
+        help="how the sets are judged, such as causal-lm, or a YAML mapping with its settings: '{kind: masked-lm, "
+        "label_words: [bad, good]}' (default: by the architecture)",
+    )
+    tasks.add_argument(
+        "--metrics", nargs="+", default=[], metavar="NAME", help=f"of the sets: {', '.join(METRICS.names())}"
+    )
+    tasks.add_argument("--limit", type=int, metavar="N", help="only N examples of each task and set")
 
     compared = parser.add_argument_group("compare with")
     compared.add_argument(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hf_locstitch.comparison.run import ComparisonRun
 from hf_locstitch.engine.execute import check_push
 from hf_locstitch.engine.preflight import check_disk, check_inputs, check_place, is_free, taken
 from hf_locstitch.engine.work_dir import work_dir_beside, working_in
-from hf_locstitch.evaluation.evaluate import AfterMerge
+from hf_locstitch.evaluation.evaluate import Planned
 from hf_locstitch.plan.adapter_inputs import with_base
 from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.plan.recipe_file import load_recipe
@@ -83,8 +82,9 @@ def check_possible(planned: Comparison, out: Path) -> None:
         raise taken(out)
     check_place(out)
     plan = planned.plan(planned.first)
-    for evaluated in (planned.options.select, planned.published(planned.first).evaluate):
-        AfterMerge(replace(plan, recipe=plan.recipe.model_copy(update={"evaluate": evaluated})))
+    for asked in (planned.options.select, planned.asked.evaluate):
+        if asked is not None:
+            Planned(plan, asked)  # raises if it cannot be judged
     if planned.asked.target is not None:
         check_push(planned.asked.target, {name: one.source for name, one in plan.inputs.items()}, "compare")
     check_inputs(plan)

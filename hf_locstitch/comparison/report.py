@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, Table, align, markdown, show_score
-from hf_locstitch.evaluation.scores import TaskResult
 from hf_locstitch.runtime import escape
 from hf_locstitch.runtime.escape import line
 
@@ -45,13 +44,14 @@ class Entry:
 @dataclass(frozen=True)
 class ComparisonReport:
     """entries: in the order they were made. references: base, finetunes and average on the same examples. reported:
-    the chosen merge and these on the examples that are reported. scans: how often finetunes were scanned for masks.
+    the chosen merge and these on the examples that are reported. same_examples: whether some of these decided. scans: how often finetunes were scanned for masks.
     url, commit: where the chosen merge was pushed."""
 
     entries: tuple[Entry, ...]
     references: tuple[ModelScores, ...]
     by: Literal["mean", "worst"]
     reported: EvaluationReport
+    same_examples: bool
     scans: int
     warnings: tuple[str, ...] = ()
     out: str | None = None
@@ -114,17 +114,6 @@ class ComparisonReport:
                 *(f"> **Warning**: {escape.markdown(warning)}" for warning in self.warnings),
             ]
         )
-
-    @property
-    def same_examples(self) -> bool:
-        """Whether some of the examples that decided are among those reported."""
-        decided = {_examples(result) for result in self.chosen.scores.results}
-        return any(_examples(result) in decided for result in self.reported.subject.results)
-
-
-def _examples(result: TaskResult) -> tuple[str | None, ...]:
-    """The same for results that are, as far as is known, of the same examples."""
-    return (result.dataset or result.task, result.config, result.split)
 
 
 def _share(value: float, relative: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,10 @@ from hf_locstitch.engine.execute import AfterRun, Finished, execute, make
 from hf_locstitch.engine.preflight import check_disk
 from hf_locstitch.engine.work_dir import WorkDir
 from hf_locstitch.errors import RequestError, WorkError
-from hf_locstitch.evaluation.evaluate import AfterMerge, merged_model, reference_models
+from hf_locstitch.evaluation.evaluate import AfterMerge, Planned, merged_model
 from hf_locstitch.evaluation.publishing import tell_manifest
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores
-from hf_locstitch.evaluation.scores import result_from_json
-from hf_locstitch.evaluation.session import Session
+from hf_locstitch.evaluation.scores import TaskResult, result_from_json
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.plans import MergePlan
 from hf_locstitch.plan.recipe import Finetuned, Input, Recipe
@@ -34,6 +33,7 @@ from hf_locstitch.plan.recipe_file import dump_recipe
 from hf_locstitch.runtime.files import write_atomically
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.progress import Advance, Progress
+from hf_locstitch.tasks.benchmarks import EvaluateOptions
 
 if TYPE_CHECKING:
     from hf_locstitch.comparison.comparison import Comparison
@@ -45,7 +45,7 @@ class ComparisonRun:
     def __init__(self, planned: Comparison, work: WorkDir, progress: Progress) -> None:
         self._planned, self._work, self._progress = planned, work, progress
         self._options = planned.options
-        self._session = Session(planned.options.select)
+        self._judge = Planned(planned.plan(planned.first), planned.options.select)
         self._scans = Scans(work.spill / "scans", (cell.recipe for cell in planned.cells.values()))
         self._merged = work.spill / "merged"
         self._entries: dict[str, Entry] = {}
@@ -54,8 +54,8 @@ class ComparisonRun:
 
     def run(self, out: Path) -> ComparisonReport:
         """Make, score and choose; write the report into the stage. out: what the stage becomes."""
-        base = self._planned.plan(self._planned.first)
-        references = self._session.run(reference_models(base, self._options.select), Processes())
+        models = self._judge.references()
+        references = self._judge.session.run(models, Processes()) if models else EvaluationReport((), (), None)
         with self._progress.bar("comparing", self._planned.count, " merges") as advance:
             search(self._options, lambda settings: self._measure(settings, references, advance))
         if not self._entries:
@@ -101,7 +101,7 @@ class ComparisonRun:
         check_disk(self._merged, plan)
         make(plan, self._merged, Progress(False))
         self._note_scan(plan)
-        report = self._session.run([replace(merged_model(self._merged), name=cell.label)], Processes())
+        report = self._judge.session.run([replace(merged_model(self._merged), name=cell.label)], Processes())
         shutil.rmtree(self._merged, ignore_errors=True)
         return report.subject
 
@@ -148,20 +148,30 @@ class ComparisonRun:
         return report
 
     def _report(self, references: EvaluationReport, reported: EvaluationReport) -> ComparisonReport:
-        report = ComparisonReport(
-            entries=tuple(self._entries.values()),
-            references=references.models,
-            by=self._options.by,
-            reported=reported,
-            scans=self._scans.finished + self._alone,
-        )
+        decided = examples_of(self._entries[self._best].scores.results, self._options.select)
+        asked = self._planned.asked.evaluate or self._options.select
+        same = bool(decided & examples_of(reported.subject.results, asked))
         warnings = [*self._failed.values()]
-        if report.same_examples:
+        if same:
             warnings.append(
                 "the chosen merge is reported on examples that it was chosen by, so its scores there are too good: "
                 "give others as `evaluate:`"
             )
-        return replace(report, warnings=tuple(warnings))
+        return ComparisonReport(
+            entries=tuple(self._entries.values()),
+            references=references.models,
+            by=self._options.by,
+            reported=reported,
+            same_examples=same,
+            scans=self._scans.finished + self._alone,
+            warnings=tuple(warnings),
+        )
+
+
+def examples_of(results: Sequence[TaskResult], asked: EvaluateOptions) -> set[tuple[str | None, ...]]:
+    """What tells, as far as is known, which examples results are of: data set, config and split."""
+    refs = {name: one.ref for name, one in asked.sets.items()}
+    return {(refs.get(one.task) or one.dataset or one.task, one.config, one.split) for one in results}
 
 
 def pinned(recipe: Recipe, plan: MergePlan) -> Recipe:

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hf_locstitch.checkpoints.checkpoint import open_source
 from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import LocstitchError, RecipeError, WorkError
+from hf_locstitch.evaluation.labelled_suite import LabelledSuite
+from hf_locstitch.evaluation.lm_eval_suite import LmEvalSuite
 from hf_locstitch.evaluation.models import (
+    Inputs,
     Model,
     average_model,
-    check_language_model,
     content_of,
     gather_models,
+    known_inputs,
+    model_of,
     with_own_names,
 )
 from hf_locstitch.evaluation.report import EvaluationReport
 from hf_locstitch.evaluation.session import Session
+from hf_locstitch.evaluation.suite import Suite
 from hf_locstitch.plan.plans import ModelPlan
 from hf_locstitch.plan.recipe_file import recipe_of
 from hf_locstitch.runtime.processes import Processes, find_processes
 from hf_locstitch.tasks.benchmarks import SUITES, EvaluateOptions, make_options
 from hf_locstitch.tasks.leaks import UsedData, used_open_set
+from hf_locstitch.tasks.objective import Objective
 
 
 def evaluate(
@@ -33,6 +40,9 @@ def evaluate(
     *,
     tasks: Sequence[str] = (),
     suite: Literal["paper", "quick"] | None = None,
+    data: str | Path | Sequence[str | Path] | Mapping[str, Any] = (),
+    objective: str | Mapping[str, Any] | Objective | None = None,
+    metrics: Sequence[str] = (),
     include_path: str | Path | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
@@ -46,10 +56,12 @@ def evaluate(
     cache: bool = True,
     show_progress: bool = False,
 ) -> EvaluationReport:
-    """Run lm-eval's tasks on models side by side.
+    """Judge models side by side on lm-eval's tasks, on labelled sets, or on both.
 
     refs: one or more folders, org/name or org/name@revision; the first is the subject. tasks: NAME or NAME:SHOTS.
-    suite: a set of tasks. include_path: a folder with more task files. limit: examples per task, default all.
+    suite: a set of tasks. data: labelled sets, each [NAME=]REF, a YAML file of sets, or a mapping of names to sets as
+    in a recipe; one that is named as a finetune is judged by that finetune's head. objective, metrics: of the sets that
+    state none. include_path: a folder with more task files. limit: examples per task or set, default all.
     batch_size: default the largest that fits. base, finetuned: models to compare with. parents: also evaluate the
     inputs of the first ref, a merge, as its manifest names them. average: also evaluate their plain average. push:
     write the results into the model card of the first ref: a folder or, in one commit, a repo. track: also log them.
@@ -58,24 +70,27 @@ def evaluate(
     Raises RequestError if the request is invalid and WorkError if the work fails; finished scores stay cached.
     """
     listed = [str(refs)] if isinstance(refs, (str, Path)) else [str(ref) for ref in refs]
-    if not tasks and suite is None:
-        raise RecipeError(f"no tasks given: use --tasks NAME..., or --suite {'|'.join(SUITES)}.")
+    if not tasks and suite is None and not data:
+        raise RecipeError(
+            f"nothing to judge by: use --tasks NAME..., --suite {'|'.join(SUITES)}, or --data [NAME=]FILE..."
+        )
     if limit is not None and limit < 1:
         raise RecipeError(f"--limit must be 1 or more, not {limit}.")
-    options = {"tasks": tuple(tasks), "suite": suite, "limit": limit, "batch_size": batch_size,
-               "include_path": include_path, "chat_template": chat_template}  # fmt: skip
-    session = Session(make_options(options), cache, show_progress)
+    options = make_options({
+        "tasks": tuple(tasks), "suite": suite, "data": data, "objective": objective, "metrics": tuple(metrics),
+        "limit": limit, "batch_size": batch_size, "include_path": include_path, "chat_template": chat_template,
+    })  # fmt: skip
     if track is not None:
         from hf_locstitch.evaluation.tracking import find_tracker
 
         find_tracker(track)
-    models = gather_models(
-        listed,
-        base=None if base is None else str(base),
-        finetuned=None if finetuned is None else [str(ref) for ref in finetuned],
-        parents=parents,
-        average=average,
-    )
+    base_ref = None if base is None else str(base)
+    finetuned_refs = None if finetuned is None else [str(ref) for ref in finetuned]
+    models = gather_models(listed, base=base_ref, finetuned=finetuned_refs, parents=parents, average=average)
+    subject = next(model for model in models if model.role == "model")
+    suites = make_suites(options, subject, partial(known_inputs, listed[0], base_ref, finetuned_refs, models))
+    session = Session(suites, options.limit, cache, show_progress)
+    session.check(models)
     if push:
         from hf_locstitch.evaluation.publishing import check_writable
 
@@ -94,6 +109,17 @@ def evaluate(
     return report
 
 
+def make_suites(options: EvaluateOptions, subject: Model, inputs: Callable[[], Mapping[str, Model]]) -> list[Suite]:
+    """What is asked for. subject: the model that the evaluation is about. inputs: gives what it was made of, for their
+    heads. Raises RequestError."""
+    suites: list[Suite] = []
+    if options.tasks or options.suite is not None:
+        suites.append(LmEvalSuite(options))
+    if options.data:
+        suites.append(LabelledSuite(options, subject, inputs()))
+    return suites
+
+
 def _data_of(ref: str) -> list[UsedData]:
     """The data sets that a merge was made with, according to its recipe; none for other models."""
     try:
@@ -110,26 +136,41 @@ def merged_model(folder: Path, ref: str | None = None) -> Model:
     return Model(ref.rsplit("/", 1)[-1], "model", ref, content_of(merged), merged)
 
 
-def reference_models(plan: ModelPlan, asked: EvaluateOptions) -> list[Model]:
-    """What a merge is compared with: base, finetunes and their plain average, as asked for."""
-    if not asked.parents and not asked.average:
-        return []
-    models = [
-        Model(
-            name,
-            "base" if checkpoint is plan.base else "finetuned",
-            checkpoint.source.pinned,
-            content_of(checkpoint),
-            checkpoint,
-        )
-        for name, checkpoint in plan.inputs.items()
-    ]
-    if asked.average:
-        entries = (plan.recipe.base, *plan.recipe.finetuned)
-        refs = [e.ref if m.checkpoint and m.checkpoint.source.commit is None else m.ref
-                for m, e in zip(models, entries, strict=True)]  # fmt: skip
-        models.append(average_model(models[0], models[1:], refs))
-    return models
+class Planned:
+    """The evaluation of a merge that is not made yet: all that is known before. asked: what it is judged on."""
+
+    def __init__(self, plan: ModelPlan, asked: EvaluateOptions, show_progress: bool = False) -> None:
+        """Raises RequestError."""
+        if not plan.settings.cache:
+            raise RecipeError(
+                "evaluate: needs the models on this machine. Drop --no-cache, or evaluate the merge later."
+            )
+        self._plan, self._asked = plan, asked
+        whole = [name for name in plan.inputs if name not in plan.adapters]
+        self._inputs = Inputs({name: partial(self._input, name) for name in whole})
+        merge = Model("merge", "model", plan.files.label, "", plan.files)  # its config and files, before it is made
+        suites = make_suites(asked, merge, lambda: self._inputs)
+        self.session = Session(suites, asked.limit, show_progress=show_progress)
+        self.session.check([merge])
+        for suite in suites:
+            if isinstance(suite, LmEvalSuite):
+                _ = suite.manager  # raises TaskError for unknown tasks
+
+    def _input(self, name: str) -> Model:
+        checkpoint = self._plan.inputs[name]
+        return model_of(checkpoint, "base" if checkpoint is self._plan.base else "finetuned", name)
+
+    def references(self) -> list[Model]:
+        """What the merge is compared with: base, finetunes and their plain average, as asked for."""
+        if not self._asked.parents and not self._asked.average:
+            return []
+        models = list(self._inputs.values())
+        if self._asked.average:
+            entries = (self._plan.recipe.base, *self._plan.recipe.finetuned)
+            refs = [e.ref if m.checkpoint and m.checkpoint.source.commit is None else m.ref
+                    for m, e in zip(models, entries, strict=True)]  # fmt: skip
+            models.append(average_model(models[0], models[1:], refs))
+        return models
 
 
 class AfterMerge:
@@ -139,19 +180,13 @@ class AfterMerge:
         """Raises RequestError."""
         asked = plan.recipe.evaluate
         assert asked is not None
-        self.recipe, self.plan, self.asked = plan.recipe, plan, asked
-        self.session = Session(asked, show_progress=show_progress)
-        if not plan.settings.cache:
-            raise RecipeError(
-                "evaluate: needs the models on this machine. Drop --no-cache, or evaluate the merge later."
-            )
-        check_language_model(plan.files)
-        _ = self.session.manager  # raises TaskError for unknown tasks
+        self.recipe, self.plan = plan.recipe, plan
+        self.planned = Planned(plan, asked, show_progress)
 
     def run(self, out: Path, processes: Processes) -> EvaluationReport:
         """Evaluate the merge in `out` and write the results into it. Raises WorkError; the merge stays."""
         try:
-            report = self.session.run(self._models(out), processes, self._used())
+            report = self.planned.session.run(self._models(out), processes, self._used())
             if processes.first:
                 report = self._write(report, out)
             return report
@@ -170,7 +205,7 @@ class AfterMerge:
 
     def _models(self, out: Path) -> list[Model]:
         subject = merged_model(out, self.recipe.target.ref if self.recipe.target else None)
-        return with_own_names([*reference_models(self.plan, self.asked), subject])
+        return with_own_names([*self.planned.references(), subject])
 
     def _write(self, report: EvaluationReport, out: Path) -> EvaluationReport:
         from hf_locstitch.evaluation.publishing import record_in

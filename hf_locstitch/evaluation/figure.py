@@ -49,6 +49,6 @@ def draw_scores(report: EvaluationReport) -> Figure:
     axes.grid(axis="x", color=NOTHING, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.set_xlabel("score, with its standard error")
-    axes.set_title("Scores by lm-eval")
+    axes.set_title("Scores")
     figure.legend(loc="outside lower center", ncols=min(6, len(models)), frameon=False)
     return figure

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -48,12 +48,34 @@ class Model:
             yield made
 
 
+class Inputs(Mapping[str, Model]):
+    """What a merge was made of: its base, called "base", and its finetunes, each opened when it is asked for."""
+
+    def __init__(self, opening: Mapping[str, Callable[[], Model]]) -> None:
+        self._opening = opening
+        self._opened: dict[str, Model] = {}
+
+    def __getitem__(self, name: str) -> Model:
+        if name not in self._opened:
+            self._opened[name] = self._opening[name]()
+        return self._opened[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opening)
+
+    def __len__(self) -> int:
+        return len(self._opening)
+
+
 def open_model(ref: str, role: Role, name: str | None = None) -> Model:
-    """Raises CheckpointError unless `ref` holds a language model that transformers loads without remote code."""
+    """Raises CheckpointError unless `ref` holds a whole model."""
     parsed = parse_ref(ref)
-    checkpoint = read_checkpoint(open_source(parsed))
-    check_language_model(checkpoint)
-    return Model(name or parsed.name, role, checkpoint.source.pinned, content_of(checkpoint), checkpoint)
+    return model_of(read_checkpoint(open_source(parsed)), role, name or parsed.name)
+
+
+def model_of(checkpoint: Checkpoint, role: Role, name: str) -> Model:
+    """An open checkpoint of a whole model."""
+    return Model(name, role, checkpoint.source.pinned, content_of(checkpoint), checkpoint)
 
 
 def content_of(checkpoint: Checkpoint) -> str:
@@ -164,17 +186,42 @@ def gather_models(
     base_ref, others = input_refs(refs[0], base, finetuned, needed=parents or average)
     if average and (base_ref is None or not others):
         raise RecipeError("--average needs the base and the finetunes. Name them with --base REF and --ft REF...")
-    try:
+    with naming_inputs() if parents or average else nullcontext():
         base_model = open_model(base_ref, "base", "base") if base_ref is not None else None
         parent_models = [open_model(ref, "finetuned", name) for name, ref in others.items()]
-    except LocstitchError as error:
-        if not parents and not average:
-            raise
-        raise CheckpointError(f"{error} Name the merge's inputs with --base REF and --ft REF...") from error
     compared = [*([base_model] if base_model else []), *parent_models]
     if average and base_model is not None and base_ref is not None:
         compared.append(average_model(base_model, parent_models, [base_ref, *others.values()]))
     return with_own_names([*compared, *models])
+
+
+@contextmanager
+def naming_inputs() -> Iterator[None]:
+    """An input that cannot be opened where a manifest says that it is can be named."""
+    try:
+        yield
+    except LocstitchError as error:
+        raise CheckpointError(f"{error} Name the merge's inputs with --base REF and --ft REF...") from error
+
+
+def known_inputs(ref: str, base: str | None, finetuned: Sequence[str] | None, opened: Sequence[Model] = ()) -> Inputs:
+    """The base and the finetunes of the merge `ref`, as given or as its manifest names them; of another model those
+    that are given. opened: models that need not be opened again."""
+    try:
+        base_ref, others = input_refs(ref, base, finetuned, needed=True)
+    except LocstitchError:  # no merge: each model is judged by its own head
+        base_ref, others = input_refs(ref, base, finetuned, needed=False)
+    known = {model.name: model for model in opened if model.role in ("base", "finetuned")}
+
+    def opening(name: str, role: Role, where: str) -> Callable[[], Model]:
+        def known_or_opened() -> Model:
+            with naming_inputs():
+                return known[name] if name in known else open_model(where, role, name)
+
+        return known_or_opened
+
+    base_entry = {"base": opening("base", "base", base_ref)} if base_ref is not None else {}
+    return Inputs(base_entry | {name: opening(name, "finetuned", where) for name, where in others.items()})
 
 
 def with_own_names(models: Sequence[Model]) -> list[Model]:

@@ -127,21 +127,27 @@ def eval_results(result: TaskResult) -> list[EvalResult]:
     """One entry per metric. metric_name distinguishes tasks on the same data set, which the metadata group together."""
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=result.hub_task,
             dataset_type=result.dataset or result.task,
             dataset_name=result.dataset or result.task,
             dataset_config=result.config,
             dataset_split=result.split,
             dataset_revision=result.revision,
-            metric_type=score.metric,
+            metric_type=score.metric.replace("-", "_"),
             metric_name=f"{result.task} {score.metric}",
             metric_value=score.value,
-            metric_args={"num_few_shot": result.shots, "stderr": score.stderr, "limit": result.limit},
-            source_name=f"lm-evaluation-harness {result.lm_eval}",
-            source_url=HARNESS,
+            metric_args={**_settings(result), "stderr": score.stderr, "limit": result.limit},
+            source_name=f"lm-evaluation-harness {result.lm_eval}" if result.lm_eval else None,
+            source_url=HARNESS if result.lm_eval else None,
         )
         for score in result.scores
     ]
+
+
+def _settings(result: TaskResult) -> dict[str, Any]:
+    if result.objective is None:
+        return {"num_few_shot": result.shots}
+    return {"measured_by": result.measured_by}
 
 
 def entries_of(results: Sequence[TaskResult]) -> dict[str, EvalResultEntry]:
@@ -150,16 +156,17 @@ def entries_of(results: Sequence[TaskResult]) -> dict[str, EvalResultEntry]:
     for result in results:
         if result.dataset is None:
             continue
-        notes = [result.main.metric, f"{result.shots}-shot" if result.shots is not None else "shots as in the task"]
+        tool, _, how = result.measured_by.partition(", ")
+        notes = [result.main.metric, how]
         notes += [f"stderr {result.main.stderr:.6g}"] if result.main.stderr is not None else []
-        notes += [f"first {result.limit} examples of each task only"] if result.limit is not None else []
+        notes += [f"{result.limit} examples of each task only"] if result.limit is not None else []
         entries[f"{result.task.replace('/', '_')}.yaml"] = EvalResultEntry(
             dataset_id=result.dataset,
             task_id=result.task,
             value=result.main.value,
             dataset_revision=result.revision,
             date=result.date,
-            notes=", ".join([*notes, f"lm-eval {result.lm_eval}"]),
+            notes=", ".join([*notes, tool]),
         )
     return entries
 
@@ -184,10 +191,10 @@ def describe_for_card(report: EvaluationReport) -> str:
             "scores?) and with the best finetune on each task:"
         )
         parts.append(markdown(comparison, left=3))
-    parts.append("![Scores by lm-eval, one marker per model, with standard errors](figures/scores.png)")
+    parts.append("![Scores, one marker per model, with standard errors](figures/scores.png)")
     parts.append(", ".join(f"**{escape.markdown(model.name)}**: {_where(model)}" for model in report.models) + ".")
-    version = subject.results[0].lm_eval
-    parts.append(f"Measured with [lm-eval]({HARNESS}) {version}; all numbers are in [{SCORES}]({SCORES}). To repeat:")
+    parts += _objectives(subject.results)
+    parts.append(f"Measured with {_tools(subject.results)}; all numbers are in [{SCORES}]({SCORES}). To repeat:")
     flags = " ".join(report.flags).split(" --")
     flags += ["parents"] if any(model.role == "finetuned" for model in report.models) else []
     flags += ["average"] if any(model.role == "average" for model in report.models) else []
@@ -195,8 +202,28 @@ def describe_for_card(report: EvaluationReport) -> str:
         [f"hf-locstitch evaluate {escape.shell(subject.ref.split('@')[0])}", flags[0][2:], *flags[1:]]
     )
     parts.append(f"```bash\n{command}\n```")
+    if report.sets:
+        text = yaml.safe_dump(dict(report.sets), sort_keys=False, allow_unicode=True)
+        parts.append(f"where `sets.yaml` is\n\n```yaml\n{text}```")
     parts += [f"> **Warning**: {escape.markdown(warning)}" for warning in report.warnings]
     return "\n\n".join(parts)
+
+
+def _tools(results: Sequence[TaskResult]) -> str:
+    lm_eval = next((f"[lm-eval]({HARNESS}) {one.lm_eval}" for one in results if one.lm_eval), None)
+    own = next((f"hf-locstitch {one.hf_locstitch}" for one in results if one.hf_locstitch), None)
+    return " and ".join(tool for tool in (lm_eval, own) if tool)
+
+
+def _objectives(results: Sequence[TaskResult]) -> list[str]:
+    """How the labelled sets are judged, if there are any."""
+    said = []
+    for one in results:
+        if one.objective is not None:
+            head = f" with the head of {escape.markdown(one.head)}" if one.head is not None else ""
+            rows = f"{one.examples} rows" + (f" of {escape.markdown(one.dataset)}" if one.dataset else "")
+            said.append(f"**{escape.markdown(one.task)}**: {one.objective}{head}, {rows}")
+    return [", ".join(said) + "."] if said else []
 
 
 def _on_two_lines(cell: str) -> Markup:

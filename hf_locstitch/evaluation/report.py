@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,7 +33,8 @@ class ModelScores:
 class EvaluationReport:
     """models: base, finetunes, average, then the models under evaluation. url, commit: where the results were pushed.
 
-    tasks: as requested, NAME or NAME:SHOTS. flags: of the command line that repeats the evaluation.
+    tasks: as requested, NAME or NAME:SHOTS, and names of labelled sets. flags: of the command line that repeats the
+    evaluation. sets: the labelled sets, by name, where flags do not say all of them; their file is called sets.yaml.
     """
 
     models: tuple[ModelScores, ...]
@@ -40,6 +42,7 @@ class EvaluationReport:
     limit: int | None
     warnings: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    sets: Mapping[str, Any] = field(default_factory=dict)
     url: str | None = None
     commit: str | None = None
     figures: tuple[str, ...] = field(default=())

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Score:
-    """metric: lm-eval's name, with the filter after a comma where there is one. stderr: None if lm-eval gives none."""
+    """metric: its name; lm-eval's with the filter after a comma where there is one. stderr: None if not known."""
 
     metric: str
     value: float
@@ -20,11 +20,14 @@ class Score:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One model on one task or group. The first score is the task's main one.
+    """One model on one task or group of lm-eval's, or on one labelled set. The first score is the main one.
 
     shots: examples in the prompt; None where the members of a group differ. limit: examples per task as requested,
     None for all. examples: how many were evaluated. dataset: its id on the Hub, None for local data; config, split and
-    revision (a commit) of it where there is one. subtasks: of a group, member -> value of its main metric.
+    revision (a commit) of it where there is one. subtasks: of a group, member -> value of its main metric. lm_eval,
+    hf_locstitch: the version of which of the two measured it. Of a labelled set: objective, its kind; head, the name of
+    the input whose head judged, None for the model's own; left_out, how many rows have no answer that could be judged.
+    hub_task: what the Hub calls such a task.
     """
 
     task: str
@@ -40,10 +43,24 @@ class TaskResult:
     lm_eval: str = ""
     date: str = ""
     subtasks: Mapping[str, float] = field(default_factory=dict)
+    objective: str | None = None
+    head: str | None = None
+    hub_task: str = "text-generation"
+    left_out: int = 0
+    hf_locstitch: str = ""
 
     @property
     def main(self) -> Score:
         return self.scores[0]
+
+    @property
+    def measured_by(self) -> str:
+        """What measured it, and how: `lm-eval 0.4.13, 5-shot`."""
+        if self.objective is not None:
+            head = "" if self.head is None else f", head of {self.head}"
+            return f"hf-locstitch {self.hf_locstitch}, {self.objective}{head}"
+        shots = f"{self.shots}-shot" if self.shots is not None else "shots as in the task"
+        return f"lm-eval {self.lm_eval}, {shots}"
 
     @property
     def title(self) -> str:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.localize.grafted_model import GraftedModel, keep_no_activations, make_grafted_model
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.runtime.progress import hide_all_library_bars
 from hf_locstitch.tasks.empty_model import attach_conversions
-from hf_locstitch.tasks.loading import find_device, link_files, load_config, load_model, load_processor
+from hf_locstitch.tasks.loading import find_device, link_files, load_config, load_model, load_processor, main_dtype
 from hf_locstitch.tasks.objectives import suggest
 from hf_locstitch.tasks.sets import OpenSet, read_rows
 from hf_locstitch.tasks.task import Task
@@ -38,13 +35,14 @@ def open_grafted_model(
     folder_base = link_files(base.checkpoint, folder / f"{name}.base")
     folder_finetuned = link_files(checkpoint, folder / f"{name}.finetuned")
     model_config = load_config(folder_base if objective.base_config else folder_finetuned)
-    model, _ = load_model(folder_finetuned, objective, model_config, _dtype(checkpoint, tensors))
+    localized = [info.name for info in tensors]
+    model, _ = load_model(folder_finetuned, objective, model_config, main_dtype(map(checkpoint.info, localized)))
     if checkpoint.recut:  # what was recorded while it was loaded is how its own files lie
         attach_conversions(model, list(checkpoint.tensors))
-    original, absent = load_model(folder_base, objective, model_config, _dtype(base.checkpoint, tensors))
+    dtype = main_dtype(map(base.checkpoint.info, localized))
+    original, absent = load_model(folder_base, objective, model_config, dtype)
     processor = load_processor(objective, folder_finetuned, folder_base)
     task = objective.prepare(read_rows(data), processor, original)
-    localized = [info.name for info in tensors]
 
     def on_disk(tensor: str) -> torch.Tensor:
         info = checkpoint.info(tensor)
@@ -56,11 +54,3 @@ def open_grafted_model(
     if config.checkpointing:
         keep_no_activations(grafted.model)
     return grafted, task
-
-
-def _dtype(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> torch.dtype:
-    """The dtype of most localized elements on disk."""
-    counts: Counter[str] = Counter()
-    for info in tensors:
-        counts[checkpoint.info(info.name).dtype] += info.numel
-    return TORCH_DTYPE[counts.most_common(1)[0][0]]

@@ -25,7 +25,7 @@ from hf_locstitch.runtime.human import more
 from hf_locstitch.runtime.settings import Settings
 from hf_locstitch.tasks.benchmarks import chosen_tasks
 from hf_locstitch.tasks.custom_code import refuse_custom_code
-from hf_locstitch.tasks.leaks import JudgedTask, leaks
+from hf_locstitch.tasks.leaks import JudgedTask, judged_set, leaks
 from hf_locstitch.tasks.sets import OpenSet
 
 ALL = ("*",)
@@ -156,6 +156,8 @@ def _judged(recipe: Recipe) -> Iterator[JudgedTask]:
     if recipe.evaluate is not None:
         for spec in chosen_tasks(recipe.evaluate.tasks, recipe.evaluate.suite, recipe.evaluate.limit)[0]:
             yield JudgedTask(spec.name)
+        for name, asked in recipe.evaluate.data.items():
+            yield judged_set(name, asked)
 
 
 def _unknown_name(field: str, value: str | None, names: list[str]) -> list[str]:

@@ -35,6 +35,7 @@ from hf_locstitch.stitch.method import MaskedMethod, Method
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.stitchers import MEAN, STITCHERS
 from hf_locstitch.tasks.benchmarks import EvaluateOptions
+from hf_locstitch.tasks.evaluation_sets import EvaluationSet
 from hf_locstitch.tasks.leaks import UsedData, used_set
 from hf_locstitch.tasks.sets import LocalizationSet
 
@@ -392,6 +393,8 @@ def _fields_at(loc: list[str]) -> list[str]:
         registry = UNIONS[loc[0]]
         named = [registry.find(loc[1])] if len(loc) > 1 and loc[1] in registry.names() else registry.all()
         return [field for component in named for field in component.model_fields]
+    if loc[:2] == ["evaluate", "data"]:
+        return list(EvaluationSet.model_fields)
     model: type[BaseModel] = {
         "base": Input,
         "finetuned": Finetuned,

@@ -1,4 +1,4 @@
-"""Which lm-eval tasks are run, with how many shots; and suites of them."""
+"""What models are judged on: lm-eval's tasks, with how many shots, suites of them, and labelled sets."""
 
 from __future__ import annotations
 
@@ -6,26 +6,42 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hf_locstitch.checkpoints.ref import expand_home
 from hf_locstitch.errors import RecipeError
+from hf_locstitch.runtime.parsing import parse_yaml
+from hf_locstitch.tasks.evaluation_sets import EvaluationSet, named_sets
+from hf_locstitch.tasks.objectives import AnyObjective
 
 
 class EvaluateOptions(BaseModel):
-    """lm-eval's tasks for a merge, its base, its finetunes and their plain average.
+    """What a merge, its base, its finetunes and their plain average are judged on: lm-eval's tasks, labelled sets, or
+    both.
 
-    tasks: NAME or NAME:SHOTS. suite: a bundle of tasks. limit: examples per task, by default all. batch_size: by
-    default the largest that fits. include_path: a folder of further task files. chat_template: whether to apply the
-    model's to the prompts. parents, average: what the merge is compared with.
+    tasks: NAME or NAME:SHOTS. suite: a bundle of tasks. data: labelled sets by name, each a file, a surrogate, a data
+    set org/name, or its fields. objective, metrics: of the sets that have none of their own. limit: examples per task
+    or set, by default all. batch_size: by default the largest that fits. include_path: a folder of further task files.
+    chat_template: whether to apply the model's to the prompts. parents, average: what the merge is compared with.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     tasks: tuple[str, ...] = ()
     suite: Literal["paper", "quick"] | None = None
+    data: Annotated[dict[str, EvaluationSet], BeforeValidator(named_sets)] = Field(default_factory=dict)
+    objective: AnyObjective | None = None
+    metrics: tuple[str, ...] = ()
     limit: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     include_path: Path | None = None
@@ -40,9 +56,27 @@ class EvaluateOptions(BaseModel):
 
     @model_validator(mode="after")
     def _names_tasks(self) -> EvaluateOptions:
-        if not self.tasks and self.suite is None:
-            raise ValueError("set tasks or a suite")
+        if not self.tasks and self.suite is None and not self.data:
+            raise ValueError("set tasks, a suite or data")
         return self
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective_by_name(cls, value: Any) -> Any:
+        """Or its fields as YAML has them, as on the command line."""
+        if not isinstance(value, str):
+            return value
+        return parse_yaml(value) if value.lstrip().startswith("{") else {"kind": value}
+
+    @property
+    def sets(self) -> dict[str, EvaluationSet]:
+        """`data`, with what holds for all sets filled in."""
+        common = {"objective": self.objective, "metrics": self.metrics or None, "number": self.limit}
+        return {name: asked.model_copy(update=_missing(asked, common)) for name, asked in self.data.items()}
+
+
+def _missing(asked: EvaluationSet, common: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in common.items() if value is not None and not getattr(asked, key)}
 
 
 @dataclass(frozen=True)
@@ -91,8 +125,6 @@ def chosen_tasks(tasks: Sequence[str], suite: str | None, limit: int | None) -> 
         raise RecipeError(f"unknown suite {suite!r} (choose from {', '.join(SUITES)}).")
     bundle = SUITES[suite] if suite is not None else Suite(())
     specs = [*bundle.tasks, *map(parse_task, tasks)]
-    if not specs:
-        raise RecipeError(f"no tasks given: use --tasks NAME... or --suite {'|'.join(SUITES)}.")
     names = [spec.name for spec in specs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecipeError(f"the task {twice[0]!r} is given twice. Give it once.")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_locstitch.tasks.sets import BUILDERS, LocalizationSet, OpenSet, read_rows
+from hf_locstitch.tasks.evaluation_sets import SPLITS
+from hf_locstitch.tasks.sets import BUILDERS, ExampleSet, OpenSet, read_rows
 from hf_locstitch.tasks.surrogates import find_surrogate
 
 Use = Literal["masks were found", "values were fitted"]
@@ -16,9 +17,9 @@ Use = Literal["masks were found", "values were fitted"]
 
 @dataclass(frozen=True)
 class UsedData:
-    """A data set that a merge was made with. name: as requested. repo, config: on the Hub; a file has none.
+    """A data set that a merge was made with. name: as requested. repo, config, split: on the Hub; a file has none.
 
-    prompts: the questions of the rows that were used, if available.
+    prompts: the questions of the rows that were used, if available. sha256: of a file, if known.
     """
 
     name: str
@@ -26,42 +27,63 @@ class UsedData:
     repo: str | None
     config: str | None
     prompts: frozenset[str] | None = None
+    split: str | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class JudgedTask:
-    """A task that a merge is judged on. dataset, config: on the Hub, if known.
+    """A task that a merge is judged on. dataset, config: on the Hub, if known; of a labelled set also a file's name.
 
-    prompts: the texts of its examples, if available.
+    prompts: the texts of its examples, if available. split: of a labelled set, whose name says nothing of its data.
+    sha256: of its file.
     """
 
     name: str
     dataset: str | None = None
     config: str | None = None
     prompts: frozenset[str] | None = None
+    split: str | None = None
+    sha256: str | None = None
 
 
-def used_set(asked: LocalizationSet, use: Use) -> UsedData:
+def used_set(asked: ExampleSet, use: Use) -> UsedData:
     """From its name in a recipe."""
     name = asked.ref.partition("@")[0]
     if known := find_surrogate(name):
-        return UsedData(asked.ref, use, known.repo, asked.config or known.config)
-    is_file = Path(name).suffix in BUILDERS or name.startswith((".", "/", "~"))
-    return UsedData(asked.ref, use, None if is_file else name, asked.config)
+        return UsedData(asked.ref, use, known.repo, asked.config or known.config, split=asked.split)
+    if is_file(name):
+        return UsedData(asked.ref, use, None, asked.config, sha256=asked.sha256)
+    return UsedData(asked.ref, use, name, asked.config, split=asked.split)
+
+
+def is_file(ref: str) -> bool:
+    """Whether a set's ref names a file, there or not."""
+    return Path(ref).suffix in BUILDERS or ref.startswith((".", "/", "~"))
+
+
+def judged_set(name: str, asked: ExampleSet) -> JudgedTask:
+    """A labelled set, from its entry in a recipe."""
+    if is_file(asked.ref):
+        return JudgedTask(name, Path(asked.ref).name, split=asked.split or SPLITS[0], sha256=asked.sha256)
+    used = used_set(asked, "masks were found")
+    return JudgedTask(name, used.repo, used.config, split=asked.split or SPLITS[0])
 
 
 def used_open_set(opened: OpenSet, use: Use) -> UsedData:
     """From an opened set; for a file, with its prompts."""
     if opened.file is None:
-        return UsedData(opened.asked.ref, use, opened.repo, opened.config)
-    return UsedData(opened.label, use, None, None, frozenset(_prompts(read_rows(opened, labels=False))))
+        return UsedData(opened.asked.ref, use, opened.repo, opened.config, split=opened.asked.split)
+    prompts = frozenset(_prompts(read_rows(opened, labels=False)))
+    return UsedData(opened.label, use, None, None, prompts, sha256=opened.sha256)
 
 
 def leaks(judged: Sequence[JudgedTask], used: Iterable[UsedData]) -> list[str]:
     """A warning for each task whose data the merge was made with, or whose name suggests so.
 
-    A data set is identified by its repo and config. A file leaks if the task contains one of its rows. If rows cannot
-    be compared, or only a task's name is known, names are compared.
+    A data set is identified by its repo and config, and the split where a set is judged that was asked for by it. A
+    file leaks if the task contains one of its rows. If rows cannot be compared, or only a task's name is known, names
+    are compared.
     """
     warnings = []
     for data in dict.fromkeys(used):
@@ -93,8 +115,11 @@ def texts_of(example: Any) -> Iterable[str]:
 
 def _is_same(task: JudgedTask, data: UsedData) -> bool:
     if data.repo is None:
-        return bool(data.prompts and task.prompts and data.prompts & task.prompts)
+        same_file = data.sha256 is not None and data.sha256 == task.sha256
+        return same_file or bool(data.prompts and task.prompts and data.prompts & task.prompts)
     if task.dataset is None or task.dataset.lower() != data.repo.lower():
+        return False
+    if task.split is not None and data.split is not None and _whole(task.split) != _whole(data.split):
         return False
     return task.config is None or data.config is None or task.config == data.config
 
@@ -103,9 +128,15 @@ def _may_be_same(task: JudgedTask, data: UsedData) -> bool:
     if data.repo is None and data.prompts is not None and task.prompts is not None:
         return False  # compared, and different
     if data.repo is not None and task.dataset is not None and task.dataset.lower() == data.repo.lower():
-        return False  # another config
+        return False  # another config or split
     name = bare_name(data.repo or data.name)
-    return bool(name) and name in {bare_name(task.dataset or ""), *_families(task.name)}
+    families = _families(task.name) if task.split is None else ()
+    return bool(name) and name in {bare_name(task.dataset or ""), *families}
+
+
+def _whole(split: str) -> str:
+    """train[:100] -> train."""
+    return split.partition("[")[0]
 
 
 def bare_name(dataset: str) -> str:

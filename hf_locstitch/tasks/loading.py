@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,11 +12,23 @@ from typing import Any
 import torch
 
 from hf_locstitch.checkpoints.checkpoint import CONFIG, QUANTIZATION, Checkpoint
+from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.side_files import SideFiles, choose_side_files, copy_side_files
+from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.errors import RequestError
 from hf_locstitch.runtime.devices import AUTO, CPU
 from hf_locstitch.tasks.custom_code import load_failure
 from hf_locstitch.tasks.objective import Objective
+
+WITHOUT_DATA = "A localizer that uses data needs it; use one without data."
+
+
+def main_dtype(infos: Iterable[TensorInfo]) -> torch.dtype:
+    """The dtype of most of their elements on disk."""
+    counts: Counter[str] = Counter()
+    for info in infos:
+        counts[info.dtype] += info.numel
+    return TORCH_DTYPE[counts.most_common(1)[0][0]]
 
 
 def find_device(asked: str) -> torch.device:
@@ -58,8 +71,13 @@ def link_files(checkpoint: Checkpoint, folder: Path, weights: bool = True) -> Pa
     return folder
 
 
-def load_model(folder: Path, objective: Objective, config: Any, dtype: torch.dtype) -> tuple[Any, set[str]]:
-    """A model on the CPU, and the parameters that the folder lacks. Code from a repo is never run."""
+def load_model(
+    folder: Path, objective: Objective, config: Any, dtype: torch.dtype, cure: str = WITHOUT_DATA
+) -> tuple[Any, set[str]]:
+    """A model on the CPU, and the parameters that the folder lacks. Code from a repo is never run.
+
+    Raises RequestError that ends with `cure`.
+    """
     import transformers
 
     loader = getattr(transformers, objective.auto_class)
@@ -75,24 +93,20 @@ def load_model(folder: Path, objective: Objective, config: Any, dtype: torch.dty
             **options,
         )
     except (ValueError, OSError, KeyError) as error:
-        raise RequestError(
-            f"{objective.auto_class} cannot load the model ({load_failure(error)}). A localizer that "
-            "uses data needs a model that transformers supports without code from the repo; use one without data."
-        ) from error
+        raise RequestError(f"{objective.auto_class} cannot load the model ({load_failure(error)}). {cure}") from error
     absent = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     return model.eval(), absent
 
 
-def load_config(folder: Path, called: str | None = None) -> Any:
-    """called: what the folder is of, for messages; its name by default. Raises RequestError."""
+def load_config(folder: Path, called: str | None = None, cure: str = WITHOUT_DATA) -> Any:
+    """called: what the folder is of, for messages; its name by default. Raises RequestError that ends with `cure`."""
     import transformers
 
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise RequestError(
-            f"transformers cannot read the config.json of {called or folder.name} ({load_failure(error)}). "
-            "A localizer that uses data needs it; use one without data."
+            f"transformers cannot read the config.json of {called or folder.name} ({load_failure(error)}). {cure}"
         ) from error
 
 
@@ -116,7 +130,6 @@ def load_processor(objective: Objective, *folders: Path) -> Any:
         except (ValueError, OSError, KeyError, TypeError) as error:
             errors.append(load_failure(error))
     raise RequestError(
-        f"neither the finetune nor the base has a tokenizer or processor that {loader.__name__} can read "
-        f"({errors[0]}). "
-        "Add its files to one of them."
+        f"there is no tokenizer or processor that {loader.__name__} can read ({errors[0]}). Add its files to "
+        "the finetune or the base."
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -22,7 +23,9 @@ class Objective(BaseModel, ABC):
     auto_class, processor: transformers classes that load the model and its tokenizer or image processor. architectures:
     name endings of the architectures that it is the default for. base_config: whether the base's config.json describes
     the model, else the finetune's. gives_words: whether its logits are over a vocabulary. labels: whether rows need a
-    `label` to be scored against, or the text itself is the answer, or there is no right answer.
+    `label` to be scored against, or the text itself is the answer, or there is no right answer. head_of: whose head
+    judges a merge unless the data says: the finetune's whose name the data has, the base's, or the model's own.
+    hub_task: what the Hub calls such a task.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +36,8 @@ class Objective(BaseModel, ABC):
     base_config: ClassVar[bool] = False
     gives_words: ClassVar[bool] = False
     labels: ClassVar[str] = "rows"  # "rows", "text" or "none"
+    head_of: ClassVar[Literal["finetune", "base", "model"]] = "finetune"
+    hub_task: ClassVar[str] = "text-classification"
 
     if TYPE_CHECKING:  # a field of each objective, a Literal
         kind: Any = None
@@ -45,6 +50,10 @@ class Objective(BaseModel, ABC):
     @abstractmethod
     def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:
         """rows: as the data set gives them. base: the base model, for whatever depends on it. Raises RequestError."""
+
+    def preparing(self, processor: Any, base: Any) -> Callable[[Sequence[dict[str, Any]]], Task]:
+        """`prepare` for the parts of a set that is too large for memory: what they share is computed once."""
+        return partial(self.prepare, processor=processor, base=base)
 
     def tokens(self, config: Mapping[str, Any]) -> int:
         """Most tokens of an example. config: the base's config.json."""
@@ -60,6 +69,9 @@ class OwnClasses(Objective):
 
     def class_count(self, config: Mapping[str, Any]) -> int:
         return len(config.get("id2label") or (0, 1))
+
+
+RIGHT = {"padding_side": "right"}  # of texts in a batch: positions, and so outputs, are then as of each alone
 
 
 def class_loss(logits: Tensor, labels: Sequence[int]) -> Tensor:
@@ -93,7 +105,8 @@ def label_ids(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[int]
         if not 0 <= number < len(names):
             raise RequestError(
                 f"the label {label!r} is not one of the {len(names)} classes ({', '.join(names[:6])}). "
-                "Map the labels in the data, or set the classes."
+                + ("Data sets hide the labels of their test split so: use another `split`, or " if label == -1 else "")
+                + "map the labels in the data (`labels`, `where`), or set the classes."
             )
         ids.append(number)
     return ids

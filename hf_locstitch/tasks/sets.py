@@ -1,20 +1,23 @@
-"""Localization sets: a few examples of each finetune's task, from a file, the Hub, or a named surrogate."""
+"""Sets of examples, from a file, the Hub, or a named surrogate; and localization sets: a few for each finetune."""
 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import TypeVar
 
 from hf_locstitch.checkpoints.ref import FOLDER_PREFIXES, REPO_ID
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
 from hf_locstitch.tasks.objectives import AnyObjective
+from hf_locstitch.tasks.rows import Labels, Where, allowed, mapped
 from hf_locstitch.tasks.surrogates import SURROGATES, find_surrogate
 
 COUNTED = 1 << 28  # bytes of a file whose rows are counted before the work
@@ -22,46 +25,79 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 COLUMNS = (("messages",), ("prompt", "completion"), ("image", "label"), ("text", "label"), ("text",))
 
 
-class LocalizationSet(BaseModel):
+class ExampleSet(BaseModel, ABC):
     """ref: alpaca, gsm8k or hotpotqa; or a JSONL, JSON, CSV or Parquet file; or a data set org/name[@revision].
 
-    config, split: of the data set. number: of examples, or of examples of each class where there are labels; drawn
-    with `seed`. columns: our name -> the data's, for `text`, `text_b`, `prompt`, `completion`, `messages`, `image`,
-    `label`. objective: by the model's architecture unless given. role: how these examples relate to the finetune, for
-    the record. sha256: expected of a local file.
+    config, split: of the data set. columns: our name -> the data's, for `text`, `text_b`, `prompt`, `completion`,
+    `messages`, `image`, `label`. where: column -> the values that are taken; other rows are left out. labels: a label
+    of the data -> the class, by number or name. objective: by the model's architecture unless given. sha256: expected
+    of a local file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     ref: str = Field(min_length=1)
     config: str | None = None
-    split: str = "train"
-    number: int = Field(default=64, ge=1)
-    seed: int = 0
+    split: str | None = None
     columns: Mapping[str, str] = Field(default_factory=dict)
+    where: Where = Field(default_factory=dict)
+    labels: Labels = Field(default_factory=dict)
     objective: AnyObjective | None = None
-    role: Literal["finetuning", "held-out", "surrogate"] | None = None
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        value = {"ref": str(value)} if isinstance(value, str | Path) else value
-        if isinstance(value, dict) and find_surrogate(str(value.get("ref"))):
-            return {"role": "surrogate", **value}
-        return value
+        return {"ref": str(value)} if isinstance(value, str | Path) else value
 
     def dump(self) -> dict[str, Any]:
         """Fields that request the same set: all that differ from the defaults."""
         fields = self.model_dump(mode="json", exclude_defaults=True)
         return fields | ({"objective": self.objective.model_dump(mode="json")} if self.objective else {})
 
+    @abstractmethod
+    def draw(self, labels: Sequence[Any] | None, count: int) -> Sequence[int]:
+        """Which of `count` rows are used, in order. labels: theirs, if they have any."""
+
+    @property
+    @abstractmethod
+    def amount(self) -> str:
+        """How many rows are used, for people."""
+
+
+class LocalizationSet(ExampleSet):
+    """number: of examples, or of examples of each class where there are labels; drawn with `seed`. role: how these
+    examples relate to the finetune, for the record."""
+
+    split: str = "train"  # pyright: ignore[reportIncompatibleVariableOverride]
+    number: int = Field(default=64, ge=1)
+    seed: int = 0
+    role: Literal["finetuning", "held-out", "surrogate"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _surrogates_role(cls, value: Any) -> Any:
+        if isinstance(value, dict) and find_surrogate(str(value.get("ref"))):
+            return {"role": "surrogate", **value}
+        return value
+
+    def draw(self, labels: Sequence[Any] | None, count: int) -> Sequence[int]:
+        return choose(labels, count, self.number, self.seed)
+
+    @property
+    def amount(self) -> str:
+        role = f", {self.role} data" if self.role else ""
+        return f"up to {self.number} examples, or of each class, seed {self.seed}{role}"
+
+
+Asked = TypeVar("Asked", bound=ExampleSet, default=LocalizationSet)
+
 
 @dataclass(frozen=True)
-class OpenSet:
-    """A localization set, located and pinned. repo, commit: on the Hub; file, sha256: of a local file."""
+class OpenSet(Generic[Asked]):
+    """A set, located and pinned. repo, commit: on the Hub; file, sha256: of a local file."""
 
-    asked: LocalizationSet
+    asked: Asked
     repo: str | None = None
     commit: str | None = None
     config: str | None = None
@@ -81,7 +117,7 @@ class OpenSet:
             return sum(not line.isspace() for line in lines) - (self.file.suffix == ".csv")  # its head
 
     @property
-    def pinned(self) -> LocalizationSet:
+    def pinned(self) -> Asked:
         """A set that requests exactly these examples, without the path of a local file."""
         if self.file:
             return self.asked.model_copy(update={"ref": f"./{self.file.name}", "sha256": self.sha256})
@@ -91,12 +127,10 @@ class OpenSet:
     def describe(self) -> str:
         asked = self.asked
         part = f"{self.config}, " if self.config else ""
-        role = f", {asked.role} data" if asked.role else ""
-        number = f"up to {asked.number} examples, or of each class"
-        return f"{self.label} ({part}{asked.split}, {number}, seed {asked.seed}{role})"
+        return f"{self.label} ({part}{asked.split}, {asked.amount})"
 
 
-def open_set(asked: LocalizationSet) -> OpenSet:
+def open_set(asked: Asked) -> OpenSet[Asked]:
     """Locate and pin a set, without reading examples. Raises RecipeError or CheckpointError."""
     name, _, revision = asked.ref.partition("@")
     if (path := Path(asked.ref).expanduser()).is_file() or asked.ref.startswith(FOLDER_PREFIXES):
@@ -112,7 +146,7 @@ def open_set(asked: LocalizationSet) -> OpenSet:
     return _open_repo(asked, name, revision or None, asked.config)
 
 
-def _open_file(asked: LocalizationSet, path: Path) -> OpenSet:
+def _open_file(asked: Asked, path: Path) -> OpenSet[Asked]:
     if not path.is_file() or path.suffix not in BUILDERS:
         fault = "does not exist" if not path.is_file() else f"is not one of {', '.join(BUILDERS)}"
         raise RecipeError(f"the data file {path} {fault}. Check the path.")
@@ -125,7 +159,7 @@ def _open_file(asked: LocalizationSet, path: Path) -> OpenSet:
     return OpenSet(asked, file=path, sha256=digest)
 
 
-def _open_repo(asked: LocalizationSet, repo: str, revision: str | None, config: str | None) -> OpenSet:
+def _open_repo(asked: Asked, repo: str, revision: str | None, config: str | None) -> OpenSet[Asked]:
     from huggingface_hub import HfApi, constants
 
     from hf_locstitch.checkpoints.hub_client import raise_clearly, retrying
@@ -137,38 +171,78 @@ def _open_repo(asked: LocalizationSet, repo: str, revision: str | None, config: 
     return OpenSet(asked, repo=repo, commit=info.sha, config=config)
 
 
-def read_rows(opened: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
-    """The examples, under our names for the columns. labels: whether images without them are refused.
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a set, each read when it is asked for. data: of datasets, only the rows that are used."""
 
-    Raises RequestError if the data has other columns.
-    """
-    dataset = _load(opened)
-    rename = dict(opened.asked.columns)
-    if absent := [column for column in rename.values() if column not in dataset.column_names]:
+    opened: OpenSet[Any]
+    data: Any
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def part(self, first: int, last: int) -> list[dict[str, Any]]:
+        """The rows first … last − 1, under our names for the columns."""
+        rows = [dict(row) for row in self.data.select(range(first, last))]
+        asked = self.opened.asked
+        surrogate = find_surrogate(asked.ref)
+        if surrogate and not asked.columns:
+            return [surrogate.row(row) for row in rows]
+        return [self._row({**row, **{name: row[column] for name, column in asked.columns.items()}}) for row in rows]
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self.opened.asked.labels and "label" in row:
+            row["label"] = mapped(row["label"], self.opened.asked.labels, self.opened.label)
+        return _with_image(row, self.opened.file)
+
+
+def read_rows(opened: OpenSet[Any], labels: bool = True) -> list[dict[str, Any]]:
+    """All rows of a set. Raises as open_rows."""
+    rows = open_rows(opened, labels)
+    return rows.part(0, len(rows))
+
+
+def open_rows(opened: OpenSet[Any], labels: bool = True) -> Rows:
+    """labels: whether images without them are refused. Raises RequestError if the data has other columns."""
+    data, asked = _load(opened), opened.asked
+    named = {"columns": list(asked.columns.values()), "where": [asked.columns.get(name, name) for name in asked.where]}
+    for key, columns in named.items():
+        if absent := [column for column in columns if column not in data.column_names]:
+            raise RequestError(
+                f"{opened.label} has no column {absent[0]!r}: it has {', '.join(data.column_names)}. "
+                f"Check the data's `{key}` in the recipe."
+            )
+    if asked.where:
+        kept = allowed({name: data[asked.columns.get(name, name)] for name in asked.where}, asked.where)
+        data = data.select(kept)
+    of_labels = asked.columns.get("label", "label")
+    values = list(data[of_labels]) if of_labels in data.column_names else None
+    if values is not None and asked.labels:
+        values = [mapped(value, asked.labels, opened.label) for value in values]
+    rows = Rows(opened, data.select(asked.draw(values, len(data))))
+    _check_columns(rows, labels)
+    return rows
+
+
+def _check_columns(rows: Rows, labels: bool) -> None:
+    """Raises RequestError unless there are rows, with columns that an objective takes."""
+    data, opened = rows.data, rows.opened
+    if not len(rows) and opened.asked.where:
         raise RequestError(
-            f"{opened.label} has no column {absent[0]!r}: it has {', '.join(dataset.column_names)}. "
-            "Check the data's `columns` in the recipe."
+            f"no row of {opened.label} is left: none has the values of the data's `where`. Check them in the recipe."
         )
-    of_labels = rename.get("label", "label")
-    values = dataset[of_labels] if of_labels in dataset.column_names else None
-    chosen = choose(values, len(dataset), opened.asked.number, opened.asked.seed)
-    rows = [dict(row) for row in dataset.select(chosen)]
-    known = find_surrogate(opened.asked.ref)
-    if known and not rename:
-        return [known.row(row) for row in rows]
-    rows = [{**row, **{name: row[column] for name, column in rename.items()}} for row in rows]
     wanted = COLUMNS if labels else (*COLUMNS, ("image",))
-    if not rows or not any(all(rows[0].get(name) is not None for name in names) for names in wanted):
+    first = rows.part(0, 1)[0] if len(rows) else {}
+    if not any(all(first.get(name) is not None for name in names) for names in wanted):
         known = "; ".join(" and ".join(names) for names in wanted)
         raise RequestError(
-            f"{opened.label} has {len(rows)} examples with the columns {', '.join(dataset.column_names)}; needed "
+            f"{opened.label} has {len(rows)} examples with the columns {', '.join(data.column_names)}; needed "
             "is one of: "
             f"{known}. Map them with the data's `columns` in the recipe."
         )
-    return [_with_image(row, opened.file) for row in rows]
 
 
-def _load(opened: OpenSet) -> Any:
+def _load(opened: OpenSet[Any]) -> Any:
     import datasets
     from datasets.exceptions import DatasetsError
 

@@ -1,7 +1,8 @@
-"""What localization needs from data: examples, their weights, and the loss of a batch of them."""
+"""What localization, refits and judging need from data: examples, their weights, and the loss of a batch of them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,3 +50,17 @@ def micro_batches(task: Task, size: int, batch: int | None = None) -> Iterator[M
         total = sum(task.weights[first:last])
         for start in range(first, last, size):
             yield MicroBatch(task.examples[start : min(start + size, last)], 1 / total)
+
+
+def batched(task: Task, first: int, last: int, size: int, most: float = math.inf) -> list[list[Any]]:
+    """Batches of the examples first … last − 1, in order: up to `size` examples, of a total weight up to `most` unless
+    one example alone exceeds it."""
+    batches: list[list[Any]] = []
+    total = 0
+    for example, weight in zip(task.examples[first:last], task.weights[first:last], strict=True):
+        if not batches or len(batches[-1]) == size or total + weight > most:
+            batches.append([])
+            total = 0
+        batches[-1].append(example)
+        total += weight
+    return batches

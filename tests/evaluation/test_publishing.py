@@ -174,7 +174,7 @@ def test_a_recipe_with_a_wrong_evaluation_writes_nothing(
     for evaluation, words in [
         ({"tasks": ["lettres"], "include_path": str(tasks)}, "did you mean letters"),
         ({"task": ["letters"]}, "did you mean 'tasks'"),
-        ({}, "set tasks or a suite"),
+        ({}, "set tasks, a suite or data"),
     ]:
         recipe.write_text(yaml.safe_dump({**fields, "evaluate": evaluation}))
         status, _, err = run("merge", recipe, "--out", tmp_path / "out", "--quiet", "--allow-task-code")

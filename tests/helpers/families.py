@@ -70,7 +70,7 @@ def masked_tokenizer() -> Any:
 def build(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     name, config_class, fields = MODELS[kind]
     torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**fields, **options)
+    config = getattr(transformers, config_class)(**{**fields, **options})
     return getattr(transformers, name)(config).to(dtype).eval()
 
 

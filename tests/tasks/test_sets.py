@@ -129,3 +129,34 @@ def test_unique_repos_are_pinned(tmp_path: Path, home_hub: LoopbackHub) -> None:
     push_rows(repo, [{"text": "new"}], tmp_path, None, HfApi())
     assert read_rows(open_set(found.pinned)) == [{"text": "old"}]
     assert read_rows(open_set(LocalizationSet(ref=repo))) == [{"text": "new"}]
+
+
+def test_rows_are_chosen_by_their_values(tmp_path: Path) -> None:
+    """As SNLI's −1 is left out; names are ours or the data's; each class is drawn from what is left."""
+    rows = [{"premise": str(i), "label": i % 4 - 1, "genre": "ab"[i % 2]} for i in range(20)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    asked = LocalizationSet(ref=str(path), number=2, columns={"text": "premise"}, where={"label": [0, 1, 2]})
+    found = read_rows(open_set(asked))
+    assert len(found) == 6 and {row["label"] for row in found} == {0, 1, 2}
+    both = asked.model_copy(update={"where": {"text": ("3", "4", "5"), "genre": ("a",)}})
+    assert [row["text"] for row in read_rows(open_set(both))] == ["4"]
+    assert LocalizationSet(ref="x", where={"label": 1}).where == {"label": (1,)}  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r"no row of .* is left"):
+        read_rows(open_set(asked.model_copy(update={"where": {"label": ("0",)}})))
+    with pytest.raises(RequestError, match=r"no column 'lable'.* `where`"):
+        read_rows(open_set(asked.model_copy(update={"where": {"lable": (0,)}})))
+
+
+def test_labels_are_mapped(tmp_path: Path) -> None:
+    """Two of the data's labels may be one class, of which then as many are drawn as of any."""
+    rows = [{"text": str(i), "label": i % 3} for i in range(12)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    labels = {0: "no", 1: "no", 2: "yes"}
+    asked = LocalizationSet(ref=str(path), number=3, labels=labels)  # type: ignore[arg-type]
+    found = read_rows(open_set(asked))
+    assert sorted(row["label"] for row in found) == ["no", "no", "no", "yes", "yes", "yes"]
+    assert all((row["label"] == "yes") == (int(row["text"]) % 3 == 2) for row in found)
+    again = LocalizationSet.model_validate(json.loads(json.dumps(asked.dump())))
+    assert again == asked
+    with pytest.raises(RequestError, match=r"the label 2, which .* do not map .0, 1."):
+        read_rows(open_set(asked.model_copy(update={"labels": {"0": 0, "1": 1}})))

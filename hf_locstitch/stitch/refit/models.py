@@ -26,7 +26,7 @@ from hf_locstitch.tasks.objectives import suggest
 from hf_locstitch.tasks.objectives.features import Features
 from hf_locstitch.tasks.parameter_names import group_names
 from hf_locstitch.tasks.sets import OpenSet, read_rows
-from hf_locstitch.tasks.task import Task
+from hf_locstitch.tasks.task import Task, batched
 
 NO_REFIT = "A refit needs a model that transformers supports without remote code. Use --stitch mean."
 
@@ -135,20 +135,6 @@ def open_task_models(
     return TaskModels(
         name, model, opened.parts, opened.stacks, merged, opened.finetuned, opened.original, task, batches, count
     )
-
-
-def batched(task: Task, first: int, last: int, size: int, most: float = math.inf) -> list[list[Any]]:
-    """Batches of the examples first … last − 1, in order: up to `size` examples, of a total weight up to `most` unless
-    one example alone exceeds it."""
-    batches: list[list[Any]] = []
-    total = 0
-    for example, weight in zip(task.examples[first:last], task.weights[first:last], strict=True):
-        if not batches or len(batches[-1]) == size or total + weight > most:
-            batches.append([])
-            total = 0
-        batches[-1].append(example)
-        total += weight
-    return batches
 
 
 def fitting(model: Any, base: Checkpoint) -> list[str]:

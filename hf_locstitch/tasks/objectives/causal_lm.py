@@ -30,6 +30,8 @@ class CausalLM(Objective):
     architectures: ClassVar[tuple[str, ...]] = ("ForCausalLM", "LMHeadModel")
     gives_words: ClassVar[bool] = True
     labels: ClassVar[str] = "text"
+    head_of: ClassVar[Literal["finetune", "base", "model"]] = "model"
+    hub_task: ClassVar[str] = "text-generation"
     template: Literal["auto", "chat", "alpaca", "none"] = "auto"
     max_length: int = 512
 

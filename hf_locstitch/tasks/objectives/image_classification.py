@@ -19,6 +19,7 @@ class ImageClassification(OwnClasses):
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     processor: ClassVar[str] = "AutoImageProcessor"
     architectures: ClassVar[tuple[str, ...]] = ("ForImageClassification",)
+    hub_task: ClassVar[str] = "image-classification"
 
     def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:
         examples = list(zip(pixels(rows, processor), label_ids(rows, class_names(base.config)), strict=True))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from hf_locstitch.errors import RequestError
-from hf_locstitch.tasks.objective import Objective, classes_task, label_ids
+from hf_locstitch.tasks.objective import RIGHT, Objective, classes_task, label_ids
 
 if TYPE_CHECKING:
     from hf_locstitch.tasks.task import Task
@@ -27,6 +27,7 @@ class MaskedLM(Objective):
     kind: Literal["masked-lm"] = "masked-lm"
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
     gives_words: ClassVar[bool] = True
+    head_of: ClassVar[Literal["finetune", "base", "model"]] = "model"
     template: str = "{text} It was {mask}."
     label_words: tuple[str, ...] = Field(min_length=2)
     max_length: int = 256
@@ -46,7 +47,8 @@ class MaskedLM(Objective):
         examples = [(self._encode(row, processor), label) for row, label in zip(rows, labels, strict=True)]
 
         def outputs(model: Any, batch: Sequence[tuple[list[int], int]]) -> Any:
-            tokens = processor.pad({"input_ids": [ids for ids, _ in batch]}, return_tensors="pt").to(model.device)
+            ids = {"input_ids": [ids for ids, _ in batch]}
+            tokens = processor.pad(ids, **RIGHT, return_tensors="pt").to(model.device)
             return logits_at(model, tokens["input_ids"] == processor.mask_token_id, **tokens)[:, words]
 
         return classes_task(examples, outputs)

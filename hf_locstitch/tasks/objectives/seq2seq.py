@@ -29,6 +29,8 @@ class Seq2Seq(Objective):
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     gives_words: ClassVar[bool] = True
     labels: ClassVar[str] = "text"
+    head_of: ClassVar[Literal["finetune", "base", "model"]] = "model"
+    hub_task: ClassVar[str] = "text2text-generation"
     template: Literal["auto", "chat", "alpaca", "none"] = "auto"
     max_length: int = 512
 

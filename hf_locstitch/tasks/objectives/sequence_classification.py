@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from hf_locstitch.tasks.objective import OwnClasses, class_names, classes_task, label_ids
+from hf_locstitch.tasks.objective import RIGHT, OwnClasses, class_names, classes_task, label_ids
 
 if TYPE_CHECKING:
     from hf_locstitch.tasks.task import Task
@@ -26,7 +26,7 @@ class SequenceClassification(OwnClasses):
         examples = list(zip(encoded, labels, strict=True))
 
         def outputs(model: Any, batch: Sequence[tuple[dict[str, Any], int]]) -> Any:
-            inputs = processor.pad([tokens for tokens, _ in batch], return_tensors="pt").to(model.device)
+            inputs = processor.pad([tokens for tokens, _ in batch], **RIGHT, return_tensors="pt").to(model.device)
             return model(**inputs).logits
 
         return classes_task(examples, outputs)

@@ -1,0 +1,95 @@
+"""lm-eval's tasks as a suite. Their data sets are loaded once for all models, and only if something is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from hf_locstitch.evaluation.lm_eval_tasks import digest_of, load_task, open_manager
+from hf_locstitch.evaluation.models import Model, check_language_model
+from hf_locstitch.evaluation.scores import TaskResult
+from hf_locstitch.evaluation.suite import Suite
+from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.tasks.benchmarks import EvaluateOptions, TaskSpec, chosen_tasks
+from hf_locstitch.tasks.leaks import JudgedTask
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+
+class LmEvalSuite(Suite):
+    def __init__(self, options: EvaluateOptions) -> None:
+        """Raises RecipeError."""
+        self._options = options
+        specs, self._limit = chosen_tasks(options.tasks, options.suite, options.limit)
+        self._specs = {str(spec): spec for spec in specs}
+        self._digest = digest_of(options.include_path)
+        self._tasks: dict[TaskSpec, list[Task | Group]] = {}
+        self.names = list(self._specs)
+        self.flags = self._flags()
+
+    @cached_property
+    def manager(self) -> TaskManager:
+        """lm-eval's index of tasks. Raises TaskError for a name that is unknown."""
+        return open_manager(list(self._specs.values()), self._options.include_path)
+
+    def check(self, model: Model) -> None:
+        if model.checkpoint is not None:
+            check_language_model(model.checkpoint)
+
+    def facts(self, model: Model, name: str) -> dict[str, Any]:
+        spec = self._specs[name]
+        facts = {"model": model.content, "task": spec.name, "shots": spec.shots, "limit": self._limit}
+        facts |= {"chat_template": self._options.chat_template, "task_files": self._digest}
+        return {**facts, "lm_eval": version("lm_eval")}
+
+    def measure(
+        self, model: Model, names: Sequence[str], processes: Processes
+    ) -> Iterator[tuple[str, list[TaskResult]]]:
+        from hf_locstitch.evaluation import harness
+
+        chosen = self._options
+        for name in names:
+            self._load(self._specs[name])
+        with model.folder() as folder:
+            lm = harness.load_model(folder, model.ref, chosen.batch_size)
+            for name in names:
+                results = harness.measure(
+                    lm,
+                    model.ref,
+                    self._specs[name],
+                    self._tasks[self._specs[name]],
+                    limit=self._limit,
+                    batch_size=chosen.batch_size,
+                    chat_template=chosen.chat_template,
+                )
+                yield name, results or []
+
+    def judged(self, results: Sequence[TaskResult], texts: bool) -> list[JudgedTask]:
+        """Those that were run, with their examples' texts if local data files may contain them."""
+        found: Mapping[str, frozenset[str]] = {}
+        if texts:
+            from hf_locstitch.evaluation.harness import texts_by_task
+
+            found = texts_by_task([task for spec in self._specs.values() for task in self._load(spec)])
+        return [JudgedTask(one.task, one.dataset, one.config, found.get(one.task)) for one in results]
+
+    def notes(self, results: Sequence[TaskResult]) -> list[str]:
+        if self._limit is None:
+            return []
+        return [f"only the first {self._limit} examples of each task were evaluated, so the scores are rough"]
+
+    def _load(self, spec: TaskSpec) -> list[Task | Group]:
+        if spec not in self._tasks:
+            self._tasks[spec] = load_task(self.manager, spec)
+        return self._tasks[spec]
+
+    def _flags(self) -> tuple[str, ...]:
+        """Without the path of a local folder, which stays private."""
+        flags = ["--tasks", *self.names]
+        flags += ["--include-path", "DIR"] if self._options.include_path is not None else []
+        return (*flags, *(["--chat-template"] if self._options.chat_template else []))

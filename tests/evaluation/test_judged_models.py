@@ -1,0 +1,224 @@
+"""What `evaluate` says of models on labelled sets is what a plain loop over transformers finds on the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from demo.skills import make_tokenizer
+from helpers.data import write_jsonl
+from helpers.families import build, masked_tokenizer
+from PIL import Image
+
+from hf_locstitch import evaluate, merge_from_hub
+from hf_locstitch.evaluation.report import EvaluationReport
+
+TEXTS = ["copy cable=", "reverse 40718=81704", "swap CABLE=ACLBE", "abc", "next 12345=2", "0", "LKJ", "rotate c="] * 3
+
+
+def noisy(kind: str, folder: Path, seed: int, scale: float = 0.3, **options: Any) -> Path:
+    """A model of its own, of weights that are large enough to tell inputs apart."""
+    model = build(kind, torch.float32, **options)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def labelled(path: Path, classes: int) -> Path:
+    return write_jsonl(path, [{"text": text, "label": number % classes} for number, text in enumerate(TEXTS)])
+
+
+def value(report: EvaluationReport, model: str, task: str, metric: str) -> float:
+    found = next(one for one in report.models if one.name == model).score(task, metric)
+    assert found is not None
+    return found.value
+
+
+def share(predicted: Sequence[int], right: Sequence[int]) -> float:
+    assert len(set(predicted)) > 1  # else a model that says the same of everything would do
+    return sum(one == other for one, other in zip(predicted, right, strict=True)) / len(right)
+
+
+def classified(folder: Path, backbone: Path | None = None) -> torch.Tensor:
+    """Logits of each text, alone, of a classifier whose encoder is another model's."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    if backbone is not None:
+        model.bert.load_state_dict(transformers.BertModel.from_pretrained(backbone).state_dict())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS])
+
+
+def agree(report: EvaluationReport, model: str, task: str, logits: torch.Tensor, classes: int) -> None:
+    right = torch.arange(len(logits)) % classes
+    assert value(report, model, task, "accuracy") == float((logits.argmax(-1) == right).double().mean())
+    loss = float(torch.nn.functional.cross_entropy(logits.double(), right))
+    assert value(report, model, task, "loss") == pytest.approx(loss, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder, finetunes of it with heads for three classes and two, their merge, and a set for each."""
+    root = tmp_path_factory.mktemp("classifiers")
+    noisy("bert", root / "base", 0)
+    for name, labels in {"three": 3, "two": 2}.items():
+        noisy("bert-classes", root / name, labels, num_labels=labels)
+        labelled(root / f"{name}.jsonl", labels)
+    merge_from_hub(root / "base", [root / "three", root / "two"], out=root / "merged", figures=False)
+    return root
+
+
+def test_each_set_is_judged_by_the_head_of_its_finetune(classifiers: Path) -> None:
+    root = classifiers
+    data = {name: str(root / f"{name}.jsonl") for name in ("three", "two")}
+    report = evaluate(root / "merged", data=data, base=root / "base", finetuned=[root / "three", root / "two"])
+    assert [model.name for model in report.models] == ["base", "three", "two", "merged"]
+    for name, labels in {"three": 3, "two": 2}.items():
+        for model in ("merged", "base", "three" if name == "two" else "two"):
+            agree(report, model, name, classified(root / name, root / model), labels)
+        agree(report, name, name, classified(root / name), labels)
+    result = report.subject.results[0]
+    assert (result.head, result.objective, result.examples) == ("three", "sequence-classification", 24)
+
+    pipeline = transformers.pipeline("text-classification", model=str(root / "two"))
+    found = [int(str(one["label"])[-1]) for one in pipeline(TEXTS)]
+    assert value(report, "two", "two", "accuracy") == share(found, [number % 2 for number in range(len(TEXTS))])
+
+
+def test_a_head_by_its_name_and_none_at_all(classifiers: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    root = classifiers
+    entry = {"ref": str(root / "two.jsonl"), "head": "two"}
+    report = evaluate(root / "merged", data={"other": entry}, metrics=["f1"], finetuned=[root / "three", root / "two"])
+    predicted = classified(root / "two", root / "merged").argmax(-1).tolist()
+    right = [number % 2 for number in range(len(TEXTS))]
+    hits = sum(one == other == 1 for one, other in zip(predicted, right, strict=True))
+    assert value(report, "merged", "other", "f1") == pytest.approx(2 * hits / (sum(predicted) + sum(right)))
+    status, _, err = run("evaluate", root / "merged", "--data", f"other={root / 'two.jsonl'}")
+    assert status == 2 and "ForSequenceClassification" not in err and "objective" in err
+    asked = ["--data", f"other={root / 'two.jsonl'}", "--objective", "sequence-classification"]
+    status, _, err = run("evaluate", root / "merged", *asked)
+    assert (
+        status == 2 and "BertModel, which has no head for sequence-classification" in err and "--data NAME=REF" in err
+    )
+    entry["head"] = "four"
+    with pytest.raises(Exception, match=r"'four', which is no input .choose from base, three, two"):
+        evaluate(root / "merged", data={"other": entry})
+
+
+def test_prompts_with_label_words(tmp_path: Path) -> None:
+    folder = noisy("roberta-mlm", tmp_path / "model", 1)
+    masked_tokenizer().save_pretrained(folder)
+    data = labelled(tmp_path / "set.jsonl", 2)
+    objective = "{kind: masked-lm, label_words: [a, B], template: '{text}{mask}'}"
+    report = evaluate(folder, data=[data], objective=objective)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder)
+    words, predicted = [tokenizer.convert_tokens_to_ids(word) for word in ("a", "B")], []
+    for text in TEXTS:
+        ids = tokenizer(text + "?", return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**ids).logits[0, ids["input_ids"][0] == tokenizer.mask_token_id][0]
+        predicted.append(int(logits[words].argmax()))
+    assert value(report, "model", "set", "accuracy") == share(predicted, [n % 2 for n in range(len(TEXTS))])
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    rows = []
+    for number in range(12):
+        torch.manual_seed(number)
+        pixels = torch.randint(0, 255, (16, 16, 3)) * torch.rand(3)
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "label": number % 3})
+    return write_jsonl(tmp_path / "pictures.jsonl", rows)
+
+
+def test_image_classifiers(pictures: Path, tmp_path: Path) -> None:
+    folder = noisy("vit", tmp_path / "vit", 2)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    report = evaluate(folder, data=[pictures])
+    pipeline = transformers.pipeline("image-classification", model=str(folder))
+    files = [str(pictures.parent / f"{number}.png") for number in range(12)]
+    found = [int(str(best[0]["label"])[-1]) for best in pipeline(files)]
+    assert value(report, "vit", "pictures", "accuracy") == share(found, [number % 3 for number in range(12)])
+
+
+def test_clip_by_its_own_text_tower_or_the_bases(pictures: Path, tmp_path: Path) -> None:
+    classes, folders = ["abc", "def", "0123"], [tmp_path / "base", tmp_path / "ft"]
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    for seed, folder in zip((3, 5), folders, strict=True):
+        noisy("clip", folder, seed, scale=1.0)
+        tokenizer = make_tokenizer()
+        tokenizer.padding_side = "right"  # as CLIP's own
+        transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    objective = {"kind": "clip-zero-shot", "classes": classes, "prompt": "{}"}
+    alone = evaluate(folders[1], data=[pictures], objective=objective)
+    beside = evaluate(folders[1], data=[pictures], objective=objective, base=folders[0])
+    assert (alone.subject.results[0].head, beside.subject.results[0].head) == (None, "base")
+    right = [number % 3 for number in range(12)]
+    pictured = [Image.open(pictures.parent / f"{number}.png") for number in range(12)]
+    pipeline = transformers.pipeline("zero-shot-image-classification", model=str(folders[1]))
+    found = [
+        classes.index(pipeline(picture, candidate_labels=classes, hypothesis_template="{}")[0]["label"])
+        for picture in pictured
+    ]
+    assert value(alone, "ft", "pictures", "accuracy") == share(found, right)
+
+    start, tuned = (transformers.CLIPModel.from_pretrained(folder).eval() for folder in folders)
+    processor = transformers.CLIPProcessor.from_pretrained(folders[0])
+    with torch.no_grad():
+        texts = start.get_text_features(**processor.tokenizer(classes, padding=True, return_tensors="pt"))
+        seen = tuned.get_image_features(**processor.image_processor(pictured, return_tensors="pt"))
+    texts, seen = (torch.nn.functional.normalize(getattr(one, "pooler_output", one), dim=-1) for one in (texts, seen))
+    agree(beside, "ft", "pictures", (start.logit_scale.exp() * seen @ texts.T).detach(), 3)
+
+
+def words(folder: Path, kind: str, rows: Sequence[dict[str, str]]) -> Iterator[tuple[float, int, bool]]:
+    """Of each row: the summed loss of the answer's tokens, their number, and whether greedy decoding gives them."""
+    tokenizer = make_tokenizer()
+    seq2seq = kind == "t5"
+    loader = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    model = loader.from_pretrained(folder)
+    for row in rows:
+        start = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+        answer = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        if seq2seq:
+            answer = [*tokenizer(text_target=row["completion"])["input_ids"], tokenizer.eos_token_id]
+        wanted = torch.tensor([answer])
+        with torch.no_grad():
+            if seq2seq:
+                loss = model(input_ids=start, labels=wanted).loss
+            else:
+                labels = torch.cat([torch.full_like(start, -100), wanted], dim=1)
+                loss = model(torch.cat([start, wanted], dim=1), labels=labels).loss
+            said = model.generate(start, max_new_tokens=len(answer), do_sample=False, pad_token_id=0)
+        said = said[0, 1:] if seq2seq else said[0, start.shape[1] :]
+        yield float(loss) * len(answer), len(answer), said.tolist() == answer
+
+
+def test_language_models_by_loss_and_exact_match(tmp_path: Path) -> None:
+    """Answers of unequal lengths; some are what the model says itself, so that not all are wrong."""
+    folder = noisy("llama", tmp_path / "llama", 3)
+    tokenizer, model = make_tokenizer(), transformers.AutoModelForCausalLM.from_pretrained(folder)
+    rows = [{"prompt": text, "completion": "ab0"[: 1 + number % 3]} for number, text in enumerate(TEXTS[:6])]
+    for text in ("copy cable=", "swap AB=", "0", "next a="):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        model.generation_config.eos_token_id = None
+        said = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        rows.append({"prompt": text, "completion": tokenizer.decode(said)})
+    with torch.no_grad():  # the end of the text follows whatever was said
+        model.lm_head.weight[tokenizer.eos_token_id] += 0.15 * model.lm_head.weight[said[-1]]
+    data = write_jsonl(tmp_path / "answers.jsonl", rows)
+    report = evaluate(folder, data=[data])
+    each = list(words(folder, "llama", rows))
+    total = sum(tokens for _, tokens, _ in each)
+    assert value(report, "llama", "answers", "loss") == pytest.approx(sum(loss for loss, _, _ in each) / total, 1e-5)
+    assert value(report, "llama", "answers", "exact-match") == sum(match for _, _, match in each) / len(rows)
