@@ -44,8 +44,9 @@ class Entry:
 @dataclass(frozen=True)
 class ComparisonReport:
     """entries: in the order they were made. references: base, finetunes and average on the same examples. reported:
-    the chosen merge and these on the examples that are reported. same_examples: whether some of these decided. scans: how often finetunes were scanned for masks.
-    url, commit: where the chosen merge was pushed."""
+    the chosen merge and these on the examples that are reported. same_examples: whether some of these decided.
+    scans: how often finetunes were scanned for masks. url, commit: where the chosen merge was pushed.
+    """
 
     entries: tuple[Entry, ...]
     references: tuple[ModelScores, ...]
