@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from hf_locstitch.checkpoints.ref import FOLDER_PREFIXES, REPO_ID
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
+from hf_locstitch.tasks.named_tasks import named_tasks, with_named_task
 from hf_locstitch.tasks.objectives import AnyObjective
 from hf_locstitch.tasks.surrogates import SURROGATES, find_surrogate
 
@@ -23,12 +24,15 @@ COLUMNS = (("messages",), ("prompt", "completion"), ("image", "label"), ("text",
 
 
 class LocalizationSet(BaseModel):
-    """ref: alpaca, gsm8k or hotpotqa; or a JSONL, JSON, CSV or Parquet file; or a data set org/name[@revision].
+    """ref: alpaca, gsm8k or hotpotqa; or a task of the paper, such as sst2, which gives all fields but `number` and
+    `seed`; or a JSONL, JSON, CSV or Parquet file; or a data set org/name[@revision].
 
     config, split: of the data set. number: of examples, or of examples of each class where there are labels; drawn
-    with `seed`. columns: our name -> the data's, for `text`, `text_b`, `prompt`, `completion`, `messages`, `image`,
-    `label`. objective: by the model's architecture unless given. role: how these examples relate to the finetune, for
-    the record. sha256: expected of a local file.
+    with `seed`. limit: of examples in all. columns: our name -> the data's, for `text`, `text_b`, `prompt`,
+    `completion`, `messages`, `image`, `label`. where: a column of the data -> the values that rows may have in it.
+    labels: a label of the data -> a class by number or name, where it is another. objective: by the model's
+    architecture unless given. role: how these examples relate to the finetune, for the record. sha256: expected of a
+    local file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,7 +42,10 @@ class LocalizationSet(BaseModel):
     split: str = "train"
     number: int = Field(default=64, ge=1)
     seed: int = 0
+    limit: int | None = Field(default=None, ge=1)
     columns: Mapping[str, str] = Field(default_factory=dict)
+    where: Mapping[str, tuple[str | int | float | bool | None, ...]] = Field(default_factory=dict)
+    labels: Mapping[str, int | str] = Field(default_factory=dict)
     objective: AnyObjective | None = None
     role: Literal["finetuning", "held-out", "surrogate"] | None = None
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
@@ -47,9 +54,14 @@ class LocalizationSet(BaseModel):
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         value = {"ref": str(value)} if isinstance(value, str | Path) else value
-        if isinstance(value, dict) and find_surrogate(str(value.get("ref"))):
-            return {"role": "surrogate", **value}
-        return value
+        if not isinstance(value, dict):
+            return value
+        return {"role": "surrogate", **value} if find_surrogate(str(value.get("ref"))) else with_named_task(value)
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return {str(label): known for label, known in value.items()} if isinstance(value, dict) else value
 
     def dump(self) -> dict[str, Any]:
         """Fields that request the same set: all that differ from the defaults."""
@@ -92,7 +104,8 @@ class OpenSet:
         asked = self.asked
         part = f"{self.config}, " if self.config else ""
         role = f", {asked.role} data" if asked.role else ""
-        number = f"up to {asked.number} examples, or of each class"
+        limit = f", {asked.limit} in all" if asked.limit else ""
+        number = f"up to {asked.number} examples, or of each class{limit}"
         return f"{self.label} ({part}{asked.split}, {number}, seed {asked.seed}{role})"
 
 
@@ -105,8 +118,8 @@ def open_set(asked: LocalizationSet) -> OpenSet:
         return _open_repo(asked, known.repo, revision or None, asked.config or known.config)
     if Path(name).suffix in BUILDERS or "/" not in name or not REPO_ID.fullmatch(name):
         raise RecipeError(
-            f"the data {asked.ref!r} is neither a local file, nor one of {', '.join(SURROGATES)}, nor a data "
-            "set org/name. "
+            f"the data {asked.ref!r} is neither a local file, nor one of {', '.join([*SURROGATES, *named_tasks()])}, "
+            "nor a data set org/name. "
             "Check the path or the name."
         )
     return _open_repo(asked, name, revision or None, asked.config)
@@ -143,15 +156,17 @@ def read_rows(opened: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
     Raises RequestError if the data has other columns.
     """
     dataset = _load(opened)
-    rename = dict(opened.asked.columns)
-    if absent := [column for column in rename.values() if column not in dataset.column_names]:
+    rename, where = dict(opened.asked.columns), opened.asked.where
+    if absent := [column for column in [*rename.values(), *where] if column not in dataset.column_names]:
         raise RequestError(
             f"{opened.label} has no column {absent[0]!r}: it has {', '.join(dataset.column_names)}. "
-            "Check the data's `columns` in the recipe."
+            "Check the data's `columns` and `where` in the recipe."
         )
+    for column, allowed in where.items():
+        dataset = dataset.select([place for place, value in enumerate(dataset[column]) if value in allowed])
     of_labels = rename.get("label", "label")
     values = dataset[of_labels] if of_labels in dataset.column_names else None
-    chosen = choose(values, len(dataset), opened.asked.number, opened.asked.seed)
+    chosen = choose(values, len(dataset), opened.asked.number, opened.asked.seed)[: opened.asked.limit]
     rows = [dict(row) for row in dataset.select(chosen)]
     known = find_surrogate(opened.asked.ref)
     if known and not rename:
@@ -165,6 +180,7 @@ def read_rows(opened: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
             "is one of: "
             f"{known}. Map them with the data's `columns` in the recipe."
         )
+    rows = [_with_label(row, opened.asked.labels) for row in rows]
     return [_with_image(row, opened.file) for row in rows]
 
 
@@ -198,6 +214,11 @@ def choose(labels: Sequence[Any] | None, count: int, number: int, seed: int) -> 
             taken[values[place]] = taken.get(values[place], 0) + 1
             chosen.append(place)
     return chosen
+
+
+def _with_label(row: dict[str, Any], classes: Mapping[str, int | str]) -> dict[str, Any]:
+    """The class that a label stands for, where one is given."""
+    return {**row, "label": classes[str(row["label"])]} if str(row.get("label")) in classes else row
 
 
 def _with_image(row: dict[str, Any], file: Path | None) -> dict[str, Any]:
