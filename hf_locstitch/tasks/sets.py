@@ -30,9 +30,9 @@ class LocalizationSet(BaseModel):
     config, split: of the data set. number: of examples, or of examples of each class where there are labels; drawn
     with `seed`. limit: of examples in all. columns: our name -> the data's, for `text`, `text_b`, `prompt`,
     `completion`, `messages`, `image`, `label`. where: a column of the data -> the values that rows may have in it.
-    labels: a label of the data -> a class by number or name, where it is another. objective: by the model's
-    architecture unless given. role: how these examples relate to the finetune, for the record. sha256: expected of a
-    local file.
+    labels: a label of the data -> a class by number or name, where it is another. rendering: how a surrogate's rows
+    become prompt and completion. objective: by the model's architecture unless given. role: how these examples relate
+    to the finetune, for the record. sha256: expected of a local file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +46,7 @@ class LocalizationSet(BaseModel):
     columns: Mapping[str, str] = Field(default_factory=dict)
     where: Mapping[str, tuple[str | int | float | bool | None, ...]] = Field(default_factory=dict)
     labels: Mapping[str, int | str] = Field(default_factory=dict)
+    rendering: str | None = None
     objective: AnyObjective | None = None
     role: Literal["finetuning", "held-out", "surrogate"] | None = None
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
@@ -62,6 +63,15 @@ class LocalizationSet(BaseModel):
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return {str(label): known for label, known in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _can_render(self) -> LocalizationSet:
+        known = find_surrogate(self.ref)
+        choices = list(known.renderings) if known and not self.columns else []
+        if self.rendering is not None and self.rendering not in choices:
+            named = ", ".join(choices) or "none, for it is no surrogate with its own columns"
+            raise ValueError(f"rendering: {self.ref} has no {self.rendering!r}; choose from: {named}")
+        return self
 
     def dump(self) -> dict[str, Any]:
         """Fields that request the same set: all that differ from the defaults."""
@@ -170,7 +180,7 @@ def read_rows(opened: OpenSet, labels: bool = True) -> list[dict[str, Any]]:
     rows = [dict(row) for row in dataset.select(chosen)]
     known = find_surrogate(opened.asked.ref)
     if known and not rename:
-        return [known.row(row) for row in rows]
+        return [known.row(row, opened.asked.rendering) for row in rows]
     rows = [{**row, **{name: row[column] for name, column in rename.items()}} for row in rows]
     wanted = COLUMNS if labels else (*COLUMNS, ("image",))
     if not rows or not any(all(rows[0].get(name) is not None for name in names) for names in wanted):

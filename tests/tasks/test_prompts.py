@@ -98,7 +98,7 @@ def test_prompts_are_averaged_into_one_head() -> None:
         seen = normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
         expected = seen @ torch.stack(heads).T * model.logit_scale.exp()
         torch.testing.assert_close(task.outputs(model, task.examples), expected)
-    with pytest.raises(ValueError, match="a prompt needs {}"):
+    with pytest.raises(ValueError, match="a prompt needs"):
         ClipZeroShot(classes=classes, prompt=("{}", "a photo"))
 
 
@@ -139,5 +139,5 @@ def test_rows_are_filtered_and_labels_mapped(tmp_path: Any) -> None:
     both = LocalizationSet.model_validate({**fields, "where": {"label": [0, 1, 2], "kind": ["q"]}, "limit": 5})
     found = read_rows(open_set(both))
     assert len(found) == 5 and all(int(row["text"]) % 2 for row in found)
-    with pytest.raises(Exception, match="has no column 'sort'.*`where`"):
+    with pytest.raises(Exception, match=r"has no column 'sort'.*`where`"):
         read_rows(open_set(LocalizationSet.model_validate({**fields, "where": {"sort": ["q"]}})))
