@@ -264,22 +264,23 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """hf-locstitch export"""
+    from hf_locstitch.engine.delivery import Delivery, make_target
     from hf_locstitch.engine.preflight import check_output_given
-    from hf_locstitch.exports.export import carry_out, check_possible, make_target, plan_export
+    from hf_locstitch.exports.export import carry_out, check_possible, plan_export
     from hf_locstitch.runtime.progress import Progress
 
     if not args.dry_run:
         check_output_given(args.out, args.push_to)
     plan = plan_export(args.ref, form=args.form, base=args.base)
-    target = args.out, make_target(args.push_to, bool(args.create_pr)), bool(args.private)
+    delivery = Delivery("export", args.out, make_target(args.push_to, bool(args.create_pr)), bool(args.private))
     if args.dry_run:
         if args.out or args.push_to:
-            check_possible(plan, *target)
+            check_possible(plan, delivery)
         _print(in_json(plan.as_json()) if args.json else plan.describe())
         return 0
     if not args.quiet:
         print(plan.describe(), file=sys.stderr)
-    result = carry_out(plan, *target, Progress(False if args.quiet else None))
+    result = carry_out(plan, delivery, Progress(False if args.quiet else None))
     if args.json:
         _print(in_json(result.as_json()))
     else:
