@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from hf_locstitch.runtime.version import __version__
     from hf_locstitch.stitch.methods.regmean import RegMean
     from hf_locstitch.stitch.stitchers.refit import Refit
+    from hf_locstitch.training.finetune import FinetuneResult, finetune
 
 __all__ = [
     "EvaluationReport",
     "ExportResult",
+    "FinetuneResult",
     "Inspection",
     "Joint",
     "LocalizedCheckpoint",
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "export",
+    "finetune",
     "inspect",
     "load_localized",
     "load_mask",
@@ -68,6 +71,7 @@ __all__ = [
 _HOME = {
     "EvaluationReport": "evaluation.report",
     "ExportResult": "exports.export",
+    "FinetuneResult": "training.finetune",
     "Inspection": "inspection.inspect",
     "Joint": "localize.localizers.joint",
     "LocalizedCheckpoint": "artifacts.localized_checkpoint",
@@ -84,6 +88,7 @@ _HOME = {
     "__version__": "runtime.version",
     "evaluate": "evaluation.evaluate",
     "export": "exports.export",
+    "finetune": "training.finetune",
     "inspect": "inspection.inspect",
     "load_localized": "artifacts.localized_checkpoint",
     "load_mask": "artifacts.mask_file",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_locstitch.cli.parser import Parser
+from hf_locstitch.cli.training import add_training
 from hf_locstitch.exports.forms import FORMS
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.runtime.version import __version__
@@ -28,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_localize(commands)
     _add_stitch(commands)
+    _add_finetune(commands)
     _add_export(commands)
     _add_verify(commands)
     _add_inspect(commands)
@@ -246,6 +248,22 @@ def _add_printing(output: Any) -> None:
     output.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     output.add_argument("--quiet", action="store_true", help="print no plan and show no progress bars")
+
+
+def _add_finetune(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "finetune",
+        help="train a finetuned model to merge, by transformers and PEFT",
+        description="Finetune a base on labelled examples, or on answers, as a checkpoint or adapter that `merge` "
+        f"takes at once. {REF}: a folder or org/name[/subfolder][@revision]. "
+        "Example: hf-locstitch finetune --base FacebookAI/roberta-base --data sst2 --out sst2",
+    )
+    _add_recipe(parser)
+    add_training(parser)
+    _add_target(parser)
+    _add_printing(parser.add_argument_group("output"))
+    _add_debug(parser)
 
 
 def _add_export(commands: Any) -> None:

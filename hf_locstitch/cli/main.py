@@ -262,6 +262,41 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def finetune(args: argparse.Namespace) -> int:
+    """hf-locstitch finetune"""
+    from hf_locstitch.engine.preflight import check_output_given
+    from hf_locstitch.plan.recipe_file import load_recipe
+    from hf_locstitch.runtime.progress import Progress
+    from hf_locstitch.training.finetune import carry_out, check_possible
+    from hf_locstitch.training.planning import plan_finetune
+    from hf_locstitch.training.request import FinetuneRequest, make_request
+
+    flags = {key: value for key, value in vars(args).items() if value is not None}
+    fields = load_recipe(args.recipe) if args.recipe is not None else {}
+    fields |= {key: flags[key] for key in FinetuneRequest.model_fields if key in flags}
+    examples = {key: flags[key] for key in ("number", "objective") if key in flags}
+    if examples:
+        data = fields.get("data", {})
+        objective = {"objective": {"kind": args.objective}} if args.objective else {}
+        fields["data"] = {**({"ref": data} if isinstance(data, str) else data), **examples, **objective}
+    request = make_request(fields, where=str(args.recipe or "command"))
+    if not args.dry_run:
+        check_output_given(request.out, request.push_to)
+    plan = plan_finetune(request)
+    if args.dry_run:
+        check_possible(plan)
+        _print(in_json(plan.as_json()) if args.json else plan.describe())
+        return 0
+    if not args.quiet:
+        print(plan.describe(), file=sys.stderr)
+    result = carry_out(plan, Progress(False if args.quiet else None))
+    if args.json:
+        _print(in_json(result.as_json()))
+    else:
+        print(result.describe(), file=sys.stderr)
+    return 0
+
+
 def export(args: argparse.Namespace) -> int:
     """hf-locstitch export"""
     from hf_locstitch.engine.delivery import Delivery, make_target
@@ -288,4 +323,6 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {command.__name__: command for command in (merge, localize, stitch, export, verify, inspect, evaluate)}
+COMMANDS = {
+    command.__name__: command for command in (merge, localize, stitch, finetune, export, verify, inspect, evaluate)
+}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from hf_locstitch.tasks.images import image_tokens, pixels, stack
-from hf_locstitch.tasks.objective import Objective, classes_task, label_ids
+from hf_locstitch.tasks.objective import Objective, Training, classes_task, label_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,10 @@ class ClipZeroShot(Objective):
     auto_class: ClassVar[str] = "CLIPModel"
     processor: ClassVar[str] = "AutoProcessor"
     base_config: ClassVar[bool] = True
+    # Learning rate and batch: https://arxiv.org/abs/2212.04089, whose finetunes the paper merges.
+    training: ClassVar[Training | None] = Training(
+        "adamw_torch", 1e-5, 128, 10, r"^vision_model\.", "the vision tower; the head is the base's text tower"
+    )
     classes: tuple[str, ...] = Field(min_length=2)
     prompt: str | tuple[str, ...] = "a photo of a {}."
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from hf_locstitch.checkpoints.localizable import BLOCKS
 from hf_locstitch.errors import RequestError
-from hf_locstitch.tasks.objective import Objective, classes_task, label_ids
+from hf_locstitch.tasks.objective import Objective, Training, classes_task, label_ids
 
 if TYPE_CHECKING:
     from hf_locstitch.tasks.task import Task
@@ -30,6 +31,8 @@ class MaskedLM(Objective):
     kind: Literal["masked-lm"] = "masked-lm"
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
     gives_words: ClassVar[bool] = True
+    # As in the paper: https://arxiv.org/abs/2408.13656
+    training: ClassVar[Training | None] = Training("sgd", 2e-5, 4, 10, BLOCKS.pattern, "the transformer blocks")
     template: str = "{text} It was {mask}."
     label_words: tuple[str, ...] = Field(min_length=2)
     drop_end: bool = False
