@@ -9,9 +9,8 @@ import torch
 from helpers.data import write_rows
 from helpers.families import build
 from helpers.grafted import IMAGES, FakeProcessor
-from tokenizers import AddedToken, ByteLevelBPETokenizer
+from helpers.protocols import TEXTS, roberta_tokenizer
 from torch.nn.functional import normalize
-from transformers import RobertaTokenizerFast
 
 from hf_locstitch.tasks.named_tasks import named_tasks
 from hf_locstitch.tasks.objectives import OBJECTIVES
@@ -34,21 +33,12 @@ PIECES = {
     "mrpc": ("A|<mask>|,| b", None),
     "qqp": ("A|<mask>|,| b", None),
 }
-FIRST, SECOND = "A man plays the guitar.", "Somebody makes MUSIC on a stage."
+FIRST, SECOND = TEXTS
 
 
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A tokenizer as RoBERTa has it, of a small vocabulary with all label words in it."""
-    folder = tmp_path_factory.mktemp("roberta")
-    words = {word for task in named_tasks().values() for word in task["objective"].get("label_words", ())}
-    texts = [" ".join(f"It was {word}. This is {word}:" for word in sorted(words)), f"{FIRST} {FIRST}", SECOND] * 5
-    trained = ByteLevelBPETokenizer()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    trained.train_from_iterator(texts, vocab_size=1000, min_frequency=2, special_tokens=special)
-    trained.save_model(str(folder))
-    mask = AddedToken("<mask>", lstrip=True, special=True)  # as RoBERTa's own: a space before it is part of it
-    return RobertaTokenizerFast.from_pretrained(folder, mask_token=mask)
+    return roberta_tokenizer(tmp_path_factory.mktemp("roberta"))
 
 
 def by_pieces(task: str, first: str, second: str, tokenizer: Any) -> list[int]:
