@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from re import search
@@ -28,6 +29,18 @@ from hf_locstitch.training.planning import FinetunePlan
 LORA_SCALE = 2  # lora_alpha / rank, as is usual
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without transformers' report of heads that the base lacks, which are to be trained."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+@_silent()
 def train(plan: FinetunePlan, folder: Path, progress: Progress) -> tuple[Any, dict[str, Any]]:
     """The trained model, or PEFT's of one, and what is to be told of its training.
 

@@ -97,12 +97,15 @@ def test_the_same_seed_gives_the_same_bytes_and_its_recipe_too(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("names", [(0, 1), ("digits", "letters")])
-def test_a_classifier_gets_its_classes_from_the_data(names: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_classifier_gets_its_classes_from_the_data(
+    names: tuple[Any, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Over a base that has no head; the same head for the same seed."""
     base, data = base_of("bert", tmp_path / "base"), separable(tmp_path / "rows.jsonl", names)
     options = {"objective": {"kind": "sequence-classification"}}
     for out in ("one", "two"):
         finetune(base=base, data={"ref": str(data), **options}, out=tmp_path / out, lr=3e-3, epochs=4)
+    assert "MISSING" not in "".join(capfd.readouterr())
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]
     assert list(config.get("id2label", {}).values()) == ([] if names == (0, 1) else list(names))  # LABEL_0, LABEL_1
