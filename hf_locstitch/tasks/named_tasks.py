@@ -19,12 +19,16 @@ def named_tasks() -> Mapping[str, Mapping[str, Any]]:
     return parse_yaml(FILE.read_text(encoding="utf-8"))
 
 
-def with_named_task(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields of a localization set whose `ref` may be the name of a task, or name@revision; what is given wins."""
+def with_named_task(fields: Mapping[str, Any], judged: bool = False) -> Mapping[str, Any]:
+    """The fields of a set whose `ref` may be the name of a task, or name@revision; what is given wins.
+
+    judged: whether models are judged on it, on the split that the task has for that, and are not trained or localized.
+    """
     name, at, revision = str(fields.get("ref")).partition("@")
     if "/" in name or name not in named_tasks():
         return fields
     known = {"role": "finetuning", **named_tasks()[name]}
-    left_out = ("test", *(OF_TRAINING if "split" in fields else ()))
+    test = known.pop("test")
+    left_out = OF_TRAINING if judged or "split" in fields else ()
     known = {key: value for key, value in known.items() if key not in left_out}
-    return {**known, **fields, "ref": f"{known['ref']}{at}{revision}"}
+    return {**known, **({"split": test} if judged else {}), **fields, "ref": f"{known['ref']}{at}{revision}"}

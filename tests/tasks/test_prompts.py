@@ -12,7 +12,7 @@ from helpers.grafted import IMAGES, FakeProcessor
 from helpers.protocols import TEXTS, roberta_tokenizer
 from torch.nn.functional import normalize
 
-from hf_locstitch.tasks.named_tasks import named_tasks
+from hf_locstitch.tasks.named_tasks import named_tasks, with_named_task
 from hf_locstitch.tasks.objectives import OBJECTIVES
 from hf_locstitch.tasks.objectives.clip_zero_shot import ClipZeroShot
 from hf_locstitch.tasks.sets import LocalizationSet, open_set, read_rows
@@ -118,6 +118,14 @@ def test_what_is_given_wins_over_a_named_task() -> None:
     assert (test.limit, test.role) == (None, None)  # they are of the split that finetunes are trained on
     assert LocalizationSet(ref="org/sst2").objective is None
     assert LocalizationSet.model_validate(asked.dump()) == asked
+
+
+def test_the_set_that_a_task_is_judged_on() -> None:
+    fields = with_named_task({"ref": "mnli", "number": 5}, judged=True)
+    assert fields.keys() == {"ref", "config", "columns", "objective", "split", "number"}
+    assert (fields["split"], fields["ref"]) == ("validation_matched", "nyu-mll/glue")
+    assert "limit" not in with_named_task({"ref": "dtd"}, judged=True)
+    assert with_named_task({"ref": "mnli", "split": "train"}, judged=True)["split"] == "train"
 
 
 def test_rows_are_filtered_and_labels_mapped(tmp_path: Any) -> None:
