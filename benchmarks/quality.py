@@ -42,6 +42,8 @@ DEFAULT_DENSITIES = (0.01, 0.05, 0.1, 0.2)
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 TIES_SCALES = (0.5, 1.0, 1.5)
 ALPHAS = (0.1, 0.5, 0.9, 1.0)  # of RegMean
+# The authors' update with the paper's values, as docs/quality.md has it.
+OFFICIAL = {"method": "mask", "preset": "official", "penalty": 1e-5, "batch": 16, "start_density": None}
 # Localizers with data: their fields, and the split of a task that they see.
 DATA_METHODS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "saliency": ({"method": "saliency"}, "train"),
@@ -51,7 +53,7 @@ DATA_METHODS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "mask": ({"method": "mask"}, "train"),
     "mask, held out": ({"method": "mask"}, "validation"),
     "mask, paper": ({"method": "mask", "preset": "paper"}, "train"),
-    "mask, official": ({"method": "mask", "preset": "official"}, "train"),
+    "mask, official": (OFFICIAL, "train"),
 }
 OWNER = "demo"
 WEIGHTS = "model.safetensors"

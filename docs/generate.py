@@ -27,6 +27,7 @@ from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.stitchers import STITCHERS
 from hf_locstitch.tasks.objectives import OBJECTIVES
+from hf_locstitch.training.request import FinetuneRequest
 
 Schema = Mapping[str, Any]
 
@@ -90,7 +91,7 @@ def recipe_page() -> str:
         "A recipe is a YAML file; [the guide](../guides/recipes.md) shows how to write one. These are all its keys, as "
         "the program itself checks them. An unknown key is an error.",
         "## Top level",
-        _table(Recipe, _recipe_meanings()),
+        _table(Recipe, _meanings(Recipe, "merge")),
     ]
     for part in _parts(Recipe):
         parts += [f"## {_title(part.__name__)} {{#{_anchor(part.__name__)}}}", *_component(part)]
@@ -100,6 +101,11 @@ def recipe_page() -> str:
         for name in registry.names():
             model: Any = registry.find(name)
             parts += [f"### `{name}` {{#{key}-{name}}}", *_component(model)]
+    parts += [
+        "## Finetune recipes {#finetunerequest}",
+        "What [`finetune`](../guides/finetune.md) takes, in a file of its own. None follows from the objective.",
+        _table(FinetuneRequest, _meanings(FinetuneRequest, "finetune")),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -191,9 +197,9 @@ def _inherited(model: type[BaseModel], name: str) -> str:
     return ""
 
 
-def _recipe_meanings() -> dict[str, str]:
-    """From the strings below the fields, or else the help of the flag of that name."""
-    body = ast.parse(inspect.getsource(Recipe)).body[0]
+def _meanings(model: type[BaseModel], command: str) -> dict[str, str]:
+    """From the strings below the fields, or else the help of the command's flag of that name."""
+    body = ast.parse(inspect.getsource(model)).body[0]
     assert isinstance(body, ast.ClassDef)
     found: dict[str, str] = {}
     for field, text in zip(body.body, body.body[1:], strict=False):
@@ -204,9 +210,8 @@ def _recipe_meanings() -> dict[str, str]:
             and isinstance(text.value, ast.Constant)
         ):
             found[field.target.id] = _markdown(str(text.value.value))
-    merge = _commands()["merge"]
-    helps = {action.dest: action.help for action in merge._actions if action.help}
-    for name in Recipe.model_fields:
+    helps = {action.dest: action.help for action in _commands()[command]._actions if action.help}
+    for name in model.model_fields:
         if name not in found and (text := helps.get(FLAG_OF.get(name, name))):
             found[name] = _markdown(text)
     return found

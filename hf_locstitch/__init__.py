@@ -36,11 +36,13 @@ if TYPE_CHECKING:
     from hf_locstitch.runtime.version import __version__
     from hf_locstitch.stitch.methods.regmean import RegMean
     from hf_locstitch.stitch.stitchers.refit import Refit
+    from hf_locstitch.training.finetune import FinetuneResult, finetune
 
 __all__ = [
     "ComparisonReport",
     "EvaluationReport",
     "ExportResult",
+    "FinetuneResult",
     "Inspection",
     "Joint",
     "LocalizedCheckpoint",
@@ -58,6 +60,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "finetune",
     "inspect",
     "load_localized",
     "load_mask",
@@ -73,6 +76,7 @@ _HOME = {
     "ComparisonReport": "comparison.report",
     "EvaluationReport": "evaluation.report",
     "ExportResult": "exports.export",
+    "FinetuneResult": "training.finetune",
     "Inspection": "inspection.inspect",
     "Joint": "localize.localizers.joint",
     "LocalizedCheckpoint": "artifacts.localized_checkpoint",
@@ -90,6 +94,7 @@ _HOME = {
     "compare": "comparison.compare",
     "evaluate": "evaluation.evaluate",
     "export": "exports.export",
+    "finetune": "training.finetune",
     "inspect": "inspection.inspect",
     "load_localized": "artifacts.localized_checkpoint",
     "load_mask": "artifacts.mask_file",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_locstitch.cli.parser import Parser
+from hf_locstitch.cli.training import add_training
 from hf_locstitch.exports.forms import FORMS
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.runtime.version import __version__
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_localize(commands)
     _add_stitch(commands)
+    _add_finetune(commands)
     _add_compare(commands)
     _add_export(commands)
     _add_verify(commands)
@@ -164,8 +166,8 @@ def _add_localizing(group: Any) -> None:
         "--data",
         nargs="+",
         metavar="DATA",
-        help="a data set per finetune, for saliency, mask, refit and regmean: alpaca, gsm8k, hotpotqa, a file "
-        "or org/name",
+        help="a data set per finetune, for saliency, mask, refit and regmean: alpaca, gsm8k, hotpotqa, a task of the "
+        "paper such as sst2, a file or org/name",
     )
     group.add_argument(
         "--density",
@@ -280,6 +282,22 @@ def _add_compare(commands: Any) -> None:
         "--device", metavar="auto|cpu|cuda[:N]|...", help="where models run and values are solved for (default: auto)"
     )
     _add_printing(output)
+    _add_debug(parser)
+
+
+def _add_finetune(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "finetune",
+        help="train a finetuned model to merge, by transformers and PEFT",
+        description="Finetune a base on labelled examples, or on answers, as a checkpoint or adapter that `merge` "
+        f"takes at once. {REF}: a folder or org/name[/subfolder][@revision]. "
+        "Example: hf-locstitch finetune --base FacebookAI/roberta-base --data sst2 --out sst2",
+    )
+    _add_recipe(parser)
+    add_training(parser)
+    _add_target(parser)
+    _add_printing(parser.add_argument_group("output"))
     _add_debug(parser)
 
 

@@ -263,24 +263,60 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def finetune(args: argparse.Namespace) -> int:
+    """hf-locstitch finetune"""
+    from hf_locstitch.engine.preflight import check_output_given
+    from hf_locstitch.plan.recipe_file import load_recipe
+    from hf_locstitch.runtime.progress import Progress
+    from hf_locstitch.training.finetune import carry_out, check_possible
+    from hf_locstitch.training.planning import plan_finetune
+    from hf_locstitch.training.request import FinetuneRequest, make_request
+
+    flags = {key: value for key, value in vars(args).items() if value is not None}
+    fields = load_recipe(args.recipe) if args.recipe is not None else {}
+    fields |= {key: flags[key] for key in FinetuneRequest.model_fields if key in flags}
+    examples = {key: flags[key] for key in ("number", "objective") if key in flags}
+    if examples:
+        data = fields.get("data", {})
+        objective = {"objective": {"kind": args.objective}} if args.objective else {}
+        fields["data"] = {**({"ref": data} if isinstance(data, str) else data), **examples, **objective}
+    request = make_request(fields, where=str(args.recipe or "command"))
+    if not args.dry_run:
+        check_output_given(request.out, request.push_to)
+    plan = plan_finetune(request)
+    if args.dry_run:
+        check_possible(plan)
+        _print(in_json(plan.as_json()) if args.json else plan.describe())
+        return 0
+    if not args.quiet:
+        print(plan.describe(), file=sys.stderr)
+    result = carry_out(plan, Progress(False if args.quiet else None))
+    if args.json:
+        _print(in_json(result.as_json()))
+    else:
+        print(result.describe(), file=sys.stderr)
+    return 0
+
+
 def export(args: argparse.Namespace) -> int:
     """hf-locstitch export"""
+    from hf_locstitch.engine.delivery import Delivery, make_target
     from hf_locstitch.engine.preflight import check_output_given
-    from hf_locstitch.exports.export import carry_out, check_possible, make_target, plan_export
+    from hf_locstitch.exports.export import carry_out, check_possible, plan_export
     from hf_locstitch.runtime.progress import Progress
 
     if not args.dry_run:
         check_output_given(args.out, args.push_to)
     plan = plan_export(args.ref, form=args.form, base=args.base)
-    target = args.out, make_target(args.push_to, bool(args.create_pr)), bool(args.private)
+    delivery = Delivery("export", args.out, make_target(args.push_to, bool(args.create_pr)), bool(args.private))
     if args.dry_run:
         if args.out or args.push_to:
-            check_possible(plan, *target)
+            check_possible(plan, delivery)
         _print(in_json(plan.as_json()) if args.json else plan.describe())
         return 0
     if not args.quiet:
         print(plan.describe(), file=sys.stderr)
-    result = carry_out(plan, *target, Progress(False if args.quiet else None))
+    result = carry_out(plan, delivery, Progress(False if args.quiet else None))
     if args.json:
         _print(in_json(result.as_json()))
     else:
@@ -289,5 +325,6 @@ def export(args: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    command.__name__: command for command in (merge, localize, stitch, compare, export, verify, inspect, evaluate)
+    command.__name__: command
+    for command in (merge, localize, stitch, finetune, compare, export, verify, inspect, evaluate)
 }

@@ -178,8 +178,12 @@ class Run(ABC, Generic[AnyPlan]):
             return
         for warning in look(plan, fetch=False).warnings:
             if warning not in plan.warnings:
-                LOG.warning(warning)
-                self.warnings.append(warning)
+                self.warn(warning)
+
+    def warn(self, warning: str) -> None:
+        """Say it now, and on the card."""
+        LOG.warning(warning)
+        self.warnings.append(warning)
 
     def spared(self, without: str, make: Callable[[], T]) -> T | None:
         """What `make` makes, in the first process; None if it fails: what only people look at takes no merge down.
@@ -191,9 +195,9 @@ class Run(ABC, Generic[AnyPlan]):
         try:
             return make()
         except Exception as error:
-            warning = f"{without} ({type(error).__name__}: {' '.join(str(error).split())[:300]}); the rest is complete."
-            LOG.warning(warning)
-            self.warnings.append(warning)
+            self.warn(
+                f"{without} ({type(error).__name__}: {' '.join(str(error).split())[:300]}); the rest is complete."
+            )
             return None
 
     @cached_property
@@ -283,4 +287,8 @@ def localize(run: Run[MergePlan] | Run[LocalizePlan], inputs: Inputs) -> Mapping
         note_examples=run.examples.__setitem__,
         shared=shared,
     )
-    return plan.localizer.find_masks(job)
+    masks = plan.localizer.find_masks(job)
+    for name, mask in masks.items():
+        if doubt := plan.localizer.doubt(mask.ones, plan.n):
+            run.warn(f"the mask of {name} {doubt}")
+    return masks

@@ -5,23 +5,19 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hf_locstitch.engine.execute import by_hand, check_push, scratch
-from hf_locstitch.engine.preflight import check_output_given, check_place, check_space, is_free, taken
-from hf_locstitch.engine.work_dir import work_dir_beside, working_in
-from hf_locstitch.errors import PublishError, RecipeError
+from hf_locstitch.engine.delivery import Delivery, make_target
+from hf_locstitch.engine.preflight import check_output_given
+from hf_locstitch.engine.work_dir import WorkDir
+from hf_locstitch.errors import RecipeError
 from hf_locstitch.exports.changes import Changes, open_changes
 from hf_locstitch.exports.form import FormPlan
 from hf_locstitch.exports.forms import FORMS
-from hf_locstitch.plan.push_target import PushTarget, parse_target
 from hf_locstitch.runtime.escape import line
-from hf_locstitch.runtime.processes import Processes, find_processes
+from hf_locstitch.runtime.processes import find_processes
 from hf_locstitch.runtime.progress import Progress, hide_all_library_bars
 from hf_locstitch.runtime.version import __version__
-
-if TYPE_CHECKING:
-    from hf_locstitch.report.publish import Published
 
 
 @dataclass(frozen=True)
@@ -117,20 +113,8 @@ def export(
     """
     place = None if out is None else Path(out)
     check_output_given(place, push_to)
-    target = make_target(push_to, bool(create_pr))
-    return carry_out(plan_export(ref, form=form, base=base), place, target, bool(private), Progress(show_progress))
-
-
-def make_target(push_to: str | None, create_pr: bool) -> PushTarget | None:
-    """Raises RecipeError if it names no repo."""
-    if push_to is None:
-        if create_pr:
-            raise RecipeError("create_pr opens a pull request in the pushed repo: it needs --push-to.")
-        return None
-    try:
-        return parse_target(push_to, create_pr)
-    except ValueError as error:
-        raise RecipeError(f"push_to: {error} (got {push_to!r}).") from error
+    delivery = Delivery("export", place, make_target(push_to, bool(create_pr)), bool(private))
+    return carry_out(plan_export(ref, form=form, base=base), delivery, Progress(show_progress))
 
 
 @hide_all_library_bars()
@@ -147,54 +131,21 @@ def plan_export(ref: str | Path, *, form: str = "peft", base: str | Path | None 
 
 
 @hide_all_library_bars()
-def carry_out(
-    plan: ExportPlan, out: Path | None, target: PushTarget | None, private: bool, progress: Progress
-) -> ExportResult:
+def carry_out(plan: ExportPlan, delivery: Delivery, progress: Progress) -> ExportResult:
     """Write the result, and publish it. Raises like `export`."""
-    check_possible(plan, out, target, private)
-    near = _near(out, target)
-    published: Published | None = None
-    with working_in(work_dir_beside(near, plan.fingerprint), out, Processes()) as work:
+    check_possible(plan, delivery)
+
+    def write(work: WorkDir) -> dict[str, Any]:
         plan.changes.check_rest(progress)
-        found = plan.planned.write(work.stage, target.repo if target else "DIR", progress)
-        if out is None and target is not None:
-            published = _publish(plan, work.stage, target, private, progress)
-    if out is not None and target is not None:
-        try:
-            published = _publish(plan, out, target, private, progress)
-        except PublishError as error:
-            raise PublishError(f"the export is complete in {out}, but {error} {by_hand(target, out)}") from error
+        return plan.planned.write(work.stage, delivery.repo, progress)
+
+    message = f"Export {plan.changes.label} with hf-locstitch"
+    found, published = delivery.make(plan.fingerprint, write, message, progress)
     url, commit = (None, None) if published is None else (published.url, published.commit)
-    return ExportResult(out, url, commit, {**plan.as_json(), **found})
+    return ExportResult(delivery.out, url, commit, {**plan.as_json(), **found})
 
 
-def check_possible(plan: ExportPlan, out: Path | None, target: PushTarget | None, private: bool) -> None:
+def check_possible(plan: ExportPlan, delivery: Delivery) -> None:
     """All that must hold before the work. Raises RequestError."""
     changes = plan.changes
-    if target is not None:
-        check_push(target, {changes.kind: changes.source, "base": changes.base.source}, "export")
-    elif private:
-        raise RecipeError("private applies to the pushed repo: it needs --push-to.")
-    if out is not None and not is_free(out):
-        raise taken(out)
-    near = _near(out, target)
-    check_place(near)
-    check_space(near, plan.planned.nbytes)
-
-
-def _near(out: Path | None, target: PushTarget | None) -> Path:
-    """Beside which the work is done; one of the two is given."""
-    if out is not None:
-        return out
-    assert target is not None
-    return scratch(target) / "exported"
-
-
-def _publish(plan: ExportPlan, folder: Path, target: PushTarget, private: bool, progress: Progress) -> Published:
-    from hf_locstitch.report.publish import Upload
-
-    upload = Upload(target, private=private)
-    try:
-        return upload.commit(folder, f"Export {plan.changes.label} with hf-locstitch", progress)
-    finally:
-        upload.close()
+    delivery.check({changes.kind: changes.source, "base": changes.base.source}, plan.planned.nbytes)

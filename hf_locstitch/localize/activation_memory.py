@@ -48,8 +48,9 @@ def find_load(
     objective = asked.objective or suggest(finetuned.config, finetuned.label)
     tokens = objective.tokens(base_config)
     item = max((ITEM_BYTES[info.dtype] for info in tensors), default=4)
+    count = asked.number * objective.class_count(finetuned.config)
     return Load(
-        examples=asked.number * objective.class_count(finetuned.config),
+        examples=min(count, asked.limit or count),
         tokens=tokens,
         activations=tokens * token_activations(objective, base_config, config.checkpointing, item),
         number=ITEM_BYTES[ON_DISK[config.state_dtype]] * sum(info.numel for info in tensors),

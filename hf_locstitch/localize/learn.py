@@ -47,10 +47,10 @@ class MaskSettings(MachineUse, Protocol):
     """As of localizers/mask.py."""
 
     @property
-    def preset(self) -> str: ...
+    def official(self) -> bool: ...
 
     @property
-    def batch(self) -> int: ...
+    def batch(self) -> int | None: ...
 
     @property
     def epochs(self) -> int: ...
@@ -121,8 +121,7 @@ def learn_mask(config: MaskSettings, grafted: GraftedModel, task: Task, room: Ro
     relative step then takes two passes, since its length depends on all of them. Else gradients are accumulated first,
     in a second number per element.
     """
-    official = config.preset == "official"
-    batches = list(micro_batches(task, config.together, config.batch if official else None))
+    batches = list(micro_batches(task, config.together, config.batch))
     rounding = Rounding(config.seed)
     scores = start_scores(config, grafted, room)
     gradients: Gradients = Passing(work := Work(grafted, task, batches, room.processes, room.advance))
@@ -177,7 +176,7 @@ def _step(
 ) -> None:
     for score, part, task_vector in _aligned(masked, scores, gradient):
         wide = _wide(score)
-        if config.preset == "official":
+        if config.official:
             change = official_step(wide, part, task_vector, lr, config.penalty) - wide
         else:
             change = score_gradient(part, task_vector, wide, config.penalty).mul_(-lr)

@@ -55,6 +55,11 @@ class Localizer(BaseModel, ABC):
         how many elements they keep. None if they cannot share it."""
         return self.model_dump(mode="json")
 
+    def doubt(self, ones: int, n: int) -> str | None:
+        """What is odd about a mask that keeps so many of n elements, and what to change, after "the mask of X"; None
+        if nothing is."""
+        return None
+
     def scores(self, tensor: str, first: int, finetuned: Values, base: Values) -> npt.NDArray[np.float32] | None:
         """How much each element matters: float32 [n], non-negative. None: |task vector|, the magnitude of its change.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -14,7 +13,6 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_serializer,
     field_validator,
@@ -24,11 +22,11 @@ from pydantic_core import PydanticCustomError
 
 from hf_locstitch.checkpoints.names import LONGEST_NAME, SafeName
 from hf_locstitch.checkpoints.ref import expand_home
-from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.plan.compare_options import CompareOptions
 from hf_locstitch.plan.push_target import PushTarget, parse_target
+from hf_locstitch.plan.validation import validated
 from hf_locstitch.runtime.registry import Registry
 from hf_locstitch.stitch.fitting import OnInputs, Stitcher
 from hf_locstitch.stitch.method import MaskedMethod, Method
@@ -51,7 +49,6 @@ LOG = logging.getLogger("hf_locstitch")
 SETTLED = ("localizer", "data", "stitch", "include", "exclude", "rest_from", "files_from", "tokenizer", "embeddings",
            "chat_template", "evaluate")  # fmt: skip
 OF_TOKENS = ("tokenizer", "embeddings", "chat_template")  # those of them that models with the masks of a merge settle
-UNIONS: Mapping[str, Registry[Any]] = {"localizer": LOCALIZERS, "method": METHODS, "stitch": STITCHERS}
 
 
 class Strict(BaseModel):
@@ -361,49 +358,25 @@ class Recipe(Strict):
         return self
 
 
+PARTS: Mapping[str, type[BaseModel] | Registry[Any]] = {
+    "base": Input,
+    "finetuned": Finetuned,
+    "localized": Localized,
+    "data": LocalizationSet,
+    "evaluate": EvaluateOptions,
+    "evaluate.data": EvaluationSet,
+    "compare": CompareOptions,
+    "compare.select": EvaluateOptions,
+    "compare.select.data": EvaluationSet,
+    "localizer": LOCALIZERS,
+    "method": METHODS,
+    "stitch": STITCHERS,
+}
+
+
 def make_recipe(fields: Mapping[str, Any], where: str = "request") -> Recipe:
     """Validate. Raises RecipeError with every fault at once; for an unknown key it suggests the nearest one."""
-    try:
-        return Recipe.model_validate(dict(fields))
-    except ValidationError as error:
-        faults = [_fault(fault) for fault in error.errors(include_url=False)]
-        raise RecipeError(f"invalid {where}: " + "; ".join(faults) + ".") from error
-
-
-def _fault(fault: Any) -> str:
-    loc = [str(part) for part in fault["loc"]]
-    if len(loc) > 1 and loc[0] in UNIONS and loc[1] in UNIONS[loc[0]].names():  # pydantic names the union's member
-        loc = [loc[0], *loc[2:]]
-    if fault["type"] == "extra_forbidden":
-        known = _fields_at([str(part) for part in fault["loc"]][:-1])
-        near = get_close_matches(loc[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-        return f"unknown key {'.'.join(loc)!r} ({hint})"
-    if fault["type"] == "missing":
-        return f"{'.'.join(loc)!r} is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    if loc[-1:] == ["density"] and fault["type"] == "less_than_equal" and 1 < fault["input"] <= 100:
-        message += f"; a density is a share: did you mean {fault['input'] / 100:g}?"
-    return f"{'.'.join(loc)}: {message} (got {fault['input']!r})" if loc else message
-
-
-def _fields_at(loc: list[str]) -> list[str]:
-    """The valid keys at the place of an unknown one."""
-    if loc and loc[0] in UNIONS:
-        registry = UNIONS[loc[0]]
-        named = [registry.find(loc[1])] if len(loc) > 1 and loc[1] in registry.names() else registry.all()
-        return [field for component in named for field in component.model_fields]
-    if loc[:2] == ["evaluate", "data"]:
-        return list(EvaluationSet.model_fields)
-    model: type[BaseModel] = {
-        "base": Input,
-        "finetuned": Finetuned,
-        "localized": Localized,
-        "data": LocalizationSet,
-        "evaluate": EvaluateOptions,
-        "compare": CompareOptions,
-    }.get(loc[0] if loc else "", Recipe)
-    return list(model.model_fields)
+    return validated(Recipe, fields, where, PARTS)
 
 
 def _each(sets: Mapping[str, LocalizationSet] | Sequence[LocalizationSet]) -> list[LocalizationSet]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -26,6 +26,8 @@ class EvaluationSet(ExampleSet):
     seed; all by default. head: the name of the input whose head judges every model, a finetune or `base`; by default
     as the objective has it. metrics: the first is the main one; accuracy or loss by default.
     """
+
+    judged: ClassVar[bool] = True
 
     number: int | None = Field(default=None, ge=1)
     head: str | None = None

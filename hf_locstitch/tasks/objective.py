@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
     from hf_locstitch.tasks.task import Task
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a model is finetuned for an objective unless the request says otherwise.
+
+    trained: a regular expression; parameters in whose names nothing matches it stay the base's. what: it means.
+    """
+
+    optimizer: str = "adamw_torch"
+    lr: float = 2e-5
+    batch: int = 8
+    epochs: int = 3
+    trained: str = ""
+    what: str = "all parameters"
+
+
 class Objective(BaseModel, ABC):
     """An objective of your own is one subclass in one file, with a field `kind: Literal["its name"]`.
 
@@ -25,7 +41,8 @@ class Objective(BaseModel, ABC):
     the model, else the finetune's. gives_words: whether its logits are over a vocabulary. labels: whether rows need a
     `label` to be scored against, or the text itself is the answer, or there is no right answer. head_of: whose head
     judges a merge unless the data says: the finetune's whose name the data has, the base's, or the model's own.
-    hub_task: what the Hub calls such a task.
+    hub_task: what the Hub calls such a task. training: how a model is finetuned by default; None where there is no
+    loss.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +55,7 @@ class Objective(BaseModel, ABC):
     labels: ClassVar[str] = "rows"  # "rows", "text" or "none"
     head_of: ClassVar[Literal["finetune", "base", "model"]] = "finetune"
     hub_task: ClassVar[str] = "text-classification"
+    training: ClassVar[Training | None] = Training()
 
     if TYPE_CHECKING:  # a field of each objective, a Literal
         kind: Any = None
@@ -55,6 +73,9 @@ class Objective(BaseModel, ABC):
         """`prepare` for the parts of a set that is too large for memory: what they share is computed once."""
         return partial(self.prepare, processor=processor, base=base)
 
+    def settle(self, config: Any, rows: Sequence[dict[str, Any]]) -> None:
+        """Give the config of a model that is to be trained on these rows what it lacks, such as an output a class."""
+
     def tokens(self, config: Mapping[str, Any]) -> int:
         """Most tokens of an example. config: the base's config.json."""
         return getattr(self, "max_length", 512)
@@ -69,6 +90,16 @@ class OwnClasses(Objective):
 
     def class_count(self, config: Mapping[str, Any]) -> int:
         return len(config.get("id2label") or (0, 1))
+
+    def settle(self, config: Any, rows: Sequence[dict[str, Any]]) -> None:
+        """The labels' own names, in alphabetical order, or as many classes as their numbers say; unless the model is a
+        classifier that has them already."""
+        found = {row["label"] for row in rows}
+        if self.suits(config.to_dict()) and _classes_of(found, class_names(config)):
+            return
+        names = sorted(found) if all(isinstance(label, str) for label in found) else None
+        config.id2label = dict(enumerate(names or [f"LABEL_{number}" for number in range(max(map(int, found)) + 1)]))
+        config.label2id = {name: number for number, name in config.id2label.items()}
 
 
 RIGHT = {"padding_side": "right"}  # of texts in a batch: positions, and so outputs, are then as of each alone
@@ -110,6 +141,12 @@ def label_ids(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[int]
             )
         ids.append(number)
     return ids
+
+
+def _classes_of(labels: Iterable[Any], names: Sequence[str]) -> bool:
+    """Whether all labels are among these classes."""
+    lower = {name.lower() for name in names}
+    return all(label.lower() in lower if isinstance(label, str) else 0 <= label < len(names) for label in labels)
 
 
 def class_names(config: Any) -> list[str]:

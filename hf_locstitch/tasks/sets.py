@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal
+from typing import Any, ClassVar, Generic, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from typing_extensions import TypeVar
+from typing_extensions import Self, TypeVar
 
 from hf_locstitch.checkpoints.ref import FOLDER_PREFIXES, REPO_ID
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
+from hf_locstitch.tasks.named_tasks import named_tasks, with_named_task
 from hf_locstitch.tasks.objectives import AnyObjective
 from hf_locstitch.tasks.rows import Labels, Where, allowed, mapped
 from hf_locstitch.tasks.surrogates import SURROGATES, find_surrogate
@@ -26,15 +27,19 @@ COLUMNS = (("messages",), ("prompt", "completion"), ("image", "label"), ("text",
 
 
 class ExampleSet(BaseModel, ABC):
-    """ref: alpaca, gsm8k or hotpotqa; or a JSONL, JSON, CSV or Parquet file; or a data set org/name[@revision].
+    """ref: alpaca, gsm8k or hotpotqa; or a task of the paper, such as sst2, which gives all fields but `number` and
+    `seed`; or a JSONL, JSON, CSV or Parquet file; or a data set org/name[@revision].
 
+    judged: whether models are judged on such sets, and not trained or localized.
     config, split: of the data set. columns: our name -> the data's, for `text`, `text_b`, `prompt`, `completion`,
     `messages`, `image`, `label`. where: column -> the values that are taken; other rows are left out. labels: a label
-    of the data -> the class, by number or name. objective: by the model's architecture unless given. sha256: expected
-    of a local file.
+    of the data -> the class, by number or name. rendering: how a surrogate's rows become prompt and completion.
+    objective: by the model's architecture unless given. sha256: expected of a local file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    judged: ClassVar[bool] = False
 
     ref: str = Field(min_length=1)
     config: str | None = None
@@ -42,13 +47,24 @@ class ExampleSet(BaseModel, ABC):
     columns: Mapping[str, str] = Field(default_factory=dict)
     where: Where = Field(default_factory=dict)
     labels: Labels = Field(default_factory=dict)
+    rendering: str | None = None
     objective: AnyObjective | None = None
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        return {"ref": str(value)} if isinstance(value, str | Path) else value
+        value = {"ref": str(value)} if isinstance(value, str | Path) else value
+        return with_named_task(value, cls.judged) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _can_render(self) -> Self:
+        known = find_surrogate(self.ref)
+        choices = list(known.renderings) if known and not self.columns else []
+        if self.rendering is not None and self.rendering not in choices:
+            named = ", ".join(choices) or "none, for it is no surrogate with its own columns"
+            raise ValueError(f"rendering: {self.ref} has no {self.rendering!r}; choose from: {named}")
+        return self
 
     def dump(self) -> dict[str, Any]:
         """Fields that request the same set: all that differ from the defaults."""
@@ -66,12 +82,13 @@ class ExampleSet(BaseModel, ABC):
 
 
 class LocalizationSet(ExampleSet):
-    """number: of examples, or of examples of each class where there are labels; drawn with `seed`. role: how these
-    examples relate to the finetune, for the record."""
+    """number: of examples, or of examples of each class where there are labels; drawn with `seed`. limit: of examples
+    in all. role: how these examples relate to the finetune, for the record."""
 
     split: str = "train"  # pyright: ignore[reportIncompatibleVariableOverride]
     number: int = Field(default=64, ge=1)
     seed: int = 0
+    limit: int | None = Field(default=None, ge=1)
     role: Literal["finetuning", "held-out", "surrogate"] | None = None
 
     @model_validator(mode="before")
@@ -82,12 +99,13 @@ class LocalizationSet(ExampleSet):
         return value
 
     def draw(self, labels: Sequence[Any] | None, count: int) -> Sequence[int]:
-        return choose(labels, count, self.number, self.seed)
+        return choose(labels, count, self.number, self.seed)[: self.limit]
 
     @property
     def amount(self) -> str:
         role = f", {self.role} data" if self.role else ""
-        return f"up to {self.number} examples, or of each class, seed {self.seed}{role}"
+        limit = f", {self.limit} in all" if self.limit else ""
+        return f"up to {self.number} examples, or of each class{limit}, seed {self.seed}{role}"
 
 
 Asked = TypeVar("Asked", bound=ExampleSet, default=LocalizationSet)
@@ -139,8 +157,8 @@ def open_set(asked: Asked) -> OpenSet[Asked]:
         return _open_repo(asked, known.repo, revision or None, asked.config or known.config)
     if Path(name).suffix in BUILDERS or "/" not in name or not REPO_ID.fullmatch(name):
         raise RecipeError(
-            f"the data {asked.ref!r} is neither a local file, nor one of {', '.join(SURROGATES)}, nor a data "
-            "set org/name. "
+            f"the data {asked.ref!r} is neither a local file, nor one of {', '.join([*SURROGATES, *named_tasks()])}, "
+            "nor a data set org/name. "
             "Check the path or the name."
         )
     return _open_repo(asked, name, revision or None, asked.config)
@@ -187,7 +205,7 @@ class Rows:
         asked = self.opened.asked
         surrogate = find_surrogate(asked.ref)
         if surrogate and not asked.columns:
-            return [surrogate.row(row) for row in rows]
+            return [surrogate.row(row, asked.rendering) for row in rows]
         return [self._row({**row, **{name: row[column] for name, column in asked.columns.items()}}) for row in rows]
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:

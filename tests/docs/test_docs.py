@@ -26,7 +26,11 @@ from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.plan.recipe import Recipe, make_recipe
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.stitchers import STITCHERS
+from hf_locstitch.tasks.named_tasks import named_tasks
+from hf_locstitch.tasks.objective import Training
 from hf_locstitch.tasks.objectives import OBJECTIVES
+from hf_locstitch.tasks.surrogates import SURROGATES
+from hf_locstitch.training.request import FinetuneRequest, make_request
 
 ROOT = Path(__file__).parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -95,6 +99,48 @@ def test_recipes_are_valid(block: str) -> None:
     finetuned = [{"ref": f"org/{name}", "name": name} for name in names]
     merged = {} if "localized" in fields else {"finetuned": finetuned}
     make_recipe({"base": "org/base", **merged, **fields})
+
+
+def test_recipes_of_finetunes_are_valid() -> None:
+    (recipe,) = re.findall(
+        r"^```yaml title=\"finetune.yaml\"\n(.*?)^```",
+        (DOCS / "guides" / "finetune.md").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    assert make_request(yaml.safe_load(recipe)).epochs == 20
+
+
+def test_the_papers_tasks_are_listed() -> None:
+    """With data set, the split that each is judged on, and its prompt or the number of its classes and prompts."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (DOCS / "guides" / "protocols.md").read_text(), re.MULTILINE)
+    listed = {name: rest for name, rest in rows if name not in SURROGATES}
+    assert list(listed) == list(named_tasks())
+    for name, task in named_tasks().items():
+        config = f" ({task['config']})" if "config" in task else ""
+        asked = task["objective"]
+        prompts = [asked.get("prompt")] if isinstance(asked.get("prompt"), str) else asked.get("prompt", ())
+        said = (
+            [f"`{asked['template']}`", " / ".join(asked["label_words"])]
+            if "template" in asked
+            else [str(len(asked["classes"])), str(len(prompts))]
+        )
+        assert listed[name].split(" | ") == [f"{task['ref']}{config}", task["test"], *said]
+
+
+def test_renderings_and_the_defaults_of_training_are_listed() -> None:
+    protocols = (DOCS / "guides" / "protocols.md").read_text()
+    for name, known in SURROGATES.items():
+        (row,) = re.findall(rf"^\| `{name}` \| .*$", protocols, re.MULTILINE)
+        assert known.judged_on in row and all(f"`{rendering}`" in row for rendering in known.renderings)
+    page = (DOCS / "guides" / "finetune.md").read_text()
+    for kind in OBJECTIVES.names():
+        training, called = OBJECTIVES.find(kind).training, {"sgd": "SGD", "adamw_torch": "AdamW"}
+        if training is None:
+            continue
+        name = f"`{kind}`" if training != Training() else "all others"
+        (row,) = re.findall(rf"^\| {name} \| (.*) \|$", page, re.MULTILINE)
+        lr = f"{training.lr:.0e}".replace("e-0", "e-")
+        assert row.split(" | ")[:4] == [called[training.optimizer], lr, str(training.batch), str(training.epochs)]
 
 
 def test_the_mask_reader_reads_what_load_mask_reads(models: Path) -> None:
@@ -178,7 +224,7 @@ def generated() -> dict[str, str]:
 def test_references_are_complete() -> None:
     pages = generated()
     recipe = pages["reference/recipe.md"]
-    assert all(f"| `{key}` |" in recipe for key in Recipe.model_fields)
+    assert all(f"| `{key}` |" in recipe for key in (*Recipe.model_fields, *FinetuneRequest.model_fields))
     for registry in (LOCALIZERS, METHODS, STITCHERS, OBJECTIVES):
         for name in registry.names():
             section = recipe[recipe.index(f"### `{name}` {{#") :].split("\n### ")[0]

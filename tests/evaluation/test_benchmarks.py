@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.language_models import LOGIT, WORDS, add_arc, add_mmlu, add_truthfulqa, favouring
+from helpers.language_models import LOGIT, WORDS, add_arc, add_mmlu, add_truthfulqa, favouring, mmlu_subjects
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from hf_locstitch.cli.main import main
@@ -18,22 +18,13 @@ from loopback_hub import LoopbackHub
 MASS = math.exp(LOGIT)  # of a favoured word, every other having 1
 
 
-def subjects() -> list[str]:
-    """lm-eval's own list of the 57."""
-    import lm_eval
-
-    folder = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
-    found = (yaml.safe_load(path.read_text().split("\ninclude", 1)[0] + "\n") for path in folder.glob("mmlu_*.yaml"))
-    return sorted(fields["dataset_name"] for fields in found if "dataset_name" in (fields or {}))
-
-
 def test_the_suite_of_the_paper(
     home_hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model that favours B and beta. MMLU: the answers of each subject are B, B, A. ARC: beta twice of four.
     TruthfulQA: beta is the true answer of two questions of four; where it is delta, it draws, and the first wins."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
-    names = subjects()
+    names = mmlu_subjects()
     assert len(names) == 57
     add_mmlu(home_hub, names, answers=(1, 1, 0))
     add_arc(home_hub, ["B", "C", "B", "D"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -64,7 +65,9 @@ def _jsonl(rows: Sequence[Mapping[str, object]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _add(hub: LoopbackHub, repo: str, configs: Mapping[str, Mapping[str, Sequence[Mapping[str, object]]]]) -> None:
+def add_data_set(
+    hub: LoopbackHub, repo: str, configs: Mapping[str, Mapping[str, Sequence[Mapping[str, object]]]]
+) -> None:
     """A data set on the Hub. configs: name -> split -> rows."""
     lines, files = ["---", "configs:"], {}
     for config, splits in configs.items():
@@ -73,6 +76,15 @@ def _add(hub: LoopbackHub, repo: str, configs: Mapping[str, Mapping[str, Sequenc
             lines += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
             files[f"{config}/{split}.jsonl"] = _jsonl(rows)
     hub.add_repo(repo, {"README.md": "\n".join([*lines, "---", ""]), **files}, repo_type="dataset")
+
+
+def mmlu_subjects() -> list[str]:
+    """lm-eval's own list of the 57."""
+    import lm_eval
+
+    folder = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+    found = (yaml.safe_load(path.read_text().split("\ninclude", 1)[0] + "\n") for path in folder.glob("mmlu_*.yaml"))
+    return sorted(fields["dataset_name"] for fields in found if "dataset_name" in (fields or {}))
 
 
 def add_mmlu(hub: LoopbackHub, subjects: Sequence[str], answers: Sequence[int] = (1, 1, 0)) -> None:
@@ -86,7 +98,7 @@ def add_mmlu(hub: LoopbackHub, subjects: Sequence[str], answers: Sequence[int] =
         ]
 
     splits = {"test": answers, "dev": (0, 1, 2, 3, 0)}
-    _add(hub, "cais/mmlu", {s: {split: rows(s, right) for split, right in splits.items()} for s in subjects})
+    add_data_set(hub, "cais/mmlu", {s: {split: rows(s, right) for split, right in splits.items()} for s in subjects})
 
 
 def add_arc(hub: LoopbackHub, right: Sequence[str]) -> None:
@@ -99,7 +111,7 @@ def add_arc(hub: LoopbackHub, right: Sequence[str]) -> None:
             for number, label in enumerate(right)
         ]
 
-    _add(
+    add_data_set(
         hub,
         "allenai/ai2_arc",
         {
@@ -119,7 +131,7 @@ def add_truthfulqa(hub: LoopbackHub, first: Sequence[str]) -> None:
         {"question": f"Is it {number}?", "mc1_targets": targets(word), "mc2_targets": targets(word)}
         for number, word in enumerate(first)
     ]
-    _add(hub, "truthfulqa/truthful_qa", {"multiple_choice": {"validation": rows}})
+    add_data_set(hub, "truthfulqa/truthful_qa", {"multiple_choice": {"validation": rows}})
 
 
 def add_benchmark(hub: LoopbackHub, folder: Path, name: str, answers: Sequence[str], *, gated: bool = False) -> str:

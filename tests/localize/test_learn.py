@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def test_a_whole_set_needs_one_number_an_element(
                 seen.append(name.removesuffix(".0"))
 
         monkeypatch.setattr("hf_locstitch.localize.learn.State", Counted)
-        how = Mask(preset=preset, density=0.1, epochs=2, micro_batch=micro_batch, batch=5)
+        batch = {"batch": 5} if preset == "official" else {}
+        how = Mask(preset=preset, density=0.1, epochs=2, micro_batch=micro_batch, **batch)
         found.append(learn_mask(how, *prepare(case, folders), room(tmp_path)))
         assert states == kept
     (whole, losses), (split, expected) = found
@@ -161,7 +163,8 @@ def test_initial_mask_is_the_top_k_of_the_task_vector(tmp_path: Path) -> None:
 def test_official_is_the_authors_update(tmp_path: Path) -> None:
     """Against a plain transcription: sums over batches, a regulariser of the wrong sign, one step an epoch."""
     grafted, task = prepare("causal-lm", pair("llama", tmp_path))
-    how = Mask(preset="official", density=0.1, lr=30.0, penalty=1e-3, epochs=3, batch=2, micro_batch=1)
+    fields = {"density": 0.1, "start_density": 0.1, "lr": 30.0, "penalty": 1e-3, "epochs": 3, "batch": 2}
+    how = Mask(preset="official", micro_batch=1, **fields)
     parameters = grafted.parameters
     mask = {n: t.clone() for n, t in start_scores(how, grafted, room(tmp_path)).tensors.items()}
     assert {float(v) for m in mask.values() for v in m.unique()} == {-5.0, 5.0}
@@ -187,6 +190,48 @@ def test_official_is_the_authors_update(tmp_path: Path) -> None:
     for name, score in scores.tensors.items():
         torch.testing.assert_close(score, mask[name], rtol=0, atol=1e-6)
         assert (score.abs() - 5).abs().max() > 1e-5  # it did move
+
+
+def test_presets_of_the_authors_have_the_released_values(tmp_path: Path) -> None:
+    language, vision = Mask(preset="official"), Mask(preset="official-vision")
+    assert (language.penalty, language.batch, vision.penalty, vision.batch) == (10, 8, 1, 128)
+    for how in (language, vision):
+        assert (how.density, how.start_density, how.start, how.lr, how.epochs) == (None, 1e-5, (-5.0, 5.0), 1e7, 10)
+        grafted, task = prepare("causal-lm", pair("llama", tmp_path / how.preset))
+        learned = how.learn(grafted, task, room(tmp_path))  # of so few elements none starts inside
+        assert learned.ones is not None and len(learned.losses) == 10
+
+
+def test_batch_is_refused_where_it_does_nothing() -> None:
+    for preset in ("default", "paper"):
+        with pytest.raises(ValueError, match=f"batch does nothing in the preset {preset}"):
+            Mask(preset=preset, batch=8)
+        assert Mask.model_validate({"preset": preset, "batch": 16}) == Mask(preset=preset)  # of an older manifest
+    with pytest.raises(ValueError, match="so it needs their size"):
+        Mask(preset="official", batch=None)
+    assert Mask.model_validate(Mask(preset="official").model_dump(mode="json")) == Mask(preset="official")
+
+
+PAPER = Mask(preset="paper", density=None)
+WIDE = Mask(preset="paper", density=None, start_density=0.2)
+
+
+@pytest.mark.parametrize(
+    ("how", "ones", "said"),
+    [
+        (PAPER, 0, r"keeps 0 of 1,000 elements \(0 %\), where about 1 % .* empty.* lower the penalty \(now 1e-05\)"),
+        (PAPER, 199, r"\(19.9 %\), .* saturated. Set a density, such as 0.01.* raise the penalty"),
+        (Mask(preset="official"), 500, r"saturated. Set a density.*; or lower the lr"),
+        (PAPER, 100, None),
+        (WIDE, 199, None),
+        (WIDE, 19, "almost empty"),
+        (Mask(preset="paper", density=0.5), 0, None),
+        (Saliency(), 0, None),
+    ],
+)
+def test_rounded_masks_far_from_what_was_expected_are_doubted(how: Any, ones: int, said: str | None) -> None:
+    doubt = how.doubt(ones, 1000)
+    assert doubt is None if said is None else re.search(said, doubt), doubt
 
 
 @pytest.mark.parametrize("on", ["cpu", "disk"])

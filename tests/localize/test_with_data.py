@@ -104,6 +104,16 @@ def test_rounded_masks(tmp_path: Path) -> None:
     assert main(["verify", str(tmp_path / "out"), "--base", str(base), "--ft", str(first), "--quiet"]) == 0
 
 
+def test_a_saturated_mask_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, first = finetunes(tmp_path, count=1)
+    data = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    how = Mask(density=None, start=(0.5, 0.5), epochs=1, lr=0.0)
+    quick_merge(base, [first], out=tmp_path / "out", localizer=how, data=[str(data)])
+    (warning,) = json.loads((tmp_path / "out" / "locstitch.json").read_text())["warnings"]
+    assert "the mask of ft keeps" in warning and "(100 %)" in warning and "saturated" in warning
+    assert warning in caplog.text and "saturated" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_command_and_what_it_records(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     finetunes(tmp_path)
     write_jsonl(tmp_path / "a.jsonl", ROWS)

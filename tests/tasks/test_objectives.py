@@ -10,9 +10,10 @@ from demo.skills import make_tokenizer
 from helpers.families import build, masked_tokenizer
 
 from hf_locstitch.errors import RecipeError, RequestError
+from hf_locstitch.tasks.alpaca import ALPACA
 from hf_locstitch.tasks.objective import label_ids
 from hf_locstitch.tasks.objectives import suggest
-from hf_locstitch.tasks.objectives.causal_lm import ALPACA, IGNORED, CausalLM
+from hf_locstitch.tasks.objectives.causal_lm import IGNORED, CausalLM
 from hf_locstitch.tasks.objectives.masked_lm import MaskedLM
 
 CHAT = (
@@ -53,12 +54,19 @@ def test_the_alpaca_template_is_for_instructions() -> None:
             return "".join(map(chr, ids))
 
     row = {"prompt": "Go.", "completion": "Gone."}
-    assert learned(Letters(), {**row, "instruction": True}, CausalLM())[0] == ALPACA.format(prompt="Go.") + "Gone.\0"
+    whole = ALPACA.format(instruction="Go.") + "Gone.\0"
+    assert learned(Letters(), {**row, "instruction": "Go."}, CausalLM())[0] == whole
     assert learned(Letters(), row, CausalLM())[0] == "Go.Gone.\0"
-    assert learned(Letters(), row, CausalLM(template="alpaca"))[0] == ALPACA.format(prompt="Go.") + "Gone.\0"
+    assert learned(Letters(), row, CausalLM(template="alpaca"))[0] == whole
     turns = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Gone."}]
     text, answer = learned(Letters(), {"messages": turns}, CausalLM(template="none"))
     assert (text, answer) == ("Go.Gone.\0", "Gone.\0")
+    with_input = {"prompt": "Go.\n\nHome", "completion": "Gone.", "instruction": "Go.", "input": "Home"}
+    text, answer = learned(Letters(), with_input, CausalLM())
+    assert text.startswith("Below is an instruction that describes a task, paired with an input")
+    assert (
+        text.endswith("\n\n### Instruction:\nGo.\n\n### Input:\nHome\n\n### Response:Gone.\0") and answer == "Gone.\0"
+    )
 
 
 def test_a_chat_template_wins_and_every_answer_is_learned() -> None:

@@ -22,8 +22,8 @@ from hf_locstitch.cli.main import main
 from hf_locstitch.errors import RecipeError, RequestError
 from hf_locstitch.localize.density import exact_share
 from hf_locstitch.stitch.refit.watching import _last_states
+from hf_locstitch.tasks.alpaca import ALPACA
 from hf_locstitch.tasks.objectives import suggest
-from hf_locstitch.tasks.objectives.causal_lm import ALPACA
 from hf_locstitch.tasks.objectives.seq2seq import Seq2Seq
 
 BART = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40, "encoder_layers": 2,
@@ -105,7 +105,7 @@ def test_what_is_read_and_what_is_to_be_said() -> None:
 def test_the_template_of_instructions_on_request() -> None:
     objective, tokenizer = Seq2Seq(template="alpaca"), make_tokenizer()
     assert objective._texts({"prompt": "Go.", "completion": "Gone."}, tokenizer) == (
-        ALPACA.format(prompt="Go."),
+        ALPACA.format(instruction="Go."),
         "Gone.",
     )
 

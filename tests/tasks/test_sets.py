@@ -66,7 +66,7 @@ def test_an_absent_data_set(home_hub: LoopbackHub) -> None:
 
 
 ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "unused"}
-GSM8K = {"question": "1+2?", "answer": "1+2=3\n#### 3"}
+GSM8K = {"question": "1+2?", "answer": "1+2=<<1+2=3>>3\n#### 3"}
 HOTPOTQA = {
     "id": "x",
     "question": "Where?",
@@ -77,9 +77,9 @@ HOTPOTQA = {
     "context": {"title": ["A", "B"], "sentences": [["One. ", "Two."], ["Three."]]},
 }
 EXPECTED = {
-    "alpaca": (ALPACA, "Add.\n\n1 and 2", "3"),
-    "gsm8k": (GSM8K, "1+2?", "1+2=3\n#### 3"),
-    "hotpotqa": (HOTPOTQA, "One. Two.\n\nWhere?", "Here"),
+    "alpaca": (ALPACA, "Add.\n\n1 and 2", "3", {"instruction": "Add.", "input": "1 and 2"}),
+    "gsm8k": (GSM8K, "1+2?", "1+2=<<1+2=3>>3\n#### 3", {"instruction": "1+2?", "input": ""}),
+    "hotpotqa": (HOTPOTQA, "One. Two.\n\nWhere?", "Here", {"instruction": "One. Two.\n\nWhere?", "input": ""}),
 }
 
 
@@ -88,7 +88,7 @@ def test_surrogates_by_their_own_ids(name: str, tmp_path: Path, monkeypatch: pyt
     """Rows of the true schema, under the true config, through the real client."""
     known = SURROGATES[name]
     org, _, repo = known.repo.partition("/")
-    row, prompt, completion = EXPECTED[name]
+    row, prompt, completion, parts = EXPECTED[name]
     with LoopbackHub(tmp_path / "hub", orgs={"demo": [org]}) as hub:
         script = f"""
 import json, sys
@@ -115,8 +115,29 @@ print(json.dumps([sha, found.commit, found.pinned.ref, found.asked.role, found.d
     assert done.returncode == 0, done.stderr[-3000:]
     sha, commit, pinned, role, described, rows = json.loads(done.stdout.splitlines()[-1])
     assert commit == sha and pinned == f"{name}@{sha}" and role == "surrogate"
-    assert {"prompt": prompt, "completion": completion, "instruction": True} in rows and len(rows) == 2
+    assert {"prompt": prompt, "completion": completion, **parts} in rows and len(rows) == 2
     assert known.repo in described and "surrogate data" in described
+
+
+@pytest.mark.parametrize(
+    ("name", "rendering", "prompt", "completion"),
+    [
+        ("gsm8k", "reasoned", "1+2?", "1+2=3\nThe answer is 3."),
+        ("gsm8k", "result", "1+2?", "3"),
+        ("hotpotqa", "paragraphs", "One. Two.\n\nThree.\n\nWhere?", "Here"),
+        ("hotpotqa", "closed-book", "Where?", "Here"),
+    ],
+)
+def test_renderings_of_surrogates(name: str, rendering: str, prompt: str, completion: str) -> None:
+    row = SURROGATES[name].row(EXPECTED[name][0], LocalizationSet(ref=name, rendering=rendering).rendering)
+    assert (row["prompt"], row["completion"]) == (prompt, completion)
+
+
+def test_renderings_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match="gsm8k has no 'closed-book'; choose from: worked, reasoned, result"):
+        LocalizationSet(ref="gsm8k", rendering="closed-book")
+    with pytest.raises(ValueError, match="choose from: none"):
+        LocalizationSet(ref="org/data", rendering="worked")
 
 
 def test_unique_repos_are_pinned(tmp_path: Path, home_hub: LoopbackHub) -> None:

@@ -17,45 +17,71 @@ if TYPE_CHECKING:
     from hf_locstitch.localize.learn import Learned, Room
     from hf_locstitch.tasks.task import Task
 
+_RELEASED = {"density": None, "epochs": 10, "lr": 1e7, "relative_lr": False, "start": (-5.0, 5.0),
+             "start_density": 1e-5}  # fmt: skip
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         # Ours: steps measured in logits, so that they suit any model and loss. It starts near the base, where gradients
         # show what a sparse graft needs, and not halfway, where every weight is half finetuned. docs/quality.md
         # compares other starts.
-        "default": {"epochs": 5, "lr": 4.0, "relative_lr": True, "penalty": 0.0, "start": (-3.0, -2.0)},
+        "default": {"density": 0.01, "epochs": 5, "lr": 4.0, "relative_lr": True, "penalty": 0.0, "start": (-3.0, -2.0),
+                    "start_density": None, "batch": None},
         # The paper's text.
-        "paper": {"epochs": 10, "lr": 1e7, "relative_lr": False, "penalty": 1e-5, "start": (0.0, 3.0)},
-        # The authors' published code, for comparison with it only.
-        "official": {"epochs": 10, "lr": 1e7, "relative_lr": False, "penalty": 1e-5, "start": (-5.0, 5.0)},
+        "paper": {"density": 0.01, "epochs": 10, "lr": 1e7, "relative_lr": False, "penalty": 1e-5, "start": (0.0, 3.0),
+                  "start_density": None, "batch": None},
+        # The authors' published code with its values, for language and for vision: for comparison with it only.
+        "official": {**_RELEASED, "penalty": 10.0, "batch": 8},
+        "official-vision": {**_RELEASED, "penalty": 1.0, "batch": 128},
     }
-)
+)  # fmt: skip
+EXPECTED = 0.01  # the paper's density, where nothing else is asked for
+FAR = 10  # times more or less than that: a mask that is rounded has come out saturated, or next to empty
 
 
 class Mask(DataLocalizer):
     """density: share of elements that a mask keeps; None rounds σ(S), as the paper does.
 
-    preset: gives the defaults of the fields below. start: S outside and inside the initial mask, the
+    preset: gives the defaults of the other fields. start: S outside and inside the initial mask, the
     top `start_density` (default: the density, else 0.01) by |τ|. One step per epoch, on the gradient over the whole
     set. relative_lr: S changes by less than lr per step, the k-th most changed element by half of it; else lr is
-    absolute. penalty: weight of ‖σ(S)‖₁. batch: for the `official` preset, whose gradient is a sum over batches.
+    absolute. penalty: weight of ‖σ(S)‖₁. batch: for the `official` presets, whose gradient is a sum over batches; that
+    of the others is the mean over the set, whatever its batches.
     """
 
     method: Literal["mask"] = "mask"
     density: float | None = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
-    preset: Literal["default", "paper", "official"] = "default"
+    preset: Literal["default", "paper", "official", "official-vision"] = "default"
     epochs: int = Field(default=0, ge=0)
     lr: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     relative_lr: bool = False
     penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     start: tuple[float, float] = (0.0, 0.0)
     start_density: float | None = Field(default=None, gt=0, le=1)
-    batch: int = Field(default=16, ge=1)
+    batch: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, value: Any) -> Any:
         preset = PRESETS.get(value.get("preset", "default")) if isinstance(value, dict) else None
+        if preset and preset["batch"] is None and value.get("batch") == 16:
+            value = {**value, "batch": None}  # earlier versions recorded it where it did nothing
         return {**preset, **value} if preset else value
+
+    @model_validator(mode="after")
+    def _batch_does_something(self) -> Mask:
+        if (self.batch is None) == self.official:
+            raise ValueError(
+                "batch: its gradient is a sum over batches, so it needs their size"
+                if self.official
+                else f"batch does nothing in the preset {self.preset}, whose gradient is the mean over the whole set; "
+                "drop it, or set micro_batch for the memory"
+            )
+        return self
+
+    @property
+    def official(self) -> bool:
+        """Whether S is updated as in the authors' published code."""
+        return self.preset.startswith("official")
 
     def groups(self, numels: Sequence[int]) -> list[Group]:
         """As Localizer.groups. Where σ(S) is rounded, k is only an estimate."""
@@ -68,12 +94,12 @@ class Mask(DataLocalizer):
 
     @property
     def together(self) -> int:
-        """As WithData.together; for the `official` preset at most one of its batches."""
-        return min(super().together, self.batch) if self.preset == "official" else super().together
+        """As WithData.together; for the `official` presets at most one of their batches."""
+        return super().together if self.batch is None else min(super().together, self.batch)
 
     def batches(self, examples: int) -> int:
-        """As WithData.batches; for the `official` preset, each of its batches is split by itself."""
-        size = min(self.batch, examples) if self.preset == "official" else examples
+        """As WithData.batches; for the `official` presets, each of their batches is split by itself."""
+        size = examples if self.batch is None else min(self.batch, examples)
         full, rest = divmod(examples, size) if size else (0, 0)
         return full * super().batches(size) + super().batches(rest)
 
@@ -86,6 +112,20 @@ class Mask(DataLocalizer):
         share = "rounded" if self.density is None else f"density {self.density:g}"
         rate = f"{'relative ' if self.relative_lr else ''}learning rate {self.lr:g}"
         return f"mask, {share}, learned in {self.epochs} epochs, {rate}, preset {self.preset}"
+
+    def doubt(self, ones: int, n: int) -> str | None:
+        """As Localizer.doubt: where σ(S) is rounded, a density far from what was expected."""
+        expected = EXPECTED if self.official else self.start_density or EXPECTED
+        if self.density is not None or (ones and 1 / FAR <= ones / n / expected <= FAR):
+            return None
+        few = ones < expected * n
+        state = "empty" if not ones else "almost empty" if few else "saturated"
+        penalty = "" if self.official else f"{'lower' if few else 'raise'} the penalty (now {self.penalty:g}), or "
+        return (
+            f"keeps {ones:,} of {n:,} elements ({100 * ones / n:.3g} %), where about {100 * expected:g} % were to be "
+            f"expected: rounding σ(S) left it {state}. Set a density, such as {expected:g}, to keep exactly the "
+            f"largest S; or {penalty}lower the lr (now {self.lr:g})."
+        )
 
     def numbers(self, examples: int, processes: int) -> int:
         """A second number where gradients must be accumulated before the step."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hf_locstitch.errors import RequestError
+from hf_locstitch.tasks.alpaca import alpaca_prompt
 from hf_locstitch.tasks.objective import Objective
 
 if TYPE_CHECKING:
@@ -14,15 +15,15 @@ if TYPE_CHECKING:
     from hf_locstitch.tasks.task import Task
 
 IGNORED = -100  # label of a token without a loss
-ALPACA = "### Instruction:\n{prompt}\n\n### Response:\n"  # as in https://github.com/tatsu-lab/stanford_alpaca
 Encoded = tuple[list[int], list[int]]  # token ids and labels of one example
 
 
 class CausalLM(Objective):
     """Rows: `messages`, or `prompt` and `completion`, or `text` (then every token counts).
 
-    template: how a prompt is formatted. "auto": the tokenizer's chat template if it has one, else Alpaca's for
-    conversations and instructions, else none. max_length: tokens; longer examples lose their end.
+    template: how a prompt is formatted. "auto": the tokenizer's chat template if it has one, else Alpaca's (preamble,
+    instruction, and input if there is one) for conversations and instructions, else none. max_length: tokens; longer
+    examples lose their end.
     """
 
     kind: Literal["causal-lm"] = "causal-lm"
@@ -65,10 +66,9 @@ class CausalLM(Objective):
             return _encode_chat(messages or _turns(row), tokenizer)
         if messages is not None:
             prompt = "\n\n".join(turn["content"] for turn in messages[:-1])
-            row = {"prompt": prompt, "completion": messages[-1]["content"], "instruction": True}
+            row = {"prompt": prompt, "completion": messages[-1]["content"], "instruction": prompt}
         instruct = self.template == "alpaca" or (self.template == "auto" and row.get("instruction"))
-        prompt = ALPACA.format(prompt=row["prompt"]) if instruct else row["prompt"]
-        return _encode_plain(prompt, row["completion"], tokenizer)
+        return _encode_plain(alpaca_prompt(row) if instruct else row["prompt"], row["completion"], tokenizer)
 
 
 def _encode_plain(prompt: str, completion: str, tokenizer: Any) -> Encoded:

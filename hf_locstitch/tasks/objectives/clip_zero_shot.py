@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from hf_locstitch.tasks.images import image_tokens, pixels, stack
-from hf_locstitch.tasks.objective import RIGHT, Objective, classes_task, label_ids
+from hf_locstitch.tasks.objective import RIGHT, Objective, Training, classes_task, label_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class ClipZeroShot(Objective):
     """Rows: `image` and `label`. The base's text tower gives the head; the finetune may be a vision tower alone.
 
-    classes: their names, in the order of the labels. prompt: with {} for the name.
+    classes: their names, in the order of the labels. prompt: with {} for the name; or several, whose embeddings are
+    averaged (prompt ensembling, as in CLIP's paper).
     """
 
     kind: Literal["clip-zero-shot"] = "clip-zero-shot"
@@ -28,8 +29,19 @@ class ClipZeroShot(Objective):
     base_config: ClassVar[bool] = True
     head_of: ClassVar[Literal["finetune", "base", "model"]] = "base"
     hub_task: ClassVar[str] = "zero-shot-image-classification"
+    # Learning rate and batch: https://arxiv.org/abs/2212.04089, whose finetunes the paper merges.
+    training: ClassVar[Training | None] = Training(
+        "adamw_torch", 1e-5, 128, 10, r"^vision_model\.", "the vision tower; the head is the base's text tower"
+    )
     classes: tuple[str, ...] = Field(min_length=2)
-    prompt: str = "a photo of a {}."
+    prompt: str | tuple[str, ...] = "a photo of a {}."
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_place(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if value == () or any("{}" not in prompt for prompt in _each(value)):
+            raise ValueError("a prompt needs {} for the name of the class")
+        return value
 
     def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:
         return self.preparing(processor, base)(rows)
@@ -38,11 +50,10 @@ class ClipZeroShot(Objective):
         import torch
         from torch.nn.functional import normalize
 
-        texts = [self.prompt.format(name) for name in self.classes]
         with torch.no_grad():
-            tokens = processor.tokenizer(texts, padding=True, **RIGHT, return_tensors="pt").to(base.device)
-            features = _features(base.get_text_features(**tokens))
-            head = normalize(features, dim=-1) * base.logit_scale.exp()  # [classes, features]
+            heads = [self._head(prompt, processor.tokenizer, base) for prompt in _each(self.prompt)]
+            head = heads[0] if len(heads) == 1 else normalize(torch.stack(heads).mean(0), dim=-1)
+            head = head * base.logit_scale.exp()  # [classes, features]
 
         def outputs(model: Any, batch: Sequence[tuple[Any, int]]) -> Tensor:
             seen = normalize(_features(model.get_image_features(pixel_values=stack(batch, model))), dim=-1)
@@ -54,6 +65,14 @@ class ClipZeroShot(Objective):
 
         return task
 
+    def _head(self, prompt: str, tokenizer: Any, base: Any) -> Tensor:
+        """Embeddings of the classes under one prompt, of length 1 [classes, features]."""
+        from torch.nn.functional import normalize
+
+        texts = [prompt.replace("{}", name) for name in self.classes]
+        tokens = tokenizer(texts, padding=True, **RIGHT, return_tensors="pt").to(base.device)
+        return normalize(_features(base.get_text_features(**tokens)), dim=-1)
+
     def tokens(self, config: Mapping[str, Any]) -> int:
         return image_tokens(config)
 
@@ -61,6 +80,10 @@ class ClipZeroShot(Objective):
 def _features(output: Any) -> Tensor:
     """[examples, features], which transformers wraps in an object since version 5."""
     return getattr(output, "pooler_output", output)
+
+
+def _each(prompt: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (prompt,) if isinstance(prompt, str) else prompt
 
 
 COMPONENT = ClipZeroShot

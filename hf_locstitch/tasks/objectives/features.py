@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hf_locstitch.errors import RequestError
-from hf_locstitch.tasks.objective import Objective
+from hf_locstitch.tasks.objective import Objective, Training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ class Features(Objective):
     kind: Literal["features"] = "features"
     auto_class: ClassVar[str] = "AutoModel"
     labels: ClassVar[str] = "none"
+    training: ClassVar[Training | None] = None
     max_length: int = 256
 
     def prepare(self, rows: Sequence[dict[str, Any]], processor: Any, base: Any) -> Task:

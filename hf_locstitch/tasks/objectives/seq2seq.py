@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from hf_locstitch.checkpoints.config import architecture
 from hf_locstitch.errors import RequestError
+from hf_locstitch.tasks.alpaca import alpaca_prompt
 from hf_locstitch.tasks.objective import Objective
-from hf_locstitch.tasks.objectives.causal_lm import ALPACA
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ class Seq2Seq(Objective):
         if self.template == "chat" or (self.template == "auto" and bool(tokenizer.chat_template)):
             return tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False), answer
         prompt = "\n\n".join(turn["content"] for turn in asked)
-        return ALPACA.format(prompt=prompt) if self.template == "alpaca" else prompt, answer
+        return alpaca_prompt({"prompt": prompt, **row}) if self.template == "alpaca" else prompt, answer
 
     def _encode(self, prompt: str, answer: str, tokenizer: Any, model: Any) -> Encoded:
         """As in training by transformers: the answer is tokenized as a target, and shifted for the decoder."""

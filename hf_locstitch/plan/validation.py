@@ -1,0 +1,55 @@
+"""Requests as pydantic models: every fault at once, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from hf_locstitch.errors import RecipeError
+from hf_locstitch.runtime.registry import Registry
+
+Model = TypeVar("Model", bound=BaseModel)
+# Fields that hold a model, or one of several, or some by name; of fields in them, the keys that lead there, with dots.
+Parts = Mapping[str, "type[BaseModel] | Registry[Any]"]
+
+
+def validated(model: type[Model], fields: Mapping[str, Any], where: str, parts: Parts) -> Model:
+    """The request. Raises RecipeError with every fault; for an unknown key it suggests the nearest one."""
+    try:
+        return model.model_validate(dict(fields))
+    except ValidationError as error:
+        faults = [_fault(fault, model, parts) for fault in error.errors(include_url=False)]
+        raise RecipeError(f"invalid {where}: " + "; ".join(faults) + ".") from error
+
+
+def _fault(fault: Any, model: type[BaseModel], parts: Parts) -> str:
+    loc = [str(part) for part in fault["loc"]]
+    union = parts.get(loc[0]) if loc else None
+    if len(loc) > 1 and isinstance(union, Registry) and loc[1] in union.names():  # pydantic names the union's member
+        loc = [loc[0], *loc[2:]]
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at([str(part) for part in fault["loc"]][:-1], model, parts)
+        near = get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+        return f"unknown key {'.'.join(loc)!r} ({hint})"
+    if fault["type"] == "missing":
+        return f"{'.'.join(loc)!r} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if loc[-1:] == ["density"] and fault["type"] == "less_than_equal" and 1 < fault["input"] <= 100:
+        message += f"; a density is a share: did you mean {fault['input'] / 100:g}?"
+    return f"{'.'.join(loc)}: {message} (got {fault['input']!r})" if loc else message
+
+
+def _fields_at(loc: list[str], model: type[BaseModel], parts: Parts) -> list[str]:
+    """The valid keys at the place of an unknown one."""
+    sizes = (size for size in range(len(loc), 0, -1) if ".".join(loc[:size]) in parts)
+    inside = next(sizes, 0)
+    part = parts[".".join(loc[:inside])] if inside else model
+    if not isinstance(part, Registry):
+        return list(part.model_fields)
+    rest = loc[inside:]
+    named = [part.find(rest[0])] if rest and rest[0] in part.names() else part.all()
+    return [field for component in named for field in component.model_fields]

@@ -1,0 +1,1 @@
+"""Finetuning: a base and examples in, a checkpoint that merges take out."""
