@@ -284,8 +284,8 @@ def finetune(args: argparse.Namespace) -> int:
     if not args.dry_run:
         check_output_given(request.out, request.push_to)
     plan = plan_finetune(request)
+    check_possible(plan)
     if args.dry_run:
-        check_possible(plan)
         _print(in_json(plan.as_json()) if args.json else plan.describe())
         return 0
     if not args.quiet:

@@ -50,7 +50,7 @@ class MaskSettings(MachineUse, Protocol):
     def official(self) -> bool: ...
 
     @property
-    def batch(self) -> int | None: ...
+    def batch(self) -> int: ...
 
     @property
     def epochs(self) -> int: ...
@@ -121,7 +121,7 @@ def learn_mask(config: MaskSettings, grafted: GraftedModel, task: Task, room: Ro
     relative step then takes two passes, since its length depends on all of them. Else gradients are accumulated first,
     in a second number per element.
     """
-    batches = list(micro_batches(task, config.together, config.batch))
+    batches = list(micro_batches(task, config.together, config.batch if config.official else None))
     rounding = Rounding(config.seed)
     scores = start_scores(config, grafted, room)
     gradients: Gradients = Passing(work := Work(grafted, task, batches, room.processes, room.advance))

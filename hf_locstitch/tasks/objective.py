@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from hf_locstitch.checkpoints.config import architecture
+from hf_locstitch.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +95,9 @@ class OwnClasses(Objective):
     def settle(self, config: Any, rows: Sequence[dict[str, Any]]) -> None:
         """The labels' own names, in alphabetical order, or as many classes as their numbers say; unless the model is a
         classifier that has them already."""
-        found = {row["label"] for row in rows}
+        found = {row.get("label") for row in rows}
+        if None in found:
+            raise RequestError(f"{self.kind} needs a label in every example. Map one with the data's `columns`.")
         if self.suits(config.to_dict()) and _classes_of(found, class_names(config)):
             return
         names = sorted(found) if all(isinstance(label, str) for label in found) else None
@@ -126,8 +129,6 @@ def classes_task(examples: Sequence[tuple[Any, int]], outputs: Callable[[Any, Se
 
 def label_ids(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[int]:
     """Class numbers of rows whose `label` is a number or one of the names. Raises RequestError."""
-    from hf_locstitch.errors import RequestError
-
     numbers = {name.lower(): number for number, name in enumerate(names)}
     ids = []
     for row in rows:

@@ -16,6 +16,7 @@ from typing_extensions import Self, TypeVar
 from hf_locstitch.checkpoints.ref import FOLDER_PREFIXES, REPO_ID
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
+from hf_locstitch.runtime.human import nearest
 from hf_locstitch.tasks.named_tasks import named_tasks, with_named_task
 from hf_locstitch.tasks.objectives import AnyObjective
 from hf_locstitch.tasks.rows import Labels, Where, allowed, mapped
@@ -156,10 +157,10 @@ def open_set(asked: Asked) -> OpenSet[Asked]:
     if known := find_surrogate(asked.ref):
         return _open_repo(asked, known.repo, revision or None, asked.config or known.config)
     if Path(name).suffix in BUILDERS or "/" not in name or not REPO_ID.fullmatch(name):
+        known = [*SURROGATES, *named_tasks()]
         raise RecipeError(
-            f"the data {asked.ref!r} is neither a local file, nor one of {', '.join([*SURROGATES, *named_tasks()])}, "
-            "nor a data set org/name. "
-            "Check the path or the name."
+            f"the data {asked.ref!r} is neither a local file, nor one of {', '.join(known)}, nor a data set "
+            f"org/name{nearest(name, known) or '.'} Check the path or the name."
         )
     return _open_repo(asked, name, revision or None, asked.config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,7 +124,9 @@ def _with_adapter(model: Any, trained: Collection[str], absent: Collection[str],
     if not layers:
         raise RecipeError("no linear layer is left for a LoRA adapter. Freeze fewer parameters.")
     settings: Mapping[str, Any] = {"r": rank, "lora_alpha": LORA_SCALE * rank, "target_modules": layers}
-    return peft.get_peft_model(model, peft.LoraConfig(**settings, modules_to_save=heads or None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what it asks transformers for
+        return peft.get_peft_model(model, peft.LoraConfig(**settings, modules_to_save=heads or None))
 
 
 class _Trainer(transformers.Trainer):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_locstitch.localize.learn import Learned, Room
     from hf_locstitch.tasks.task import Task
 
+IDLE = 16  # the paper's batch, which is recorded but does nothing where one step an epoch is taken on the mean
 _RELEASED = {"density": None, "epochs": 10, "lr": 1e7, "relative_lr": False, "start": (-5.0, 5.0),
              "start_density": 1e-5}  # fmt: skip
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -25,10 +26,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         # show what a sparse graft needs, and not halfway, where every weight is half finetuned. docs/quality.md
         # compares other starts.
         "default": {"density": 0.01, "epochs": 5, "lr": 4.0, "relative_lr": True, "penalty": 0.0, "start": (-3.0, -2.0),
-                    "start_density": None, "batch": None},
+                    "start_density": None, "batch": IDLE},
         # The paper's text.
         "paper": {"density": 0.01, "epochs": 10, "lr": 1e7, "relative_lr": False, "penalty": 1e-5, "start": (0.0, 3.0),
-                  "start_density": None, "batch": None},
+                  "start_density": None, "batch": IDLE},
         # The authors' published code with its values, for language and for vision: for comparison with it only.
         "official": {**_RELEASED, "penalty": 10.0, "batch": 8},
         "official-vision": {**_RELEASED, "penalty": 1.0, "batch": 128},
@@ -57,24 +58,20 @@ class Mask(DataLocalizer):
     penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     start: tuple[float, float] = (0.0, 0.0)
     start_density: float | None = Field(default=None, gt=0, le=1)
-    batch: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=IDLE, ge=1)
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, value: Any) -> Any:
         preset = PRESETS.get(value.get("preset", "default")) if isinstance(value, dict) else None
-        if preset and preset["batch"] is None and value.get("batch") == 16:
-            value = {**value, "batch": None}  # earlier versions recorded it where it did nothing
         return {**preset, **value} if preset else value
 
     @model_validator(mode="after")
     def _batch_does_something(self) -> Mask:
-        if (self.batch is None) == self.official:
+        if not self.official and self.batch != IDLE:
             raise ValueError(
-                "batch: its gradient is a sum over batches, so it needs their size"
-                if self.official
-                else f"batch does nothing in the preset {self.preset}, whose gradient is the mean over the whole set; "
-                "drop it, or set micro_batch for the memory"
+                f"batch does nothing in the preset {self.preset}, whose gradient is the mean over the whole set; drop "
+                "it, or set micro_batch for the memory"
             )
         return self
 
@@ -95,11 +92,11 @@ class Mask(DataLocalizer):
     @property
     def together(self) -> int:
         """As WithData.together; for the `official` presets at most one of their batches."""
-        return super().together if self.batch is None else min(super().together, self.batch)
+        return min(super().together, self.batch) if self.official else super().together
 
     def batches(self, examples: int) -> int:
         """As WithData.batches; for the `official` presets, each of their batches is split by itself."""
-        size = examples if self.batch is None else min(self.batch, examples)
+        size = min(self.batch, examples) if self.official else examples
         full, rest = divmod(examples, size) if size else (0, 0)
         return full * super().batches(size) + super().batches(rest)
 
