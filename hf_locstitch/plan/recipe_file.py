@@ -41,12 +41,21 @@ def recipe_of(source: Source) -> Recipe | None:
 
 
 def check_task_code(fields: Mapping[str, Any], where: str) -> None:
-    """Raises RecipeError if a recipe from a file would run the Python of a folder of lm-eval tasks.
+    """Raises RecipeError if a recipe from a file could run Python through lm-eval.
 
-    Task files can call any Python of their folder, and recipes come from strangers.
+    Task files can call any Python of their folder, arguments of models can name some, and recipes come from strangers.
     """
     asked = fields.get("evaluate")
-    if isinstance(asked, Mapping) and asked.get("include_path") is not None:
+    if not isinstance(asked, Mapping):
+        return
+    own = asked.get("lm_eval")
+    if isinstance(own, Mapping) and own.get("model_args"):
+        raise RecipeError(
+            f"{where} gives arguments to lm-eval's model class (evaluate.lm_eval.model_args), some of which have code "
+            "of others run. Read them, then allow them with --allow-task-code, or evaluate the merge afterwards: "
+            "hf-locstitch evaluate OUT --model-args KEY=VALUE..."
+        )
+    if asked.get("include_path") is not None:
         raise RecipeError(
             f"{where} asks for the task files in {asked['include_path']} (evaluate.include_path), which can run any "
             "Python code. Read them, then allow it with --allow-task-code, or evaluate the merge afterwards: "

@@ -141,7 +141,7 @@ def test_rows_are_chosen_by_their_values(tmp_path: Path) -> None:
     both = asked.model_copy(update={"where": {"text": ("3", "4", "5"), "genre": ("a",)}})
     assert [row["text"] for row in read_rows(open_set(both))] == ["4"]
     assert LocalizationSet(ref="x", where={"label": 1}).where == {"label": (1,)}  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="no row of .* is left"):
+    with pytest.raises(RequestError, match=r"no row of .* is left"):
         read_rows(open_set(asked.model_copy(update={"where": {"label": ("0",)}})))
     with pytest.raises(RequestError, match=r"no column 'lable'.* `where`"):
         read_rows(open_set(asked.model_copy(update={"where": {"lable": (0,)}})))
