@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_locstitch.cli.parser import Parser
+from hf_locstitch.cli.evaluation_arguments import add_evaluate
+from hf_locstitch.cli.parser import REF, Parser, add_command, add_debug, count_or
 from hf_locstitch.cli.training import add_training
 from hf_locstitch.exports.forms import FORMS
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.runtime.version import __version__
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.stitchers import MEAN, STITCHERS
-from hf_locstitch.tasks.metrics import METRICS
-
-REF = "REF"  # a folder or org/name[/subfolder][@revision]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,12 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_verify(commands)
     _add_inspect(commands)
-    _add_evaluate(commands)
+    add_evaluate(commands)
     return parser
 
 
 def _add_merge(commands: Any) -> None:
-    parser = _add_command(
+    parser = add_command(
         commands,
         "merge",
         help="merge finetuned models into their base",
@@ -78,11 +75,11 @@ def _add_merge(commands: Any) -> None:
     output = parser.add_argument_group("output")
     _add_layout(output)
     _add_work(output, device=True)
-    _add_debug(parser)
+    add_debug(parser)
 
 
 def _add_localize(commands: Any) -> None:
-    parser = _add_command(
+    parser = add_command(
         commands,
         "localize",
         help="reduce a finetuned model to its mask and the values under it",
@@ -107,11 +104,11 @@ def _add_localize(commands: Any) -> None:
     )
     _add_non_finite(group)
     _add_work(parser.add_argument_group("output"), device=True)
-    _add_debug(parser)
+    add_debug(parser)
 
 
 def _add_stitch(commands: Any) -> None:
-    parser = _add_command(
+    parser = add_command(
         commands,
         "stitch",
         help="merge localized checkpoints into their base",
@@ -139,7 +136,7 @@ def _add_stitch(commands: Any) -> None:
     output = parser.add_argument_group("output")
     _add_layout(output)
     _add_work(output, device=False)
-    _add_debug(parser)
+    add_debug(parser)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -257,7 +254,7 @@ def _add_printing(output: Any) -> None:
 
 
 def _add_compare(commands: Any) -> None:
-    parser = _add_command(
+    parser = add_command(
         commands,
         "compare",
         help="merge in several ways, score every merge, choose the best",
@@ -282,11 +279,11 @@ def _add_compare(commands: Any) -> None:
         "--device", metavar="auto|cpu|cuda[:N]|...", help="where models run and values are solved for (default: auto)"
     )
     _add_printing(output)
-    _add_debug(parser)
+    add_debug(parser)
 
 
 def _add_finetune(commands: Any) -> None:
-    parser = _add_command(
+    parser = add_command(
         commands,
         "finetune",
         help="train a finetuned model to merge, by transformers and PEFT",
@@ -298,11 +295,11 @@ def _add_finetune(commands: Any) -> None:
     add_training(parser)
     _add_target(parser)
     _add_printing(parser.add_argument_group("output"))
-    _add_debug(parser)
+    add_debug(parser)
 
 
 def _add_export(commands: Any) -> None:
-    parser = _add_command(
+    parser = add_command(
         commands,
         "export",
         help="turn a localized checkpoint or a merge into a PEFT adapter",
@@ -317,11 +314,11 @@ def _add_export(commands: Any) -> None:
     parser.add_argument("--base", metavar=REF, help="the base, if it is not where the manifest says")
     _add_target(parser)
     _add_printing(parser)
-    _add_debug(parser)
+    add_debug(parser)
 
 
 def _add_verify(commands: Any) -> None:
-    parser = _add_command(
+    parser = add_command(
         commands,
         "verify",
         help="check a merge or a localized checkpoint: files, masks, values",
@@ -339,18 +336,18 @@ def _add_verify(commands: Any) -> None:
     )
     parser.add_argument(
         "--tensors",
-        type=_count_or("all"),
+        type=count_or("all"),
         default=8,
         metavar="all|N",
         help="how many tensors to recompute (default: 8)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser.add_argument("--quiet", action="store_true", help="print only failed checks, and show no progress bars")
-    _add_debug(parser)
+    add_debug(parser)
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = _add_command(
+    parser = add_command(
         commands,
         "inspect",
         help="show what a merge is made of: densities, overlaps, mask layout, anomalies",
@@ -368,104 +365,4 @@ def _add_inspect(commands: Any) -> None:
         "--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge; implies --inputs"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    _add_debug(parser)
-
-
-def _add_evaluate(commands: Any) -> None:
-    parser = _add_command(
-        commands,
-        "evaluate",
-        help="score models side by side, with lm-eval and on labelled sets",
-        description="Score models side by side: language models with lm-eval, models of any kind on labelled sets. "
-        f"{REF}: a folder or org/name[/subfolder][@revision]. "
-        "Scores already measured on the same content are reused. Several GPUs share the examples under "
-        "`accelerate launch -m hf_locstitch evaluate ...`.",
-    )
-    parser.add_argument("refs", nargs="+", metavar=REF, help="the models; the first is the one being judged")
-    tasks = parser.add_argument_group("what to evaluate")
-    tasks.add_argument(
-        "--suite",
-        choices=["paper", "quick"],
-        help="paper: mmlu:5 arc_easy:0 arc_challenge:25 truthfulqa_mc1:0 truthfulqa_mc2:0; quick: 100 examples each of "
-        "arc_easy:0 arc_challenge:0 truthfulqa_mc1:0",
-    )
-    tasks.add_argument("--tasks", nargs="+", default=[], metavar="NAME[:SHOTS]", help="lm-eval tasks or groups")
-    tasks.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with more lm-eval task files")
-    tasks.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="[NAME=]DATA",
-        help="labelled sets: a file, a surrogate, org/name, or a YAML file of sets; one with the NAME of a finetune is "
-        "judged by that finetune's head",
-    )
-    tasks.add_argument(
-        "--objective",
-        metavar="KIND",
-        help="how the sets are judged, such as causal-lm, or a YAML mapping with its settings: '{kind: masked-lm, "
-        "label_words: [bad, good]}' (default: by the architecture)",
-    )
-    tasks.add_argument(
-        "--metrics", nargs="+", default=[], metavar="NAME", help=f"of the sets: {', '.join(METRICS.names())}"
-    )
-    tasks.add_argument("--limit", type=int, metavar="N", help="only N examples of each task and set")
-
-    compared = parser.add_argument_group("compare with")
-    compared.add_argument(
-        "--parents", action="store_true", help="also evaluate the base and the finetunes of the first REF, a merge"
-    )
-    compared.add_argument("--average", action="store_true", help="also evaluate their plain average, made on the fly")
-    compared.add_argument(
-        "--base", metavar=REF, help="the base to compare with (default: the one in the merge's manifest)"
-    )
-    compared.add_argument(
-        "--ft",
-        nargs="+",
-        metavar=REF,
-        help="the finetuned models to compare with (default: those in the merge's manifest)",
-    )
-
-    group = parser.add_argument_group("how to evaluate")
-    group.add_argument(
-        "--batch-size",
-        type=_count_or("auto"),
-        default="auto",
-        metavar="auto|N",
-        help="auto: the largest that fits (default)",
-    )
-    group.add_argument("--chat-template", action="store_true", help="apply the model's chat template to the prompts")
-    group.add_argument("--no-cache", dest="cache", action="store_false", help="ignore cached scores")
-
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--push",
-        action="store_true",
-        help="write the scores into the model card of the first REF: a folder, or a repo in one commit",
-    )
-    output.add_argument("--track", choices=["trackio", "wandb"], help="also log the scores there")
-    output.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    output.add_argument("--quiet", action="store_true", help="show no progress bars")
-    _add_debug(parser)
-
-
-def _count_or(word: str) -> Callable[[str], int | str]:
-    """A flag's type: a positive integer, or the word itself."""
-
-    def parse(text: str) -> int | str:
-        if text == word:
-            return text
-        if not text.isdecimal() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither {word!r} nor a positive integer")
-        return int(text)
-
-    return parse
-
-
-def _add_command(commands: Any, name: str, *, help: str, description: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
-    parser.set_defaults(command=name)
-    return parser
-
-
-def _add_debug(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)

@@ -227,13 +227,17 @@ def inspect(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     """hf-locstitch evaluate"""
     from hf_locstitch.evaluation.evaluate import evaluate as score
+    from hf_locstitch.tasks.lm_eval_options import LmEvalOptions
 
     flags = vars(args)
     names = [name for name in signature(score).parameters if name in flags and name != "refs"]
     options = {name: flags[name] for name in names}
     if options["batch_size"] == "auto":
         options["batch_size"] = None
-    report = score(args.refs, **options, finetuned=args.ft, show_progress=not args.quiet and sys.stderr.isatty())
+    own = {name: flags[name] for name in LmEvalOptions.model_fields if flags[name] is not None}
+    report = score(
+        args.refs, **options, lm_eval=own, finetuned=args.ft, show_progress=not args.quiet and sys.stderr.isatty()
+    )
     if _speaks():
         _print(in_json(report.as_json()) if args.json else report.describe())
     return 0

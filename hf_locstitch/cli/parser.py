@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from hf_locstitch.runtime.human import nearest
 
+REF = "REF"  # a folder or org/name[/subfolder][@revision]
 CHOICE = re.compile(r"invalid choice: '?(?P<given>.*?)'? \(choose from (?P<choices>.*)\)$")
 
 
@@ -39,3 +40,26 @@ class Parser(argparse.ArgumentParser):
                 flag = word.partition("=")[0]
                 return f"there is no flag {flag}{nearest(flag, flags)}"
         return f"{given[0]!r} is one value too many"
+
+
+def add_command(commands: Any, name: str, *, help: str, description: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
+    parser.set_defaults(command=name)
+    return parser
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def count_or(word: str) -> Callable[[str], int | str]:
+    """A flag's type: a positive integer, or the word itself."""
+
+    def parse(text: str) -> int | str:
+        if text == word:
+            return text
+        if not text.isdecimal() or int(text) == 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither {word!r} nor a positive integer")
+        return int(text)
+
+    return parse

@@ -46,7 +46,9 @@ def evaluate(
     include_path: str | Path | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     chat_template: bool = False,
+    lm_eval: Mapping[str, Any] | None = None,
     base: str | Path | None = None,
     finetuned: Sequence[str | Path] | None = None,
     parents: bool = False,
@@ -62,7 +64,9 @@ def evaluate(
     suite: a set of tasks. data: labelled sets, each [NAME=]REF, a YAML file of sets, or a mapping of names to sets as
     in a recipe; one that is named as a finetune is judged by that finetune's head. objective, metrics: of the sets that
     state none. include_path: a folder with more task files. limit: examples per task or set, default all.
-    batch_size: default the largest that fits. base, finetuned: models to compare with. parents: also evaluate the
+    batch_size: default the largest that fits. dtype: that models are judged in, default their own. chat_template: put
+    prompts into the model's. lm_eval: further options of lm-eval's, as in a recipe: backend, system_instruction,
+    gen_kwargs, log_samples, …. base, finetuned: models to compare with. parents: also evaluate the
     inputs of the first ref, a merge, as its manifest names them. average: also evaluate their plain average. push:
     write the results into the model card of the first ref: a folder or, in one commit, a repo. track: also log them.
     cache: whether to use cached scores.
@@ -78,7 +82,8 @@ def evaluate(
         raise RecipeError(f"--limit must be 1 or more, not {limit}.")
     options = make_options({
         "tasks": tuple(tasks), "suite": suite, "data": data, "objective": objective, "metrics": tuple(metrics),
-        "limit": limit, "batch_size": batch_size, "include_path": include_path, "chat_template": chat_template,
+        "limit": limit, "batch_size": batch_size, "dtype": dtype, "include_path": include_path,
+        "chat_template": chat_template, "lm_eval": dict(lm_eval or {}),
     })  # fmt: skip
     if track is not None:
         from hf_locstitch.evaluation.tracking import find_tracker
@@ -89,7 +94,7 @@ def evaluate(
     models = gather_models(listed, base=base_ref, finetuned=finetuned_refs, parents=parents, average=average)
     subject = next(model for model in models if model.role == "model")
     suites = make_suites(options, subject, partial(known_inputs, listed[0], base_ref, finetuned_refs, models))
-    session = Session(suites, options.limit, cache, show_progress)
+    session = Session(suites, options.dtype, cache, show_progress)
     session.check(models)
     if push:
         from hf_locstitch.evaluation.publishing import check_writable
@@ -150,7 +155,7 @@ class Planned:
         self._inputs = Inputs({name: partial(self._input, name) for name in whole})
         merge = Model("merge", "model", plan.files.label, "", plan.files)  # its config and files, before it is made
         suites = make_suites(asked, merge, lambda: self._inputs)
-        self.session = Session(suites, asked.limit, show_progress=show_progress)
+        self.session = Session(suites, asked.dtype, show_progress=show_progress)
         self.session.check([merge])
         for suite in suites:
             if isinstance(suite, LmEvalSuite):

@@ -16,102 +16,121 @@ from hf_locstitch.errors import CheckpointError
 from hf_locstitch.evaluation.lm_eval_tasks import explaining_data
 from hf_locstitch.evaluation.running import explaining_memory
 from hf_locstitch.evaluation.scores import Score, TaskResult, common
-from hf_locstitch.tasks.benchmarks import TaskSpec
+from hf_locstitch.tasks.benchmarks import EvaluateOptions, TaskSpec
 from hf_locstitch.tasks.custom_code import load_failure
 from hf_locstitch.tasks.leaks import texts_of
+from hf_locstitch.tasks.lm_eval_options import LmEvalOptions
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
+    from lm_eval.api.model import LM
     from lm_eval.api.task import Task
-    from lm_eval.models.huggingface import HFLM
 
 CPU_BATCH = 8  # without a GPU, where "auto" cannot probe the memory
 # lm-eval lists metrics in the order of its task files; these are the ones that leaderboards show.
 MAIN_METRIC = {"arc_challenge": "acc_norm"}
 
 
-def load_model(folder: Path, label: str, batch_size: int | None) -> HFLM:
+def load_model(folder: Path, label: str, options: EvaluateOptions) -> LM:
     """The model for lm-eval; several GPUs share the examples under `accelerate launch`. Raises RequestError, WorkError.
 
-    batch_size: examples per batch; None: the largest that fits the GPU, or CPU_BATCH.
+    Without a batch size it is the largest that fits the GPU, or CPU_BATCH.
     """
     import torch
-    from lm_eval.models import huggingface
 
-    build: Any = huggingface.HFLM
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = batch_size or ("auto" if device == "cuda" else CPU_BATCH)
+    own = options.lm_eval
+    size = options.batch_size or ("auto" if device == "cuda" or own.backend == "vllm" else CPU_BATCH)
+    settings = {
+        "pretrained": str(folder), "batch_size": size, "dtype": options.dtype, "max_length": own.max_length,
+        "trust_remote_code": False, **own.model_args,
+    }  # fmt: skip
     try:
-        with explaining_memory(label, batch_size):
-            return build(
-                pretrained=str(folder), batch_size=size, device=device, use_safetensors=True, trust_remote_code=False
-            )
+        with explaining_memory(label, options.batch_size):
+            if own.backend == "vllm":
+                from lm_eval.models.vllm_causallms import VLLM
+
+                return VLLM(**{"seed": own.seed[2], **settings})  # type: ignore[arg-type]
+            from lm_eval.models import huggingface
+
+            return huggingface.HFLM(**settings, device=device, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CheckpointError(
             f"transformers cannot load {label}: {load_failure(error).rstrip('.')}. "
-            "Check that AutoModelForCausalLM and AutoTokenizer load it."
+            "Check that AutoModelForCausalLM and AutoTokenizer load it, and model_args if any are given."
         ) from error
 
 
 def measure(
-    lm: HFLM,
-    label: str,
-    spec: TaskSpec,
-    tasks: Sequence[Task | Group],
-    *,
-    limit: int | None,
-    batch_size: int | None,
-    chat_template: bool,
+    lm: LM, label: str, spec: TaskSpec, tasks: Sequence[Task | Group], limit: int | None, options: EvaluateOptions
 ) -> list[TaskResult] | None:
     """Run one task or group. Returns its result (for a tag, those of its members); None in all processes but the first.
 
-    Raises TaskError, DownloadError or WorkError.
+    limit: of examples, which a suite may have of its own. Raises TaskError, DownloadError or WorkError.
     """
     import lm_eval
 
     run: Any = lm_eval.evaluate
-    prepare(tasks, spec.shots)
+    own = options.lm_eval
+    prepare(tasks, spec.shots, own)
     groups = [group for task in tasks for group in groups_of(task)]
     loaded = {
         "tasks": {leaf.task_name: leaf for task in tasks for leaf in leaves_of(task)},
         "groups": {group.name: group for group in groups},
         "group_map": {group.name: group.child_names for group in groups},
     }
-    with explaining_memory(label, batch_size, lm):
+    turns = options.chat_template if own.fewshot_as_multiturn is None else own.fewshot_as_multiturn
+    with explaining_memory(label, options.batch_size, lm):
         results = explaining_data(
             spec.name,
             lambda: run(
                 lm,
                 task_dict=loaded,
                 limit=limit,
-                log_samples=False,
-                apply_chat_template=chat_template,
-                fewshot_as_multiturn=chat_template,
+                log_samples=own.log_samples is not None,
+                system_instruction=own.system_instruction,
+                apply_chat_template=options.chat_template,
+                fewshot_as_multiturn=turns,
             ),
         )
     if results is None:
         return None
+    if own.log_samples is not None:
+        write_samples(own.log_samples, label, results["samples"])
     leaves = {leaf.task_name: leaf for task in tasks for leaf in leaves_of(task)}
     scored = [named for task in tasks for named in _scored(task, results)]
     return [read_result(name, results, limit, revision_of(leaves, members)) for name, members in scored]
 
 
-def prepare(tasks: Sequence[Task | Group], shots: int | None) -> None:
-    """Set seeds and shots as lm_eval.simple_evaluate does (which also runs `pip list` each time).
+def write_samples(folder: Path, label: str, samples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """What lm-eval logs of every example, one file a task, in a folder of the model's, as lm-eval itself does."""
+    from lm_eval.loggers import EvaluationTracker
+
+    tracker = EvaluationTracker(output_path=str(folder))
+    tracker.general_config_tracker.model_name_sanitized = re.sub(r"[^\w.-]+", "__", label.lstrip("./"))
+    tracker.date_id = datetime.now(timezone.utc).isoformat(timespec="seconds").replace(":", "-")
+    for task, of_task in samples.items():
+        tracker.save_results_samples(task, of_task)  # type: ignore[arg-type]
+
+
+def prepare(tasks: Sequence[Task | Group], shots: int | None, options: LmEvalOptions) -> None:
+    """Set seeds, shots and generation as lm_eval.simple_evaluate does (which also runs `pip list` each time).
 
     A task that fixes its shots to 0 keeps them.
     """
     import numpy as np
     import torch
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
+    of_python, of_numpy, of_torch, of_shots = options.seed
+    random.seed(of_python)
+    np.random.seed(of_numpy)
+    torch.manual_seed(of_torch)
     for leaf in (leaf for task in tasks for leaf in leaves_of(task)):
         own = leaf.get_config("num_fewshot")
         leaf.set_config(key="num_fewshot", value=own or 0 if shots is None or own == 0 else shots)
-        leaf.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        leaf.set_fewshot_seed(seed=of_shots)
+        if options.gen_kwargs and leaf.get_config("output_type") == "generate_until":
+            leaf.set_config(key="generation_kwargs", value=dict(options.gen_kwargs), update=True)
 
 
 def groups_of(task: Task | Group) -> list[Group]:

@@ -56,7 +56,7 @@ def judge(
 
     listed = [model_of(checkpoint, "model", name) for name, checkpoint in models.items()]
     suite = LabelledSuite(options, listed[0], Inputs({name: opening(name) for name in inputs}))
-    session = Session([suite], options.limit, cache)
+    session = Session([suite], cache=cache)
     session.check(listed)
     report = session.run(listed, processes or Processes())
     return {model.name: {result.task: result for result in model.results} for model in report.models}

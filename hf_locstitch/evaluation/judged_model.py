@@ -39,20 +39,19 @@ class JudgedModel:
     absent: Collection[str] = ()
 
 
-def open_judged_model(
-    folder: Path, head: Path | None, objective: Objective, dtype: torch.dtype | None, label: str
-) -> JudgedModel:
-    """folder: of the model. head: of that whose head judges it; None: its own. dtype: as most of it on disk if None.
+def open_judged_model(folder: Path, head: Path | None, objective: Objective, dtype: str, label: str) -> JudgedModel:
+    """folder: of the model. head: of that whose head judges it; None: its own. dtype: "auto" is that of most of it on
+    disk.
 
     Given a head, the model has all of it that lies outside of the backbone, and what it lacks itself.
     Raises RequestError.
     """
     config = _config(folder, head, objective, label)
-    model, absent = load_model(folder, objective, config, dtype or _dtype_of(folder), CURE)
+    model, absent = load_model(folder, objective, config, _dtype(dtype, folder), CURE)
     owner = model
     if head is not None:
         own = config if objective.base_config else load_config(head, label, CURE)
-        owner, lacking = load_model(head, objective, own, dtype or _dtype_of(head), CURE)
+        owner, lacking = load_model(head, objective, own, _dtype(dtype, head), CURE)
         lend(model, owner, absent, outside=objective.head_of != "base")
         absent &= lacking
     blank(model, absent)
@@ -74,7 +73,9 @@ def _config(folder: Path, head: Path | None, objective: Objective, label: str) -
     return config
 
 
-def _dtype_of(folder: Path) -> torch.dtype:
+def _dtype(asked: str, folder: Path) -> torch.dtype:
+    if asked != "auto":
+        return getattr(torch, asked)
     return main_dtype(info for _, info in open_checkpoint(parse_ref(str(folder))).tensors.values())
 
 

@@ -86,6 +86,7 @@ class LabelledSuite(Suite):
         self._sets = {name: judged_set(name, asked, subject, inputs) for name, asked in options.sets.items()}
         self._rows: dict[str, Rows] = {}
         self.names = list(self._sets)
+        self.limit = options.limit
         self.flags = self._flags()
 
     def check(self, model: Model) -> None:
@@ -118,6 +119,7 @@ class LabelledSuite(Suite):
             "config": one.data.config,
             "objective": one.objective.model_dump(mode="json"),
             "metrics": list(one.metrics),
+            "dtype": self._options.dtype,
             "hf_locstitch": __version__,
             "transformers": version("transformers"),
         }
@@ -143,7 +145,10 @@ class LabelledSuite(Suite):
                     with explaining_memory(model.ref, size):
                         if loaded is None or loaded[0] != kind:
                             loaded = None  # one at a time in memory
-                            loaded = kind, open_judged_model(folder, head, one.objective, None, model.ref)
+                            loaded = (
+                                kind,
+                                open_judged_model(folder, head, one.objective, self._options.dtype, model.ref),
+                            )
                         return self._answers(one, loaded[1], size, processes)
 
                 _, parts = processes.share(answers, lambda own: own)

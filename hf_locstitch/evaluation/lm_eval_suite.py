@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from hf_locstitch.checkpoints.ref import FOLDER_PREFIXES
 from hf_locstitch.evaluation.lm_eval_tasks import digest_of, load_task, open_manager
 from hf_locstitch.evaluation.models import Model, check_language_model
 from hf_locstitch.evaluation.scores import TaskResult
@@ -25,12 +28,13 @@ class LmEvalSuite(Suite):
     def __init__(self, options: EvaluateOptions) -> None:
         """Raises RecipeError."""
         self._options = options
-        specs, self._limit = chosen_tasks(options.tasks, options.suite, options.limit)
+        specs, self.limit = chosen_tasks(options.tasks, options.suite, options.limit)
         self._specs = {str(spec): spec for spec in specs}
         self._digest = digest_of(options.include_path)
         self._tasks: dict[TaskSpec, list[Task | Group]] = {}
         self.names = list(self._specs)
         self.flags = self._flags()
+        self.logs = options.lm_eval.log_samples is not None
 
     @cached_property
     def manager(self) -> TaskManager:
@@ -43,30 +47,28 @@ class LmEvalSuite(Suite):
 
     def facts(self, model: Model, name: str) -> dict[str, Any]:
         spec = self._specs[name]
-        facts = {"model": model.content, "task": spec.name, "shots": spec.shots, "limit": self._limit}
-        facts |= {"chat_template": self._options.chat_template, "task_files": self._digest}
-        return {**facts, "lm_eval": version("lm_eval")}
+        facts = {"model": model.content, "task": spec.name, "shots": spec.shots, "limit": self.limit}
+        facts |= {
+            "chat_template": self._options.chat_template,
+            "task_files": self._digest,
+            "lm_eval": version("lm_eval"),
+        }
+        own = self._options.lm_eval
+        backend = {"vllm": version("vllm")} if own.backend == "vllm" else {}
+        return {**facts, "dtype": self._options.dtype, "options": own.facts(), **backend}
 
     def measure(
         self, model: Model, names: Sequence[str], processes: Processes
     ) -> Iterator[tuple[str, list[TaskResult]]]:
         from hf_locstitch.evaluation import harness
 
-        chosen = self._options
         for name in names:
             self._load(self._specs[name])
         with model.folder() as folder:
-            lm = harness.load_model(folder, model.ref, chosen.batch_size)
+            lm = harness.load_model(folder, model.ref, self._options)
             for name in names:
-                results = harness.measure(
-                    lm,
-                    model.ref,
-                    self._specs[name],
-                    self._tasks[self._specs[name]],
-                    limit=self._limit,
-                    batch_size=chosen.batch_size,
-                    chat_template=chosen.chat_template,
-                )
+                spec = self._specs[name]
+                results = harness.measure(lm, model.ref, spec, self._tasks[spec], self.limit, self._options)
                 yield name, results or []
 
     def judged(self, results: Sequence[TaskResult], texts: bool) -> list[JudgedTask]:
@@ -79,9 +81,9 @@ class LmEvalSuite(Suite):
         return [JudgedTask(one.task, one.dataset, one.config, found.get(one.task)) for one in results]
 
     def notes(self, results: Sequence[TaskResult]) -> list[str]:
-        if self._limit is None:
+        if self.limit is None:
             return []
-        return [f"only the first {self._limit} examples of each task were evaluated, so the scores are rough"]
+        return [f"only the first {self.limit} examples of each task were evaluated, so the scores are rough"]
 
     def _load(self, spec: TaskSpec) -> list[Task | Group]:
         if spec not in self._tasks:
@@ -89,7 +91,28 @@ class LmEvalSuite(Suite):
         return self._tasks[spec]
 
     def _flags(self) -> tuple[str, ...]:
-        """Without the path of a local folder, which stays private."""
+        """Without the paths of local folders, which stay private."""
         flags = ["--tasks", *self.names]
         flags += ["--include-path", "DIR"] if self._options.include_path is not None else []
-        return (*flags, *(["--chat-template"] if self._options.chat_template else []))
+        flags += ["--chat-template"] if self._options.chat_template else []
+        for key, value in self._options.lm_eval.facts().items():
+            flags += _flag(key, value)
+        return tuple(flags)
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    """As the command line has one of lm-eval's options. value: as JSON has it."""
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{'' if value else 'no-'}{name}"]
+    if isinstance(value, dict):
+        return [f"--{name}", *(shlex.quote(f"{part}={_private(one)}") for part, one in value.items())]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", shlex.quote(str(value))]
+
+
+def _private(value: Any) -> str:
+    """As YAML has it, but for the path of a local file."""
+    is_path = isinstance(value, str) and value.startswith(FOLDER_PREFIXES)
+    return "PATH" if is_path else json.dumps(value)

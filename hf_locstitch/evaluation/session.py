@@ -19,12 +19,12 @@ Known = dict[str, list[TaskResult]]  # cache key -> results
 
 @dataclass(frozen=True)
 class Session:
-    """limit: examples per item, as the report has it. cache: whether cached scores are used. Raises RecipeError if two
-    suites have an item of one name.
+    """dtype: that models are judged in. cache: whether cached scores are used. Raises RecipeError if two suites have an
+    item of one name.
     """
 
     suites: Sequence[Suite]
-    limit: int | None = None
+    dtype: str = "auto"
     cache: bool = True
     show_progress: bool = False
 
@@ -72,11 +72,21 @@ class Session:
         return EvaluationReport(
             scored,
             tuple(name for suite in self.suites for name in suite.names),
-            self.limit,
+            self._limit,
             tuple(self._warnings(known, keys[models[0].name], used)),
-            tuple(flag for suite in self.suites for flag in suite.flags),
+            self._flags,
             {name: entry for suite in self.suites for name, entry in suite.entries.items()},
         )
+
+    @property
+    def _limit(self) -> int | None:
+        return next((suite.limit for suite in self.suites if suite.limit is not None), None)
+
+    @property
+    def _flags(self) -> tuple[str, ...]:
+        flags = [flag for suite in self.suites for flag in suite.flags]
+        flags += ["--limit", str(self._limit)] if self._limit is not None else []
+        return (*flags, *(["--dtype", self.dtype] if self.dtype != "auto" else []))
 
     def _warnings(self, known: Known, keys: dict[str, str], used: Sequence[UsedData]) -> list[str]:
         """keys: of one model, whose results name what all are judged on."""
@@ -94,7 +104,7 @@ class Session:
     def _read(self, keys: Sequence[str], processes: Processes) -> Known:
         """What the first process finds in the cache, in every process, so that all measure the same."""
         cached: Known = {}
-        if processes.first and self.cache:
+        if processes.first and self.cache and not any(suite.logs for suite in self.suites):
             cached = {key: results for key in keys if (results := read_cached(key, cache_folder())) is not None}
         return processes.gather(cached)[0]
 

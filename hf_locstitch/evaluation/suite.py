@@ -15,11 +15,14 @@ from hf_locstitch.tasks.leaks import JudgedTask
 class Suite(ABC):
     """Items of one kind: lm-eval's tasks, or labelled sets. What is wrong with them is found as it is made.
 
-    names: of the items, as requested. flags: of the command line that request them.
+    names: of the items, as requested. flags: of the command line that request them. limit: examples per item, None for
+    all. logs: whether examples are logged, so that cached scores do not do.
     """
 
     names: Sequence[str]
     flags: tuple[str, ...]
+    limit: int | None = None
+    logs: bool = False
 
     @abstractmethod
     def check(self, model: Model) -> None:

@@ -41,19 +41,31 @@ def recipe_of(source: Source) -> Recipe | None:
 
 
 def check_task_code(fields: Mapping[str, Any], where: str) -> None:
-    """Raises RecipeError if a recipe from a file would run the Python of a folder of lm-eval tasks.
+    """Raises RecipeError if a recipe from a file could run Python through lm-eval.
 
-    Task files can call any Python of their folder, and recipes come from strangers.
+    Task files can call any Python of their folder, arguments of models can name some, and recipes come from strangers.
     """
     compared = fields.get("compare")
     selecting = compared.get("select") if isinstance(compared, Mapping) else None
     for key, asked in (("evaluate", fields.get("evaluate")), ("compare.select", selecting)):
-        if isinstance(asked, Mapping) and asked.get("include_path") is not None:
-            raise RecipeError(
-                f"{where} asks for the task files in {asked['include_path']} ({key}.include_path), which can run any "
-                "Python code. Read them, then allow it with --allow-task-code, or evaluate the merge afterwards: "
-                "hf-locstitch evaluate OUT --include-path DIR."
-            )
+        if isinstance(asked, Mapping):
+            _check_evaluation_code(asked, key, where)
+
+
+def _check_evaluation_code(asked: Mapping[str, Any], key: str, where: str) -> None:
+    own = asked.get("lm_eval")
+    if isinstance(own, Mapping) and own.get("model_args"):
+        raise RecipeError(
+            f"{where} gives arguments to lm-eval's model class ({key}.lm_eval.model_args), some of which have code "
+            "of others run. Read them, then allow them with --allow-task-code, or evaluate the merge afterwards: "
+            "hf-locstitch evaluate OUT --model-args KEY=VALUE..."
+        )
+    if asked.get("include_path") is not None:
+        raise RecipeError(
+            f"{where} asks for the task files in {asked['include_path']} ({key}.include_path), which can run any "
+            "Python code. Read them, then allow it with --allow-task-code, or evaluate the merge afterwards: "
+            "hf-locstitch evaluate OUT --include-path DIR."
+        )
 
 
 def dump_recipe(recipe: Recipe) -> str:

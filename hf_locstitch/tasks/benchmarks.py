@@ -22,6 +22,7 @@ from hf_locstitch.checkpoints.ref import expand_home
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.parsing import parse_yaml
 from hf_locstitch.tasks.evaluation_sets import EvaluationSet, named_sets
+from hf_locstitch.tasks.lm_eval_options import LmEvalOptions
 from hf_locstitch.tasks.objectives import AnyObjective
 
 
@@ -31,8 +32,9 @@ class EvaluateOptions(BaseModel):
 
     tasks: NAME or NAME:SHOTS. suite: a bundle of tasks. data: labelled sets by name, each a file, a surrogate, a data
     set org/name, or its fields. objective, metrics: of the sets that have none of their own. limit: examples per task
-    or set, by default all. batch_size: by default the largest that fits. include_path: a folder of further task files.
-    chat_template: whether to apply the model's to the prompts. parents, average: what the merge is compared with.
+    or set, by default all. batch_size: by default the largest that fits. dtype: that models are judged in, by default
+    their own. include_path: a folder of further task files. chat_template: whether to apply the model's to the prompts.
+    lm_eval: further options of lm-eval's. parents, average: what the merge is compared with.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -44,8 +46,10 @@ class EvaluateOptions(BaseModel):
     metrics: tuple[str, ...] = ()
     limit: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     include_path: Path | None = None
     chat_template: bool = False
+    lm_eval: LmEvalOptions = Field(default_factory=LmEvalOptions)
     parents: bool = True
     average: bool = False
 
@@ -58,6 +62,8 @@ class EvaluateOptions(BaseModel):
     def _names_tasks(self) -> EvaluateOptions:
         if not self.tasks and self.suite is None and not self.data:
             raise ValueError("set tasks, a suite or data")
+        if self.lm_eval.fewshot_as_multiturn and not self.chat_template:
+            raise ValueError("lm_eval.fewshot_as_multiturn needs chat_template: turns are its")
         return self
 
     @field_validator("objective", mode="before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,26 +11,18 @@ import pytest
 import torch
 import transformers
 from demo.skills import make_tokenizer
+from helpers.architectures import T5
 from helpers.data import write_jsonl
-from helpers.families import build, masked_tokenizer
+from helpers.families import VOCABULARY, build, masked_tokenizer, noisy
+from helpers.launch import launch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from hf_locstitch import evaluate, merge_from_hub
 from hf_locstitch.evaluation.report import EvaluationReport
 
+SEQ2SEQ = {**T5, "vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 2}
 TEXTS = ["copy cable=", "reverse 40718=81704", "swap CABLE=ACLBE", "abc", "next 12345=2", "0", "LKJ", "rotate c="] * 3
-
-
-def noisy(kind: str, folder: Path, seed: int, scale: float = 0.3, **options: Any) -> Path:
-    """A model of its own, of weights that are large enough to tell inputs apart."""
-    model = build(kind, torch.float32, **options)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def labelled(path: Path, classes: int) -> Path:
@@ -68,9 +61,9 @@ def agree(report: EvaluationReport, model: str, task: str, logits: torch.Tensor,
 def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder, finetunes of it with heads for three classes and two, their merge, and a set for each."""
     root = tmp_path_factory.mktemp("classifiers")
-    noisy("bert", root / "base", 0)
+    noisy(build("bert", torch.float32), root / "base", 0)
     for name, labels in {"three": 3, "two": 2}.items():
-        noisy("bert-classes", root / name, labels, num_labels=labels)
+        noisy(build("bert-classes", torch.float32, num_labels=labels), root / name, labels)
         labelled(root / f"{name}.jsonl", labels)
     merge_from_hub(root / "base", [root / "three", root / "two"], out=root / "merged", figures=False)
     return root
@@ -114,7 +107,7 @@ def test_a_head_by_its_name_and_none_at_all(classifiers: Path, run: Callable[...
 
 
 def test_prompts_with_label_words(tmp_path: Path) -> None:
-    folder = noisy("roberta-mlm", tmp_path / "model", 1)
+    folder = noisy(build("roberta-mlm", torch.float32), tmp_path / "model", 1)
     masked_tokenizer().save_pretrained(folder)
     data = labelled(tmp_path / "set.jsonl", 2)
     objective = "{kind: masked-lm, label_words: [a, B], template: '{text}{mask}'}"
@@ -142,7 +135,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_image_classifiers(pictures: Path, tmp_path: Path) -> None:
-    folder = noisy("vit", tmp_path / "vit", 2)
+    folder = noisy(build("vit", torch.float32), tmp_path / "vit", 2)
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     report = evaluate(folder, data=[pictures])
     pipeline = transformers.pipeline("image-classification", model=str(folder))
@@ -155,7 +148,7 @@ def test_clip_by_its_own_text_tower_or_the_bases(pictures: Path, tmp_path: Path)
     classes, folders = ["abc", "def", "0123"], [tmp_path / "base", tmp_path / "ft"]
     images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     for seed, folder in zip((3, 5), folders, strict=True):
-        noisy("clip", folder, seed, scale=1.0)
+        noisy(build("clip", torch.float32), folder, seed, scale=1.0)
         tokenizer = make_tokenizer()
         tokenizer.padding_side = "right"  # as CLIP's own
         transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
@@ -181,12 +174,9 @@ def test_clip_by_its_own_text_tower_or_the_bases(pictures: Path, tmp_path: Path)
     agree(beside, "ft", "pictures", (start.logit_scale.exp() * seen @ texts.T).detach(), 3)
 
 
-def words(folder: Path, kind: str, rows: Sequence[dict[str, str]]) -> Iterator[tuple[float, int, bool]]:
+def words(model: Any, tokenizer: Any, rows: Sequence[dict[str, str]]) -> Iterator[tuple[float, int, bool]]:
     """Of each row: the summed loss of the answer's tokens, their number, and whether greedy decoding gives them."""
-    tokenizer = make_tokenizer()
-    seq2seq = kind == "t5"
-    loader = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-    model = loader.from_pretrained(folder)
+    seq2seq = model.config.is_encoder_decoder
     for row in rows:
         start = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
         answer = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -204,21 +194,58 @@ def words(folder: Path, kind: str, rows: Sequence[dict[str, str]]) -> Iterator[t
         yield float(loss) * len(answer), len(answer), said.tolist() == answer
 
 
-def test_language_models_by_loss_and_exact_match(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_language_models_by_loss_and_exact_match(kind: str, tmp_path: Path) -> None:
     """Answers of unequal lengths; some are what the model says itself, so that not all are wrong."""
-    folder = noisy("llama", tmp_path / "llama", 3)
-    tokenizer, model = make_tokenizer(), transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = make_tokenizer()
+    if kind == "t5":
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+        torch.manual_seed(0)
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**SEQ2SEQ)).eval()
+    else:
+        model = build(kind, torch.float32)
+    folder = noisy(model, tmp_path / "model", 3 if kind == "llama" else None, tokenizer=tokenizer)
     rows = [{"prompt": text, "completion": "ab0"[: 1 + number % 3]} for number, text in enumerate(TEXTS[:6])]
-    for text in ("copy cable=", "swap AB=", "0", "next a="):
+    for text in TEXTS[:8]:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        model.generation_config.eos_token_id = None
-        said = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-        rows.append({"prompt": text, "completion": tokenizer.decode(said)})
-    with torch.no_grad():  # the end of the text follows whatever was said
-        model.lm_head.weight[tokenizer.eos_token_id] += 0.15 * model.lm_head.weight[said[-1]]
-    data = write_jsonl(tmp_path / "answers.jsonl", rows)
-    report = evaluate(folder, data=[data])
-    each = list(words(folder, "llama", rows))
+        said = model.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0)[0]
+        said = said[1:] if kind == "t5" else said[ids.shape[1] :]
+        rows.append({"prompt": text, "completion": tokenizer.decode(said, skip_special_tokens=True)})
+    report = evaluate(folder, data=[write_jsonl(tmp_path / "answers.jsonl", rows)])
+    each = list(words(model, tokenizer, rows))
     total = sum(tokens for _, tokens, _ in each)
-    assert value(report, "llama", "answers", "loss") == pytest.approx(sum(loss for loss, _, _ in each) / total, 1e-5)
-    assert value(report, "llama", "answers", "exact-match") == sum(match for _, _, match in each) / len(rows)
+    assert value(report, "model", "answers", "loss") == pytest.approx(sum(loss for loss, _, _ in each) / total, 1e-5)
+    matches = sum(match for _, _, match in each) / len(rows)
+    assert value(report, "model", "answers", "exact-match") == matches and 0 < matches < 1
+
+
+def test_sentence_encoders_by_descriptions_of_the_classes(tmp_path: Path) -> None:
+    """The merge's embeddings beside those that the base has of the descriptions, less their mean."""
+    folders, classes = [tmp_path / "base", tmp_path / "ft"], ["copy a=", "0123", "LKJIH"]
+    for seed, folder in enumerate(folders):
+        noisy(build("bert", torch.float32), folder, seed)
+    data, objective = labelled(tmp_path / "set.jsonl", 3), {"kind": "text-zero-shot", "classes": classes}
+    report = evaluate(folders[1], data=[data], objective=objective, base=folders[0])
+    start, tuned = (transformers.AutoModel.from_pretrained(folder) for folder in folders)
+    tokenizer = make_tokenizer()
+
+    def embedded(model: Any, text: str) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        return torch.nn.functional.normalize(hidden.mean(0), dim=-1)
+
+    meant = torch.stack([embedded(start, text) for text in classes])
+    head = torch.nn.functional.normalize(meant - meant.mean(0), dim=-1)
+    agree(report, "ft", "set", torch.stack([embedded(tuned, text) @ head.T / 0.1 for text in TEXTS]), 3)
+
+
+def test_processes_share_the_rows(classifiers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = classifiers
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    asked = ["two", "--data", "two=two.jsonl", "--json", "--quiet", "--no-cache"]
+    done = launch(2, root, *asked, command="evaluate", figures=True)
+    assert done.returncode == 0, done.stderr
+    shared = json.loads(done.stdout)["models"][0]["results"][0]
+    alone = evaluate(root / "two", data={"two": str(root / "two.jsonl")}, cache=False).models[0].results[0]
+    assert shared["examples"] == alone.examples == 24
+    assert [one["value"] for one in shared["scores"]] == [pytest.approx(one.value, 1e-6) for one in alone.scores]

@@ -88,6 +88,18 @@ def pair(kind: str, root: Path, dtype: torch.dtype = torch.float64, step: float 
     return root / "base", root / "ft"
 
 
+def noisy(model: Any, folder: Path, seed: int | None, scale: float = 0.3, tokenizer: Any = None) -> Path:
+    """A model with weights that are large enough to tell inputs apart, saved. seed: None goes on with torch's state."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder)
+    return folder
+
+
 def finetunes(root: Path, kind: str = "llama", dtype: torch.dtype = torch.float32, count: int = 2) -> list[Path]:
     """A base, and finetunes of it that differ."""
     base, first = pair(kind, root, dtype)
