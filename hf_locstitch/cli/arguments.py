@@ -60,6 +60,9 @@ def _add_merge(commands: Any) -> None:
     )
     _add_scale(group)
     group.add_argument(
+        "--weights", nargs="+", type=float, metavar="F", help="factor on the task vector of each --ft (default: 1)"
+    )
+    group.add_argument(
         "--rest-from", metavar="NAME", help="finetune to take all other tensors from (default: the base)"
     )
     group.add_argument("--files-from", metavar="NAME", help="finetune to take tokenizer and config from")

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from hf_locstitch.runtime.settings import Settings
 
 # Flags whose destination is a recipe's field of the same name.
-FIELDS = ("method", "stitch", "scale", "include", "exclude", "rest_from", "files_from", "tokenizer", "embeddings",
-          "chat_template", "also_copy", "dtype", "shard_size", "allow_non_finite", "figures", "strict", "out",
+FIELDS = ("method", "stitch", "scale", "weights", "include", "exclude", "rest_from", "files_from", "tokenizer",
+          "embeddings", "chat_template", "also_copy", "dtype", "shard_size", "allow_non_finite", "figures", "strict", "out",
           "push_to", "private", "create_pr")  # fmt: skip
 # Flags of the localizer -> its fields.
 LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}

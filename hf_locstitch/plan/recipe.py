@@ -32,6 +32,7 @@ from hf_locstitch.runtime.registry import Registry
 from hf_locstitch.stitch.fitting import OnInputs, Stitcher
 from hf_locstitch.stitch.method import MaskedMethod, Method
 from hf_locstitch.stitch.methods import METHODS
+from hf_locstitch.stitch.per_tensor import PerTensor
 from hf_locstitch.stitch.stitchers import MEAN, STITCHERS
 from hf_locstitch.tasks.benchmarks import EvaluateOptions
 from hf_locstitch.tasks.leaks import UsedData, used_set
@@ -101,6 +102,9 @@ class Recipe(Strict):
     stitch: AnyStitcher | None = None
     """How the values under the masks are found: `mean` (None) of the finetuned ones, or a `refit` of them."""
     scale: float = Field(default=1.0, allow_inf_nan=False)
+    weights: dict[str, PerTensor] | tuple[PerTensor, ...] = ()
+    """Factor on each finetune's task vector, by name or in order: a number, or numbers by globs of tensors
+    (`{"*.mlp.*": 0.8, "*": 0.5}`, the first that matches); 1 where none is given."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     rest_from: str | None = None
@@ -307,6 +311,18 @@ class Recipe(Strict):
                 f"{given[0]} cannot be combined with {taken[0]}, which gives tokenizer and embeddings, too: use one of "
                 "the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _finetunes_suit_method(self) -> Recipe:
+        count, method = len(self.entries), self.method
+        if count < method.least or (method.most is not None and count > method.most):
+            needed = f"{method.least}" if method.least == method.most else f"at least {method.least}"
+            raise ValueError(f"{method.name} merges {needed} finetunes, not {count}")
+        if self.weights and not method.weighted:
+            raise ValueError(f"{method.name} takes no weights: its finetunes count alike")
+        if isinstance(self.weights, tuple) and self.weights and len(self.weights) != count:
+            raise ValueError(f"weights needs one for each finetune: expected {count}, got {len(self.weights)}")
         return self
 
     @model_validator(mode="after")

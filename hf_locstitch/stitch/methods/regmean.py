@@ -33,10 +33,17 @@ class RegMean(OnInputs, DenseMethod):
     alpha: float = Field(default=0.9, ge=0, le=1)
 
     def combine(
-        self, base: Values, finetuned: Sequence[Values], *, place: Place, scale: float, dtype: np.dtype[Any]
+        self,
+        base: Values,
+        finetuned: Sequence[Values],
+        *,
+        weights: Sequence[float],
+        place: Place,
+        scale: float,
+        dtype: np.dtype[Any],
     ) -> Values:
         """The mean, for tensors that are not fitted."""
-        return mean_of(base, finetuned, scale, dtype)
+        return mean_of(base, finetuned, weights, scale, dtype)
 
     def describe(self) -> str:
         return (
