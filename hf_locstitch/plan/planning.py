@@ -39,7 +39,7 @@ from hf_locstitch.plan.lineage import with_lineage
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.stitching import open_masked, stitch_plan, stitch_vocabulary
-from hf_locstitch.plan.token_models import BASE, LOCALIZE, MEAN, UNION
+from hf_locstitch.plan.token_models import BASE, UNION, WORDS
 from hf_locstitch.plan.tokenizer_files import template_owner, with_tokens
 from hf_locstitch.plan.untrained_state import without_untrained_state
 from hf_locstitch.plan.vocabulary import VocabularyPlan, plan_vocabulary
@@ -53,7 +53,6 @@ AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
 AnyStrictPlan = TypeVar("AnyStrictPlan", bound=Plan)
 AnyGiven = TypeVar("AnyGiven")
 AnyModelPlan = TypeVar("AnyModelPlan", bound=ModelPlan)
-WORDS = (BASE, UNION, MEAN, LOCALIZE)  # that stand where a finetune's name may, too
 TOKENIZER = "tokenizer_config.json"  # where it is, other files of texts may be
 NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
 
