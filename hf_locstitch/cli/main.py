@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # Flags whose destination is a recipe's field of the same name.
 FIELDS = ("method", "stitch", "scale", "weights", "include", "exclude", "rest_from", "files_from", "tokenizer",
-          "embeddings", "chat_template", "also_copy", "dtype", "shard_size", "allow_non_finite", "figures", "strict", "out",
-          "push_to", "private", "create_pr")  # fmt: skip
+          "embeddings", "chat_template", "also_copy", "dtype", "shard_size", "allow_non_finite", "figures", "strict",
+          "out", "push_to", "private", "create_pr")  # fmt: skip
 # Flags of the localizer -> its fields.
 LOCALIZER = {"localizer": "method", "density": "density", "scope": "scope"}
 

@@ -316,9 +316,8 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _finetunes_suit_method(self) -> Recipe:
         count, method = len(self.entries), self.method
-        if count < method.least or (method.most is not None and count > method.most):
-            needed = f"{method.least}" if method.least == method.most else f"at least {method.least}"
-            raise ValueError(f"{method.name} merges {needed} finetunes, not {count}")
+        if misfit := method.misfit(count):
+            raise ValueError(misfit)
         if self.weights and not method.weighted:
             raise ValueError(f"{method.name} takes no weights: its finetunes count alike")
         if isinstance(self.weights, tuple) and self.weights and len(self.weights) != count:

@@ -56,6 +56,13 @@ class Method(BaseModel, ABC):
     if TYPE_CHECKING:  # a field of each method, a Literal
         name: Any = None
 
+    def misfit(self, models: int) -> str | None:
+        """What is wrong with merging so many finetunes, as a clause; None if nothing is."""
+        if self.least <= models and (self.most is None or models <= self.most):
+            return None
+        needed = f"{self.least}" if self.least == self.most else f"at least {self.least}"
+        return f"{self.name} merges {needed} finetunes, not {models}"
+
     @property
     def normalized(self) -> bool:
         """Whether it divides by the sum of the weights, which must not be 0 then."""
@@ -118,9 +125,8 @@ class TensorMethod(Method):
         scale: float,
         dtype: np.dtype[Any],
     ) -> Values:
-        """base, finetuned: [*shape] of any floating dtype; tensor: its name on disk. weights, scale: as of a
-        DenseMethod.
-        Returns [*shape] in dtype."""
+        """base, finetuned: [*shape] of any floating dtype, a scalar as [1]; tensor: its name on disk. weights,
+        scale: as of a DenseMethod. Returns [*shape] in dtype."""
 
     def memory(self, shape: Sequence[int], models: int) -> int:
         """Bytes that merging a tensor of so many finetunes takes at most."""

@@ -115,7 +115,7 @@ class StitchView:
 
     def _merge_tensor(self, method: TensorMethod, tensor: str, chunk: Chunk, dtype: np.dtype[Any]) -> Values:
         """chunk: all of the tensor."""
-        shape = self.base.checkpoint.info(tensor).shape
+        shape = self.base.checkpoint.info(tensor).shape or (1,)
         base, *finetuned = [
             self.checked(reader, tensor, chunk).reshape(shape) for reader in (self.base, *self.finetuned)
         ]

@@ -24,9 +24,9 @@ from hf_locstitch import LocstitchError, Magnitude, Mask, RequestError, Saliency
 from hf_locstitch.cli.main import main
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize import search_with_data as module
-from hf_locstitch.localize.density import exact_share
 from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores
 from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.runtime.shares import exact_share
 from hf_locstitch.tasks.sets import LocalizationSet, open_set, read_rows
 from loopback_hub import LoopbackHub
 
