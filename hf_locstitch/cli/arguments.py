@@ -75,6 +75,14 @@ def _add_merge(commands: Any) -> None:
     )
 
     output = parser.add_argument_group("output")
+    output.add_argument(
+        "--convert",
+        nargs="?",
+        const=Path("-"),
+        type=Path,
+        metavar="FILE",
+        help="write the recipe that RECIPE.yaml and the flags stand for to this file (default: print it) and stop",
+    )
     _add_layout(output)
     _add_work(output, device=True)
     _add_debug(parser)
@@ -142,7 +150,13 @@ def _add_stitch(commands: Any) -> None:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="a recipe; flags override it")
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        type=Path,
+        metavar="RECIPE.yaml",
+        help="a recipe, or a config of mergekit's; flags override it",
+    )
     parser.add_argument("--base", metavar=REF, help="the pretrained model (default: the one that adapters name)")
 
 

@@ -21,10 +21,12 @@ from hf_locstitch.tasks.sets import LocalizationSet
 LOG = logging.getLogger("hf_locstitch")
 # Fields that say where it goes and how it is judged.
 NOT_THE_MERGE = ("out", "push_to", "private", "create_pr", "evaluate", "strict")
+BESIDE = (*NOT_THE_MERGE, "compare")  # beside the merge, in a config of mergekit's, too
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """The fields of a YAML recipe, not yet validated, or those that a config of mergekit's stands for.
+    """The fields of a YAML recipe, not yet validated, or those that a config of mergekit's stands for, which may also
+    say where the merge goes and how it is judged.
 
     Raises RecipeError if it is neither, and CheckpointError if such a config's base cannot be read.
     """
@@ -33,10 +35,11 @@ def load_recipe(path: Path) -> dict[str, Any]:
         return fields
     from hf_locstitch.plan.mergekit.translate import translate  # reads checkpoints
 
+    beside = {key: fields.pop(key) for key in BESIDE if key in fields}
     translation = translate(fields, str(path))
     for note in translation.notes:
         LOG.warning("%s: %s.", path, note)
-    return translation.fields
+    return {**translation.fields, **beside}
 
 
 def _read(path: Path) -> dict[str, Any]:
