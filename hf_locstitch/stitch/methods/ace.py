@@ -52,7 +52,9 @@ class Ace(MatrixMethod):
         if not unequal:
             return solved
         mean = below / len(task_vectors)
-        rest = sum((vector @ (own - mean) for vector, own in zip(task_vectors, covariances, strict=True)), solved)
+        rest = solved.clone()
+        for vector, covariance in zip(task_vectors, covariances, strict=True):
+            rest += vector @ (covariance - mean)
         return solved + self._refinement(rest)
 
     def _refinement(self, matrix: Tensor) -> Tensor:
