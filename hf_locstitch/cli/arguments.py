@@ -182,7 +182,7 @@ def _add_localizing(group: Any) -> None:
         "--density",
         type=float,
         metavar="F",
-        help="fraction of the weights each mask keeps (default: 0.1; mask: 0.01; ties: 0.2)",
+        help="fraction of the weights each mask keeps (default: 0.1; mask: 0.01; ties: 0.2; della: 0.5)",
     )
     group.add_argument(
         "--scope", choices=["model", "tensor"], help="top k over the whole model (default) or in each tensor"

@@ -52,14 +52,14 @@ def kept_chances(task_vector: Vector, density: float, epsilon: float) -> Vector:
     by rank. Rows are of the last dimension, of convolutions (four dimensions and more) of all but the first."""
     import numpy as np
 
-    shape = task_vector.shape
-    width = math.prod(shape[1:]) if len(shape) > 3 else shape[-1]
+    first, *others = task_vector.shape
+    width = math.prod(others) if len(others) > 2 else others[-1] if others else first
     rows = abs(task_vector).reshape(-1, width)
     order = rows.argsort(axis=1, kind="stable")
     steps = np.linspace(density - epsilon, density + epsilon, width) if width > 1 else [density]
     chances = np.empty(rows.shape)
     np.put_along_axis(chances, order, np.broadcast_to(steps, rows.shape), axis=1)
-    return chances.reshape(shape)
+    return chances.reshape(task_vector.shape)
 
 
 COMPONENT = Della

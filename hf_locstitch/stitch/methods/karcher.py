@@ -63,9 +63,12 @@ class Karcher(TensorMethod):
         """Of unit vectors [n] with their shares: from their mean, along the mean of the arcs to them."""
         from math import acos, cos, sin
 
+        from hf_locstitch.stitch.task_vectors import weighted_sum
         from hf_locstitch.stitch.vectors import inner, norm
 
-        first, mean = directions[0][1], sum(share * one for share, one in directions)
+        first = directions[0][1]
+        shares = [share for share, _ in directions]
+        mean = weighted_sum((one for _, one in directions), shares, scale=1.0, normalize=False)
         length = norm(mean)
         mean = mean / length if length >= self.tol else first.copy()
         for _ in range(self.max_iter):
