@@ -58,6 +58,15 @@ CASES: Mapping[str, Config] = {
     "task_arithmetic, by layer": _weighted("task_arithmetic", [BY_PART, 0.3, [0, 1]], **{"lambda": 0.8}),
     "ties": _of_all("ties", {"weight": 1.0, "density": 0.2}),
     "ties, weights": _weighted("ties", [0.5, 0.3, 0.7], density=0.2, normalize=False, int8_mask=True),
+    "ties, densities": {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [
+            {"model": name, "parameters": {"weight": weight, "density": density}}
+            for name, weight, density in zip(FINETUNED, (0.5, 0.3, 0.7), (0.2, 0.5, 0.33), strict=True)
+        ],
+        "parameters": {},
+    },
     "breadcrumbs": _of_all("breadcrumbs", {"weight": 0.5, "density": 0.3, "gamma": 0.05}),
     "breadcrumbs_ties": _of_all("breadcrumbs_ties", {"weight": 0.5, "density": 0.3, "gamma": 0.05}, normalize=True),
     "dare_ties, all kept": _weighted("dare_ties", [0.5, 0.3, 0.7], density=1.0),
@@ -95,13 +104,9 @@ def merge_with(command: list[str], config: Path, out: Path) -> State:
     return load(out)
 
 
-def _models(case: Config) -> list[Config]:
-    return case["models"] if "models" in case else case["slices"][0]["sources"]
-
-
-def borders(case: Config, n: int) -> Iterator[int]:
+def borders(case: Config, model: Config, n: int) -> Iterator[int]:
     """The ranks, from the smallest |task vector| of a tensor, of the first and last that are kept."""
-    given = {**case.get("parameters", {}), **_models(case)[0].get("parameters", {})}
+    given = {**case["parameters"], **model["parameters"]}
     if case["merge_method"] == "ties":
         yield n - int(given["density"] * n)
     elif case["merge_method"].startswith("breadcrumbs"):
@@ -117,7 +122,7 @@ def excuses(case: Config, base: torch.Tensor, finetuned: list[torch.Tensor]) -> 
         task_vector = values.double() - base.double()
         size = task_vector.abs()
         found = size.flatten().sort().values
-        bounds = [found[rank] for rank in borders(case, len(found))]
+        bounds = [found[rank] for rank in borders(case, model, len(found))]
         for bound in bounds:
             tied |= size == bound
         low, high = (bounds[0], bounds[-1] if len(bounds) > 1 else found[-1] + 1) if bounds else (-1.0, found[-1] + 1)

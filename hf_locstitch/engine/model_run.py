@@ -49,7 +49,7 @@ class ModelRun(Run[AnyModelPlan]):
         """The view of the open inputs that shards are written from."""
         plan = self.plan
         return StitchView(
-            method=plan.recipe.method,
+            method=plan.recipe.method.in_order([list(plan.finetuned).index(name) for name in plan.order]),
             scale=plan.recipe.scale,
             base=readers["base"],
             unmasked=readers["base" if plan.unmasked_from is plan.base else str(plan.recipe.rest_from)],

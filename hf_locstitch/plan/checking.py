@@ -116,6 +116,9 @@ def check_weights(recipe: Recipe, weights: Mapping[str, PerTensor], chosen: Sequ
     weights: by finetune. Raises RecipeError with every problem."""
     method = recipe.method
     by_globs = {f"method.{field}": getattr(method, field) for field in method.by_globs}
+    by_globs |= {
+        f"method.{field}.{i}": one for field in method.of_finetunes for i, one in enumerate(getattr(method, field))
+    }
     by_globs |= {f"weights.{name}": weight for name, weight in weights.items()}
     problems = [
         problem

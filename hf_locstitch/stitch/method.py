@@ -36,7 +36,8 @@ class Method(BaseModel, ABC):
     first. needs_data: whether it uses unlabelled inputs. blocks_only: whether its default is to merge only the
     transformer blocks, not all tensors. least, most: how many finetunes it takes. ordered: whether it tells them apart
     by the order given; else they come in one that does not depend on it. weighted: whether finetunes may have weights.
-    by_globs: the settings that may be numbers by globs of tensors.
+    by_globs: the settings that may be numbers by globs of tensors. of_finetunes: those that have, if they are given, an
+    entry for each finetune, which may be by globs, too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,16 +53,25 @@ class Method(BaseModel, ABC):
     ordered: ClassVar[bool] = False
     weighted: ClassVar[bool] = False
     by_globs: ClassVar[tuple[str, ...]] = ()
+    of_finetunes: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:  # a field of each method, a Literal
         name: Any = None
 
     def misfit(self, models: int) -> str | None:
         """What is wrong with merging so many finetunes, as a clause; None if nothing is."""
-        if self.least <= models and (self.most is None or models <= self.most):
-            return None
-        needed = f"{self.least}" if self.least == self.most else f"at least {self.least}"
-        return f"{self.name} merges {needed} finetunes, not {models}"
+        if models < self.least or (self.most is not None and models > self.most):
+            needed = f"{self.least}" if self.least == self.most else f"at least {self.least}"
+            return f"{self.name} merges {needed} finetunes, not {models}"
+        for field in self.of_finetunes:
+            if (count := len(getattr(self, field))) not in (0, models):
+                return f"{field} needs one for each finetune: expected {models}, got {count}"
+        return None
+
+    def in_order(self, order: Sequence[int]) -> Method:
+        """The same for the finetunes in another order, given by their numbers."""
+        given = {field: getattr(self, field) for field in self.of_finetunes if getattr(self, field)}
+        return self.model_copy(update={field: tuple(one[i] for i in order) for field, one in given.items()})
 
     @property
     def normalized(self) -> bool:

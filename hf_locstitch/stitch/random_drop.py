@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from pydantic import BaseModel, Field
+from pydantic import Field
+
+from hf_locstitch.stitch.densities import Densities
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from hf_locstitch.runtime.dtypes import Values
     from hf_locstitch.stitch.method import Place
+    from hf_locstitch.stitch.task_vectors import Vector
 
 
-class RandomDrop(BaseModel):
-    """density: share of each task vector's entries that is kept (1 − the paper's drop rate). seed: of the random
-    choice."""
+class RandomDrop(Densities):
+    """density: share of each task vector's entries that is kept (1 − the paper's drop rate). densities: one for each
+    finetune. seed: of the random choice."""
 
-    density: float = Field(default=0.1, gt=0, le=1, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0)
 
     def kept(self, place: Place, model: int, count: int) -> npt.NDArray[np.bool_]:
         """Which entries from `place` on are kept [count]. model: number of the finetune."""
-        return uniform(self.seed, place, model, count) < self.density
+        return uniform(self.seed, place, model, count) < self.density_of(place.tensor, model)
+
+    def kept_sum(
+        self,
+        start: Vector,
+        finetuned: Sequence[Values],
+        *,
+        weights: Sequence[float],
+        place: Place,
+        scale: float,
+        rescale: bool = True,
+    ) -> Vector:
+        """scale · Σ weight · kept · (finetuned − start) [n]. rescale: each divided by its density."""
+        densities = [self.density_of(place.tensor, model) if rescale else 1.0 for model in range(len(finetuned))]
+        total = start * 0
+        for model, (values, weight) in enumerate(zip(finetuned, weights, strict=True)):
+            factor = weight * (densities[0] / densities[model])  # the weight itself, where all have one density
+            total += factor * (values.astype("f8") - start) * self.kept(place, model, len(start))
+        return scale / densities[0] * total
 
 
 def uniform(seed: int, place: Place, model: int, count: int) -> npt.NDArray[np.float64]:

@@ -21,10 +21,12 @@ class Takes(Enum):
 @dataclass(frozen=True)
 class Parameter:
     """to: where its value goes in the recipe, dotted; None if it changes no value. default: mergekit's; None if it has
-    to be given. only: the one value that can be translated, if there is but one, and why."""
+    to be given. each: the field that has a value for each finetune, where they differ. only: the one value that can be
+    translated, if there is but one, and why."""
 
     to: str | None
     default: Any = None
+    each: str | None = None
     only: Any = None
     why: str = ""
 
@@ -32,7 +34,8 @@ class Parameter:
 @dataclass(frozen=True)
 class MergekitMethod:
     """name: of the method here. shared: parameters that mergekit reads for all models at once; own: for each model.
-    also: fields of the recipe that it has in any case. notes: how its values differ here."""
+    also: fields of the recipe that it has in any case. notes: how its values differ here. varied: in its place where
+    parameters of a model differ between models or tensors that are one for all here."""
 
     name: str
     takes: Takes
@@ -40,6 +43,7 @@ class MergekitMethod:
     own: Mapping[str, Parameter] = field(default_factory=dict)
     also: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    varied: MergekitMethod | None = None
 
 
 WEIGHT = Parameter("weights")
@@ -62,6 +66,7 @@ def _sum_of_task_vectors(
     own: Mapping[str, Parameter] | None = None,
     also: Mapping[str, Any] | None = None,
     notes: tuple[str, ...] = (),
+    varied: MergekitMethod | None = None,
 ) -> MergekitMethod:
     """One of those that mergekit calls generalized task arithmetic."""
     shared = {
@@ -70,14 +75,23 @@ def _sum_of_task_vectors(
         "rescale": rescale,
         "int8_mask": NO_EFFECT,
     }
-    return MergekitMethod(name, Takes.OTHERS, shared, {"weight": WEIGHT, **(own or {})}, also or {}, notes)
+    return MergekitMethod(name, Takes.OTHERS, shared, {"weight": WEIGHT, **(own or {})}, also or {}, notes, varied)
 
 
-DENSITY = {"density": Parameter("method.density", 1.0)}
+DENSITY = {"density": Parameter("method.density", 1.0, each="method.densities")}
 RESCALE = Parameter("method.rescale", True)
 GAMMA = {**DENSITY, "gamma": Parameter("method.gamma", 0.01)}
 EPSILON = {**DENSITY, "epsilon": Parameter("method.epsilon", 0.15)}
 RANDOM = (DRAWN, RESCALED)
+TRIMMED = _sum_of_task_vectors(
+    "breadcrumbs",
+    normalize=True,
+    own=DENSITY,
+    also={"method": {"elect": True, "gamma": 0.0}},
+    notes=(
+        "densities differ: `breadcrumbs` with gamma 0 and elected signs, which is ties in each tensor, has several",
+    ),
+)
 
 TRANSLATED: Mapping[str, MergekitMethod] = {
     "linear": MergekitMethod(
@@ -100,6 +114,7 @@ TRANSLATED: Mapping[str, MergekitMethod] = {
         normalize=True,
         own={"density": Parameter("localizer.density", 1.0)},
         also={"localizer": {"method": "magnitude", "scope": "tensor"}},
+        varied=TRIMMED,
     ),
     "dare_linear": _sum_of_task_vectors("dare-linear", normalize=False, rescale=RESCALE, own=DENSITY, notes=RANDOM),
     "dare_ties": _sum_of_task_vectors("dare-ties", normalize=False, rescale=RESCALE, own=DENSITY, notes=RANDOM),

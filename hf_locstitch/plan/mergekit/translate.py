@@ -8,14 +8,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from hf_locstitch.errors import RecipeError
-from hf_locstitch.plan.mergekit.config import Branch, MergekitConfig, ModelRef, Parameters, read_config
+from hf_locstitch.plan.mergekit.config import Branch, MergekitConfig, ModelRef, Parameters, Source, read_config
 from hf_locstitch.plan.mergekit.inputs import Findings, Inputs, read_inputs
 from hf_locstitch.plan.mergekit.layers import Layout, by_globs, read_layout
 from hf_locstitch.plan.mergekit.methods import KNOWN, REFUSED, TRANSLATED, MergekitMethod, Parameter, Takes
 from hf_locstitch.stitch.per_tensor import PerTensor
 
 DTYPES = ("float32", "bfloat16", "float16")
-BY_TENSOR = ("weights", "method.t")  # fields that may differ between tensors
+BY_TENSOR = ("weights", "method.t", "method.density")  # fields that may differ between tensors
 
 
 class Translation(NamedTuple):
@@ -35,6 +35,8 @@ def translate(fields: Mapping[str, Any], where: str, layout_of: Callable[[str], 
     inputs = read_inputs(config, method, found)
     recipe: dict[str, Any] = {}
     if inputs is not None:
+        if method.varied is not None and _vary(config, inputs, method):
+            method = method.varied
         recipe = {"base": inputs.base, "finetuned": inputs.entries, **_of_parts({"method.name": method.name})}
         for name, value in method.also.items():
             recipe[name] = {**recipe.get(name, {}), **value}
@@ -57,6 +59,29 @@ def _method(name: str, where: str) -> MergekitMethod:
         name, f"mergekit has no such method that is known here ({known}known: {', '.join(TRANSLATED)})"
     )
     raise RecipeError(f"{where} is a config of mergekit's with merge_method {name}, which is not translated: {reason}.")
+
+
+def _chain(config: MergekitConfig, inputs: Inputs, source: Source | None = None) -> list[Parameters]:
+    """Where parameters of a model, or those of all, are looked for, in this order."""
+    return [
+        *([source.parameters] if source else []),
+        inputs.part.parameters if inputs.part else None,
+        config.parameters,
+    ]
+
+
+def _branches(name: str, chain: Sequence[Parameters]) -> list[Branch]:
+    return [branch for given in chain if given for branch in given.get(name, ())]
+
+
+def _vary(config: MergekitConfig, inputs: Inputs, method: MergekitMethod) -> bool:
+    """Whether a parameter of a model that is one for all differs between models or tensors."""
+    single = [name for name, parameter in method.own.items() if parameter.to not in BY_TENSOR]
+    values = {
+        name: {tuple(_branches(name, _chain(config, inputs, source))[:1]) for source in inputs.sources}
+        for name in single
+    }
+    return any(len(found) > 1 or any(one and not one[0].constant for one in found) for found in values.values())
 
 
 def _of_parts(dotted: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +109,8 @@ class _Settings:
     ) -> None:
         self._called, self._method, self._inputs = config.merge_method, method, inputs
         self._layout, self._found = layout, found
-        self._common = [inputs.part.parameters if inputs.part else None, config.parameters]
+        self._common = _chain(config, inputs)
+        self._own = [_chain(config, inputs, source) for source in inputs.sources]
 
     def check_layers(self) -> None:
         """Whether a slice is all of the model."""
@@ -112,9 +138,9 @@ class _Settings:
         for name, parameter in self._method.shared.items():
             self._put(fields, name, parameter, [self._value(name, parameter, self._common)])
         for name, parameter in self._method.own.items():
-            chains = [[source.parameters, *self._common] for source in self._inputs.sources]
             of_each = [
-                self._value(name, parameter, chain, ref) for chain, ref in zip(chains, self._inputs.refs, strict=True)
+                self._value(name, parameter, chain, ref)
+                for chain, ref in zip(self._own, self._inputs.refs, strict=True)
             ]
             if parameter.to == "weights":
                 if any(weight != 1.0 for weight in of_each):
@@ -127,7 +153,7 @@ class _Settings:
 
     def _value(self, name: str, parameter: Parameter, chain: Sequence[Parameters], of: str = "") -> PerTensor:
         """A parameter's. chain: parameters in the order in which they count. of: the model, if it is a model's own."""
-        branches = [branch for given in chain if given for branch in given.get(name, ())]
+        branches = _branches(name, chain)
         if branches and branches[0].constant:
             return branches[0].values[0]
         called = f"{name} of {of}" if of else name
@@ -151,8 +177,11 @@ class _Settings:
         return value
 
     def _put(self, fields: dict[str, Any], name: str, parameter: Parameter, values: Sequence[PerTensor]) -> None:
-        """A setting that is the same for all models."""
+        """A setting that is the same for all models, or one that has an entry for each."""
         first = values[0]
+        if any(value != first or isinstance(value, Mapping) for value in values) and parameter.each is not None:
+            fields[parameter.each] = list(values)
+            return
         if any(value != first for value in values):
             listed = ", ".join(f"{value} of {ref}" for value, ref in zip(values, self._inputs.refs, strict=True))
             self._found.problems.append(f"{name} differs between models ({listed}); here it is one for all: use one")

@@ -33,10 +33,7 @@ class Dare(RandomDrop, DenseMethod):
     ) -> Values:
         """base + scale · Σ weight · kept · (finetuned − base) / density, in float64."""
         start = base.astype("f8")
-        total = start * 0
-        for number, (values, weight) in enumerate(zip(finetuned, weights, strict=True)):
-            total += weight * (values.astype("f8") - start) * self.kept(place, number, len(base))
-        return (start + scale / self.density * total).astype(dtype)
+        return (start + self.kept_sum(start, finetuned, weights=weights, place=place, scale=scale)).astype(dtype)
 
 
 COMPONENT = Dare

@@ -37,11 +37,10 @@ class DareLinear(RandomDrop, DenseMethod):
         dtype: np.dtype[Any],
     ) -> Values:
         """base + scale · Σ weight · kept · (finetuned − base), in float64, and as rescale and normalize say."""
-        from hf_locstitch.stitch.methods.dare import Dare
-
-        factor = scale * (1.0 if self.rescale else self.density) / (sum(weights) if self.normalize else 1.0)
-        dare = Dare(density=self.density, seed=self.seed)
-        return dare.combine(base, finetuned, weights=weights, place=place, scale=factor, dtype=dtype)
+        start = base.astype("f8")
+        factor = scale / sum(weights) if self.normalize else scale
+        change = self.kept_sum(start, finetuned, weights=weights, place=place, scale=factor, rescale=self.rescale)
+        return (start + change).astype(dtype)
 
 
 COMPONENT = DareLinear

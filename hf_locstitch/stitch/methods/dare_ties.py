@@ -41,11 +41,11 @@ class DareTies(RandomDrop, DenseMethod):
         from hf_locstitch.stitch.task_vectors import agreeing_mean, task_vectors  # not needed for planning
 
         start = base.astype("f8")
-        vectors = [
-            vector * self.kept(place, number, len(base)) for number, vector in enumerate(task_vectors(start, finetuned))
-        ]
-        factor = scale / self.density if self.rescale else scale
-        return (start + agreeing_mean(vectors, weights, scale=factor, normalize=self.normalize)).astype(dtype)
+        vectors = []
+        for model, vector in enumerate(task_vectors(start, finetuned)):
+            kept = vector * self.kept(place, model, len(base))
+            vectors.append(kept / self.density_of(place.tensor, model) if self.rescale else kept)
+        return (start + agreeing_mean(vectors, weights, scale=scale, normalize=self.normalize)).astype(dtype)
 
 
 COMPONENT = DareTies

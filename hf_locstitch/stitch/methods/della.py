@@ -31,17 +31,19 @@ class Della(RandomDrop, ThinnedTensors):
 
     @model_validator(mode="after")
     def _are_chances(self) -> Della:
-        if self.density < 1 and not (self.density - self.epsilon > 0 and self.density + self.epsilon <= 1):
-            raise ValueError(
-                f"entries are kept with chances from density − epsilon to density + epsilon, but {self.density:g} ± "
-                f"{self.epsilon:g} is not within 0 and 1"
-            )
+        for density in self.every_density:
+            if density < 1 and not (density - self.epsilon > 0 and density + self.epsilon <= 1):
+                raise ValueError(
+                    f"entries are kept with chances from density − epsilon to density + epsilon, but {density:g} ± "
+                    f"{self.epsilon:g} is not within 0 and 1"
+                )
         return self
 
     def thin(self, task_vector: Vector, *, tensor: str, model: int) -> Vector:
-        if self.density == 1:
+        density = self.density_of(tensor, model)
+        if density == 1:
             return task_vector
-        chances = kept_chances(task_vector, self.density, self.epsilon)
+        chances = kept_chances(task_vector, density, self.epsilon)
         drawn = uniform(self.seed, Place(tensor, 0), model, task_vector.size).reshape(task_vector.shape)
         left = task_vector * (drawn < chances)
         return left / chances if self.rescale else left

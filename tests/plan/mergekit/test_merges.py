@@ -131,6 +131,13 @@ CASES: Mapping[str, tuple[Merge, dict[str, Any]]] = {
         ties,
         {"base_model": "base", "models": models_with(*[{"weight": w, "density": 0.4} for w in (1, 0.5, 2)])},
     ),
+    "ties, densities": (
+        ties,
+        {
+            "base_model": "base",
+            "models": models_with(*[{"weight": 0.7, "density": d} for d in (0.4, [1, 0.2], 0.8)]),
+        },
+    ),
     "breadcrumbs_ties": (
         breadcrumbs_ties,
         {
@@ -144,16 +151,16 @@ CASES: Mapping[str, tuple[Merge, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("method", CASES)
-def test_the_values_are_mergekits(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference, config = CASES[method]
+@pytest.mark.parametrize("case", CASES)
+def test_the_values_are_mergekits(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, config = CASES[case]
     base = random_state(0)
     models = {"base": base, **{name: finetune(base, seed, 0.3) for seed, name in enumerate(NAMES)}}
     for name, state in models.items():
         save(tmp_path / name, state)
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.yml"
-    path.write_text(yaml.safe_dump({"merge_method": method, "out": "out", **config}))
+    path.write_text(yaml.safe_dump({"merge_method": case.partition(",")[0], "out": "out", **config}))
     carry_out(plan_merge({**load_recipe(path), "figures": False}), Progress(False))
     found = load(tmp_path / "out")
     assert found.keys() == base.keys()

@@ -134,6 +134,58 @@ UNDERSTOOD: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {
         },
         (),
     ),
+    "ties by layers and models, its example": (
+        """
+        models:
+          - {model: org/a, parameters: {density: [1, 0.7, 0.1], weight: 1.0}}
+          - {model: org/b, parameters: {density: 0.5, weight: [0, 0.3, 0.7, 1]}}
+          - {model: org/c, parameters: {density: 0.33, weight: [{filter: mlp, value: 0.5}, {value: 0}]}}
+        merge_method: ties
+        base_model: org/start
+        parameters: {normalize: true, int8_mask: true}
+        """,
+        {
+            "base": "org/start",
+            "finetuned": ["org/a", "org/b", "org/c"],
+            "method": {
+                "name": "breadcrumbs",
+                "elect": True,
+                "gamma": 0.0,
+                "normalize": True,
+                "densities": [
+                    {"model.layers.0.*": 1.0, "model.layers.1.*": 0.7, "model.layers.2.*": 0.1, "*": 1.0},
+                    0.5,
+                    0.33,
+                ],
+            },
+            "scale": 1.0,
+            "weights": [
+                1.0,
+                {"model.layers.0.*": 0.0, "model.layers.1.*": 0.5, "model.layers.2.*": 1.0, "*": 0.0},
+                {"*mlp*": 0.5, "*": 0.0},
+            ],
+            "tokenizer": "base",
+        },
+        ("breadcrumbs",),
+    ),
+    "dare_ties with a density for each model, its example": (
+        """
+        merge_method: dare_ties
+        base_model: org/start
+        models:
+          - {model: org/a, parameters: {weight: 0.5, density: 0.6}}
+          - {model: org/b, parameters: {weight: 0.5, density: 0.8}}
+        """,
+        {
+            "base": "org/start",
+            "finetuned": ["org/a", "org/b"],
+            "method": {"name": "dare-ties", "normalize": False, "rescale": True, "densities": [0.6, 0.8]},
+            "scale": 1.0,
+            "weights": [0.5, 0.5],
+            "tokenizer": "base",
+        },
+        ("drawn", "divided"),
+    ),
     "slerp by part and layer, its example": (
         """
         slices:
@@ -382,23 +434,24 @@ NOT_UNDERSTOOD: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "{merge_method: arcee_fusion, base_model: org/a, models: [{model: org/a}, {model: org/b}]}",
         ("arcee_fusion", "ties"),
     ),
-    "a density for each model, as in its examples": (
+    "a gamma for each model": (
         """
-        merge_method: dare_ties
+        merge_method: breadcrumbs
         base_model: org/s
         models:
-          - {model: org/a, parameters: {weight: 1, density: 0.6}}
-          - {model: org/b, parameters: {weight: 1, density: 0.8}}
+          - {model: org/a, parameters: {weight: 1, gamma: 0.1}}
+          - {model: org/b, parameters: {weight: 1, gamma: 0.2}}
         """,
-        ("density differs between models (0.6 of org/a, 0.8 of org/b)",),
+        ("gamma differs between models (0.1 of org/a, 0.2 of org/b)",),
     ),
-    "a density by layer, as in its examples": (
+    "a lambda by layer": (
         """
         merge_method: ties
         base_model: org/s
-        models: [{model: org/a, parameters: {weight: 1, density: [1, 0.7, 0.1]}}]
+        models: [{model: org/a, parameters: {weight: 1}}]
+        parameters: {lambda: [1, 0.5]}
         """,
-        ("density of org/a differs between layers",),
+        ("lambda differs between layers",),
     ),
     "a mixture of experts": (
         "{base_model: org/a, gate_mode: hidden, experts: [{source_model: org/b, positive_prompts: [hi]}]}",
