@@ -30,7 +30,7 @@ from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.plan.push_target import PushTarget, parse_target
 from hf_locstitch.runtime.registry import Registry
 from hf_locstitch.stitch.fitting import OnInputs, Stitcher
-from hf_locstitch.stitch.method import MaskedMethod, Method
+from hf_locstitch.stitch.method import MaskedMethod, Method, TensorMethod
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.per_tensor import PerTensor
 from hf_locstitch.stitch.stitchers import MEAN, STITCHERS
@@ -318,6 +318,8 @@ class Recipe(Strict):
         count, method = len(self.entries), self.method
         if misfit := method.misfit(count):
             raise ValueError(misfit)
+        if self.allow_non_finite and isinstance(method, TensorMethod) and method.linear_algebra:
+            raise ValueError(f"allow_non_finite cannot be combined with {method.name}: it decomposes matrices")
         if self.weights and not method.weighted:
             raise ValueError(f"{method.name} takes no weights: its finetunes count alike")
         if isinstance(self.weights, tuple) and self.weights and len(self.weights) != count:

@@ -12,6 +12,8 @@ from helpers.rivals import SHAPES, check_change, models, task_vectors
 from helpers.runs import merged
 from torch import Tensor
 
+from hf_locstitch.errors import RecipeError
+from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.stitch.matrix_method import MatrixMethod, has_matrices
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.methods.ace import Ace, heterogeneity
@@ -149,6 +151,12 @@ def test_they_range_over_the_blocks(tmp_path: Path, name: str) -> None:
     found = load(merged(tmp_path, base, finetuned, method=name))
     assert found["model.embed_tokens.weight"].equal(base["model.embed_tokens.weight"])
     assert not found["model.layers.0.norm.weight"].equal(base["model.layers.0.norm.weight"])
+
+
+def test_infinity_is_refused() -> None:
+    fields = {"base": "a/b", "finetuned": ["c/d"], "method": "iso-c", "allow_non_finite": True}
+    with pytest.raises(RecipeError, match="allow_non_finite cannot be combined with iso-c"):
+        make_recipe(fields)
 
 
 def test_what_a_matrix_is() -> None:
