@@ -1,6 +1,6 @@
 """Compares merges with mergekit's, element by element, and accounts for every difference.
 
-    python benchmarks/parity.py [--billions 0.02] [--peers DIR] [--work DIR] [--only METHOD...]
+    python benchmarks/parity.py [--billions 0.02] [--peers DIR] [--work DIR] [--only CASE...]
 
 Both programs are given the same configs of mergekit, over the same made-up checkpoints (see synthetic.py), and write
 float32. They must agree to 1e-6, and to 1e-5 where mergekit takes angles between tensors in float32 (SLERP, Karcher
@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument("--billions", type=float, default=0.02, help="parameters of each model (default: 0.02)")
     parser.add_argument("--peers", type=Path, help="their virtual environment (default: a new one)")
     parser.add_argument("--work", type=Path, help="default: a temporary folder")
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help="methods of mergekit (default: all)")
+    parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help=f"of {', '.join(CASES)}")
     args = parser.parse_args()
     unexplained = 0
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
@@ -170,7 +170,7 @@ def main() -> int:
         write_models(work, shape, len(FINETUNED), 1 << 40)
         base, finetuned = load(work / "base"), [load(work / name) for name in FINETUNED]
         for number, (title, case) in enumerate(CASES.items()):
-            if args.only and case["merge_method"] not in args.only:
+            if args.only and title not in args.only:
                 continue
             config = write_config(work, case, shape.layers)
             theirs = merge_with([program], config, work / f"mergekit-{number}")

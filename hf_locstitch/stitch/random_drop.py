@@ -29,6 +29,12 @@ class RandomDrop(Densities):
         """Which entries from `place` on are kept [count]. model: number of the finetune."""
         return uniform(self.seed, place, model, count) < self.density_of(place.tensor, model)
 
+    def rescaling(self, tensor: str, models: int, rescale: bool) -> tuple[float, list[float]]:
+        """What is kept of all finetunes is divided by the first, and that of each multiplied by its own of the second,
+        which is 1 where all have one density."""
+        densities = [self.density_of(tensor, model) if rescale else 1.0 for model in range(models)]
+        return densities[0], [densities[0] / density for density in densities]
+
     def kept_sum(
         self,
         start: Vector,
@@ -40,12 +46,11 @@ class RandomDrop(Densities):
         rescale: bool = True,
     ) -> Vector:
         """scale · Σ weight · kept · (finetuned − start) [n]. rescale: each divided by its density."""
-        densities = [self.density_of(place.tensor, model) if rescale else 1.0 for model in range(len(finetuned))]
+        divisor, factors = self.rescaling(place.tensor, len(finetuned), rescale)
         total = start * 0
-        for model, (values, weight) in enumerate(zip(finetuned, weights, strict=True)):
-            factor = weight * (densities[0] / densities[model])  # the weight itself, where all have one density
-            total += factor * (values.astype("f8") - start) * self.kept(place, model, len(start))
-        return scale / densities[0] * total
+        for model, (values, weight, factor) in enumerate(zip(finetuned, weights, factors, strict=True)):
+            total += weight * factor * (values.astype("f8") - start) * self.kept(place, model, len(start))
+        return scale / divisor * total
 
 
 def uniform(seed: int, place: Place, model: int, count: int) -> npt.NDArray[np.float64]:

@@ -41,11 +41,12 @@ class DareTies(RandomDrop, DenseMethod):
         from hf_locstitch.stitch.task_vectors import agreeing_mean, task_vectors  # not needed for planning
 
         start = base.astype("f8")
-        vectors = []
-        for model, vector in enumerate(task_vectors(start, finetuned)):
-            kept = vector * self.kept(place, model, len(base))
-            vectors.append(kept / self.density_of(place.tensor, model) if self.rescale else kept)
-        return (start + agreeing_mean(vectors, weights, scale=scale, normalize=self.normalize)).astype(dtype)
+        divisor, factors = self.rescaling(place.tensor, len(finetuned), self.rescale)
+        vectors = [
+            vector * (factor * self.kept(place, model, len(base)))
+            for model, (vector, factor) in enumerate(zip(task_vectors(start, finetuned), factors, strict=True))
+        ]
+        return (start + agreeing_mean(vectors, weights, scale=scale / divisor, normalize=self.normalize)).astype(dtype)
 
 
 COMPONENT = DareTies
