@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from math import isfinite
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
@@ -51,9 +52,9 @@ def _numbers(value: Any) -> tuple[float, ...]:
     try:
         numbers = tuple(float(one) for one in (value if isinstance(value, list) else [value]))
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{value!r} is no number, nor a list of numbers") from None
-    if not numbers:
-        raise ValueError("the list is empty")
+        raise ValueError("it is no number, nor a list of numbers") from None
+    if not numbers or not all(map(isfinite, numbers)):
+        raise ValueError("a list without numbers" if not numbers else "NaN and infinity are no values of a parameter")
     return numbers
 
 

@@ -59,7 +59,7 @@ def by_globs(branches: Sequence[Branch], default: float | None, layout: Layout) 
 
 
 def _globs(branch: Branch, matching: Sequence[str], layout: Layout) -> Iterator[tuple[str, float]]:
-    wanted = set(matching)
+    wanted, first = set(matching), branch.values[0]
     if len(branch.values) > 1:
         for start, layers in layout.stacks.items():
             last = max(layers)
@@ -69,7 +69,7 @@ def _globs(branch: Branch, matching: Sequence[str], layout: Layout) -> Iterator[
                 value = _between(branch.values, number / last if last else 1.0)
                 yield from ((glob, value) for glob in _of_layer(f"{start}{number}.", names, inside, branch.filter))
     if wanted:
-        yield "*" if branch.filter is None else f"*{escape(branch.filter)}*", branch.values[0]
+        yield "*" if branch.filter is None else f"*{escape(branch.filter)}*", first
 
 
 def _of_layer(start: str, names: Sequence[str], wanted: Sequence[str], part: str | None) -> list[str]:
