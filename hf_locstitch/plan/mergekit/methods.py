@@ -34,8 +34,8 @@ class Parameter:
 @dataclass(frozen=True)
 class MergekitMethod:
     """name: of the method here. shared: parameters that mergekit reads for all models at once; own: for each model.
-    also: fields of the recipe that it has in any case. notes: how its values differ here. varied: in its place where
-    parameters of a model differ between models or tensors that are one for all here."""
+    also: fields of the recipe that it has in any case, dotted. notes: how its values differ here. varied: in its
+    place where parameters of a model differ between models or tensors that are one for all here."""
 
     name: str
     takes: Takes
@@ -87,7 +87,7 @@ TRIMMED = _sum_of_task_vectors(
     "breadcrumbs",
     normalize=True,
     own=DENSITY,
-    also={"method": {"elect": True, "gamma": 0.0}},
+    also={"method.elect": True, "method.gamma": 0.0},
     notes=(
         "densities differ: `breadcrumbs` with gamma 0 and elected signs, which is ties in each tensor, has several",
     ),
@@ -113,22 +113,22 @@ TRANSLATED: Mapping[str, MergekitMethod] = {
         "ties",
         normalize=True,
         own={"density": Parameter("localizer.density", 1.0)},
-        also={"localizer": {"method": "magnitude", "scope": "tensor"}},
+        also={"localizer.method": "magnitude", "localizer.scope": "tensor"},
         varied=TRIMMED,
     ),
     "dare_linear": _sum_of_task_vectors("dare-linear", normalize=False, rescale=RESCALE, own=DENSITY, notes=RANDOM),
     "dare_ties": _sum_of_task_vectors("dare-ties", normalize=False, rescale=RESCALE, own=DENSITY, notes=RANDOM),
     "della": _sum_of_task_vectors(
-        "della", normalize=True, rescale=RESCALE, own=EPSILON, also={"method": {"elect": True}}, notes=RANDOM
+        "della", normalize=True, rescale=RESCALE, own=EPSILON, also={"method.elect": True}, notes=RANDOM
     ),
     "della_linear": _sum_of_task_vectors(
-        "della", normalize=False, rescale=RESCALE, own=EPSILON, also={"method": {"elect": False}}, notes=RANDOM
+        "della", normalize=False, rescale=RESCALE, own=EPSILON, also={"method.elect": False}, notes=RANDOM
     ),
     "breadcrumbs": _sum_of_task_vectors(
-        "breadcrumbs", normalize=False, own=GAMMA, also={"method": {"elect": False}}
+        "breadcrumbs", normalize=False, own=GAMMA, also={"method.elect": False}
     ),
     "breadcrumbs_ties": _sum_of_task_vectors(
-        "breadcrumbs", normalize=False, own=GAMMA, also={"method": {"elect": True}}
+        "breadcrumbs", normalize=False, own=GAMMA, also={"method.elect": True}
     ),
     "model_stock": MergekitMethod(
         "model-stock", Takes.OTHERS, {"filter_wise": Parameter("method.filter_wise", False)}

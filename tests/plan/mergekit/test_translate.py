@@ -534,7 +534,7 @@ NOT_UNDERSTOOD: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "no method": ("{models: [{model: org/a}]}", ("'merge_method' is missing",)),
     "an unknown method": (
         "{merge_method: dare_tie, models: [{model: org/a}]}",
-        ("did you mean 'dare_ties'",),
+        ("none that is known here (did you mean 'dare_ties'?)",),
     ),
     "modules": (
         "{merge_method: karcher, modules: {text: {models: [{model: org/a}]}}}",
@@ -582,6 +582,13 @@ def test_problems_are_told_at_once() -> None:
         assert word in str(refusal.value)
 
 
+def test_what_changes_no_value_may_be_anything() -> None:
+    text, due, _ = UNDERSTOOD["ties not normalized, its example"]
+    config = yaml.safe_load(text)
+    config["parameters"]["int8_mask"] = [{"filter": "mlp", "value": [0, 1]}]
+    assert translate(config, "config.yml", no_layout).fields == due
+
+
 def test_headers_are_read_only_where_tensors_differ() -> None:
     text, due, _ = UNDERSTOOD["ties not normalized, its example"]
     assert translate(yaml.safe_load(text), "config.yml", no_layout).fields == due
@@ -594,4 +601,4 @@ def test_the_table_names_settings_that_methods_have() -> None:
         for parameter in (*method.shared.values(), *method.own.values()):
             outer, _, inner = str(parameter.to).partition(".")
             assert outer != "method" or inner in fields
-        assert set(method.also.get("method", ())) <= set(fields)
+        assert {path.removeprefix("method.") for path in method.also if path.startswith("method.")} <= set(fields)
