@@ -175,7 +175,7 @@ def _add_localizing(group: Any) -> None:
         "--data",
         nargs="+",
         metavar="DATA",
-        help="a data set per finetune, for saliency, mask, refit and regmean: alpaca, gsm8k, hotpotqa, a file "
+        help="a data set per finetune, for saliency, mask, refit and regmean(-plusplus): alpaca, gsm8k, hotpotqa, a file "
         "or org/name",
     )
     group.add_argument(

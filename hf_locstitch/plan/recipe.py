@@ -267,7 +267,8 @@ class Recipe(Strict):
         own = self.fitting is not None and self.fitting.data
         if self.data and localizer is None and (self.fitting is None or own):
             raise ValueError(
-                "data is given, but only the localizers mask and saliency, stitch: refit and method regmean use data"
+                "data is given, but only the localizers mask and saliency, stitch: refit and the methods "
+                "regmean and regmean-plusplus use data"
             )
         if localizer is not None and len(self.data) != len(self.finetuned):
             raise ValueError(
