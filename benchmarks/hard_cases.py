@@ -45,7 +45,7 @@ from torch import Tensor
 ROWS = [
     Method("average", ("--density", "1")),
     Method("ties 20%", ("--method", "ties", "--density", "0.2")),
-    Method("wudi, solved for", published="wudi, solved for"),
+    Method("wudi, solved for", ("--method", "wudi")),
     Method("magnitude 10%", ("--density", "0.1")),
     Method("magnitude 10%, refit without data", ("--density", "0.1", "--stitch", "refit")),
     Method("joint 30%, refit without data", JOINT),

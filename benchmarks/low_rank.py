@@ -44,7 +44,7 @@ from quality import (
 ROWS = [
     Method("average", ("--density", "1")),
     Method("magnitude 10%", ("--density", "0.1")),
-    Method("tsv-m", published="tsv-m"),
+    Method("tsv-m", ("--method", "tsv-m")),
     Method("magnitude 10%, refit without data", ("--density", "0.1", "--stitch", "refit")),
     Method("joint 30%, refit without data", JOINT),
     Method("joint 100%, refit without data", (*JOINT, "--density", "1")),

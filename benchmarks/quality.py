@@ -31,7 +31,6 @@ from typing import Any, Protocol
 
 import beside  # noqa: F401
 import torch
-from published import PUBLISHED, merge_published
 
 from hf_locstitch.tasks.sets import choose
 from loopback_hub import LoopbackHub
@@ -41,6 +40,7 @@ from loopback_hub import LoopbackHub
 DEFAULT_DENSITIES = (0.01, 0.05, 0.1, 0.2)
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 TIES_SCALES = (0.5, 1.0, 1.5)
+DATA_FREE = {"tsv-m": "tsv-m", "iso-c": "iso-c", "wudi, solved for": "wudi", "ace": "ace"}  # rows -> methods
 ALPHAS = (0.1, 0.5, 0.9, 1.0)  # of RegMean
 # The authors' update with the paper's values, as docs/quality.md has it.
 OFFICIAL = {"method": "mask", "preset": "official", "penalty": 1e-5, "batch": 16, "start_density": None}
@@ -107,7 +107,7 @@ class Method:
     localizer: fields of one that looks at data, which no flag sets. data: the split that it, or a refit, looks at.
     stitch: fields of a refit or RegMean. inputs: of each task, for these or for finetuning; the testbed's own number by
     default. scales, alphas: to be tried, the best on validation stands for the method. epochs: of finetuning the
-    finished merge on labelled examples of all tasks. published: in place of the command, a merge of published.py.
+    finished merge on labelled examples of all tasks.
     """
 
     name: str
@@ -119,13 +119,12 @@ class Method:
     inputs: int | None = None
     alphas: tuple[float, ...] = ()
     epochs: int = 0
-    published: str = ""
 
     @property
     def masked(self) -> bool:
         """Whether it leaves masks that can be grafted alone, and are not those of another row."""
         whole = "--method" in self.flags or self.flags[:2] == ("--density", "1") or "joint" in self.flags
-        return not (whole or self.inputs or self.published)
+        return not (whole or self.inputs)
 
     @property
     def variants(self) -> list[Method]:
@@ -161,7 +160,13 @@ def rivals(densities: Sequence[float], scales: Sequence[float] = SCALES) -> list
     task_arithmetic = Method("task arithmetic, tuned", ("--method", "task-arithmetic"), scales=tuple(scales))
     ties = Method("ties 20%", ("--method", "ties", "--density", "0.2"))
     tuned = replace(ties, name="ties 20%, tuned", scales=TIES_SCALES)
-    return [*tensor, task_arithmetic, ties, tuned, *(Method(name, published=name) for name in PUBLISHED)]
+    return [
+        *tensor,
+        task_arithmetic,
+        ties,
+        tuned,
+        *(Method(row, ("--method", name)) for row, name in DATA_FREE.items()),
+    ]
 
 
 def without_data(densities: Sequence[float], inputs: Sequence[int]) -> list[Method]:
@@ -370,8 +375,6 @@ class Bench:
 
     def merged(self, method: Method, target: str) -> Pushed:
         """The merge, that of the variant that is best on validation where the method has several."""
-        if method.published:
-            return self.pushed_published(method, target)
         variants = method.variants
         if len(variants) == 1:
             return merge(self.base, self.experts.values(), method.flags, target, self.write_recipe(method))
@@ -382,17 +385,6 @@ class Bench:
             found = self.accuracies(made, "validation")
             tried.append((mean(found[name] / own[name] for name in found), made))
         return max(tried, key=lambda one: one[0])[1]
-
-    def pushed_published(self, method: Method, target: str) -> Pushed:
-        """A merge of published.py."""
-        from safetensors.torch import load_file, save_file
-
-        base, *experts = (load_file(self.folder / name / WEIGHTS) for name in ("base", *self.bed.names))
-        with tempfile.TemporaryDirectory() as made:
-            shutil.copytree(self.folder / "base", made, dirs_exist_ok=True)
-            merged = merge_published(method.published, base, experts)
-            save_file(merged, Path(made, WEIGHTS), metadata={"format": "pt"})
-            return push(Path(made), target)
 
     def write_recipe(self, method: Method) -> Path | None:
         """The recipe of a method that looks at data, and its examples; None for one that does not."""

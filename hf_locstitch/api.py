@@ -91,6 +91,7 @@ def merge_from_hub(
     data: Data | None = None,
     stitch: Literal["mean", "refit"] | Mapping[str, Any] | Stitcher | None = None,
     scale: float | None = None,
+    weights: Sequence[float] | Mapping[str, float | Mapping[str, float]] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     rest_from: str | None = None,
@@ -121,12 +122,13 @@ def merge_from_hub(
         private: Whether a new repo is private.
         create_pr: Whether the merge is proposed there as a pull request.
         names: Names of the finetunes and their masks; the refs' last parts by default.
-        method: "locstitch" (default), "average", "task-arithmetic", "ties", "dare", "regmean", or its settings with
-            its `name`.
+        method: "locstitch" (default), or a rival by its name, such as "ties", or its settings with its `name`.
         localizer: How masks are found; by magnitude, at the method's density, by default.
         data: A localization set for each finetune, for localizers that look at data, a refit and RegMean.
         stitch: How values under masks are found: their mean (default), or a refit on unlabelled inputs.
         scale: Factor on the stitched task vectors; 1 by default.
+        weights: Factor on each finetune's task vector, in order or by name, for methods that take weights: a number, or
+            numbers by globs of tensors; 1 by default.
         include: Globs of the tensors that are localized; those of the transformer blocks by default.
         exclude: Globs of tensors that are left out.
         rest_from: Name of the finetune that gives the tensors that are not localized; the base by default.
@@ -164,7 +166,7 @@ def merge_from_hub(
     recipe = _recipe(
         base=base, finetuned=_entries(finetuned, names), out=out, push_to=push_to, private=private,
         create_pr=create_pr, method=method,
-        localizer=localizer, data=data, stitch=stitch, scale=scale, include=include, exclude=exclude,
+        localizer=localizer, data=data, stitch=stitch, scale=scale, weights=weights, include=include, exclude=exclude,
         rest_from=rest_from, files_from=files_from, tokenizer=tokenizer, embeddings=embeddings,
         chat_template=chat_template, also_copy=also_copy, dtype=dtype, shard_size=shard_size,
         allow_non_finite=allow_non_finite, figures=figures, strict=strict, evaluate=evaluate,

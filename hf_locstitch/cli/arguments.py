@@ -61,6 +61,9 @@ def _add_merge(commands: Any) -> None:
     )
     _add_scale(group)
     group.add_argument(
+        "--weights", nargs="+", type=float, metavar="F", help="factor on the task vector of each --ft (default: 1)"
+    )
+    group.add_argument(
         "--rest-from", metavar="NAME", help="finetune to take all other tensors from (default: the base)"
     )
     group.add_argument("--files-from", metavar="NAME", help="finetune to take tokenizer and config from")
@@ -73,6 +76,14 @@ def _add_merge(commands: Any) -> None:
     )
 
     output = parser.add_argument_group("output")
+    output.add_argument(
+        "--convert",
+        nargs="?",
+        const=Path("-"),
+        type=Path,
+        metavar="FILE",
+        help="write the recipe that RECIPE.yaml and the flags stand for to this file (default: print it) and stop",
+    )
     _add_layout(output)
     _add_work(output, device=True)
     add_debug(parser)
@@ -140,7 +151,13 @@ def _add_stitch(commands: Any) -> None:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE.yaml", help="a recipe; flags override it")
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        type=Path,
+        metavar="RECIPE.yaml",
+        help="a recipe, or a config of mergekit's; flags override it",
+    )
     parser.add_argument("--base", metavar=REF, help="the pretrained model (default: the one that adapters name)")
 
 
@@ -163,14 +180,14 @@ def _add_localizing(group: Any) -> None:
         "--data",
         nargs="+",
         metavar="DATA",
-        help="a data set per finetune, for saliency, mask, refit and regmean: alpaca, gsm8k, hotpotqa, a task of the "
-        "paper such as sst2, a file or org/name",
+        help="a data set per finetune, for saliency, mask, refit and regmean(-plusplus): alpaca, gsm8k, hotpotqa, a "
+        "task of the paper such as sst2, a file or org/name",
     )
     group.add_argument(
         "--density",
         type=float,
         metavar="F",
-        help="fraction of the weights each mask keeps (default: 0.1; mask: 0.01; ties: 0.2)",
+        help="fraction of the weights each mask keeps (default: 0.1; mask: 0.01; ties: 0.2; della: 0.5)",
     )
     group.add_argument(
         "--scope", choices=["model", "tensor"], help="top k over the whole model (default) or in each tensor"

@@ -15,7 +15,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.cli.arguments import build_parser
-from hf_locstitch.errors import LocstitchError, RecipeError
+from hf_locstitch.errors import LocstitchError, OutputError, RecipeError
 from hf_locstitch.runtime.allocator import share_one_arena
 from hf_locstitch.runtime.escape import in_json, line, terminal
 from hf_locstitch.runtime.interrupts import Interrupted, raising_interrupts
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from hf_locstitch.runtime.settings import Settings
 
 # Flags whose destination is a recipe's field of the same name.
-FIELDS = ("method", "stitch", "scale", "include", "exclude", "rest_from", "files_from", "tokenizer", "embeddings",
-          "chat_template", "also_copy", "dtype", "shard_size", "allow_non_finite", "figures", "strict", "out",
-          "push_to", "private", "create_pr")  # fmt: skip
+FIELDS = ("method", "stitch", "scale", "weights", "include", "exclude", "rest_from", "files_from", "tokenizer",
+          "embeddings", "chat_template", "also_copy", "dtype", "shard_size", "allow_non_finite", "figures", "strict",
+          "out", "push_to", "private", "create_pr")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,9 +97,29 @@ def _print(text: str) -> None:
 
 def merge(args: argparse.Namespace) -> int:
     """hf-locstitch merge"""
+    if args.convert is not None:
+        return _convert(args)
     from hf_locstitch.plan.planning import make_plan
 
     return _carry_out(args, make_plan)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    """Write the recipe that a file and flags stand for."""
+    from hf_locstitch.plan.adapter_inputs import with_base
+    from hf_locstitch.plan.recipe import make_recipe
+    from hf_locstitch.plan.recipe_file import dump_recipe
+
+    text = dump_recipe(make_recipe(with_base(_fields(args)), where=str(args.recipe or "command")))
+    if str(args.convert) == "-":
+        _print(text.rstrip("\n"))
+        return 0
+    try:
+        with args.convert.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise OutputError(f"--convert cannot write {args.convert}: {error.strerror}. Name another file.") from error
+    return 0
 
 
 def localize(args: argparse.Namespace) -> int:

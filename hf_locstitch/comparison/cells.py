@@ -38,7 +38,8 @@ class Cell:
     def density(self) -> float | None:
         """The share of weights that each finetune's mask, or the method itself, keeps; None if all are used."""
         localizer = self.recipe.localizer
-        return getattr(self.recipe.method, "density", None) if localizer is None else localizer.density
+        density = getattr(self.recipe.method, "density", None) if localizer is None else localizer.density
+        return density if isinstance(density, float) else None  # a method may have several, by globs
 
     @property
     def identity(self) -> str:
@@ -117,6 +118,8 @@ def _absent(method: str) -> Sequence[str]:
         return ()
     found = METHODS.find(method)
     absent = [] if method == "locstitch" else ["stitch"]
+    if not found.weighted:
+        absent.append("weights")
     if not found.masked:
         absent += [axis for axis in LOCALIZER if axis not in found.model_fields]
     return absent

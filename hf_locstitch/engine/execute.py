@@ -30,6 +30,7 @@ from hf_locstitch.plan.push_target import MAIN, PushTarget
 from hf_locstitch.runtime.own_cache import own_cache
 from hf_locstitch.runtime.processes import Processes, find_processes
 from hf_locstitch.runtime.progress import Progress, hide_library_bars
+from hf_locstitch.stitch.method import TensorMethod
 
 if TYPE_CHECKING:
     from hf_locstitch.report.publish import Published, Upload
@@ -199,7 +200,7 @@ def make(
         explain_bus_errors()
         with ExitStack() as stack:
             stack.enter_context(loops_ready(plan, progress if processes.first else Progress(False)))
-            if _runs_models(plan) or plan.adapters:
+            if _runs_models(plan) or plan.adapters or _uses_linear_algebra(plan):
                 from hf_locstitch.runtime.allocator import share_one_arena
                 from hf_locstitch.runtime.chunks import one_torch_thread
 
@@ -234,6 +235,11 @@ def _runs_models(plan: Plan) -> bool:
     """Whether torch is needed; importing it takes longer than merging small models."""
     with_data = isinstance(plan, MergePlan | LocalizePlan) and plan.masked and plan.localizer.needs_data
     return with_data or plan.recipe.fitting is not None
+
+
+def _uses_linear_algebra(plan: Plan) -> bool:
+    method = plan.recipe.method
+    return isinstance(method, TensorMethod) and method.linear_algebra
 
 
 @contextmanager

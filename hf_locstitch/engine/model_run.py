@@ -30,6 +30,7 @@ from hf_locstitch.localize.localized_masks import GivenMask, LocalizedMask, Merg
 from hf_locstitch.plan.layout import OutputShard, index_name
 from hf_locstitch.plan.plans import MergePlan, ModelPlan, StitchPlan
 from hf_locstitch.runtime.files import sync_file
+from hf_locstitch.stitch.per_tensor import Weights
 from hf_locstitch.stitch.view import StitchView
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class ModelRun(Run[AnyModelPlan]):
         """The view of the open inputs that shards are written from."""
         plan = self.plan
         return StitchView(
-            method=plan.recipe.method,
+            method=plan.recipe.method.in_order([list(plan.finetuned).index(name) for name in plan.order]),
             scale=plan.recipe.scale,
             base=readers["base"],
             unmasked=readers["base" if plan.unmasked_from is plan.base else str(plan.recipe.rest_from)],
@@ -57,6 +58,7 @@ class ModelRun(Run[AnyModelPlan]):
             dtypes={tensor.name: tensor.dtype for shard in plan.shards for tensor in shard.tensors},
             tensors=plan.mask_tensors,
             chunk=self.settings.chunk,
+            weights=Weights([plan.weights.get(name, 1.0) for name in plan.order]),
             allow_non_finite=plan.recipe.allow_non_finite,
             fitted=fitted,
         )

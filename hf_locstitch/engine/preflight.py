@@ -12,6 +12,7 @@ from hf_locstitch.errors import CheckpointError, OutputError, RecipeError
 from hf_locstitch.localize.cost import LearningCost, free_memory
 from hf_locstitch.plan.cost import estimate, files_here, localizing_cost
 from hf_locstitch.plan.plans import ModelPlan, Plan
+from hf_locstitch.plan.whole_tensors import whole_tensors_memory
 from hf_locstitch.runtime.files import existing_part, is_mount_point, is_writable
 from hf_locstitch.runtime.human import human
 
@@ -115,7 +116,13 @@ def check_space(folder: Path, needed: float) -> None:
 
 
 def warn_of_memory(plan: Plan) -> None:
-    """Log a warning if finding masks may take more memory than is free on its device."""
+    """Log a warning if finding masks or merging whole tensors may take more memory than is free on its device."""
+    whole = whole_tensors_memory(plan)
+    if whole and whole > (free := free_memory("cpu")):
+        LOG.warning(
+            f"{plan.recipe.method.name} takes whole tensors, which may need {human(whole)} of memory, but only "
+            f"{human(free)} is free. --max-memory makes it merge fewer at a time."
+        )
     cost = localizing_cost(plan)
     if not isinstance(cost, LearningCost):
         return

@@ -20,11 +20,11 @@ from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError, LocstitchError, MismatchError, OutputError, RecipeError
 from hf_locstitch.inspection.verification.inputs import fetch_tensors, input_refs, open_inputs
 from hf_locstitch.inspection.verification.masks import tally
-from hf_locstitch.localize.density import exact_share
 from hf_locstitch.report.figures.survey import Survey, draw_masks, noted_task_vectors, survey
 from hf_locstitch.report.figures.task_vectors import TaskVectors
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.files import is_writable
+from hf_locstitch.runtime.shares import exact_share
 
 FAR = 3.0  # times the median norm of the other task vectors
 CONCENTRATED = 0.5  # share of a mask's ones that lie in one tensor ...

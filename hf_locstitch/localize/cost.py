@@ -109,10 +109,12 @@ def learning_cost(asked: WithData, localizing: Localizing) -> LearningCost:
 def free_memory(device: str) -> int:
     """Bytes that a device has available now, reclaimable caches of this machine included."""
     import psutil
-    import torch
 
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(torch.device(device))[0]
+    if device != "cpu":
+        import torch
+
+        if torch.device(device).type == "cuda":
+            return torch.cuda.mem_get_info(torch.device(device))[0]
     return psutil.virtual_memory().available
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import Field
 
 from hf_locstitch.localize.job import Group
 from hf_locstitch.localize.localizer import Localizer
+from hf_locstitch.runtime.shares import exact_share
 
 
 class TopShare(Localizer):
@@ -36,8 +35,3 @@ class TopShare(Localizer):
     def where(self) -> str:
         """The scope, for people."""
         return "over the whole model" if self.scope == "model" else "within each tensor"
-
-
-def exact_share(density: float, n: int) -> int:
-    """⌊density·n⌋ for the decimal as written: 0.29 of 100 is 29, though 0.29 * 100 < 29 in floating point."""
-    return math.floor(Fraction(repr(density)) * n)

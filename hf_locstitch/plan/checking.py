@@ -23,12 +23,14 @@ from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.vocabulary import LOCALIZE, VocabularyPlan
 from hf_locstitch.runtime.human import more
 from hf_locstitch.runtime.settings import Settings
+from hf_locstitch.stitch.per_tensor import PerTensor, Weights, globs_of
 from hf_locstitch.tasks.benchmarks import chosen_tasks
 from hf_locstitch.tasks.custom_code import refuse_custom_code
 from hf_locstitch.tasks.leaks import JudgedTask, judged_set, leaks
 from hf_locstitch.tasks.sets import OpenSet
 
 ALL = ("*",)
+SMALLEST_SUM = 1e-9  # of weights that are divided by it
 # Fields of a recipe that apply to a merged model only.
 OF_MODELS = ("scale", "rest_from", "files_from", "tokenizer", "embeddings", "chat_template", "also_copy", "dtype",
              "shard_size", "evaluate")  # fmt: skip
@@ -106,6 +108,32 @@ def chosen_tensors(recipe: Recipe, model: Checkpoint, matrices: Sequence[str] | 
         return [name for name in chosen if name not in matrices]
     wanted = {*chosen, *localizable((info for info in infos if info.name in matrices), ALL, recipe.exclude)}
     return [info.name for info in infos if info.name in wanted]
+
+
+def check_weights(recipe: Recipe, weights: Mapping[str, PerTensor], chosen: Sequence[str]) -> None:
+    """Whether settings by globs match the tensors that are merged, and weights can be divided by their sum.
+
+    weights: by finetune. Raises RecipeError with every problem."""
+    method = recipe.method
+    by_globs = {f"method.{field}": getattr(method, field) for field in method.by_globs}
+    by_globs |= {
+        f"method.{field}.{i}": one for field in method.of_finetunes for i, one in enumerate(getattr(method, field))
+    }
+    by_globs |= {f"weights.{name}": weight for name, weight in weights.items()}
+    problems = [
+        problem
+        for field, setting in by_globs.items()
+        for problem in unknown_globs(chosen, globs_of(setting), f"what is merged ({field})")
+    ]
+    if method.normalized and weights:
+        every = Weights([*weights.values(), *[1.0] * (len(recipe.finetuned) - len(weights))])
+        if (tensor := next((name for name in chosen if abs(sum(every.of(name))) < SMALLEST_SUM), None)) is not None:
+            problems.append(
+                f"the weights of the finetunes in {tensor} add up to 0, and {method.name} divides by their sum; change "
+                "one, or set normalize: false"
+            )
+    if problems:
+        raise RecipeError(f"{'; '.join(problems)}.")
 
 
 def check_alignment(recipe: Recipe, settings: Settings, vocabulary: VocabularyPlan, with_data: bool) -> None:

@@ -11,6 +11,7 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.job import Cost as LocalizingCost
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
+from hf_locstitch.plan.whole_tensors import awaited, whole_tensors_memory
 from hf_locstitch.runtime.dtypes import ITEM_BYTES
 from hf_locstitch.runtime.human import human
 from hf_locstitch.runtime.settings import BATCH, COMPACT_FROM, COMPACT_SLACK
@@ -54,7 +55,8 @@ def estimate(plan: Plan, here: Here) -> Cost:
     disk = _output(plan) + _spill(plan, here) + _masks(plan) + (0 if plan.settings.cache else _streams(plan, here))
     fitting = fit_cost(plan)
     disk += fitting.disk if fitting else 0
-    memory = max(plan.settings.memory, fitting.peak if fitting else 0)  # one after the other
+    # One after the other.
+    memory = max(plan.settings.memory, fitting.peak if fitting else 0, whole_tensors_memory(plan))
     return Cost(read, download, write, disk, memory + adapters_memory(plan))
 
 
@@ -140,7 +142,8 @@ def _held(plan: Plan, here: Here, name: str, pieces: Sequence[Piece]) -> int:
     checkpoint = plan.inputs[name]
     if all((name, file) in here for file in byte_ranges(checkpoint, pieces)):
         return 0
-    return min(most_held(checkpoint, pieces) + plan.settings.window, _bytes(checkpoint, pieces))
+    ahead = max(plan.settings.window, awaited(plan, checkpoint))
+    return min(most_held(checkpoint, pieces) + ahead, _bytes(checkpoint, pieces))
 
 
 def _bytes(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> int:

@@ -13,6 +13,7 @@ from hf_locstitch.plan.cost import estimate, files_here, fit_cost, localizing_co
 from hf_locstitch.plan.plans import ModelPlan, Plan, StitchPlan
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.human import human
+from hf_locstitch.stitch import per_tensor
 
 HINT = "--localizer joint --stitch refit keeps more of several finetunes, also without data, and takes longer"
 
@@ -33,6 +34,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "localizer": plan.common_localizer,
         "data": {name: found.pinned.dump() for name, found in plan.data.items()},
         "scale": plan.recipe.scale,
+        "weights": dict(plan.weights),
         "N": plan.n,
         "k": plan.k,
         "localized": [tensor.name for shard in plan.shards for tensor in shard.tensors if tensor.localized],
@@ -128,6 +130,7 @@ def format_plan(plan: Plan) -> str:
         *(f"{kind:<9}  {name:<{wide}}  {inputs[name]}" for name in plan.finetuned),
         f"method     {plan.recipe.method.describe()}"
         + (f", scale {plan.recipe.scale:g}" if plan.recipe.scale != 1 else ""),
+        *([f"weights    {per_tensor.describe(plan.weights)}"] if plan.weights else []),
         *(
             f"localizer  {text}"
             for text in dict.fromkeys(localizer.describe() for localizer in plan.localizers.values())

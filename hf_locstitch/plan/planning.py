@@ -26,6 +26,7 @@ from hf_locstitch.plan.checking import (
     check_alignment,
     check_inputs,
     check_localizable,
+    check_weights,
     chosen_tensors,
     given_files,
     kept_name,
@@ -38,19 +39,20 @@ from hf_locstitch.plan.lineage import with_lineage
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.stitching import open_masked, stitch_plan, stitch_vocabulary
-from hf_locstitch.plan.token_models import BASE, LOCALIZE, MEAN, UNION
+from hf_locstitch.plan.token_models import BASE, UNION, WORDS
 from hf_locstitch.plan.tokenizer_files import template_owner, with_tokens
 from hf_locstitch.plan.untrained_state import without_untrained_state
 from hf_locstitch.plan.vocabulary import VocabularyPlan, plan_vocabulary
+from hf_locstitch.plan.whole_tensors import within_limit
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import hide_library_bars
 from hf_locstitch.runtime.settings import DEFAULT, Settings
-from hf_locstitch.tasks.sets import LocalizationSet, OpenSet, open_set
+from hf_locstitch.tasks.sets import OpenSet, open_set
 
 AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
 AnyStrictPlan = TypeVar("AnyStrictPlan", bound=Plan)
+AnyGiven = TypeVar("AnyGiven")
 AnyModelPlan = TypeVar("AnyModelPlan", bound=ModelPlan)
-WORDS = (BASE, UNION, MEAN, LOCALIZE)  # that stand where a finetune's name may, too
 TOKENIZER = "tokenizer_config.json"  # where it is, other files of texts may be
 NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
 
@@ -65,7 +67,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
     vocabulary, said = plan_vocabulary(
         recipe, base, finetuned, chosen_tensors(recipe, base), order_of_checkpoints(finetuned)
     )
-    planned = merge_plan(recipe, base, finetuned, settings, data, fit_data, vocabulary)
+    planned = within_limit(merge_plan(recipe, base, finetuned, settings, data, fit_data, vocabulary))
     planned = with_lineage(_with_text_warnings(_with_warnings(planned, [*notes, *said])))
     plan = _with_tokens(_with_side_files(planned))
     if recipe.fitting is not None:
@@ -225,14 +227,16 @@ def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
 
 
 def _by_name(
-    sets: Mapping[str, LocalizationSet] | Sequence[LocalizationSet], names: Sequence[str]
-) -> dict[str, LocalizationSet]:
-    """The set of each finetune. Raises RecipeError if the recipe names others."""
-    if not isinstance(sets, Mapping):
-        return dict(zip(names, sets, strict=False))
-    if unknown := sorted(set(sets) - set(names)):
-        raise RecipeError(f"data is given for {unknown[0]!r}, which is not one of the finetunes ({', '.join(names)}).")
-    return {name: sets[name] for name in names if name in sets}
+    given: Mapping[str, AnyGiven] | Sequence[AnyGiven], names: Sequence[str], what: str = "data"
+) -> dict[str, AnyGiven]:
+    """What is given for each finetune. Raises RecipeError if the recipe names others."""
+    if not isinstance(given, Mapping):
+        return dict(zip(names, given, strict=False))
+    if unknown := sorted(set(given) - set(names)):
+        raise RecipeError(
+            f"{what} is given for {unknown[0]!r}, which is not one of the finetunes ({', '.join(names)})."
+        )
+    return {name: given[name] for name in names if name in given}
 
 
 def merge_plan(
@@ -251,6 +255,8 @@ def merge_plan(
         alignment = vocabulary.alignment
         seen, layout = (alignment.seen("base"), {name: alignment.seen(name) for name in finetuned}), alignment.layout()
     chosen, warnings = check_inputs(recipe, *seen, settings, data, fit_data)
+    weights = _by_name(recipe.weights, list(finetuned), "a weight")
+    check_weights(recipe, weights, chosen)
     if vocabulary is not None and vocabulary.localized:
         base, finetuned = seen
     files, unmasked_from = given_files(recipe, base, finetuned)
@@ -267,7 +273,7 @@ def merge_plan(
         exact_k=localizer is None or localizer.density is not None,
         localizers={} if localizer is None else dict.fromkeys(finetuned, localizer),
         origins={name: checkpoint.source.pinned for name, checkpoint in finetuned.items()},
-        order=order_of_checkpoints(finetuned),
+        order=tuple(finetuned) if recipe.method.ordered else order_of_checkpoints(finetuned),
         scanned=_whole(base, chosen, finetuned) if localizer else {},
         warnings=warnings,
         unmasked_from=unmasked_from,
@@ -277,6 +283,7 @@ def merge_plan(
         fit_data=fit_data,
         vocabulary=vocabulary,
         notes=vocabulary.notes if vocabulary is not None else (),
+        weights=weights,
     )
 
 

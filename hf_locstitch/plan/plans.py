@@ -25,6 +25,7 @@ from hf_locstitch.plan.layout import OutputShard
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.vocabulary import VocabularyPlan
 from hf_locstitch.runtime.settings import Settings
+from hf_locstitch.stitch.per_tensor import PerTensor
 from hf_locstitch.tasks.sets import OpenSet
 
 
@@ -57,6 +58,8 @@ class Plan:
     """The localization set of each finetune, for localizers that look at data."""
     fit_data: Mapping[str, OpenSet] = field(default_factory=dict)
     """The unlabelled inputs of each finetune, where values are fitted."""
+    weights: Mapping[str, PerTensor] = field(default_factory=dict)
+    """The factor on each finetune's task vector, where the recipe gives one; 1 elsewhere."""
     lineage: Mapping[str, Lineage] = field(default_factory=dict)
     """What a sample tells of each finetune, where one could be taken before the work."""
     notes: tuple[str, ...] = ()

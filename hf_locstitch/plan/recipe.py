@@ -29,8 +29,9 @@ from hf_locstitch.plan.push_target import PushTarget, parse_target
 from hf_locstitch.plan.validation import validated
 from hf_locstitch.runtime.registry import Registry
 from hf_locstitch.stitch.fitting import OnInputs, Stitcher
-from hf_locstitch.stitch.method import MaskedMethod, Method
+from hf_locstitch.stitch.method import MaskedMethod, Method, TensorMethod
 from hf_locstitch.stitch.methods import METHODS
+from hf_locstitch.stitch.per_tensor import PerTensor
 from hf_locstitch.stitch.stitchers import MEAN, STITCHERS
 from hf_locstitch.tasks.benchmarks import EvaluateOptions
 from hf_locstitch.tasks.evaluation_sets import EvaluationSet
@@ -100,6 +101,9 @@ class Recipe(Strict):
     stitch: AnyStitcher | None = None
     """How the values under the masks are found: `mean` (None) of the finetuned ones, or a `refit` of them."""
     scale: float = Field(default=1.0, allow_inf_nan=False)
+    weights: dict[str, PerTensor] | tuple[PerTensor, ...] = ()
+    """Factor on each finetune's task vector, by name or in order: a number, or numbers by globs of tensors
+    (`{"*.mlp.*": 0.8, "*": 0.5}`, the first that matches); 1 where none is given."""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     rest_from: str | None = None
@@ -264,7 +268,8 @@ class Recipe(Strict):
         own = self.fitting is not None and self.fitting.data
         if self.data and localizer is None and (self.fitting is None or own):
             raise ValueError(
-                "data is given, but only the localizers mask and saliency, stitch: refit and method regmean use data"
+                "data is given, but only the localizers mask and saliency, stitch: refit and the methods "
+                "regmean and regmean-plusplus use data"
             )
         if localizer is not None and len(self.data) != len(self.finetuned):
             raise ValueError(
@@ -308,6 +313,19 @@ class Recipe(Strict):
                 f"{given[0]} cannot be combined with {taken[0]}, which gives tokenizer and embeddings, too: use one of "
                 "the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _finetunes_suit_method(self) -> Recipe:
+        count, method = len(self.entries), self.method
+        if misfit := method.misfit(count):
+            raise ValueError(misfit)
+        if self.allow_non_finite and isinstance(method, TensorMethod) and method.linear_algebra:
+            raise ValueError(f"allow_non_finite cannot be combined with {method.name}: it decomposes matrices")
+        if self.weights and not method.weighted:
+            raise ValueError(f"{method.name} takes no weights: its finetunes count alike")
+        if isinstance(self.weights, tuple) and self.weights and len(self.weights) != count:
+            raise ValueError(f"weights needs one for each finetune: expected {count}, got {len(self.weights)}")
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,36 @@ import yaml
 from hf_locstitch.artifacts.manifest import RECIPE_FILE
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import RecipeError
+from hf_locstitch.plan.mergekit.config import is_mergekit
 from hf_locstitch.plan.recipe import Recipe, make_recipe
 from hf_locstitch.runtime.parsing import parse_yaml
 from hf_locstitch.stitch.fitting import OnInputs
 from hf_locstitch.tasks.sets import LocalizationSet
 
+LOG = logging.getLogger("hf_locstitch")
 # Fields that say where it goes and how it is judged.
 NOT_THE_MERGE = ("out", "push_to", "private", "create_pr", "evaluate", "compare", "strict")
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """The fields of a YAML recipe, not yet validated. Raises RecipeError if it is not a mapping."""
+    """The fields of a YAML recipe, not yet validated, or those that a config of mergekit's stands for, which may also
+    say where the merge goes and how it is judged.
+
+    Raises RecipeError if it is neither, and CheckpointError if such a config's base cannot be read.
+    """
+    fields = _read(path)
+    if not is_mergekit(fields):
+        return fields
+    from hf_locstitch.plan.mergekit.translate import translate  # reads checkpoints
+
+    beside = {key: fields.pop(key) for key in NOT_THE_MERGE if key in fields}
+    translation = translate(fields, str(path))
+    for note in translation.notes:
+        LOG.warning("%s: %s.", path, note)
+    return {**translation.fields, **beside}
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         fields = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -37,7 +57,7 @@ def recipe_of(source: Source) -> Recipe | None:
     """The recipe that lies beside a merge's weights; None if there is none. Raises RecipeError."""
     if RECIPE_FILE not in source.files:
         return None
-    return make_recipe(load_recipe(source.fetch(RECIPE_FILE)), where=f"{source.label}/{RECIPE_FILE}")
+    return make_recipe(_read(source.fetch(RECIPE_FILE)), where=f"{source.label}/{RECIPE_FILE}")
 
 
 def check_task_code(fields: Mapping[str, Any], where: str) -> None:

@@ -25,6 +25,7 @@ from hf_locstitch.runtime.human import more, some
 from hf_locstitch.tasks.token_shapes import ties_head
 
 BASE, UNION, MEAN, LOCALIZE = "base", "union", "mean", "localize"
+WORDS = (BASE, UNION, MEAN, LOCALIZE)  # that stand where a finetune's name may, too
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.plan.plans import LocalizePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.push_target import MAIN
 from hf_locstitch.runtime.escape import code, link, markdown, python, shell
+from hf_locstitch.stitch import per_tensor
 from hf_locstitch.tasks.sets import OpenSet
 
 NON_COMMERCIAL = re.compile(r"(^|[^a-z])(nc|non-?commercial|research)([^a-z]|$)", re.IGNORECASE)
@@ -97,6 +98,7 @@ def settings(plan: Plan, record: Manifest) -> dict[str, str]:
         **({"localizer": "; ".join(localizers)} if localizers else {}),
         **({"stitch": recipe.stitch.describe()} if recipe.stitch else {}),
         **({"scale": f"{record.scale:g}"} if model else {}),
+        **({"weights": per_tensor.describe(plan.weights)} if plan.weights else {}),
         "merged tensors" if model else "localized tensors": f"{len(plan.mask_tensors)}, {record.N:,} elements",
         **({"include": _globs(recipe.include)} if recipe.include else {}),
         **({"exclude": _globs(recipe.exclude)} if recipe.exclude else {}),

@@ -1,11 +1,13 @@
 """What a method is: how the values of a merge follow from those of the base and the finetuned models.
 
-A method is pure arithmetic on one chunk; the engine does the reading, localizing, writing, resuming and publishing.
+A method is pure arithmetic on one chunk or one tensor; the engine does the reading, localizing, writing, resuming and
+publishing.
 To add your own, write one class in one file: see docs/extending.md.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -32,7 +34,10 @@ class Method(BaseModel, ABC):
 
     title, paper, citation: its name for people, the paper's URL, BibTeX. masked: whether it localizes each finetune
     first. needs_data: whether it uses unlabelled inputs. blocks_only: whether its default is to merge only the
-    transformer blocks, not all tensors.
+    transformer blocks, not all tensors. least, most: how many finetunes it takes. ordered: whether it tells them apart
+    by the order given; else they come in one that does not depend on it. weighted: whether finetunes may have weights.
+    by_globs: the settings that may be numbers by globs of tensors. of_finetunes: those that have, if they are given, an
+    entry for each finetune, which may be by globs, too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,9 +48,35 @@ class Method(BaseModel, ABC):
     masked: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
     blocks_only: ClassVar[bool] = False
+    least: ClassVar[int] = 1
+    most: ClassVar[int | None] = None
+    ordered: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False
+    by_globs: ClassVar[tuple[str, ...]] = ()
+    of_finetunes: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:  # a field of each method, a Literal
         name: Any = None
+
+    def misfit(self, models: int) -> str | None:
+        """What is wrong with merging so many finetunes, as a clause; None if nothing is."""
+        if models < self.least or (self.most is not None and models > self.most):
+            needed = f"{self.least}" if self.least == self.most else f"at least {self.least}"
+            return f"{self.name} merges {needed} finetunes, not {models}"
+        for field in self.of_finetunes:
+            if (count := len(getattr(self, field))) not in (0, models):
+                return f"{field} needs one for each finetune: expected {models}, got {count}"
+        return None
+
+    def in_order(self, order: Sequence[int]) -> Method:
+        """The same for the finetunes in another order, given by their numbers."""
+        given = {field: getattr(self, field) for field in self.of_finetunes if getattr(self, field)}
+        return self.model_copy(update={field: tuple(one[i] for i in order) for field, one in given.items()})
+
+    @property
+    def normalized(self) -> bool:
+        """Whether it divides by the sum of the weights, which must not be 0 then."""
+        return bool(getattr(self, "normalize", False))
 
     def dump(self) -> str | dict[str, Any]:
         """Its entry in a recipe, without data: its name, and its settings if it has any."""
@@ -65,14 +96,51 @@ class Method(BaseModel, ABC):
 
 
 class DenseMethod(Method):
-    """Combines whole tensors."""
+    """Combines whole models, element by element."""
 
     @abstractmethod
     def combine(
-        self, base: Values, finetuned: Sequence[Values], *, place: Place, scale: float, dtype: np.dtype[Any]
+        self,
+        base: Values,
+        finetuned: Sequence[Values],
+        *,
+        weights: Sequence[float],
+        place: Place,
+        scale: float,
+        dtype: np.dtype[Any],
     ) -> Values:
-        """base, finetuned: [n] of any floating dtype, in an order that does not depend on the order given. scale:
-        the recipe's, a factor on the task vectors. Returns [n] in dtype."""
+        """base, finetuned: [n] of any floating dtype. weights: of each finetune, in this tensor. scale: the recipe's, a
+        factor on the task vectors. Returns [n] in dtype."""
+
+
+class TensorMethod(Method):
+    """Combines whole models, a tensor at a time: for what takes its norm, its rows, or the matrix that it is.
+
+    A tensor is in memory as a whole, and one is computed by one thread. copies: in float64, of a tensor, that it holds
+    at once; of_each: and for each finetune. linear_algebra: whether it uses torch's, which is kept to one thread.
+    """
+
+    copies: ClassVar[float] = 3
+    of_each: ClassVar[float] = 1
+    linear_algebra: ClassVar[bool] = False
+
+    @abstractmethod
+    def merge(
+        self,
+        base: Values,
+        finetuned: Sequence[Values],
+        *,
+        weights: Sequence[float],
+        tensor: str,
+        scale: float,
+        dtype: np.dtype[Any],
+    ) -> Values:
+        """base, finetuned: [*shape] of any floating dtype, a scalar as [1]; tensor: its name on disk. weights,
+        scale: as of a DenseMethod. Returns [*shape] in dtype."""
+
+    def memory(self, shape: Sequence[int], models: int) -> int:
+        """Bytes that merging a tensor of so many finetunes takes at most."""
+        return math.ceil(8 * math.prod(shape) * (self.copies + self.of_each * models))
 
 
 class MaskedMethod(Method):
@@ -88,8 +156,10 @@ class MaskedMethod(Method):
         kept: Sequence[MaskedValues],
         covered: Coverage,
         *,
+        weights: Sequence[float],
         place: Place,
         scale: float,
         dtype: np.dtype[Any],
     ) -> Values:
-        """base: [n]; kept: what each mask keeps; covered: how the masks cover it. Returns [n] in dtype."""
+        """base: [n]; kept: what each mask keeps; covered: how the masks cover it; weights, scale: as of a DenseMethod.
+        Returns [n] in dtype."""

@@ -21,7 +21,8 @@ from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.runtime.chunks import Chunk, chunks_by_name, chunks_of
 from hf_locstitch.runtime.dtypes import DTYPE, Values
 from hf_locstitch.stitch.mean import coverage, overlaps
-from hf_locstitch.stitch.method import DenseMethod, MaskedMethod, Method, Place
+from hf_locstitch.stitch.method import DenseMethod, MaskedMethod, Method, Place, TensorMethod
+from hf_locstitch.stitch.per_tensor import NO_WEIGHTS, Weights
 
 if TYPE_CHECKING:
     from hf_locstitch.stitch.fitted_values import FittedValues  # imports torch
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 class StitchView:
     """base, unmasked: readers; unmasked provides the tensors that are not merged. finetuned, masks: in summation order;
     a masked method needs no readers of the finetuned models, a dense one no masks. dtypes: of the output, by tensor.
-    tensors: those that are merged. chunk: elements. fitted: values that replace those of the method.
+    tensors: those that are merged. chunk: elements. fitted:
+    values that replace those of the method. weights: of the finetuned, for methods that take any.
     """
 
     method: Method
@@ -45,11 +47,14 @@ class StitchView:
     chunk: int
     allow_non_finite: bool = False
     fitted: FittedValues | None = None
+    weights: Weights = NO_WEIGHTS
 
     @cached_property
     def chunks(self) -> Mapping[str, Sequence[Chunk]]:
-        """The chunks of each merged tensor, in order."""
-        pieces = chunks_of([info.numel for info in self.tensors], self.chunk)
+        """The chunks of each merged tensor, in order: one of each for a method that takes whole tensors."""
+        numels = [info.numel for info in self.tensors]
+        whole = isinstance(self.method, TensorMethod)
+        pieces = chunks_of(numels, max([1, *numels]) if whole else self.chunk)
         return chunks_by_name([info.name for info in self.tensors], pieces)
 
     def kept(self, chunk: Chunk) -> list[MaskedValues]:
@@ -72,6 +77,8 @@ class StitchView:
         with np.errstate(over="ignore", invalid="ignore"):  # checked above, with a clearer message
             if isinstance(self.method, MaskedMethod):
                 return self._merge_masked(self.method, tensor, chunk, dtype)
+            if isinstance(self.method, TensorMethod):
+                return self._merge_tensor(self.method, tensor, chunk, dtype), None
             assert isinstance(self.method, DenseMethod)
             return self._merge_dense(self.method, tensor, chunk, dtype), None
 
@@ -92,17 +99,29 @@ class StitchView:
             merged[np.flatnonzero(covered.times)] = self.fitted.chunk(tensor, number)
         else:
             place = Place(tensor, chunk.first)
-            merged = method.combine(base, kept, covered, place=place, scale=self.scale, dtype=dtype)
+            weights = self.weights.of(tensor)
+            merged = method.combine(base, kept, covered, weights=weights, place=place, scale=self.scale, dtype=dtype)
         return merged, overlap
 
     def _merge_dense(self, method: DenseMethod, tensor: str, chunk: Chunk, dtype: np.dtype[Any]) -> Values:
         base = self.checked(self.base, tensor, chunk)
+        weights: Sequence[float] = self.weights.of(tensor)
         if self.fitted is not None and tensor in self.fitted:
-            finetuned = [self.fitted.values(tensor, chunk.first, chunk.count)]
+            finetuned, weights = [self.fitted.values(tensor, chunk.first, chunk.count)], [1.0]
         else:
             finetuned = [self.checked(reader, tensor, chunk) for reader in self.finetuned]
         place = Place(tensor, chunk.first)
-        return method.combine(base, finetuned, place=place, scale=self.scale, dtype=dtype)
+        return method.combine(base, finetuned, weights=weights, place=place, scale=self.scale, dtype=dtype)
+
+    def _merge_tensor(self, method: TensorMethod, tensor: str, chunk: Chunk, dtype: np.dtype[Any]) -> Values:
+        """chunk: all of the tensor."""
+        shape = self.base.checkpoint.info(tensor).shape or (1,)
+        base, *finetuned = [
+            self.checked(reader, tensor, chunk).reshape(shape) for reader in (self.base, *self.finetuned)
+        ]
+        weights = self.weights.of(tensor)
+        merged = method.merge(base, finetuned, weights=weights, tensor=tensor, scale=self.scale, dtype=dtype)
+        return np.ascontiguousarray(merged).reshape(-1)
 
     def copied(self, tensor: str, chunk: Chunk) -> Values:
         """The values of a chunk that is not merged, in the output's dtype. Raises NonFiniteError."""

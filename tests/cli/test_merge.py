@@ -177,8 +177,8 @@ def test_usage(run: Run, merge: Run, tmp_path: Path) -> None:
     refused(tmp_path, merge("--densty", "0.1"), "no flag --densty. Did you mean --density?", "merge --help")
     refused(tmp_path, merge("--densty=0.1"), "no flag --densty. Did you mean --density?")
     refused(tmp_path, run("merge", "a.yaml", "b.yaml"), "'b.yaml' is one value too many")
-    refused(tmp_path, merge("--method", "tie"), "'tie' is not one of average,", "Did you mean ties?")
-    refused(tmp_path, merge("--method", "xyz"), "'xyz' is not one of average,")
+    refused(tmp_path, merge("--method", "tie"), "'tie' is not one of ace, average,", "Did you mean ties?")
+    refused(tmp_path, merge("--method", "xyz"), "'xyz' is not one of ace, average,")
     refused(tmp_path, run("merge", "--base", tmp_path / "bas", "--ft", tmp_path / "ft", "--dry-run"),
             f"Did you mean {tmp_path / 'base'}?")  # fmt: skip
     refused(tmp_path, merge("--names", "a", "b"), "2 names", "1 finetunes")

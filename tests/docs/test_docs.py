@@ -23,6 +23,10 @@ from hf_locstitch import Magnitude, errors, load_mask, merge_from_hub
 from hf_locstitch.cli.arguments import build_parser
 from hf_locstitch.cli.main import COMMANDS
 from hf_locstitch.localize.localizers import LOCALIZERS
+from hf_locstitch.plan.mergekit.config import MergekitConfig, is_mergekit
+from hf_locstitch.plan.mergekit.layers import layout_of
+from hf_locstitch.plan.mergekit.methods import KNOWN, REFUSED, TRANSLATED
+from hf_locstitch.plan.mergekit.translate import translate
 from hf_locstitch.plan.recipe import Recipe, make_recipe
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.stitchers import STITCHERS
@@ -93,6 +97,8 @@ def test_commands_have_flags_that_exist(block: str) -> None:
 @pytest.mark.parametrize("block", of_all("yaml"))
 def test_recipes_are_valid(block: str) -> None:
     fields = yaml.safe_load(block)
+    if is_mergekit(fields):
+        fields = translate(fields, "the page", lambda _: layout_of(["h.0.w", "h.1.w"])).fields
     if "kind: regression" in block:  # an objective of the page's own
         return
     names = list(fields["data"]) if isinstance(fields.get("data"), dict) else ["math", "coding"]
@@ -141,6 +147,11 @@ def test_renderings_and_the_defaults_of_training_are_listed() -> None:
         (row,) = re.findall(rf"^\| {name} \| (.*) \|$", page, re.MULTILINE)
         lr = f"{training.lr:.0e}".replace("e-0", "e-")
         assert row.split(" | ")[:4] == [called[training.optimizer], lr, str(training.batch), str(training.epochs)]
+
+
+def test_everything_of_mergekit_is_on_its_page() -> None:
+    listed = set(re.findall(r"`([\w.]+)`", (DOCS / "guides" / "mergekit.md").read_text(encoding="utf-8")))
+    assert {*TRANSLATED, *REFUSED, *KNOWN, *MergekitConfig.model_fields} - {"parameters", "tokenizer"} <= listed
 
 
 def test_the_mask_reader_reads_what_load_mask_reads(models: Path) -> None:

@@ -55,7 +55,9 @@ def test_rows() -> None:
         ("ties 20%", False, "ties-20"),
         ("ties 20%, tuned", False, "ties-20-tuned"),
         ("tsv-m", False, "tsv-m"),
+        ("iso-c", False, "iso-c"),
         ("wudi, solved for", False, "wudi-solved-for"),
+        ("ace", False, "ace"),
         ("mask 5%", True, "mask-5"),
         ("mask, held out 5%", True, "mask-held-out-5"),
     ]

@@ -21,6 +21,7 @@ from helpers.runs import quick_localize, quick_merge
 
 from hf_locstitch import inspect, load_localized, load_mask, plan_merge, verify
 from hf_locstitch.plan.describe import format_plan, plan_json
+from hf_locstitch.plan.mergekit.methods import REFUSED, TRANSLATED
 from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.plan.recipe_file import load_recipe
 
@@ -229,6 +230,34 @@ RECIPE = {
     "evaluate": {"tasks": ["arc_easy:0"], "limit": 3},
     "out": "somewhere",
 }
+
+
+MERGEKIT = {
+    "merge_method": "ties",
+    "base_model": {"model": {"path": "./base", "revision": None}},
+    "models": [
+        {"model": "./a", "parameters": {"weight": [0, 0.5, 1], "density": 0.5}},
+        {"model": "./base+./b@main", "parameters": {"weight": [{"filter": "mlp", "value": [1, 0]}, {"value": 0.3}]}},
+    ],
+    "parameters": {"normalize": True, "int8_mask": True, "lambda": 0.9, "density": 0.5},
+    "tokenizer": {"source": "base", "pad_to_multiple_of": None},
+    "chat_template": "auto",
+    "dtype": "bfloat16",
+    "out_dtype": "float32",
+}
+
+
+def test_configs_of_mergekit(home: Path) -> None:
+    path, outcomes = home / "mergekit.yaml", Outcomes()
+    methods = [*TRANSLATED, *REFUSED]
+    for rng in draws(rounds(300)):
+        start = {**MERGEKIT, "merge_method": rng.choice(methods)}
+        text = yaml.safe_dump(changed(rng, start) if rng.randrange(3) else start, sort_keys=False)
+        content = text.encode("utf-8", "surrogatepass")
+        content = damaged(rng, content) if rng.randrange(2) else content
+        path.write_bytes(content)
+        outcomes.note(lambda: make_recipe(load_recipe(path)), content)
+    outcomes.check("configs of mergekit")
 
 
 def test_recipes(tmp_path: Path) -> None:

@@ -164,6 +164,15 @@ EXACT: dict[str, Callable[[Path], Hashes]] = {
     "ties inside each tensor": lambda root: merged(
         root, toy(root), method="ties", scale=0.6, localizer={"density": 0.5, "scope": "tensor"}
     ),
+    "ties, weights": lambda root: merged(root, toy(root), method="ties", weights=[0.7, 0.5, {"*.mlp.*": 0.2}]),
+    "task arithmetic, weights": lambda root: merged(
+        root, toy(root, torch.bfloat16), method="task-arithmetic", weights=[1, -0.5, 0.25]
+    ),
+    "dare": lambda root: merged(root, toy(root), method={"name": "dare", "density": 0.3, "seed": 2}),
+    "dare-ties": lambda root: merged(root, toy(root), method={"name": "dare-ties", "density": 0.3}),
+    "della": lambda root: merged(root, toy(root), method="della"),
+    "breadcrumbs": lambda root: merged(root, toy(root, torch.bfloat16), method="breadcrumbs", scale=0.5),
+    "consensus": lambda root: merged(root, toy(root), method="consensus", scale=0.4),
     "localized and stitched": lambda root: stitched(root, toy(root, torch.bfloat16)),
     "localized and stitched, many unchanged": lambda root: stitched(
         root, toy(root), localizer={"density": 0.8}, stitch={"scale": 0.5, "dtype": "float16"}

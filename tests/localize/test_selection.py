@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from hf_locstitch import Magnitude
 from hf_locstitch.localize.bracket import BINS, NON_FINITE, histogram_bracket, sample_bracket
 from hf_locstitch.localize.candidates import differing, magnitude_scores
-from hf_locstitch.localize.density import exact_share
 from hf_locstitch.localize.selection import evenly
 from hf_locstitch.runtime.dtypes import DTYPE
+from hf_locstitch.runtime.shares import exact_share
 
 
 def test_evenly_by_hand() -> None:

@@ -24,9 +24,9 @@ from hf_locstitch import LocstitchError, Magnitude, Mask, RequestError, Saliency
 from hf_locstitch.cli.main import main
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize import search_with_data as module
-from hf_locstitch.localize.density import exact_share
 from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores
 from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.runtime.shares import exact_share
 from hf_locstitch.tasks.sets import LocalizationSet, open_set, read_rows
 from loopback_hub import LoopbackHub
 
@@ -195,7 +195,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"localizer": Saliency()}, "saliency needs one --data entry per finetune: expected 1, got 0"),
     (
         {"localizer": Magnitude(), "data": ["a.jsonl"]},
-        "only the localizers mask and saliency, stitch: refit and method regmean use data",
+        "only the localizers mask and saliency, stitch: refit and the methods regmean",
     ),
     ({"localizer": Saliency(), "data": ["b.jsonl"]}, "b.jsonl' is neither a local file"),
     ({"localizer": Saliency(), "data": ["./b.jsonl"]}, "b.jsonl does not exist"),

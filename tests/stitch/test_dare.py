@@ -13,6 +13,7 @@ import torch
 import yaml
 from helpers.launch import launch
 from helpers.models import State, finetune, load, random_state, same_bits, save
+from helpers.rivals import elect
 from helpers.runs import files_of, merged
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,3 +158,34 @@ def test_the_flag_sets_the_methods_own_density(tmp_path: Path, monkeypatch: pyte
 def test_what_it_cannot_be_told(settings: dict[str, float], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         make_recipe({"base": "a/b", "finetuned": ["c/d"], "method": {"name": "dare", **settings}})
+
+
+WEIGHTS = [0.7, 0.5, -0.2]
+
+
+@pytest.mark.parametrize(("rescale", "normalize"), [(True, False), (False, True)])
+@pytest.mark.parametrize("name", ["dare-linear", "dare-ties"])
+def test_linear_and_ties(tmp_path: Path, name: str, rescale: bool, normalize: bool) -> None:
+    base, finetuned = models()
+    method = {"name": name, "density": 0.6, "seed": 3, "rescale": rescale, "normalize": normalize}
+    found = load(merged(tmp_path, base, finetuned, method=method, weights=WEIGHTS, scale=0.8))
+    weights = torch.tensor(WEIGHTS).double()
+    for tensor, start in base.items():
+        alone = [reference(base, [state], 1.0, 3)[tensor].double() - start.double() for state in finetuned]
+        kept = []
+        for number, vector in enumerate(alone):
+            drawn = np.random.Generator(np.random.PCG64([3, number, crc32(tensor.encode())])).random(start.numel())
+            kept.append(vector * torch.from_numpy(drawn < 0.6).view(start.shape) / (0.6 if rescale else 1))
+        weighted = torch.einsum("m,m...->m...", weights, torch.stack(kept))
+        if name == "dare-ties":
+            change = elect(weighted, weights, normalize)
+        else:
+            change = weighted.sum(0) / (weights.sum() if normalize else 1)
+        due = (start.double() + 0.8 * change).float()
+        torch.testing.assert_close(found[tensor], due, rtol=3e-7, atol=1e-7)
+
+
+def test_linear_is_dare_unless_told_otherwise(tmp_path: Path) -> None:
+    base, finetuned = models()
+    one, other = (load(merged(tmp_path / name, base, finetuned, method=name)) for name in ("dare", "dare-linear"))
+    assert same_bits(one, other)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.models import SHAPES, State, finetune, load, random_state, same_bits
 from helpers.reference import reference_masks
-from helpers.runs import merged, quick_merge
+from helpers.runs import merge_folders, merged, quick_merge
 
 from hf_locstitch.errors import NonFiniteError, RecipeError
 from hf_locstitch.plan.recipe import make_recipe
@@ -69,11 +69,11 @@ def test_ties(tmp_path: Path, scope: str, scale: float) -> None:
 
 @pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_order_and_chunks_do_not_matter(tmp_path: Path, method: str) -> None:
-    base, finetuned = models(torch.bfloat16)
+    kind = METHODS.find(method)
+    base, finetuned = models(torch.bfloat16, count=kind.most or 3)
     one = load(merged(tmp_path / "a", base, finetuned, method=method))
-    from helpers.runs import merge_folders
-
-    entries = [{"ref": str(tmp_path / "a" / f"ft{i}"), "name": f"ft{i}"} for i in (2, 0, 1)]
+    order = range(len(finetuned)) if kind.ordered else (*range(1, len(finetuned)), 0)
+    entries = [{"ref": str(tmp_path / "a" / f"ft{i}"), "name": f"ft{i}"} for i in order]
     assert same_bits(load(merge_folders(tmp_path / "a", entries, Settings(11, 3), method=method)), one)
 
 

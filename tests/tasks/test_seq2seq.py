@@ -20,7 +20,7 @@ from helpers.runs import quick_merge
 from hf_locstitch import load_mask
 from hf_locstitch.cli.main import main
 from hf_locstitch.errors import RecipeError, RequestError
-from hf_locstitch.localize.density import exact_share
+from hf_locstitch.runtime.shares import exact_share
 from hf_locstitch.stitch.refit.watching import _last_states
 from hf_locstitch.tasks.alpaca import ALPACA
 from hf_locstitch.tasks.objectives import suggest

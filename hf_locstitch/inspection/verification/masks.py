@@ -17,7 +17,7 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.inspection.verification.report import Finding, Notes
-from hf_locstitch.localize.density import exact_share
+from hf_locstitch.runtime.shares import exact_share
 
 METHOD = "locstitch"  # the method whose values are recomputed
 SPARSE = 256  # elements for each one; real masks have fewer

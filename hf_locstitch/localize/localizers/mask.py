@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from hf_locstitch.localize.data_localizer import DataLocalizer
-from hf_locstitch.localize.density import exact_share
 from hf_locstitch.localize.job import Group
+from hf_locstitch.runtime.shares import exact_share
 
 if TYPE_CHECKING:
     from hf_locstitch.localize.grafted_model import GraftedModel

@@ -125,11 +125,15 @@ def system(found: Moments, ridge: float) -> Tensor:
     return matrix
 
 
-def dense(found: Moments, threads: Threads, low_rank: bool = False, share: float | None = None) -> list[Tensor]:
+def dense(
+    found: Moments, threads: Threads, low_rank: bool = False, share: float | None = None, ridge: float | None = None
+) -> list[Tensor]:
     """D of each layer. low_rank: whether updates are of low rank, whose rows do not tell of the inputs: then the start
     is the mean, and the solution stays near it. share: a, where these are not all of the layers that share the input.
+    ridge: ρ, if it is another.
     """
-    factor = torch.linalg.cholesky(system(found, LOW_RANK_RIDGE if low_rank else RIDGE))
+    ridge = (LOW_RANK_RIDGE if low_rank else RIDGE) if ridge is None else ridge
+    factor = torch.linalg.cholesky(system(found, ridge))
     images = [threads.product(total, found.gram) for total in found.total]
     if low_rank:
         share = 1 / found.tasks

@@ -36,6 +36,7 @@ class LocStitch(MaskedMethod):
         kept: Sequence[MaskedValues],
         covered: Coverage,
         *,
+        weights: Sequence[float],
         place: Place,
         scale: float,
         dtype: np.dtype[Any],

@@ -30,18 +30,25 @@ class RegMean(OnInputs, DenseMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.09849"
     needs_data: ClassVar[bool] = True
     called: ClassVar[str] = "RegMean"
+    merged_inputs: ClassVar[bool] = False  # whether layers see what the merged model computes, not each finetuned one
     alpha: float = Field(default=0.9, ge=0, le=1)
 
     def combine(
-        self, base: Values, finetuned: Sequence[Values], *, place: Place, scale: float, dtype: np.dtype[Any]
+        self,
+        base: Values,
+        finetuned: Sequence[Values],
+        *,
+        weights: Sequence[float],
+        place: Place,
+        scale: float,
+        dtype: np.dtype[Any],
     ) -> Values:
         """The mean, for tensors that are not fitted."""
-        return mean_of(base, finetuned, scale, dtype)
+        return mean_of(base, finetuned, weights, scale, dtype)
 
     def describe(self) -> str:
-        return (
-            f"RegMean on up to {self.inputs} inputs per finetune of at most {self.tokens} tokens, alpha {self.alpha:g}"
-        )
+        inputs = f"{self.inputs} inputs per finetune of at most {self.tokens} tokens"
+        return f"{self.title} on up to {inputs}, alpha {self.alpha:g}"
 
     def cost(self, fittable: Fittable) -> FitCost | None:
         from hf_locstitch.stitch.refit.cost import regmean_cost  # imports torch

@@ -15,19 +15,30 @@ if TYPE_CHECKING:
 
 
 class TaskArithmetic(DenseMethod):
+    """normalize: whether the weighted sum of the task vectors is divided by that of the weights."""
+
     name: Literal["task-arithmetic"] = "task-arithmetic"
     title: ClassVar[str] = "Task arithmetic"
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.04089"
+    weighted: ClassVar[bool] = True
+    normalize: bool = False
 
     def combine(
-        self, base: Values, finetuned: Sequence[Values], *, place: Place, scale: float, dtype: np.dtype[Any]
+        self,
+        base: Values,
+        finetuned: Sequence[Values],
+        *,
+        weights: Sequence[float],
+        place: Place,
+        scale: float,
+        dtype: np.dtype[Any],
     ) -> Values:
-        """base + scale · Σ (finetuned − base), in float64."""
+        """base + scale · Σ weight · (finetuned − base), in float64."""
         start = base.astype("f8")
-        total = start * -len(finetuned)
-        for values in finetuned:
-            total += values
-        total *= scale
+        total = start * -sum(weights)
+        for values, weight in zip(finetuned, weights, strict=True):
+            total += values if weight == 1.0 else weight * values.astype("f8")
+        total *= scale / sum(weights) if self.normalize else scale
         total += start
         return total.astype(dtype)
 

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 
 class Ties(MaskedMethod):
+    """normalize: whether those that agree are averaged, not added up."""
+
     name: Literal["ties"] = "ties"
     title: ClassVar[str] = "TIES"
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.01708"
+    weighted: ClassVar[bool] = True
     default_density: ClassVar[float] = 0.2
+    normalize: bool = True
 
     def combine(
         self,
@@ -29,6 +33,7 @@ class Ties(MaskedMethod):
         kept: Sequence[MaskedValues],
         covered: Coverage,
         *,
+        weights: Sequence[float],
         place: Place,
         scale: float,
         dtype: np.dtype[Any],
@@ -36,17 +41,14 @@ class Ties(MaskedMethod):
         """base + scale · mean of the trimmed task vectors whose sign is that of their sum, in float64."""
         import numpy as np  # not needed for planning
 
+        from hf_locstitch.stitch.task_vectors import agreeing_mean
+
         where = np.flatnonzero(covered.times)
         start = base[where].astype("f8")
         trimmed = [_trimmed(where, one, base) for one in kept]
-        elected = np.sign(sum(trimmed[1:], start=trimmed[0]))
-        update, agreeing = np.zeros(len(where)), np.zeros(len(where))
-        for task_vector in trimmed:
-            agrees = (np.sign(task_vector) == elected) & (elected != 0)
-            update += task_vector * agrees
-            agreeing += agrees
         merged = base.astype(dtype)
-        merged[where] = (start + scale * update / np.maximum(agreeing, 1)).astype(dtype)
+        update = agreeing_mean(trimmed, weights, scale=scale, normalize=self.normalize)
+        merged[where] = (start + update).astype(dtype)
         return merged
 
 

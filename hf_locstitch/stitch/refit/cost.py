@@ -75,7 +75,7 @@ def _on_cuda(config: InputSettings) -> bool:
 
 
 def regmean_cost(config: RegMeanSettings, plan: Fittable) -> FitCost | None:
-    """Inputs pass only through the finetuned models, once, except a batch used for tracing."""
+    """Inputs pass only through one model each, once, except a batch used for tracing: the finetuned, or the merged."""
     shapes = {info.name: info.shape for info in plan.mask_tensors if len(info.shape) == 2}
     if not shapes:
         return None
@@ -88,7 +88,7 @@ def regmean_cost(config: RegMeanSettings, plan: Fittable) -> FitCost | None:
     batches = sum(math.ceil(count / config.batch) for count in inputs.values())
     states, aside = _states(plan, config, batches, widest, models=1)
     return FitCost(
-        weights=FLOAT * 6 * largest,
+        weights=FLOAT * (10 if config.merged_inputs else 6) * largest,
         moments=FLOAT * ((tasks + MOMENTS + plan.settings.workers) * widest**2 + DOUBLES * (widest**2 + largest)),
         states=states,
         aside=aside,

@@ -118,10 +118,7 @@ def open_task_models(
     """Raises RequestError."""
     opened = open_task(config, name, plain.base, finetuned, data, folder, device)
     model, task = opened.model, opened.task
-    merged = Weights(
-        model, opened.shared, plain.values, device, opened.finetuned,
-        lambda tensor: not plain.is_localized(tensor), plain.release,
-    )  # fmt: skip
+    merged = merged_weights(opened, plain, device)
     fitted, held_out = config.counts(len(task.examples))
     if fitted == 0 or (held_out == 0 and len(config.lambdas) > 1):
         raise RequestError(
@@ -135,6 +132,14 @@ def open_task_models(
     return TaskModels(
         name, model, opened.parts, opened.stacks, merged, opened.finetuned, opened.original, task, batches, count
     )
+
+
+def merged_weights(opened: OpenTask, plain: PlainStitch, device: torch.device) -> Weights:
+    """Those of the merge without fitted values, in the model of a finetune."""
+    return Weights(
+        opened.model, opened.shared, plain.values, device, opened.finetuned,
+        lambda tensor: not plain.is_localized(tensor), plain.release,
+    )  # fmt: skip
 
 
 def fitting(model: Any, base: Checkpoint) -> list[str]:

@@ -5,6 +5,9 @@ section 3.
 As in the authors' code, Gram matrices are means over tokens, so that tasks have equal weight, and biases, embeddings
 (with tied heads) and everything else that is not a linear layer's matrix keep the plain mean. Where a Gram matrix is
 singular, the directions that the inputs leave open keep the plain mean, too.
+
+RegMean++ (arXiv 2508.03121) takes the activations of the merged model in their place: layer by layer, those that the
+layers before, which are fitted already, and the plain mean of all else lead to.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,13 +28,14 @@ from hf_locstitch.runtime.processes import divide
 from hf_locstitch.stitch.fitted_values import FittedValues, FittedWriter, open_fitted
 from hf_locstitch.stitch.fitting import FitJob
 from hf_locstitch.stitch.refit.lockstep import LockstepStop, lockstep
-from hf_locstitch.stitch.refit.models import OpenTask, batched, open_task
+from hf_locstitch.stitch.refit.models import OpenTask, batched, merged_weights, open_task
 from hf_locstitch.stitch.refit.param_groups import ParamGroups
 from hf_locstitch.stitch.refit.passes import Pass, linear_stop
+from hf_locstitch.stitch.refit.plain import PlainStitch
 from hf_locstitch.stitch.refit.settings import RegMeanSettings
 from hf_locstitch.stitch.refit.states import MakeStates, making_states
 from hf_locstitch.stitch.refit.stops import Key, Linear, LinearStop
-from hf_locstitch.stitch.refit.weights import part_of
+from hf_locstitch.stitch.refit.weights import Weights, part_of
 from hf_locstitch.tasks.loading import find_device
 
 RIDGE = 1e-6  # of the diagonal: above the rounding of float32 sums, far below what would change a well-posed solution
@@ -126,9 +130,11 @@ def fit(config: RegMeanSettings, job: FitJob) -> None:
             for name in job.order
         }
     )
+    plain = PlainStitch(replace(job.view, scale=1.0))
+    running = [merged_weights(one, plain, device) if config.merged_inputs else one.finetuned for one in tasks.values()]
     writer = FittedWriter(job.folder / "values", job.own, processes)
     with making_states(config.states_on, device, job.folder / f"states.{processes.rank}") as states:
-        work = Work(config, job, tasks, writer, states)
+        work = Work(config, job, tasks, running, writer, states)
         with job.progress.bar("tracing", 0, " layers") as advance:
             calls = work.follow(advance)
         with job.progress.bar("averaging", sum(calls.values()), " layers") as advance:
@@ -152,7 +158,8 @@ def stops_of(task: OpenTask, chosen: frozenset[str]) -> frozenset[str]:
 
 
 class Work:
-    """All finetuned models side by side, each on its own inputs, from layer to layer.
+    """All finetuned models side by side, each on its own inputs, from layer to layer. running: the weights that inputs
+    pass through, of each task.
 
     Every process has its share of the inputs and of each layer's output rows, and all have the same sums.
     """
@@ -162,12 +169,13 @@ class Work:
         config: RegMeanSettings,
         job: FitJob,
         tasks: Mapping[str, OpenTask],
+        running: Sequence[Weights],
         writer: FittedWriter,
         states: MakeStates,
     ) -> None:
         self._writer, self._processes, self._states = writer, job.processes, states
         self._config, self._workers = config, job.settings.workers
-        self._names, self._tasks = list(tasks), list(tasks.values())
+        self._names, self._tasks, self._running = list(tasks), list(tasks.values()), running
         chosen = frozenset(info.name for info in job.tensors)
         self._stops = [stops_of(task, chosen) for task in self._tasks]
         self._parts = [{part.key: part for part in task.parts.values()} for task in self._tasks]
@@ -209,23 +217,27 @@ class Work:
     def _alone(self, number: int, batch: Sequence[Any]) -> Alone:
         task, stops = self._tasks[number], self._stops[number]
         work = partial(task.task.outputs, task.model, batch)
-        return Alone(number, Pass(task.finetuned, work, stops, states=self._states()))
+        return Alone(number, Pass(self._running[number], work, stops, states=self._states()))
 
     def _pass_by(self, alones: Sequence[Alone], stop: LockstepStop) -> Callable[[], None]:
+        self._count(stop)
+        return partial(self._go_on, alones)
+
+    def _count(self, stop: LockstepStop) -> None:
         self._calls[stop.place.key] += 1
         self._advance(1)
-        return partial(self._go_on, alones)
 
     def _visit(self, alones: Sequence[Alone], stop: LockstepStop) -> Callable[[], None]:
         """Add what all passes bring to one call of a linear layer; at its last call, fit it."""
         linear = stop.place
         assert isinstance(linear, Linear)
-        go_on = self._pass_by(alones, stop)
+        self._count(stop)
         sums = self._sums.setdefault(linear.key, {})
         self._processes.together(lambda: self._add(alones, sums))
+        fitted = None
         if self._calls[linear.key] == self._due[linear.key]:
-            self._fit(linear, self._sums.pop(linear.key))
-        return go_on
+            fitted = self._fit(linear, self._sums.pop(linear.key))
+        return partial(self._go_on, alones, fitted if self._config.merged_inputs else None)
 
     def _add(self, alones: Sequence[Alone], sums: dict[int, Sums]) -> None:
         def work(one: Alone) -> Sums:
@@ -241,22 +253,25 @@ class Work:
             else:
                 sums[one.task] = found
 
-    def _go_on(self, alones: Sequence[Alone]) -> None:
+    def _go_on(self, alones: Sequence[Alone], weight: Tensor | None = None) -> None:
+        """weight: of the layer that they wait at, if not the one that they run with."""
         if self._calls == self._due:  # nothing is left to do
             for one in alones:
                 one.run.end()
             return
-        for number, task in enumerate(self._tasks):
+        for number, running in enumerate(self._running):
             if own := [one for one in alones if one.task == number]:
-                weight, bias = own[0].stop.load(task.finetuned)
-                for_each(lambda one, weight=weight, bias=bias: one.run.multiply(weight, bias), own, self._workers)
+                layer = own[0].stop
+                used, bias = layer.load(running) if weight is None else (weight, layer.load_bias(running))
+                for_each(lambda one, used=used, bias=bias: one.run.multiply(used, bias), own, self._workers)
 
     def _weight(self, number: int, linear: Linear) -> Tensor:
         """[outputs, inputs], of the model with that index."""
         weight = self._tasks[number].finetuned.load(self._parts[number][linear.key])
         return weight.T if linear.transposed else weight
 
-    def _fit(self, linear: Linear, sums: Mapping[int, Sums]) -> None:
+    def _fit(self, linear: Linear, sums: Mapping[int, Sums]) -> Tensor:
+        """Write the layer's values, and return them: float32 [outputs, inputs]."""
         tokens = self._processes.gather({number: found.tokens for number, found in sums.items()})
         inputs = linear.weight.shape[0 if linear.transposed else 1]
         grams = []
@@ -268,12 +283,13 @@ class Work:
         values = self._processes.together(lambda: self._own_rows(linear, grams))
         self._processes.add_up(values)
         self._processes.together(lambda: self._keep(linear, values.T if linear.transposed else values))
+        return values
 
     def _check(self, number: int, linear: Linear, gram: Tensor) -> None:
         if not torch.isfinite(gram).all():
             group = self._tasks[number].finetuned.groups[self._parts[number][linear.key].parameter]
             raise RequestError(
-                f"on the inputs of {self._names[number]}, its activations at {group.disk[0]} contain NaN or infinity, "
+                f"on the inputs of {self._names[number]}, the activations at {group.disk[0]} contain NaN or infinity, "
                 "so nothing can be fitted to them. Check the checkpoint and the inputs, or use --method average."
             )
 

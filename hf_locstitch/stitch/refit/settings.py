@@ -44,10 +44,13 @@ class InputSettings(Protocol):
 
 
 class RegMeanSettings(InputSettings, Protocol):
-    """As of methods/regmean.py."""
+    """As of methods/regmean.py and regmean_plusplus.py."""
 
     @property
     def alpha(self) -> float: ...
+
+    @property
+    def merged_inputs(self) -> bool: ...
 
 
 class RefitSettings(InputSettings, Protocol):

@@ -35,8 +35,11 @@ class Linear:
     def load(self, weights: Weights) -> tuple[Tensor, Tensor | None]:
         """Weight [outputs, inputs] and bias [outputs], read from `weights`, those of a model with these parts."""
         weight = weights.load(self.weight)
-        bias = None if self.bias is None else weights.load(self.bias)
-        return weight.T if self.transposed else weight, bias
+        return weight.T if self.transposed else weight, self.load_bias(weights)
+
+    def load_bias(self, weights: Weights) -> Tensor | None:
+        """The bias alone."""
+        return None if self.bias is None else weights.load(self.bias)
 
 
 @dataclass(frozen=True)

@@ -44,15 +44,17 @@ def test_the_same_bytes_and_none_twice(
     assert bool(served(home_hub, repos[1])) == (not how.cache)
 
 
-@pytest.mark.parametrize("method", ["average", "ties"])
-@pytest.mark.parametrize("density", [0.02, 0.5])
+@pytest.mark.parametrize(
+    ("method", "density"),
+    [("average", None), ("model-stock", None), ("ties", 0.02), ("ties", 0.5)],
+)
 def test_other_methods_and_densities(
-    repos: list[str], home_hub: LoopbackHub, tmp_path: Path, method: str, density: float
+    repos: list[str], home_hub: LoopbackHub, tmp_path: Path, method: str, density: float | None
 ) -> None:
-    fields = {"method": method} | ({} if method == "average" else {"localizer": {"density": density}})
+    fields = {"method": method} | ({} if density is None else {"localizer": {"density": density}})
     passing = merged(repos, tmp_path / "a", PASSING, **fields)
     assert all(served(home_hub, repo) == sizes(home_hub, repo) for repo in repos[1:])
-    if method == "average":
+    if density is None:
         assert served(home_hub, repos[0]) == sizes(home_hub, repos[0])
     assert (
         merged(repos, tmp_path / "b", CACHING, **fields) == passing == merged(repos, tmp_path / "c", CACHING, **fields)

@@ -79,19 +79,22 @@ def test_values_are_those_of_one_process(
     assert out["stitch"] == one["stitch"]
 
 
-@pytest.mark.parametrize(("kind", "count", "how"), [("llama", 2, {"batch": 3}), ("gpt2", 3, {"inputs": 1})])
+@pytest.mark.parametrize(
+    ("name", "kind", "count", "how"),
+    [("regmean-plusplus", "llama", 2, {"batch": 3}), ("regmean", "gpt2", 3, {"inputs": 1})],
+)
 def test_regmean_is_that_of_one_process(
-    kind: str, count: int, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, kind: str, count: int, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one input a task, a third process gets none."""
     monkeypatch.chdir(tmp_path)
     write_family(tmp_path, kind)
-    fields = yaml.safe_load((tmp_path / "recipe.yaml").read_text()) | {"method": "regmean"}
-    del fields["localizer"]
-    fields["stitch"] = {"method": "regmean", "device": "cpu", **how}
+    fields = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    del fields["localizer"], fields["stitch"]
+    fields["method"] = {"name": name, "device": "cpu", **how}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
     (tmp_path / "mean.yaml").write_text(
-        yaml.safe_dump({k: v for k, v in fields.items() if k not in ("data", "stitch")} | {"method": "average"})
+        yaml.safe_dump({k: v for k, v in fields.items() if k != "data"} | {"method": "average"})
     )
     merge("mean", "mean")
     merge("recipe", "one")

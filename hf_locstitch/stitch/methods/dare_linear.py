@@ -1,0 +1,46 @@
+"""DARE and a linear combination: `dare`, with a choice of how its sum is scaled. Source: Yu et al., Language Models are
+Super Mario, ICML 2024, arXiv 2311.03099."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from hf_locstitch.stitch.method import DenseMethod, Place
+from hf_locstitch.stitch.random_drop import RandomDrop
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hf_locstitch.runtime.dtypes import Values
+
+
+class DareLinear(RandomDrop, DenseMethod):
+    """rescale: whether what is kept is divided by the density. normalize: whether the sum is divided by that of the
+    weights."""
+
+    name: Literal["dare-linear"] = "dare-linear"
+    title: ClassVar[str] = "DARE, linear"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2311.03099"
+    weighted: ClassVar[bool] = True
+    rescale: bool = True
+    normalize: bool = False
+
+    def combine(
+        self,
+        base: Values,
+        finetuned: Sequence[Values],
+        *,
+        weights: Sequence[float],
+        place: Place,
+        scale: float,
+        dtype: np.dtype[Any],
+    ) -> Values:
+        """base + scale · Σ weight · kept · (finetuned − base), in float64, and as rescale and normalize say."""
+        start = base.astype("f8")
+        factor = scale / sum(weights) if self.normalize else scale
+        change = self.kept_sum(start, finetuned, weights=weights, place=place, scale=factor, rescale=self.rescale)
+        return (start + change).astype(dtype)
+
+
+COMPONENT = DareLinear

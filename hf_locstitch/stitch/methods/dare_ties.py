@@ -1,0 +1,52 @@
+"""DARE and TIES: drop entries of the task vectors at random, rescale the rest, elect a sign, and add up those that
+agree. Source: Yu et al., Language Models are Super Mario, ICML 2024, arXiv 2311.03099, for the drop; Yadav et al.,
+TIES-Merging, NeurIPS 2023, arXiv 2306.01708, for the election."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from hf_locstitch.stitch.method import DenseMethod, Place
+from hf_locstitch.stitch.random_drop import RandomDrop
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hf_locstitch.runtime.dtypes import Values
+
+
+class DareTies(RandomDrop, DenseMethod):
+    """rescale: whether what is kept is divided by the density. normalize: whether those that agree are averaged, not
+    added up."""
+
+    name: Literal["dare-ties"] = "dare-ties"
+    title: ClassVar[str] = "DARE-TIES"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2311.03099"
+    weighted: ClassVar[bool] = True
+    rescale: bool = True
+    normalize: bool = False
+
+    def combine(
+        self,
+        base: Values,
+        finetuned: Sequence[Values],
+        *,
+        weights: Sequence[float],
+        place: Place,
+        scale: float,
+        dtype: np.dtype[Any],
+    ) -> Values:
+        """base + scale · Σ of the weighted task vectors that are kept and agree, in float64."""
+        from hf_locstitch.stitch.task_vectors import agreeing_mean, task_vectors  # not needed for planning
+
+        start = base.astype("f8")
+        divisor, factors = self.rescaling(place.tensor, len(finetuned), self.rescale)
+        vectors = [
+            vector * (factor * self.kept(place, model, len(base)))
+            for model, (vector, factor) in enumerate(zip(task_vectors(start, finetuned), factors, strict=True))
+        ]
+        return (start + agreeing_mean(vectors, weights, scale=scale / divisor, normalize=self.normalize)).astype(dtype)
+
+
+COMPONENT = DareTies

@@ -1,0 +1,116 @@
+"""RegMean++ against its closed form, in memory, layer by layer in the merged model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from demo.skills import make_tokenizer
+from helpers.data import write_texts
+from helpers.families import build, family
+from helpers.models import State, load, same_bits
+from helpers.refits import read_record
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_locstitch.cli.main import main
+
+ALPHA = 0.9
+
+
+def prepare(kind: str, tmp: Path) -> tuple[list[Path], list[list[str]]]:
+    """Folders of a family of which all tensors differ, and texts of unequal lengths."""
+    folders = family(build(kind, torch.float32), tmp)
+    for seed, folder in enumerate(folders[1:]):
+        drawn = torch.Generator().manual_seed(seed)
+        state = {name: value + 0.05 * torch.randn(value.shape, generator=drawn) for name, value in load(folder).items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    files = [write_texts(tmp / f"{seed}.jsonl", 6, seed=seed) for seed in range(2)]
+    return folders, [[json.loads(line)["text"] for line in file.read_text().splitlines()] for file in files]
+
+
+def merge(
+    tmp: Path, out: str, method: str = "regmean-plusplus", order: tuple[int, int] = (0, 1), batch: int = 4
+) -> Path:
+    (tmp / "how.yaml").write_text(yaml.safe_dump({"method": {"name": method, "alpha": ALPHA, "batch": batch}}))
+    folders = [str(tmp / f"ft{number}") for number in order]
+    data = [str(tmp / f"{number}.jsonl") for number in order]
+    asked = ["--base", str(tmp / "base"), "--ft", *folders, "--data", *data, "--out", str(tmp / out)]
+    assert main(["merge", str(tmp / "how.yaml"), *asked, "--quiet", "--no-figures"]) == 0
+    return tmp / out
+
+
+def inputs_of(model: nn.Module, layer: nn.Module, texts: list[str], last: bool) -> Tensor:
+    """What enters a layer, one text at a time, so that nothing is padded; the last token of a text predicts nothing."""
+    kept: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, args: kept.append(args[0].reshape(-1, args[0].shape[-1])))
+    with torch.no_grad():
+        for text in texts:
+            model(**make_tokenizer()(text, return_tensors="pt", return_token_type_ids=False))
+    handle.remove()
+    return torch.cat([part if last else part[:-1] for part in kept]).double()
+
+
+def reference(folders: list[Path], texts: list[list[str]]) -> State:
+    """The mean; then one linear after the other, in the order of its calls, (Σ G)⁻¹ Σ G W of the inputs that it has."""
+    states = [load(folder) for folder in folders[1:]]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders[1])
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in states[0]:
+            own[name].copy_(torch.stack([state[name] for state in states]).mean(0))
+    order: list[str] = []
+    linears = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D)}
+    handles = [one.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, one in linears.items()]
+    model(**make_tokenizer()(texts[0][0], return_tensors="pt", return_token_type_ids=False))
+    for handle in handles:
+        handle.remove()
+    for name in order:
+        layer, weight = linears[name], f"{name}.weight"
+        if weight not in states[0]:
+            continue  # a tied head
+        grams = []
+        for some in texts:
+            x = inputs_of(model, layer, some, last=name != "lm_head")
+            gram = x.T @ x / len(x)
+            grams.append(gram * ALPHA + torch.diag(gram.diagonal()) * (1 - ALPHA))
+        wide = [state[weight].double() if isinstance(layer, Conv1D) else state[weight].double().T for state in states]
+        found = torch.linalg.inv(sum(grams)) @ sum(gram @ one for gram, one in zip(grams, wide, strict=True))
+        with torch.no_grad():
+            own[weight].copy_(found if isinstance(layer, Conv1D) else found.T)
+    return {name: own[name].detach() for name in states[0]}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_equals_the_closed_form(kind: str, tmp_path: Path) -> None:
+    folders, texts = prepare(kind, tmp_path)
+    merged, due = load(merge(tmp_path, "out")), reference(folders, texts)
+    assert all(torch.allclose(merged[name], due[name], atol=3e-5) for name in merged)
+    other = load(merge(tmp_path, "regmean", "regmean"))
+    unlike = [name for name in merged if (merged[name] - other[name]).abs().max() > 1e-4]
+    assert len(unlike) > 5  # in layers after the first
+
+
+def test_the_order_of_models_does_not_matter_and_batches_hardly(tmp_path: Path) -> None:
+    prepare("llama", tmp_path)
+    one = load(merge(tmp_path, "one"))
+    assert same_bits(one, load(merge(tmp_path, "flipped", order=(1, 0))))
+    other = load(merge(tmp_path, "batches", batch=3))
+    assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4) for name in one)
+
+
+def test_the_plan_the_record_and_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare("llama", tmp_path)
+    out = merge(tmp_path, "out")
+    record, card = read_record(out), (out / "README.md").read_text()
+    assert record["method"] == "regmean-plusplus" and record["stitch"]["alpha"] == ALPHA
+    assert "2508.03121" in card and "what the merged model computes" in card
+    flags = ["--base", str(tmp_path / "base"), "--ft", str(tmp_path / "ft0"), str(tmp_path / "ft1")]
+    data = ["--data", str(tmp_path / "0.jsonl"), str(tmp_path / "1.jsonl")]
+    assert main(["merge", *flags, "--method", "regmean-plusplus", *data, "--dry-run"]) == 0
+    assert "RegMean++ on up to 256 inputs per finetune" in capsys.readouterr().out
