@@ -86,7 +86,7 @@ class OwnClasses(Objective):
     def settle(self, config: Any, rows: Sequence[dict[str, Any]]) -> None:
         """The labels' own names, in alphabetical order, or as many classes as their numbers say; unless the model is a
         classifier that has them already."""
-        found = {row.get("label") for row in rows}
+        found: set[Any] = {row.get("label") for row in rows}
         if None in found:
             raise RequestError(f"{self.kind} needs a label in every example. Map one with the data's `columns`.")
         if self.suits(config.to_dict()) and _classes_of(found, class_names(config)):
