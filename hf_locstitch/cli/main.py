@@ -299,12 +299,8 @@ def finetune(args: argparse.Namespace) -> int:
     flags = {key: value for key, value in vars(args).items() if value is not None}
     fields = load_recipe(args.recipe) if args.recipe is not None else {}
     fields |= {key: flags[key] for key in FinetuneRequest.model_fields if key in flags}
-    examples = {key: flags[key] for key in ("number", "objective") if key in flags}
-    if examples:
-        data = fields.get("data", {})
-        objective = {"objective": {"kind": args.objective}} if args.objective else {}
-        fields["data"] = {**({"ref": data} if isinstance(data, str) else data), **examples, **objective}
-    request = make_request(fields, where=str(args.recipe or "command"))
+    where = str(args.recipe or "command")
+    request = make_request(fields, where, number=args.number, objective=args.objective)
     if not args.dry_run:
         check_output_given(request.out, request.push_to)
     plan = plan_finetune(request)

@@ -62,6 +62,8 @@ def finetune(
     *,
     base: str | Path | None = None,
     data: str | Path | Mapping[str, Any] | None = None,
+    number: int | None = None,
+    objective: str | Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     push_to: str | None = None,
     private: bool | None = None,
@@ -82,7 +84,10 @@ def finetune(
         recipe: A YAML file or its fields; arguments that are given override it.
         base: The pretrained model: a folder, org/name or org/name@revision.
         data: A task of the paper by name, such as "sst2", a surrogate, a file, a data set org/name[@revision], or the
-            fields of a localization set, among them `objective`.
+            fields of a localization set.
+        number: How many examples, or of each class; 64 by default.
+        objective: What is to be learned, by kind or with its settings; by default as the task or the base's
+            architecture has it.
         out: A folder that does not exist yet. At least one of `out` and `push_to` is needed.
         push_to: A repo, org/name or org/name@branch, to push the result to, in one commit.
         private: Whether a new repo is private.
@@ -113,7 +118,8 @@ def finetune(
         "create_pr": create_pr, "epochs": epochs, "lr": lr, "batch": batch, "optimizer": optimizer, "freeze": freeze,
         "lora": lora, "seed": seed, "device": device,
     }  # fmt: skip
-    request = make_request({**fields, **{key: value for key, value in given.items() if value is not None}})
+    fields |= {key: value for key, value in given.items() if value is not None}
+    request = make_request(fields, number=number, objective=objective)
     check_output_given(request.out, request.push_to)
     return carry_out(plan_finetune(request), Progress(show_progress))
 

@@ -54,6 +54,17 @@ class FinetuneRequest(Strict):
         return yaml.safe_dump({**fields, "data": self.data.dump()}, sort_keys=False, allow_unicode=True)
 
 
-def make_request(fields: Mapping[str, Any], where: str = "request") -> FinetuneRequest:
-    """Validate. Raises RecipeError with every fault at once."""
+def make_request(
+    fields: Mapping[str, Any],
+    where: str = "request",
+    *,
+    number: int | None = None,
+    objective: str | Mapping[str, Any] | None = None,
+) -> FinetuneRequest:
+    """Validate. number, objective: in place of what the data says. Raises RecipeError with every fault at once."""
+    objective = {"kind": objective} if isinstance(objective, str) else objective
+    given = {key: value for key, value in {"number": number, "objective": objective}.items() if value is not None}
+    if given and "data" in fields:
+        data = fields["data"]
+        fields = {**fields, "data": {**(data if isinstance(data, Mapping) else {"ref": str(data)}), **given}}
     return validated(FinetuneRequest, fields, where, {"data": LocalizationSet})

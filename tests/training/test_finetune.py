@@ -102,9 +102,8 @@ def test_a_classifier_gets_its_classes_from_the_data(
 ) -> None:
     """Over a base that has no head; the same head for the same seed."""
     base, data = base_of("bert", tmp_path / "base"), separable(tmp_path / "rows.jsonl", names)
-    options = {"objective": {"kind": "sequence-classification"}}
     for out in ("one", "two"):
-        finetune(base=base, data={"ref": str(data), **options}, out=tmp_path / out, lr=3e-3, epochs=4)
+        finetune(base=base, data=data, objective="sequence-classification", out=tmp_path / out, lr=3e-3, epochs=4)
     assert "MISSING" not in "".join(capfd.readouterr())
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]
@@ -152,7 +151,9 @@ def test_lora_with_a_new_head(tmp_path: Path) -> None:
 def test_freeze_takes_globs_in_place_of_the_default(tmp_path: Path) -> None:
     base, data = base_of("roberta-mlm", tmp_path / "base"), separable(tmp_path / "rows.jsonl")
     asked = {"ref": str(data), "number": 4, "objective": PROMPT}
-    finetune(base=base, data=asked, out=tmp_path / "ft", freeze=["*.layer.0.*", "lm_head.*"], epochs=1, lr=1e-2)
+    frozen = ["*.layer.0.*", "lm_head.*"]
+    done = finetune(base=base, data=asked, number=2, out=tmp_path / "ft", freeze=frozen, epochs=1, lr=1e-2)
+    assert done.facts["examples"] == 4
     before, after = load(base), load(tmp_path / "ft")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert "roberta.embeddings.word_embeddings.weight" in changed
