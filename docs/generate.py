@@ -44,6 +44,8 @@ TITLES = {
     "Localized": "Localized checkpoint",
     "LocalizationSet": "Localization set",
     "EvaluateOptions": "Evaluation",
+    "EvaluationSet": "Evaluation set",
+    "LmEvalOptions": "lm-eval's options",
 }
 FLAG_OF = {"finetuned": "ft"}  # recipe key -> the flag's destination, where they differ
 # What class docstrings leave to the reader's guess.
