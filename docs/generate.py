@@ -45,7 +45,7 @@ TITLES = {
     "LocalizationSet": "Localization set",
     "EvaluateOptions": "Evaluation",
     "EvaluationSet": "Evaluation set",
-    "LmEvalOptions": "lm-eval's options",
+    "LmEvalOptions": "Options of lm-eval",
 }
 FLAG_OF = {"finetuned": "ft"}  # recipe key -> the flag's destination, where they differ
 # What class docstrings leave to the reader's guess.
