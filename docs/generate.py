@@ -46,6 +46,8 @@ TITLES = {
     "LocalizationSet": "Localization set",
     "EvaluateOptions": "Evaluation",
     "CompareOptions": "Comparison",
+    "EvaluationSet": "Evaluation set",
+    "LmEvalOptions": "Options of lm-eval",
 }
 FLAG_OF = {"finetuned": "ft"}  # recipe key -> the flag's destination, where they differ
 # What class docstrings leave to the reader's guess.

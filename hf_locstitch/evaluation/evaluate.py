@@ -93,7 +93,9 @@ def evaluate(
     finetuned_refs = None if finetuned is None else [str(ref) for ref in finetuned]
     models = gather_models(listed, base=base_ref, finetuned=finetuned_refs, parents=parents, average=average)
     subject = next(model for model in models if model.role == "model")
-    suites = make_suites(options, subject, partial(known_inputs, listed[0], base_ref, finetuned_refs, models))
+    suites = make_suites(
+        options, subject, partial(known_inputs, listed[0], base_ref, finetuned_refs, models), show_progress
+    )
     session = Session(suites, options.dtype, cache, show_progress)
     session.check(models)
     if push:
@@ -114,14 +116,16 @@ def evaluate(
     return report
 
 
-def make_suites(options: EvaluateOptions, subject: Model, inputs: Callable[[], Mapping[str, Model]]) -> list[Suite]:
+def make_suites(
+    options: EvaluateOptions, subject: Model, inputs: Callable[[], Mapping[str, Model]], show_progress: bool
+) -> list[Suite]:
     """What is asked for. subject: the model that the evaluation is about. inputs: gives what it was made of, for their
     heads. Raises RequestError."""
     suites: list[Suite] = []
     if options.tasks or options.suite is not None:
         suites.append(LmEvalSuite(options))
     if options.data:
-        suites.append(LabelledSuite(options, subject, inputs()))
+        suites.append(LabelledSuite(options, subject, inputs(), show_progress))
     return suites
 
 
@@ -154,7 +158,7 @@ class Planned:
         whole = [name for name in plan.inputs if name not in plan.adapters]
         self._inputs = Inputs({name: partial(self._input, name) for name in whole})
         merge = Model("merge", "model", plan.files.label, "", plan.files)  # its config and files, before it is made
-        suites = make_suites(asked, merge, lambda: self._inputs)
+        suites = make_suites(asked, merge, lambda: self._inputs, show_progress)
         self.session = Session(suites, asked.dtype, show_progress=show_progress)
         self.session.check([merge])
         for suite in suites:

@@ -53,7 +53,8 @@ def load_model(folder: Path, label: str, options: EvaluateOptions) -> LM:
                 return VLLM(**{"seed": own.seed[2], **settings})  # type: ignore[arg-type]
             from lm_eval.models import huggingface
 
-            return huggingface.HFLM(**settings, device=device, use_safetensors=True)
+            build: Any = huggingface.HFLM
+            return build(**settings, device=device, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CheckpointError(
             f"transformers cannot load {label}: {load_failure(error).rstrip('.')}. "

@@ -16,6 +16,7 @@ from hf_locstitch.evaluation.running import explaining_memory
 from hf_locstitch.evaluation.scores import Score, TaskResult
 from hf_locstitch.evaluation.suite import Suite
 from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.version import __version__
 from hf_locstitch.tasks.answers import Answers, joined
 from hf_locstitch.tasks.benchmarks import EvaluateOptions
@@ -54,7 +55,7 @@ class JudgedSet:
         return self.head is None and self.objective.head_of == "finetune" and bool(self.objective.architectures)
 
 
-def judged_set(name: str, asked: EvaluationSet, subject: Model, inputs: Mapping[str, Model]) -> JudgedSet:
+def make_judged_set(name: str, asked: EvaluationSet, subject: Model, inputs: Mapping[str, Model]) -> JudgedSet:
     """A set with all that is known before models are loaded. subject: the model that the evaluation is about. inputs:
     the base ("base") and the finetunes that it was made of, by name, as far as they are known. Raises RequestError.
     """
@@ -62,8 +63,7 @@ def judged_set(name: str, asked: EvaluationSet, subject: Model, inputs: Mapping[
         known = f"choose from {', '.join(inputs)}" if inputs else "no inputs are known: name them with --base and --ft"
         raise RecipeError(f"the set {name} is to be judged by the head of {asked.head!r}, which is no input ({known}).")
     named = asked.head or (name if name in inputs else None)
-    suggesting = inputs[named] if named is not None else subject
-    objective = asked.objective or suggest(_config(suggesting), suggesting.ref)
+    objective = asked.objective or _suggested(named, subject, inputs)
     if asked.head is None and objective.head_of != "finetune":
         named = "base" if objective.head_of == "base" and "base" in inputs else None
     if objective.labels == "none":
@@ -75,15 +75,31 @@ def judged_set(name: str, asked: EvaluationSet, subject: Model, inputs: Mapping[
     return JudgedSet(name, data, note, objective, classes, metrics, head)
 
 
+def _suggested(named: str | None, subject: Model, inputs: Mapping[str, Model]) -> Objective:
+    """By the architecture of the input whose head may judge; if that is not to be had, by the subject's."""
+    if named is None:
+        return suggest(_config(subject), subject.ref)
+    try:
+        return suggest(_config(inputs[named]), inputs[named].ref)
+    except CheckpointError as error:
+        try:
+            return suggest(_config(subject), subject.ref)
+        except RecipeError:
+            raise error from None
+
+
 def _config(model: Model) -> Mapping[str, Any]:
     return model.checkpoint.config if model.checkpoint is not None else {}
 
 
 class LabelledSuite(Suite):
-    def __init__(self, options: EvaluateOptions, subject: Model, inputs: Mapping[str, Model]) -> None:
-        """As judged_set."""
+    def __init__(
+        self, options: EvaluateOptions, subject: Model, inputs: Mapping[str, Model], show_progress: bool = False
+    ) -> None:
+        """As make_judged_set."""
         self._options = options
-        self._sets = {name: judged_set(name, asked, subject, inputs) for name, asked in options.sets.items()}
+        self._progress = Progress(show_progress)
+        self._sets = {name: make_judged_set(name, asked, subject, inputs) for name, asked in options.sets.items()}
         self._rows: dict[str, Rows] = {}
         self.names = list(self._sets)
         self.limit = options.limit
@@ -211,10 +227,13 @@ class LabelledSuite(Suite):
         rows = self._open(one.name)
         own = processes.own(len(rows))
         prepare = one.objective.preparing(judged.processor, judged.head)
-        return [
-            answers_to(judged, prepare(rows.part(first, min(first + BLOCK, own.stop))), size)
-            for first in range(own.start, own.stop, BLOCK)
-        ]
+        parts = []
+        with self._progress.bar(f"judging {one.name}", own.stop - own.start, " examples") as advance:
+            for first in range(own.start, own.stop, BLOCK):
+                block = rows.part(first, min(first + BLOCK, own.stop))
+                parts.append(answers_to(judged, prepare(block), size))
+                advance(len(block))
+        return parts
 
     def _result(self, one: JudgedSet, answers: Answers) -> TaskResult:
         scores = []

@@ -40,12 +40,12 @@ Seeds = Annotated[tuple[int, int, int, int], BeforeValidator(_all_four)]
 
 
 class LmEvalOptions(BaseModel):
-    """backend: hf, or vllm where that is installed. fewshot_as_multiturn: under a chat template, whether each example
-    of the prompt is a turn of its own; by default it is. system_instruction: text before the prompts. max_length:
-    tokens of a prompt and its answer, at most; as the model has it by default. gen_kwargs: of generation, over the
-    tasks' own. model_args: more arguments of lm-eval's class for the backend. seed: one, or four: of Python, NumPy,
-    torch and the examples in prompts. log_samples: a folder that gets every prompt and answer, one file a task; scores
-    are then measured, cached or not.
+    """backend: by transformers (`hf`), or by `vllm` where that is installed. fewshot_as_multiturn: under a chat
+    template, whether each example of the prompt is a turn of its own; by default it is. system_instruction: text before
+    the prompts. max_length: tokens of a prompt and its answer, at most; as the model has it by default. gen_kwargs: of
+    generation, over the tasks' own. model_args: more arguments of lm-eval's class for the backend. seed: one, or four:
+    of Python, NumPy, torch and the examples in prompts. log_samples: a folder that gets every prompt and answer, one
+    file a task; scores are then measured, cached or not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

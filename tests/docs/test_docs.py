@@ -196,6 +196,7 @@ def test_components_of_another_package(models: Path) -> None:
         "[hf_locstitch.methods]\nmedian = my_merging.median:Median\n"
         "[hf_locstitch.objectives]\nregression = my_merging.regression:Regression\n"
         "[hf_locstitch.stitchers]\ndamped = my_merging.damped:Damped\n"
+        "[hf_locstitch.metrics]\nbalanced-accuracy = my_merging.balancedaccuracy:BalancedAccuracy\n"
         "[hf_locstitch.checkpoint_kinds]\nsubfolder = my_merging.subfolder:Subfolder\n"
     )
     nested = models / "nested"

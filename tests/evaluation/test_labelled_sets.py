@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,13 @@ def test_rows_that_masks_were_found_with_are_warned_of(a: Path, b: Path, letters
     assert "mine is evaluated on letters.jsonl, with which masks were found" in warning
     other = answers(tmp_path / "unlike.jsonl", "CC")
     assert evaluate(tmp_path / "out", data=[other]).warnings == ()
+
+
+def test_a_language_model_needs_no_finetune_for_its_set(a: Path, b: Path, letters: Path, tmp_path: Path) -> None:
+    """The finetune of the set's name is not to be had, but each language model has a head of its own."""
+    merge_from_hub(a, [b], names=["letters"], out=tmp_path / "out", figures=False)
+    shutil.rmtree(b)
+    assert exact(evaluate(tmp_path / "out", data=[letters])) == {"out": 0.1}
 
 
 def test_judge_gives_plain_scores(a: Path, b: Path, letters: Path) -> None:

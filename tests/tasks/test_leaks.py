@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hf_locstitch.tasks.leaks import JudgedTask, UsedData, leaks, used_open_set, used_set
+from hf_locstitch.tasks.evaluation_sets import EvaluationSet
+from hf_locstitch.tasks.leaks import JudgedTask, UsedData, judged_set, leaks, used_open_set, used_set
 from hf_locstitch.tasks.sets import LocalizationSet, open_set
 
 OTHER = JudgedTask("hellaswag", "Rowan/hellaswag")
@@ -64,6 +65,29 @@ def test_what_is_no_leak(task: JudgedTask, data: UsedData) -> None:
 )
 def test_a_name_alone_is_said_to_be_a_name(task: JudgedTask, data: UsedData) -> None:
     assert said(task, data).startswith(f"{task.name} is named like {data.name}")
+
+
+def judged(ref: str, **fields: Any) -> JudgedTask:
+    return judged_set("mine", EvaluationSet(ref=ref, **fields))
+
+
+def test_a_labelled_set_is_known_by_its_split_or_hash() -> None:
+    """Its name says nothing: a set has that of a finetune."""
+    found = used("org/set", config="a")
+    assert leaks([judged("org/set", config="a"), judged("org/set", config="b", split="train")], [found]) == []
+    for same in (judged("org/set", config="a", split="train"), judged("Org/Set", split="train[:50%]")):
+        (warning,) = leaks([same], [found])
+        assert warning.startswith("mine is evaluated on ")
+    assert leaks([JudgedTask("set", "org/set", "a")], [found])  # of lm-eval's, whose split is not known
+    a_file = used("./rows.jsonl", sha256="a" * 64)
+    assert leaks([judged("./test.jsonl", sha256="b" * 64)], [a_file]) == []
+    (warning,) = leaks([judged("./other.jsonl", sha256="a" * 64)], [a_file])
+    assert warning.startswith("mine is evaluated on other.jsonl")
+    (warning,) = leaks([judged("x/rows.jsonl")], [used("./rows.jsonl")])
+    assert warning.startswith("mine is named like ./rows.jsonl")
+    assert leaks([judged_set("rows", EvaluationSet(ref="./test.jsonl"))], [used("./rows.jsonl")]) == []
+    (warning,) = leaks([judged("gsm8k", split="train")], [used("gsm8k")])
+    assert warning.startswith("mine is evaluated on openai/gsm8k")
 
 
 def test_a_file_leaks_if_its_rows_do(tmp_path: Path) -> None:
