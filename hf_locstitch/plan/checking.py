@@ -31,7 +31,7 @@ from hf_locstitch.tasks.sets import OpenSet
 ALL = ("*",)
 # Fields of a recipe that apply to a merged model only.
 OF_MODELS = ("scale", "rest_from", "files_from", "tokenizer", "embeddings", "chat_template", "also_copy", "dtype",
-             "shard_size", "evaluate")  # fmt: skip
+             "shard_size", "evaluate", "adapter")  # fmt: skip
 
 
 def check_inputs(

@@ -17,7 +17,7 @@ from hf_locstitch.stitch.fitting import OnInputs
 from hf_locstitch.tasks.sets import LocalizationSet
 
 # Fields that say where it goes and how it is judged.
-NOT_THE_MERGE = ("out", "push_to", "private", "create_pr", "evaluate", "strict")
+NOT_THE_MERGE = ("out", "adapter", "push_to", "private", "create_pr", "evaluate", "strict")
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
