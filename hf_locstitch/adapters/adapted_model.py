@@ -23,6 +23,7 @@ from hf_locstitch.adapters.settings import short
 from hf_locstitch.checkpoints.adapter import ADAPTER_WEIGHTS, AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import CONFIG, Checkpoint
 from hf_locstitch.errors import CheckpointError
+from hf_locstitch.runtime.allocator import freed_memory_goes_back
 from hf_locstitch.runtime.human import more
 from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
 from hf_locstitch.tasks.loading import load_config
@@ -87,7 +88,8 @@ def skeleton_of(base: Checkpoint, auto_class: str) -> Skeleton:
     with _MAKING:
         if key not in _SKELETONS:
             _SKELETONS.clear()
-            _SKELETONS[key] = Skeleton(base, auto_class)
+            with freed_memory_goes_back():
+                _SKELETONS[key] = Skeleton(base, auto_class)
         return _SKELETONS[key]
 
 
@@ -121,11 +123,12 @@ class AdaptedModel:
         self._adapter, self._skeleton, self._config, self._read = adapter, skeleton, config, read
         self._weights = dict(weights)
         self.real = False  # whether the layers hold the base's real weights
-        if read is None:
-            self._build_blank()
-        elif not self._builds_on_placeholders():
-            self.real = True
-            self._build(self._value)
+        with freed_memory_goes_back():
+            if read is None:
+                self._build_blank()
+            elif not self._builds_on_placeholders():
+                self.real = True
+                self._build(self._value)
         del self._weights  # they are in the layers now
         self.layers = self._find_layers()
 
