@@ -84,7 +84,7 @@ def check_inputs(
         raise MismatchError(problems)
     if not recipe.include and recipe.method.blocks_only:
         warnings += missed_blocks(reach((info for _, info in base.tensors.values()), chosen), base.label)
-    warnings += adapter_warnings(base, finetuned)
+    warnings += adapter_warnings(recipe, base, finetuned, set(chosen))
     warnings += swap_warnings(base, finetuned)
     warnings += licence_warning({"the base": base, **finetuned})
     warnings += leaks(list(_judged(recipe)), recipe.used_data)
