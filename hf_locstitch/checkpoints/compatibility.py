@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.config import model_types
+from hf_locstitch.checkpoints.vocabulary import row_shape
 from hf_locstitch.runtime.human import more
 
 MOST_GLOBS = 3
+Shape = tuple[int, ...]
 DEEPEST = 8  # parts of a name in which a prefix ends
 
 
@@ -92,13 +94,17 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:count]) + "." for count in range(1, len(parts))]
 
 
-def differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence[str]) -> list[str]:
-    """Differences that do not prevent the merge, as warnings."""
+def differences(
+    base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence[str], by_tokens: Collection[str] = ()
+) -> list[str]:
+    """Differences that do not prevent the merge, as warnings. by_tokens: tensors whose number of rows is none."""
     localized = set(chosen)
     unlike = [
         f"{tensor} {list(other.info(tensor).shape)} (base {list(base.info(tensor).shape)})"
         for tensor in base.tensors
-        if tensor not in localized and tensor in other.tensors and other.info(tensor).shape != base.info(tensor).shape
+        if tensor not in localized
+        and tensor in other.tensors
+        and not _alike(other.info(tensor).shape, base.info(tensor).shape, tensor in by_tokens)
     ]
     unlike += [f"{tensor} (not in the base)" for tensor in other.tensors if tensor not in base.tensors]
     unlike += [f"{t} (only in the base)" for t in base.tensors if t not in other.tensors and t not in localized]
@@ -109,6 +115,10 @@ def differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence
     if all(t in other.tensors for t in chosen) and other.layout is other:  # an adapter's dtypes are our choice
         warnings += dtype_warnings(name, [(other.info(t).dtype, base.info(t).dtype) for t in chosen])
     return warnings
+
+
+def _alike(one: Shape, other: Shape, by_tokens: bool) -> bool:
+    return row_shape(one) == row_shape(other) if by_tokens and one and other else one == other
 
 
 def misfit_files(files: Checkpoint, unmasked_from: Checkpoint) -> tuple[list[str], list[str]]:

@@ -77,7 +77,7 @@ def check_inputs(
         candidates = chosen_tensors(recipe, checkpoint, matrices)
         problems += mismatches(base, checkpoint, chosen, candidates)
         warnings += renaming_notes(name, checkpoint)
-        warnings += differences(base, name, checkpoint, chosen)
+        warnings += differences(base, name, checkpoint, chosen, matrices if recipe.tokenizer else ())
     found = misfit_files(*given_files(recipe, base, finetuned))
     problems, warnings = problems + found[0], warnings + found[1]
     if problems:
