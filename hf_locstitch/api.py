@@ -386,25 +386,28 @@ def carry_out(plan: Plan, progress: Progress) -> MergeResult:
     made: dict[str, Any] = {}
 
     def prepare() -> engine.AfterRun | None:
-        if not isinstance(plan, ModelPlan):
-            return None
-        check_adapter(plan)
-        judge = None
-        if plan.recipe.evaluate is not None:
-            from hf_locstitch.evaluation.evaluate import AfterMerge
-
-            judge = AfterMerge(plan)
-
-        def after(out: Path, processes: Processes) -> None:
-            if plan.recipe.adapter is not None:
-                made["adapter"] = write_adapter(plan, out, progress)
-            if judge is not None:
-                made["evaluation"] = judge.run(out, processes)
-
-        return after
+        return _after_merge(plan, progress, made) if isinstance(plan, ModelPlan) else None
 
     done = engine.execute(plan, progress, prepare)
     return MergeResult(done.out, done.url, done.commit, done.manifest, **made)
+
+
+def _after_merge(plan: ModelPlan, progress: Progress, made: dict[str, Any]) -> engine.AfterRun:
+    """What is still to be done with a finished merge, checked beforehand; it fills in fields of the MergeResult."""
+    check_adapter(plan)
+    judge = None
+    if plan.recipe.evaluate is not None:
+        from hf_locstitch.evaluation.evaluate import AfterMerge
+
+        judge = AfterMerge(plan)
+
+    def after(out: Path, processes: Processes) -> None:
+        if plan.recipe.adapter is not None:
+            made["adapter"] = write_adapter(plan, out, progress)
+        if judge is not None:
+            made["evaluation"] = judge.run(out, processes)
+
+    return after
 
 
 def _recipe(**fields: Any) -> Recipe:

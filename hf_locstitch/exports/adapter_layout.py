@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -33,20 +33,17 @@ TASKS = {"ForCausalLM": "CAUSAL_LM"}  # the only task for which PEFT adds no mod
 SMALLER, BIASED = "that are smaller so", "with a changed bias"  # why a linear layer is stored whole
 
 
-class Changed(Protocol):
-    """Changes, or what a merge will change: of a localized checkpoint or a `merge`, as kind says."""
+@dataclass(frozen=True)
+class Changed:
+    """What a localized checkpoint or a merge, as kind says, changes in its base; or a merge that is yet to be made.
 
-    @property
-    def label(self) -> str: ...
+    ones: of each tensor that is changed, in how many elements.
+    """
 
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def base(self) -> Checkpoint: ...
-
-    @property
-    def ones(self) -> Mapping[str, int]: ...
+    label: str
+    kind: str
+    base: Checkpoint
+    ones: Mapping[str, int]
 
 
 @dataclass(frozen=True)

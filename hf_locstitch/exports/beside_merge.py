@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_locstitch.checkpoints.adapter import ADAPTER_WEIGHTS
-from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.mapped import read_header
 from hf_locstitch.engine.preflight import check_place, check_space, is_free, taken
 from hf_locstitch.engine.work_dir import fingerprint
@@ -26,16 +23,6 @@ if TYPE_CHECKING:
 LABEL, FLAG = "the merge", "--adapter"
 
 
-@dataclass(frozen=True)
-class Foreseen:
-    """What a merge may change: all that its masks range over. ones: about, if its masks do not overlap."""
-
-    base: Checkpoint
-    ones: Mapping[str, int]
-    label: str = LABEL
-    kind: str = "merge"
-
-
 def check_adapter(plan: ModelPlan) -> None:
     """Raises RequestError if the adapter cannot be written, or cannot hold the merge. Reads no weights."""
     adapter = plan.recipe.adapter
@@ -48,12 +35,12 @@ def check_adapter(plan: ModelPlan) -> None:
     problems = misfits(LABEL, base, [(info.name, info.shape) for info in plan.mask_tensors])
     if found := [*problems, *unlike(LABEL, base, planned)]:
         raise MismatchError(found)
-    from hf_locstitch.exports.adapter_layout import lay_out
+    from hf_locstitch.exports.adapter_layout import Changed, lay_out
 
     share = min(1.0, len(plan.localizers) * plan.k / plan.n)
-    ones = {info.name: math.ceil(share * info.numel) for info in plan.mask_tensors}
+    ones = {info.name: math.ceil(share * info.numel) for info in plan.mask_tensors}  # if masks do not overlap
     with hide_all_library_bars():
-        check_space(adapter, lay_out(Foreseen(base, ones)).nbytes)
+        check_space(adapter, lay_out(Changed(LABEL, "merge", base, ones)).nbytes)
 
 
 def _check_folder(adapter: Path, plan: ModelPlan) -> None:
