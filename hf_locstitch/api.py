@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_locstitch.artifacts.manifest import told
-from hf_locstitch.engine.execute import AfterRun, Finished, execute
+from hf_locstitch.engine import execute as engine
 from hf_locstitch.errors import RecipeError, RequestError
+from hf_locstitch.exports.beside_merge import check_adapter, write_adapter
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.plan.adapter_inputs import with_base
 from hf_locstitch.plan.planning import make_localize_plan, make_plan
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from hf_locstitch.artifacts.manifest import Manifest
     from hf_locstitch.evaluation.report import EvaluationReport
+    from hf_locstitch.exports.export import ExportResult
     from hf_locstitch.runtime.processes import Processes
 
 Ref = str | Path  # a folder, org/name or org/name@revision
@@ -48,6 +50,7 @@ class MergeResult:
         commit: Commit of the pushed repo, 40 hex digits.
         manifest: The record, as in locstitch.json.
         evaluation: The scores, if the recipe requests an evaluation.
+        adapter: The PEFT adapter, if the recipe requests one and no earlier call has written it.
     """
 
     out: Path | None
@@ -55,6 +58,7 @@ class MergeResult:
     commit: str | None
     manifest: Manifest
     evaluation: EvaluationReport | None = None
+    adapter: ExportResult | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for `json.dumps`."""
@@ -64,6 +68,7 @@ class MergeResult:
             "commit": self.commit,
             "manifest": asdict(self.manifest),
             **({"evaluation": self.evaluation.as_json()} if self.evaluation else {}),
+            **({"adapter": self.adapter.as_json()} if self.adapter else {}),
         }
 
     def describe(self) -> str:
@@ -73,7 +78,8 @@ class MergeResult:
         lines += [f"published  {self.url} at {self.commit}"] if self.url else []
         densities = [f"{name} {100 * mask.real_density:.4g} %" for name, mask in told(self.manifest).masks.items()]
         lines += ["density    " + ", ".join(densities)] if densities else []
-        lines = [*map(line, lines), *(["", self.evaluation.describe()] if self.evaluation else [])]
+        lines = [*map(line, lines), *([self.adapter.describe()] if self.adapter else [])]
+        lines = [*lines, *(["", self.evaluation.describe()] if self.evaluation else [])]
         return "\n".join(lines)
 
 
@@ -82,6 +88,7 @@ def merge_from_hub(
     finetuned: Ref | Sequence[Ref],
     *,
     out: Ref | None = None,
+    adapter: Ref | None = None,
     push_to: str | None = None,
     private: bool | None = None,
     create_pr: bool | None = None,
@@ -118,6 +125,7 @@ def merge_from_hub(
             the finetunes name.
         finetuned: One or several models finetuned from it, or PEFT adapters for it, likewise.
         out: A folder that does not exist yet. At least one of `out` and `push_to` is needed.
+        adapter: A folder that does not exist yet for the merge as a PEFT adapter, too, as `export` writes it.
         push_to: A repo, org/name or org/name@branch, to push the merge to, in one commit.
         private: Whether a new repo is private.
         create_pr: Whether the merge is proposed there as a pull request.
@@ -164,8 +172,8 @@ def merge_from_hub(
     Source: https://arxiv.org/abs/2408.13656
     """
     recipe = _recipe(
-        base=base, finetuned=_entries(finetuned, names), out=out, push_to=push_to, private=private,
-        create_pr=create_pr, method=method,
+        base=base, finetuned=_entries(finetuned, names), out=out, adapter=adapter, push_to=push_to,
+        private=private, create_pr=create_pr, method=method,
         localizer=localizer, data=data, stitch=stitch, scale=scale, weights=weights, include=include, exclude=exclude,
         rest_from=rest_from, files_from=files_from, tokenizer=tokenizer, embeddings=embeddings,
         chat_template=chat_template, also_copy=also_copy, dtype=dtype, shard_size=shard_size,
@@ -234,6 +242,7 @@ def stitch_from_hub(
     remove: str | Sequence[str] = (),
     finetuned: Ref | Sequence[Ref] | None = None,
     out: Ref | None = None,
+    adapter: Ref | None = None,
     push_to: str | None = None,
     private: bool | None = None,
     create_pr: bool | None = None,
@@ -264,8 +273,8 @@ def stitch_from_hub(
         remove: Names of its finetunes to leave out.
         finetuned: Its finetunes that stay, in its order, if they are not where it says.
         names: Names of the masks; those they were localized under by default.
-        out, push_to, private, create_pr, scale, also_copy, dtype, shard_size, allow_non_finite, figures, strict, cache,
-            max_memory, show_progress: As in `merge_from_hub`.
+        out, adapter, push_to, private, create_pr, scale, also_copy, dtype, shard_size, allow_non_finite, figures,
+            strict, cache, max_memory, show_progress: As in `merge_from_hub`.
 
     Returns:
         Where the merge is, and its record.
@@ -279,8 +288,8 @@ def stitch_from_hub(
         >>> stitch_from_hub(from_="me/merged", add="me/law-localized", remove="code", out="changed")
     """
     settings = {
-        "out": out, "push_to": push_to, "private": private, "create_pr": create_pr, "scale": scale,
-        "also_copy": also_copy, "dtype": dtype,
+        "out": out, "adapter": adapter, "push_to": push_to, "private": private, "create_pr": create_pr,
+        "scale": scale, "also_copy": also_copy, "dtype": dtype,
         "shard_size": shard_size, "allow_non_finite": allow_non_finite, "figures": figures, "strict": strict,
     }  # fmt: skip
     if from_ is None:
@@ -364,24 +373,43 @@ def plan_merge(
     return make_plan(recipe, make_settings(cache, max_memory, device))
 
 
-def carry_out(plan: Plan, progress: Progress) -> MergeResult:
-    """Carry out a plan, publish the result, and evaluate it if the recipe says so. Raises like merge_from_hub."""
-    reports: list[EvaluationReport] = []
+def check_possible(plan: Plan) -> None:
+    """All that must hold before a plan is carried out, without the work. Raises RequestError."""
+    engine.check_possible(plan)
+    if isinstance(plan, ModelPlan):
+        check_adapter(plan)
 
-    def prepare() -> AfterRun | None:
-        if plan.recipe.evaluate is None or not isinstance(plan, ModelPlan):
-            return None
+
+def carry_out(plan: Plan, progress: Progress) -> MergeResult:
+    """Carry out a plan, export and evaluate the result if the recipe says so, and publish it.
+
+    Raises like merge_from_hub.
+    """
+    made: dict[str, Any] = {}
+
+    def prepare() -> engine.AfterRun | None:
+        return _after_merge(plan, progress, made) if isinstance(plan, ModelPlan) else None
+
+    done = engine.execute(plan, progress, prepare)
+    return MergeResult(done.out, done.url, done.commit, done.manifest, **made)
+
+
+def _after_merge(plan: ModelPlan, progress: Progress, made: dict[str, Any]) -> engine.AfterRun:
+    """What is still to be done with a finished merge, checked beforehand; it fills in fields of the MergeResult."""
+    check_adapter(plan)
+    judge = None
+    if plan.recipe.evaluate is not None:
         from hf_locstitch.evaluation.evaluate import AfterMerge
 
         judge = AfterMerge(plan)
 
-        def after(out: Path, processes: Processes) -> None:
-            reports.append(judge.run(out, processes))
+    def after(out: Path, processes: Processes) -> None:
+        if plan.recipe.adapter is not None:
+            made["adapter"] = write_adapter(plan, out, progress)
+        if judge is not None:
+            made["evaluation"] = judge.run(out, processes)
 
-        return after
-
-    done: Finished = execute(plan, progress, prepare)
-    return MergeResult(done.out, done.url, done.commit, done.manifest, reports[0] if reports else None)
+    return after
 
 
 def _recipe(**fields: Any) -> Recipe:

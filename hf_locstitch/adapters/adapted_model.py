@@ -23,6 +23,7 @@ from hf_locstitch.adapters.settings import short
 from hf_locstitch.checkpoints.adapter import ADAPTER_WEIGHTS, AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import CONFIG, Checkpoint
 from hf_locstitch.errors import CheckpointError
+from hf_locstitch.runtime.allocator import freed_memory_goes_back
 from hf_locstitch.runtime.human import more
 from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
 from hf_locstitch.tasks.loading import load_config
@@ -60,6 +61,13 @@ class Skeleton:
         times = Counter(self.owners[""].values())
         self.tied = frozenset(name for name, count in times.items() if count > 1)
 
+    def sharing(self, parameter: str) -> list[str]:
+        """The modules that have a parameter as their own, by their last names."""
+        owners = [
+            (path, local) for path, own in self.owners.items() for local, name in own.items() if name == parameter
+        ]
+        return [path.rpartition(".")[2] for path, local in owners if "." not in local]
+
     def filled(self, value: Callable[[str, torch.Size], Tensor]) -> Any:
         """The model with these values: canonical name, shape -> [*shape]."""
         model = self._make()
@@ -87,7 +95,8 @@ def skeleton_of(base: Checkpoint, auto_class: str) -> Skeleton:
     with _MAKING:
         if key not in _SKELETONS:
             _SKELETONS.clear()
-            _SKELETONS[key] = Skeleton(base, auto_class)
+            with freed_memory_goes_back():
+                _SKELETONS[key] = Skeleton(base, auto_class)
         return _SKELETONS[key]
 
 
@@ -121,11 +130,12 @@ class AdaptedModel:
         self._adapter, self._skeleton, self._config, self._read = adapter, skeleton, config, read
         self._weights = dict(weights)
         self.real = False  # whether the layers hold the base's real weights
-        if read is None:
-            self._build_blank()
-        elif not self._builds_on_placeholders():
-            self.real = True
-            self._build(self._value)
+        with freed_memory_goes_back():
+            if read is None:
+                self._build_blank()
+            elif not self._builds_on_placeholders():
+                self.real = True
+                self._build(self._value)
         del self._weights  # they are in the layers now
         self.layers = self._find_layers()
 
@@ -250,20 +260,35 @@ class AdaptedModel:
             groups = self._skeleton.groups.get(name)
             if groups is None:
                 self.left.append(f"{name} (not in the base)")
-            elif self._splits_a_tie(name, paths):
-                self.left.append(f"{name} (shared with another module in the base)")
+            elif name in self._skeleton.tied and self._splits_a_tie(name, paths):
+                sharing = " and ".join(self._skeleton.sharing(name))
+                self.left.append(f"{name} ({sharing} share it in the base, but the adapter has it trained apart)")
             else:
-                layers.append(Layer(tuple(paths[:1]), tuple(groups)))
+                layers.append(Layer(self._in_turn(paths), tuple(groups)))
         return _joined(layers)
 
     def _splits_a_tie(self, name: str, paths: Sequence[str]) -> bool:
         """Whether modules that share a parameter would each have its own afterwards."""
-        from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+        from peft.utils.other import ModulesToSaveWrapper
 
-        modules = [self.modules[path] for path in paths]
-        if name not in self._skeleton.tied or all(isinstance(one, TrainableTokensWrapper) for one in modules):
-            return False
-        return len(modules) > 1 or isinstance(modules[0], ModulesToSaveWrapper)
+        saved = [path for path in paths if isinstance(self.modules[path], ModulesToSaveWrapper)]
+        if not saved:
+            return False  # all is merged into the one that they share
+        own = {
+            id(parameter)
+            for path in saved
+            for local, parameter in self.modules[path].modules_to_save["default"].named_parameters()
+            if self._skeleton.owners[path][local] == name
+        }
+        return len(saved) < len(self._skeleton.sharing(name)) or len(own) > 1
+
+    def _in_turn(self, paths: Sequence[str]) -> tuple[str, ...]:
+        """Those of the modules with one parameter that are merged into it, one after the other: where they hold the
+        same values, the first."""
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        same = all(isinstance(self.modules[path], AuxiliaryTrainingWrapper) for path in paths)
+        return tuple(paths[:1] if same else paths)
 
     def sizes(self, path: str) -> dict[str, torch.Size]:
         """The shapes of a module's parameters, by canonical name."""
@@ -276,8 +301,11 @@ class AdaptedModel:
         for group in layer.groups:
             values |= from_disk(self._skeleton.model, group, self._read)
         values |= {name: value for name, value in self.loose.items() if name in values}
+        merged: dict[str, Tensor] = {}
         for path in layer.modules:
-            values |= {name: new for name, new in self.merge(path, values).items() if name in values}
+            given = merged if self.real else values  # real weights are in the layers, but for what others have merged
+            merged |= {name: new for name, new in self.merge(path, given).items() if name in values}
+            values |= merged
         return {name: new for group in layer.groups for name, new in self._to_disk(group, values).items()}
 
     def _to_disk(self, group: Group, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -298,7 +326,7 @@ class AdaptedModel:
         module, memo = self.modules[path], {}
         for parameter in module.parameters():
             name = self._canonical.get(id(parameter), "")
-            if name in values and not self.real:
+            if name in values:
                 memo[id(parameter)] = nn.Parameter(values[name], requires_grad=False)
         merged = _merged(copy.deepcopy(module, memo))
         owned = self._skeleton.owners[path]

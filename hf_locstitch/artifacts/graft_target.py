@@ -5,6 +5,7 @@ Values are read and written at flat positions, in row-major order whatever the s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -86,6 +87,25 @@ def _overlaps(tensor: Tensor) -> bool:
                 return True
             reach += stride * (size - 1)
     return False
+
+
+def in_one_place(ones: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The first two, one of each side, whose elements lie in the same memory."""
+    theirs = [(*_memory(tensor), name) for name, tensor in others.items()]
+    for name, tensor in ones.items():
+        device, start, stop = _memory(tensor)
+        for where, first, last, other in theirs:
+            if where == device and start < last and first < stop:
+                return name, other
+    return None
+
+
+def _memory(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """The addresses from its first byte to its last; empty if it has none."""
+    if unwritable(tensor):
+        return tensor.device, 0, 0
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.device, tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def take(parameter: Tensor, at: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_locstitch.artifacts.graft_target import put, take, unwrapped, unwritable
+from hf_locstitch.artifacts.graft_target import in_one_place, put, take, unwrapped, unwritable
 from hf_locstitch.errors import IntegrityError, MismatchError, RequestError
 from hf_locstitch.runtime.human import more, some
 from hf_locstitch.tasks.parameter_names import Group, from_disk, group_buffers, group_names, to_disk
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from hf_locstitch.artifacts.mask_file import Positions
 
 ATTRIBUTE = "_locstitch_grafts"
+_CHANGED: WeakSet[Any] = WeakSet()  # models that have been given something, some of which share their weights
 
 Identity = tuple[str, ...]
 
@@ -109,6 +111,7 @@ def apply_graft(localized: Localized, model: Any) -> None:
         raise RequestError(f"{localized.label} is in this model already. Remove it before you apply it again.")
     parameters = _weights(model)
     graft = Graft(localized.label, _places(localized, model, parameters))
+    _check_alone(localized, model, {name: parameters[name] for name in graft.places})
     originals = dict(now.originals)
     for name, place in graft.places.items():
         known, parameter = now.originals.get(name), parameters[name]
@@ -134,7 +137,10 @@ def remove_graft(localized: Localized, model: Any) -> None:
     now, identity = _inside(model), localized.identity
     if identity not in now.grafts:
         inside = some([graft.label for graft in now.grafts.values()]) or "no localized checkpoint"
-        raise RequestError(f"{localized.label} is not in this model, which has {inside} in it.")
+        others = [other for other, *_ in _sharing(model, _weights(model))]
+        kind = next((type(other).__name__ for other in others if identity in _inside(other).grafts), None)
+        way = f" It was applied to a {kind} that shares its weights: remove it there." if kind else ""
+        raise RequestError(f"{localized.label} is not in this model, which has {inside} in it.{way}")
     parameters, originals, changes = _weights(model), dict(now.originals), []
     for name, place in now.grafts[identity].places.items():
         layers = now.layers(name)
@@ -154,6 +160,27 @@ def _inside(model: Any) -> Grafted:
 
 def _set_inside(model: Any, grafted: Grafted) -> None:
     object.__setattr__(model, ATTRIBUTE, grafted)  # no module, no buffer: it is not saved with the model
+    _CHANGED.add(model)
+
+
+def _check_alone(localized: Localized, model: Any, parameters: Mapping[str, Tensor]) -> None:
+    """Raises RequestError if weights that it would change were changed through another model that shares them, such as
+    the one around it: what they are without is known there."""
+    for other, own, theirs in _sharing(model, parameters):
+        inside = [graft.label for graft in _inside(other).grafts.values() if theirs in graft.places]
+        raise RequestError(
+            f"{own} of this {type(model).__name__} is {theirs} of a {type(other).__name__} with {some(inside)} in it. "
+            f"Apply {localized.label} to that model, or remove first what is in it."
+        )
+
+
+def _sharing(model: Any, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Any, str, str]]:
+    """Other models in which something is, and a parameter of each side that are in one place in memory."""
+    for other in list(_CHANGED):
+        weights = _weights(other) if other is not model and _inside(other).originals else {}
+        changed = {name: weights[name] for name in _inside(other).originals if name in weights}
+        if pair := in_one_place(parameters, changed):
+            yield other, *pair
 
 
 def _write(changes: Sequence[Change]) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.config import model_types
+from hf_locstitch.checkpoints.vocabulary import row_shape
 from hf_locstitch.runtime.human import more
 
 MOST_GLOBS = 3
+PARTS = ("vision_config", "audio_config", "speech_config")  # of what is no text
+Shape = tuple[int, ...]
 DEEPEST = 8  # parts of a name in which a prefix ends
 
 
 def mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], finetuned: Sequence[str]) -> list[str]:
     """Why `other` is not a finetune of the base. chosen, finetuned: localized tensors of the base and of the other."""
     problems = []
-    if not _of_one_kind(base, other):
+    if not (_of_one_kind(base, other) or _is_text_of(base, other)):
         problems.append(
             f"{other.label} is a {other.config.get('model_type')} model, "
             f"the base {base.label} a {base.config.get('model_type')} model"
@@ -46,6 +49,18 @@ def _of_one_kind(one: Checkpoint, other: Checkpoint) -> bool:
     """
     own, others = one.config.get("model_type"), other.config.get("model_type")
     return not own or not others or str(own) in model_types(other.config) or str(others) in model_types(one.config)
+
+
+def _is_text_of(base: Checkpoint, other: Checkpoint) -> bool:
+    """Whether the other may be a text model that a model of several parts was made from, as far as names of types tell:
+    Qwen2-VL calls its own language model qwen2_vl_text, not qwen2. Shapes and a sample of weights tell the rest."""
+    kind, text = base.config.get("model_type"), other.config.get("model_type")
+    return str(kind).startswith(f"{text}_") and bool(_parts(base)) and not _parts(other)
+
+
+def _parts(checkpoint: Checkpoint) -> list[str]:
+    """The configs in a config that are of parts of the model."""
+    return [key for key, value in checkpoint.config.items() if key in PARTS and isinstance(value, dict)]
 
 
 def _name_mismatches(base: Checkpoint, other: Checkpoint, chosen: Sequence[str], finetuned: Sequence[str]) -> list[str]:
@@ -92,23 +107,36 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:count]) + "." for count in range(1, len(parts))]
 
 
-def differences(base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence[str]) -> list[str]:
-    """Differences that do not prevent the merge, as warnings."""
+def differences(
+    base: Checkpoint, name: str, other: Checkpoint, chosen: Sequence[str], by_tokens: Collection[str] = ()
+) -> list[str]:
+    """Differences that do not prevent the merge, as warnings. by_tokens: tensors whose number of rows is none."""
     localized = set(chosen)
     unlike = [
         f"{tensor} {list(other.info(tensor).shape)} (base {list(base.info(tensor).shape)})"
         for tensor in base.tensors
-        if tensor not in localized and tensor in other.tensors and other.info(tensor).shape != base.info(tensor).shape
+        if tensor not in localized
+        and tensor in other.tensors
+        and not _alike(other.info(tensor).shape, base.info(tensor).shape, tensor in by_tokens)
     ]
     unlike += [f"{tensor} (not in the base)" for tensor in other.tensors if tensor not in base.tensors]
     unlike += [f"{t} (only in the base)" for t in base.tensors if t not in other.tensors and t not in localized]
     warnings = []
+    if not _of_one_kind(base, other):
+        kinds = base.config.get("model_type"), other.config.get("model_type")
+        warnings.append(
+            f"{name} is a {kinds[1]} model, the base a {kinds[0]} model: {name} is taken for one of its language model."
+        )
     if unlike:
         shown = ", ".join(unlike[:3]) + more(min(len(unlike), len(unlike) - 2))
         warnings.append(f"{name} differs outside the localized tensors: {shown}. The base's are kept.")
     if all(t in other.tensors for t in chosen) and other.layout is other:  # an adapter's dtypes are our choice
         warnings += dtype_warnings(name, [(other.info(t).dtype, base.info(t).dtype) for t in chosen])
     return warnings
+
+
+def _alike(one: Shape, other: Shape, by_tokens: bool) -> bool:
+    return row_shape(one) == row_shape(other) if by_tokens and one and other else one == other
 
 
 def misfit_files(files: Checkpoint, unmasked_from: Checkpoint) -> tuple[list[str], list[str]]:

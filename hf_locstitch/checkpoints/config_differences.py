@@ -77,15 +77,14 @@ def _shown(value: Value) -> str:
 @dataclass(frozen=True)
 class TextFiles:
     """What a model's small files say of texts. special: ids of the tokens that begin, end and pad texts, as far as they
-    are stated. vocabulary: token -> id, of the tokenizer; None: unknown."""
+    are stated."""
 
     special: Mapping[str, tuple[int, ...]]
     template: str | None
-    vocabulary: Mapping[str, int] | None
 
 
 def text_differences(base: Source, name: str, finetuned: Source, kept: KeptTexts) -> list[str]:
-    """Likewise of generation_config.json, chat template and tokenizer; only files that differ are read."""
+    """Likewise of generation_config.json and chat template; only files that differ are read."""
     return list(_text_differences(read_text_files(base, finetuned), name, read_text_files(finetuned, base), kept))
 
 
@@ -104,9 +103,14 @@ def _text_differences(base: TextFiles, name: str, other: TextFiles, kept: KeptTe
             else "a chat template, the base none"
         )
         yield f"{name} has {said}: {end}" if other.template else f"the base has a chat template, {name} none: {end}"
-    ours, theirs = base.vocabulary, other.vocabulary
-    if kept.tokens not in (None, name) and ours is not None and theirs is not None and ours != theirs:
-        yield f"{_vocabularies(ours, name, theirs)}: {kept.tokens}'s is kept."
+
+
+def token_differences(base: Source, name: str, finetuned: Source, kept: KeptTexts) -> list[str]:
+    """Likewise of the tokenizer."""
+    ours, theirs = _tokens(base, finetuned), _tokens(finetuned, base)
+    if kept.tokens in (None, name) or ours is None or theirs is None or ours == theirs:
+        return []
+    return [f"{_vocabularies(ours, name, theirs)}: {kept.tokens}'s is kept."]
 
 
 def _ids(ids: Sequence[int]) -> str:
@@ -131,7 +135,7 @@ def read_text_files(source: Source, other: Source) -> TextFiles:
     """other: the model to compare with; files that both promise to be alike are not read."""
     generation = _read(source, other, "generation_config.json")
     special = {token: _listed(generation[token]) for token in TOKENS if generation.get(token) is not None}
-    return TextFiles(special, _template(source, other), _tokens(source, other))
+    return TextFiles(special, _template(source, other))
 
 
 def _listed(ids: Any) -> tuple[int, ...]:

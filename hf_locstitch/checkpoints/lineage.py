@@ -42,8 +42,8 @@ class Lineage:
     """One finetune beside its base, in a sample of their weights.
 
     Attributes:
-        sampled: Weights in the sample.
-        unchanged: Share of them that are the base's.
+        sampled: Weights in the sample that are finite numbers in both.
+        unchanged: Share of them that are the base's; 0 if there are none.
         distance: ‖τ‖ / ‖θ‖, of the task vector τ and the base θ.
         correlation: Between both models' weights, the mean over tensors; None where a tensor's do not vary.
         rounding: None where nothing was rounded that training did not change by more.
@@ -57,6 +57,8 @@ class Lineage:
 
     def describe(self) -> str:
         """For people, one line."""
+        if not self.sampled:
+            return "no weight of a sample is a finite number in both models"
         told = "" if self.correlation is None else f", correlation {self.correlation:.3f}"
         return f"‖τ‖ is {self.distance:.2g} of ‖θ‖, {100 * self.unchanged:.3g} % of the weights unchanged{told}"
 
@@ -70,7 +72,7 @@ def lineage(base: Sample, finetuned: Sample) -> Lineage:
     correlations = [found for pair in pairs if (found := _correlation(*pair)) is not None]
     return Lineage(
         sampled=len(tau),
-        unchanged=float(np.mean(tau == 0)) if len(tau) else 1.0,
+        unchanged=float(np.mean(tau == 0)) if len(tau) else 0.0,
         distance=norm / base_norm if base_norm else 0.0,
         correlation=float(np.mean(correlations)) if correlations else None,
         rounding=_rounding(base, finetuned, norm) if norm else None,

@@ -229,6 +229,12 @@ def _add_non_finite(group: Any) -> None:
 
 def _add_layout(output: Any) -> None:
     output.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="write the merge to this folder, too, as a PEFT adapter over the base (as export does)",
+    )
+    output.add_argument(
         "--also-copy",
         nargs="+",
         metavar="GLOB",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Flags whose destination is a recipe's field of the same name.
 FIELDS = ("method", "stitch", "scale", "weights", "include", "exclude", "rest_from", "files_from", "tokenizer",
           "embeddings", "chat_template", "also_copy", "dtype", "shard_size", "allow_non_finite", "figures", "strict",
-          "out", "push_to", "private", "create_pr")  # fmt: skip
+          "out", "adapter", "push_to", "private", "create_pr")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,7 +138,8 @@ def stitch(args: argparse.Namespace) -> int:
 
 def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan]) -> int:
     """Plan, print the plan, work, and print the result."""
-    from hf_locstitch.engine.execute import check_free, check_possible
+    from hf_locstitch.api import carry_out, check_possible
+    from hf_locstitch.engine.execute import check_free
     from hf_locstitch.engine.preflight import check_output_given
     from hf_locstitch.plan.adapter_inputs import with_base
     from hf_locstitch.plan.describe import format_plan, plan_json
@@ -159,8 +160,6 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
     check_free(plan)
     if not quiet:
         print(format_plan(plan), file=sys.stderr)
-    from hf_locstitch.api import carry_out
-
     result = carry_out(plan, Progress(False if quiet else None))
     if not _speaks():
         return 0

@@ -66,7 +66,7 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
     with hide_library_bars():
         if recipe.out is not None:
             return _into(recipe.out, plan, progress, processes, prepare)
-        if recipe.evaluate is None:
+        if recipe.evaluate is None and recipe.adapter is None:
             return _to_hub(plan, progress, processes)
         scratch = _scratch(plan)
         done = _into(scratch / "merged", plan, progress, processes, prepare)

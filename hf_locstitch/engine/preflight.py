@@ -49,22 +49,25 @@ def find_record(out: Path, plan: Plan) -> Manifest | None:
     return record
 
 
-def is_free(out: Path) -> bool:
-    """Whether nothing is there, or an empty folder. Raises OutputError if a finished folder cannot be moved there."""
+def is_free(out: Path, flag: str = "--out") -> bool:
+    """Whether nothing is there, or an empty folder. Raises OutputError if a finished folder cannot be moved there.
+
+    flag: that names it.
+    """
     if out.is_symlink() and not out.exists():
         raise OutputError(
-            f"{out} is a link to {out.resolve()}, which does not exist. Make that folder, or use another --out."
+            f"{out} is a link to {out.resolve()}, which does not exist. Make that folder, or use another {flag}."
         )
     if is_mount_point(out):
         raise OutputError(
             f"{out} is a mount point, and a finished folder cannot be moved onto one. Use a folder in it: "
-            f"--out {out / 'merged'}."
+            f"{flag} {out / 'merged'}."
         )
     return not out.exists() or (out.is_dir() and not any(out.iterdir()))
 
 
-def taken(out: Path) -> OutputError:
-    return OutputError(f"{out} exists and is not an empty folder; nothing is overwritten. Use another --out.")
+def taken(out: Path, flag: str = "--out") -> OutputError:
+    return OutputError(f"{out} exists and is not an empty folder; nothing is overwritten. Use another {flag}.")
 
 
 def _read_manifest(folder: Path) -> Manifest | None:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -28,12 +28,22 @@ from hf_locstitch.runtime.human import some
 from hf_locstitch.tasks.custom_code import refuse_custom_code
 from hf_locstitch.tasks.parameter_names import Group
 
-if TYPE_CHECKING:
-    from hf_locstitch.exports.changes import Changes
-
 MASK_TYPE = "localized"  # none of PEFT's own: it then draws no random mask while it loads
 TASKS = {"ForCausalLM": "CAUSAL_LM"}  # the only task for which PEFT adds no modules of its own
 SMALLER, BIASED = "that are smaller so", "with a changed bias"  # why a linear layer is stored whole
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a localized checkpoint or a merge, as kind says, changes in its base; or a merge that is yet to be made.
+
+    ones: of each tensor that is changed, in how many elements.
+    """
+
+    label: str
+    kind: str
+    base: Checkpoint
+    ones: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,7 @@ def whole_key(module: WholeModule, local: str) -> str:
     return f"{PREFIX}{module.module}.{local}"
 
 
-def lay_out(changes: Changes) -> AdapterLayout:
+def lay_out(changes: Changed) -> AdapterLayout:
     """Raises RequestError, with every reason, if an adapter cannot hold the changes."""
     if not changes.ones:
         raise RequestError(f"{changes.label} changes nothing in its base, so there is nothing to export.")
@@ -188,7 +198,7 @@ def _build(base: Checkpoint) -> tuple[str, Skeleton]:
 class _Finder:
     """From changed tensors to modules. problems: what cannot be expressed."""
 
-    def __init__(self, changes: Changes, skeleton: Skeleton) -> None:
+    def __init__(self, changes: Changed, skeleton: Skeleton) -> None:
         self._changes, self._skeleton = changes, skeleton
         self._modules = dict(skeleton.model.named_modules())
         self.problems: list[str] = []
@@ -227,7 +237,7 @@ class _Finder:
 
     @property
     def _again(self) -> str:
-        return "localize again" if self._changes.record.is_localized else "merge again"
+        return "merge again" if self._changes.kind == "merge" else "localize again"
 
     def _layer(self, path: str, module: nn.Linear, tensor: str, own: Mapping[str, str]) -> SparseLayer:
         dtype = ITEM_BYTES[self._changes.base.info(tensor).dtype]

@@ -20,6 +20,7 @@ from hf_locstitch.exports.adapter_layout import (
     weight_key,
     whole_key,
 )
+from hf_locstitch.exports.form import MADE_OF
 from hf_locstitch.tasks.parameter_names import Group, from_disk
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 
 def write_weights(path: Path, layout: AdapterLayout, changes: Changes, progress: Progress) -> int:
     """Write the file. Returns how many weights PEFT will compute that differ from the changed ones."""
-    inexact = 0
+    inexact, metadata = 0, {"format": "pt", MADE_OF: changes.record.fingerprint}
     with (
-        SafetensorsWriter(path, layout.specs, {"format": "pt"}) as writer,
+        SafetensorsWriter(path, layout.specs, metadata) as writer,
         progress.bar("exporting", layout.nbytes) as advance,
     ):
 

@@ -10,24 +10,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, read_localized
-from hf_locstitch.artifacts.manifest import FILE, RECIPE_FILE, Manifest, check_names, open_manifest
+from hf_locstitch.artifacts.manifest import RECIPE_FILE, Manifest, check_names, open_manifest
 from hf_locstitch.artifacts.mask_file import MaskFile, Positions
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source, read_card
 from hf_locstitch.checkpoints.opening import read_checkpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.source import Source
-from hf_locstitch.errors import CheckpointError, IntegrityError, MismatchError, RequestError
+from hf_locstitch.errors import CheckpointError, IntegrityError, MismatchError
+from hf_locstitch.exports.expressible import check_masked, misfits, unlike
 from hf_locstitch.inspection.verification.inputs import InputRef, check_hashes, fetch_tensors, open_inputs
 from hf_locstitch.plan.recipe_file import recipe_of
-from hf_locstitch.runtime.human import more
 from hf_locstitch.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE = 1 << 24  # bytes compared at once
-EXPRESSED = ("F32", "F16", "BF16")  # dtypes of tensors whose changes a float32 can tell
 
 
 class Mask(Protocol):
@@ -88,22 +87,7 @@ class Changes(ABC):
         return fetch_tensors(self.base, self.base.tensors)
 
     def _misfits(self) -> Iterator[str]:
-        if self.base.dequantized:
-            yield (
-                f"the base {self.base.label} is stored in {self.base.dequantized}, and would be loaded so under an "
-                f"adapter, where {self.label} has bfloat16; use a whole merged model"
-            )
-        for mask in self._masks:
-            for name, shape in mask.shapes.items():
-                if name not in self.base.tensors:
-                    yield f"{self.label} changes {name}, which the base {self.base.label} does not have"
-                    continue
-                info = self.base.info(name)
-                where = f"the base {self.base.label}"
-                if info.shape != shape:
-                    yield f"{name} is {list(shape)} in {self.label} but {list(info.shape)} in {where}"
-                elif info.dtype not in EXPRESSED:
-                    yield f"{name} is {info.dtype} in {where}; an adapter can change {', '.join(EXPRESSED)}"
+        yield from misfits(self.label, self.base, [shape for mask in self._masks for shape in mask.shapes.items()])
 
 
 class LocalizedChanges(Changes):
@@ -185,18 +169,8 @@ class MergeChanges(Changes):
 
     def _misfits(self) -> Iterator[str]:
         yield from super()._misfits()
-        merged, base = self._merged.tensors, self.base.tensors
-        if unlike := sorted(merged.keys() ^ base.keys()):
-            where = self.label if unlike[0] in merged else f"the base {self.base.label}"
-            yield f"only {where} has {unlike[0]}{more(len(unlike))}"
-        pairs = [(self._merged.info(name), self.base.info(name)) for name in sorted(merged.keys() & base.keys())]
-        for what, cause in (("shape", "an adapter cannot change shapes"), ("dtype", "as after a merge with --dtype")):
-            if other := [(own, due) for own, due in pairs if getattr(own, what) != getattr(due, what)]:
-                own, due = other[0]
-                yield (
-                    f"{own.name} is {own.dtype} {list(own.shape)} in {self.label} but {due.dtype} {list(due.shape)} in "
-                    f"the base {self.base.label}{more(len(other))}, {cause}"
-                )
+        infos = [info for _, info in self._merged.tensors.values()]
+        yield from unlike(self.label, self.base, {info.name: (info.dtype, info.shape) for info in infos})
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -216,7 +190,10 @@ def open_changes(ref: str, base: str | None = None) -> Changes:
     record = open_manifest(source)
     if record.is_localized:
         return LocalizedChanges(read_localized(source, record), _open_base(source, record, base))
-    _check_masked(source, record)
+    recipe = recipe_of(source)
+    if recipe is None:
+        raise CheckpointError(f"{source.label} lacks {RECIPE_FILE}, the recipe of the merge. Fetch it again.")
+    check_masked(source.label, recipe, masked=bool(record.masks), new_rows=record.vocabulary is not None)
     merged = _open_merged(source, record)
     start = _open_base(source, record, base)
     return MergeChanges(merged, record, start, _open_masks(source, record))
@@ -236,31 +213,6 @@ def _open_base(source: Source, record: Manifest, base: str | None) -> Checkpoint
             ]
         )
     return opened["base"]
-
-
-def _check_masked(source: Source, record: Manifest) -> None:
-    """Raises RequestError if changes of a merge do not lie under masks."""
-    if not record.masks:
-        raise RequestError(
-            f"{source.label} was merged by {record.method}, without masks: it changes its base everywhere, and the "
-            "export would be as large as the model. Use the merged model itself, or merge by locstitch."
-        )
-    if record.vocabulary is not None:
-        raise RequestError(
-            f"{source.label} has rows of embeddings and heads from its finetunes' tokens, which no mask covers "
-            f"(vocabulary in {FILE}): an export over the base would lack them. Merge again with --tokenizer base "
-            "--embeddings base, or use the merged model itself."
-        )
-    recipe = recipe_of(source)
-    if recipe is None:
-        raise CheckpointError(f"{source.label} lacks {RECIPE_FILE}, the recipe of the merge. Fetch it again.")
-    for key, value in (("rest_from", recipe.rest_from), ("files_from", recipe.files_from)):
-        if value is not None and value != "base":
-            what = "the tensors outside its masks" if key == "rest_from" else "config and tokenizer"
-            raise RequestError(
-                f"{source.label} has {what} from {value} ({key} in {RECIPE_FILE}), and not from the base, which an "
-                f"export leaves as it is. Merge again without {key}, or use the merged model itself."
-            )
 
 
 def _open_merged(source: Source, record: Manifest) -> Checkpoint:

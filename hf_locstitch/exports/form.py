@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from hf_locstitch.runtime.progress import Progress
 
 
+MADE_OF = "hf-locstitch"  # in the metadata of exported weights: the fingerprint of what they were made of
+
+
 class Form(ABC):
     """A form of your own is one subclass in one file."""
 

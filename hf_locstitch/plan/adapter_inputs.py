@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from hf_locstitch.checkpoints.adapter import ADAPTER_CONFIG, AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import could_be_repo, parse_ref
+from hf_locstitch.checkpoints.vocabulary import token_matrices
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.human import some
@@ -90,11 +91,18 @@ def check_adapters(recipe: Recipe, settings: Settings, finetuned: Mapping[str, C
         )
 
 
-def adapter_warnings(base: Checkpoint, finetuned: Mapping[str, Checkpoint]) -> Iterator[str]:
-    """What may be wrong with adapters, or surprising, beside what holds for every finetune."""
+def adapter_warnings(
+    recipe: Recipe, base: Checkpoint, finetuned: Mapping[str, Checkpoint], chosen: Collection[str]
+) -> Iterator[str]:
+    """What may be wrong with adapters, or surprising, beside what holds for every finetune.
+
+    chosen: the tensors that the method ranges over.
+    """
     for name, checkpoint in finetuned.items():
         if isinstance(checkpoint, AdapterCheckpoint):
             yield from _adapter_warnings(base, name, checkpoint)
+            if not (recipe.include or recipe.exclude or recipe.embeddings):
+                yield from _unmerged(name, checkpoint, chosen)
         elif ADAPTER_CONFIG in checkpoint.source.files:
             yield (
                 f"{name} holds an adapter beside whole weights: the whole weights are merged, the adapter is not. To "
@@ -113,7 +121,17 @@ def _adapter_warnings(base: Checkpoint, name: str, adapter: AdapterCheckpoint) -
     if named == repo and revision is not None and commit is not None and not commit.startswith(revision):
         yield f"{name} was trained on {named}@{revision}, as its {ADAPTER_CONFIG} says; the base given is at {commit}."
     if adapter.left:
-        yield f"{name} holds what the base has no tensor for: {some(adapter.left)}. It is left out."
+        yield f"{name} holds what the base has no place for: {some(adapter.left)}. It is left out."
+
+
+def _unmerged(name: str, adapter: AdapterCheckpoint, chosen: Collection[str]) -> Iterator[str]:
+    """A warning of what an adapter was trained for, and nobody asked to leave out."""
+    stays, of_tokens = [t for layer in adapter.layers for t in layer if t not in chosen], token_matrices(adapter)
+    if not stays:
+        return
+    which, it = ("stays", "it") if len(stays) == 1 else ("stay", "them")
+    way = "--embeddings localize" if all(tensor in of_tokens for tensor in stays) else "--include '*'"
+    yield f"{name} also changes {some(stays)}, which {which} the base's: {way} merges {it}, too."
 
 
 def _is_another(named: str, base: Checkpoint) -> bool:

@@ -33,7 +33,7 @@ ALL = ("*",)
 SMALLEST_SUM = 1e-9  # of weights that are divided by it
 # Fields of a recipe that apply to a merged model only.
 OF_MODELS = ("scale", "rest_from", "files_from", "tokenizer", "embeddings", "chat_template", "also_copy", "dtype",
-             "shard_size", "evaluate")  # fmt: skip
+             "shard_size", "evaluate", "adapter")  # fmt: skip
 
 
 def check_inputs(
@@ -79,14 +79,14 @@ def check_inputs(
         candidates = chosen_tensors(recipe, checkpoint, matrices)
         problems += mismatches(base, checkpoint, chosen, candidates)
         warnings += renaming_notes(name, checkpoint)
-        warnings += differences(base, name, checkpoint, chosen)
+        warnings += differences(base, name, checkpoint, chosen, matrices if recipe.tokenizer else ())
     found = misfit_files(*given_files(recipe, base, finetuned))
     problems, warnings = problems + found[0], warnings + found[1]
     if problems:
         raise MismatchError(problems)
     if not recipe.include and recipe.method.blocks_only:
         warnings += missed_blocks(reach((info for _, info in base.tensors.values()), chosen), base.label)
-    warnings += adapter_warnings(base, finetuned)
+    warnings += adapter_warnings(recipe, base, finetuned, set(chosen))
     warnings += swap_warnings(base, finetuned)
     warnings += licence_warning({"the base": base, **finetuned})
     warnings += leaks(list(_judged(recipe)), recipe.used_data)

@@ -21,7 +21,7 @@ Here = frozenset[tuple[str, str]]  # (input, file) on this machine
 SPILL_BYTES = 8  # position and |task vector| of one candidate; its value comes on top
 SPILL_MARGIN = 1.25  # candidates kept per coordinate chosen; the bound is set from a sample
 PEFT_BYTES = 350_000_000  # of imported torch, transformers and PEFT; measured
-LAYERS = 12  # copies of an adapter's largest layer: two are held, three in the making, others freed but not given back
+LAYERS = 8  # copies of an adapter's largest layer: two are held, three in the making, others freed but not given back
 RISING_MARGIN = 1.05  # the same where the bound rises while files come, after tidying up; a bin of scores is .8 % wide
 
 

@@ -41,6 +41,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "kept_from_base": [t.name for shard in plan.shards for t in shard.tensors if not t.localized],
         "vocabulary": plan.vocabulary.as_json() if isinstance(plan, ModelPlan) and plan.vocabulary else None,
         "files": _files_json(plan) if isinstance(plan, ModelPlan) else None,
+        "adapter": str(plan.recipe.adapter) if plan.recipe.adapter else None,
         "push_to": str(plan.recipe.target) if plan.recipe.target else None,
         "shards": {shard.file: shard.nbytes for shard in plan.shards},
         "bytes": asdict(cost),
@@ -146,6 +147,7 @@ def format_plan(plan: Plan) -> str:
         f" ({', '.join(sorted({t.dtype for s in plan.shards for t in s.tensors}))})",
         *([f"vocabulary {plan.vocabulary.describe()}"] if isinstance(plan, ModelPlan) and plan.vocabulary else []),
         *([f"files      {_files(plan)}"] if isinstance(plan, ModelPlan) else []),
+        *([f"adapter    to {plan.recipe.adapter}, once all is merged"] if plan.recipe.adapter else []),
         *([f"push       to {plan.recipe.target}"] if plan.recipe.target else []),
         f"cost       read {human(cost.read)} (to download: {human(cost.download)}), "
         f"disk up to {human(cost.disk)}, memory about {human(cost.memory)}",

@@ -51,7 +51,9 @@ def look(plan: Plan, fetch: bool = True) -> Look:
     found = {name: lineage(base, sample) for name, sample in samples.items()} if base else {}
     twice = {pair for pair in combinations(inputs, 2) if same_weights(*(inputs[name] for name in pair))}
     idle = [name for name, one in found.items() if ("base", name) not in twice and _is_base(inputs, name, one, tensors)]
+    broken = [name for name, one in found.items() if not one.sampled and any(map(len, samples[name].values()))]
     warnings = [*same_warnings(twice), *(f"{name} {NOTHING}" for name in idle)]
+    warnings += [f"{name} {BROKEN}" for name in broken]
     for name, one in found.items():
         warnings += lineage_warnings(name, one)
     kin = {name: one for name, one in found.items() if _is_kin(one)}
@@ -60,6 +62,10 @@ def look(plan: Plan, fetch: bool = True) -> Look:
     return Look(found, tuple(warnings))
 
 
+BROKEN = (
+    "has NaN or infinity where a sample of its weights was read, or the base has: it is damaged, and is refused once "
+    "its weights are read."
+)
 NOTHING = "does not differ from the base in any weight of a sample: its task vector is zero."
 
 

@@ -14,7 +14,12 @@ from hf_locstitch.artifacts.merged_finetune import MergedFinetune
 from hf_locstitch.artifacts.summing_order import order_of_checkpoints
 from hf_locstitch.artifacts.values_file import values_metadata
 from hf_locstitch.checkpoints.checkpoint import INDEX, Checkpoint
-from hf_locstitch.checkpoints.config_differences import KeptTexts, config_differences, text_differences
+from hf_locstitch.checkpoints.config_differences import (
+    KeptTexts,
+    config_differences,
+    text_differences,
+    token_differences,
+)
 from hf_locstitch.checkpoints.localizable import unknown_globs
 from hf_locstitch.checkpoints.names import is_own, make_name, same_place
 from hf_locstitch.checkpoints.opening import open_checkpoint, refuse_adapter
@@ -39,7 +44,7 @@ from hf_locstitch.plan.lineage import with_lineage
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.stitching import open_masked, stitch_plan, stitch_vocabulary
-from hf_locstitch.plan.token_models import BASE, UNION, WORDS
+from hf_locstitch.plan.token_models import BASE, UNION, WORDS, Said
 from hf_locstitch.plan.tokenizer_files import template_owner, with_tokens
 from hf_locstitch.plan.untrained_state import without_untrained_state
 from hf_locstitch.plan.vocabulary import VocabularyPlan, plan_vocabulary
@@ -68,7 +73,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
         recipe, base, finetuned, chosen_tensors(recipe, base), order_of_checkpoints(finetuned)
     )
     planned = within_limit(merge_plan(recipe, base, finetuned, settings, data, fit_data, vocabulary))
-    planned = with_lineage(_with_text_warnings(_with_warnings(planned, [*notes, *said])))
+    planned = with_lineage(_with_text_warnings(_with_said(_with_warnings(planned, notes), said)))
     plan = _with_tokens(_with_side_files(planned))
     if recipe.fitting is not None:
         recipe.fitting.check(finetuned, fit_data)
@@ -106,6 +111,10 @@ def _with_warnings(plan: AnyStrictPlan, said: Sequence[str]) -> AnyStrictPlan:
     return replace(plan, warnings=(*plan.warnings, *said))
 
 
+def _with_said(plan: AnyStrictPlan, said: Said) -> AnyStrictPlan:
+    return replace(plan, warnings=(*plan.warnings, *said.warnings), notes=(*plan.notes, *said.notes))
+
+
 def _with_fit_warnings(plan: AnyPlan) -> AnyPlan:
     """The plan, with what fitting values says of the models. Raises RequestError."""
     fitting = plan.recipe.fitting
@@ -141,13 +150,17 @@ def _open_inputs(
 
 
 def _with_text_warnings(plan: AnyPlan) -> AnyPlan:
-    """The plan, with what configs and small files of the inputs say of texts, such as other chat templates."""
+    """The plan, with what configs and small files of the inputs say of texts, such as other chat templates. Tokens of a
+    finetune that the tokenizer which was asked for lacks are but noted."""
     kept = _kept_texts(plan)
     found = [config_differences(plan.base, name, one, kept) for name, one in plan.finetuned.items()]
     others = {name: one for name, one in plan.finetuned.items() if one.layout is one or TOKENIZER in one.source.files}
     with hide_library_bars():
         found += [text_differences(plan.base.source, name, one.source, kept) for name, one in others.items()]
-    return _with_warnings(plan, list(chain.from_iterable(found)))
+        tokens = [token_differences(plan.base.source, name, one.source, kept) for name, one in others.items()]
+    warned, of_tokens = (tuple(chain.from_iterable(lists)) for lists in (found, tokens))
+    asked = plan.recipe.tokenizer not in (None, UNION)
+    return _with_said(plan, Said(warned, of_tokens) if asked else Said((*warned, *of_tokens)))
 
 
 def _kept_texts(plan: MergePlan | LocalizePlan) -> KeptTexts:
@@ -175,7 +188,7 @@ def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
     named |= {name: merged[name].over(checkpoint) for name, checkpoint in laid_over(base, whole).items()}
     with hide_library_bars():
         vocabulary, said = stitch_vocabulary(recipe, base, named)
-        planned = _with_warnings(stitch_plan(recipe, base, named, settings, vocabulary), said)
+        planned = _with_said(stitch_plan(recipe, base, named, settings, vocabulary), said)
         return _strictly(_with_tokens(_with_side_files(planned)))
 
 

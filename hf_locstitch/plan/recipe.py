@@ -136,6 +136,8 @@ class Recipe(Strict):
     compare: CompareOptions | None = None
     """What `compare` tries; no matter for one merge."""
     out: Path | None = None
+    adapter: Path | None = None
+    """A folder for the merge as a PEFT adapter over its base, beside `out` or `push_to`."""
     push_to: str | None = None
     """org/name, or org/name@branch; the branch is made where there is none."""
     private: bool = False
@@ -343,12 +345,12 @@ class Recipe(Strict):
             object.__setattr__(self, "localizer", magnitude(density=self.method.default_density, **given))
         return self
 
-    @field_validator("out")
+    @field_validator("out", "adapter")
     @classmethod
     def _expand_home(cls, value: Path | None) -> Path | None:
         return None if value is None else expand_home(value)
 
-    @field_validator("out")
+    @field_validator("out", "adapter")
     @classmethod
     def _leaves_room_beside(cls, value: Path | None) -> Path | None:
         if value is not None and (length := len(os.fsencode(value.name))) > LONGEST_NAME:

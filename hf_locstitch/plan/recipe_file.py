@@ -20,7 +20,7 @@ from hf_locstitch.tasks.sets import LocalizationSet
 
 LOG = logging.getLogger("hf_locstitch")
 # Fields that say where it goes and how it is judged.
-NOT_THE_MERGE = ("out", "push_to", "private", "create_pr", "evaluate", "compare", "strict")
+NOT_THE_MERGE = ("out", "adapter", "push_to", "private", "create_pr", "evaluate", "compare", "strict")
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

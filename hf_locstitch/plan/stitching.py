@@ -23,6 +23,7 @@ from hf_locstitch.plan.layout import output_shards
 from hf_locstitch.plan.lineage import same_warnings
 from hf_locstitch.plan.plans import StitchPlan
 from hf_locstitch.plan.recipe import Localized, Recipe
+from hf_locstitch.plan.token_models import Said
 from hf_locstitch.plan.vocabulary import VocabularyPlan, plan_vocabulary
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.settings import DEFAULT, Settings
@@ -48,19 +49,20 @@ def open_masked(entry: Localized) -> AnyLocalized:
 
 def stitch_vocabulary(
     recipe: Recipe, base: Checkpoint, localized: Mapping[str, AnyLocalized]
-) -> tuple[VocabularyPlan | None, list[str]]:
-    """The tokens of the output, those of the whole models among what is stitched, and warnings. Raises RequestError."""
+) -> tuple[VocabularyPlan | None, Said]:
+    """The tokens of the output, those of the whole models among what is stitched, and what to say. Raises
+    RequestError."""
     whole = {name: one.checkpoint for name, one in localized.items() if isinstance(one, MergedFinetune)}
     if not whole:
-        return None, []
+        return None, Said()
     chosen = list(next(iter(localized.values())).shapes)
-    found, warnings = plan_vocabulary(recipe, base, whole, chosen, order_of_checkpoints(whole))
+    found, said = plan_vocabulary(recipe, base, whole, chosen, order_of_checkpoints(whole))
     if found is not None and found.localized:
         raise RecipeError(
             f"the masks range over {found.matrices[0]}, whose rows are matched by the finetunes' tokens: they are "
             "other rows with other finetunes. Merge the finetunes anew."
         )
-    return found, warnings
+    return found, said
 
 
 def stitch_plan(

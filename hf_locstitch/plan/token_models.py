@@ -67,6 +67,14 @@ class TokenModel:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What a person should know of the tokens; notes: what was asked for."""
+
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class TokenModels:
     """matrices: of the base. localized: whether the method ranges over some of them. settled: whether the base's rows
     are all that is wanted, in any case."""
@@ -76,7 +84,7 @@ class TokenModels:
     finetuned: Mapping[str, TokenModel]
     localized: bool
     settled: bool
-    warnings: tuple[str, ...]
+    said: Said
 
 
 def read_models(
@@ -114,7 +122,7 @@ def read_models(
         settled = True
     losses = Losses(recipe, start, models, asked or localized)
     losses.check()
-    return TokenModels(matrices, replace(start, by_number=True), models, localized, settled, tuple(losses.warnings))
+    return TokenModels(matrices, replace(start, by_number=True), models, localized, settled, losses.said)
 
 
 def _refuse_without_vocabulary(recipe: Recipe, base: Checkpoint, matrices: Sequence[str]) -> None:
@@ -160,17 +168,21 @@ class Losses:
 
     def __init__(self, recipe: Recipe, base: TokenModel, models: Mapping[str, TokenModel], needed: bool) -> None:
         self._tokenizer, self._base, self._models, self._needed = recipe.tokenizer, base, models, needed
-        self.warnings: list[str] = []
+        self._warnings: list[str] = []
+        self._notes: list[str] = []
         self._problems: list[str] = []
 
+    @property
+    def said(self) -> Said:
+        return Said(tuple(self._warnings), tuple(self._notes))
+
     def check(self) -> None:
-        """Raises MismatchError for what was asked for and cannot be kept; everything else is a warning."""
+        """Raises MismatchError for what was asked for and cannot be kept; everything else is said."""
         for name, model in self._models.items():
             if model.vocabulary is None and not model.by_number:
                 self._unknown(model)
-            elif self._tokenizer == BASE:
-                self._dropped(name, model)
-            else:
+                continue
+            if self._tokenizer != BASE:
                 own, rowless = model.lost_tokens(self._base)
                 self._without_rows(name, model, rowless)
                 self._without_rules(name, own)
@@ -180,13 +192,8 @@ class Losses:
     def _unknown(self, model: TokenModel) -> None:
         if self._needed:
             self._problems.append(f"{model.unknown}. {WAY_OUT}")
-        self.warnings.append(f"{model.unknown.rstrip('.')}. If any were added, they are lost.")
-
-    def _dropped(self, name: str, model: TokenModel) -> None:
-        if new := [token for token, _ in model.new_tokens(self._base)]:
-            self.warnings.append(
-                f"{len(new):,} tokens that {name} added ({some(new)}) are dropped; --tokenizer union keeps them."
-            )
+        said = f"{model.unknown.rstrip('.')}. If any were added, they are lost."
+        (self._notes if self._tokenizer == BASE else self._warnings).append(said)
 
     def _without_rows(self, name: str, model: TokenModel, tokens: Sequence[str]) -> None:
         if not tokens:
@@ -200,11 +207,11 @@ class Losses:
         if self._tokenizer in (UNION, name):
             self._problems.append(f"{said}; {cure}")
         else:
-            self.warnings.append(f"{said}. What has no row is left out; to have it, {cure}.")
+            self._warnings.append(f"{said}. What has no row is left out; to have it, {cure}.")
 
     def _without_rules(self, name: str, tokens: Sequence[str]) -> None:
         """Tokens of a tokenizer's own model, which it makes of text by rules that the base's has not."""
-        if not tokens or self._tokenizer == name:
+        if not tokens or self._tokenizer not in (None, UNION):
             return
         said = f"{len(tokens):,} tokens of {name}'s tokenizer itself, such as {tokens[0]!r}"
         if self._tokenizer == UNION:
@@ -212,7 +219,7 @@ class Losses:
                 f"{said}, cannot be added to the base's, which has no rules for them; use --tokenizer {name}"
             )
         else:
-            self.warnings.append(f"{said}, are lost: the base's has no rules for them. --tokenizer {name} keeps them.")
+            self._warnings.append(f"{said}, are lost: the base's has no rules for them. --tokenizer {name} keeps them.")
 
 
 def matrix_names(

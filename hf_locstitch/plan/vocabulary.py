@@ -19,7 +19,7 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.vocabulary import resized, row_count
 from hf_locstitch.errors import MismatchError, RecipeError
 from hf_locstitch.plan.recipe import Recipe
-from hf_locstitch.plan.token_models import BASE, LOCALIZE, MEAN, UNION, TokenModel, matrix_names, read_models
+from hf_locstitch.plan.token_models import BASE, LOCALIZE, MEAN, UNION, Said, TokenModel, matrix_names, read_models
 from hf_locstitch.runtime.human import more, some
 from hf_locstitch.tasks.token_shapes import shapes_in_memory
 
@@ -113,8 +113,8 @@ def plan_vocabulary(
     finetuned: Mapping[str, Checkpoint],
     chosen: Sequence[str],
     order: Sequence[str],
-) -> tuple[VocabularyPlan | None, list[str]]:
-    """The plan, or None where every row keeps its place and the base's values, and warnings.
+) -> tuple[VocabularyPlan | None, Said]:
+    """The plan, or None where every row keeps its place and the base's values, and what to say of lost tokens.
 
     chosen: the tensors that the method ranges over. order: in which finetunes are summed. Raises RecipeError,
     MismatchError, CheckpointError.
@@ -122,19 +122,18 @@ def plan_vocabulary(
     if problems := list(check_choices(recipe, list(finetuned))):
         raise MismatchError(problems)
     if recipe.rest_from or recipe.files_from:
-        return None, []
+        return None, Said()
     models = read_models(recipe, base, finetuned, chosen)
     if models is None:
-        return None, []
-    warnings = list(models.warnings)
+        return None, Said()
     if models.settled:
-        return None, warnings
+        return None, models.said
     tokenizer = recipe.tokenizer or UNION
     made = _Maker(models.base, {name: models.finetuned[name] for name in order}, tokenizer, recipe.embeddings or BASE)
     localized = models.localized
     stays = made.unchanged and (not localized or made.in_place)
     if stays and recipe.embeddings in (None, BASE, LOCALIZE):
-        return None, warnings
+        return None, models.said
     sources = made.sources(localized)
     matrices, problems = matrix_names(models.matrices, {BASE: base, **finetuned}, sources)
     if problems:
@@ -148,7 +147,7 @@ def plan_vocabulary(
         tokenizer, rows_by, localized, alignment, made.tokens, made.base_tokens, made.multiple, made.added, made.ids,
         notes,
     )  # fmt: skip
-    return plan, warnings
+    return plan, models.said
 
 
 def _unloadable(alignment: Alignment) -> Iterator[str]:

@@ -133,7 +133,7 @@ def to_disk(model: Any, group: Group, tensors: Mapping[str, torch.Tensor]) -> di
 def from_disk(model: Any, group: Group, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inverse of to_disk, from where each element of a parameter lands. Returns parameter -> float32, or
     float64 where that is read, zero where it is of no tensor of the group, such as an expert that was left out."""
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name in group.parameters}
+    shapes = {name: model.get_parameter(name).shape for name in group.parameters}
     if group.direct:
         return {group.parameters[0]: _wide(read(group.disk[0]).reshape(shapes[group.parameters[0]]))}
     numels = [shapes[name].numel() for name in group.parameters]

@@ -13,12 +13,13 @@ from helpers.models import State, load, same_bits
 from helpers.runs import quick_merge
 from safetensors.torch import load_file, save_file
 
-from hf_locstitch import Magnitude
+from hf_locstitch import Magnitude, plan_merge
 from hf_locstitch.errors import RequestError
 
 MOE = {**{key: value for key, value in LLAMA.items() if not key.endswith("bias")}, "num_experts": 4,
        "num_experts_per_tok": 2, "moe_intermediate_size": 24}  # fmt: skip
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}
+EMBEDDING = "model.embed_tokens.weight"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 LORAS: dict[str, dict[str, Any]] = {
@@ -49,6 +50,11 @@ def density_one(base: Path, adapter: Path, out: Path) -> State:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture(scope="module")
+def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("tied") / "base", **LLAMA, tie_word_embeddings=True)
 
 
 def is_mergeable(base: Path, adapter: Path) -> bool:
@@ -99,6 +105,41 @@ def test_every_kind_of_lora(kind: str, llama: Path, tmp_path: Path) -> None:
     due = on_disk(merged_by_peft(llama, adapter), tmp_path / "due")
     assert not same_bits(due, load(llama))
     assert same_bits(density_one(llama, adapter, tmp_path / "out"), due)
+
+
+TIED: dict[str, dict[str, Any]] = {
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"target_modules": ["lm_head"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "both-dora": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+    "both-pissa": {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "init_lora_weights": "pissa"},
+    "both-as-one": {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    "one-for-both": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "saved-as-one": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "tokens": {"trainable_token_indices": [2, 7]},
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_tied_embeddings_that_stay_tied(kind: str, tied_llama: Path, tmp_path: Path) -> None:
+    """What embedding and head each get is added up in the one weight that they share."""
+    adapter = save_lora(tmp_path / "adapter", tied_llama, **TIED[kind])
+    due = on_disk(merged_by_peft(tied_llama, adapter), tmp_path / "due")
+    assert due.keys() == load(tied_llama).keys()
+    assert not torch.equal(due[EMBEDDING], load(tied_llama)[EMBEDDING])
+    assert same_bits(density_one(tied_llama, adapter, tmp_path / "out"), due)
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_embeddings_that_are_trained_apart(saved: list[str], tied_llama: Path, tmp_path: Path) -> None:
+    """PEFT unties them, which needs a tensor that the base has not: it stays the base's, and the plan says why."""
+    adapter = save_lora(tmp_path / "adapter", tied_llama, modules_to_save=saved)
+    due = on_disk(merged_by_peft(tied_llama, adapter), tmp_path / "due")
+    assert due.keys() == {*load(tied_llama), "lm_head.weight"}
+    got = density_one(tied_llama, adapter, tmp_path / "out")
+    assert same_bits(got, {**{name: due[name] for name in got}, EMBEDDING: load(tied_llama)[EMBEDDING]})
+    warnings = plan_merge({"base": str(tied_llama), "finetuned": [str(adapter)]}).warnings
+    assert any("embed_tokens and lm_head share it in the base" in said and "apart" in said for said in warnings)
 
 
 @pytest.mark.parametrize("targets", [EXPERTS, EXPERTS[1:]])
@@ -156,3 +197,20 @@ def test_another_head(llama: Path, tmp_path: Path) -> None:
     got = density_one(llama, adapter, tmp_path / "out")
     assert all(torch.equal(got[name], due[name]) for name in got if name in due)
     assert any(not torch.equal(got[name], value) for name, value in load(llama).items())
+
+
+@pytest.mark.parametrize("kind", ["both", "saved-as-one"])
+@pytest.mark.parametrize("settings", [{"embeddings": "localize"}, {"method": "task-arithmetic"}])
+def test_trained_embeddings_are_merged_where_asked(
+    kind: str, settings: dict[str, Any], tied_llama: Path, tmp_path: Path
+) -> None:
+    adapter = save_lora(tmp_path / "adapter", tied_llama, **TIED[kind])
+    due = on_disk(merged_by_peft(tied_llama, adapter), tmp_path / "due")[EMBEDDING]
+    localizer = {} if "method" in settings else {"localizer": Magnitude(density=1)}
+    quick_merge(tied_llama, adapter, out=tmp_path / "out", **settings, **localizer)
+    assert torch.allclose(load(tmp_path / "out")[EMBEDDING], due, rtol=0, atol=1e-7)
+    request = {"base": str(tied_llama), "finetuned": [str(adapter)]}
+    said = f"also changes {EMBEDDING}, which stays the base's: --embeddings localize merges it, too"
+    assert any(said in warning for warning in plan_merge(request).warnings)
+    assert not any("also changes" in warning for warning in plan_merge({**request, **settings}).warnings)
+    assert not any("also changes" in warning for warning in plan_merge({**request, "embeddings": "base"}).warnings)

@@ -357,6 +357,30 @@ def test_under_wrappers(skill: Skill) -> None:
     assert same(weights(model), skill.start)
 
 
+def test_through_another_handle(skill: Skill) -> None:
+    """What is in a model is known of the handle that it was applied through; no other changes the same weights."""
+    model, alike, one = skill.model(), skill.model(), skill.open()
+    for name, parameter in model.named_parameters():
+        path, _, local = name.rpartition(".")
+        alike.get_submodule(path)._parameters[local] = torch.nn.Parameter(parameter.data)
+    for first, others in ((model, (model.model, alike)), (model.model, (model,)), (alike, (model, model.model))):
+        kind = type(first).__name__
+        one.apply(first)
+        assert same(weights(model), skill.due)
+        for other in others:
+            with pytest.raises(RequestError, match=rf"of a {kind} with .* in it\. Apply .* to that model"):
+                one.apply(other)
+            with pytest.raises(RequestError, match=rf"applied to a {kind} that shares its weights: remove it there"):
+                one.remove(other)
+            assert same(weights(model), skill.due)
+        one.remove(first)
+        assert same(weights(model), skill.start)
+    twin = copy.deepcopy(model)
+    for copied in (model, twin):
+        one.apply(copied)
+        assert same(weights(copied), skill.due)
+
+
 def compiled_in_part(model: Any) -> Any:
     model.model.layers[0] = torch.compile(model.model.layers[0])
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,51 @@ def test_a_base_with_old_names_of_norms(asked: dict[str, Any], tmp_path: Path) -
 
 def _old(name: str) -> str:
     return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 40}  # fmt: skip
+ROPE = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+
+
+def vision_language(folder: Path) -> Any:
+    """A Qwen2-VL, whose language model is of the type qwen2_vl_text."""
+    torch.manual_seed(0)
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    config = transformers.Qwen2VLConfig(text_config={**TEXT, "rope_parameters": ROPE}, vision_config=vision)
+    model = transformers.Qwen2VLForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_text_model_that_a_vision_language_model_was_made_from(tmp_path: Path) -> None:
+    """Qwen2 beside Qwen2-VL: another type of model, whose tensors fit all the same."""
+    whole = vision_language(tmp_path / "base")
+    text = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT))
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    text.lm_head.load_state_dict(whole.lm_head.state_dict())
+    with torch.no_grad():
+        for parameter in text.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    text.save_pretrained(tmp_path / "ft")
+    request: dict[str, Any] = {"base": str(tmp_path / "base"), "finetuned": [str(tmp_path / "ft")]}
+    with pytest.raises(MismatchError) as refusal:
+        plan_merge(request)
+    assert "--exclude" in str(refusal.value) and "qwen2" not in str(refusal.value)
+    how: dict[str, Any] = {"localizer": {"density": 1}, "exclude": ["*visual*"]}
+    said = plan_merge({**request, **how}).warnings
+    assert "ft is a qwen2 model, the base a qwen2_vl model: ft is taken for one of its language model." in said
+    quick_merge(tmp_path / "base", tmp_path / "ft", out=tmp_path / "out", **how)
+    merged = transformers.Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "out")
+    layers, due = merged.model.language_model.layers.state_dict(), text.model.layers.state_dict()
+    assert all(torch.equal(layers[name], due[name]) for name in due)
+    visual, start = merged.model.visual.state_dict(), whole.model.visual.state_dict()
+    assert all(torch.equal(visual[name], start[name]) for name in start)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen"])
+def test_a_text_model_of_another_kind_is_refused(kind: str, tmp_path: Path) -> None:
+    vision_language(tmp_path / "base")
+    save(tmp_path / "ft", load(tmp_path / "base"), json.dumps({"model_type": kind}))
+    with pytest.raises(MismatchError, match=f"is a {kind} model"):
+        plan_merge({"base": str(tmp_path / "base"), "finetuned": [str(tmp_path / "ft")]})

@@ -96,6 +96,14 @@ def variant(tmp: Path) -> None:
 def shard(tmp: Path) -> None:
     base, ft = save_sharded(tmp / "base", BASE, lambda names: [names[:3], names[3:]]), save(tmp / "ft", FT)
     refused(tmp, base / "model-00001-of-00002.safetensors", ft, because=r"one of the 2 files .*index\.json lists")
+    for file in ("model-00002-of-00002.safetensors", "model.safetensors.index.json"):
+        (base / file).unlink()
+    alone = r"model-00001-of-00002\.safetensors alone, one of the 2 files of a model: the others and .* are missing"
+    refused(tmp, base, ft, because=alone)
+    refused(tmp, base / "model-00001-of-00002.safetensors", ft, because=alone)
+    (base / "model-00001-of-00002.safetensors").unlink()
+    save_file(BASE, base / "model-00001-of-00001.safetensors")
+    merges(tmp, base, ft)
 
 
 def several_files(tmp: Path) -> None:

@@ -218,8 +218,19 @@ def test_without_new_tokens_nothing_changes(untied: dict[str, Path], tmp_path: P
         f: d for f, d in files_of(due).items() if f not in skipped
     }
     assert (out / "tokenizer.json").read_bytes() == (untied["base"] / "tokenizer.json").read_bytes()
-    warnings = json.loads((out / "locstitch.json").read_text())["warnings"]
-    assert any("3 tokens that math added (<|im_start|>, <|im_end|>, sum) are dropped" in line for line in warnings)
+    assert not any("token" in line for line in json.loads((out / "locstitch.json").read_text())["warnings"])
+
+
+@pytest.mark.parametrize("tokenizer", ["base", "math"])
+def test_tokens_that_were_to_be_dropped_are_noted_once(tokenizer: str, untied: dict[str, Path]) -> None:
+    """What was asked for is nothing to warn of, and does not stop a strict merge."""
+    refs = {"base": str(untied["base"]), "finetuned": [str(untied["math"]), str(untied["chat"])]}
+    kept = "the base" if tokenizer == "base" else tokenizer
+    found = plan_merge({**refs, "tokenizer": tokenizer, "chat_template": tokenizer, "strict": True})
+    assert found.warnings == ()
+    said = [note for note in found.notes if "tokenizer" in note]
+    chat = f"chat's tokenizer has 26 tokens, the base's 24; 2 more ('<|tool|>', '<|im_end|>'): {kept}'s is kept."
+    assert said[-1] == chat and len(said) == (2 if tokenizer == "base" else 1)
 
 
 def test_rows_that_are_only_padded(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers import vocabularies
-from helpers.families import finetunes
+from helpers.families import finetunes, with_sinks
 from helpers.fp8 import quantized, save_fp8
 from helpers.models import finetune, load, random_state, save
 from helpers.runs import quick_localize, quick_merge
@@ -212,21 +211,12 @@ def test_a_base_in_fp8(tmp_path: Path) -> None:
 
 def test_parameters_of_modules_that_hold_others(tmp_path: Path) -> None:
     """Attention sinks of gpt-oss."""
-    config = transformers.GptOssConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
-    )  # fmt: skip
-    model = transformers.GptOssForCausalLM(config)
-    model.save_pretrained(tmp_path / "base")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / "ft")
-    quick_localize(tmp_path / "base", tmp_path / "ft", out=tmp_path / "skill", localizer={"density": 0.5})
+    base, tuned = with_sinks(tmp_path)
+    quick_localize(base, tuned, out=tmp_path / "skill", localizer={"density": 0.5})
     with pytest.raises(
         RequestError, match=r"self_attn \(GptOssAttention\) has no sparse form, nor can .*--exclude"
     ) as e:
-        export(tmp_path / "skill", base=tmp_path / "base", out=tmp_path / "adapter")
+        export(tmp_path / "skill", base=base, out=tmp_path / "adapter")
     assert "layers.0" in str(e.value) and "layers.1" in str(e.value)  # all at once
 
 

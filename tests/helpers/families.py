@@ -130,3 +130,16 @@ def family(model: Any, root: Path, tokenizer: Any = None) -> list[Path]:
         model.save_pretrained(folder)
         (tokenizer or make_tokenizer()).save_pretrained(folder)
     return folders
+
+
+def with_sinks(root: Path) -> tuple[Path, Path]:
+    """A gpt-oss, whose attention has parameters beside the modules in it, and a finetune of it."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(**LLAMA, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    model = transformers.GptOssForCausalLM(config)
+    model.save_pretrained(root / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(root / "ft")
+    return root / "base", root / "ft"

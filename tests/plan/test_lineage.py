@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from hf_locstitch import plan_merge
 from hf_locstitch.checkpoints.sample import sample_pieces
 from hf_locstitch.cli.main import main
-from hf_locstitch.errors import StrictError, WorkError
+from hf_locstitch.errors import NonFiniteError, StrictError, WorkError
 from hf_locstitch.plan.describe import format_plan, plan_json
 from hf_locstitch.plan.plans import ModelPlan
 from loopback_hub import LoopbackHub
@@ -49,6 +49,17 @@ def folders(states: dict[str, State], tmp_path: Path) -> dict[str, str]:
 def warnings_of(base: str, *finetuned: str, **fields: Any) -> list[str]:
     entries = [{"ref": ref, "name": f"ft{number}"} for number, ref in enumerate(finetuned)]
     return list(plan_merge({"base": base, "finetuned": entries, **fields}).warnings)
+
+
+def test_a_finetune_of_nothing_but_nan(states: dict[str, State], folders: dict[str, str], tmp_path: Path) -> None:
+    """Not one that is the base."""
+    broken = save(tmp_path / "broken", {name: torch.full_like(value, torch.nan) for name, value in states["a"].items()})
+    request = {"base": folders["base"], "finetuned": [str(broken)]}
+    (warning,) = plan_merge(request).warnings
+    assert warning.startswith("broken has NaN or infinity where a sample of its weights was read")
+    assert "no weight of a sample is a finite number" in format_plan(plan_merge(request))
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.0\.w in .* holds NaN"):
+        quick_merge(folders["base"], broken, out=tmp_path / "out")
 
 
 def test_the_same_folder_twice_and_the_base_itself(folders: dict[str, str], tmp_path: Path) -> None:

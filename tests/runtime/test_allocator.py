@@ -34,7 +34,9 @@ with freed_memory_goes_back() if "inside" in sys.argv else contextlib.nullcontex
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc's malloc is meant"
 )
-@pytest.mark.parametrize(("where", "mapped"), [("outside", "False"), ("inside", "True"), ("after", "False")])
+@pytest.mark.parametrize(
+    ("where", "mapped"), [("outside", "False"), ("inside", "True"), ("after", "False"), ("inside after", "True")]
+)
 def test_large_tensors_are_mapped_by_themselves_inside(where: str, mapped: str) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, where], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *where.split()], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == mapped

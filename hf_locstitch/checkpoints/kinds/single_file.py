@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import ClassVar
 
@@ -11,6 +12,8 @@ from hf_locstitch.checkpoints.kinds.safetensors import read_files
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
 from hf_locstitch.runtime.human import some
+
+PART = re.compile(r"-\d+-of-(?P<count>\d+)\.safetensors$")  # how the names of a model's several files end
 
 
 class SingleFile(CheckpointKind):
@@ -25,6 +28,11 @@ class SingleFile(CheckpointKind):
             raise CheckpointError(
                 f"{source.label} has {len(files)} safetensors files ({some(files)}) but neither {SINGLE} nor {INDEX}, "
                 "so which of them make up the model is unknown. Save the model again with save_pretrained()."
+            )
+        if (part := PART.search(files[0])) and int(part["count"]) > 1:
+            raise CheckpointError(
+                f"{source.label} has {files[0]} alone, one of the {int(part['count'])} files of a model: the others "
+                f"and {INDEX} are missing. Fetch all of them, and name their folder."
             )
         return read_files(source, config, files)
 

@@ -20,9 +20,9 @@ EXCLUDE_BIASES = "localized with --exclude '*.bias', linear layers with biases c
 
 class PeftAdapter(Form):
     def plan(self, changes: Changes) -> FormPlan:
-        from hf_locstitch.exports.adapter_layout import lay_out
+        from hf_locstitch.exports.adapter_layout import Changed, lay_out
 
-        return AdapterPlan(changes, lay_out(changes))
+        return AdapterPlan(changes, lay_out(Changed(changes.label, changes.kind, changes.base, changes.ones)))
 
 
 class AdapterPlan(FormPlan):
