@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_locstitch.evaluation.report import EvaluationReport
-from hf_locstitch.report.figures.draw import COLOURS, INK, MARKERS, NOTHING, PAGE, new_figure, save, styled
+from hf_locstitch.report.figures.draw import COLOURS, INK, MARKERS, PAGE, new_figure, save, styled
 from hf_locstitch.runtime.escape import figure as text
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def draw_scores(report: EvaluationReport) -> Figure:
         )  # fmt: skip
     axes.set_yticks(range(len(results)), [f"{text(r.title)}\n{text(r.main.metric)}" for r in results])
     axes.set_ylim(len(results) - 0.45, -0.55)
-    axes.grid(axis="x", color=NOTHING, linewidth=0.7)
-    axes.set_axisbelow(True)
+    axes.grid(axis="x")
     axes.set_xlabel("score, with its standard error")
     axes.set_title("Scores by lm-eval")
     figure.legend(loc="outside lower center", ncols=min(6, len(models)), frameon=False)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
-from hf_locstitch.report.card import licence_of, page, pipeline_tag, source_link
+from hf_locstitch.report.card import licence_of, pipeline_tag, source_link
+from hf_locstitch.report.page import template
 from hf_locstitch.runtime.human import human
 from hf_locstitch.runtime.version import __version__
 
@@ -26,7 +27,7 @@ def write_card(
 ) -> None:
     """facts: of the plan. name: of the folder or repo. inexact: how many weights PEFT rounds otherwise."""
     base = changes.base
-    text = page(TEMPLATE.read_text(encoding="utf-8")).render(
+    text = template(TEMPLATE).render(
         card_data=Markup(card_data(changes).to_yaml()),
         kind=changes.kind,
         method=changes.record.method,

@@ -133,9 +133,10 @@ def test_a_merge_leaves_its_figures(tmp_path: Path) -> None:
     for out in ("one", "two"):
         merge_from_hub(folders[0], folders[1:], out=tmp_path / out, localizer=Magnitude(density=0.3))
     figures = tmp_path / "one" / "figures"
-    stems = {"overlap", "places", "task-vectors"}
+    stems = {"overlap", "places", "layers", "task-vectors"}
     pictures = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
-    assert {path.name for path in figures.iterdir()} == {*pictures, "overlap.csv", "places.csv", "task-vectors.json"}
+    data = {"overlap.csv", "places.csv", "task-vectors.json"}
+    assert {path.name for path in figures.iterdir()} == {*pictures, *data, "masks.html"}
     for path in figures.iterdir():  # the same merge gives the same bytes
         assert path.read_bytes() == (tmp_path / "two" / "figures" / path.name).read_bytes(), path.name
     assert (figures / "places.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (
@@ -145,7 +146,7 @@ def test_a_merge_leaves_its_figures(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "one" / "locstitch.json").read_text())
     assert {f"figures/{name}" for name in pictures} < record["outputs"].keys()
     card = (tmp_path / "one" / "README.md").read_text()
-    assert all(f"(figures/{stem}.png)" in card for stem in stems)
+    assert all(f"figures/{stem}.png" in card for stem in stems) and "(figures/masks.html)" in card
 
     states = {folder.name: load(folder) for folder in folders}
     rows = list(csv.DictReader((figures / "places.csv").open()))
