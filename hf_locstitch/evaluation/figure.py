@@ -29,7 +29,7 @@ def draw_scores(report: EvaluationReport) -> Figure:
     """The main metric of each task, one marker per model, with standard errors."""
     results = report.models[0].results
     models = report.models
-    figure = new_figure(PAGE, 1.5 + len(results) * max(0.42, 0.13 * len(models)))
+    figure = new_figure(PAGE, 1.1 + len(results) * max(0.36, 0.1 * len(models)))
     axes = figure.subplots()
     offsets = np.linspace(-0.32, 0.32, len(models)) if len(models) > 1 else [0.0]
     marks = zip(models, offsets, islice(cycle(COLOURS), len(models)), cycle(MARKERS), strict=False)

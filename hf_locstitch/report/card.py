@@ -177,8 +177,7 @@ def _named(plan: Plan) -> Markup:
     """One sentence: what it was made from."""
     *others, last = [_short_link(plan.inputs[name].source) for name in plan.finetuned]
     finetuned = Markup(" and ").join([Markup(", ").join(others), last]) if others else last
-    made = "Localized from" if isinstance(plan, LocalizePlan) else "Merged from"
-    return Markup(f"{made} {finetuned}, over the base {_short_link(plan.base.source)}.")
+    return Markup(f"Made from {finetuned}, over the base {_short_link(plan.base.source)}.")
 
 
 def _branch(plan: Plan) -> str | None:

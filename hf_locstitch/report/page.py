@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from hf_locstitch.runtime.escape import markdown, python, shell
 
-WIDEST, HIGHEST = 720, 260  # pixels of a picture at the top, so that what follows is on the first screen
+WIDEST, HIGHEST = 720, 220  # pixels of a picture at the top, so that what follows is on the first screen
 
 
 def template(file: Path) -> jinja2.Template:

@@ -179,7 +179,8 @@ def draw_layers(layout: MaskLayout) -> Figure:
     """How each mask's ones are spread over the layers, beside an even spread. What lies outside all layers is last."""
     inside = sum(layer != OUTSIDE for layer in layout.layers)
     places = np.arange(len(layout.layers))
-    figure = new_figure(PAGE, 2.2 + 0.18 * -(-len(layout.ones) // LEGEND))
+    figure = new_figure(PAGE, 2 + 0.18 * ((len(layout.ones) + 1) // LEGEND))
+    figure.get_layout_engine().set(h_pad=0.03)  # pyright: ignore[reportOptionalMemberAccess]
     axes = figure.subplots()
     even = 100 * layout.elements.sum(axis=0) / max(int(layout.elements.sum()), 1)
     axes.plot(places[:inside], even[:inside], color=INK, linewidth=0.9, linestyle=":", label="spread evenly")
@@ -192,8 +193,8 @@ def draw_layers(layout: MaskLayout) -> Figure:
     step = max(1, -(-len(places) // 16))
     axes.set_xticks(places[::step], list(map(text, layout.layers[::step])))
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("share of the ones, %")
+    axes.set_xlabel("layer", labelpad=0)
+    axes.set_ylabel("share of ones, %")
     axes.set_title("Where the masks lie")
     axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=LEGEND, frameon=False)
