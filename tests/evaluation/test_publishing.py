@@ -40,7 +40,9 @@ def test_pushed_scores_survive(home_hub: LoopbackHub, published: str, tasks: Pat
     assert (
         "It keeps 100 % of the best finetune's score, averaged over 2 tasks (at least 100 %, on letters)." in card.text
     )
-    assert card.text.count("## Evaluation") == 1 and "figures/scores.png" in card.text
+    assert card.text.count("## Evaluation") == 1 and card.text.count("figures/scores.png") == 1
+    assert "figures/layers.png" not in card.text  # the scores are at the top in its place
+    assert 0 < card.text.index("figures/scores.png") < card.text.index("It keeps 100 %") < card.text.index("## Use")
 
     (entry,) = parse_eval_result_entries(yaml.safe_load(home_hub.read(published, ".eval_results/bench.yaml")))
     assert (entry.dataset_id, entry.task_id, entry.value) == (dataset, "bench", 0.6)
