@@ -73,7 +73,8 @@ def images(folder: Path) -> list[Path]:
     return folders
 
 
-SIZES = {**TEXT, "vocab_size": len(WORDS)}
+SIZES: dict[str, Any] = {**TEXT, "vocab_size": len(WORDS)}
+T5_SIZES: dict[str, Any] = {**T5, "vocab_size": len(WORDS)}
 CASES: dict[str, tuple[Callable[[Path], list[Path]], str]] = {
     "chat": (chats, "LlamaForCausalLM"),
     "words": (words, "LlamaForCausalLM"),
@@ -83,7 +84,7 @@ CASES: dict[str, tuple[Callable[[Path], list[Path]], str]] = {
     ),
     "masked": (texts("AutoModelForMaskedLM", lambda: transformers.BertConfig(**SIZES)), "BertForMaskedLM"),
     "seq2seq": (
-        texts("AutoModelForSeq2SeqLM", lambda: transformers.T5Config(**{**T5, "vocab_size": len(WORDS)})),
+        texts("AutoModelForSeq2SeqLM", lambda: transformers.T5Config(**T5_SIZES)),
         "T5ForConditionalGeneration",
     ),
     "images": (images, "ViTForImageClassification"),

@@ -46,7 +46,7 @@ PART_OF_MAP = (0.15, 0.92)  # its ends would be lost on a dark or a light page
 ANNOTATED = 12  # up to so many masks, numbers fit into the cells
 PAGE = 7.2  # inches: the width of a figure, so that a page shows all text in one size
 WIDTH = 9.0  # inches of panels side by side
-LEGEND = 5  # names in a row of a legend
+LEGEND = 90  # characters in a row of a legend
 RARE = 1e-3  # share of the entries that may lie left of the axes
 STYLE: Mapping[Any, Any] = {
     "font.size": 9,
@@ -66,7 +66,7 @@ STYLE: Mapping[Any, Any] = {
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
     "figure.dpi": 100,
-    "figure.constrained_layout.h_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.04,
     "figure.constrained_layout.w_pad": 0.12,
     "savefig.dpi": 160,
     "svg.fonttype": "path",
@@ -179,8 +179,8 @@ def draw_layers(layout: MaskLayout) -> Figure:
     """How each mask's ones are spread over the layers, beside an even spread. What lies outside all layers is last."""
     inside = sum(layer != OUTSIDE for layer in layout.layers)
     places = np.arange(len(layout.layers))
-    figure = new_figure(PAGE, 2 + 0.18 * ((len(layout.ones) + 1) // LEGEND))
-    figure.get_layout_engine().set(h_pad=0.03)  # pyright: ignore[reportOptionalMemberAccess]
+    in_row = max(1, min(5, LEGEND // (8 + max(map(len, layout.ones), default=0))))
+    figure = new_figure(PAGE, 1.8 + 0.18 * -(-(len(layout.ones) + 1) // in_row))
     axes = figure.subplots()
     even = 100 * layout.elements.sum(axis=0) / max(int(layout.elements.sum()), 1)
     axes.plot(places[:inside], even[:inside], color=INK, linewidth=0.9, linestyle=":", label="spread evenly")
@@ -190,14 +190,14 @@ def draw_layers(layout: MaskLayout) -> Figure:
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3.5}
         axes.plot(places[:inside], of_layer[:inside], line, linewidth=1.5, label=text(name), **style)
         axes.plot(places[inside:], of_layer[inside:], linestyle="", **style)
-    step = max(1, -(-len(places) // 16))
-    axes.set_xticks(places[::step], list(map(text, layout.layers[::step])))
+    ticks = [*range(0, inside, max(1, -(-inside // 16))), *range(inside, len(places))]
+    axes.set_xticks(ticks, [text(layout.layers[tick]) for tick in ticks])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("layer", labelpad=0)
     axes.set_ylabel("share of ones, %")
     axes.set_title("Where the masks lie")
     axes.grid(axis="y")
-    figure.legend(loc="outside lower center", ncols=LEGEND, frameon=False)
+    figure.legend(loc="outside lower center", ncols=in_row, frameon=False)
     return figure
 
 
