@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hf_locstitch.comparison.cells import shown
 from hf_locstitch.comparison.report import FIGURE, ComparisonReport, Entry
-from hf_locstitch.report.figures.draw import COLOURS, INK, LINES, MARKERS, NOTHING, WIDTH, new_figure, save, styled
+from hf_locstitch.report.figures.draw import COLOURS, INK, LINES, MARKERS, WIDTH, new_figure, save, styled
 from hf_locstitch.runtime.escape import figure as text
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def draw_comparison(report: ComparisonReport) -> Figure:
             axes.plot(report.chosen.density, best, "o", markersize=12, fillstyle="none", color=INK, zorder=4)
         axes.set_title(title)
         axes.set_xlabel("density")
-        axes.grid(color=NOTHING, linewidth=0.7)
-        axes.set_axisbelow(True)
+        axes.grid()
     _scale(mean, {entry.density for entry in report.entries if entry.density is not None})
     mean.set_ylabel("share of the best finetune's score, %" if report.relative else "score")
     handles, labels = mean.get_legend_handles_labels()

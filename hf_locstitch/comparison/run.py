@@ -30,6 +30,7 @@ from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.plans import MergePlan
 from hf_locstitch.plan.recipe import Finetuned, Input, Recipe
 from hf_locstitch.plan.recipe_file import dump_recipe
+from hf_locstitch.report.page import with_part
 from hf_locstitch.runtime.files import write_atomically
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.progress import Advance, Progress
@@ -191,7 +192,7 @@ def add_to_card(report: ComparisonReport, folder: Path) -> None:
     """The comparison, in a merge's card, figures and manifest."""
     pictures = save_comparison(report, folder)
     card = ModelCard.load(folder / CARD)
-    card.text = f"{card.text.rstrip()}\n\n{report.section()}\n"
+    card.text = with_part(card.text, "comparison", report.section())
     card.save(folder / CARD)
     tell_manifest(folder, [folder / CARD, *pictures])
 

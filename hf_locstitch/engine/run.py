@@ -31,7 +31,7 @@ from hf_locstitch.localize.job import LocalizeJob
 from hf_locstitch.plan.lineage import look
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.report.card import write_card
-from hf_locstitch.report.figures.survey import FOLDER, draw_overlap, draw_survey, survey_merge
+from hf_locstitch.report.figures.survey import FOLDER, Survey, draw_overlap, draw_survey, survey_merge
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.stitch.fitting import FitJob
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from hf_locstitch.stitch.fitted_values import FittedValues
 
 AnyPlan = TypeVar("AnyPlan", bound=Plan)
-Drawn = tuple[list[str], list[str]]  # the masks' names, and the stems of their figures
+Drawn = tuple[Survey, list[str]]  # what is drawn, and the figures of it that do not need the overlaps
 T = TypeVar("T")
 
 LOG = logging.getLogger("hf_locstitch")
@@ -160,16 +160,16 @@ class Run(ABC, Generic[AnyPlan]):
         stage = self.work.stage
         if (survey := self.spared("the masks were not surveyed", lambda: survey_merge(self.plan, stage))) is None:
             return None
-        stems = self.spared(NOT_DRAWN, lambda: draw_survey(survey, stage / FOLDER))
-        return None if stems is None else (list(survey.ones), stems)
+        files = self.spared(NOT_DRAWN, lambda: draw_survey(survey, stage / FOLDER))
+        return None if files is None else (survey, files)
 
     def _figures(self, drawn: Drawn | None, overlap: Sequence[Mapping[str, Any]]) -> list[str]:
-        """All figures' stems, once the overlap is drawn, too, which is known when all shards are written."""
+        """All figures' files, once the overlap is drawn, too, which is known when all shards are written."""
         if drawn is None:
             return []
-        names, stems = drawn
-        first = self.spared(NOT_DRAWN, lambda: draw_overlap(overlap, names, self.work.stage / FOLDER))
-        return [] if first is None else [*first, *stems]
+        survey, files = drawn
+        first = self.spared(NOT_DRAWN, lambda: draw_overlap(overlap, survey, self.work.stage / FOLDER))
+        return [] if first is None else [*first, *files]
 
     def _compare(self) -> None:
         """What the plan would have warned of, had the weights been here."""

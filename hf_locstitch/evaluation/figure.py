@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_locstitch.evaluation.report import EvaluationReport
-from hf_locstitch.report.figures.draw import COLOURS, INK, MARKERS, NOTHING, PAGE, new_figure, save, styled
+from hf_locstitch.report.figures.draw import COLOURS, INK, MARKERS, PAGE, new_figure, save, styled
 from hf_locstitch.runtime.escape import figure as text
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def draw_scores(report: EvaluationReport) -> Figure:
     """The main metric of each task, one marker per model, with standard errors."""
     results = report.models[0].results
     models = report.models
-    figure = new_figure(PAGE, 1.5 + len(results) * max(0.42, 0.13 * len(models)))
+    figure = new_figure(PAGE, 1.1 + len(results) * max(0.36, 0.1 * len(models)))
     axes = figure.subplots()
     offsets = np.linspace(-0.32, 0.32, len(models)) if len(models) > 1 else [0.0]
     marks = zip(models, offsets, islice(cycle(COLOURS), len(models)), cycle(MARKERS), strict=False)
@@ -46,8 +46,7 @@ def draw_scores(report: EvaluationReport) -> Figure:
         )  # fmt: skip
     axes.set_yticks(range(len(results)), [f"{text(r.title)}\n{text(r.main.metric)}" for r in results])
     axes.set_ylim(len(results) - 0.45, -0.55)
-    axes.grid(axis="x", color=NOTHING, linewidth=0.7)
-    axes.set_axisbelow(True)
+    axes.grid(axis="x")
     axes.set_xlabel("score, with its standard error")
     axes.set_title("Scores")
     figure.legend(loc="outside lower center", ncols=min(6, len(models)), frameon=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -30,13 +29,15 @@ from hf_locstitch.errors import OutputError
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, Table, markdown
 from hf_locstitch.evaluation.scores import TaskResult
 from hf_locstitch.plan.push_target import MAIN, PushTarget
+from hf_locstitch.report.page import has_part, picture, with_part
 from hf_locstitch.runtime import escape
 from hf_locstitch.runtime.files import write_atomically
 
 ENTRIES = ".eval_results"
-SCORES = "figures/scores.json"
-BEGIN, END = "<!-- evaluation -->", "<!-- /evaluation -->"
-SECTION = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+SCORES, FIGURE = "figures/scores.json", "figures/scores.png"
+PART, PICTURE = "evaluation", "picture"  # parts of a card
+ALT = "Scores by lm-eval, one marker per model, with standard errors"
+FIRST = ", first "  # in the name of a metric: so many examples only
 HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 
 
@@ -101,6 +102,8 @@ def record_in(report: EvaluationReport, folder: Path, title: str) -> list[Path]:
         path.read_text(encoding="utf-8") if path.exists() else f"---\nlibrary_name: transformers\n---\n\n# {title}\n"
     )
     card = with_results(card, report, title)
+    if has_part(card.text, PICTURE):
+        card.text = with_part(card.text, PICTURE, top(report, picture(folder / FIGURE, ALT)))
     card.save(path)
     write_entries(report.subject.results, folder / ENTRIES)
     if (folder / FILE).exists():
@@ -114,17 +117,22 @@ def with_results(card: ModelCard, report: EvaluationReport, title: str) -> Model
     fields = before.to_dict()
     fields.pop("model-index", None)
     new = [entry for result in report.subject.results for entry in eval_results(result)]
-    replaced = {(entry.dataset_type, entry.metric_name) for entry in new}
-    old = [one for one in before.eval_results or [] if (one.dataset_type, one.metric_name) not in replaced]
+    old = [one for one in before.eval_results or [] if not any(_replaces(entry, one) for entry in new)]
     data = ModelCardData(**{**fields, "model_name": title, "eval_results": [*old, *new]})
-    section = f"{BEGIN}\n{describe_for_card(report)}\n{END}"
-    text = card.text
-    text = SECTION.sub(lambda _: section, text) if SECTION.search(text) else f"{text.rstrip()}\n\n{section}\n"
+    text = with_part(card.text, PART, describe_for_card(report, figure=not has_part(card.text, PICTURE)))
     return ModelCard(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n{text}")
 
 
+def _replaces(new: EvalResult, old: EvalResult) -> bool:
+    """Whether it is of the same, or the old one of no more than some examples of the same."""
+    named = str(new.metric_name)
+    same = old.metric_name == named or str(old.metric_name).startswith(f"{named}{FIRST}")
+    return same and old.dataset_type == new.dataset_type
+
+
 def eval_results(result: TaskResult) -> list[EvalResult]:
-    """One entry per metric. metric_name distinguishes tasks on the same data set, which the metadata group together."""
+    """One entry per metric. metric_name distinguishes tasks on the same data set, which the metadata group together,
+    and says where only some examples were evaluated."""
     return [
         EvalResult(
             task_type=result.hub_task,
@@ -134,7 +142,7 @@ def eval_results(result: TaskResult) -> list[EvalResult]:
             dataset_split=result.split,
             dataset_revision=result.revision,
             metric_type=score.metric.replace("-", "_"),
-            metric_name=f"{result.task} {score.metric}",
+            metric_name=f"{result.task} {score.metric}{_only(result.limit)}",
             metric_value=score.value,
             metric_args={**_settings(result), "stderr": score.stderr, "limit": result.limit},
             source_name=f"lm-evaluation-harness {result.lm_eval}" if result.lm_eval else None,
@@ -151,15 +159,17 @@ def _settings(result: TaskResult) -> dict[str, Any]:
 
 
 def entries_of(results: Sequence[TaskResult]) -> dict[str, EvalResultEntry]:
-    """File name -> entry with the main metric, of each task whose data set is on the Hub."""
+    """File name -> entry with the main metric, of each task whose data set is on the Hub.
+
+    None of scores of some examples only: the Hub ranks entries beside those of others, and nothing marks them there.
+    """
     entries = {}
     for result in results:
-        if result.dataset is None:
+        if result.dataset is None or result.limit is not None:
             continue
         tool, _, how = result.measured_by.partition(", ")
         notes = [result.main.metric, how]
         notes += [f"stderr {result.main.stderr:.6g}"] if result.main.stderr is not None else []
-        notes += [f"{result.limit} examples of each task only"] if result.limit is not None else []
         entries[f"{result.task.replace('/', '_')}.yaml"] = EvalResultEntry(
             dataset_id=result.dataset,
             task_id=result.task,
@@ -178,10 +188,20 @@ def write_entries(results: Sequence[TaskResult], folder: Path) -> None:
         (folder / file).write_text(text, encoding="utf-8")
 
 
-def describe_for_card(report: EvaluationReport) -> str:
-    """The section of the card, Markdown."""
+def _only(limit: int | None) -> str:
+    return "" if limit is None else f"{FIRST}{limit} examples"
+
+
+def top(report: EvaluationReport, scores: Markup) -> str:
+    """What the card begins with: the figure of the scores, and what they say in a sentence."""
+    return "\n\n".join([scores, *_summary(report)])
+
+
+def describe_for_card(report: EvaluationReport, *, figure: bool = True) -> str:
+    """The section of the card, Markdown. figure: whether it holds the figure and what this says, or the top does."""
     subject = report.subject
-    parts = ["## Evaluation", *_summary(report)]
+    partly = "" if report.limit is None else f" on the first {report.limit} examples of each task"
+    parts = [f"## Evaluation{partly}", *(_summary(report) if figure else [])]
     scores = [[_on_two_lines(cell) for cell in row] for row in report.score_table(digits=3)]
     parts.append(markdown(_emphasized(scores, subject.name), left=2))
     comparison = report.comparison_table()
@@ -191,7 +211,7 @@ def describe_for_card(report: EvaluationReport) -> str:
             "scores?) and with the best finetune on each task:"
         )
         parts.append(markdown(comparison, left=3))
-    parts.append("![Scores, one marker per model, with standard errors](figures/scores.png)")
+    parts += [f"![{ALT}]({FIGURE})"] if figure else []
     parts.append(", ".join(f"**{escape.markdown(model.name)}**: {_where(model)}" for model in report.models) + ".")
     parts += _objectives(subject.results)
     parts.append(f"Measured with {_tools(subject.results)}; all numbers are in [{SCORES}]({SCORES}). To repeat:")
@@ -239,7 +259,8 @@ def _summary(report: EvaluationReport) -> list[str]:
     task, least = min(kept, key=lambda one: one[1])
     at_least = f"at least {100 * least:.0f} %, on {escape.markdown(task)}"
     over = " on one task" if len(kept) == 1 else f", averaged over {len(kept)} tasks ({at_least})"
-    return [f"It keeps {100 * mean:.0f} % of the best finetune's score{over}."]
+    partly = "" if report.limit is None else f", on the first {report.limit} examples of each task only"
+    return [f"It keeps {100 * mean:.0f} % of the best finetune's score{over}{partly}."]
 
 
 def _emphasized(table: Sequence[Sequence[str]], name: str) -> Table:

@@ -64,7 +64,10 @@ class TaskResult:
 
     @property
     def title(self) -> str:
-        return self.task if self.shots is None else f"{self.task} ({self.shots}-shot)"
+        """For people: how it was asked, and whether only some examples were."""
+        notes = [] if self.shots is None else [f"{self.shots}-shot"]
+        notes += [] if self.limit is None else [f"first {self.limit} examples"]
+        return f"{self.task} ({', '.join(notes)})" if notes else self.task
 
 
 def result_from_json(fields: Mapping[str, Any]) -> TaskResult:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
-from hf_locstitch.report.card import licence_of, page, pipeline_tag, source_link
+from hf_locstitch.report.card import licence_of, pipeline_tag, source_link
+from hf_locstitch.report.page import template
 from hf_locstitch.runtime.human import human
 from hf_locstitch.runtime.version import __version__
 
@@ -26,11 +27,12 @@ def write_card(
 ) -> None:
     """facts: of the plan. name: of the folder or repo. inexact: how many weights PEFT rounds otherwise."""
     base = changes.base
-    text = page(TEMPLATE.read_text(encoding="utf-8")).render(
+    finetunes = " + ".join(entry.name for entry in changes.record.inputs if entry.role != "base")
+    text = template(TEMPLATE).render(
         card_data=Markup(card_data(changes).to_yaml()),
         kind=changes.kind,
         method=changes.record.method,
-        finetunes=[entry.name for entry in changes.record.inputs if entry.role != "base"],
+        finetunes=finetunes,
         rows=[
             ("base", source_link(base.source), licence_of(base.card)),
             (changes.kind, source_link(changes.source), licence_of(changes.card)),
@@ -41,6 +43,7 @@ def write_card(
         whole_size=human(layout.whole_bytes),
         inexact=inexact,
         dtypes=", ".join(sorted({base.info(tensor).dtype for tensor in changes.ones})),
+        title=name.rpartition("/")[2] if "/" in name else f"{finetunes}, as a PEFT adapter",
         repo=name,
         base=base.source.repo or "BASE",
         commit=base.source.commit,

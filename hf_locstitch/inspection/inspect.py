@@ -150,7 +150,7 @@ def inspect(
     drawn: list[str] = []
     if figures is not None and record.masks:
         folder = Path(figures)
-        drawn = [str(folder / f"{stem}.png") for stem in draw_masks(record.overlap, surveyed, folder)]
+        drawn = [str(folder / file) for file in draw_masks(record.overlap, surveyed, folder)]
     return summarize(source, record, surveyed, drawn)
 
 

@@ -7,22 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from huggingface_hub import ModelCardData, constants
 from markupsafe import Markup
 
-from hf_locstitch.artifacts.manifest import JOINT, Manifest, told
+from hf_locstitch.artifacts.manifest import JOINT, RECIPE_FILE, Manifest, told
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.config import architecture
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.plan.plans import LocalizePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.push_target import MAIN
-from hf_locstitch.runtime.escape import code, link, markdown, python, shell
+from hf_locstitch.report.figures.survey import FOLDER, LAYERS
+from hf_locstitch.report.page import picture, template
+from hf_locstitch.report.usage import Usage, usage_in
+from hf_locstitch.runtime.escape import code, fenced, link, markdown
 from hf_locstitch.stitch import per_tensor
 from hf_locstitch.tasks.sets import OpenSet
 
 NON_COMMERCIAL = re.compile(r"(^|[^a-z])(nc|non-?commercial|research)([^a-z]|$)", re.IGNORECASE)
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
+USAGE = TEMPLATE.with_name("usage.md")
+HERE = "DIR"  # stands for the folder of what was not pushed
+TOP, ALT = f"{LAYERS}.png", "The layers in which the ones of each mask lie, beside an even spread"
 
 
 def card_data(plan: Plan) -> ModelCardData:
@@ -125,33 +130,22 @@ def pipeline_tag(checkpoint: Checkpoint) -> str | None:
     return "text-generation" if architecture(checkpoint.config).endswith("ForCausalLM") else None
 
 
-def auto_class(checkpoint: Checkpoint) -> str:
-    """The transformers class that loads the model, judging by its config."""
-    named = architecture(checkpoint.config)
-    heads = {
-        "ForCausalLM": "AutoModelForCausalLM",
-        "ForMaskedLM": "AutoModelForMaskedLM",
-        "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-        "ForSequenceClassification": "AutoModelForSequenceClassification",
-        "ForImageClassification": "AutoModelForImageClassification",
-    }
-    return next((auto for ending, auto in heads.items() if named.endswith(ending)), "AutoModel")
-
-
 def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] = ()) -> None:
-    """README.md of a merge or a localized checkpoint. figures: stems of its figures."""
-    title = " + ".join(plan.finetuned) + (", localized" if isinstance(plan, LocalizePlan) else "")
+    """README.md of a merge or a localized checkpoint, whose other files are beside it. figures: files in figures/."""
     method, fitting = plan.recipe.method, plan.recipe.fitting
     fitted = fitting.card(record.stitch, _inputs_table(plan, record.stitch)) if fitting and record.stitch else ""
     target = plan.recipe.target
-    template = page(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(
+    recipe = (path.parent / RECIPE_FILE).read_text(encoding="utf-8")
+    text = template(TEMPLATE).render(
         card_data=Markup(card_data(plan).to_yaml()),
-        title=title,
-        ref=target.ref if target else "DIR",
-        repo=target.repo if target else "DIR",
-        branch=target.branch if target and target.branch != MAIN else None,
-        auto_class=auto_class(plan.files) if isinstance(plan, ModelPlan) else "",
+        title=title(plan),
+        named=_named(plan),
+        picture=picture(path.parent / FOLDER / TOP, ALT) if TOP in figures else "",
+        ref=target.ref if target else HERE,
+        repo=target.repo if target else HERE,
+        branch=_branch(plan),
+        pushed=target is not None,
+        usage=_example(plan, usage_in(path.parent, plan.files.config)) if isinstance(plan, ModelPlan) else "",
         intro=method.introduce(
             len(plan.finetuned), fitting.how_found(record.stitch) if fitting and record.stitch else None, plan.joint
         ),
@@ -167,17 +161,43 @@ def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] 
         settings=settings(plan, record),
         data_links={name: data_link(found) for name, found in plan.data.items()},
         pins=pins(plan),
+        recipe=fenced(recipe, "yaml"),
         first=next(iter(told(record).masks), ""),
         rest=_rest(plan) if isinstance(plan, ModelPlan) else "",
     )
     path.write_text(text, encoding="utf-8", newline="")
 
 
-def page(template: str) -> jinja2.Template:
-    """A template of a Markdown page: every value is escaped for it, unless it is marked as Markdown."""
-    environment = jinja2.Environment(finalize=markdown)
-    environment.filters |= {"shell": shell, "python": python}
-    return environment.from_string(template)
+def title(plan: Plan) -> str:
+    """The name of the repo; without one, what is merged: the same in whatever folder it is made again."""
+    if plan.recipe.target is not None:
+        return plan.recipe.target.repo.rpartition("/")[2]
+    return " + ".join(plan.finetuned) + (", localized" if isinstance(plan, LocalizePlan) else "")
+
+
+def _named(plan: Plan) -> Markup:
+    """One sentence: what it was made from."""
+    *others, last = [_short_link(plan.inputs[name].source) for name in plan.finetuned]
+    finetuned = Markup(" and ").join([Markup(", ").join(others), last]) if others else last
+    return Markup(f"Made from {finetuned}, over the base {_short_link(plan.base.source)}.")
+
+
+def _branch(plan: Plan) -> str | None:
+    target = plan.recipe.target
+    return target.branch if target and target.branch != MAIN else None
+
+
+def _example(plan: Plan, usage: Usage) -> Markup:
+    """How the model is used: code for transformers and, of a causal language model, commands of what serves it."""
+    target = plan.recipe.target
+    text = template(USAGE).render(
+        usage=usage,
+        repo=target.repo if target else HERE,
+        folder=target.repo.rpartition("/")[2] if target else HERE,
+        branch=_branch(plan),
+        pushed=target is not None,
+    )
+    return Markup(text.rstrip())
 
 
 def pins(plan: Plan) -> str:
@@ -210,9 +230,15 @@ def source_link(source: Source) -> Markup:
     """Where a checkpoint is, without the path of a local folder."""
     if source.repo is None:
         return Markup(f"local folder {code(source.pinned)}")
+    return Markup(f"{_short_link(source)} at {code((source.commit or '')[:7])}")
+
+
+def _short_link(source: Source) -> Markup:
+    """The same without the commit, to which the link leads."""
+    if source.repo is None:
+        return code(source.pinned)
     named = source.pinned.rpartition("@")[0]  # with a subfolder, if it is one
-    at = link(named, f"{constants.ENDPOINT}/{source.repo}/tree/{source.commit}{named.removeprefix(source.repo)}")
-    return Markup(f"{at} at {code((source.commit or '')[:7])}")
+    return link(named, f"{constants.ENDPOINT}/{source.repo}/tree/{source.commit}{named.removeprefix(source.repo)}")
 
 
 def _rest(plan: ModelPlan) -> str:

@@ -67,6 +67,12 @@ def code(text: object) -> Markup:
     return Markup(f"{fence}{space}{plain}{space}{fence}")
 
 
+def fenced(text: str, language: str) -> Markup:
+    """A block of code on a Markdown page, which nothing inside it ends."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Markup(f"{fence}{language}\n{terminal(text.rstrip())}\n{fence}")
+
+
 def shell(text: object) -> Markup:
     """A word of a shell command inside a fenced block."""
     return Markup(shlex.quote(line(text)))

@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
-from hf_locstitch.report.card import data_link, licence_of, page, pipeline_tag, source_link
+from hf_locstitch.report.card import data_link, licence_of, pipeline_tag, source_link
+from hf_locstitch.report.page import template
 from hf_locstitch.runtime.version import __version__
 from hf_locstitch.training.planning import FinetunePlan
 
@@ -20,7 +21,7 @@ def write_card(path: Path, plan: FinetunePlan, facts: dict[str, Any], repo: str)
     """facts: of the training. repo: what the result is called."""
     base, asked, rank = plan.base, plan.data.asked, plan.request.lora
     libraries = ("torch", "transformers", *(["peft"] if rank else []))
-    text = page(TEMPLATE.read_text(encoding="utf-8")).render(
+    text = template(TEMPLATE).render(
         card_data=Markup(_card_data(plan).to_yaml()),
         title=repo.rpartition("/")[2] if repo != "DIR" else "A finetune",
         base=source_link(base.source),

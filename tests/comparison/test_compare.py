@@ -195,7 +195,10 @@ def test_the_best_is_pushed_with_the_comparison_on_its_card(
     assert report.commit is not None and str(report.url).endswith(target)
     files = home_hub.files(target)
     card = Path(hf_hub_download(target, "README.md")).read_text("utf-8")
-    assert "## Evaluation" in card and "## Comparison" in card and "| density |" in card
+    assert (
+        0 < card.index("## Use") < card.index("## Evaluation") < card.index("## Comparison") < card.index("| density |")
+    )
+    assert card.index("| density |") < card.index("## Settings")
     assert "figures/comparison.png" in files
     assert verify(target, base=fields["base"], finetuned=fields["finetuned"]).ok
 

@@ -40,7 +40,9 @@ def test_pushed_scores_survive(home_hub: LoopbackHub, published: str, tasks: Pat
     assert (
         "It keeps 100 % of the best finetune's score, averaged over 2 tasks (at least 100 %, on letters)." in card.text
     )
-    assert card.text.count("## Evaluation") == 1 and "figures/scores.png" in card.text
+    assert card.text.count("## Evaluation") == 1 and card.text.count("figures/scores.png") == 1
+    assert "figures/layers.png" not in card.text  # the scores are at the top in its place
+    assert 0 < card.text.index("figures/scores.png") < card.text.index("It keeps 100 %") < card.text.index("## Use")
 
     (entry,) = parse_eval_result_entries(yaml.safe_load(home_hub.read(published, ".eval_results/bench.yaml")))
     assert (entry.dataset_id, entry.task_id, entry.value) == (dataset, "bench", 0.6)
@@ -54,7 +56,18 @@ def test_pushed_scores_survive(home_hub: LoopbackHub, published: str, tasks: Pat
     card = ModelCard(home_hub.read(published, "README.md").decode())
     data = card.data
     assert status == 0 and card.text.count("## Evaluation") == 1 and "first 5 examples" in card.text
-    assert {entry.metric_value for entry in data.eval_results} == {0.8} and len(data.eval_results) == 2
+    assert "## Evaluation on the first 5 examples of each task" in card.text and "0-shot, first 5 examples" in card.text
+    due = {("letters acc", 0.6), ("bench acc", 0.6)}  # those of all examples stay
+    due |= {("letters acc, first 5 examples", 0.8), ("bench acc, first 5 examples", 0.8)}
+    assert {(entry.metric_name, entry.metric_value) for entry in data.eval_results} == due
+    (entry,) = parse_eval_result_entries(yaml.safe_load(home_hub.read(published, ".eval_results/bench.yaml")))
+    assert entry.value == 0.6
+    assert run("evaluate", published, *asked)[0] == 0
+    data = ModelCard(home_hub.read(published, "README.md").decode()).data
+    assert {(entry.metric_name, entry.metric_value) for entry in data.eval_results} == {
+        ("letters acc", 0.6),
+        ("bench acc", 0.6),
+    }
 
 
 def test_the_card_can_be_run(published: str, home_hub: LoopbackHub, a: Path, b: Path) -> None:

@@ -50,7 +50,7 @@ def test_what_it_says(make: Make, base: State, tmp_path: Path, capsys: pytest.Ca
         sum(float(((finetune(base, 1)[t] - base[t]) ** 2).sum()) for t in mask) ** 0.5, rel=1e-4
     )
     assert found["signs"] == [] and {Path(figure).name for figure in found["figures"]} == {
-        "overlap.png", "places.png", "task-vectors.png",
+        "overlap.png", "places.png", "layers.png", "task-vectors.png", "masks.html",
     }  # fmt: skip
     assert all(Path(figure).stat().st_size for figure in found["figures"])
 

@@ -73,7 +73,7 @@ def test_inspect_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         ones.values()
     ) / 46
     assert view.norm is not None  # noted when it was localized
-    assert {Path(figure).stem for figure in found.figures} == {"places", "task-vectors"}
+    assert {Path(figure).stem for figure in found.figures} == {"places", "layers", "task-vectors", "masks"}
     assert main(["inspect", "loc-maths"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("localized  ./loc-maths\nlocalizer  method magnitude, density 0.3")

@@ -133,9 +133,10 @@ def test_a_merge_leaves_its_figures(tmp_path: Path) -> None:
     for out in ("one", "two"):
         merge_from_hub(folders[0], folders[1:], out=tmp_path / out, localizer=Magnitude(density=0.3))
     figures = tmp_path / "one" / "figures"
-    stems = {"overlap", "places", "task-vectors"}
+    stems = {"overlap", "places", "layers", "task-vectors"}
     pictures = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
-    assert {path.name for path in figures.iterdir()} == {*pictures, "overlap.csv", "places.csv", "task-vectors.json"}
+    data = {"overlap.csv", "places.csv", "task-vectors.json"}
+    assert {path.name for path in figures.iterdir()} == {*pictures, *data, "masks.html"}
     for path in figures.iterdir():  # the same merge gives the same bytes
         assert path.read_bytes() == (tmp_path / "two" / "figures" / path.name).read_bytes(), path.name
     assert (figures / "places.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (
@@ -145,7 +146,7 @@ def test_a_merge_leaves_its_figures(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "one" / "locstitch.json").read_text())
     assert {f"figures/{name}" for name in pictures} < record["outputs"].keys()
     card = (tmp_path / "one" / "README.md").read_text()
-    assert all(f"(figures/{stem}.png)" in card for stem in stems)
+    assert all(f"figures/{stem}.png" in card for stem in stems) and "(figures/masks.html)" in card
 
     states = {folder.name: load(folder) for folder in folders}
     rows = list(csv.DictReader((figures / "places.csv").open()))
@@ -183,3 +184,28 @@ def test_pictures_take_any_number_of_masks(tmp_path: Path) -> None:
             paths += draw.save(draw.draw_overlap(names, np.eye(count)), tmp_path / f"overlap-{count}")
             sizes += [path.stat().st_size for path in paths]
     assert len(sizes) == 12 and min(sizes) > 1000
+
+
+def contrast(one: str, other: str) -> float:
+    """As WCAG 2 defines it, of two colours as #rrggbb."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#0b0f19"])
+def test_figures_are_legible_on_light_and_dark_pages(ground: str, tmp_path: Path) -> None:
+    assert contrast(draw.INK, ground) > 4.2 and all(contrast(colour, ground) > 3 for colour in draw.COLOURS)
+    shapes = {f"h.{layer}.a.weight": (2, 2) for layer in range(3)}
+    layout = count_layout(shapes, {"one": dict.fromkeys(shapes, 1), "other": dict.fromkeys(shapes, 2)})
+    drawn = {"layers": draw.draw_layers(layout), "places": draw.draw_mask_layout(layout)}
+    for name, figure in {**drawn, "overlap": draw.draw_overlap(["one", "other"], np.eye(2))}.items():
+        png, svg = draw.save(figure, tmp_path / name)
+        from matplotlib.image import imread
+
+        assert imread(png)[0, 0, 3] == 0 and "fill: #ffffff" not in svg.read_text()[:2000]

@@ -54,9 +54,9 @@ def pushed(hub: LoopbackHub, folder: Path) -> str:
 def test_what_inputs_are_pinned_to(folders: list[Path], home_hub: LoopbackHub, tmp_path: Path) -> None:
     repos = [pushed(home_hub, folder) for folder in folders]
     for out, refs, words in (
-        ("local", folders, "pins every input to the hash of its content;"),
-        ("mixed", [repos[0], folders[1]], "pins every input from the Hub to its commit, every local one to its hash;"),
-        ("hub", repos, "pins every input to its commit;"),
+        ("local", folders, "pins every input to the hash of its content:"),
+        ("mixed", [repos[0], folders[1]], "pins every input from the Hub to its commit, every local one to its hash:"),
+        ("hub", repos, "pins every input to its commit:"),
     ):
         quick_merge(refs[0], refs[1:], out=tmp_path / out)
         assert words in (tmp_path / out / "README.md").read_text()

@@ -7,7 +7,19 @@ import shlex
 
 import pytest
 
-from hf_locstitch.runtime.escape import cell, code, figure, in_json, line, link, markdown, python, shell, terminal
+from hf_locstitch.runtime.escape import (
+    cell,
+    code,
+    fenced,
+    figure,
+    in_json,
+    line,
+    link,
+    markdown,
+    python,
+    shell,
+    terminal,
+)
 
 ESC = "\x1b[2J\x1b]8;;http://evil\x07"
 
@@ -59,3 +71,9 @@ def test_json_for_a_terminal() -> None:
     nasty = {f"a{ESC}\x7f\x9b\u202e": ["größe"]}
     assert in_json(nasty).isascii() and all(c.isprintable() or c == "\n" for c in in_json(nasty))
     assert json.loads(in_json(nasty)) == nasty
+
+
+def test_a_block_of_code_ends_where_it_should() -> None:
+    assert fenced("a: 1\n", "yaml") == "```yaml\na: 1\n```"
+    text = "a: x\n   ````\n# head \x1b[2J"
+    assert fenced(text, "yaml") == f"`````yaml\n{terminal(text)}\n`````" and "\x1b" not in fenced(text, "yaml")

@@ -1,6 +1,8 @@
-"""Drawing: data in, a matplotlib Figure out. Dark on white, readable on light and dark pages.
+"""Drawing: data in, a matplotlib Figure out. Nothing behind it, so that a page's own ground shows.
 
-Colours: Okabe and Ito's for models, always with a marker or line style of their own; cividis for shares.
+A page of the Hub is light or dark as its reader set it there, which an image cannot know (`prefers-color-scheme` is the
+system's). So every ink is of middle lightness, legible on white and on near black alike. Colours: after Okabe and
+Ito's, for models, always with a marker or line style of their own; the middle of cividis for shares.
 """
 
 from __future__ import annotations
@@ -13,27 +15,38 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from hf_locstitch.report.figures.mask_layout import MaskLayout
+from hf_locstitch.report.figures.mask_layout import OUTSIDE, MaskLayout
 from hf_locstitch.report.figures.task_vectors import TaskVectors
 from hf_locstitch.runtime.escape import figure as text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = (
+    "#1A85C8",
+    "#D55E00",
+    "#009E73",
+    "#C264A0",
+    "#A67C00",
+    "#7B6FD0",
+    "#808080",
+)  # 3 : 1 or more on either ground
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
-INK = "#1F2328"
-NOTHING = "#D0D7DE"  # empty cells, and grid lines
-MAP = "cividis"
+INK = "#777B80"  # 4.2 : 1 or more on either ground
+ON_LIGHT, ON_DARK = "#1F2328", "white"  # inside cells
+GRID = "#777B8059"
+PART_OF_MAP = (0.15, 0.92)  # its ends would be lost on a dark or a light page
 ANNOTATED = 12  # up to so many masks, numbers fit into the cells
 PAGE = 7.2  # inches: the width of a figure, so that a page shows all text in one size
 WIDTH = 9.0  # inches of panels side by side
+LEGEND = 90  # characters in a row of a legend
 RARE = 1e-3  # share of the entries that may lie left of the axes
 STYLE: Mapping[Any, Any] = {
     "font.size": 9,
@@ -46,9 +59,14 @@ STYLE: Mapping[Any, Any] = {
     "axes.titlesize": 10,
     "xtick.color": INK,
     "ytick.color": INK,
-    "figure.facecolor": "white",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
     "figure.dpi": 100,
-    "figure.constrained_layout.h_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.04,
     "figure.constrained_layout.w_pad": 0.12,
     "savefig.dpi": 160,
     "svg.fonttype": "path",
@@ -92,6 +110,14 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def heat_map() -> ListedColormap:
+    """The part of cividis that stands out from light and dark pages. No colour for what is masked out."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(colormaps["cividis"](np.linspace(*PART_OF_MAP, 256)))
+
+
 @styled
 def draw_overlap(names: Sequence[str], jaccard: np.ndarray) -> Figure:
     """Heat map of the masks' pairwise Jaccard index. jaccard: [masks, masks], 1 on the diagonal."""
@@ -101,8 +127,7 @@ def draw_overlap(names: Sequence[str], jaccard: np.ndarray) -> Figure:
     apart = jaccard[~np.eye(count, dtype=bool)]
     top = max(float(apart.max()), 1e-9) if len(apart) else 1.0
     shown = np.ma.masked_array(jaccard, np.eye(count, dtype=bool))
-    image = axes.imshow(shown, cmap=MAP, vmin=0, vmax=top, aspect="auto")
-    axes.set_facecolor(NOTHING)
+    image = axes.imshow(shown, cmap=heat_map(), vmin=0, vmax=top, aspect="auto")
     axes.set_xticks(range(count), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(count), labels)
     axes.tick_params(length=0)
@@ -110,7 +135,7 @@ def draw_overlap(names: Sequence[str], jaccard: np.ndarray) -> Figure:
     if count <= ANNOTATED:
         for row, column in np.ndindex(count, count):
             value = jaccard[row, column]
-            ink = INK if row == column or value > 0.55 * top else "white"
+            ink = INK if row == column else ON_LIGHT if value > 0.5 * top else ON_DARK
             axes.text(column, row, f"{value:.2f}".removesuffix(".00"), ha="center", va="center", color=ink)
     figure.colorbar(image, ax=axes, label="in both / in either")
     axes.set_title("Overlap of the masks (Jaccard index)")
@@ -131,8 +156,7 @@ def draw_mask_layout(layout: MaskLayout) -> Figure:
     image = None
     for panel, name in zip(axes, names, strict=False):
         share = np.ma.masked_array(100 * layout.share[name], layout.elements == 0)
-        image = panel.imshow(share, cmap=MAP, vmin=0, vmax=100 * top, aspect="auto")
-        panel.set_facecolor(NOTHING)
+        image = panel.imshow(share, cmap=heat_map(), vmin=0, vmax=100 * top, aspect="auto")
         panel.set_title(text(name))
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
@@ -147,6 +171,33 @@ def draw_mask_layout(layout: MaskLayout) -> Figure:
     if image is not None:
         figure.colorbar(image, ax=axes, label="share of the mask's ones, %")
     figure.suptitle("Where the masks lie", fontsize=11)
+    return figure
+
+
+@styled
+def draw_layers(layout: MaskLayout) -> Figure:
+    """How each mask's ones are spread over the layers, beside an even spread. What lies outside all layers is last."""
+    inside = sum(layer != OUTSIDE for layer in layout.layers)
+    places = np.arange(len(layout.layers))
+    in_row = max(1, min(5, LEGEND // (8 + max(map(len, layout.ones), default=0))))
+    figure = new_figure(PAGE, 1.8 + 0.18 * -(-(len(layout.ones) + 1) // in_row))
+    axes = figure.subplots()
+    even = 100 * layout.elements.sum(axis=0) / max(int(layout.elements.sum()), 1)
+    axes.plot(places[:inside], even[:inside], color=INK, linewidth=0.9, linestyle=":", label="spread evenly")
+    kinds = zip(layout.share.items(), cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False)
+    for (name, share), colour, marker, line in kinds:
+        of_layer = 100 * share.sum(axis=0)
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3.5}
+        axes.plot(places[:inside], of_layer[:inside], line, linewidth=1.5, label=text(name), **style)
+        axes.plot(places[inside:], of_layer[inside:], linestyle="", **style)
+    ticks = [*range(0, inside, max(1, -(-inside // 16))), *range(inside, len(places))]
+    axes.set_xticks(ticks, [text(layout.layers[tick]) for tick in ticks])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("layer", labelpad=0)
+    axes.set_ylabel("share of ones, %")
+    axes.set_title("Where the masks lie")
+    axes.grid(axis="y")
+    figure.legend(loc="outside lower center", ncols=in_row, frameon=False)
     return figure
 
 

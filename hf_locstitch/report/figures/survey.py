@@ -6,12 +6,15 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hf_locstitch.plan.plans import Plan, StitchPlan
+from hf_locstitch.report.figures.explorer import FILE as EXPLORER
+from hf_locstitch.report.figures.explorer import write_explorer
 from hf_locstitch.report.figures.mask_layout import MaskLayout, count_layout, write_layout
 from hf_locstitch.report.figures.task_vectors import (
     FILE,
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from hf_locstitch.checkpoints.source import Source
 
 FOLDER = "figures"
-OVERLAP, LAYOUT, VECTORS = "overlap", "places", "task-vectors"
+OVERLAP, LAYOUT, LAYERS, VECTORS = "overlap", "places", "layers", "task-vectors"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Survey:
     ones: Mapping[str, Mapping[str, int]]
     vectors: Mapping[str, TaskVectors]
 
-    @property
+    @cached_property
     def layout(self) -> MaskLayout:
         return count_layout(self.shapes, self.ones)
 
@@ -137,21 +140,24 @@ def jaccard_matrix(names: Sequence[str], overlap: Sequence[Mapping[str, Any]]) -
 
 
 def draw_masks(overlap: Sequence[Mapping[str, Any]], surveyed: Survey, folder: Path) -> list[str]:
-    """Draw all figures of the masks, as PNG and SVG, with their data. Returns the figures' stems."""
-    return [*draw_overlap(overlap, list(surveyed.ones), folder), *draw_survey(surveyed, folder)]
+    """All figures of the masks, with their data. Returns the files to look at: PNGs, with an SVG each, and a page."""
+    return [*draw_overlap(overlap, surveyed, folder), *draw_survey(surveyed, folder)]
 
 
-def draw_overlap(overlap: Sequence[Mapping[str, Any]], names: Sequence[str], folder: Path) -> list[str]:
-    """The one of how much masks overlap, where there are several; likewise. overlap: as in the manifest."""
+def draw_overlap(overlap: Sequence[Mapping[str, Any]], surveyed: Survey, folder: Path) -> list[str]:
+    """The page to explore, and the figure of how much masks overlap, where there are several; likewise. overlap: as in
+    the manifest."""
     from hf_locstitch.report.figures import draw
 
-    if len(names) < 2:
-        return []
     folder.mkdir(parents=True, exist_ok=True)
+    files = [EXPLORER] if write_explorer(surveyed.layout, overlap, folder / EXPLORER) else []
+    names = list(surveyed.ones)
+    if len(names) < 2:
+        return files
     jaccard = jaccard_matrix(names, overlap)
     _write_matrix(names, jaccard, folder / f"{OVERLAP}.csv")
     draw.save(draw.draw_overlap(names, jaccard), folder / OVERLAP)
-    return [OVERLAP]
+    return [*files, f"{OVERLAP}.png"]
 
 
 def draw_survey(surveyed: Survey, folder: Path) -> list[str]:
@@ -159,14 +165,17 @@ def draw_survey(surveyed: Survey, folder: Path) -> list[str]:
     from hf_locstitch.report.figures import draw
 
     folder.mkdir(parents=True, exist_ok=True)
-    layout, stems = surveyed.layout, [LAYOUT]
+    layout = surveyed.layout
     write_layout(layout, folder / f"{LAYOUT}.csv")
-    draw.save(draw.draw_mask_layout(layout), folder / LAYOUT)
+    figures = {LAYOUT: draw.draw_mask_layout(layout)}
+    if len(layout.layers) > 1:
+        figures[LAYERS] = draw.draw_layers(layout)
     if surveyed.vectors:
         write_task_vectors(surveyed.vectors, folder / FILE)
-        draw.save(draw.draw_task_vectors(surveyed.vectors), folder / VECTORS)
-        stems.append(VECTORS)
-    return stems
+        figures[VECTORS] = draw.draw_task_vectors(surveyed.vectors)
+    for stem, figure in figures.items():
+        draw.save(figure, folder / stem)
+    return [f"{stem}.png" for stem in figures]
 
 
 def _write_matrix(names: Sequence[str], matrix: np.ndarray, path: Path) -> None:
