@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from hf_locstitch.tasks.sets import OpenSet
@@ -49,8 +49,7 @@ class RegMeanSettings(InputSettings, Protocol):
     @property
     def alpha(self) -> float: ...
 
-    @property
-    def merged_inputs(self) -> bool: ...
+    merged_inputs: ClassVar[bool]
 
 
 class RefitSettings(InputSettings, Protocol):
