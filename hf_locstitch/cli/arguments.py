@@ -175,8 +175,8 @@ def _add_localizing(group: Any) -> None:
         "--data",
         nargs="+",
         metavar="DATA",
-        help="a data set per finetune, for saliency, mask, refit and regmean(-plusplus): alpaca, gsm8k, hotpotqa, a file "
-        "or org/name",
+        help="a data set per finetune, for saliency, mask, refit, regmean and regmean-plusplus: alpaca, gsm8k, "
+        "hotpotqa, a file or org/name",
     )
     group.add_argument(
         "--density",

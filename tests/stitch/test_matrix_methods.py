@@ -138,6 +138,15 @@ def test_what_no_finetune_changed_is_the_base(tmp_path: Path, name: str) -> None
     assert same_bits(load(merged(tmp_path, base, [base, base], method=name)), base)
 
 
+def test_a_matrix_that_one_finetune_left_as_it_was(tmp_path: Path) -> None:
+    """TSV-Merge gives the other its share of the directions, and no arbitrary ones turn them."""
+    base = {"layers.0.w": random_state(0, shapes={"w": (8, 6)})["w"]}
+    changed = finetune(base, 0)
+    found = load(merged(tmp_path, base, [changed, base], method="tsv-m"))["layers.0.w"] - base["layers.0.w"]
+    u, s, v = torch.linalg.svd((changed["layers.0.w"] - base["layers.0.w"]).double(), full_matrices=False)
+    torch.testing.assert_close(found.double(), u[:, :3] * s[:3] @ v[:3], rtol=1e-4, atol=1e-6)
+
+
 def test_more_tasks_than_directions(tmp_path: Path) -> None:
     """Each keeps one, though a matrix with two rows has no room for three."""
     base = {"layers.0.w": torch.zeros(2, 5)}

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ZERO = 1e-12  # of the largest singular value: directions that are not there are arbitrary, and would turn the others
+
+
 class TsvM(MatrixMethod):
     name: Literal["tsv-m"] = "tsv-m"
     title: ClassVar[str] = "TSV-Merge"
@@ -24,9 +27,12 @@ class TsvM(MatrixMethod):
         left, sizes, right = [], [], []
         for vector in task_vectors:
             own_left, own_sizes, own_right = torch.linalg.svd(vector, full_matrices=False)
-            left.append(own_left[:, :kept].clone())  # not to keep all of it
-            sizes.append(own_sizes[:kept])
-            right.append(own_right[:kept].clone())
+            own = min(kept, int((own_sizes > own_sizes[0] * ZERO).sum()))
+            left.append(own_left[:, :own].clone())  # not to keep all of it
+            sizes.append(own_sizes[:own])
+            right.append(own_right[:own].clone())
+        if not any(map(len, sizes)):
+            return torch.zeros_like(task_vectors[0])
         scaled = nearest_orthogonal(torch.cat(left, 1)) * torch.cat(sizes)
         return scaled @ nearest_orthogonal(torch.cat(right))
 
