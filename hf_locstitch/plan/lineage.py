@@ -50,8 +50,11 @@ def look(plan: Plan, fetch: bool = True) -> Look:
     base = samples.pop("base", {})
     found = {name: lineage(base, sample) for name, sample in samples.items()} if base else {}
     twice = {pair for pair in combinations(inputs, 2) if same_weights(*(inputs[name] for name in pair))}
-    idle = [name for name, one in found.items() if ("base", name) not in twice and _is_base(inputs, name, one, tensors)]
-    warnings = [*same_warnings(twice), *(f"{name} {NOTHING}" for name in idle)]
+    warned, others = twice, {name: one for name, one in found.items() if ("base", name) not in twice}
+    if plan.recipe.method.of_models:
+        warned, others = {pair for pair in twice if "base" not in pair}, {}
+    idle = [name for name, one in others.items() if _is_base(inputs, name, one, tensors)]
+    warnings = [*same_warnings(warned), *(f"{name} {NOTHING}" for name in idle)]
     for name, one in found.items():
         warnings += lineage_warnings(name, one)
     kin = {name: one for name, one in found.items() if _is_kin(one)}
