@@ -50,9 +50,12 @@ def look(plan: Plan, fetch: bool = True) -> Look:
     base = samples.pop("base", {})
     found = {name: lineage(base, sample) for name, sample in samples.items()} if base else {}
     twice = {pair for pair in combinations(inputs, 2) if same_weights(*(inputs[name] for name in pair))}
-    idle = [name for name, one in found.items() if ("base", name) not in twice and _is_base(inputs, name, one, tensors)]
+    warned, others = twice, {name: one for name, one in found.items() if ("base", name) not in twice}
+    if plan.recipe.method.of_models:
+        warned, others = {pair for pair in twice if "base" not in pair}, {}
+    idle = [name for name, one in others.items() if _is_base(inputs, name, one, tensors)]
     broken = [name for name, one in found.items() if not one.sampled and any(map(len, samples[name].values()))]
-    warnings = [*same_warnings(twice), *(f"{name} {NOTHING}" for name in idle)]
+    warnings = [*same_warnings(warned), *(f"{name} {NOTHING}" for name in idle)]
     warnings += [f"{name} {BROKEN}" for name in broken]
     for name, one in found.items():
         warnings += lineage_warnings(name, one)

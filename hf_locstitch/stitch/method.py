@@ -37,7 +37,8 @@ class Method(BaseModel, ABC):
     transformer blocks, not all tensors. least, most: how many finetunes it takes. ordered: whether it tells them apart
     by the order given; else they come in one that does not depend on it. weighted: whether finetunes may have weights.
     by_globs: the settings that may be numbers by globs of tensors. of_finetunes: those that have, if they are given, an
-    entry for each finetune, which may be by globs, too.
+    entry for each finetune, which may be by globs, too. of_models: whether it combines the models themselves, not their
+    task vectors, so that the base may be one of them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +55,7 @@ class Method(BaseModel, ABC):
     weighted: ClassVar[bool] = False
     by_globs: ClassVar[tuple[str, ...]] = ()
     of_finetunes: ClassVar[tuple[str, ...]] = ()
+    of_models: ClassVar[bool] = False
 
     if TYPE_CHECKING:  # a field of each method, a Literal
         name: Any = None

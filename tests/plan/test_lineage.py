@@ -62,6 +62,12 @@ def test_a_finetune_of_nothing_but_nan(states: dict[str, State], folders: dict[s
         quick_merge(folders["base"], broken, out=tmp_path / "out")
 
 
+def test_methods_of_models_may_have_the_base_among_them(folders: dict[str, str]) -> None:
+    assert warnings_of(folders["base"], folders["base"], folders["a"], method="slerp") == []
+    (twice,) = warnings_of(folders["base"], folders["base"], folders["a"], folders["a"], method="average")
+    assert "ft1 and ft2 are the same weights" in twice
+
+
 def test_the_same_folder_twice_and_the_base_itself(folders: dict[str, str], tmp_path: Path) -> None:
     twice, zero = warnings_of(folders["base"], folders["a"], folders["b"], folders["a"], folders["base"])
     assert "ft0 and ft2 are the same weights" in zero and "ft3 has the very weights of the base" in twice

@@ -20,6 +20,7 @@ class Average(DenseMethod):
     title: ClassVar[str] = "Average"
     paper: ClassVar[str] = "https://arxiv.org/abs/2203.05482"
     weighted: ClassVar[bool] = True
+    of_models: ClassVar[bool] = True
     normalize: bool = True
 
     def combine(

@@ -25,6 +25,7 @@ class Karcher(TensorMethod):
     title: ClassVar[str] = "Karcher mean"
     paper: ClassVar[str] = "https://arxiv.org/abs/2603.04972"
     weighted: ClassVar[bool] = True
+    of_models: ClassVar[bool] = True
     copies: ClassVar[float] = 5
     max_iter: int = Field(default=10, ge=1)
     tol: float = Field(default=1e-5, gt=0, allow_inf_nan=False)

@@ -27,6 +27,7 @@ class Slerp(TensorMethod):
     least: ClassVar[int] = 2
     most: ClassVar[int | None] = 2
     ordered: ClassVar[bool] = True
+    of_models: ClassVar[bool] = True
     by_globs: ClassVar[tuple[str, ...]] = ("t",)
     t: PerTensor = 0.5
 
