@@ -240,10 +240,11 @@ class LabelledSuite(Suite):
         for name, metric in one.metrics.items():
             value, error = metric.measure(answers, one.classes)
             scores.append(Score(name, value, error, metric.higher_is_better))
+        rows = len(self._open(one.name))
         return TaskResult(
             task=one.name,
             shots=None,
-            limit=one.data.asked.number,
+            limit=one.data.asked.number if rows == one.data.asked.number else None,  # all, if there are fewer
             examples=len(answers),
             scores=tuple(scores),
             dataset=one.data.repo,
@@ -254,6 +255,6 @@ class LabelledSuite(Suite):
             objective=str(one.objective.kind),
             head=one.head.name if one.head is not None else None,
             hub_task=one.objective.hub_task,
-            left_out=len(self._open(one.name)) - len(answers),
+            left_out=rows - len(answers),
             hf_locstitch=__version__,
         )

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +15,11 @@ from hf_locstitch.artifacts.manifest import open_manifest
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source
 from hf_locstitch.checkpoints.config import architecture
 from hf_locstitch.checkpoints.opening import read_checkpoint
+from hf_locstitch.checkpoints.pairing import paired
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.side_files import choose_side_files
-from hf_locstitch.errors import CheckpointError, LocstitchError, RecipeError
+from hf_locstitch.checkpoints.vocabulary import token_matrices
+from hf_locstitch.errors import CheckpointError, LocstitchError, MismatchError, RecipeError
 from hf_locstitch.inspection.verification.inputs import input_refs as recorded_refs
 from hf_locstitch.runtime.version import __version__
 from hf_locstitch.tasks.custom_code import refuse_custom_code
@@ -59,6 +62,9 @@ class Inputs(Mapping[str, Model]):
         if name not in self._opened:
             self._opened[name] = self._opening[name]()
         return self._opened[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._opening  # without opening it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._opening)
@@ -139,7 +145,7 @@ def fetch(checkpoint: Checkpoint) -> Path:
 
 
 def make_average(refs: Sequence[str], out: Path) -> None:
-    """refs: the base's, then the finetunes'."""
+    """refs: the base's, then the finetunes'. What these do not share, such as heads of their own, is left out."""
     from hf_locstitch.engine.execute import make
     from hf_locstitch.engine.preflight import check_disk
     from hf_locstitch.plan.planning import make_plan
@@ -148,9 +154,25 @@ def make_average(refs: Sequence[str], out: Path) -> None:
 
     base, *parents = refs
     entries = [{"ref": ref, "name": f"parent-{number}"} for number, ref in enumerate(parents, start=1)]
-    plan = make_plan(make_recipe({"base": base, "finetuned": entries, "method": "average"}))
+    fields = {"base": base, "finetuned": entries, "method": "average"}
+    try:
+        plan = make_plan(make_recipe(fields))
+    except MismatchError:
+        plan = make_plan(make_recipe({**fields, "exclude": not_shared(refs)}))
     check_disk(out, plan)
     make(plan, out, Progress(False))
+
+
+def not_shared(refs: Sequence[str]) -> list[str]:
+    """Tensors that not all of these models have, in one shape but for tokens, as globs. refs: the base's first."""
+    base, *others = (read_checkpoint(open_source(parse_ref(ref))) for ref in refs)
+    of_tokens = frozenset(token_matrices(base))
+    found: set[str] = set()
+    for other in (paired(base, one) for one in others):
+        found |= base.tensors.keys() ^ other.tensors.keys()
+        shared = base.tensors.keys() & other.tensors.keys() - of_tokens
+        found |= {name for name in shared if base.info(name).shape != other.info(name).shape}
+    return sorted(map(escape, found))
 
 
 def input_refs(

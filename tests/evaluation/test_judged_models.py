@@ -50,6 +50,16 @@ def classified(folder: Path, backbone: Path | None = None) -> torch.Tensor:
         return torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS])
 
 
+def averaged(root: Path, folder: Path) -> Path:
+    """The mean of both encoders."""
+    one, other = (transformers.BertModel.from_pretrained(root / name) for name in ("three", "two"))
+    with torch.no_grad():
+        for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+            mine.copy_((mine + theirs) / 2)
+    one.save_pretrained(folder)
+    return folder
+
+
 def agree(report: EvaluationReport, model: str, task: str, logits: torch.Tensor, classes: int) -> None:
     right = torch.arange(len(logits)) % classes
     assert value(report, model, task, "accuracy") == float((logits.argmax(-1) == right).double().mean())
@@ -84,6 +94,24 @@ def test_each_set_is_judged_by_the_head_of_its_finetune(classifiers: Path) -> No
     pipeline = transformers.pipeline("text-classification", model=str(root / "two"))
     found = [int(str(one["label"])[-1]) for one in pipeline(TEXTS)]
     assert value(report, "two", "two", "accuracy") == share(found, [number % 2 for number in range(len(TEXTS))])
+
+
+def test_a_merge_is_judged_by_the_heads_of_what_it_was_made_of(classifiers: Path, tmp_path: Path) -> None:
+    """As its recipe asks, beside the average, and under names of its own; then it is as judged afterwards."""
+    root, names = classifiers, ["sentiment", "topic"]
+    data = {"sentiment": str(root / "three.jsonl"), "topic": str(root / "two.jsonl")}
+    done = merge_from_hub(
+        root / "base", [root / "three", root / "two"], names=names, out=tmp_path / "merged", figures=False,
+        evaluate={"data": data, "average": True},
+    )  # fmt: skip
+    report = done.evaluation
+    assert report is not None and [one.role for one in report.models][-2:] == ["average", "model"]
+    for task, name, labels in (("sentiment", "three", 3), ("topic", "two", 2)):
+        agree(report, report.subject.name, task, classified(root / name, tmp_path / "merged"), labels)
+        agree(report, "average", task, classified(root / name, averaged(root, tmp_path / "average")), labels)
+    assert "sentiment**: sequence-classification with the head of sentiment, 24 rows" in (
+        tmp_path / "merged" / "README.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_a_head_by_its_name_and_none_at_all(classifiers: Path, run: Callable[..., tuple[int, str, str]]) -> None:

@@ -100,6 +100,7 @@ def test_rows_are_chosen_and_labels_mapped(letters: Path, a: Path) -> None:
     assert exact(evaluate(a, data=some)) == {"a": 0.25}
     few = evaluate(a, data=[letters], limit=4)
     assert few.models[0].results[0].examples == 4 == few.limit and "only 4 examples of letters" in few.warnings[0]
+    assert evaluate(a, data=[letters], limit=11).warnings == ()
 
 
 def test_sets_have_names() -> None:
