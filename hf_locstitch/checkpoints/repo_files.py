@@ -60,6 +60,9 @@ class RepoFiles:
 
     def stream(self, file: str, start: int = 0, ahead: ReadAhead | None = None) -> Iterator[bytes]:
         """A file's bytes from `start` on, in order. Not checked yet. ahead: through what they come, with others."""
+        if self._files[file].sha256 is None:  # small
+            yield self.start(file, self._files[file].size)[start:]
+            return
         known = self._starts.get(file, b"")[start:]
         if known:
             yield known

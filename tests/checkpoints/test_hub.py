@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,11 @@ import pytest
 from helpers.models import finetune, load, random_state, same_bits, save
 from helpers.runs import carry_out, quick_merge
 from helpers.streaming import restart
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 from hf_locstitch.checkpoints import hub_client
 from hf_locstitch.checkpoints.hub import HubSource
 from hf_locstitch.checkpoints.opening import open_checkpoint
-from hf_locstitch.checkpoints.read_ahead import SMALLEST
 from hf_locstitch.checkpoints.ref import Ref, parse_ref
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
 from hf_locstitch.plan.planning import make_plan
@@ -166,11 +166,46 @@ def test_a_server_that_keeps_flipping_is_refused(home_hub: LoopbackHub, repo: st
 
 
 def test_a_flipped_byte_of_a_small_file(home_hub: LoopbackHub, repo: str) -> None:
-    home_hub.fail(Fault("flip", method="GET", path=f"{repo}/resolve/.*config.json", offset=3))
+    home_hub.fail(Fault("flip", method="GET", path=f"{repo}/resolve/.*config.json", offset=3, times=3))
     source = HubSource(repo, None)
     with pytest.raises(IntegrityError, match=r"config\.json.*git blob [0-9a-f]{40}, not with git blob [0-9a-f]{40}"):
         source.fetch("config.json")
+    assert source.cached("config.json") is None
     assert source.fetch("config.json").read_bytes() == home_hub.read(repo, "config.json")
+
+
+def test_a_small_file_is_asked_for_once(home_hub: LoopbackHub, repo: str) -> None:
+    path = HubSource(repo, None).fetch("config.json")
+    assert [request.method for request in home_hub.requests if "config.json" in request.path] == ["GET"]
+    assert path == Path(hf_hub_download(repo, "config.json"))  # the Hub's client finds it in its cache
+    assert [request.method for request in home_hub.requests if "config.json" in request.path] == ["GET", "HEAD"]
+
+
+def test_what_is_expected_comes_before_it_is_asked_for(home_hub: LoopbackHub, repo: str) -> None:
+    home_hub.add_repo(repo, {f"{number}.json": str(number) for number in range(3)})
+    source = HubSource(repo, None)
+    source.expect(["0.json", "1.json", "absent.json"])
+    source.expect(["0.json"])
+    until = time.monotonic() + 10
+    while not all(map(source.cached, ("0.json", "1.json"))) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert sorted(request.path[-6:] for request in home_hub.requests if "/resolve/" in request.path) == [
+        "0.json",
+        "1.json",
+    ]
+    heard: list[int] = []
+    assert [source.fetch(f"{number}.json", heard.append).read_text() for number in range(3)] == ["0", "1", "2"]
+    assert sum(heard) == 3
+    assert len([request for request in home_hub.requests if "/resolve/" in request.path]) == 3
+
+
+def test_what_goes_wrong_with_an_expected_file_is_told_to_who_asks(home_hub: LoopbackHub, repo: str) -> None:
+    home_hub.fail(Fault("status", method="GET", path=f"{repo}/resolve/.*config.json", status=403))
+    source = HubSource(repo, None)
+    source.expect(["config.json"])
+    with pytest.raises(CheckpointError, match="not accessible with this token"):
+        source.fetch("config.json")
+    assert source.fetch("config.json").exists()
 
 
 def test_a_damaged_cache_is_repaired(home_hub: LoopbackHub, repo: str) -> None:
@@ -193,7 +228,7 @@ def test_a_killed_download_goes_on(home_hub: LoopbackHub, repo: str, monkeypatch
         HubSource(repo, None).fetch(FILE)
     home_hub._faults._waiting.clear()
     before = served(home_hub, repo)
-    assert before == 2 * SMALLEST
+    assert before == 2 * SIZE // 3
     assert HubSource(repo, None).fetch(FILE).read_bytes() == home_hub.read(repo, FILE)
     assert served(home_hub, repo) == SIZE
 

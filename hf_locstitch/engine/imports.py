@@ -1,0 +1,25 @@
+"""What carrying out a plan imports, imported in a thread while the plan is made, which mostly waits for the Hub."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+
+
+def import_ahead() -> None:
+    """Return at once. No daemon thread, for a process that ends in the middle of an import may crash."""
+    threading.Thread(target=_import).start()
+
+
+def _import() -> None:
+    """What fails here is imported again, and told of, where it is needed."""
+    with suppress(Exception):
+        import numpy as np
+
+        from hf_locstitch.runtime import kernels
+
+        kernels.count_up(np.zeros(1, np.uint8), np.zeros(1, np.int32))  # what numba imports at the first call
+        import hf_locstitch.checkpoints.download
+        import hf_locstitch.engine.model_run
+        import hf_locstitch.localize.search
+        import hf_locstitch.runtime.bus_error  # noqa: F401

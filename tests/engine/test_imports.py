@@ -1,0 +1,68 @@
+"""What a merge imports besides the plan: in time, and not for plans."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import finetune, random_state, save
+
+from hf_locstitch import api, merge_from_hub
+from hf_locstitch.cli.main import main
+from hf_locstitch.engine import imports
+
+PLAN_ONLY = """
+import sys
+from hf_locstitch import plan_merge
+plan_merge({"base": "base", "finetuned": ["ft"]})
+assert not {"numba", "scipy", "torch", "jinja2"} & set(sys.modules), sys.modules.keys()
+"""
+AHEAD = """
+import sys, threading
+from hf_locstitch.engine.imports import import_ahead
+import_ahead()
+for thread in threading.enumerate():
+    if thread is not threading.current_thread():
+        thread.join()
+assert {"numba.np.arrayobj", "hf_locstitch.engine.model_run", "hf_locstitch.localize.search"} <= set(sys.modules)
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    base = random_state(0, torch.bfloat16, {"model.layers.0.w.weight": (30, 20)})
+    save(tmp_path / "base", base)
+    save(tmp_path / "ft", finetune(base, 1))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("code", [PLAN_ONLY, AHEAD])
+def test_what_is_imported(code: str, models: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=models, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_merge_imports_while_it_is_planned(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python and from the command line; a dry run does not."""
+    order: list[str] = []
+    make_plan = api.make_plan
+
+    def plan(*args: object) -> object:
+        order.append("plan")
+        return make_plan(*args)  # type: ignore[arg-type]
+
+    for module in (api, imports):
+        monkeypatch.setattr(module, "import_ahead", lambda: order.append("import"))
+    for place in ("hf_locstitch.api.make_plan", "hf_locstitch.plan.planning.make_plan"):
+        monkeypatch.setattr(place, plan)
+    merge_from_hub("base", "ft", out="one", figures=False)
+    flags = ["merge", "--base", "base", "--ft", "ft", "--no-figures", "--quiet"]
+    assert main([*flags, "--out", "two"]) == 0
+    assert order == ["import", "plan"] * 2
+    assert main([*flags, "--dry-run"]) == 0
+    assert order[4:] == ["plan"]
