@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from hashlib import _Hash
 
-EXPECTED_AT_ONCE = 4  # files beside the weights that are fetched at a time, before they are asked for
+EXPECTED = DaemonPool(8)  # fetches files beside the weights before they are asked for
 PULLS = 5  # pull requests that are looked into, at most
 Arrived = Callable[[int, int], object]  # an open file and how many bytes from its beginning are there
 
@@ -114,7 +114,6 @@ class HubSource:
         self._remembered = Remembered(self._folder, self._commit)
         self._remembered.keep_files(self._files)
         self._expected: dict[str, Future[Path]] = {}
-        self._ahead = DaemonPool(EXPECTED_AT_ONCE)
 
     @property
     def label(self) -> str:
@@ -177,7 +176,8 @@ class HubSource:
     ) -> Path:
         """As Source.fetch. A listener `arrived` may read bytes before the file is checked: on damage it must forget
         them, so a damaged file is then not fetched a second time. ahead: through what its bytes come, with others."""
-        if (expected := self._expected.pop(file, None)) is not None:
+        expected = self._expected.pop(file, None)
+        if expected is not None and not expected.cancel():  # it has begun
             path = expected.result()
             advance(self._files[file].size)
             return path
@@ -214,7 +214,7 @@ class HubSource:
         """As Source.expect. What goes wrong with a file is told to who asks for it."""
         for file in files:
             if file in self._files and file not in self._expected and self.cached(file) is None:
-                self._expected[file] = self._ahead.submit(partial(self._fetch, file))
+                self._expected[file] = EXPECTED.submit(partial(self._fetch, file))
 
     def arrived(self, file: str) -> int:
         """How many bytes of a file are in the cache, from its beginning on."""
@@ -344,7 +344,7 @@ class HubSource:
     def _append(
         self, file: str, incomplete: Path, advance: Advance, arrived: Arrived | None, ahead: ReadAhead | None
     ) -> str:
-        """Append the missing bytes to `incomplete`. Returns the hash of the whole file, of the kind that is promised."""
+        """Append the missing bytes. Returns the hash of the whole file, of the kind that is promised."""
         digest = self._files[file].digest()
         with incomplete.open("a+b", buffering=0) as out:
             hash_open(out, digest)

@@ -144,6 +144,8 @@ class RepoFiles:
             self._elsewhere.pop(file, None)  # unless another connection has dropped it
             raise ConnectionError(f"the link to {file} has expired (status {response.status_code})")
         hf_raise_for_status(response)
+        if file not in self._elsewhere:
+            self._xet.note(file, [answer.headers for answer in (*response.history, response)])
         if response.history and not str(response.url).startswith(f"{self._endpoint}/"):
             self._elsewhere[file] = str(response.url)  # to ask there from now on: the Hub counts its requests
         ranged = response.status_code == PARTIAL

@@ -16,10 +16,10 @@ def _import() -> None:
     with suppress(Exception):
         import numpy as np
 
-        from hf_locstitch.runtime import kernels
-
-        kernels.count_up(np.zeros(1, np.uint8), np.zeros(1, np.int32))  # what numba imports at the first call
         import hf_locstitch.checkpoints.download
         import hf_locstitch.engine.model_run
         import hf_locstitch.localize.search
         import hf_locstitch.runtime.bus_error  # noqa: F401
+        from hf_locstitch.runtime import kernels
+
+        kernels.count_up(np.zeros(1, np.uint8), np.zeros(1, np.int32))  # for what numba imports at the first call

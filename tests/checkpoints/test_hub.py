@@ -297,7 +297,7 @@ class Answers:
 
     def __init__(self, *bodies: bytes) -> None:
         self._bodies = iter(bodies)
-        self.status_code, self.history, self.url = 206, (), ""
+        self.status_code, self.history, self.url, self.headers = 206, (), "", {}
 
     @contextmanager
     def get(self, *_: object) -> Iterator[Answers]:

@@ -32,6 +32,14 @@ assert "torch" not in sys.modules
 """
 
 
+# Numba locks its compiler and its target, in either order: until both are there, one thread must be alone with it.
+ALONE = """
+from hf_locstitch.runtime import compiling
+from numba.core.registry import cpu_target
+assert {"_toplevel_target_context", "_toplevel_typing_context"} <= set(vars(cpu_target))
+"""
+
+
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     base = random_state(0, torch.bfloat16, {"model.layers.0.w.weight": (30, 20)})
@@ -41,7 +49,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("code", [PLAN_ONLY, AHEAD])
+@pytest.mark.parametrize("code", [PLAN_ONLY, AHEAD, ALONE])
 def test_what_is_imported(code: str, models: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=models, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
