@@ -194,9 +194,6 @@ def make(
     # What such runs keep of their inputs, for a later process, is not told apart by the files it comes from.
     deferred = processes.count == 1 and not _runs_models(plan) and not plan.adapters
     with InputHashes(plan.inputs, processes.rank, processes.count, deferred=deferred) as hashes:
-        from hf_locstitch.runtime.bus_error import explain_bus_errors
-
-        explain_bus_errors()
         with ExitStack() as stack:
             stack.enter_context(loops_ready(plan, progress if processes.first else Progress(False)))
             if _runs_models(plan) or plan.adapters:
