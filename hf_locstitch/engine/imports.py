@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 
+from hf_locstitch.runtime.processes import launched
+
 
 def import_ahead() -> None:
     """Return at once. No daemon thread, for a process that ends in the middle of an import may crash."""
@@ -14,6 +16,9 @@ def import_ahead() -> None:
 def _import() -> None:
     """What fails here is imported again, and told of, where it is needed."""
     with suppress(Exception):
+        if launched() > 1:
+            import accelerate  # noqa: F401
+
         import numpy as np
 
         import hf_locstitch.checkpoints.download

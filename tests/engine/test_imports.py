@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ for thread in threading.enumerate():
     if thread is not threading.current_thread():
         thread.join()
 assert {"numba.np.arrayobj", "hf_locstitch.engine.model_run", "hf_locstitch.localize.search"} <= set(sys.modules)
-assert "torch" not in sys.modules
+assert ("accelerate" in sys.modules) == (len(sys.argv) > 1), sys.argv
 """
 
 
@@ -52,6 +53,13 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("code", [PLAN_ONLY, AHEAD, ALONE])
 def test_what_is_imported(code: str, models: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=models, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_several_processes_speak_through_is_imported_ahead(models: Path) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2"}
+    words = [sys.executable, "-c", AHEAD, "several"]
+    done = subprocess.run(words, cwd=models, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
