@@ -157,7 +157,7 @@ class ReadAhead:
         left = piece.stop - piece.start
         while left:
             with self._changed:
-                self._changed.wait_for(lambda: piece.done or sum(map(len, piece.blocks)) >= AT_ONCE)
+                self._changed.wait_for(lambda: piece.done or self._closed or sum(map(len, piece.blocks)) >= AT_ONCE)
                 blocks, piece.blocks = piece.blocks, []
             if not blocks:
                 raise piece.error or EOFError(f"{left} bytes of {piece.file} are missing")

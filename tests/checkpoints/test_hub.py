@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +19,14 @@ from helpers.streaming import restart
 from huggingface_hub import constants, hf_hub_download
 
 from hf_locstitch.checkpoints import hub_client
+from hf_locstitch.checkpoints.download import CachingDownload
 from hf_locstitch.checkpoints.hub import HubSource
 from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import Ref, parse_ref
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.runtime.chunks import for_each
 from loopback_hub import Fault, Link, LoopbackHub
 
 FILE = "model.safetensors"
@@ -146,6 +150,39 @@ def test_a_link_that_expires_is_asked_for_again(elsewhere: LoopbackHub, repo: st
     assert b"".join(source.stream(FILE)) == elsewhere.read(repo, FILE)
     assert not elsewhere.faults
     assert [request for request in elsewhere.requests if "/resolve/" in request.path and request.status == 302]
+
+
+def test_a_link_that_has_expired_when_it_is_first_used(elsewhere: LoopbackHub, repo: str) -> None:
+    elsewhere.fail(Fault("status", status=403, path="download", method="GET"))
+    assert HubSource(repo, None).read_start(FILE, 1000) == elsewhere.read(repo, FILE)[:1000]
+    assert not elsewhere.faults
+    elsewhere.fail(Fault("status", status=403, path="download", method="GET"))
+    assert HubSource(repo, None).fetch(FILE).read_bytes() == elsewhere.read(repo, FILE)
+    assert not elsewhere.faults
+
+
+def test_storage_that_always_refuses(elsewhere: LoopbackHub, repo: str) -> None:
+    elsewhere.fail(Fault("status", status=403, path="download", method="GET", times=99))
+    with pytest.raises(DownloadError, match=rf"the link to {FILE} has expired \(status 403\)"):
+        HubSource(repo, None).read_start(FILE, 1000)
+    elsewhere._faults._waiting.clear()
+
+
+def test_an_interruption_is_not_kept_waiting_by_a_server(home_hub: LoopbackHub, repo: str) -> None:
+    home_hub.fail(Fault("stall", method="GET", path=f"{repo}/resolve/.*{FILE}", after_bytes=10, seconds=60, times=99))
+    download = CachingDownload(HubSource(repo, None), [FILE], lambda _: None, lambda _: None)
+    download.start()
+    interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            for_each(lambda start: download.read(FILE, start, start + 1000), [0, 1000], workers=2)
+    finally:
+        download.close()
+        interrupt.join()
+    assert not download._thread.is_alive()
+    home_hub._faults._waiting.clear()
+    restart(home_hub)
 
 
 def test_a_flipped_byte_is_fetched_again(home_hub: LoopbackHub, repo: str) -> None:
