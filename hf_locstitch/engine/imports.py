@@ -21,7 +21,6 @@ def _import() -> None:
 
         import numpy as np
 
-        import hf_locstitch.checkpoints.download
         import hf_locstitch.engine.model_run
         import hf_locstitch.localize.search
         import hf_locstitch.runtime.bus_error  # noqa: F401

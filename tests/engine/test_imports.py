@@ -30,6 +30,7 @@ for thread in threading.enumerate():
         thread.join()
 assert {"numba.np.arrayobj", "hf_locstitch.engine.model_run", "hf_locstitch.localize.search"} <= set(sys.modules)
 assert ("accelerate" in sys.modules) == (len(sys.argv) > 1), sys.argv
+assert len(sys.argv) > 1 or "huggingface_hub.hf_api" not in sys.modules  # for inputs in folders
 """
 
 
