@@ -11,7 +11,7 @@ floor      the same bytes over as many connections as a merge has, thrown away
 merge      hf-locstitch merge, into the cache
 passing    hf-locstitch merge --no-cache
 snapshots  snapshot_download of the three repos, then hf-locstitch merge of the folders
-two        hf-locstitch merge in two processes under accelerate
+two        hf-locstitch merge in two processes under torchrun
 xet        hf-locstitch merge of repos in Xet, through hf_xet
 
 and once each under a limit of requests, and of connections. Every merge must give the same bytes, and the Hub's log
@@ -155,8 +155,7 @@ class Bench:
 
     def two(self) -> float:
         out = self.work / "out"
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1",
-                  "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", "-m"]  # fmt: skip
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
         flags = ["--base", self.repos[0], "--ft", *self.repos[1:], "--out", str(out)]
         return self._checked(out, self._timed([*launch, *PROGRAM, *flags]))
 

@@ -5,13 +5,14 @@ The command line is a thin layer over this.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_locstitch.artifacts.manifest import told
 from hf_locstitch.engine import execute as engine
+from hf_locstitch.engine.imports import import_ahead
 from hf_locstitch.errors import RecipeError, RequestError
 from hf_locstitch.exports.beside_merge import check_adapter, write_adapter
 from hf_locstitch.localize.localizer import Localizer
@@ -23,7 +24,7 @@ from hf_locstitch.plan.recipe_file import load_recipe
 from hf_locstitch.plan.restitch import Change, restitch
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.progress import Progress
-from hf_locstitch.runtime.settings import make_settings
+from hf_locstitch.runtime.settings import Settings, make_settings
 from hf_locstitch.stitch.fitting import Stitcher
 from hf_locstitch.stitch.method import Method
 
@@ -179,7 +180,7 @@ def merge_from_hub(
         chat_template=chat_template, also_copy=also_copy, dtype=dtype, shard_size=shard_size,
         allow_non_finite=allow_non_finite, figures=figures, strict=strict, evaluate=evaluate,
     )  # fmt: skip
-    return carry_out(make_plan(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
+    return _carried_out(make_plan, recipe, make_settings(cache, max_memory, device), show_progress)
 
 
 def localize_from_hub(
@@ -230,7 +231,7 @@ def localize_from_hub(
         private=private, create_pr=create_pr, localizer=localizer, data=data, include=include, exclude=exclude,
         allow_non_finite=allow_non_finite, figures=figures, strict=strict, stitch=stitch,
     )  # fmt: skip
-    return carry_out(make_localize_plan(recipe, make_settings(cache, max_memory, device)), Progress(show_progress))
+    return _carried_out(make_localize_plan, recipe, make_settings(cache, max_memory, device), show_progress)
 
 
 def stitch_from_hub(
@@ -302,7 +303,7 @@ def stitch_from_hub(
         given = None if finetuned is None else _refs(finetuned)
         change = Change(str(from_), _refs(add), _refs(remove), None if base is None else str(base), given)
         recipe = _recipe(**{**restitch(change), **{key: value for key, value in settings.items() if value is not None}})
-    return carry_out(make_plan(recipe, make_settings(cache, max_memory)), Progress(show_progress))
+    return _carried_out(make_plan, recipe, make_settings(cache, max_memory), show_progress)
 
 
 def task_vector(base: Ref, finetuned: Ref, tensor: str) -> torch.Tensor:
@@ -378,6 +379,13 @@ def check_possible(plan: Plan) -> None:
     engine.check_possible(plan)
     if isinstance(plan, ModelPlan):
         check_adapter(plan)
+
+
+def _carried_out(
+    make: Callable[[Recipe, Settings], Plan], recipe: Recipe, settings: Settings, show_progress: bool | None
+) -> MergeResult:
+    import_ahead()
+    return carry_out(make(recipe, settings), Progress(show_progress))
 
 
 def carry_out(plan: Plan, progress: Progress) -> MergeResult:

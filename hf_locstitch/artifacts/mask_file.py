@@ -24,13 +24,13 @@ from hf_locstitch.checkpoints.header import TensorInfo, TensorSpec
 from hf_locstitch.checkpoints.mapped import MappedFile, read_header
 from hf_locstitch.checkpoints.writer import SafetensorsWriter
 from hf_locstitch.errors import CheckpointError, IntegrityError
-from hf_locstitch.runtime import kernels
 from hf_locstitch.runtime.chunks import chunks_by_name, for_each
-from hf_locstitch.runtime.kernels import ESCAPE
 from hf_locstitch.runtime.parsing import parse_json
 
 if TYPE_CHECKING:
     import torch
+
+    from hf_locstitch.runtime import kernels
 
 FORMAT = "hf-locstitch mask 1"
 MOST_ELEMENTS = 2**48  # of a mask, empty dimensions aside
@@ -42,12 +42,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def encode_positions(pieces: Iterable[tuple[int, kernels.Positions]]) -> bytes:
     """Ascending flat indices, as stored. pieces: first index of each, and the offsets of its ones from there."""
+    from hf_locstitch.runtime import kernels  # heavy, and not needed for plans
+
     deflate = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_HUFFMAN_ONLY)
     coded, last = [], -1
     for first, positions in pieces:
         if len(positions):
             span = first + int(positions[-1]) - last
-            content = np.empty(len(positions) + span // ESCAPE, np.uint8)
+            content = np.empty(len(positions) + span // kernels.ESCAPE, np.uint8)
             count = kernels.gaps(positions, last - first, content)
             last = first + int(positions[-1])
             coded.append(deflate.compress(content[:count].data))
@@ -59,6 +61,8 @@ def iter_positions(coded: Coded, numel: int, piece: int = 1 << 20) -> Iterator[P
 
     Stops inflating at the first byte beyond `numel` elements. Raises zlib.error, and ValueError if it gets there.
     """
+    from hf_locstitch.runtime import kernels
+
     if not len(coded):
         return
     inflate, rest, last, content = zlib.decompressobj(), coded, -1, np.empty(0, np.uint8)
@@ -72,7 +76,7 @@ def iter_positions(coded: Coded, numel: int, piece: int = 1 << 20) -> Iterator[P
         if last >= numel:
             raise ValueError(f"its gaps reach beyond its {numel} elements")
         yield positions[:count]
-    if inflate.unused_data or (len(content) and content[-1] == ESCAPE):
+    if inflate.unused_data or (len(content) and content[-1] == kernels.ESCAPE):
         raise ValueError("something follows its last one")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hf_locstitch.runtime.chunks import Chunk
 from hf_locstitch.runtime.dtypes import Values
-from hf_locstitch.runtime.kernels import Positions
+
+if TYPE_CHECKING:
+    from hf_locstitch.runtime.kernels import Positions
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ from hf_locstitch.checkpoints.hub import HubSource
 from hf_locstitch.checkpoints.read_ahead import ReadAhead
 from hf_locstitch.checkpoints.source import Advance
 from hf_locstitch.errors import IntegrityError
+from hf_locstitch.runtime.chunks import check_wanted
 from hf_locstitch.runtime.files import punch_hole
+
+PATIENCE = 0.2  # seconds after which a reader looks whether its bytes are still wanted
 
 
 class _Stopped(Exception):
@@ -43,6 +46,7 @@ class Download(ABC):
         self._read_out = False  # nothing more will be read
         self._closed = False
         self._thread = threading.Thread(target=self._fetch_all, daemon=True)
+        self._coming: ReadAhead | None = None  # through what bytes come
 
     def start(self) -> None:
         self._thread.start()
@@ -94,6 +98,8 @@ class Download(ABC):
             self._closed = True
             self._error = self._error or _Stopped()
             self._changed.notify_all()
+        if self._coming is not None:
+            self._coming.close()
         if self._thread.is_alive():
             self._thread.join(timeout=1)
         for fd in self._fds.values():
@@ -101,7 +107,8 @@ class Download(ABC):
         self._fds.clear()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: ready() or self._error is not None)
+        while not self._changed.wait_for(lambda: ready() or self._error is not None, PATIENCE):
+            check_wanted()
         if not ready():
             assert self._error is not None
             raise self._error
@@ -109,6 +116,7 @@ class Download(ABC):
     def _fetch_all(self) -> None:
         try:
             with self._read_ahead() as ahead:
+                self._coming = ahead
                 for file in self.files:
                     self._fetch(file, ahead)
                     self._on_verified(file)
@@ -119,7 +127,7 @@ class Download(ABC):
             pass
         except BaseException as error:
             with self._changed:
-                self._error = error
+                self._error = self._error or error
                 self._changed.notify_all()
 
     @abstractmethod

@@ -7,12 +7,11 @@ https://huggingface.co/docs/huggingface_hub/guides/manage-cache
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,12 +37,15 @@ from hf_locstitch.checkpoints.remembered import Remembered
 from hf_locstitch.checkpoints.repo_files import RepoFiles
 from hf_locstitch.checkpoints.source import Advance, FileInfo, Source, file_sha256, git_blob_oid
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError, OutputError
+from hf_locstitch.runtime.daemon_pool import DaemonPool
 from hf_locstitch.runtime.files import is_writable, write_all
 from hf_locstitch.runtime.human import some
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
     from hashlib import _Hash
 
+EXPECTED = DaemonPool(8)  # fetches files beside the weights before they are asked for
 PULLS = 5  # pull requests that are looked into, at most
 Arrived = Callable[[int, int], object]  # an open file and how many bytes from its beginning are there
 
@@ -111,6 +113,7 @@ class HubSource:
         self._cache = _cache_for(repo)
         self._remembered = Remembered(self._folder, self._commit)
         self._remembered.keep_files(self._files)
+        self._expected: dict[str, Future[Path]] = {}
 
     @property
     def label(self) -> str:
@@ -173,13 +176,27 @@ class HubSource:
     ) -> Path:
         """As Source.fetch. A listener `arrived` may read bytes before the file is checked: on damage it must forget
         them, so a damaged file is then not fetched a second time. ahead: through what its bytes come, with others."""
+        expected = self._expected.pop(file, None)
+        if expected is not None and not expected.cancel():  # it has begun
+            path = expected.result()
+            advance(self._files[file].size)
+            return path
+        return self._fetch(file, advance, arrived, ahead)
+
+    def _fetch(
+        self,
+        file: str,
+        advance: Advance = lambda _: None,
+        arrived: Arrived | None = None,
+        ahead: ReadAhead | None = None,
+    ) -> Path:
         if path := self.cached(file):
             if self._is_as_promised(file, path):
                 advance(self._files[file].size)
                 self._remember_revision()
                 return path
             self._forget(file, path)  # damaged in the cache: fetch it again
-        if self._files[file].sha256 is not None:
+        if self._files[file].promised is not None:
             self._download(file, advance, arrived, ahead)
             path = self._link(file)
             self._remember_revision()
@@ -190,12 +207,14 @@ class HubSource:
         except Exception as error:
             raise_clearly(error, self._repo, self._commit, self._endpoint)
         advance(self._files[file].size)
-        if not self._is_as_promised(file, path):
-            got = git_blob_oid(path)
-            self._forget(file, path)
-            raise self.damaged(file, got)
         self._remember_revision()
         return path
+
+    def expect(self, files: Iterable[str]) -> None:
+        """As Source.expect. What goes wrong with a file is told to who asks for it."""
+        for file in files:
+            if file in self._files and file not in self._expected and self.cached(file) is None:
+                self._expected[file] = EXPECTED.submit(partial(self._fetch, file))
 
     def arrived(self, file: str) -> int:
         """How many bytes of a file are in the cache, from its beginning on."""
@@ -204,7 +223,7 @@ class HubSource:
         blob = self._blob(file)
         if blob.exists() and self._is_whole(file, blob):
             return self._files[file].size
-        return _partial(blob).stat().st_size if _partial(blob).exists() else 0
+        return _incomplete(blob).stat().st_size if _incomplete(blob).exists() else 0
 
     def check_obtainable(self, files: Iterable[str], cache: bool) -> None:
         """Of what the Hub gives: whether it can be kept."""
@@ -287,10 +306,10 @@ class HubSource:
         )
 
     def _blob(self, file: str) -> Path:
-        return self._folder / "blobs" / str(self._files[file].sha256)
+        return self._folder / "blobs" / str(self._files[file].promised)
 
     def _link(self, file: str) -> Path:
-        """Put an LFS file that is among the cache's blobs into its snapshot, as the Hub's client would."""
+        """Put a file that is among the cache's blobs into its snapshot, as the Hub's client would."""
         path, blob = self._folder / "snapshots" / self._commit / file, self._blob(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):  # another process was faster
@@ -298,9 +317,9 @@ class HubSource:
         return path
 
     def _download(self, file: str, advance: Advance, arrived: Arrived | None, ahead: ReadAhead | None) -> None:
-        """Fetch an LFS file into the cache's blobs, whole and checked, or raise."""
-        due, blob = str(self._files[file].sha256), self._blob(file)
-        partial = _partial(blob)
+        """Fetch a file into the cache's blobs, whole and checked, or raise."""
+        due, blob = str(self._files[file].promised), self._blob(file)
+        incomplete = _incomplete(blob)
         lock = self._cache / ".locks" / self._folder.name / f"{due}.lock"
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -310,23 +329,25 @@ class HubSource:
                 return
             self._sha256.pop(file, None)
             for last in (arrived is not None, True):  # once more from scratch if the first download is damaged
-                got = self._append(file, partial, advance, arrived, ahead)
+                got = self._append(file, incomplete, advance, arrived, ahead)
                 if got == due:
-                    self._sha256[file] = got
-                    os.replace(partial, blob)
+                    if self._files[file].sha256 is not None:
+                        self._sha256[file] = got
+                    os.replace(incomplete, blob)
                     return
-                partial.unlink()
+                incomplete.unlink()
                 self._wire.distrust(file)
                 advance(-self._files[file].size)
                 if last:
                     raise self.damaged(file, got)
 
     def _append(
-        self, file: str, partial: Path, advance: Advance, arrived: Arrived | None, ahead: ReadAhead | None
+        self, file: str, incomplete: Path, advance: Advance, arrived: Arrived | None, ahead: ReadAhead | None
     ) -> str:
-        """Append the missing bytes to `partial`. Returns the sha256 of the whole file."""
-        with partial.open("a+b", buffering=0) as out:
-            digest = hash_of_open(out)
+        """Append the missing bytes. Returns the hash of the whole file, of the kind that is promised."""
+        digest = self._files[file].digest()
+        with incomplete.open("a+b", buffering=0) as out:
+            hash_open(out, digest)
             at = out.seek(0, os.SEEK_END)
             advance(at)
             for block in self.stream(file, at, ahead):
@@ -334,7 +355,7 @@ class HubSource:
                     write_all(out, block)
                 except OSError as error:
                     raise DownloadError(
-                        f"cannot write {partial}: {error.strerror}. Free some space and run the same command again."
+                        f"cannot write {incomplete}: {error.strerror}. Free some space and run the same command again."
                     ) from error
                 digest.update(block)
                 at += len(block)
@@ -344,15 +365,13 @@ class HubSource:
         return digest.hexdigest()
 
 
-def _partial(blob: Path) -> Path:
+def _incomplete(blob: Path) -> Path:
     """Where a blob is while it is downloaded."""
     return blob.with_name(f"{blob.name}.locstitch-incomplete")
 
 
-def hash_of_open(file: RawIOBase) -> _Hash:
-    """SHA-256 state of the current content of a file."""
-    digest = hashlib.sha256()
+def hash_open(file: RawIOBase, digest: _Hash) -> None:
+    """Let `digest` take up the current content of a file."""
     file.seek(0)
     while block := file.read(1 << 20):
         digest.update(block)
-    return digest

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import (
+    CARD,
     CONFIG,
     INDEX,
     QUANTIZATION,
     SINGLE,
+    STEMS,
     Checkpoint,
     Config,
+    index_file,
     open_source,
     read_json,
 )
@@ -44,6 +47,7 @@ def refuse_adapter(checkpoint: Checkpoint, needed: str) -> None:
 
 
 def _read(source: Source) -> Checkpoint:
+    source.expect((CONFIG, *map(index_file, STEMS), CARD))
     config = read_json(source, CONFIG) if CONFIG in source.files else {}
     block = fp8_block(config, source.label)
     if block is None:

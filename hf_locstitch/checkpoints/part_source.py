@@ -105,6 +105,9 @@ class PartSource:
     def arrived(self, file: str) -> int:
         return self._whole.arrived(self._prefix + file)
 
+    def expect(self, files: Iterable[str]) -> None:
+        self._whole.expect([self._prefix + file for file in files])
+
     def check_obtainable(self, files: Iterable[str], cache: bool) -> None:
         self._whole.check_obtainable([self._prefix + file for file in files], cache)
 

@@ -11,7 +11,7 @@ from types import TracebackType
 CONNECTIONS = 8  # of one repo
 IN_ALL = 16  # of this process; a repo's first piece is fetched even beyond it
 SMALLEST, LARGEST = 1 << 20, 1 << 23  # bytes of a piece; those that wait for their turn are held in memory
-ROUNDS = 4  # pieces that each connection fetches of a small repo, so that all end at about the same time
+ROUNDS = 4  # pieces that each connection fetches of a small repo; the last are smaller, so that all end together
 AT_ONCE = 1 << 18  # bytes that arrive before the reader is woken
 
 Fetch = Callable[[str, int, int], Iterator[bytes]]  # (file, start, stop) -> these bytes, in order
@@ -135,10 +135,14 @@ class ReadAhead:
     def _pieces_from(self, file: str, start: int) -> Iterator[Piece]:
         """Of the file, and of those that are read after it."""
         files = list(self._sizes)
-        for name in files[files.index(file) :]:
-            at = start if name == file else self._begin(name)
-            while at < self._sizes[name] and not self._whole(name):
-                piece = Piece(name, at, min(at + self._size, self._sizes[name]))
+        files = files[files.index(file) :]
+        left = sum(self._sizes[name] for name in files)
+        for name in files:
+            at, stop = start if name == file else self._begin(name), self._sizes[name]
+            left -= stop
+            while at < stop and not self._whole(name):
+                size = max(min(self._size, (stop - at + left) // CONNECTIONS), SMALLEST)
+                piece = Piece(name, at, at + -(-(stop - at) // -(-(stop - at) // size)))  # all of about one size
                 at = piece.stop
                 yield piece
 
@@ -153,7 +157,7 @@ class ReadAhead:
         left = piece.stop - piece.start
         while left:
             with self._changed:
-                self._changed.wait_for(lambda: piece.done or sum(map(len, piece.blocks)) >= AT_ONCE)
+                self._changed.wait_for(lambda: piece.done or self._closed or sum(map(len, piece.blocks)) >= AT_ONCE)
                 blocks, piece.blocks = piece.blocks, []
             if not blocks:
                 raise piece.error or EOFError(f"{left} bytes of {piece.file} are missing")

@@ -17,6 +17,7 @@ from hf_locstitch.errors import CheckpointError, DownloadError
 
 PARTIAL = 206
 EXPIRED = frozenset({400, 401, 403, 404, 410})  # statuses of storage whose link is no longer good
+REFUSAL = "X-Error-Code"  # a header of the Hub's own answers, also where another server asks it
 
 
 class RepoFiles:
@@ -60,6 +61,9 @@ class RepoFiles:
 
     def stream(self, file: str, start: int = 0, ahead: ReadAhead | None = None) -> Iterator[bytes]:
         """A file's bytes from `start` on, in order. Not checked yet. ahead: through what they come, with others."""
+        if self._files[file].sha256 is None:  # small
+            yield self.start(file, self._files[file].size)[start:]
+            return
         known = self._starts.get(file, b"")[start:]
         if known:
             yield known
@@ -137,11 +141,14 @@ class RepoFiles:
     def _blocks(self, file: str, response: Any, start: int, stop: int) -> Iterator[bytes]:
         """Of a response to a request for bytes start … stop, as they arrive: buffered ones would be lost with the
         connection. A server that ignores ranges sends the file from its beginning; what is not wanted is skipped."""
-        if file in self._elsewhere and response.status_code in EXPIRED:
+        at_the_hub = str(response.url).startswith(f"{self._endpoint}/")
+        if not at_the_hub and response.status_code in EXPIRED and REFUSAL not in response.headers:
             self._elsewhere.pop(file, None)  # unless another connection has dropped it
             raise ConnectionError(f"the link to {file} has expired (status {response.status_code})")
         hf_raise_for_status(response)
-        if response.history and not str(response.url).startswith(f"{self._endpoint}/"):
+        if file not in self._elsewhere:
+            self._xet.note(file, [answer.headers for answer in (*response.history, response)])
+        if response.history and not at_the_hub:
             self._elsewhere[file] = str(response.url)  # to ask there from now on: the Hub counts its requests
         ranged = response.status_code == PARTIAL
         if not ranged and stop < self._files[file].size:

@@ -12,6 +12,7 @@ from hf_locstitch.checkpoints.byte_ranges import Piece, byte_ranges, files_of
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.mapped import MappedFile
+from hf_locstitch.checkpoints.read_ahead import IN_ALL
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.checkpoints.tensor_file import TensorFile
@@ -21,7 +22,6 @@ from hf_locstitch.runtime.dtypes import Values
 TENSORS = 16  # that one piece each is read of: as many requests a model
 ELEMENTS = 1 << 19  # of all pieces together
 SHARE = 64  # of a model on the Hub at most one part in so many is fetched for a sample
-CONNECTIONS = 8
 
 Sample = Mapping[str, Values]  # tensor -> some of its values, in its own dtype
 
@@ -68,15 +68,15 @@ def read_samples(
     opened = {name: _cheap_reader(one, pieces, fetch) for name, one in checkpoints.items()}
     readers = {name: reader for name, reader in opened.items() if reader is not None}
 
-    def read(task: tuple[CheckpointReader, Piece]) -> Values | None:
-        reader, (tensor, first, count) = task
+    def read(reader: CheckpointReader, piece: Piece) -> Values | None:
         try:
-            return reader.values(tensor, first, count)
+            return reader.values(*piece)
         except LocstitchError:
             return None
 
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        found = {name: list(pool.map(read, [(reader, piece) for piece in pieces])) for name, reader in readers.items()}
+    with ThreadPoolExecutor(IN_ALL) as pool:
+        reading = {name: [pool.submit(read, reader, piece) for piece in pieces] for name, reader in readers.items()}
+    found = {name: [part.result() for part in parts] for name, parts in reading.items()}
     return {
         name: {tensor: part for (tensor, _, _), part in zip(pieces, parts, strict=True) if part is not None}
         for name, parts in found.items()

@@ -6,7 +6,10 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 # A thread may wait 5 ms for the interpreter's lock: small pieces would be hashed at a crawl beside imports.
 HASHED_AT_ONCE = 1 << 24
@@ -25,6 +28,12 @@ class FileInfo:
     def promised(self) -> str | None:
         """The hash of the content that the source promises, of either kind."""
         return self.sha256 or self.git_oid
+
+    def digest(self) -> _Hash:
+        """What finds the hash of that kind, of content yet to come."""
+        if self.sha256 is None:
+            return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+        return hashlib.sha256()
 
 
 class Source(Protocol):
@@ -80,6 +89,10 @@ class Source(Protocol):
 
         `advance` is called as bytes arrive. Raises DownloadError or IntegrityError.
         """
+        ...
+
+    def expect(self, files: Iterable[str]) -> None:
+        """Those of these files that it has will be needed soon: they are on their way when they are asked for."""
         ...
 
     def check_obtainable(self, files: Iterable[str], cache: bool) -> None:

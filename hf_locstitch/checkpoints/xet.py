@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -22,6 +22,7 @@ from hf_locstitch.runtime.files import is_writable
 
 LOG = logging.getLogger("hf_locstitch")
 MB = 1_000_000
+HASH = "X-Xet-Hash"  # https://huggingface.co/docs/xet/file-id
 # Of what hf_xet would do by itself it needs less here: a few ranges of some MB at a time, and HTTP to fall back on.
 CAREFUL = {
     "client.retry_max_attempts": 1,
@@ -69,7 +70,7 @@ class XetFiles:
         self._usable = is_usable()
         provide_folder()
         self._lock = threading.Lock()
-        self._hashes: Mapping[str, str] | None = None  # asked for once they are needed
+        self._hashes: dict[str, str | None] = {}  # of files, as far as they were told of; None: not in Xet
         self._group: Any = None  # hf_xet's connection to the storage
         self._brought: set[str] = set()  # files of which it brought something
 
@@ -82,6 +83,10 @@ class XetFiles:
         except Exception as error:
             FAILURES.note(f"hf_xet did not bring {file} of {self._repo} ({type(error).__name__}: {error})")
 
+    def note(self, file: str, headers: Iterable[Mapping[str, str]]) -> None:
+        """What the Hub's answers to a request for a file tell of it. headers: of each answer."""
+        self._hashes[file] = next((one[HASH] for one in headers if HASH in one), None)
+
     def distrust(self, file: str) -> bool:
         """A file came damaged: whether through hf_xet, at least in part. If so that is not used again."""
         if file not in self._brought:
@@ -93,7 +98,7 @@ class XetFiles:
         from hf_xet import XetFileInfo  # pyright: ignore[reportAttributeAccessIssue]
 
         with self._lock:
-            key = None if FAILURES else self._known_hashes().get(file)
+            key = None if FAILURES else self._hash_of(file)
             if key is None:
                 return
             group = self._open_group()
@@ -111,14 +116,13 @@ class XetFiles:
         if start < stop:
             raise EOFError(f"{stop - start} bytes are missing")
 
-    def _known_hashes(self) -> Mapping[str, str]:
-        """Of the repo's files that are in Xet."""
-        if self._hashes is None:
+    def _hash_of(self, file: str) -> str | None:
+        """None if the file is not in Xet. Where nothing was told of it, all are asked for."""
+        if file not in self._hashes:
             api = HfApi(endpoint=self._endpoint)
             listed = retrying(lambda: list(api.list_repo_tree(self._repo, revision=self._commit, recursive=True)))
-            keys = {entry.path: getattr(entry, "xet_hash", None) for entry in listed}
-            self._hashes = {file: key for file, key in keys.items() if key is not None}
-        return self._hashes
+            self._hashes = {file: None} | {entry.path: getattr(entry, "xet_hash", None) for entry in listed}
+        return self._hashes[file]
 
     def _open_group(self) -> Any:
         if self._group is None:

@@ -140,6 +140,7 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
     """Plan, print the plan, work, and print the result."""
     from hf_locstitch.api import carry_out, check_possible
     from hf_locstitch.engine.execute import check_free
+    from hf_locstitch.engine.imports import import_ahead
     from hf_locstitch.engine.preflight import check_output_given
     from hf_locstitch.plan.adapter_inputs import with_base
     from hf_locstitch.plan.describe import format_plan, plan_json
@@ -150,6 +151,7 @@ def _carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan
     recipe = make_recipe(with_base(_fields(args)), where=str(args.recipe or "command"))
     if not args.dry_run:
         check_output_given(recipe.out, recipe.push_to)
+        import_ahead()
     device = getattr(args, "device", None)
     plan = make(recipe, make_settings(cache=not args.no_cache, max_memory=args.max_memory, device=device))
     quiet = args.quiet or not _speaks()

@@ -194,41 +194,40 @@ def make(
     processes = processes or Processes()
     # What such runs keep of their inputs, for a later process, is not told apart by the files it comes from.
     deferred = processes.count == 1 and not _runs_models(plan) and not plan.adapters
-    with InputHashes(plan.inputs, processes.rank, processes.count, deferred=deferred) as hashes:
-        from hf_locstitch.runtime.bus_error import explain_bus_errors
+    with (
+        InputHashes(plan.inputs, processes.rank, processes.count, deferred=deferred) as hashes,
+        ExitStack() as stack,
+    ):
+        stack.enter_context(loops_ready(plan, progress if processes.first else Progress(False)))
+        if _runs_models(plan) or plan.adapters or _uses_linear_algebra(plan):
+            from hf_locstitch.runtime.allocator import share_one_arena
+            from hf_locstitch.runtime.chunks import one_torch_thread
 
-        explain_bus_errors()
-        with ExitStack() as stack:
-            stack.enter_context(loops_ready(plan, progress if processes.first else Progress(False)))
-            if _runs_models(plan) or plan.adapters or _uses_linear_algebra(plan):
-                from hf_locstitch.runtime.allocator import share_one_arena
-                from hf_locstitch.runtime.chunks import one_torch_thread
+            share_one_arena()
+            stack.enter_context(one_torch_thread())
+        if _runs_models(plan):
+            from hf_locstitch.runtime.allocator import freed_memory_goes_back
 
-                share_one_arena()
-                stack.enter_context(one_torch_thread())
-            if _runs_models(plan):
-                from hf_locstitch.runtime.allocator import freed_memory_goes_back
+            stack.enter_context(freed_memory_goes_back())
+        work = stack.enter_context(open_work_dir(plan, out, None if publish else out, processes))
+        if isinstance(plan, LocalizePlan):
+            from hf_locstitch.engine.localize_run import LocalizeRun
 
-                stack.enter_context(freed_memory_goes_back())
-            work = stack.enter_context(open_work_dir(plan, out, None if publish else out, processes))
-            if isinstance(plan, LocalizePlan):
-                from hf_locstitch.engine.localize_run import LocalizeRun
+            run = LocalizeRun(plan, work, processes, progress, hashes, upload)
+        else:
+            from hf_locstitch.engine.model_run import MergeRun, StitchRun
 
-                run = LocalizeRun(plan, work, processes, progress, hashes, upload)
+            if isinstance(plan, StitchPlan):
+                run = StitchRun(plan, work, processes, progress, hashes, upload)
             else:
-                from hf_locstitch.engine.model_run import MergeRun, StitchRun
-
-                if isinstance(plan, StitchPlan):
-                    run = StitchRun(plan, work, processes, progress, hashes, upload)
-                else:
-                    assert isinstance(plan, MergePlan)
-                    run = MergeRun(plan, work, processes, progress, hashes, upload)
-            record = run.run()
-            if publish is not None and processes.first:
-                publish(work.stage, record)
-            if upload is not None:
-                upload.pause()  # the files are about to move
-            return record
+                assert isinstance(plan, MergePlan)
+                run = MergeRun(plan, work, processes, progress, hashes, upload)
+        record = run.run()
+        if publish is not None and processes.first:
+            publish(work.stage, record)
+        if upload is not None:
+            upload.pause()  # the files are about to move
+        return record
 
 
 def _runs_models(plan: Plan) -> bool:

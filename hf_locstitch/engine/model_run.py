@@ -147,6 +147,9 @@ class ModelRun(Run[AnyModelPlan]):
         opened.verify(tensor.name for tensor in shard.tensors)
         self.work.record(shard.file, record)
 
+    def expect_side_files(self) -> None:
+        self.plan.files.source.expect(self.plan.side_files.copied)
+
     def write_side_files(self) -> None:
         plan, stage = self.plan, self.work.stage
         write_index(plan, stage)

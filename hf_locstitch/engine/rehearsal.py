@@ -1,4 +1,4 @@
-"""The compiled loops made ready in a thread, while files are opened and hashed: the first time, that takes seconds."""
+"""What is compiled made ready in a thread, while files are opened and hashed: the first time, that takes seconds."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Dtypes = tuple[str, str, str]  # of a finetune, the base and the output
 
 @contextmanager
 def loops_ready(plan: Plan, progress: Progress) -> Iterator[None]:
-    """Rehearse what the plan will do. A loop that is called before its turn is compiled by the caller, and what fails
-    is left to it."""
+    """Rehearse what the plan will do, and have ends by SIGBUS explained. A loop that is called before its turn is
+    compiled by the caller, and what fails is left to it."""
     over = threading.Event()
     with ThreadPoolExecutor(1) as thread:
         thread.submit(_rehearse_unless, over, sorted(loop_dtypes(plan)), progress)
@@ -45,8 +45,10 @@ def loop_dtypes(plan: Plan) -> set[Dtypes]:
 
 def _rehearse_unless(over: threading.Event, kinds: Sequence[Dtypes], progress: Progress) -> None:
     from hf_locstitch.runtime import kernels
+    from hf_locstitch.runtime.bus_error import explain_bus_errors
     from hf_locstitch.runtime.compiling import was_compiled
 
+    explain_bus_errors()
     told = False
     for _ in chain.from_iterable(map(rehearsal, kinds)):
         if over.is_set():

@@ -122,6 +122,9 @@ class Run(ABC, Generic[AnyPlan]):
         self.fitted, record = fitting.fit(job)
         return record
 
+    def expect_side_files(self) -> None:
+        """Let the files that `write_side_files` copies be fetched meanwhile."""
+
     def write_side_files(self) -> None:
         """Write the files that turn shards into a model."""
 
@@ -129,6 +132,8 @@ class Run(ABC, Generic[AnyPlan]):
         began = time.monotonic()
         note = self.work.note_verified if self.first else lambda _: None
         opened = Inputs(self.plan, self.progress, self.work.spill, note, self.hashes)
+        if self.first:
+            self.expect_side_files()
         with opened as inputs, ThreadPoolExecutor(2) as background:
             if self.processes.count > 1:
                 self.processes.together(lambda: inputs.fetch_share(*self.processes.of_node))

@@ -76,6 +76,7 @@ def _is_written(adapter: Path, plan: ModelPlan) -> bool:
 
 def write_adapter(plan: ModelPlan, merged: Path, progress: Progress) -> ExportResult | None:
     """Export a finished merge. Returns None if an earlier call did. Raises WorkError."""
+    from hf_locstitch.engine.delivery import Delivery
     from hf_locstitch.exports.export import carry_out, plan_export
 
     adapter = plan.recipe.adapter
@@ -84,6 +85,6 @@ def write_adapter(plan: ModelPlan, merged: Path, progress: Progress) -> ExportRe
         return None
     base = plan.base.source.pinned if plan.base.source.repo else plan.recipe.base.ref
     try:
-        return carry_out(plan_export(merged, base=base), adapter, None, False, progress)
+        return carry_out(plan_export(merged, base=base), Delivery("export", adapter, None), progress)
     except LocstitchError as error:
         raise WorkError(f"the merge is complete in {merged}, but its adapter in {adapter} is not: {error}") from error

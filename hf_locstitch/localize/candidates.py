@@ -42,10 +42,10 @@ class Candidates:
     def reaching(self, low: int) -> Candidates:
         """Those that are sure or whose scores are at least `low`."""
         enough = self.scores >= low
-        chosen = ~self.sure
-        chosen[chosen] = enough
-        chosen |= self.sure
-        return Candidates(self.flagged[chosen], self.values[chosen], self.scores[enough])
+        chosen = self.sure
+        chosen[~chosen] = enough
+        places = np.flatnonzero(chosen)  # several times faster to select by than the booleans themselves
+        return Candidates(self.flagged[places], self.values[places], self.scores[np.flatnonzero(enough)])
 
 
 def magnitude_scores(finetuned: Values, base: Values) -> Scores:

@@ -141,8 +141,7 @@ class Scan:
         step = BATCH * self.workers
         for first in range(0, len(self.own_chunks), step):
             for_each(offer, self.own_chunks[first : first + step], self.workers)
-            for selection in selections.values():
-                selection.compact()
+            for_each(Selection.compact, selections.values(), self.workers)
 
     def _settled(self, selection: Selection) -> bool:
         try:

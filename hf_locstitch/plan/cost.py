@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hf_locstitch.checkpoints.byte_ranges import Piece, byte_ranges, most_held, stored
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
+from hf_locstitch.checkpoints.read_ahead import IN_ALL, LARGEST
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.job import Cost as LocalizingCost
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
@@ -21,6 +22,7 @@ Here = frozenset[tuple[str, str]]  # (input, file) on this machine
 SPILL_BYTES = 8  # position and |task vector| of one candidate; its value comes on top
 SPILL_MARGIN = 1.25  # candidates kept per coordinate chosen; the bound is set from a sample
 PEFT_BYTES = 350_000_000  # of imported torch, transformers and PEFT; measured
+XET_BYTES = 150_000_000  # of hf_xet and its buffers; measured, up to
 LAYERS = 8  # copies of an adapter's largest layer: two are held, three in the making, others freed but not given back
 RISING_MARGIN = 1.05  # the same where the bound rises while files come, after tidying up; a bin of scores is .8 % wide
 
@@ -57,7 +59,7 @@ def estimate(plan: Plan, here: Here) -> Cost:
     disk += fitting.disk if fitting else 0
     # One after the other.
     memory = max(plan.settings.memory, fitting.peak if fitting else 0, whole_tensors_memory(plan))
-    return Cost(read, download, write, disk, memory + adapters_memory(plan))
+    return Cost(read, download, write, disk, memory + adapters_memory(plan) + downloads_memory(download))
 
 
 def check_memory(plan: Plan) -> None:
@@ -74,6 +76,15 @@ def adapters_memory(plan: Plan) -> int:
     """Of the libraries that compute layers with adapters, and of the layers: two are held, one is being made."""
     sizes = [adapter.largest_layer for adapter in plan.adapters.values()]
     return PEFT_BYTES + LAYERS * sum(sizes) if sizes else 0
+
+
+def downloads_memory(download: int) -> int:
+    """Of bytes that came before their turn, and of hf_xet where it is used. download: bytes."""
+    if not download:
+        return 0
+    from hf_locstitch.checkpoints import xet
+
+    return min(download, IN_ALL * LARGEST) + (XET_BYTES if xet.is_usable() else 0)
 
 
 def files_here(plan: Plan) -> Here:

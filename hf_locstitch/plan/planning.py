@@ -24,7 +24,7 @@ from hf_locstitch.checkpoints.localizable import unknown_globs
 from hf_locstitch.checkpoints.names import is_own, make_name, same_place
 from hf_locstitch.checkpoints.opening import open_checkpoint, refuse_adapter
 from hf_locstitch.checkpoints.ref import parse_ref
-from hf_locstitch.checkpoints.side_files import check_side_files, choose_side_files
+from hf_locstitch.checkpoints.side_files import MAPPED, check_side_files, choose_side_files
 from hf_locstitch.errors import MismatchError, RecipeError, StrictError
 from hf_locstitch.plan.adapter_inputs import check_adapters
 from hf_locstitch.plan.checking import (
@@ -73,6 +73,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
         recipe, base, finetuned, chosen_tensors(recipe, base), order_of_checkpoints(finetuned)
     )
     planned = within_limit(merge_plan(recipe, base, finetuned, settings, data, fit_data, vocabulary))
+    planned.files.source.expect(MAPPED)
     planned = with_lineage(_with_text_warnings(_with_said(_with_warnings(planned, notes), said)))
     plan = _with_tokens(_with_side_files(planned))
     if recipe.fitting is not None:

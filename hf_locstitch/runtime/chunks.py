@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -73,29 +73,47 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+_TURN = threading.local()  # in_vain: of the `for_each` that this thread works for
+
+
+class InVain(Exception):
+    """What a job of `for_each` waits for is no longer wanted."""
+
+
+def check_wanted() -> None:
+    """For jobs that wait long: raises InVain if the `for_each` of this thread has failed, or was interrupted."""
+    in_vain: threading.Event | None = getattr(_TURN, "in_vain", None)
+    if in_vain is not None and in_vain.is_set():
+        raise InVain
+
+
 def for_each(work: Callable[[Job], object], jobs: Iterable[Job], workers: int) -> None:
     """Call `work` on every job in `workers` threads, each taking the next job. The first failure stops the rest."""
     queue = iter(jobs)
     lock = threading.Lock()
-    stop = threading.Event()
+    in_vain = threading.Event()
 
     def take_turns() -> None:
+        _TURN.in_vain = in_vain
         try:
-            while not stop.is_set():
+            while not in_vain.is_set():
                 with lock:
                     job = next(queue, queue)
                 if job is queue:
                     return
                 work(job)  # type: ignore[arg-type]
-        finally:
-            stop.set()  # no job is left, or this one failed
+        except BaseException:
+            in_vain.set()
+            raise
 
     with ThreadPoolExecutor(workers, initializer=keep_to_itself) as pool:
         try:
             for future in as_completed([pool.submit(take_turns) for _ in range(workers)]):
-                future.result()
-        finally:
-            stop.set()
+                with suppress(InVain):
+                    future.result()
+        except BaseException:
+            in_vain.set()
+            raise
 
 
 def in_order(work: Callable[[Job], Result], items: Sequence[Job], workers: int) -> Iterator[Result]:

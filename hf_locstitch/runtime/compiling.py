@@ -20,6 +20,12 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 T = TypeVar("T")
 
 
+@numba.njit
+def _first() -> None:
+    """Two threads that use numba for the first time at once can wait for each other for ever: let it be used for the
+    first time while this module is imported, which one thread does."""
+
+
 def compiled(loop: Loop) -> Loop:
     """At the first call with arguments of each type; the interpreter is left free while it runs."""
     return cast(Loop, kept(lambda cache: numba.njit(loop, nogil=True, cache=cache, error_model="numpy")))

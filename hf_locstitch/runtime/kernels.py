@@ -28,6 +28,10 @@ Counts = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 Found = tuple[Flagged, Bits, Scores]  # positions, values, scores of candidates; see `reaching`
 
+GATHER = np.uint64(0x0102040810204080)  # times eight flags, which are bytes: their bits, in the uppermost byte
+DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)  # times a power of two: another number in the uppermost six bits for each,
+WHICH = np.argsort([(int(DE_BRUIJN) << bit) % 2**64 >> 58 for bit in range(64)]).astype(np.uint8)  # and the power of it
+
 UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 # How a loop tells dtypes apart whose bits come in the same integers.
 F64, F32, F16, BF16 = range(4)
@@ -50,11 +54,15 @@ def _places(block: Any, least: int, flags: Counts, places: Positions) -> int:
     flags[len(block) :] = 0
     count = 0
     eights = flags.view(np.uint64)
-    for eight in range(len(eights)):
-        if eights[eight]:  # most are not, at the densities of masks
-            for place in range(8 * eight, 8 * eight + 8):
-                places[count] = place
-                count += np.int64(flags[place])
+    for first in range(0, len(eights), 8):
+        ones = np.uint64(0)
+        for at in range(8):
+            ones |= eights[first + at] * GATHER >> np.uint64(56) << np.uint64(8 * at)
+        while ones:  # few, at the densities of masks
+            lowest = ones & (~ones + np.uint64(1))
+            places[count] = 8 * first + WHICH[lowest * DE_BRUIJN >> np.uint64(58)]
+            ones ^= lowest
+            count += 1
     return count
 
 

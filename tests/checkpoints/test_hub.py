@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,16 +16,17 @@ import pytest
 from helpers.models import finetune, load, random_state, same_bits, save
 from helpers.runs import carry_out, quick_merge
 from helpers.streaming import restart
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 from hf_locstitch.checkpoints import hub_client
+from hf_locstitch.checkpoints.download import CachingDownload
 from hf_locstitch.checkpoints.hub import HubSource
 from hf_locstitch.checkpoints.opening import open_checkpoint
-from hf_locstitch.checkpoints.read_ahead import SMALLEST
 from hf_locstitch.checkpoints.ref import Ref, parse_ref
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.runtime.chunks import for_each
 from loopback_hub import Fault, Link, LoopbackHub
 
 FILE = "model.safetensors"
@@ -148,6 +152,39 @@ def test_a_link_that_expires_is_asked_for_again(elsewhere: LoopbackHub, repo: st
     assert [request for request in elsewhere.requests if "/resolve/" in request.path and request.status == 302]
 
 
+def test_a_link_that_has_expired_when_it_is_first_used(elsewhere: LoopbackHub, repo: str) -> None:
+    elsewhere.fail(Fault("status", status=403, path="download", method="GET"))
+    assert HubSource(repo, None).read_start(FILE, 1000) == elsewhere.read(repo, FILE)[:1000]
+    assert not elsewhere.faults
+    elsewhere.fail(Fault("status", status=403, path="download", method="GET"))
+    assert HubSource(repo, None).fetch(FILE).read_bytes() == elsewhere.read(repo, FILE)
+    assert not elsewhere.faults
+
+
+def test_storage_that_always_refuses(elsewhere: LoopbackHub, repo: str) -> None:
+    elsewhere.fail(Fault("status", status=403, path="download", method="GET", times=99))
+    with pytest.raises(DownloadError, match=rf"the link to {FILE} has expired \(status 403\)"):
+        HubSource(repo, None).read_start(FILE, 1000)
+    elsewhere._faults._waiting.clear()
+
+
+def test_an_interruption_is_not_kept_waiting_by_a_server(home_hub: LoopbackHub, repo: str) -> None:
+    home_hub.fail(Fault("stall", method="GET", path=f"{repo}/resolve/.*{FILE}", after_bytes=10, seconds=60, times=99))
+    download = CachingDownload(HubSource(repo, None), [FILE], lambda _: None, lambda _: None)
+    download.start()
+    interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            for_each(lambda start: download.read(FILE, start, start + 1000), [0, 1000], workers=2)
+    finally:
+        download.close()
+        interrupt.join()
+    assert not download._thread.is_alive()
+    home_hub._faults._waiting.clear()
+    restart(home_hub)
+
+
 def test_a_flipped_byte_is_fetched_again(home_hub: LoopbackHub, repo: str) -> None:
     home_hub.fail(Fault("flip", method="GET", path=f"{repo}/resolve/.*{FILE}", offset=700_000))
     heard: list[int] = []
@@ -166,11 +203,46 @@ def test_a_server_that_keeps_flipping_is_refused(home_hub: LoopbackHub, repo: st
 
 
 def test_a_flipped_byte_of_a_small_file(home_hub: LoopbackHub, repo: str) -> None:
-    home_hub.fail(Fault("flip", method="GET", path=f"{repo}/resolve/.*config.json", offset=3))
+    home_hub.fail(Fault("flip", method="GET", path=f"{repo}/resolve/.*config.json", offset=3, times=3))
     source = HubSource(repo, None)
     with pytest.raises(IntegrityError, match=r"config\.json.*git blob [0-9a-f]{40}, not with git blob [0-9a-f]{40}"):
         source.fetch("config.json")
+    assert source.cached("config.json") is None
     assert source.fetch("config.json").read_bytes() == home_hub.read(repo, "config.json")
+
+
+def test_a_small_file_is_asked_for_once(home_hub: LoopbackHub, repo: str) -> None:
+    path = HubSource(repo, None).fetch("config.json")
+    assert [request.method for request in home_hub.requests if "config.json" in request.path] == ["GET"]
+    assert path == Path(hf_hub_download(repo, "config.json"))  # the Hub's client finds it in its cache
+    assert [request.method for request in home_hub.requests if "config.json" in request.path] == ["GET", "HEAD"]
+
+
+def test_what_is_expected_comes_before_it_is_asked_for(home_hub: LoopbackHub, repo: str) -> None:
+    home_hub.add_repo(repo, {f"{number}.json": str(number) for number in range(3)})
+    source = HubSource(repo, None)
+    source.expect(["0.json", "1.json", "absent.json"])
+    source.expect(["0.json"])
+    until = time.monotonic() + 10
+    while not all(map(source.cached, ("0.json", "1.json"))) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert sorted(request.path[-6:] for request in home_hub.requests if "/resolve/" in request.path) == [
+        "0.json",
+        "1.json",
+    ]
+    heard: list[int] = []
+    assert [source.fetch(f"{number}.json", heard.append).read_text() for number in range(3)] == ["0", "1", "2"]
+    assert sum(heard) == 3
+    assert len([request for request in home_hub.requests if "/resolve/" in request.path]) == 3
+
+
+def test_what_goes_wrong_with_an_expected_file_is_told_to_who_asks(home_hub: LoopbackHub, repo: str) -> None:
+    home_hub.fail(Fault("status", method="GET", path=f"{repo}/resolve/.*config.json", status=403))
+    source = HubSource(repo, None)
+    source.expect(["config.json"])
+    with pytest.raises(CheckpointError, match="not accessible with this token"):
+        source.fetch("config.json")
+    assert source.fetch("config.json").exists()
 
 
 def test_a_damaged_cache_is_repaired(home_hub: LoopbackHub, repo: str) -> None:
@@ -193,7 +265,7 @@ def test_a_killed_download_goes_on(home_hub: LoopbackHub, repo: str, monkeypatch
         HubSource(repo, None).fetch(FILE)
     home_hub._faults._waiting.clear()
     before = served(home_hub, repo)
-    assert before == 2 * SMALLEST
+    assert before == 2 * SIZE // 3
     assert HubSource(repo, None).fetch(FILE).read_bytes() == home_hub.read(repo, FILE)
     assert served(home_hub, repo) == SIZE
 
@@ -262,7 +334,7 @@ class Answers:
 
     def __init__(self, *bodies: bytes) -> None:
         self._bodies = iter(bodies)
-        self.status_code, self.history, self.url = 206, (), ""
+        self.status_code, self.history, self.url, self.headers = 206, (), "", {}
 
     @contextmanager
     def get(self, *_: object) -> Iterator[Answers]:

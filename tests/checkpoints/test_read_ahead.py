@@ -84,6 +84,19 @@ def test_no_byte_is_asked_for_twice() -> None:
     assert sum(stop - start for _, start, stop in server.asked) == 95 + 40 + 7
 
 
+def test_the_last_pieces_are_the_smallest_and_none_is_a_sliver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All connections end at about the same time; a sliver takes as long to ask for as a piece."""
+    monkeypatch.setattr(read_ahead, "LARGEST", 30)
+    server = Server({"a": 901, "b": 601})
+    with server.ahead() as ahead:
+        for file in server.files:
+            assert b"".join(ahead.read(file, 0)) == server.files[file]
+    pieces = [stop - start for _, start, stop in sorted(server.asked)]
+    assert max(pieces) == pieces[0] == 30
+    assert min(pieces) >= 8 and pieces[-1] <= PIECE
+    assert pieces[-1] < pieces[-12] < pieces[0]
+
+
 def test_connections_cross_the_borders_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_ahead, "SLOTS", Slots(16))
     server = Server({name: 10 for name in "abcdefgh"}, wait=0.1)

@@ -94,6 +94,7 @@ def test_a_merge_has_the_bytes_of_a_plain_one(
     weights = sum(
         size for name in models for file, size in xet_hub.files(name).items() if file.endswith(".safetensors")
     )
+    assert not any("/tree/" in one.path for one in xet_hub.requests)  # the answers to requests for headers tell enough
     assert sent(xet_hub, XORB) > 0.8 * weights and over_http(xet_hub) < 0.2 * weights  # headers, with what follows them
     empty_cache()
     xet_hub.requests.clear()
