@@ -34,7 +34,7 @@ def freed_memory_goes_back() -> Iterator[None]:
     Passes through models run in many threads; glibc gives these their own arenas, which return little memory:
     measured, a refit held 1.4 GB while using 0.3. The number of arenas stays at one afterwards. And where models are
     built, weights that nobody fills would stretch the heap, which then fills up with holes: measured, a merge of three
-    adapters held 1.0 GB, with 0.2 in use, and 0.7 if the models are built in this context.
+    adapters held 1.0 GB, with 0.2 in use, and 0.75 if the models are built in this context.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     mallopt = getattr(library, "mallopt", None)
