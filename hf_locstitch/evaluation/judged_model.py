@@ -39,6 +39,24 @@ class JudgedModel:
     absent: Collection[str] = ()
 
 
+class Loading:
+    """One model under one head after the other; the last stays in memory. folder: of the model, label: its name."""
+
+    def __init__(self, folder: Path, dtype: str, label: str) -> None:
+        self.label = label
+        self._folder, self._dtype = folder, dtype
+        self._kind: Any = None
+        self._last: JudgedModel | None = None
+
+    def model(self, head: Path | None, objective: Objective) -> JudgedModel:
+        """As open_judged_model."""
+        kind = (head, objective.auto_class, objective.processor, objective.base_config, objective.head_of)
+        if self._last is None or kind != self._kind:
+            self._last = None
+            self._last, self._kind = open_judged_model(self._folder, head, objective, self._dtype, self.label), kind
+        return self._last
+
+
 def open_judged_model(folder: Path, head: Path | None, objective: Objective, dtype: str, label: str) -> JudgedModel:
     """folder: of the model. head: of that whose head judges it; None: its own. dtype: "auto" is that of most of it on
     disk.
@@ -52,8 +70,8 @@ def open_judged_model(folder: Path, head: Path | None, objective: Objective, dty
     if head is not None:
         own = config if objective.base_config else load_config(head, label, CURE)
         owner, lacking = load_model(head, objective, own, _dtype(dtype, head), CURE)
-        lend(model, owner, absent, outside=objective.head_of != "base")
-        absent &= lacking
+        lent = lend(model, owner, absent, outside=objective.head_of != "base")
+        absent = (absent - lent) | (lent & lacking)
     blank(model, absent)
     by_words = objective.processor == "AutoTokenizer"  # which fits the model's own embedding
     folders = [one for one in ((folder, head) if by_words else (head, folder)) if one is not None]
@@ -79,22 +97,25 @@ def _dtype(asked: str, folder: Path) -> torch.dtype:
     return main_dtype(info for _, info in open_checkpoint(parse_ref(str(folder))).tensors.values())
 
 
-def lend(model: Any, head: Any, absent: Collection[str], outside: bool) -> None:
-    """Set what the model lacks to the head's values; outside: and all that is not of the backbone.
+def lend(model: Any, head: Any, absent: Collection[str], outside: bool) -> set[str]:
+    """Set what the model lacks to the head's values; outside: and all that is not of the backbone. Returns their names.
 
     Raises RequestError if such a parameter has another shape.
     """
+    lent = set()
     within = f"{model.base_model_prefix}." if model.base_model is not model else ""
     for of in ("named_parameters", "named_buffers"):
         theirs = dict(getattr(head, of)())
         for name, tensor in getattr(model, of)():
-            if name in absent or (outside and not name.startswith(within)):
+            if name in theirs and (name in absent or (outside and not name.startswith(within))):
                 if theirs[name].shape != tensor.shape:
                     raise RequestError(
                         f"{name} of the head is {list(theirs[name].shape)}, but the model needs {list(tensor.shape)}. "
                         "Choose another `head`, or leave it out."
                     )
                 tensor.data = theirs[name].data.to(tensor.dtype)
+                lent.add(name)
+    return lent
 
 
 def blank(model: Any, absent: Collection[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,9 @@ from hf_locstitch.tasks.objectives import suggest
 from hf_locstitch.tasks.sets import OpenSet, Rows, open_rows
 
 if TYPE_CHECKING:
-    from hf_locstitch.evaluation.judged_model import JudgedModel
+    from pathlib import Path
+
+    from hf_locstitch.evaluation.judged_model import Loading
 
 BATCH = 32  # examples
 BLOCK = 512  # examples that are prepared together: images take half a megabyte each
@@ -143,32 +146,17 @@ class LabelledSuite(Suite):
     def measure(
         self, model: Model, names: Sequence[str], processes: Processes
     ) -> Iterator[tuple[str, list[TaskResult]]]:
-        size = self._options.batch_size or BATCH
+        from hf_locstitch.evaluation.judged_model import Loading
+
         with ExitStack() as stack:
-            folder = stack.enter_context(model.folder())
-            loaded: tuple[Any, JudgedModel] | None = None
+            loading = Loading(stack.enter_context(model.folder()), self._options.dtype, model.ref)
             for name in names:
                 one = self._sets[name]
-                lends = one.head is not None and one.head.content != model.content
-                head = stack.enter_context(one.head.folder()) if one.head is not None and lends else None
-                objective = one.objective
-                kind = (head, objective.auto_class, objective.processor, objective.base_config, objective.head_of)
-
-                def answers(one: JudgedSet = one, head: Any = head, kind: Any = kind) -> list[Answers]:
-                    nonlocal loaded
-                    from hf_locstitch.evaluation.judged_model import open_judged_model
-
-                    with explaining_memory(model.ref, size):
-                        if loaded is None or loaded[0] != kind:
-                            loaded = None  # one at a time in memory
-                            loaded = (
-                                kind,
-                                open_judged_model(folder, head, one.objective, self._options.dtype, model.ref),
-                            )
-                        return self._answers(one, loaded[1], size, processes)
-
-                _, parts = processes.share(answers, lambda own: own)
-                yield name, [self._result(one, joined([answer for part in parts for answer in part]))]
+                lent = one.head if one.head is not None and one.head.content != model.content else None
+                head = stack.enter_context(lent.folder()) if lent is not None else None
+                work = partial(self._answers, one, loading, head, processes)
+                _, parts = processes.share(work, lambda own: own)
+                yield name, [self._result(one, joined([answers for part in parts for answers in part]))]
 
     def judged(self, results: Sequence[TaskResult], texts: bool) -> list[JudgedTask]:
         found = []
@@ -220,15 +208,18 @@ class LabelledSuite(Suite):
             self._rows[name] = open_rows(self._sets[name].data)
         return self._rows[name]
 
-    def _answers(self, one: JudgedSet, judged: JudgedModel, size: int, processes: Processes) -> list[Answers]:
-        """Those to this process's rows, some at a time."""
+    def _answers(self, one: JudgedSet, loading: Loading, head: Path | None, processes: Processes) -> list[Answers]:
+        """Those to this process's rows, some at a time. head: the folder of that whose head judges; None: its own."""
         from hf_locstitch.evaluation.judged_model import answers_to
 
+        size = self._options.batch_size or BATCH
         rows = self._open(one.name)
         own = processes.own(len(rows))
-        prepare = one.objective.preparing(judged.processor, judged.head)
         parts = []
-        with self._progress.bar(f"judging {one.name}", own.stop - own.start, " examples") as advance:
+        bar = self._progress.bar(f"judging {one.name}", own.stop - own.start, " examples")
+        with explaining_memory(loading.label, size), bar as advance:
+            judged = loading.model(head, one.objective)
+            prepare = one.objective.preparing(judged.processor, judged.head)
             for first in range(own.start, own.stop, BLOCK):
                 block = rows.part(first, min(first + BLOCK, own.stop))
                 parts.append(answers_to(judged, prepare(block), size))

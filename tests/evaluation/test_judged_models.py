@@ -19,6 +19,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
 from hf_locstitch import evaluate, merge_from_hub
+from hf_locstitch.errors import RequestError
 from hf_locstitch.evaluation.report import EvaluationReport
 
 SEQ2SEQ = {**T5, "vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 2}
@@ -129,6 +130,9 @@ def test_a_head_by_its_name_and_none_at_all(classifiers: Path, run: Callable[...
     assert (
         status == 2 and "BertModel, which has no head for sequence-classification" in err and "--data NAME=REF" in err
     )
+    objective, inputs = {"kind": "sequence-classification"}, {"base": root / "base", "finetuned": [root / "two"]}
+    with pytest.raises(RequestError, match=r"has no classifier.bias, which the objective needs"):
+        evaluate(root / "two", data={"other": {**entry, "head": "base", "objective": objective}}, **inputs)
     entry["head"] = "four"
     with pytest.raises(Exception, match=r"'four', which is no input .choose from base, three, two"):
         evaluate(root / "merged", data={"other": entry})
