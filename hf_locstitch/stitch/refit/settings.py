@@ -46,10 +46,10 @@ class InputSettings(Protocol):
 class RegMeanSettings(InputSettings, Protocol):
     """As of methods/regmean.py and regmean_plusplus.py."""
 
+    merged_inputs: ClassVar[bool]
+
     @property
     def alpha(self) -> float: ...
-
-    merged_inputs: ClassVar[bool]
 
 
 class RefitSettings(InputSettings, Protocol):
