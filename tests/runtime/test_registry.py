@@ -61,7 +61,7 @@ class Median(DenseMethod):
     paper: ClassVar[str] = "https://example.com/median"
     share: float = 1.0
 
-    def combine(self, base, finetuned, *, place, scale, dtype):
+    def combine(self, base, finetuned, *, weights, place, scale, dtype):
         start = base.astype("f8")
         middle = np.median([values.astype("f8") for values in finetuned], axis=0)
         return (start + self.share * scale * (middle - start)).astype(dtype)
@@ -164,7 +164,7 @@ def relative_mask(folder: Path, finetuned: str, density: float, floor: float = 0
 def test_they_are_offered_and_told_in_errors(run: Run, home: Path) -> None:
     text = " ".join(run("merge", "--help").stdout.split())
     assert "--localizer {broken,joint,magnitude,mask,relative,saliency}" in text
-    assert "median,regmean" in text.partition("--method {")[2].partition("}")[0]
+    assert "median,model-stock,regmean" in text.partition("--method {")[2].partition("}")[0]
     done = merge(run, "--localizer", "relatve")
     assert done.returncode == 2 and "relatve" in done.stderr and "Did you mean relative?" in done.stderr
     for fields, words in {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from hf_locstitch.tasks.sets import OpenSet
@@ -46,11 +46,10 @@ class InputSettings(Protocol):
 class RegMeanSettings(InputSettings, Protocol):
     """As of methods/regmean.py and regmean_plusplus.py."""
 
-    @property
-    def alpha(self) -> float: ...
+    merged_inputs: ClassVar[bool]
 
     @property
-    def merged_inputs(self) -> bool: ...
+    def alpha(self) -> float: ...
 
 
 class RefitSettings(InputSettings, Protocol):
