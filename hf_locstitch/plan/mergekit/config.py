@@ -33,7 +33,8 @@ class Branch(NamedTuple):
 
 
 def read_setting(value: Any) -> tuple[Branch, ...]:
-    """A number, a list of numbers over the layers, or a list of `{filter, value}`. Raises ValueError."""
+    """A number, a list of numbers over the layers, `{filter, value}`, or a list of these. Raises ValueError."""
+    value = [value] if isinstance(value, Mapping) else value
     if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
         return tuple(_condition(one) for one in value)
     return (Branch(None, _numbers(value)),)

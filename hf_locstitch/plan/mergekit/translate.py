@@ -88,7 +88,7 @@ def _of_output(config: MergekitConfig, inputs: Inputs, found: Findings) -> dict[
 
 
 def _tokenizer(config: MergekitConfig, inputs: Inputs, found: Findings) -> str:
-    """Without a setting mergekit copies the base's, and cuts rows that the base has not."""
+    """Without a setting mergekit copies the base's."""
     if config.tokenizer is not None and config.tokenizer_source is not None:
         found.problems.append("tokenizer and tokenizer_source are both given; drop one")
     own = config.tokenizer

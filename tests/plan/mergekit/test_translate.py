@@ -115,7 +115,7 @@ UNDERSTOOD: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {
           - {model: org/b, parameters: {weight: [{filter: mlp, value: 0.5}, {value: 0}]}}
         merge_method: ties
         base_model: org/start
-        parameters: {density: 0.33, lambda: 0.9}
+        parameters: {density: {value: 0.33}, lambda: 0.9}
         out_dtype: torch.bfloat16
         dtype: float32
         """,
