@@ -1,4 +1,4 @@
-"""The command line: arguments.py defines sub-commands and flags, main.py runs them."""
+"""The command line: commands/ has a file for each sub-command, main.py runs one."""
 
 from hf_locstitch.cli.main import main
 

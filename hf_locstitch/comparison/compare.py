@@ -72,7 +72,7 @@ def plan_comparison(
     fields: Mapping[str, Any], max_memory: int | str | None, device: str | None, where: str
 ) -> Comparison:
     """fields: of a recipe, which may come from `where`. Raises RequestError."""
-    fields = with_base({**fields, "out": None})
+    fields = with_base({**fields, "out": None, "adapter": None})
     return Comparison(make_recipe(fields, where), fields, make_settings(True, max_memory, device))
 
 

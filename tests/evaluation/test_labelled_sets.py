@@ -17,11 +17,8 @@ from helpers.language_models import LOGIT, WORDS, favouring
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from hf_locstitch import evaluate, merge_from_hub
-from hf_locstitch.checkpoints.opening import open_checkpoint
-from hf_locstitch.checkpoints.ref import parse_ref
-from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
+from hf_locstitch.errors import RecipeError, RequestError
 from hf_locstitch.evaluation import judged_model
-from hf_locstitch.evaluation.judge import judge
 from hf_locstitch.evaluation.report import EvaluationReport
 from hf_locstitch.tasks.evaluation_sets import EvaluationSet, named_sets, open_evaluation_set
 from loopback_hub import LoopbackHub
@@ -222,13 +219,3 @@ def test_a_language_model_needs_no_finetune_for_its_set(a: Path, b: Path, letter
     merge_from_hub(a, [b], names=["letters"], out=tmp_path / "out", figures=False)
     shutil.rmtree(b)
     assert exact(evaluate(tmp_path / "out", data=[letters])) == {"out": 0.1}
-
-
-def test_judge_gives_plain_scores(a: Path, b: Path, letters: Path) -> None:
-    models = {name: open_checkpoint(parse_ref(str(folder))) for name, folder in {"a": a, "b": b}.items()}
-    found = judge(
-        models, {"letters": EvaluationSet(ref=str(letters), metrics=("exact-match",))}, inputs={"base": models["a"]}
-    )
-    assert {name: results["letters"].main.value for name, results in found.items()} == {"a": 0.1, "b": 0.6}
-    with pytest.raises(CheckpointError, match="has no head"):
-        judge(models, {"x": {"ref": str(letters), "objective": {"kind": "sequence-classification"}}})

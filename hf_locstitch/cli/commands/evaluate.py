@@ -1,18 +1,22 @@
-"""The flags of `evaluate`."""
+"""`evaluate`: models judged side by side."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from hf_locstitch.cli.parser import REF, add_command, add_debug, count_or
+from hf_locstitch.cli.printing import put, speaks
+from hf_locstitch.runtime.escape import in_json
 from hf_locstitch.tasks.metrics import METRICS
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
 
-def add_evaluate(commands: Any) -> None:
+def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "evaluate",
@@ -121,3 +125,22 @@ def _add_output(group: Any) -> None:
     group.add_argument("--track", choices=["trackio", "wandb"], help="also log the scores there")
     group.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     group.add_argument("--quiet", action="store_true", help="show no progress bars")
+
+
+def run(args: argparse.Namespace) -> int:
+    """hf-locstitch evaluate"""
+    from hf_locstitch.evaluation.evaluate import evaluate as score
+    from hf_locstitch.tasks.lm_eval_options import LmEvalOptions
+
+    flags = vars(args)
+    names = [name for name in signature(score).parameters if name in flags and name != "refs"]
+    options = {name: flags[name] for name in names}
+    if options["batch_size"] == "auto":
+        options["batch_size"] = None
+    own = {name: flags[name] for name in LmEvalOptions.model_fields if flags[name] is not None}
+    report = score(
+        args.refs, **options, lm_eval=own, finetuned=args.ft, show_progress=not args.quiet and sys.stderr.isatty()
+    )
+    if speaks():
+        put(in_json(report.as_json()) if args.json else report.describe())
+    return 0

@@ -1,0 +1,62 @@
+"""`compare`: several merges, and the best of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_locstitch.cli.flags import add_printing, add_push_options
+from hf_locstitch.cli.parser import add_command, add_debug
+from hf_locstitch.cli.printing import put_plan, put_result
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "compare",
+        help="merge in several ways, score every merge, choose the best",
+        description="Merge the same finetuned models by several methods and settings (`compare:` in a recipe), score "
+        "every merge, and write out the scores, a figure and the best recipe. Masks of all densities come from one "
+        "scan. Example: hf-locstitch compare recipe.yaml --out compared",
+    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="a recipe with `compare:`")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="write the report to this folder")
+    parser.add_argument(
+        "--push-to", metavar="ORG/NAME", help="push the best merge to this repo, or ORG/NAME@BRANCH, in one commit"
+    )
+    add_push_options(parser)
+    parser.add_argument(
+        "--allow-task-code",
+        action="store_true",
+        help="let the recipe evaluate on a folder of task files (include_path), which can run Python code",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--max-memory", metavar="SIZE", help="memory limit of a merge, such as 1GB")
+    output.add_argument(
+        "--device", metavar="auto|cpu|cuda[:N]|...", help="where models run and values are solved for (default: auto)"
+    )
+    add_printing(output)
+    add_debug(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """hf-locstitch compare"""
+    from hf_locstitch.comparison.compare import carry_out, plan_comparison
+    from hf_locstitch.plan.recipe_file import check_task_code, load_recipe
+    from hf_locstitch.runtime.progress import Progress
+
+    fields = load_recipe(args.recipe)
+    if not args.allow_task_code:
+        check_task_code(fields, str(args.recipe))
+    target = {"push_to": args.push_to, "private": bool(args.private), "create_pr": bool(args.create_pr)}
+    planned = plan_comparison({**fields, **target}, args.max_memory, args.device, where=str(args.recipe))
+    if args.dry_run:
+        put_plan(planned, args.json)
+        return 0
+    if not args.quiet:
+        print(planned.describe(), file=sys.stderr)
+    report = carry_out(planned, args.out, Progress(False if args.quiet else None))
+    put_result(report, args.json)
+    return 0

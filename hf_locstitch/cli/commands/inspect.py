@@ -1,0 +1,42 @@
+"""`inspect`: what a merge is made of."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hf_locstitch.cli.parser import REF, add_command, add_debug
+from hf_locstitch.cli.printing import put
+from hf_locstitch.runtime.escape import in_json
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "inspect",
+        help="show what a merge is made of: densities, overlaps, mask layout, anomalies",
+        description="Show what a merge is made of, or what merging localized checkpoints would give: densities, "
+        "overlaps, where the masks lie, norms, anomalies. Reads small files only, unless --inputs is given. "
+        f"{REF}: a folder or org/name[/subfolder][@revision].",
+    )
+    parser.add_argument("refs", nargs="+", metavar=REF, help="the merge, or one or more localized checkpoints")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures into this folder")
+    parser.add_argument(
+        "--inputs", action="store_true", help="also sample the inputs (default: use what the merge recorded)"
+    )
+    parser.add_argument("--base", metavar=REF, help="the base, if it is not where the manifest says; implies --inputs")
+    parser.add_argument(
+        "--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge; implies --inputs"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    add_debug(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """hf-locstitch inspect"""
+    from hf_locstitch.inspection.inspect import inspect as look
+
+    report = look(*args.refs, figures=args.figures, base=args.base, finetuned=args.ft, inputs=args.inputs)
+    put(in_json(report.as_json()) if args.json else report.describe())
+    return 0
