@@ -16,7 +16,6 @@ if TYPE_CHECKING:
         merge_from_hub,
         plan_merge,
         stitch_from_hub,
-        task_vector,
     )
     from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, load_localized
     from hf_locstitch.artifacts.mask_file import load_mask
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from hf_locstitch.evaluation.report import EvaluationReport
     from hf_locstitch.exports.export import ExportResult, export
     from hf_locstitch.inspection.inspect import Inspection, inspect
+    from hf_locstitch.inspection.task_vector import task_vector
     from hf_locstitch.inspection.verification.report import VerifyReport
     from hf_locstitch.inspection.verification.verify import verify
     from hf_locstitch.localize.localizers.joint import Joint
@@ -102,7 +102,7 @@ _HOME = {
     "merge_from_hub": "api",
     "plan_merge": "api",
     "stitch_from_hub": "api",
-    "task_vector": "api",
+    "task_vector": "inspection.task_vector",
     "verify": "inspection.verification.verify",
 }
 
