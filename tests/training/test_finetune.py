@@ -158,6 +158,29 @@ def test_lora_over_a_base_without_a_pooler(tmp_path: Path) -> None:
     assert config["target_modules"] and all(name.startswith("bert.encoder.") for name in config["target_modules"])
 
 
+def test_a_classifier_over_a_decoder_without_padding(tmp_path: Path) -> None:
+    """In a batch it says of a text what it says of it alone."""
+    base, data = base_of("llama", tmp_path / "base"), separable(tmp_path / "rows.jsonl", ("digits", "letters"))
+    model = build("llama", torch.float32, pad_token_id=None)
+    model.save_pretrained(base)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    rows = [
+        {"text": row["text"][: 4 + number % 4], "label": row["label"]}
+        for number, row in enumerate(read_rows(open_set(LocalizationSet(ref=str(data)))))
+    ]
+    write_jsonl(data, rows)
+    finetune(base=base, data=data, objective="sequence-classification", out=tmp_path / "ft", epochs=1, lr=3e-3)
+    found = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ft")
+    assert tokenizer.eos_token_id is not None and found.config.pad_token_id == tokenizer.eos_token_id
+    with torch.no_grad():
+        alone = torch.cat([found(**tokenizer(row["text"], return_tensors="pt")).logits for row in rows])
+    task = OBJECTIVES.find("sequence-classification")().prepare(rows, tokenizer, found)
+    with torch.no_grad():
+        assert torch.allclose(task.outputs(found, task.examples), alone, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
