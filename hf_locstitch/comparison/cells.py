@@ -32,7 +32,7 @@ class Cell:
     @property
     def label(self) -> str:
         """For people: `ties, density 0.1`."""
-        return ", ".join(shown(axis, value) for axis, value in self.settings.items())
+        return ", ".join(shown(axis, value) for axis, value in self.settings.items()) or "as the recipe has it"
 
     @property
     def density(self) -> float | None:

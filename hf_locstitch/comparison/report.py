@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, Table, align, markdown, show_score
+from hf_locstitch.evaluation.scores import Score, best
 from hf_locstitch.runtime import escape
 from hf_locstitch.runtime.escape import line
 
 FILE = "comparison.json"
 BEST = "best.yaml"
 FIGURE = "figures/comparison.png"
+LEAST = 1e-9  # a score that a share is taken of, where lower is better
 
 
 @dataclass(frozen=True)
 class Entry:
     """One merge of a comparison. settings: its values of what was varied, and label: these for people. density: the
-    share of weights that it keeps, None for all. scores: as model of an evaluation. shares: for each task the share of
-    the best finetune's main score that it keeps; the score itself (its negative where lower is better) if no finetune
-    was evaluated."""
+    share of weights that it keeps, None for all. scores: as model of an evaluation. shares: as shares_of."""
 
     label: str
     settings: Mapping[str, Any]
@@ -39,6 +39,36 @@ class Entry:
     def rank(self, by: Literal["mean", "worst"]) -> tuple[float, float]:
         """The larger, the better; ties are decided by the other of the two."""
         return (self.mean, self.worst) if by == "mean" else (self.worst, self.mean)
+
+
+def shares_of(scores: ModelScores, references: Sequence[ModelScores]) -> dict[str, float]:
+    """For each task the share of the best finetune's main score that is kept; where lower is better, that score's share
+    of this one. Unless such shares can be taken on every task: the score itself (its negative)."""
+    if not can_be_shares(references):
+        return {one.task: one.main.value * (1 if one.main.higher_is_better else -1) for one in scores.results}
+    finest = _of_best_finetune(references)
+    return {one.task: _share_of(one.main, finest[one.task]) for one in scores.results}
+
+
+def can_be_shares(references: Sequence[ModelScores]) -> bool:
+    """Whether finetunes were evaluated, and the best of them scores more than 0 on every task."""
+    finest = _of_best_finetune(references)
+    return bool(finest) and all(score.value > 0 for score in finest.values())
+
+
+def _of_best_finetune(references: Sequence[ModelScores]) -> dict[str, Score]:
+    """Task -> its best main score."""
+    found: dict[str, dict[str, Score]] = {}
+    for model in references:
+        for result in model.results if model.role == "finetuned" else ():
+            found.setdefault(result.task, {})[model.name] = result.main
+    return {task: scores[str(best(scores))] for task, scores in found.items()}
+
+
+def _share_of(score: Score, finest: Score) -> float:
+    if score.higher_is_better:
+        return score.value / finest.value
+    return finest.value / max(score.value, LEAST)
 
 
 @dataclass(frozen=True)
@@ -61,8 +91,8 @@ class ComparisonReport:
 
     @property
     def relative(self) -> bool:
-        """Whether shares are of the best finetune's scores."""
-        return any(model.role == "finetuned" for model in self.references)
+        """Whether shares are of the best finetune's scores, or the scores themselves."""
+        return can_be_shares(self.references)
 
     @property
     def chosen(self) -> Entry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard
 
 from hf_locstitch.checkpoints.checkpoint import CARD
+from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.comparison.cells import Cell, make_cell
 from hf_locstitch.comparison.figure import save_comparison
-from hf_locstitch.comparison.report import BEST, FILE, ComparisonReport, Entry
+from hf_locstitch.comparison.report import BEST, FILE, ComparisonReport, Entry, shares_of
 from hf_locstitch.comparison.search import search
 from hf_locstitch.comparison.sharing import Scans
 from hf_locstitch.engine.execute import AfterRun, Finished, execute, make
 from hf_locstitch.engine.preflight import check_disk
-from hf_locstitch.engine.work_dir import WorkDir
+from hf_locstitch.engine.record import with_fit_data
+from hf_locstitch.engine.work_dir import WorkDir, fingerprint
 from hf_locstitch.errors import RequestError, WorkError
 from hf_locstitch.evaluation.evaluate import AfterMerge, Planned, merged_model
+from hf_locstitch.evaluation.models import with_own_names
 from hf_locstitch.evaluation.publishing import tell_manifest
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores
 from hf_locstitch.evaluation.scores import TaskResult, result_from_json
@@ -31,10 +35,12 @@ from hf_locstitch.plan.plans import MergePlan
 from hf_locstitch.plan.recipe import Finetuned, Input, Recipe
 from hf_locstitch.plan.recipe_file import dump_recipe
 from hf_locstitch.report.page import with_part
+from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.files import write_atomically
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.progress import Advance, Progress
 from hf_locstitch.tasks.benchmarks import EvaluateOptions
+from hf_locstitch.tasks.sets import LocalizationSet, OpenSet
 
 if TYPE_CHECKING:
     from hf_locstitch.comparison.comparison import Comparison
@@ -55,7 +61,7 @@ class ComparisonRun:
 
     def run(self, out: Path) -> ComparisonReport:
         """Make, score and choose; write the report into the stage. out: what the stage becomes."""
-        models = self._judge.references()
+        models = with_own_names(self._judge.references())
         references = self._judge.session.run(models, Processes()) if models else EvaluationReport((), (), None)
         with self._progress.bar("comparing", self._planned.count, " merges") as advance:
             search(self._options, lambda settings: self._measure(settings, references, advance))
@@ -83,16 +89,21 @@ class ComparisonRun:
 
     def _entry(self, cell: Cell, references: EvaluationReport) -> Entry:
         """Made and scored now, or by an earlier process. Raises RequestError or WorkError."""
-        known = self._work.folder / "scores" / f"{hashlib.sha256(cell.identity.encode()).hexdigest()[:16]}.json"
+        known = self._work.folder / "scores" / f"{self._key(cell)}.json"
         if known.exists():
             scores = _scores_from(json.loads(known.read_text("utf-8")))
         else:
             scores = self._score(cell)
             known.parent.mkdir(exist_ok=True)
             write_atomically(known, json.dumps(asdict(scores)))
-        kept = dict(replace(references, models=(*references.models, scores)).kept())
-        own = {one.task: one.main.value * (1 if one.main.higher_is_better else -1) for one in scores.results}
-        return Entry(cell.label, cell.settings, cell.density, scores, kept if kept.keys() == own.keys() else own)
+        if odd := [one for one in scores.results if not math.isfinite(one.main.value)]:
+            raise RequestError(f"its {odd[0].main.metric} of {odd[0].title} is {odd[0].main.value}.")
+        return Entry(cell.label, cell.settings, cell.density, scores, shares_of(scores, references.models))
+
+    def _key(self, cell: Cell) -> str:
+        """A hash of all that the scores of its merge depend on, so also of data in files. Raises RequestError."""
+        facts = [fingerprint(self._planned.plan(cell)), *self._judge.session.keys(self._judge.merge).values()]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
     def _score(self, cell: Cell) -> ModelScores:
         """Make the merge, evaluate it and remove it."""
@@ -123,7 +134,7 @@ class ComparisonRun:
         """Make the chosen merge again, report its scores, push it if asked to, and write the report."""
         recipe = self._planned.published(cell)
         if recipe.push_to is None:
-            recipe = recipe.model_copy(update={"out": self._work.spill / "chosen"})
+            recipe = recipe.model_copy(update={"out": self._work.spill / self._key(cell) / "chosen"})
         plan = make_plan(recipe, self._planned.settings)
         assert isinstance(plan, MergePlan)
         plan = self._sharing(plan)
@@ -144,7 +155,8 @@ class ComparisonRun:
         stage = self._work.stage
         save_comparison(report, stage)
         (stage / FILE).write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
-        (stage / BEST).write_text(f"# The best by comparison: {cell.label}\n{dump_recipe(pinned(cell.recipe, plan))}")
+        best = f"# The best by comparison: {line(cell.label)}\n{dump_recipe(pinned(cell.recipe, plan))}"
+        (stage / BEST).write_text(best, encoding="utf-8")
         (stage / CARD).write_text(f"# Comparison\n\n{report.section()}\n", encoding="utf-8")
         return report
 
@@ -170,13 +182,14 @@ class ComparisonRun:
 
 
 def examples_of(results: Sequence[TaskResult], asked: EvaluateOptions) -> set[tuple[str | None, ...]]:
-    """What tells, as far as is known, which examples results are of: data set, config and split."""
-    refs = {name: one.ref for name, one in asked.sets.items()}
-    return {(refs.get(one.task) or one.dataset or one.task, one.config, one.split) for one in results}
+    """Which examples results are of, as far as is known: a file's content, or data set, config and split."""
+    paths = {name: Path(one.ref).expanduser() for name, one in asked.sets.items()}
+    files = {name: (file_sha256(path), None, None) for name, path in paths.items() if path.is_file()}
+    return {files.get(one.task, (one.dataset or one.task, one.config, one.split)) for one in results}
 
 
 def pinned(recipe: Recipe, plan: MergePlan) -> Recipe:
-    """The recipe with repos at their commits; local folders stay as they are written."""
+    """The recipe with repos and data sets at their commits; local folders and files stay as they are written."""
 
     def at(entry: Input, name: str) -> str:
         source = plan.inputs[name].source
@@ -185,7 +198,13 @@ def pinned(recipe: Recipe, plan: MergePlan) -> Recipe:
     entries = zip(recipe.finetuned, plan.finetuned, strict=True)
     finetuned = tuple(Finetuned(ref=at(entry, name), name=name, sha256=entry.sha256) for entry, name in entries)
     base = recipe.base.model_copy(update={"ref": at(recipe.base, "base")})
-    return recipe.model_copy(update={"base": base, "finetuned": finetuned})
+    data = {name: _data_at(found) for name, found in plan.data.items()}
+    recipe = recipe.model_copy(update={"base": base, "finetuned": finetuned, "data": data or ()})
+    return with_fit_data(recipe, {name: _data_at(found) for name, found in plan.fit_data.items()})
+
+
+def _data_at(found: OpenSet) -> LocalizationSet:
+    return found.pinned if found.commit else found.asked
 
 
 def add_to_card(report: ComparisonReport, folder: Path) -> None:

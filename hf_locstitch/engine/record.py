@@ -27,6 +27,7 @@ from hf_locstitch.plan.plans import LocalizePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Finetuned, Input, Localized, Recipe
 from hf_locstitch.plan.recipe_file import dump_recipe
 from hf_locstitch.runtime.version import __version__
+from hf_locstitch.tasks.sets import LocalizationSet
 
 LIBRARIES = ("torch", "safetensors", "huggingface_hub", "numpy")
 
@@ -152,10 +153,10 @@ def pinned_recipe(plan: Plan, files: FileHashes) -> str:
                 else {"finetuned": tuple(Finetuned(**pin(name, one), name=name) for name, one in parts)}
             ),
             "data": {name: found.pinned for name, found in plan.data.items()} or (),
-            **_pinned_fitting(plan),
             **_pinned_template(plan),
         }
     )
+    recipe = with_fit_data(recipe, {name: found.pinned for name, found in plan.fit_data.items()})
     head = f"# What made this; run it again: hf-locstitch {plan.command} locstitch.yaml --out DIR\n"
     return head + dump_recipe(recipe)
 
@@ -174,13 +175,13 @@ def _pinned_mask(plan: StitchPlan, name: str) -> dict[str, Any]:
     return {"name": name, "mask": Finetuned(ref=one.source.pinned, name=one.name, **pinned)}
 
 
-def _pinned_fitting(plan: Plan) -> dict[str, Any]:
-    """How values are fitted, with pinned inputs."""
-    recipe = plan.recipe
-    pinned = {"data": {name: found.pinned for name, found in plan.fit_data.items()}}
+def with_fit_data(recipe: Recipe, data: Mapping[str, LocalizationSet]) -> Recipe:
+    """The recipe with these inputs, by finetune, to fit values to, if it fits any."""
     if recipe.stitch is not None:
-        return {"stitch": recipe.stitch.model_copy(update=pinned)}
-    return {"method": recipe.method.model_copy(update=pinned)} if recipe.fitting is not None else {}
+        return recipe.model_copy(update={"stitch": recipe.stitch.model_copy(update={"data": data})})
+    if recipe.fitting is None:
+        return recipe
+    return recipe.model_copy(update={"method": recipe.method.model_copy(update={"data": data})})
 
 
 def _localized_inputs(plan: Plan) -> Mapping[str, LocalizedCheckpoint]:

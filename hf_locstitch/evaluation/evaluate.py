@@ -146,7 +146,10 @@ def merged_model(folder: Path, ref: str | None = None) -> Model:
 
 
 class Planned:
-    """The evaluation of a merge that is not made yet: all that is known before. asked: what it is judged on."""
+    """The evaluation of a merge that is not made yet: all that is known before. asked: what it is judged on.
+
+    merge: its config and files.
+    """
 
     def __init__(self, plan: ModelPlan, asked: EvaluateOptions, show_progress: bool = False) -> None:
         """Raises RequestError."""
@@ -157,10 +160,10 @@ class Planned:
         self._plan, self._asked = plan, asked
         whole = [name for name in plan.inputs if name not in plan.adapters]
         self._inputs = Inputs({name: partial(self._input, name) for name in whole})
-        merge = Model("merge", "model", plan.files.label, "", plan.files)  # its config and files, before it is made
-        suites = make_suites(asked, merge, lambda: self._inputs, show_progress)
+        self.merge = Model("merge", "model", plan.files.label, "", plan.files)
+        suites = make_suites(asked, self.merge, lambda: self._inputs, show_progress)
         self.session = Session(suites, asked.dtype, show_progress=show_progress)
-        self.session.check([merge])
+        self.session.check([self.merge])
         for suite in suites:
             if isinstance(suite, LmEvalSuite):
                 _ = suite.manager  # raises TaskError for unknown tasks

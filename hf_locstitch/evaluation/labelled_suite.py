@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -26,7 +26,7 @@ from hf_locstitch.tasks.custom_code import refuse_custom_code
 from hf_locstitch.tasks.evaluation_sets import EvaluationSet, open_evaluation_set
 from hf_locstitch.tasks.leaks import JudgedTask, texts_of
 from hf_locstitch.tasks.metric import Metric
-from hf_locstitch.tasks.objective import Objective
+from hf_locstitch.tasks.objective import NoAnswers, Objective
 from hf_locstitch.tasks.objectives import suggest
 from hf_locstitch.tasks.sets import OpenSet, Rows, open_rows
 
@@ -156,7 +156,13 @@ class LabelledSuite(Suite):
                 head = stack.enter_context(lent.folder()) if lent is not None else None
                 work = partial(self._answers, one, loading, head, processes)
                 _, parts = processes.share(work, lambda own: own)
-                yield name, [self._result(one, joined([answers for part in parts for answers in part]))]
+                found = [answers for part in parts for answers in part]
+                if not found:
+                    raise NoAnswers(
+                        f"none of the {len(self._open(name))} examples of {name} has an answer within the objective's "
+                        "max_length. Raise it, or check the columns."
+                    )
+                yield name, [self._result(one, joined(found))]
 
     def judged(self, results: Sequence[TaskResult], texts: bool) -> list[JudgedTask]:
         found = []
@@ -222,7 +228,8 @@ class LabelledSuite(Suite):
             prepare = one.objective.preparing(judged.processor, judged.head)
             for first in range(own.start, own.stop, BLOCK):
                 block = rows.part(first, min(first + BLOCK, own.stop))
-                parts.append(answers_to(judged, prepare(block), size))
+                with suppress(NoAnswers):  # others may have some
+                    parts.append(answers_to(judged, prepare(block), size))
                 advance(len(block))
         return parts
 

@@ -36,7 +36,7 @@ from hf_locstitch.runtime.files import write_atomically
 ENTRIES = ".eval_results"
 SCORES, FIGURE = "figures/scores.json", "figures/scores.png"
 PART, PICTURE = "evaluation", "picture"  # parts of a card
-ALT = "Scores by lm-eval, one marker per model, with standard errors"
+ALT = "Scores, one marker per model, with standard errors"
 FIRST = ", first "  # in the name of a metric: so many examples only
 HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 

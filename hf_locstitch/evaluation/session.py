@@ -39,6 +39,10 @@ class Session:
             for model in models:
                 suite.check(model)
 
+    def keys(self, model: Model) -> dict[str, str]:
+        """Item -> what its scores are cached by: a hash of all that determines them."""
+        return {name: cache_key(suite.facts(model, name)) for suite in self.suites for name in suite.names}
+
     def run(self, models: Sequence[Model], processes: Processes, used: Sequence[UsedData] = ()) -> EvaluationReport:
         """Every item on every model. used: data sets that the models were made with.
 
@@ -46,10 +50,7 @@ class Session:
         """
         from hf_locstitch.evaluation.running import quietly
 
-        keys = {
-            model.name: {name: cache_key(suite.facts(model, name)) for suite in self.suites for name in suite.names}
-            for model in models
-        }
+        keys = {model.name: self.keys(model) for model in models}
         known = self._read([key for of_model in keys.values() for key in of_model.values()], processes)
         before = frozenset(known)
         for model in models:

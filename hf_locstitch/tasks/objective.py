@@ -86,6 +86,10 @@ class Objective(BaseModel, ABC):
         return len(getattr(self, "classes", None) or getattr(self, "label_words", None) or (0,))
 
 
+class NoAnswers(RequestError):
+    """None of the rows has an answer that a model could be scored against."""
+
+
 class OwnClasses(Objective):
     """An objective whose classes are those of the finetune's config.json."""
 
@@ -95,16 +99,29 @@ class OwnClasses(Objective):
     def settle(self, config: Any, rows: Sequence[dict[str, Any]]) -> None:
         """The labels' own names, in alphabetical order, or as many classes as their numbers say; unless the model is a
         classifier that has them already."""
-        found: set[Any] = {row.get("label") for row in rows}
-        if None in found:
+        labels = [row.get("label") for row in rows]
+        if None in labels:
             raise RequestError(f"{self.kind} needs a label in every example. Map one with the data's `columns`.")
+        named = isinstance(labels[0], str)
+        if odd := [label for label in labels if isinstance(label, str) != named or not (named or _is_number(label))]:
+            raise RequestError(
+                f"the label {odd[0]!r} is no class beside {labels[0]!r}: labels are either names, or whole numbers "
+                "from 0 on. Map them in the data (`labels`)."
+            )
+        found = set(labels)
         if self.suits(config.to_dict()) and _classes_of(found, class_names(config)):
             return
-        names = sorted(found) if all(isinstance(label, str) for label in found) else None
+        names = sorted(found) if named else None
+        if not named and max(found) >= CLASSES:
+            raise RequestError(
+                f"the label {max(found)} is too large for the number of a class, which are counted from 0: is it the "
+                "right column? Map another with the data's `columns`, or its labels with `labels`."
+            )
         config.id2label = dict(enumerate(names or [f"LABEL_{number}" for number in range(max(map(int, found)) + 1)]))
         config.label2id = {name: number for number, name in config.id2label.items()}
 
 
+CLASSES = 100_000  # that are numbered at most
 RIGHT = {"padding_side": "right"}  # of texts in a batch: positions, and so outputs, are then as of each alone
 
 
@@ -133,7 +150,7 @@ def label_ids(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[int]
     ids = []
     for row in rows:
         label = row["label"]
-        number = numbers.get(label.lower(), -1) if isinstance(label, str) else int(label)
+        number = numbers.get(label.lower(), -1) if isinstance(label, str) else int(label) if _is_number(label) else -1
         if not 0 <= number < len(names):
             raise RequestError(
                 f"the label {label!r} is not one of the {len(names)} classes ({', '.join(names[:6])}). "
@@ -142,6 +159,11 @@ def label_ids(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[int]
             )
         ids.append(number)
     return ids
+
+
+def _is_number(label: Any) -> bool:
+    """Whether it is a whole number, which 1.0 and True are, too."""
+    return isinstance(label, int | float) and float(label).is_integer()
 
 
 def _classes_of(labels: Iterable[Any], names: Sequence[str]) -> bool:

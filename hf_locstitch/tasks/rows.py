@@ -9,6 +9,9 @@ from pydantic import BeforeValidator, StrictBool, StrictFloat, StrictInt, Strict
 
 from hf_locstitch.errors import RequestError
 
+TEXTS = ("text", "prompt", "completion")
+READ = (("image",), ("text",), ("messages",), ("prompt", "completion"))  # the first that rows have is read
+
 Value: TypeAlias = StrictStr | StrictBool | StrictInt | StrictFloat | None
 
 
@@ -44,3 +47,19 @@ def mapped(label: Any, labels: Mapping[str, int | str], where: str) -> int | str
             "leave its rows out with `where`."
         )
     return labels[str(label)]
+
+
+def check_texts(rows: Sequence[Mapping[str, Any]], first: int, where: str) -> None:
+    """Raises RequestError unless all rows have what is read of any of them.
+
+    first: the number of the first of them. where: the data.
+    """
+    read = next((names for names in READ if any(row.get(names[0]) is not None for row in rows)), ())
+    for number, row in enumerate(rows, start=first + 1):
+        for name in read:
+            value = row.get(name)
+            if not (isinstance(value, str) if name in TEXTS else value):
+                raise RequestError(
+                    f"{where} has {value!r} as the {name} of example {number}, not a text. Correct the data; in a CSV "
+                    "file an empty cell is nothing, and digits alone are a number."
+                )

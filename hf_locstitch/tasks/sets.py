@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
 from hf_locstitch.runtime.human import nearest
 from hf_locstitch.tasks.named_tasks import named_tasks, with_named_task
 from hf_locstitch.tasks.objectives import AnyObjective
-from hf_locstitch.tasks.rows import Labels, Where, allowed, mapped
+from hf_locstitch.tasks.rows import Labels, Where, allowed, check_texts, mapped
 from hf_locstitch.tasks.surrogates import SURROGATES, find_surrogate
 
 COUNTED = 1 << 28  # bytes of a file whose rows are counted before the work
@@ -207,7 +207,9 @@ class Rows:
         surrogate = find_surrogate(asked.ref)
         if surrogate and not asked.columns:
             return [surrogate.row(row, asked.rendering) for row in rows]
-        return [self._row({**row, **{name: row[column] for name, column in asked.columns.items()}}) for row in rows]
+        rows = [self._row({**row, **{name: row[column] for name, column in asked.columns.items()}}) for row in rows]
+        check_texts(rows, first, self.opened.label)
+        return rows
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
         if self.opened.asked.labels and "label" in row:
@@ -283,7 +285,7 @@ def choose(labels: Sequence[Any] | None, count: int, number: int, seed: int) -> 
     order = random.Random(seed).sample(range(count), count)
     if labels is None:
         return order[:number]
-    values = list(labels)
+    values = [label if isinstance(label, Hashable) else str(label) for label in labels]
     taken: dict[Any, int] = {}
     chosen = []
     for place in order:

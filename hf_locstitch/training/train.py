@@ -114,19 +114,29 @@ def _with_adapter(model: Any, trained: Collection[str], absent: Collection[str],
     import peft
 
     linear, output = (nn.Linear, transformers.pytorch_utils.Conv1D), model.get_output_embeddings()
-    heads = sorted({name.split(".")[0] for name in absent})
+    new = _new_modules(model, absent)
     layers = [
         name
         for name, module in model.named_modules()
         if isinstance(module, linear) and module is not output and f"{name}.weight" in trained
     ]
-    layers = [name for name in layers if name.split(".")[0] not in heads]
+    layers = [name for name in layers if not any(name == one or name.startswith(f"{one}.") for one in new)]
     if not layers:
         raise RecipeError("no linear layer is left for a LoRA adapter. Freeze fewer parameters.")
     settings: Mapping[str, Any] = {"r": rank, "lora_alpha": LORA_SCALE * rank, "target_modules": layers}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of what it asks transformers for
-        return peft.get_peft_model(model, peft.LoraConfig(**settings, modules_to_save=heads or None))
+        return peft.get_peft_model(model, peft.LoraConfig(**settings, modules_to_save=new or None))
+
+
+def _new_modules(model: Any, absent: Collection[str]) -> list[str]:
+    """The outermost modules that the base has nothing of, or lacks a parameter of."""
+    found = {name.rpartition(".")[0] for name in absent}
+    for name, module in model.named_modules():
+        own = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
+        if own and own <= set(absent):
+            found.add(name)
+    return sorted(name for name in found if not any(name.startswith(f"{other}.") for other in found))
 
 
 class _Trainer(transformers.Trainer):

@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 import yaml
-from helpers.language_models import favouring, local_task
+from helpers.data import write_jsonl
+from helpers.language_models import add_data_set, favouring, local_task
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 
 from hf_locstitch import ComparisonReport, compare, merge_from_hub, verify
 from hf_locstitch.cli.main import main
 from hf_locstitch.comparison import run
+from hf_locstitch.comparison.report import shares_of
 from hf_locstitch.errors import OutputError, RecipeError
+from hf_locstitch.evaluation.report import ModelScores
+from hf_locstitch.evaluation.scores import Score, TaskResult
 from hf_locstitch.localize.scan import Scan
 from hf_locstitch.plan.recipe_file import load_recipe
 from loopback_hub import LoopbackHub
@@ -236,3 +241,106 @@ def test_the_command_plans_and_prints(
     printed, said = capsys.readouterr()
     assert json.loads(printed)["by"] == "mean" and said == ""
     shutil.rmtree(tmp_path / "compared")
+
+
+def answering(path: Path, letters: str) -> str:
+    """A set whose second words are these."""
+    return str(write_jsonl(path, [{"text": f"A {letter}"} for letter in letters]))
+
+
+def on_sets(fields: Mapping[str, Any], tmp_path: Path, select: str, **options: Any) -> dict[str, Any]:
+    """Compared with one sign and the other, by exact match on one file of answers, and reported on another."""
+    files = {name: answering(tmp_path / f"{name}.jsonl", letters) for name, letters in
+             (("select", select), ("report", "BBC"))}  # fmt: skip
+    asked, reported = ({"data": {name: file}, "metrics": ["exact-match"]} for name, file in files.items())
+    return {**fields, "compare": {"grid": {"scale": [1, -1]}, "select": {**asked, **options}}, "evaluate": reported}
+
+
+def test_other_examples_in_the_same_file_are_scored_anew(
+    fields: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a killed run has scored the first merge."""
+    asked, make, made = on_sets(fields, tmp_path, "BBBC"), run.make, []
+
+    def stopping(plan: Any, out: Path, progress: Any) -> Any:
+        made.append(plan)
+        if len(made) == 2:
+            raise OSError("gone")
+        return make(plan, out, progress)
+
+    monkeypatch.setattr(run, "make", stopping)
+    with pytest.raises(OSError, match="gone"):
+        compare(asked, out=tmp_path / "compared")
+    answering(tmp_path / "select.jsonl", "ACCC")
+    report = compare(asked, out=tmp_path / "compared")
+    assert [entry.scores.results[0].main.value for entry in report.entries] == [0.0, 0.25]
+
+
+def test_scores_stay_what_they_are_where_no_finetune_has_any(fields: Mapping[str, Any], tmp_path: Path) -> None:
+    report = compare(on_sets(fields, tmp_path, "AAA"), out=tmp_path / "compared")
+    assert shares(report) == {"scale 1": 0.0, "scale -1": 1.0} and not report.relative
+    assert "by the mean score over the tasks" in report.section() and "100.0 %" not in report.section()
+
+
+def test_shares_of_scores_of_both_kinds() -> None:
+    def scored(role: Any, accuracy: float, loss: float) -> ModelScores:
+        metrics = {"acc": Score("accuracy", accuracy), "loss": Score("loss", loss, higher_is_better=False)}
+        results = tuple(TaskResult(task, None, None, 1, (score,)) for task, score in metrics.items())
+        return ModelScores(f"{role} {accuracy}", role, "", "", results)
+
+    finetunes = (scored("finetuned", 0.8, 3.0), scored("finetuned", 0.5, 2.0))
+    assert shares_of(scored("model", 0.4, 4.0), finetunes) == {"acc": 0.5, "loss": 0.5}
+    assert shares_of(scored("model", -0.4, 4.0), finetunes) == {"acc": -0.5, "loss": 0.5}  # a correlation
+    for references in ((), (scored("finetuned", 0.0, 2.0),), (scored("average", 0.8, 2.0),)):
+        assert shares_of(scored("model", 0.4, 4.0), references) == {"acc": 0.4, "loss": -4.0}
+
+
+def test_the_same_file_is_known_under_another_path(
+    fields: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = on_sets(fields, tmp_path, "BBBC")
+    shutil.copy(tmp_path / "select.jsonl", tmp_path / "copied.jsonl")
+    monkeypatch.chdir(tmp_path)
+    asked["evaluate"] = {"data": {"report": "./copied.jsonl"}}
+    assert compare(asked, out=tmp_path / "compared").same_examples
+
+
+def test_a_finetune_may_be_called_average(fields: Mapping[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "c", tmp_path / "average")
+    asked = on_sets(fields, tmp_path, "BBBC", average=True) | {
+        "finetuned": [str(tmp_path / one) for one in ("average", "b")]
+    }
+    found = compare(asked, out=tmp_path / "compared").references
+    assert [(model.role, model.results[0].main.value) for model in found] == [
+        ("base", 0.0), ("finetuned", 0.25), ("finetuned", 0.75), ("average", 0.75),
+    ]  # fmt: skip
+
+
+def test_a_score_that_is_no_number_is_not_chosen(
+    fields: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = run.ComparisonRun._score
+
+    def overflowing(self: Any, cell: Any) -> ModelScores:
+        found = score(self, cell)
+        if cell.label != "scale 1":
+            return found
+        (result,) = found.results
+        return replace(found, results=(replace(result, scores=(Score("exact-match", float("nan")),)),))
+
+    monkeypatch.setattr(run.ComparisonRun, "_score", overflowing)
+    report = compare(on_sets(fields, tmp_path, "BBBC"), out=tmp_path / "compared")
+    assert report.chosen.label == "scale -1" and "exact-match of select is nan" in report.warnings[0]
+
+
+def test_data_sets_of_the_best_are_pinned(home_hub: LoopbackHub, fields: Mapping[str, Any], tmp_path: Path) -> None:
+    repo = f"demo/{uuid4().hex[:12]}-rows"
+    add_data_set(home_hub, repo, {"default": {"train": [{"text": "A B"}, {"text": "A C"}]}})
+    asked = on_sets(fields, tmp_path, "BBBC") | {
+        "localizer": "saliency",
+        "data": [repo, str(tmp_path / "report.jsonl")],
+    }
+    compare(asked, out=tmp_path / "compared")
+    best = load_recipe(tmp_path / "compared" / "best.yaml")
+    assert [one["ref"].partition("@")[0] for one in best["data"].values()] == [repo, str(tmp_path / "report.jsonl")]
+    assert len(best["data"]["b"]["ref"].partition("@")[2]) == 40

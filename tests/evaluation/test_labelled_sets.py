@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from hf_locstitch import evaluate, merge_from_hub
 from hf_locstitch.errors import RecipeError, RequestError
-from hf_locstitch.evaluation import judged_model
+from hf_locstitch.evaluation import judged_model, labelled_suite
 from hf_locstitch.evaluation.report import EvaluationReport
 from hf_locstitch.tasks.evaluation_sets import EvaluationSet, named_sets, open_evaluation_set
 from loopback_hub import LoopbackHub
@@ -219,3 +219,20 @@ def test_a_language_model_needs_no_finetune_for_its_set(a: Path, b: Path, letter
     merge_from_hub(a, [b], names=["letters"], out=tmp_path / "out", figures=False)
     shutil.rmtree(b)
     assert exact(evaluate(tmp_path / "out", data=[letters])) == {"out": 0.1}
+
+
+def test_a_part_of_a_set_without_answers_is_left_out(a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of one word has none; a set of such texts is refused."""
+    monkeypatch.setattr(labelled_suite, "BLOCK", 2)
+    rows = [{"text": text} for text in ("A A", "A B", "A", "B", "A C")]
+    report = evaluate(a, data=[write_jsonl(tmp_path / "letters.jsonl", rows)])
+    assert exact(report) == {"a": pytest.approx(1 / 3)} and report.models[0].results[0].left_out == 2
+    with pytest.raises(RequestError, match="none of the 2 examples of letters has an answer"):
+        evaluate(a, data=[write_jsonl(tmp_path / "letters.jsonl", rows[2:4])])
+
+
+@pytest.mark.parametrize("texts", [("A B", None), (8, 7)])
+def test_rows_without_a_text_are_refused(texts: tuple[Any, Any], a: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "letters.jsonl", [{"text": text} for text in texts])
+    with pytest.raises(RequestError, match=r"None as the text of example 2|8 as the text of example 1"):
+        evaluate(a, data=[rows])

@@ -148,6 +148,57 @@ def test_lora_with_a_new_head(tmp_path: Path) -> None:
     assert any("classifier" in warning for warning in result.manifest.warnings)
 
 
+def test_lora_over_a_base_without_a_pooler(tmp_path: Path) -> None:
+    """Which is trained whole, as the head is; the encoder that it is a part of is adapted."""
+    base, data = base_of("bert", tmp_path / "base"), separable(tmp_path / "rows.jsonl")
+    transformers.BertForMaskedLM(build("bert", torch.float32).config).save_pretrained(base)
+    finetune(base=base, data=data, objective="sequence-classification", out=tmp_path / "lora", lora=4, epochs=1)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["bert.pooler", "classifier"]
+    assert config["target_modules"] and all(name.startswith("bert.encoder.") for name in config["target_modules"])
+
+
+def test_a_classifier_over_a_decoder_without_padding(tmp_path: Path) -> None:
+    """In a batch it says of a text what it says of it alone."""
+    base, data = base_of("llama", tmp_path / "base"), separable(tmp_path / "rows.jsonl", ("digits", "letters"))
+    model = build("llama", torch.float32, pad_token_id=None)
+    model.save_pretrained(base)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    rows = [
+        {"text": row["text"][: 4 + number % 4], "label": row["label"]}
+        for number, row in enumerate(read_rows(open_set(LocalizationSet(ref=str(data)))))
+    ]
+    write_jsonl(data, rows)
+    finetune(base=base, data=data, objective="sequence-classification", out=tmp_path / "ft", epochs=1, lr=3e-3)
+    found = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ft")
+    assert tokenizer.eos_token_id is not None and found.config.pad_token_id == tokenizer.eos_token_id
+    with torch.no_grad():
+        alone = torch.cat([found(**tokenizer(row["text"], return_tensors="pt")).logits for row in rows])
+    task = OBJECTIVES.find("sequence-classification")().prepare(rows, tokenizer, found)
+    with torch.no_grad():
+        assert torch.allclose(task.outputs(found, task.examples), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, None], "needs a label in every example"),
+        ([0.5, 1.0], "0.5 is no class beside"),
+        ([[0, 1], [1, 0]], "is no class beside"),
+        ([0, 10**9], "1000000000 is too large"),
+        ([0, -1], "label -1 is not one of the 1 classes"),
+    ],
+)
+def test_labels_that_are_no_classes(labels: list[Any], message: str, tmp_path: Path) -> None:
+    base = base_of("bert", tmp_path / "base")
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a", "label": label} for label in labels])
+    with pytest.raises(RequestError, match=message):
+        finetune(base=base, data=data, objective="sequence-classification", out=tmp_path / "ft", epochs=1)
+    assert not (tmp_path / "ft").exists()
+
+
 def test_freeze_takes_globs_in_place_of_the_default(tmp_path: Path) -> None:
     base, data = base_of("roberta-mlm", tmp_path / "base"), separable(tmp_path / "rows.jsonl")
     asked = {"ref": str(data), "number": 4, "objective": PROMPT}

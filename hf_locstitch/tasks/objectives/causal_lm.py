@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from hf_locstitch.errors import RequestError
 from hf_locstitch.tasks.alpaca import alpaca_prompt
-from hf_locstitch.tasks.objective import Objective
+from hf_locstitch.tasks.objective import NoAnswers, Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +42,7 @@ class CausalLM(Objective):
         encoded = [(ids[: self.max_length], labels[: self.max_length]) for ids, labels in encoded]
         encoded = [(ids, labels) for ids, labels in encoded if _count(labels)]
         if not encoded:
-            raise RequestError(
+            raise NoAnswers(
                 f"none of the {len(rows)} examples has an answer token among its first {self.max_length} tokens. "
                 "Raise max_length, or check the columns."
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from hf_locstitch.checkpoints.config import architecture
 from hf_locstitch.errors import RequestError
 from hf_locstitch.tasks.alpaca import alpaca_prompt
-from hf_locstitch.tasks.objective import Objective
+from hf_locstitch.tasks.objective import NoAnswers, Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class Seq2Seq(Objective):
         encoded = [self._encode(*self._texts(row, processor), processor, base) for row in rows]
         encoded = [example for example in encoded if example[0] and example[2]]
         if not encoded:
-            raise RequestError(f"none of the {len(rows)} examples has a prompt and an answer. Check the columns.")
+            raise NoAnswers(f"none of the {len(rows)} examples has a prompt and an answer. Check the columns.")
         padding = processor.pad_token_id if processor.pad_token_id is not None else 0
         return Task(
             encoded,
