@@ -17,6 +17,7 @@ from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.stitch.matrix_method import MatrixMethod, has_matrices
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.methods.ace import Ace, heterogeneity
+from hf_locstitch.stitch.methods.tsv_m import TsvM
 from hf_locstitch.stitch.methods.wudi import Wudi
 
 NAMES = [name for name in METHODS.names() if issubclass(METHODS.find(name), MatrixMethod)]
@@ -145,6 +146,13 @@ def test_a_matrix_that_one_finetune_left_as_it_was(tmp_path: Path) -> None:
     found = load(merged(tmp_path, base, [changed, base], method="tsv-m"))["layers.0.w"] - base["layers.0.w"]
     u, s, v = torch.linalg.svd((changed["layers.0.w"] - base["layers.0.w"]).double(), full_matrices=False)
     torch.testing.assert_close(found.double(), u[:, :3] * s[:3] @ v[:3], rtol=1e-4, atol=1e-6)
+
+
+def test_tsv_m_of_finetunes_with_the_same_directions() -> None:
+    """They share each, and no arbitrary ones take their place."""
+    (vector,) = task_vectors(*models(1), "model.layers.0.self_attn.q_proj.weight")
+    u, s, v = torch.linalg.svd(vector, full_matrices=False)
+    torch.testing.assert_close(TsvM().change([vector, vector]), u[:, :5] * s[:5] @ v[:5])
 
 
 def test_ace_of_a_matrix_that_one_finetune_left_as_it_was() -> None:
