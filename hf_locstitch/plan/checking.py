@@ -23,14 +23,13 @@ from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.vocabulary import LOCALIZE, VocabularyPlan
 from hf_locstitch.runtime.human import more
 from hf_locstitch.runtime.settings import Settings
-from hf_locstitch.stitch.per_tensor import PerTensor, Weights, globs_of
+from hf_locstitch.stitch.per_tensor import SMALLEST_SUM, PerTensor, Weights, globs_of
 from hf_locstitch.tasks.benchmarks import chosen_tasks
 from hf_locstitch.tasks.custom_code import refuse_custom_code
 from hf_locstitch.tasks.leaks import JudgedTask, judged_set, leaks
 from hf_locstitch.tasks.sets import OpenSet
 
 ALL = ("*",)
-SMALLEST_SUM = 1e-9  # of weights that are divided by it
 # Fields of a recipe that apply to a merged model only.
 OF_MODELS = ("scale", "rest_from", "files_from", "tokenizer", "embeddings", "chat_template", "also_copy", "dtype",
              "shard_size", "evaluate", "adapter")  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -12,8 +12,16 @@ from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.registry import Registry
 
 Model = TypeVar("Model", bound=BaseModel)
+MOST, LONGEST = 20, 500  # faults in a message, characters of each
 # Fields that hold a model, or one of several, or some by name; of fields in them, the keys that lead there, with dots.
 Parts = Mapping[str, "type[BaseModel] | Registry[Any]"]
+
+
+def listed(faults: Iterable[str]) -> str:
+    """As one clause, each once, and no more and no longer ones than people read."""
+    different = list(dict.fromkeys(faults))
+    shown = [fault if len(fault) <= LONGEST else f"{fault[: LONGEST - 1]}…" for fault in different[:MOST]]
+    return "; ".join(shown) + (f"; and {len(different) - MOST} more" if len(different) > MOST else "")
 
 
 def validated(model: type[Model], fields: Mapping[str, Any], where: str, parts: Parts) -> Model:
@@ -22,7 +30,7 @@ def validated(model: type[Model], fields: Mapping[str, Any], where: str, parts: 
         return model.model_validate(dict(fields))
     except ValidationError as error:
         faults = [_fault(fault, model, parts) for fault in error.errors(include_url=False)]
-        raise RecipeError(f"invalid {where}: " + "; ".join(faults) + ".") from error
+        raise RecipeError(f"invalid {where}: {listed(faults)}.") from error
 
 
 def _fault(fault: Any, model: type[BaseModel], parts: Parts) -> str:

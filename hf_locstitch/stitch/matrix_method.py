@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from hf_locstitch.runtime.dtypes import Values
 
+ZERO = 1e-12  # of the largest singular value: directions that are not there are arbitrary, and would turn the others
+
 
 class MatrixMethod(TensorMethod):
     """A tensor of two dimensions is a matrix [outputs, inputs], one of three a stack of them, such as experts,
@@ -72,8 +74,14 @@ def has_matrices(tensor: str, shape: Sequence[int]) -> bool:
 
 
 def nearest_orthogonal(matrix: Tensor) -> Tensor:
-    """U Vᵀ of its singular value decomposition U S Vᵀ."""
+    """U Vᵀ of its singular value decomposition U S Vᵀ, over the directions that are there."""
     import torch
 
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left @ right
+    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    count = directions(sizes)
+    return left[:, :count] @ right[:count]
+
+
+def directions(sizes: Tensor) -> int:
+    """How many singular values, in descending order, are not 0."""
+    return int((sizes > sizes[:1] * ZERO).sum())

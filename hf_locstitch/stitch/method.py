@@ -77,7 +77,7 @@ class Method(BaseModel, ABC):
 
     @property
     def normalized(self) -> bool:
-        """Whether it divides by the sum of the weights, which must not be 0 then."""
+        """Whether it divides by the sum of all weights, which must not be 0 then."""
         return bool(getattr(self, "normalize", False))
 
     def dump(self) -> str | dict[str, Any]:

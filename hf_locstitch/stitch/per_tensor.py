@@ -9,6 +9,8 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+SMALLEST_SUM = 1e-9  # of weights that is divided by; below it they cancel but for rounding
+
 Number: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 PerTensor: TypeAlias = Number | dict[str, Number]
 

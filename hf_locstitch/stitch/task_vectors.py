@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_locstitch.runtime.dtypes import Values
+from hf_locstitch.stitch.per_tensor import SMALLEST_SUM
 
 Vector = npt.NDArray[np.float64]
 
@@ -42,11 +43,13 @@ def elected_sign(vectors: Sequence[Vector]) -> Vector:
 def mean_of_sign(
     weighted: Sequence[Vector], weights: Sequence[float], sign: Vector, *, scale: float, normalize: bool
 ) -> Vector:
-    """The same with a sign that is given, of task vectors that are weighted already."""
+    """The same with a sign that is given, of task vectors that are weighted already. Where the weights of those that
+    agree cancel, their sum is not divided."""
     update, total = np.zeros(sign.shape), np.zeros(sign.shape)
     for vector, weight in zip(weighted, weights, strict=True):
         agrees = (np.sign(vector) == sign) & (sign != 0)
         update += vector * agrees
         total += weight * agrees
     update *= scale
-    return update / np.where(total == 0, 1.0, total) if normalize else update
+    cancelled = SMALLEST_SUM if min(weights) < 0 else 0.0
+    return update / np.where(abs(total) <= cancelled, 1.0, total) if normalize else update

@@ -26,6 +26,10 @@ class ThinnedTensors(TensorMethod):
     elect: bool = False
     normalize: bool = False
 
+    @property
+    def normalized(self) -> bool:
+        return self.normalize and not self.elect
+
     @abstractmethod
     def thin(self, task_vector: Vector, *, tensor: str, model: int) -> Vector:
         """What is left of a task vector [*shape]. model: number of the finetune."""

@@ -17,6 +17,7 @@ from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.stitch.matrix_method import MatrixMethod, has_matrices
 from hf_locstitch.stitch.methods import METHODS
 from hf_locstitch.stitch.methods.ace import Ace, heterogeneity
+from hf_locstitch.stitch.methods.tsv_m import TsvM
 from hf_locstitch.stitch.methods.wudi import Wudi
 
 NAMES = [name for name in METHODS.names() if issubclass(METHODS.find(name), MatrixMethod)]
@@ -104,8 +105,8 @@ def test_equals_the_transcription(tmp_path: Path, name: str, count: int, scale: 
 
 def test_ace_where_tasks_change_a_matrix_unequally(tmp_path: Path) -> None:
     base, finetuned = models()
-    finetuned[0] = {name: base[name] + 0.02 * (value - base[name]) for name, value in finetuned[0].items()}
-    finetuned[2] = {name: base[name] + 9 * (value - base[name]) for name, value in finetuned[2].items()}
+    finetuned[0] = {name: base[name] + 0.3 * (value - base[name]) for name, value in finetuned[0].items()}
+    finetuned[2] = {name: base[name] + 3 * (value - base[name]) for name, value in finetuned[2].items()}
     found = load(merged(tmp_path, base, finetuned, method="ace", include=ALL))
     unequal = 0
     for name, start in base.items():
@@ -145,6 +146,26 @@ def test_a_matrix_that_one_finetune_left_as_it_was(tmp_path: Path) -> None:
     found = load(merged(tmp_path, base, [changed, base], method="tsv-m"))["layers.0.w"] - base["layers.0.w"]
     u, s, v = torch.linalg.svd((changed["layers.0.w"] - base["layers.0.w"]).double(), full_matrices=False)
     torch.testing.assert_close(found.double(), u[:, :3] * s[:3] @ v[:3], rtol=1e-4, atol=1e-6)
+
+
+def test_tsv_m_of_finetunes_with_the_same_directions() -> None:
+    """They share each, and no arbitrary ones take their place."""
+    (vector,) = task_vectors(*models(1), "model.layers.0.self_attn.q_proj.weight")
+    u, s, v = torch.linalg.svd(vector, full_matrices=False)
+    torch.testing.assert_close(TsvM().change([vector, vector]), u[:, :5] * s[:5] @ v[:5])
+
+
+def test_ace_of_a_matrix_that_one_finetune_left_as_it_was() -> None:
+    """As if that finetune were not there."""
+    first, second = task_vectors(*models(2), "model.layers.0.self_attn.q_proj.weight")
+    assert Ace().change([first, torch.zeros_like(first), second]).equal(Ace().change([first, second]))
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-4, 1e-8])
+def test_ace_of_a_matrix_that_one_finetune_hardly_changed(share: float) -> None:
+    first, second, third = 0.05 * task_vectors(*models(3), "model.layers.0.self_attn.q_proj.weight")
+    vectors = [first, share * second, third]
+    assert Ace().change(vectors).norm() < 2 * sum(vector.norm() for vector in vectors)
 
 
 def test_more_tasks_than_directions(tmp_path: Path) -> None:

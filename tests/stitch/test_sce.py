@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import load, random_state, same_bits
-from helpers.rivals import check_change, elect
+from helpers.rivals import check_change, elect, models
 from helpers.runs import merged
 from torch import Tensor
 
+from hf_locstitch.errors import RecipeError
+from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.stitch.methods.sce import most_different
 
 
@@ -39,6 +41,14 @@ def test_equals_the_transcription(tmp_path: Path, density: float, scale: float) 
 def test_what_no_finetune_changed_is_the_base(tmp_path: Path) -> None:
     base = random_state(0)
     assert same_bits(load(merged(tmp_path, base, [base, base], method="sce")), base)
+
+
+def test_one_finetune_differs_from_none(tmp_path: Path) -> None:
+    """With a density below 1 nothing would be selected, and the merge would be the base."""
+    base, (finetuned,) = models(1)
+    with pytest.raises(RecipeError, match=r"selects where finetunes differ.*density: 1"):
+        make_recipe({"base": "a/b", "finetuned": ["c/d"], "method": "sce"})
+    assert same_bits(load(merged(tmp_path, base, [finetuned], method={"name": "sce", "density": 1})), finetuned)
 
 
 def test_those_that_differ_most_are_selected() -> None:

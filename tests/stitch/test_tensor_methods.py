@@ -13,7 +13,7 @@ from helpers.runs import Killed, files_of
 from hf_locstitch import merge_from_hub, plan_merge
 from hf_locstitch.engine.shard_writer import ShardWriter
 from hf_locstitch.errors import RecipeError
-from hf_locstitch.plan.cost import estimate
+from hf_locstitch.plan.cost import estimate, files_here
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.runtime.settings import IMPORTS_BYTES, Settings
@@ -68,7 +68,7 @@ def test_memory_is_that_of_the_tensors_merged_at_a_time(inputs: list[Path]) -> N
     embed, layer = 300 * 90 * 8 * (3 + 2), 120 * 90 * 8 * (3 + 2)
     for workers, held in ((1, embed), (3, embed + 2 * layer)):
         plan = make_plan(recipe, Settings(chunk=1000, workers=workers))
-        assert estimate(plan, frozenset()).memory == IMPORTS_BYTES + held
+        assert estimate(plan, files_here(plan)).memory == IMPORTS_BYTES + held
     with_room = Settings(chunk=1000, workers=8, limit=IMPORTS_BYTES + embed + 2 * layer)
     assert make_plan(recipe, with_room).settings.workers == 3
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from hf_locstitch.plan.describe import format_plan, plan_json
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.stitch.methods import METHODS
+from hf_locstitch.stitch.task_vectors import agreeing_mean
 
 WEIGHTS = (0.7, 0.3, -0.4)
 BY_NAME = {"ft0": 0.7, "ft1": {"*.layers.*": 0.3, "lm_head.*": 2}, "ft2": -0.4}
@@ -148,3 +150,19 @@ def test_weights_that_do_not_suit_the_models(tmp_path: Path, weights: Any, said:
     with pytest.raises(RecipeError, match=said):
         merged(tmp_path, base, finetuned, method="average", weights=weights)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_weights_that_cancel_but_for_rounding_are_divided_by_nowhere() -> None:
+    """0.1 + 0.2 − 0.3 is not 0: where these three agree, the mean would be 10¹⁵ times as large."""
+    vectors = [np.array([0.5]), np.array([0.4]), np.array([-0.3]), np.array([-0.001])]
+    found = agreeing_mean(vectors, [0.1, 0.2, -0.3, 1.0], scale=1.0, normalize=True)
+    assert found == pytest.approx(0.05 + 0.08 + 0.09)
+
+
+@pytest.mark.parametrize("name", ["ties", "dare-ties", "della", "breadcrumbs"])
+def test_elections_sum_the_weights_of_those_that_agree_only(tmp_path: Path, name: str) -> None:
+    """All together may add up to 0, in a layer, too."""
+    base, finetuned = models()
+    method = {"name": name, "normalize": True} | ({"elect": True} if name in ("della", "breadcrumbs") else {})
+    found = load(merged(tmp_path, base, finetuned, method=method, weights=[1, -1, {"lm_head.*": 0, "*": 2}]))
+    assert all(value.isfinite().all() for value in found.values())

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from hf_locstitch.errors import RecipeError
+from hf_locstitch.plan.validation import listed
 
 OWN_KEYS = ("base", "finetuned", "localized", "method", "localizer")  # of recipes
 ITS_KEYS = ("merge_method", "models", "slices", "modules", "experts")
@@ -146,8 +147,9 @@ def read_config(fields: Mapping[str, Any], where: str) -> MergekitConfig:
     try:
         return MergekitConfig.model_validate(dict(fields))
     except ValidationError as error:
-        faults = dict.fromkeys(_fault(fault) for fault in error.errors(include_url=False))
-        raise RecipeError(f"{where} is not a config of mergekit's that is understood: {'; '.join(faults)}.") from error
+        errors = error.errors(include_url=False)
+        faults = [_fault(fault) for fault in errors if fault["type"] != "too_short" or not fault["input"]]
+        raise RecipeError(f"{where} is not a config of mergekit's that is understood: {listed(faults)}.") from error
 
 
 def _fault(fault: Any) -> str:

@@ -66,7 +66,7 @@ def read_inputs(config: MergekitConfig, method: MergekitMethod, found: Findings)
     if part is not None and part.base_model is not None and part.base_model != base:
         found.problems.append(f"base_model is {base}, and in the slice {part.base_model}; give one")
     found.problems += [f"{model} is listed {n} times" for model, n in Counter(s.model for s in listed).items() if n > 1]
-    sources = _merged(config.merge_method, method.takes, listed, base, found)
+    sources = _merged(config.merge_method, method.takes, listed, base, found, add_base=part is None)
     if found.problems or not sources:
         return None
     start = (base or sources[0].model).path
@@ -75,9 +75,10 @@ def read_inputs(config: MergekitConfig, method: MergekitMethod, found: Findings)
 
 
 def _merged(
-    name: str, takes: Takes, listed: Sequence[Source], base: ModelRef | None, found: Findings
+    name: str, takes: Takes, listed: Sequence[Source], base: ModelRef | None, found: Findings, *, add_base: bool
 ) -> tuple[Source, ...]:
-    """The finetunes of the recipe, in order."""
+    """The finetunes of the recipe, in order. add_base: mergekit merges the base, too, where all models are merged and
+    it is not listed; in slices it does not."""
     others = tuple(source for source in listed if source.model != base)
     own = next((source for source in listed if source.model == base), None)
     if takes in (Takes.OTHERS, Takes.FROM_BASE) and base is None:
@@ -100,7 +101,7 @@ def _merged(
     if takes is Takes.FROM_BASE and base is not None:
         return (own or Source(model=base), *others)
     if takes is Takes.ALL and base is not None:
-        return tuple(listed) if own is not None else (*listed, Source(model=base))
+        return (*listed, Source(model=base)) if own is None and add_base else tuple(listed)
     return others
 
 

@@ -13,6 +13,7 @@ from hf_locstitch.plan.mergekit.inputs import Findings, Inputs, read_inputs
 from hf_locstitch.plan.mergekit.layers import Layout, read_layout
 from hf_locstitch.plan.mergekit.methods import REFUSED, TRANSLATED, MergekitMethod
 from hf_locstitch.plan.mergekit.parameters import Settings, vary
+from hf_locstitch.plan.validation import listed
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,7 +43,7 @@ def translate(fields: Mapping[str, Any], where: str, layout_of: Callable[[str], 
         recipe = {"base": inputs.base, "finetuned": inputs.entries, **_nested(settings)}
         recipe |= _of_output(config, inputs, found)
     if found.problems:
-        raise RecipeError(f"{where} is a config of mergekit's that cannot be translated: {'; '.join(found.problems)}.")
+        raise RecipeError(f"{where} is a config of mergekit's that cannot be translated: {listed(found.problems)}.")
     return Translation(recipe, (*dict.fromkeys(found.notes), *method.notes))
 
 

@@ -30,9 +30,13 @@ class Ace(MatrixMethod):
     rank: float = Field(default=0.3, gt=0, le=1, allow_inf_nan=False)
 
     def change(self, task_vectors: Sequence[Tensor]) -> Tensor:
-        """(Σ τ C) (Σ C + c)⁻¹ of the centered τ, C = τᵀτ + epsilon · I; c: the mean row of Σ τᵀτ, in every row."""
+        """(Σ τ C) (Σ C + c)⁻¹ of the centered τ, C = τᵀτ + epsilon · I; c: the mean row of Σ τᵀτ, in every row.
+
+        Finetunes that left the matrix as it was take no part. Those that hardly changed it make the refinement run
+        away: one that is longer than the task vectors together is left out."""
         import torch
 
+        task_vectors = [vector for vector in task_vectors if vector.any()] or task_vectors[:1]
         energies = torch.stack([vector.square().sum() for vector in task_vectors])
         unequal = heterogeneity(energies) > HETEROGENEOUS
         covariances = []
@@ -55,7 +59,8 @@ class Ace(MatrixMethod):
         rest = solved.clone()
         for vector, covariance in zip(task_vectors, covariances, strict=True):
             rest += vector @ (covariance - mean)
-        return solved + self._refinement(rest)
+        refinement = self._refinement(rest)
+        return solved + refinement if refinement.norm() <= energies.sqrt().sum() else solved
 
     def _refinement(self, matrix: Tensor) -> Tensor:
         """The largest singular directions of a matrix, each of their mean size."""

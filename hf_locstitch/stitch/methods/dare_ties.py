@@ -27,6 +27,11 @@ class DareTies(RandomDrop, DenseMethod):
     rescale: bool = True
     normalize: bool = False
 
+    @property
+    def normalized(self) -> bool:
+        """No: only the weights of those that agree are summed."""
+        return False
+
     def combine(
         self,
         base: Values,

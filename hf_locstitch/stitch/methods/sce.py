@@ -29,6 +29,11 @@ class Sce(TensorMethod):
     of_each: ClassVar[float] = 2
     density: float = Field(default=0.1, gt=0, le=1, allow_inf_nan=False)
 
+    def misfit(self, models: int) -> str | None:
+        if models == 1 and self.density < 1:
+            return "sce selects where finetunes differ, which one alone does not: merge several, or set density: 1"
+        return super().misfit(models)
+
     def merge(
         self,
         base: Values,

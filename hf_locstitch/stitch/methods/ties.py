@@ -27,6 +27,11 @@ class Ties(MaskedMethod):
     default_density: ClassVar[float] = 0.2
     normalize: bool = True
 
+    @property
+    def normalized(self) -> bool:
+        """No: only the weights of those that agree are summed."""
+        return False
+
     def combine(
         self,
         base: Values,

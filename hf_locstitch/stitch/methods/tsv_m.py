@@ -6,13 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hf_locstitch.stitch.matrix_method import MatrixMethod, nearest_orthogonal
+from hf_locstitch.stitch.matrix_method import MatrixMethod, directions, nearest_orthogonal
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-ZERO = 1e-12  # of the largest singular value: directions that are not there are arbitrary, and would turn the others
 
 
 class TsvM(MatrixMethod):
@@ -27,7 +24,7 @@ class TsvM(MatrixMethod):
         left, sizes, right = [], [], []
         for vector in task_vectors:
             own_left, own_sizes, own_right = torch.linalg.svd(vector, full_matrices=False)
-            own = min(kept, int((own_sizes > own_sizes[0] * ZERO).sum()))
+            own = min(kept, directions(own_sizes))
             left.append(own_left[:, :own].clone())  # not to keep all of it
             sizes.append(own_sizes[:own])
             right.append(own_right[:own].clone())

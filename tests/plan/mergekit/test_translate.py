@@ -367,10 +367,10 @@ UNDERSTOOD: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, ...]]] = {
         (),
     ),
     "sce": (
-        "{merge_method: sce, base_model: org/s, models: [{model: org/a}], parameters: {select_topk: 0.1}}",
+        "{merge_method: sce, base_model: org/s, models: [{model: org/a}, {model: b}], parameters: {select_topk: 0.1}}",
         {
             "base": "org/s",
-            "finetuned": ["org/a"],
+            "finetuned": ["org/a", "b"],
             "method": {"name": "sce", "density": 0.1},
             "tokenizer": "base",
         },
@@ -570,6 +570,28 @@ def test_it_is_refused(name: str) -> None:
 def test_other_methods_are_refused_by_name(name: str) -> None:
     with pytest.raises(RecipeError, match=f"merge_method {name}, which is not translated"):
         translated(f"{{merge_method: {name}, models: [{{model: org/a}}]}}")
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher"])
+def test_a_base_that_is_in_no_slice_is_not_merged(method: str) -> None:
+    """Other than one beside `models`, which mergekit adds to them."""
+    found = translated(
+        f"""
+        merge_method: {method}
+        base_model: org/s
+        slices: [{{sources: [{{model: org/a, layer_range: [0, 3]}}, {{model: org/b, layer_range: [0, 3]}}]}}]
+        parameters: {{weight: 1}}
+        """
+    )
+    assert (found.fields["base"], found.fields["finetuned"]) == ("org/s", ["org/a", "org/b"])
+
+
+@pytest.mark.parametrize("models", [[*range(3000)], ["x" * 100_000] * 3])
+def test_what_is_wrong_is_told_in_a_paragraph(models: list[Any]) -> None:
+    with pytest.raises(RecipeError) as refusal:
+        translate({"merge_method": "linear", "models": models}, "config.yml", no_layout)
+    assert "models.0" in str(refusal.value) and len(str(refusal.value)) < 12_000
+    assert "at least 1 item" not in str(refusal.value)
 
 
 def test_problems_are_told_at_once() -> None:
