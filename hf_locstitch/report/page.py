@@ -36,7 +36,8 @@ def with_part(text: str, name: str, content: str) -> str:
 
 
 def _part(name: str) -> re.Pattern[str]:
-    return re.compile(f"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
+    """Its marks begin lines: what strangers named may hold the same inside one."""
+    return re.compile(f"^<!-- {name} -->.*?^<!-- /{name} -->", re.DOTALL | re.MULTILINE)
 
 
 def picture(png: Path, alt: str) -> Markup:

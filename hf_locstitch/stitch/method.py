@@ -119,10 +119,11 @@ class TensorMethod(Method):
     """Combines whole models, a tensor at a time: for what takes its norm, its rows, or the matrix that it is.
 
     A tensor is in memory as a whole, and one is computed by one thread. copies: in float64, of a tensor, that it holds
-    at once; of_each: and for each finetune. linear_algebra: whether it uses torch's, which is kept to one thread.
+    at once, base and result among them; of_each: and for each finetune. linear_algebra: whether it uses torch's, which
+    is kept to one thread.
     """
 
-    copies: ClassVar[float] = 3
+    copies: ClassVar[float] = 3.5
     of_each: ClassVar[float] = 1
     linear_algebra: ClassVar[bool] = False
 

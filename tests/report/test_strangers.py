@@ -16,7 +16,7 @@ from helpers.runs import quick_merge
 from hf_locstitch import inspect, verify
 from hf_locstitch.cli.main import main
 from hf_locstitch.report.figures.mask_layout import MOST_KINDS, MOST_LAYERS, count_layout
-from hf_locstitch.report.page import page
+from hf_locstitch.report.page import has_part, page, with_part
 from hf_locstitch.runtime.parsing import front_matter
 
 NASTY = "\n# Owned <img src=x> [a](http://evil) $x_{$ \x1b[2J\u202e|=1+1"
@@ -98,6 +98,13 @@ def test_what_cannot_be_drawn_is_said(
 
 def test_a_template_escapes_what_is_not_marked() -> None:
     assert page("# {{ a }}\n{{ a | safe }} {{ a | python }}").render(a="<b>") == '# &lt;b&gt;\n<b> "<b>"'
+
+
+def test_marks_of_parts_in_names_are_none() -> None:
+    """A folder of that name stands in a card as code, before the part itself."""
+    start, part = "Made from `./a <!-- evaluation -->`", "<!-- evaluation -->\n<!-- /evaluation -->"
+    assert with_part(f"{start}.\n\n{part}\n", "evaluation", "Scores").startswith(f"{start}.\n\n<!--")
+    assert not has_part(f"{start} and `./b <!-- /evaluation -->`.\n", "evaluation")
 
 
 def test_many_kinds_and_layers_are_folded() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.launch import launch
@@ -65,7 +67,7 @@ def test_a_cut_merge_goes_on(inputs: list[Path], tmp_path: Path, monkeypatch: py
 
 def test_memory_is_that_of_the_tensors_merged_at_a_time(inputs: list[Path]) -> None:
     recipe = make_recipe({"base": str(inputs[0]), "finetuned": list(map(str, inputs[1:])), "method": "slerp"})
-    embed, layer = 300 * 90 * 8 * (3 + 2), 120 * 90 * 8 * (3 + 2)
+    embed, layer = 300 * 90 * (28 + 2 * 8), 120 * 90 * (28 + 2 * 8)
     for workers, held in ((1, embed), (3, embed + 2 * layer)):
         plan = make_plan(recipe, Settings(chunk=1000, workers=workers))
         assert estimate(plan, files_here(plan)).memory == IMPORTS_BYTES + held
@@ -73,9 +75,38 @@ def test_memory_is_that_of_the_tensors_merged_at_a_time(inputs: list[Path]) -> N
     assert make_plan(recipe, with_room).settings.workers == 3
 
 
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *[METHODS.find(kind)() for kind in KINDS if not METHODS.find(kind).linear_algebra],  # torch's is not traced
+        METHODS.find("model-stock")(filter_wise=True),
+        METHODS.find("della")(elect=False, normalize=False),
+        METHODS.find("breadcrumbs")(elect=True, normalize=True),
+    ],
+    ids=lambda method: method.name,
+)
+def test_it_takes_no_more(method: TensorMethod, count: int) -> None:
+    """With its inputs, in float32, and what it returns."""
+    count = 2 if method.most == 2 else count
+
+    def merge(side: int) -> int:
+        tracemalloc.start()
+        base, *finetuned = [np.random.default_rng(i).random((side, side), np.float32) for i in range(count + 1)]
+        weights, dtype = [0.5] * count, base.dtype
+        tracemalloc.reset_peak()
+        method.merge(base, finetuned, weights=weights, tensor="w", scale=0.9, dtype=dtype)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    merge(8)  # imports
+    assert merge(400) <= method.memory((400, 400), count) + 100_000
+
+
 def test_a_limit_that_does_not_hold_the_largest_tensor(inputs: list[Path]) -> None:
     fields = {"base": str(inputs[0]), "finetuned": list(map(str, inputs[1:])), "method": "slerp"}
-    with pytest.raises(RecipeError, match=r"slerp takes whole tensors, and embed.w of 2 finetunes needs 201.1 MB"):
+    with pytest.raises(RecipeError, match=r"slerp takes whole tensors, and embed.w of 2 finetunes needs 201.2 MB"):
         make_plan(make_recipe(fields), Settings(chunk=1000, limit=IMPORTS_BYTES + 1_000_000))
     assert plan_merge({**fields, "method": "task-arithmetic"}, max_memory="202MB").settings.limit == 202_000_000
     assert plan_merge({**fields, "exclude": ["embed.w"]}, max_memory="202MB").settings.workers == 1

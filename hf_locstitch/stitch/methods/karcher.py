@@ -27,6 +27,7 @@ class Karcher(TensorMethod):
     weighted: ClassVar[bool] = True
     of_models: ClassVar[bool] = True
     copies: ClassVar[float] = 5
+    of_each: ClassVar[float] = 1.5
     max_iter: int = Field(default=10, ge=1)
     tol: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
 

@@ -24,6 +24,8 @@ class ModelStock(TensorMethod):
     name: Literal["model-stock"] = "model-stock"
     title: ClassVar[str] = "Model Stock"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.19522"
+    copies: ClassVar[float] = 4
+    of_each: ClassVar[float] = 1.5
     least: ClassVar[int] = 2
     filter_wise: bool = False
 

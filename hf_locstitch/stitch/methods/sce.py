@@ -26,7 +26,7 @@ class Sce(TensorMethod):
     title: ClassVar[str] = "SCE"
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.07990"
     copies: ClassVar[float] = 7
-    of_each: ClassVar[float] = 2
+    of_each: ClassVar[float] = 2.5
     density: float = Field(default=0.1, gt=0, le=1, allow_inf_nan=False)
 
     def misfit(self, models: int) -> str | None:

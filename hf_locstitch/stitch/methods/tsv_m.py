@@ -16,6 +16,8 @@ class TsvM(MatrixMethod):
     name: Literal["tsv-m"] = "tsv-m"
     title: ClassVar[str] = "TSV-Merge"
     paper: ClassVar[str] = "https://arxiv.org/abs/2412.00081"
+    copies: ClassVar[float] = 15
+    of_each: ClassVar[float] = 3
 
     def change(self, task_vectors: Sequence[Tensor]) -> Tensor:
         import torch
