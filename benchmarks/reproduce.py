@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import sys
@@ -31,8 +30,7 @@ from minilm_tasks import DataError
 from quality import BenchmarkError
 from reproduction.beds import OPENERS
 from reproduction.measure import Seed
-
-# from reproduction.page import write_page
+from reproduction.page import write_page
 from reproduction.record import Record
 from reproduction.rows import Grid
 
@@ -46,15 +44,13 @@ def run_seed(work: Path, grid: Grid, testbed: str, seed: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    began, folder = time.perf_counter(), work / testbed / f"seed-{seed}"
+    folder = work / testbed / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"testbed": testbed, "seed": seed, "torch": torch.__version__, "grid": asdict(grid)}
     record = Record(folder / "record.json", facts)
     bed = OPENERS[testbed](folder, seed)
     Seed(bed, grid, record, partial(say, f"{testbed} {seed}")).measure()
-    record.get("seconds", "all", lambda: time.perf_counter() - began)
-    about = {"tasks": list(bed.tasks), "main": bed.main, "ability": bed.ability.what, "better": bed.ability.better}
-    return {**record.content, **about}
+    return record.content
 
 
 def say(where: str, line: str) -> None:
@@ -88,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BenchmarkError, DataError) as error:
         print(f"reproduce: error: {error}", file=sys.stderr)
         return 1
-    #    write_page(results, args.page)
+    write_page(results, args.page, Grid())
     print(f"{args.page}, in {(time.perf_counter() - began) / 60:.0f} min")
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from statistics import mean
 from typing import Any
 
 from quality import WEIGHTS, write_set
+
+from hf_locstitch import load_localized, localize_from_hub, merge_from_hub, stitch_from_hub
+from hf_locstitch.runtime.progress import hide_all_library_bars
 from reproduction.beds import Bed
 from reproduction.masks import layout, overlaps
 from reproduction.record import Record
 from reproduction.rows import COUNTED, REMEMBERED, Grid, Merge, magnitude, rows
-
-from hf_locstitch import load_localized, localize_from_hub, merge_from_hub, stitch_from_hub
-from hf_locstitch.runtime.progress import hide_all_library_bars
 
 Accuracies = Mapping[str, float]  # by task
 SKILLS_AT = 0.1  # density of the merges that skills are added to and removed from
@@ -33,7 +32,7 @@ class Seed:
     bed: Bed
     grid: Grid
     record: Record
-    say: Callable[[str], None] = partial(print, file=sys.stderr, flush=True)
+    say: Callable[[str], None]
 
     @property
     def main(self) -> Sequence[str]:
@@ -42,6 +41,8 @@ class Seed:
 
     def measure(self) -> None:
         """Everything, in an order in which little is made twice."""
+        ability = {"what": self.bed.ability.what, "better": self.bed.ability.better}
+        self.record.note(tasks=list(self.bed.tasks), main=self.bed.main, measured=ability)
         self.base_and_experts()
         asked = rows(self.grid)
         for count in sorted({self.bed.main, *(n for n in self.grid.counts if n <= len(self.bed.tasks))}):
@@ -58,8 +59,8 @@ class Seed:
     def base_and_experts(self) -> None:
         """Of an expert only its own task, and what is left of the base."""
         base = self.load(self.bed.folder / "base")
+        self.known("base", "test", lambda: self.scores(base, self.main, "test"))
         for split in ("validation", "test"):
-            self.known("base", split, lambda s=split: self.scores(base, self.bed.tasks, s))
             self.known("experts", split, lambda s=split: {t: self.expert(t, s) for t in self.bed.tasks})
         measure = self.bed.ability.measure
         self.known("ability", "base", lambda: measure(base))
@@ -159,7 +160,7 @@ class Seed:
         return {**parts, "finetuned": (self.bed.folder / task / WEIGHTS).stat().st_size}
 
     def skills(self) -> None:
-        """Some tasks, one at a time, removed from the merge of all and added again: whether the bytes are those of one merge."""
+        """Some tasks, one at a time, removed from the merge of all and added again."""
         for task in self.main[: self.grid.skills]:
             self.known("skills", task, lambda task=task: self.removed_and_added(task))
 
