@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from reproduction.claim import Claim, above
 from reproduction.figures import draw_curves, draw_dots
 from reproduction.results import Results, SeedResult
-from reproduction.rows import COUNTED, REMEMBERED, WITH_DATA, Grid
+from reproduction.rows import COUNTED, REMEMBERED, RIVALS, WITH_DATA, Grid
 from reproduction.verdict import Comparison
 
 OURS, PAPERS = "magnitude, tuned", "magnitude 5%"
-RIVALS = ("average", "task arithmetic, tuned", "TIES 20%", "TIES, tuned")
 DENSITY = "density, %"
 KEPT = "share of the finetunes' accuracy"
 
@@ -33,7 +32,7 @@ def dataless(results: Results, grid: Grid) -> Claim:
         for testbed, seeds in results.testbeds.items()
     }
     levels = {
-        testbed: {row: [seed.mean(row) for seed in seeds] for row in RIVALS if row not in ties.values()}
+        testbed: {row: [seed.mean(row) for seed in seeds] for row in RIVALS}
         for testbed, seeds in results.testbeds.items()
     }
     return Claim(
@@ -46,7 +45,7 @@ def dataless(results: Results, grid: Grid) -> Claim:
         [
             above(results, f"{own} − {rival}", lambda seed, own=own: seed.mean(own), lambda seed, r=rival: seed.mean(r))
             for own in (PAPERS, OURS)
-            for rival in RIVALS
+            for rival in (*RIVALS, ties[100 * max(grid.tuned)])
         ],
         {"Merges against density": draw_curves(curves, DENSITY, KEPT, levels)},
         notes=[f"Chosen on validation, seed by seed: {_chosen(results)}."],
@@ -156,7 +155,7 @@ def memory(results: Results, grid: Grid) -> Claim:
         [
             above(results, f"{own} better than {rival}", lambda s, r=own: left(s, r), lambda s, r=rival: left(s, r))
             for own in ("magnitude 10%", learned)
-            for rival in ("average", "task arithmetic, tuned", "TIES, tuned")
+            for rival in RIVALS
         ],
         {"What is left of the base": draw_dots(panels, short)},
         digits=4,
@@ -166,7 +165,6 @@ def memory(results: Results, grid: Grid) -> Claim:
 def counts(results: Results, grid: Grid) -> Claim:
     """Claim 9."""
     del grid
-    ours, rivals = "magnitude, tuned", ("average", "task arithmetic, tuned", "TIES, tuned")
     numbers = {testbed: results.counts(testbed) for testbed in results.testbeds}
     curves = {
         testbed: {row: {n: [seed.mean(row, n) for seed in seeds] for n in numbers[testbed]} for row in COUNTED}
@@ -175,15 +173,15 @@ def counts(results: Results, grid: Grid) -> Claim:
     every = sorted({n for own in numbers.values() for n in own})
     comparisons = [
         Comparison(
-            f"{n} tasks: {ours} − {rival}",
+            f"{n} tasks: {OURS} − {rival}",
             {
-                testbed: [seed.mean(ours, n) - seed.mean(rival, n) for seed in seeds]
+                testbed: [seed.mean(OURS, n) - seed.mean(rival, n) for seed in seeds]
                 for testbed, seeds in results.testbeds.items()
                 if n in numbers[testbed]
             },
         )
         for n in (every[0], every[-1])
-        for rival in rivals
+        for rival in RIVALS
     ]
     return Claim(
         "tasks",

@@ -42,7 +42,7 @@ raises.
 
 **Testbeds** ([more on them](quality.md#the-testbeds)): {testbeds}. Every seed has a base (the MiniLM's is one
 pretrained model), finetunes, training and test examples of its own. All merges are made by the package's public
-functions.
+functions. All of it took {minutes} minutes of one core.
 
 **Numbers.** A model's accuracy at a task is divided by that of the task's own finetune; a row's number is the mean over
 the tasks on test examples. Scales and densities that are "tuned" are chosen by the same number on validation examples:
@@ -53,7 +53,8 @@ else is chosen beforehand and the same everywhere.
 holds on a testbed ("yes") if the 95 % confidence interval of its mean over the seeds (Student's t) is above
 zero; the opposite holds ("no") if it is below; else it cannot be told from chance ("open"). A claim is confirmed
 if all its comparisons hold on all testbeds, not confirmed if none does anywhere, and partly confirmed otherwise. With
-so few seeds only differences that are large beside their spread count, and what holds here need not hold for large
+so few seeds only differences that are large beside their spread count; among so many comparisons a few come out by
+chance; and what holds here need not hold for large
 models."""
 
 
@@ -95,6 +96,7 @@ def introduction(results: Results, grid: Grid) -> str:
         testbeds="; ".join(described),
         scales=", ".join(f"{scale:g}" for scale in grid.scales),
         tuned=", ".join(f"{100 * density:g}" for density in grid.tuned) + " %",
+        minutes=f"{sum(seed.content['cpu_seconds'] for own in results.testbeds.values() for seed in own) / 60:.0f}",
         ties=" or ".join(f"{scale:g}" for scale in grid.ties_scales),
     )
 

@@ -40,9 +40,6 @@ class SeedResult:
             return mean(self._shares({task: base[task] for task in self.tasks}).values())
         return mean(self.merged(row, count).values())
 
-    def worst(self, row: str) -> float:
-        return min(self.merged(row).values())
-
     def alone(self, row: str) -> float:
         """Mean share of what each mask holds alone."""
         return mean(self._shares(self.content["alone"][row]).values())

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 WITH_DATA = ("saliency", "mask")
+RIVALS = ("average", "task arithmetic, tuned", "TIES, tuned")
 # Measured for other numbers of tasks, too.
-COUNTED = ("average", "task arithmetic, tuned", "TIES, tuned", "magnitude 10%", "magnitude, tuned")
+COUNTED = (*RIVALS, "magnitude 10%", "magnitude, tuned")
 # What is left of the base is measured of these.
-REMEMBERED = ("average", "task arithmetic, tuned", "TIES, tuned", "magnitude 1%", "magnitude 10%", "mask 1%")
+REMEMBERED = (*RIVALS, "magnitude 1%", "magnitude 5%", "magnitude 10%", "mask 1%")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def test_a_seed_and_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert content["skills"]["largest"]["same"] == {"removed": True, "added": True}
     assert {pair["jaccard"] <= 1 for pair in content["overlap"]["mask 1%"]} == {True}
     sizes = content["bytes"]["magnitude 10%"]["turned"]
-    assert 0 < sizes["masks"] < sizes["values"] < sizes["finetuned"]
+    assert 0 < sizes["masks"] + sizes["values"] < sizes["finetuned"]
     elements = [counts[0] for counts in content["layout"]["magnitude 10%"]["groups"].values()]
     ones = [counts[1] for counts in content["layout"]["magnitude 10%"]["groups"].values()]
     assert sum(ones) == sum(elements) // 10
@@ -83,7 +83,7 @@ def test_shares_and_ratios() -> None:
         "layout": {"m": {"groups": {"norms": [10, 4, 2], "MLP": [90, 6, 8]}}},
     }
     seed = SeedResult(content)
-    assert seed.mean("tuned") == 0.75 and seed.worst("tuned") == 0.5 and seed.mean("base") == 0.5
+    assert seed.mean("tuned") == 0.75 and seed.mean("base") == 0.5
     assert seed.density_ratio("m", "groups") == pytest.approx({"norms": 3.0, "MLP": 0.7 / 0.9})
 
 
