@@ -87,7 +87,7 @@ class Claim:
         ]
         return (
             f"**{self.verdict.capitalize()}**: {counts[YES]} of {counts.total()} hold, the opposite in "
-            f"{counts[NO]}, {counts[OPEN]} cannot be told from chance. They hold on {', '.join(said)}."
+            f"{counts[NO]}, {counts[OPEN]} cannot be told from chance. By testbed: {', '.join(said)}."
         )
 
 
