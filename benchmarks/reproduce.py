@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -27,12 +26,16 @@ from typing import Any
 import beside
 import torch
 from minilm_tasks import DataError
-from quality import BenchmarkError
+from quality import WEIGHTS, BenchmarkError
 from reproduction.beds import OPENERS
 from reproduction.measure import Seed
 from reproduction.page import write_page
 from reproduction.record import Record
 from reproduction.rows import Grid
+
+from hf_locstitch import __version__
+from hf_locstitch.artifacts.manifest import weights_sha256
+from hf_locstitch.checkpoints.source import file_sha256
 
 SEEDS = {"MiniLM": range(3), "decoders": range(5), "vision": range(5)}  # as many as forty minutes allow
 PAGE = beside.ROOT / "docs" / "reproduction.md"
@@ -40,17 +43,19 @@ PAGE = beside.ROOT / "docs" / "reproduction.md"
 
 def run_seed(work: Path, grid: Grid, testbed: str, seed: int) -> dict[str, Any]:
     """All that is measured of one seed. Runs in a process of its own."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
     from transformers.utils import logging  # reads HF_* at import
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    folder = work / testbed / f"seed-{seed}"
+    began, folder = time.process_time(), work / testbed / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"testbed": testbed, "seed": seed, "torch": torch.__version__, "grid": asdict(grid)}
-    record = Record(folder / "record.json", facts)
     bed = OPENERS[testbed](folder, seed)
-    Seed(bed, grid, record, partial(say, f"{testbed} {seed}")).measure()
+    models = weights_sha256({name: file_sha256(folder / name / WEIGHTS) for name in ("base", *bed.tasks)})
+    facts = {"testbed": testbed, "seed": seed, "models": models, "hf_locstitch": __version__, "grid": asdict(grid)}
+    made = folder / models[:16]
+    made.mkdir(exist_ok=True)
+    record = Record(made / "record.json", facts, began)
+    Seed(bed, grid, made, record, partial(say, f"{testbed} {seed}")).measure()
     return record.content
 
 

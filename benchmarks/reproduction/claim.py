@@ -76,19 +76,15 @@ class Claim:
     def reading(self) -> str:
         """In words: the verdict, and where it comes from."""
         counts = tally(self.comparisons)
-        of_each: dict[str, list[str]] = {}
-        for one in self.comparisons:
-            for testbed, outcome in one.outcomes.items():
-                of_each.setdefault(testbed, []).append(outcome)
-        said = [
-            f"{testbed} {own.count(YES)} of {len(own)}"
-            + (f" (the opposite in {own.count(NO)})" if own.count(NO) else "")
-            for testbed, own in of_each.items()
-        ]
         return (
-            f"**{self.verdict.capitalize()}**: {counts[YES]} of {counts.total()} hold, the opposite in "
-            f"{counts[NO]}, {counts[OPEN]} cannot be told from chance. By testbed: {', '.join(said)}."
+            f"**{self.verdict.capitalize()}**: of {counts.total()} comparisons {counts[YES]} hold, {counts[NO]} go the "
+            f"other way, {counts[OPEN]} cannot be told from chance."
         )
+
+    def tallied(self, testbed: str) -> str:
+        """How many comparisons hold there, are open, and go the other way."""
+        found = [one.outcomes[testbed] for one in self.comparisons if testbed in one.margins]
+        return " / ".join(str(found.count(outcome)) for outcome in (YES, OPEN, NO))
 
 
 def table(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -27,10 +27,11 @@ SKILLS_AT = 0.1  # density of the merges that skills are added to and removed fr
 
 @dataclass(frozen=True)
 class Seed:
-    """bed: its base and experts. say: told what is being measured."""
+    """bed: its base and experts. work: for what is made of them. say: told what is being measured."""
 
     bed: Bed
     grid: Grid
+    work: Path
     record: Record
     say: Callable[[str], None]
 
@@ -49,7 +50,7 @@ class Seed:
             for row, merges in asked.items():
                 if count == self.bed.main or row in COUNTED:
                     self.row(row, merges, count)
-            shutil.rmtree(self.bed.folder / "merges", ignore_errors=True)
+            shutil.rmtree(self.work / "merges", ignore_errors=True)
         for merge in (one for merges in asked.values() for one in merges if one.stitched):
             self.masks(merge)
         self.skills()
@@ -101,7 +102,7 @@ class Seed:
 
     def merged(self, merge: Merge, tasks: Sequence[str]) -> Path:
         """The folder of a merge by another method; one that is there is used again."""
-        out = self.bed.folder / "merges" / f"{len(tasks)} {merge.name}"
+        out = self.work / "merges" / f"{len(tasks)} {merge.name}"
         if not out.exists():
             merge_from_hub(
                 self.bed.folder / "base",
@@ -118,7 +119,7 @@ class Seed:
 
     def localized(self, merge: Merge, task: str) -> Path:
         """The folder of one task's localized checkpoint; one that is there is used again."""
-        out = self.bed.folder / "localized" / merge.name / task
+        out = self.work / "localized" / merge.name / task
         if not out.exists():
             localize_from_hub(
                 self.bed.folder / "base",
@@ -166,7 +167,7 @@ class Seed:
 
     def removed_and_added(self, task: str) -> dict[str, Any]:
         """same: whether weights are, byte for byte, those of one merge. test: of the merge without the task."""
-        base, work, masks = self.bed.folder / "base", self.bed.folder / "skills", magnitude(SKILLS_AT)
+        base, work, masks = self.bed.folder / "base", self.work / "skills", magnitude(SKILLS_AT)
         shutil.rmtree(work, ignore_errors=True)
         everyone = [self.bed.folder / name for name in self.main]
         stay = [folder for folder in everyone if folder.name != task]

@@ -14,7 +14,6 @@ from reproduction import claims_masks, claims_merges
 from reproduction.claim import Claim, table
 from reproduction.results import Results
 from reproduction.rows import Grid
-from reproduction.verdict import NO, OPEN, YES, tally
 
 ASSETS = Path("assets", "reproduction")  # beside the page
 NUMBERS = "results.json"
@@ -67,11 +66,11 @@ def markdown(results: Results, grid: Grid, found: Sequence[Claim]) -> str:
     """The whole page."""
     lines = []
     for number, claim in enumerate(found, start=1):
-        counts = tally(claim.comparisons)
         title = f"[{number}. {claim.title}](#{claim.anchor(number)})"
-        lines.append([title, claim.verdict, *(str(counts[outcome]) for outcome in (YES, OPEN, NO))])
-    overview = table(["claim", "verdict", "comparisons that hold", "open", "opposite"], lines)
-    parts = [*introduction(results, grid).split("\n\n"), overview]
+        lines.append([title, claim.verdict, *(claim.tallied(testbed) for testbed in results.testbeds)])
+    overview = table(["claim", "verdict", *results.testbeds], lines)
+    explained = "Of each claim's comparisons on a testbed, how many hold, are open, and go the other way:"
+    parts = [*introduction(results, grid).split("\n\n"), explained, overview]
     parts += [part for number, claim in enumerate(found, start=1) for part in claim.parts(number, ASSETS.as_posix())]
     return "\n\n".join(map(wrapped, parts)) + "\n"
 

@@ -12,16 +12,19 @@ from hf_locstitch.runtime.files import write_atomically
 
 
 class Record:
-    """facts: what the numbers depend on; a file that was made of others is begun anew. Counts CPU time, too."""
+    """facts: what the numbers depend on; a file that was made of others is begun anew.
 
-    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+    began: this process's CPU time when it took up the work; what it has used since is counted.
+    """
+
+    def __init__(self, path: Path, facts: Mapping[str, Any], began: float | None = None) -> None:
         self._path = path
         plain = json.loads(json.dumps(facts))
         self.content: dict[str, Any] = {"facts": plain, "cpu_seconds": 0.0}
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
             self.content = found if found["facts"] == plain else self.content
-        self._began = time.process_time() - self.content["cpu_seconds"]
+        self._began = (time.process_time() if began is None else began) - self.content["cpu_seconds"]
 
     def get(self, part: str, name: str, measure: Callable[[], Any]) -> Any:
         """What is known under this name, or what `measure` finds now: plain data."""

@@ -30,10 +30,10 @@ def test_a_seed_and_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     how = vision.Making(hidden=16, layers=1, pretraining=few, finetuning=few)
     facts = {"testbed": "vision", "seed": 0}
     bed, lines = open_vision(tmp_path, 0, how, tuple(vision.TASKS)[:2]), []
-    Seed(bed, TINY, Record(tmp_path / "record.json", facts), lines.append).measure()
+    Seed(bed, TINY, tmp_path / "made", Record(tmp_path / "record.json", facts), lines.append).measure()
     measured = len(lines)
     again = Record(tmp_path / "record.json", facts)
-    Seed(bed, TINY, again, lines.append).measure()
+    Seed(bed, TINY, tmp_path / "made", again, lines.append).measure()
     assert len(lines) == measured > 30  # all of it was known
 
     content = again.content
