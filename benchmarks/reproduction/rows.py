@@ -29,7 +29,7 @@ class Grid:
     scales: Sequence[float] = (0.2, 0.3, 0.5, 0.7, 1.0)
     ties_scales: Sequence[float] = (1.0, 1.5)
     sparse: float = 0.01
-    counts: Sequence[int] = (2, 4, 6, 8)
+    counts: Sequence[int] = (2, 8)
     skills: int = 3
 
 
