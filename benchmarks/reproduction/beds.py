@@ -17,6 +17,8 @@ import torch
 import vision
 from quality import Testbed
 
+TEST = 60  # examples a class, of the MiniLM: half as many as elsewhere, for judging it takes most of the time
+
 
 @dataclass(frozen=True)
 class Ability:
@@ -47,7 +49,7 @@ def open_minilm(folder: Path, seed: int) -> Bed:
     tasks = tuple(minilm_tasks.TASKS)
     settings = minilm.Settings(tasks, (), False, "test", minilm.Training(), folder)
     packages = minilm_tasks.load_packages()
-    judge = minilm.make_judge(settings, packages, seed)
+    judge = minilm.make_judge(settings, packages, seed, TEST)
     minilm.make_experts(folder, judge, settings.training, seed, minilm_tasks.fingerprint(packages))
     main = len(minilm.DEFAULT_TASKS)
     others = tasks[main:]

@@ -46,14 +46,14 @@ class Seed:
         self.record.note(tasks=list(self.bed.tasks), main=self.bed.main, measured=ability)
         self.base_and_experts()
         asked = rows(self.grid)
-        for count in sorted({self.bed.main, *(n for n in self.grid.counts if n <= len(self.bed.tasks))}):
-            for row, merges in asked.items():
-                if count == self.bed.main or row in COUNTED:
-                    self.row(row, merges, count)
-            shutil.rmtree(self.work / "merges", ignore_errors=True)
+        counts = sorted({self.bed.main, *(count for count in self.grid.counts if count <= len(self.bed.tasks))})
+        for count in (count for count in counts if count <= self.bed.main):
+            self.measure_rows(asked, count)
         for merge in (one for merges in asked.values() for one in merges if one.stitched):
             self.masks(merge)
         self.skills()
+        for count in (count for count in counts if count > self.bed.main):
+            self.measure_rows(asked, count)
 
     # ---- merges -------------------------------------------------------------------------------------------------
 
@@ -69,6 +69,13 @@ class Seed:
 
     def expert(self, task: str, split: str) -> float:
         return self.bed.bed.accuracy(self.load(self.bed.folder / task), task, split)
+
+    def measure_rows(self, asked: Mapping[str, Sequence[Merge]], count: int) -> None:
+        """Those that are measured for so many tasks."""
+        for name, merges in asked.items():
+            if count == self.bed.main or name in COUNTED:
+                self.row(name, merges, count)
+        shutil.rmtree(self.work / "merges", ignore_errors=True)
 
     def row(self, name: str, merges: Sequence[Merge], count: int) -> None:
         """Its accuracies on test, and what is left of the base, of the merge that is best on validation."""
