@@ -31,6 +31,11 @@ ORDER = (
     claims_merges.counts,
     claims_masks.grafts,
 )
+DESCRIBED = {
+    "MiniLM": "a pretrained encoder on short texts",
+    "decoders": "tiny Llamas on exercises with words",
+    "vision": "small vision transformers on handwritten digits",
+}
 INTRODUCTION = """# The paper's claims, reproduced
 
 `make reproduce` measures what He, Hu, Lin, Zhang and Zhao claim of Localize-and-Stitch
@@ -39,9 +44,9 @@ tables, figures, verdicts and sentences are made from [the numbers](assets/repro
 `benchmarks/reproduce.py`. The claims are in our words; two of them ("asked here") are questions that the algorithm
 raises.
 
-**Testbeds** ([more on them](quality.md#the-testbeds)): {testbeds}. Every seed has a base (the MiniLM's is one
-pretrained model), finetunes, training and test examples of its own. All merges are made by the package's public
-functions. All of it took {minutes} minutes of one core.
+**Testbeds** ([more on them](quality.md#the-testbeds)): {testbeds}. Every seed has finetunes and, unless
+it is pretrained, a base of its own. All merges are made by the package's public functions. All of it took {minutes}
+minutes of one core.
 
 **Numbers.** A model's accuracy at a task is divided by that of the task's own finetune; a row's number is the mean over
 the tasks on test examples. Scales and densities that are "tuned" are chosen by the same number on validation examples:
@@ -88,9 +93,9 @@ def introduction(results: Results, grid: Grid) -> str:
         content = seeds[0].content
         more = len(content["tasks"]) - content["main"]
         of_more = f" (and {more} more for the number of tasks)" if more else ""
-        described.append(
-            f"{testbed}, {content['main']} tasks{of_more}, seeds {', '.join(str(s.number) for s in seeds)}"
-        )
+        numbers = ", ".join(str(seed.number) for seed in seeds)
+        what = DESCRIBED[testbed]
+        described.append(f"**{testbed}**, {what}, {content['main']} tasks{of_more}, seeds {numbers}")
     return INTRODUCTION.format(
         testbeds="; ".join(described),
         scales=", ".join(f"{scale:g}" for scale in grid.scales),
