@@ -27,7 +27,7 @@ def draw_curves(
     levels: testbed -> series that do not depend on x, drawn across.
     """
     figure = new_figure(WIDTH, 3.4)
-    for axes, (testbed, curves) in zip(_panels(figure, len(panels)), panels.items(), strict=True):
+    for axes, (testbed, curves) in zip(_panels(figure, len(panels), share_x=False), panels.items(), strict=True):
         styles = zip(cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False)
         for (name, points), (colour, marker, line) in zip(curves.items(), styles, strict=False):
             at, means = list(points), [mean(values) for values in points.values()]
@@ -71,7 +71,7 @@ def draw_dots(panels: Mapping[str, Rows], x: str | Mapping[str, str], line: floa
     return _finished(figure, "")
 
 
-def _panels(figure: Figure, count: int, share_x: bool = True) -> list[Axes]:
+def _panels(figure: Figure, count: int, share_x: bool) -> list[Axes]:
     return list(figure.subplots(1, count, squeeze=False, sharey=True, sharex=share_x).flatten())
 
 

@@ -46,7 +46,7 @@ raises.
 
 **Testbeds** ([more on them](quality.md#the-testbeds)): {testbeds}. Every seed has finetunes and, unless
 it is pretrained, a base of its own. All merges are made by the package's public functions. All of it took {minutes}
-minutes of one core.
+minutes of one core. Another machine trains other finetunes, which have other numbers.
 
 **Numbers.** A model's accuracy at a task is divided by that of the task's own finetune; a row's number is the mean over
 the tasks on test examples. Scales and densities that are "tuned" are chosen by the same number on validation examples:
