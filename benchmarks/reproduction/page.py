@@ -44,7 +44,7 @@ tables, figures, verdicts and sentences are made from [the numbers](assets/repro
 `benchmarks/reproduce.py`. The claims are in our words; two of them ("asked here") are questions that the algorithm
 raises.
 
-**Testbeds** ([more on them](quality.md#the-testbeds)): {testbeds}. Every seed has finetunes and, unless
+**Testbeds** ([more on them](quality.md#the-testbeds)): {testbeds}.{missing} Every seed has finetunes and, unless
 it is pretrained, a base of its own. All merges are made by the package's public functions. All of it took {minutes}
 minutes of one core. Another machine trains other finetunes, which have other numbers.
 
@@ -96,8 +96,10 @@ def introduction(results: Results, grid: Grid) -> str:
         numbers = ", ".join(str(seed.number) for seed in seeds)
         what = DESCRIBED[testbed]
         described.append(f"**{testbed}**, {what}, {content['main']} tasks{of_more}, seeds {numbers}")
+    missing = [f"{name}, {what}" for name, what in DESCRIBED.items() if name not in results.testbeds]
     return INTRODUCTION.format(
         testbeds="; ".join(described),
+        missing=f" This run left out: {', '.join(missing)}." if missing else "",
         scales=", ".join(f"{scale:g}" for scale in grid.scales),
         tuned=", ".join(f"{100 * density:g}" for density in grid.tuned) + " %",
         minutes=f"{sum(seed.content['cpu_seconds'] for own in results.testbeds.values() for seed in own) / 60:.0f}",
