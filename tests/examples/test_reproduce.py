@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,19 @@ def test_rows_have_names_of_their_own() -> None:
     merges = [merge for merges in rows(Grid()).values() for merge in merges]
     by_name = {merge.name: merge for merge in merges}
     assert all(by_name[merge.name] == merge for merge in merges)
+
+
+def test_testbeds_that_were_not_measured_keep_their_numbers(tmp_path: Path) -> None:
+    def content(testbed: str, grid: Grid, **more: int) -> dict[str, object]:
+        return {"facts": {"testbed": testbed, "grid": json.loads(json.dumps(asdict(grid)))}, **more}
+
+    kept = tmp_path / "assets" / "reproduction" / NUMBERS
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps([content("decoders", TINY), content("vision", TINY), content("vision", Grid())]))
+    found = reproduce.with_others(
+        [content("MiniLM", TINY), content("decoders", TINY, new=1)], tmp_path / "page.md", TINY
+    )
+    assert found == [content("MiniLM", TINY), content("decoders", TINY, new=1), content("vision", TINY)]
 
 
 def test_the_page_is_made_of_its_numbers(tmp_path: Path) -> None:
