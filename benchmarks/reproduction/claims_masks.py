@@ -194,7 +194,7 @@ def storage(results: Results, grid: Grid) -> Claim:
         digits=2,
         notes=[
             "Masks range over the blocks only: the more of a model is embeddings, the smaller is what is stored. "
-            "Files have headers of some kB, which count in models of a MB such as these."
+            "Files have headers of some kB, which count in models of a MB or less."
         ],
     )
 
