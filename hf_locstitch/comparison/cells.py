@@ -100,7 +100,7 @@ def make_cell(fields: Mapping[str, Any], combination: Mapping[str, Any]) -> Cell
     absent = _absent(method)
     settings = {axis: combination[axis] for axis in sorted(combination, key=_place) if axis not in absent}
     laid = overridden({key: value for key, value in common.items() if key not in absent}, settings)
-    if not _uses_data(laid):
+    if not uses_data(laid):
         laid.pop("data", None)
     label = ", ".join(shown(axis, value) for axis, value in settings.items())
     return Cell(settings, make_recipe(laid, where=f"combination ({label})"))
@@ -125,7 +125,7 @@ def _absent(method: str) -> Sequence[str]:
     return absent
 
 
-def _uses_data(fields: Mapping[str, Any]) -> bool:
+def uses_data(fields: Mapping[str, Any]) -> bool:
     """Whether the recipe's data is for something in it."""
     method = as_fields("name", fields.get("method")).get("name")
     localizer = as_fields("method", fields.get("localizer")).get("method")

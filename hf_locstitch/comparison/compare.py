@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_locstitch.comparison.cells import uses_data
 from hf_locstitch.comparison.comparison import Comparison
 from hf_locstitch.comparison.report import ComparisonReport
 from hf_locstitch.comparison.run import ComparisonRun
@@ -73,7 +74,11 @@ def plan_comparison(
 ) -> Comparison:
     """fields: of a recipe, which may come from `where`. Raises RequestError."""
     fields = with_base({**fields, "out": None, "adapter": None})
-    return Comparison(make_recipe(fields, where), fields, make_settings(True, max_memory, device))
+    common = fields if uses_data(fields) else {key: value for key, value in fields.items() if key != "data"}
+    planned = Comparison(make_recipe(common, where), fields, make_settings(True, max_memory, device))
+    if fields.get("data") and not any(cell.recipe.data for cell in planned.cells.values()):
+        make_recipe(fields, where)  # raises: no merge uses the data
+    return planned
 
 
 def check_possible(planned: Comparison, out: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from hf_locstitch.checkpoints.checkpoint import Checkpoint, open_source
 from hf_locstitch.checkpoints.opening import read_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
-from hf_locstitch.errors import RecipeError
+from hf_locstitch.errors import CheckpointError, RecipeError
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.processes import find_processes
 from hf_locstitch.runtime.version import __version__
@@ -89,6 +89,11 @@ def plan_finetune(request: FinetuneRequest) -> FinetunePlan:
     if find_processes().count > 1:
         raise RecipeError("a finetune is made in one process. Run it without the launcher.")
     base = read_checkpoint(open_source(parse_ref(request.base)))
+    if base.dequantized:
+        raise CheckpointError(
+            f"{base.label} is stored in {base.dequantized}, but transformers trains the weights as they are in files. "
+            "Use a base in bfloat16."
+        )
     data = open_set(request.data)
     objective = request.data.objective or suggest(base.config, base.label)
     if objective.training is None:

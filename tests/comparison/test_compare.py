@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from hf_locstitch import ComparisonReport, compare, merge_from_hub, verify
 from hf_locstitch.cli.main import main
 from hf_locstitch.comparison import run
+from hf_locstitch.comparison.compare import plan_comparison
 from hf_locstitch.comparison.report import shares_of
 from hf_locstitch.errors import OutputError, RecipeError
 from hf_locstitch.evaluation.report import ModelScores
@@ -331,6 +332,16 @@ def test_a_score_that_is_no_number_is_not_chosen(
     monkeypatch.setattr(run.ComparisonRun, "_score", overflowing)
     report = compare(on_sets(fields, tmp_path, "BBBC"), out=tmp_path / "compared")
     assert report.chosen.label == "scale -1" and "exact-match of select is nan" in report.warnings[0]
+
+
+def test_localizers_with_data_beside_others(fields: Mapping[str, Any], tmp_path: Path) -> None:
+    asked = on_sets(fields, tmp_path, "BBBC") | {"data": [str(tmp_path / "report.jsonl")] * 2}
+    asked["compare"]["grid"] = {"localizer": ["magnitude", "saliency"]}
+    planned = plan_comparison(asked, None, None, "request")
+    assert [len(cell.recipe.data) for cell in planned.cells.values()] == [0, 2]
+    asked["compare"]["grid"] = {"localizer": ["magnitude"]}
+    with pytest.raises(RecipeError, match="data is given, but only"):
+        plan_comparison(asked, None, None, "request")
 
 
 def test_data_sets_of_the_best_are_pinned(home_hub: LoopbackHub, fields: Mapping[str, Any], tmp_path: Path) -> None:

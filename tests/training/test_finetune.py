@@ -14,12 +14,14 @@ import yaml
 from demo.skills import make_tokenizer
 from helpers.data import ROWS, push_rows, write_jsonl, write_rows
 from helpers.families import MODELS, build, masked_tokenizer
+from helpers.fp8 import fp8_config, quantized, save_fp8
 from helpers.models import load, same_bits
 from helpers.runs import files_of, quick_merge
 
 from hf_locstitch import RequestError, finetune
 from hf_locstitch.checkpoints.localizable import BLOCKS
 from hf_locstitch.cli.main import main
+from hf_locstitch.errors import CheckpointError
 from hf_locstitch.tasks.objectives import OBJECTIVES
 from hf_locstitch.tasks.sets import LocalizationSet, open_set, read_rows
 from loopback_hub import LoopbackHub
@@ -179,6 +181,14 @@ def test_a_classifier_over_a_decoder_without_padding(tmp_path: Path) -> None:
     task = OBJECTIVES.find("sequence-classification")().prepare(rows, tokenizer, found)
     with torch.no_grad():
         assert torch.allclose(task.outputs(found, task.examples), alone, atol=1e-5)
+
+
+def test_a_base_in_fp8_is_refused(tmp_path: Path) -> None:
+    model = build("llama", torch.bfloat16)
+    save_fp8(tmp_path / "base", quantized(dict(model.state_dict()), (16, 16)))
+    (tmp_path / "base" / "config.json").write_text(fp8_config((16, 16), **model.config.to_diff_dict()))
+    with pytest.raises(CheckpointError, match="Use a base in bfloat16"):
+        finetune(base=tmp_path / "base", data=write_jsonl(tmp_path / "rows.jsonl", ROWS), out=tmp_path / "ft")
 
 
 @pytest.mark.parametrize(
