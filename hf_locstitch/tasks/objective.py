@@ -99,7 +99,7 @@ class OwnClasses(Objective):
     def settle(self, config: Any, rows: Sequence[dict[str, Any]]) -> None:
         """The labels' own names, in alphabetical order, or as many classes as their numbers say; unless the model is a
         classifier that has them already."""
-        labels = [row.get("label") for row in rows]
+        labels: list[Any] = [row.get("label") for row in rows]
         if None in labels:
             raise RequestError(f"{self.kind} needs a label in every example. Map one with the data's `columns`.")
         named = isinstance(labels[0], str)
@@ -108,7 +108,7 @@ class OwnClasses(Objective):
                 f"the label {odd[0]!r} is no class beside {labels[0]!r}: labels are either names, or whole numbers "
                 "from 0 on. Map them in the data (`labels`)."
             )
-        found = set(labels)
+        found: set[Any] = set(labels)
         if self.suits(config.to_dict()) and _classes_of(found, class_names(config)):
             return
         names = sorted(found) if named else None
