@@ -129,7 +129,7 @@ def check_weights(recipe: Recipe, weights: Mapping[str, PerTensor], chosen: Sequ
         if (tensor := next((name for name in chosen if abs(sum(every.of(name))) < SMALLEST_SUM), None)) is not None:
             problems.append(
                 f"the weights of the finetunes in {tensor} add up to 0, and {method.name} divides by their sum; change "
-                "one, or set normalize: false"
+                f"one{', or set normalize: false' if 'normalize' in type(method).model_fields else ''}"
             )
     if problems:
         raise RecipeError(f"{'; '.join(problems)}.")

@@ -152,6 +152,14 @@ def test_weights_that_do_not_suit_the_models(tmp_path: Path, weights: Any, said:
     assert not list(tmp_path.glob("out*"))
 
 
+def test_what_is_advised_is_a_setting_of_the_method(tmp_path: Path) -> None:
+    base, finetuned = models()
+    for method, advice in (("average", "change one, or set normalize: false."), ("karcher", "change one.")):
+        with pytest.raises(RecipeError) as refusal:
+            merged(tmp_path / method, base, finetuned, method=method, weights=[1, -0.5, -0.5])
+        assert str(refusal.value).endswith(advice)
+
+
 def test_weights_that_cancel_but_for_rounding_are_divided_by_nowhere() -> None:
     """0.1 + 0.2 − 0.3 is not 0: where these three agree, the mean would be 10¹⁵ times as large."""
     vectors = [np.array([0.5]), np.array([0.4]), np.array([-0.3]), np.array([-0.001])]
