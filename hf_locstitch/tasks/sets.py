@@ -56,7 +56,12 @@ class ExampleSet(BaseModel, ABC):
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         value = {"ref": str(value)} if isinstance(value, str | Path) else value
-        return with_named_task(value, cls.judged) if isinstance(value, dict) else value
+        return cls.filled(value) if isinstance(value, dict) else value
+
+    @classmethod
+    def filled(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The fields, and those that follow from `ref`."""
+        return with_named_task(fields, cls.judged)
 
     @model_validator(mode="after")
     def _can_render(self) -> Self:
@@ -92,12 +97,10 @@ class LocalizationSet(ExampleSet):
     limit: int | None = Field(default=None, ge=1)
     role: Literal["finetuning", "held-out", "surrogate"] | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _surrogates_role(cls, value: Any) -> Any:
-        if isinstance(value, dict) and find_surrogate(str(value.get("ref"))):
-            return {"role": "surrogate", **value}
-        return value
+    def filled(cls, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        surrogate = find_surrogate(str(fields.get("ref"))) is not None
+        return {"role": "surrogate", **fields} if surrogate else super().filled(fields)
 
     def draw(self, labels: Sequence[Any] | None, count: int) -> Sequence[int]:
         return choose(labels, count, self.number, self.seed)[: self.limit]

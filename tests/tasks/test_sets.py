@@ -183,3 +183,8 @@ def test_labels_are_mapped(tmp_path: Path) -> None:
     assert again == asked
     with pytest.raises(RequestError, match=r"the label 2, which .* do not map .0, 1."):
         read_rows(open_set(asked.model_copy(update={"labels": {"0": 0, "1": 1}})))
+
+
+@pytest.mark.parametrize("given", ["gsm8k", {"ref": "gsm8k", "number": 3}])
+def test_surrogates_are_recorded_as_such(given: object) -> None:
+    assert LocalizationSet.model_validate(given).role == "surrogate"
