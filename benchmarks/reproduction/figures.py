@@ -7,7 +7,7 @@ from itertools import cycle
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from hf_locstitch.report.figures.draw import COLOURS, LINES, MARKERS, NOTHING, WIDTH, new_figure, styled
+from hf_locstitch.report.figures.draw import COLOURS, LINES, MARKERS, WIDTH, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +78,7 @@ def _panels(figure: Figure, count: int, share_x: bool) -> list[Axes]:
 def _finished(figure: Figure, y: str) -> Figure:
     """With a grid, the vertical axis's label at the left, and one legend below if series are told apart."""
     for axes in figure.axes:
-        axes.grid(color=NOTHING, linewidth=0.7)
+        axes.grid()
         axes.set_axisbelow(True)
     figure.axes[0].set_ylabel(y)
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -42,6 +42,8 @@ def autograd(grafted: GraftedModel, task: Task, scores: Tensors, penalty: float)
         def __call__(self, **inputs: object) -> object:
             return torch.func.functional_call(model, weights, args=(), kwargs=inputs, tie_weights=True)
 
+        config = model.config
+
         def get_output_embeddings(self) -> None:
             """It makes the logits of all tokens."""
 
