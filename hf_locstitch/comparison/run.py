@@ -107,7 +107,7 @@ class ComparisonRun:
 
     def _score(self, cell: Cell) -> ModelScores:
         """Make the merge, evaluate it and remove it."""
-        plan = self._sharing(self._planned.plan(cell))
+        plan = self._sharing(cell, self._planned.plan(cell))
         shutil.rmtree(self._merged, ignore_errors=True)
         self._progress.say(cell.label)
         check_disk(self._merged, plan)
@@ -117,8 +117,8 @@ class ComparisonRun:
         shutil.rmtree(self._merged, ignore_errors=True)
         return report.subject
 
-    def _sharing(self, plan: MergePlan) -> MergePlan:
-        shared = self._scans.of(plan)
+    def _sharing(self, cell: Cell, plan: MergePlan) -> MergePlan:
+        shared = self._scans.of(cell.recipe, plan)
         if shared is not None:
             shared.folder.mkdir(parents=True, exist_ok=True)
         return replace(plan, shared=shared)
@@ -137,7 +137,7 @@ class ComparisonRun:
             recipe = recipe.model_copy(update={"out": self._work.spill / self._key(cell) / "chosen"})
         plan = make_plan(recipe, self._planned.settings)
         assert isinstance(plan, MergePlan)
-        plan = self._sharing(plan)
+        plan = self._sharing(cell, plan)
         reports: list[ComparisonReport] = []
 
         def prepare() -> AfterRun:

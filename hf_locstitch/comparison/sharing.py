@@ -24,12 +24,13 @@ class Scans:
         self._folder = folder
         self._largest = largest_densities(recipe.localizer for recipe in recipes if recipe.localizer is not None)
 
-    def of(self, plan: MergePlan) -> SharedScan | None:
-        """The one that a plan shares with others; None if it has none, or one of its own."""
+    def of(self, recipe: Recipe, plan: MergePlan) -> SharedScan | None:
+        """The one that a plan shares with others; None if it has none, or one of its own. recipe: the plan's as it was
+        written, without the device that the command asks for."""
         scoring = plan.localizer.scoring() if plan.masked else None
-        if scoring is None:
+        if scoring is None or recipe.localizer is None:
             return None
-        localizer = plan.localizer.model_copy(update={"density": self._largest[_key(scoring)]})
+        localizer = plan.localizer.model_copy(update={"density": self._largest[_key(recipe.localizer.scoring())]})
         most = localizer.groups([info.numel for info in plan.mask_tensors])
         return SharedScan(self._folder / scan_key(plan, scoring), most)
 
