@@ -83,6 +83,15 @@ def add_vocabulary(group: Any) -> None:
     )
 
 
+def add_task_code(group: Any) -> None:
+    group.add_argument(
+        "--allow-task-code",
+        action="store_true",
+        help="let the recipe evaluate on a folder of task files (include_path) or with arguments of lm-eval's model, "
+        "which can run Python code",
+    )
+
+
 def add_non_finite(group: Any) -> None:
     group.add_argument("--allow-non-finite", action="store_true", default=None, help="let NaN and infinity through")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -41,7 +42,7 @@ class Cell:
         density = getattr(self.recipe.method, "density", None) if localizer is None else localizer.density
         return density if isinstance(density, float) else None  # a method may have several, by globs
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """The same for combinations that give the same merge."""
         return dump_recipe(self.recipe)

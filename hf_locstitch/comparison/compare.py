@@ -81,23 +81,24 @@ def plan_comparison(
     return planned
 
 
-def check_possible(planned: Comparison, out: Path) -> None:
-    """All that must hold before the work. Raises RequestError."""
+def check_possible(planned: Comparison, out: Path) -> Planned:
+    """All that must hold before the work. Returns what the merges are judged by. Raises RequestError."""
     if not is_free(out):
         raise taken(out)
     check_place(out)
     plan = planned.plan(planned.first)
-    for asked in (planned.options.select, planned.asked.evaluate):
-        if asked is not None:
-            Planned(plan, asked)  # raises if it cannot be judged
+    judge = Planned(plan, planned.options.select)
+    if planned.asked.evaluate is not None:
+        Planned(plan, planned.asked.evaluate)  # raises if it cannot be judged
     if planned.asked.target is not None:
         check_push(planned.asked.target, {name: one.source for name, one in plan.inputs.items()}, "compare")
     check_inputs(plan)
     check_disk(out, planned.largest)
+    return judge
 
 
 def carry_out(planned: Comparison, out: Path, progress: Progress) -> ComparisonReport:
     """Make and score the merges, and write the report. Raises like `compare`."""
-    check_possible(planned, out)
+    judge = check_possible(planned, out)
     with working_in(work_dir_beside(out, planned.fingerprint), out, Processes()) as work:
-        return ComparisonRun(planned, work, progress).run(out)
+        return ComparisonRun(planned, judge, work, progress).run(out)

@@ -49,10 +49,11 @@ LOWEST = float("-inf")
 
 
 class ComparisonRun:
-    def __init__(self, planned: Comparison, work: WorkDir, progress: Progress) -> None:
-        self._planned, self._work, self._progress = planned, work, progress
+    """judge: of the merges, by what they are compared on."""
+
+    def __init__(self, planned: Comparison, judge: Planned, work: WorkDir, progress: Progress) -> None:
+        self._planned, self._judge, self._work, self._progress = planned, judge, work, progress
         self._options = planned.options
-        self._judge = Planned(planned.plan(planned.first), planned.options.select)
         self._scans = Scans(work.spill / "scans", (cell.recipe for cell in planned.cells.values()))
         self._merged = work.spill / "merged"
         self._entries: dict[str, Entry] = {}

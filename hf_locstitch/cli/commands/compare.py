@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_locstitch.cli.flags import add_printing, add_push_options
+from hf_locstitch.cli.flags import add_printing, add_push_options, add_task_code
 from hf_locstitch.cli.parser import add_command, add_debug
 from hf_locstitch.cli.printing import put_plan, put_result
 
@@ -27,11 +27,7 @@ def add(commands: Any) -> None:
         "--push-to", metavar="ORG/NAME", help="push the best merge to this repo, or ORG/NAME@BRANCH, in one commit"
     )
     add_push_options(parser)
-    parser.add_argument(
-        "--allow-task-code",
-        action="store_true",
-        help="let the recipe evaluate on a folder of task files (include_path), which can run Python code",
-    )
+    add_task_code(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--max-memory", metavar="SIZE", help="memory limit of a merge, such as 1GB")
     output.add_argument(

@@ -13,6 +13,7 @@ from hf_locstitch.cli.flags import (
     add_recipe,
     add_scale,
     add_target,
+    add_task_code,
     add_vocabulary,
     add_work,
 )
@@ -57,11 +58,7 @@ def add(commands: Any) -> None:
     group.add_argument("--files-from", metavar="NAME", help="finetune to take tokenizer and config from")
     add_vocabulary(group)
     add_non_finite(group)
-    group.add_argument(
-        "--allow-task-code",
-        action="store_true",
-        help="let the recipe evaluate on a folder of task files (evaluate.include_path), which can run Python code",
-    )
+    add_task_code(group)
 
     output = parser.add_argument_group("output")
     output.add_argument(
