@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.engine.execute import by_hand, check_push, scratch
@@ -20,6 +20,26 @@ if TYPE_CHECKING:
     from hf_locstitch.report.publish import Published
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """What was made, as `facts`, and where it is: a folder, a pushed repo at a commit, or both."""
+
+    out: Path | None
+    url: str | None
+    commit: str | None
+    facts: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for `json.dumps`."""
+        out = None if self.out is None else str(self.out)
+        return {"out": out, "url": self.url, "commit": self.commit, **self.facts}
+
+    def places(self, done: str) -> list[str]:
+        """The first lines of a summary. done: what was done, in one word."""
+        lines = [f"{done:<9}  {self.out}"] if self.out else []
+        return [*lines, *([f"published  {self.url} at {self.commit}"] if self.url else [])]
 
 
 @dataclass(frozen=True)
@@ -49,8 +69,8 @@ class Delivery:
 
     def make(
         self, fingerprint: str, work: Callable[[WorkDir], T], message: str, progress: Progress
-    ) -> tuple[T, Published | None]:
-        """What `work` returns, and where the result was published.
+    ) -> tuple[T, str | None, str | None]:
+        """What `work` returns, and URL and commit of the pushed repo, if it was pushed.
 
         fingerprint: of the result. work: fills the stage of a folder. message: of the commit. Raises WorkError; the
         same call then starts the work again.
@@ -67,7 +87,7 @@ class Delivery:
                 raise PublishError(
                     f"the {self.command} is complete in {self.out}, but {error} {by_hand(self.target, self.out)}"
                 ) from error
-        return found, published
+        return (found, None, None) if published is None else (found, published.url, published.commit)
 
     @property
     def _near(self) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_locstitch.engine.delivery import Delivery, make_target
+from hf_locstitch.engine.delivery import Delivered, Delivery, make_target
 from hf_locstitch.engine.preflight import check_output_given
 from hf_locstitch.engine.work_dir import WorkDir
 from hf_locstitch.errors import RecipeError
@@ -47,7 +47,7 @@ class ExportPlan:
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class ExportResult(Delivered):
     """The result of an export.
 
     Attributes:
@@ -58,23 +58,11 @@ class ExportResult:
             another value than in the merge.
     """
 
-    out: Path | None
-    url: str | None
-    commit: str | None
-    facts: dict[str, Any]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for `json.dumps`."""
-        out = None if self.out is None else str(self.out)
-        return {"out": out, "url": self.url, "commit": self.commit, **self.facts}
-
     def describe(self) -> str:
         """A summary to print."""
-        lines = [f"exported   {self.out}"] if self.out else []
-        lines += [f"published  {self.url} at {self.commit}"] if self.url else []
         inexact = self.facts["inexact"]
         exact = f"all weights but {inexact:,}, which are rounded" if inexact else "every weight, to the bit"
-        return "\n".join(map(line, [*lines, f"exact      {exact}"]))
+        return "\n".join(map(line, [*self.places("exported"), f"exact      {exact}"]))
 
 
 def export(
@@ -140,8 +128,7 @@ def carry_out(plan: ExportPlan, delivery: Delivery, progress: Progress) -> Expor
         return plan.planned.write(work.stage, delivery.repo, progress)
 
     message = f"Export {plan.changes.label} with hf-locstitch"
-    found, published = delivery.make(plan.fingerprint, write, message, progress)
-    url, commit = (None, None) if published is None else (published.url, published.commit)
+    found, url, commit = delivery.make(plan.fingerprint, write, message, progress)
     return ExportResult(delivery.out, url, commit, {**plan.as_json(), **found})
 
 

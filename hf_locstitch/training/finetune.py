@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_locstitch.checkpoints.checkpoint import CARD, CONFIG
 from hf_locstitch.checkpoints.side_files import SideFiles, choose_side_files, copy_side_files
-from hf_locstitch.engine.delivery import Delivery, make_target
+from hf_locstitch.engine.delivery import Delivered, Delivery, make_target
 from hf_locstitch.engine.preflight import check_output_given
 from hf_locstitch.engine.work_dir import WorkDir
 from hf_locstitch.plan.recipe_file import load_recipe
@@ -23,7 +23,7 @@ SAVED = (CONFIG, "generation_config.json")  # files that transformers writes ane
 
 
 @dataclass(frozen=True)
-class FinetuneResult:
+class FinetuneResult(Delivered):
     """The result of a finetune.
 
     Attributes:
@@ -34,27 +34,11 @@ class FinetuneResult:
             `losses`, the mean of each epoch.
     """
 
-    out: Path | None
-    url: str | None
-    commit: str | None
-    facts: dict[str, Any]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for `json.dumps`."""
-        return {
-            "out": None if self.out is None else str(self.out),
-            "url": self.url,
-            "commit": self.commit,
-            **self.facts,
-        }
-
     def describe(self) -> str:
         """A summary to print."""
-        lines = [f"finetuned  {self.out}"] if self.out else []
-        lines += [f"published  {self.url} at {self.commit}"] if self.url else []
         losses = self.facts["losses"]
-        lines += [f"loss       {losses[0]:.4g} in the first epoch, {losses[-1]:.4g} in the last"]
-        return "\n".join(map(line, lines))
+        loss = f"loss       {losses[0]:.4g} in the first epoch, {losses[-1]:.4g} in the last"
+        return "\n".join(map(line, [*self.places("finetuned"), loss]))
 
 
 def finetune(
@@ -143,8 +127,7 @@ def carry_out(plan: FinetunePlan, progress: Progress) -> FinetuneResult:
         return facts
 
     message = f"Finetune {plan.base.label} on {plan.data.label} with hf-locstitch"
-    facts, published = delivery.make(plan.fingerprint, work, message, progress)
-    url, commit = (None, None) if published is None else (published.url, published.commit)
+    facts, url, commit = delivery.make(plan.fingerprint, work, message, progress)
     return FinetuneResult(plan.request.out, url, commit, facts)
 
 
