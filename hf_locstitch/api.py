@@ -70,16 +70,25 @@ class MergeResult:
             **({"adapter": self.adapter.as_json()} if self.adapter else {}),
         }
 
-    def describe(self) -> str:
-        """A summary to print."""
+    def describe(self, width: int | None = None) -> str:
+        """A summary to print. width: of the terminal, for tables."""
         done = "localized" if self.manifest.is_localized else "merged"
         lines = [f"{done:<9}  {self.out}"] if self.out else []
         lines += [f"published  {self.url} at {self.commit}"] if self.url else []
         densities = [f"{name} {100 * mask.real_density:.4g} %" for name, mask in told(self.manifest).masks.items()]
         lines += ["density    " + ", ".join(densities)] if densities else []
+        lines += [f"lambda     {chosen}"] if (chosen := _chosen_lambda(self.manifest.stitch or {})) else []
         lines = [*map(line, lines), *([self.adapter.describe()] if self.adapter else [])]
-        lines = [*lines, *(["", self.evaluation.describe()] if self.evaluation else [])]
+        lines = [*lines, *(["", self.evaluation.describe(width)] if self.evaluation else [])]
         return "\n".join(lines)
+
+
+def _chosen_lambda(fit: Mapping[str, Any]) -> str:
+    """Of a refit on inputs, as its record has it; empty for others."""
+    chosen, tried = fit.get("lambda"), fit.get("lambdas", ())
+    if chosen is None:
+        return ""
+    return f"{chosen}, chosen of {', '.join(map(str, tried))}" if len(tried) > 1 else str(chosen)
 
 
 def merge_from_hub(

@@ -10,10 +10,9 @@ import traceback
 from collections.abc import Sequence
 
 from hf_locstitch.cli.arguments import COMMANDS, build_parser
-from hf_locstitch.cli.printing import LogToStderr, speaks
+from hf_locstitch.cli.printing import LogToStderr, fail
 from hf_locstitch.errors import LocstitchError
 from hf_locstitch.runtime.allocator import share_one_arena
-from hf_locstitch.runtime.escape import terminal
 from hf_locstitch.runtime.interrupts import Interrupted, raising_interrupts
 
 
@@ -27,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = logging.getLogger("hf_locstitch")
     if not log.handlers:
         log.addHandler(LogToStderr())
+    log.setLevel(logging.INFO if args.verbose else logging.NOTSET)
     gc.set_threshold(100_000, 20, 20)  # else a small merge spends a twelfth of its time collecting garbage,
     atexit.register(gc.freeze)  # and the end a quarter of a second on looking through all that is there
     share_one_arena()
@@ -38,21 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LocstitchError as error:
         if args.debug:
             traceback.print_exc()
-        return _fail(str(error), error.exit_status)
+        return fail(str(error), error.exit_status)
     except Exception as error:
         if args.debug:
             raise
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-        return _fail(f"{type(error).__name__}: {error}{where}. Use --debug to see the traceback.", 1)
+        return fail(f"{type(error).__name__}: {error}{where}. Use --debug to see the traceback.", 1)
 
 
 def _interrupted(stop: Interrupted) -> int:
     kept = f"; what is done so far is kept in {stop.kept}" if stop.kept is not None else ""
-    return _fail(f"interrupted. Run the same command again to continue{kept}.", stop.exit_status)
-
-
-def _fail(message: str, status: int) -> int:
-    if not speaks():
-        return status
-    print(f"hf-locstitch: error: {terminal(message)}", file=sys.stderr)
-    return status
+    return fail(f"interrupted. Run the same command again to continue{kept}.", stop.exit_status)

@@ -7,14 +7,26 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from hf_locstitch.cli.printing import fail
 from hf_locstitch.runtime.human import nearest
 
 REF = "REF"  # a folder or org/name[/subfolder][@revision]
+PAPER = "https://arxiv.org/abs/2408.13656"
 CHOICE = re.compile(r"invalid choice: '?(?P<given>.*?)'? \(choose from (?P<choices>.*)\)$")
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps paragraphs, and leaves text of several lines as it is: examples are to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
     """Its sub-commands' parsers are of this class, too."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As argparse has it, but what is unknown is an error of the sub-command that it was given to."""
@@ -31,7 +43,7 @@ class Parser(argparse.ArgumentParser):
             message = f"{message[: wrong.start()]}{wrong['given']!r} is not one of {', '.join(choices)}"
             message += nearest(wrong["given"], choices)
         stop = "" if message.endswith((".", "?")) else "."
-        self.exit(2, f"hf-locstitch: error: {message}{stop} `{self.prog} --help` lists what there is.\n")
+        self.exit(fail(f"{message}{stop} `{self.prog} --help` lists what there is.", 2))
 
     def _unknown(self, given: Sequence[str]) -> str:
         flags = sorted({*re.findall(r"--[a-z][a-z-]*", self.format_usage()), "--help"})
@@ -42,13 +54,23 @@ class Parser(argparse.ArgumentParser):
         return f"{given[0]!r} is one value too many"
 
 
-def add_command(commands: Any, name: str, *, help: str, description: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=description, allow_abbrev=False)
+def add_command(
+    commands: Any, name: str, *, help: str, description: str, examples: Sequence[str], guide: str
+) -> argparse.ArgumentParser:
+    """examples: command lines that end the help. guide: the page of docs/ that tells more."""
+    parser = commands.add_parser(name, help=help, description=description, epilog=epilog(examples, guide))
     parser.set_defaults(command=name)
     return parser
 
 
-def add_debug(parser: argparse.ArgumentParser) -> None:
+def epilog(examples: Sequence[str], guide: str) -> str:
+    """What ends a help text: commands to copy, and where to read on."""
+    lines = ["example:" if len(examples) == 1 else "examples:", *(f"  {example}" for example in examples)]
+    return "\n".join([*lines, "", f"guide:  docs/{guide}", f"method: {PAPER}"])
+
+
+def add_diagnostics(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verbose", action="store_true", help="log what is opened, done and retried, with times")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 

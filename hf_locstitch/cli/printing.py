@@ -8,7 +8,10 @@ import os
 import sys
 from typing import Any, Protocol
 
-from hf_locstitch.runtime.escape import in_json, line
+from hf_locstitch.cli.terminal import rendered
+from hf_locstitch.runtime.escape import in_json, line, terminal
+
+PROGRAM = "hf-locstitch"
 
 
 def speaks() -> bool:
@@ -21,7 +24,12 @@ class LogToStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if speaks():
-            print(f"hf-locstitch: {record.levelname.lower()}: {line(record.getMessage())}", file=sys.stderr)
+            tell(f"{PROGRAM}: {record.levelname.lower()}: {line(record.getMessage())}")
+
+
+def tell(text: str) -> None:
+    """For people, on standard error."""
+    print(rendered(text, sys.stderr), file=sys.stderr)
 
 
 def put(text: str) -> None:
@@ -29,9 +37,21 @@ def put(text: str) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print(text, flush=True)
+        print(rendered(text, sys.stdout), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+
+
+def put_json(value: dict[str, Any]) -> None:
+    """One object on standard output."""
+    put(in_json(value))
+
+
+def fail(message: str, status: int) -> int:
+    """Tell an error; returns the exit status."""
+    if speaks():
+        tell(f"{PROGRAM}: error: {terminal(message)}")
+    return status
 
 
 class Result(Protocol):
@@ -40,14 +60,6 @@ class Result(Protocol):
     def describe(self) -> str: ...
 
 
-def put_result(result: Result, as_json: bool) -> None:
-    """As JSON on standard output, or for people on standard error."""
-    if as_json:
-        put(in_json(result.as_json()))
-    else:
-        print(result.describe(), file=sys.stderr)
-
-
 def put_plan(plan: Result, as_json: bool) -> None:
     """What --dry-run prints."""
-    put(in_json(plan.as_json()) if as_json else plan.describe())
+    put_json(plan.as_json()) if as_json else put(plan.describe())

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hf_locstitch.cli.printing import put, speaks
+from hf_locstitch.cli.next_steps import after_merge, next_lines
+from hf_locstitch.cli.printing import put, put_json, speaks, tell
+from hf_locstitch.cli.terminal import width_of
 from hf_locstitch.errors import RecipeError
-from hf_locstitch.runtime.escape import in_json
 
 if TYPE_CHECKING:
     from hf_locstitch.plan.plans import Plan
@@ -43,18 +44,18 @@ def carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan]
     quiet = args.quiet or not speaks()
     if args.dry_run:
         api.check_possible(plan)
-        put(in_json(plan_json(plan)) if args.json else format_plan(plan))
+        put_json(plan_json(plan)) if args.json else put(format_plan(plan))
         return 0
     check_free(plan)
     if not quiet:
-        print(format_plan(plan), file=sys.stderr)
+        tell(format_plan(plan))
     result = api.carry_out(plan, Progress(False if quiet else None))
     if not speaks():
         return 0
     if args.json:
-        put(in_json(result.as_json()))
+        put_json(result.as_json())
     else:
-        print(result.describe(), file=sys.stderr)
+        tell("\n".join([result.describe(width_of(sys.stderr)), *next_lines(after_merge(plan, result))]))
     return 0
 
 

@@ -108,6 +108,11 @@ class ComparisonReport:
             "reported": self.reported.as_json(),
         }
 
+    @property
+    def _axes(self) -> int:
+        """How many columns of the table say how a merge was made."""
+        return len(self.table()[0]) - len(self.chosen.scores.results) - 2
+
     def table(self) -> Table:
         """The best first: the settings, the main score of each task, mean and worst of the shares."""
         axes = list(dict.fromkeys(axis for entry in self.entries for axis in entry.settings))
@@ -119,21 +124,21 @@ class ComparisonReport:
             rows.append([*(_cell(entry.settings.get(axis)) for axis in axes), *scores, *shares])
         return rows
 
-    def describe(self) -> str:
-        """For people, on a terminal."""
+    def describe(self, width: int | None = None) -> str:
+        """For people. width: of the terminal, which tables then fit."""
         notes = [f"chosen     {self.chosen.label} (by {self.by})", f"scans      {self.scans}"]
         notes += [f"warning    {warning}" for warning in self.warnings]
         notes += [f"comparison {self.out}"] if self.out else []
         notes += [f"published  {self.url} at {self.commit}"] if self.url else []
         notes += [f"next       hf-locstitch merge {self.out}/{BEST} --out DIR"] if self.out and not self.url else []
-        return "\n\n".join([align(self.table()), "\n".join(map(line, notes)), self.reported.describe()])
+        table = align(self.table(), width, keys=self._axes)
+        return "\n\n".join([table, "\n".join(map(line, notes)), self.reported.describe(width)])
 
     def section(self) -> str:
         """Of a card, Markdown."""
         share = "share of the best finetune's score" if self.relative else "score"
         by = f"the mean {share} over the tasks" if self.by == "mean" else f"the {share} on the worst task"
         others = "the same examples" if self.same_examples else "other examples"
-        axes = len(self.table()[0]) - len(self.chosen.scores.results) - 2
         return "\n\n".join(
             [
                 "## Comparison",
@@ -141,7 +146,7 @@ class ComparisonReport:
                 f"{escape.markdown(self.chosen.label)}. They were compared by the scores below; the evaluation's are "
                 f"on {others}.",
                 f"![Scores of the merges against density: mean over the tasks, and worst task]({FIGURE})",
-                markdown(self.table(), left=axes),
+                markdown(self.table(), left=self._axes),
                 *(f"> **Warning**: {escape.markdown(warning)}" for warning in self.warnings),
             ]
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from hf_locstitch.runtime import escape
 from hf_locstitch.runtime.escape import line
 
 Table = list[list[str]]  # the first row is the head
+GAP = "  "  # between columns
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,11 @@ class EvaluationReport:
         }
         return {**asdict(self), "comparisons": comparisons}
 
-    def describe(self) -> str:
-        """For people, on a terminal."""
-        parts = [align(self.score_table())]
+    def describe(self, width: int | None = None) -> str:
+        """For people. width: of the terminal, which tables then fit."""
+        parts = [align(self.score_table(), width, keys=2)]
         if len(comparison := self.comparison_table()) > 1:
-            parts.append(align(comparison))
+            parts.append(align(comparison, width, keys=3))
         cached = sum(model.cached for model in self.models)
         counts = f"measured   {len(self.models) * len(self.tasks) - cached} scores, {cached} more from the cache"
         notes = [f"warning    {warning}" for warning in self.warnings]
@@ -143,17 +144,37 @@ def show_comparison(beside: Comparison) -> list[str]:
     return [difference, exceeds, beside.best_parent or "–", kept]
 
 
-def align(table: Table) -> str:
-    """Aligned columns; the first to the left."""
+def align(table: Table, width: int | None = None, keys: int = 1) -> str:
+    """Aligned columns; the first to the left.
+
+    width: of the terminal: what does not fit beside one another comes in several tables. keys: how many columns say
+    what a row is about; each of the tables has them.
+    """
     table = [[line(cell) for cell in row] for row in table]
     widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(n) if place == 0 else cell.rjust(n)
-            for place, (cell, n) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in table
-    )
+    return "\n\n".join(_aligned(table, widths, columns) for columns in fitting(widths, width, keys))
+
+
+def fitting(widths: Sequence[int], width: int | None, keys: int) -> list[list[int]]:
+    """The columns of each table: all keys, and as many others as fit, at least one. widths: of the columns."""
+    always, others = list(range(keys)), range(keys, len(widths))
+    taken = sum(widths[place] + len(GAP) for place in always)
+    tables = [[*always]]
+    used = taken
+    for place in others:
+        if width is not None and used + widths[place] > width and len(tables[-1]) > keys:
+            tables.append([*always])
+            used = taken
+        tables[-1].append(place)
+        used += widths[place] + len(GAP)
+    return tables
+
+
+def _aligned(table: Table, widths: Sequence[int], columns: Sequence[int]) -> str:
+    def cell(row: list[str], place: int) -> str:
+        return row[place].ljust(widths[place]) if place == 0 else row[place].rjust(widths[place])
+
+    return "\n".join(GAP.join(cell(row, place) for place in columns) for row in table)
 
 
 def markdown(table: Table, left: int = 1) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_locstitch.cli.flags import add_printing, add_push_options, add_task_code
-from hf_locstitch.cli.parser import add_command, add_debug
-from hf_locstitch.cli.printing import put_plan, put_result
+from hf_locstitch.cli.parser import add_command, add_diagnostics
+from hf_locstitch.cli.printing import put_json, put_plan, tell
+from hf_locstitch.cli.terminal import width_of
 
 
 def add(commands: Any) -> None:
@@ -19,7 +20,12 @@ def add(commands: Any) -> None:
         help="merge in several ways, score every merge, choose the best",
         description="Merge the same finetuned models by several methods and settings (`compare:` in a recipe), score "
         "every merge, and write out the scores, a figure and the best recipe. Masks of all densities come from one "
-        "scan. Example: hf-locstitch compare recipe.yaml --out compared",
+        "scan.",
+        examples=[
+            "hf-locstitch compare recipe.yaml --dry-run --out compared",
+            "hf-locstitch compare recipe.yaml --out compared --push-to me/best",
+        ],
+        guide="guides/comparing.md",
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="a recipe with `compare:`")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="write the report to this folder")
@@ -34,7 +40,7 @@ def add(commands: Any) -> None:
         "--device", metavar="auto|cpu|cuda[:N]|...", help="where models run and values are solved for (default: auto)"
     )
     add_printing(output)
-    add_debug(parser)
+    add_diagnostics(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         put_plan(planned, args.json)
         return 0
     if not args.quiet:
-        print(planned.describe(), file=sys.stderr)
+        tell(planned.describe())
     report = carry_out(planned, args.out, Progress(False if args.quiet else None))
-    put_result(report, args.json)
+    put_json(report.as_json()) if args.json else tell(report.describe(width_of(sys.stderr)))
     return 0

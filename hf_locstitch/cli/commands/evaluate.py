@@ -8,9 +8,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from hf_locstitch.cli.parser import REF, add_command, add_debug, count_or
-from hf_locstitch.cli.printing import put, speaks
-from hf_locstitch.runtime.escape import in_json
+from hf_locstitch.cli.parser import REF, add_command, add_diagnostics, count_or
+from hf_locstitch.cli.printing import put, put_json, speaks
+from hf_locstitch.cli.terminal import width_of
 from hf_locstitch.tasks.metrics import METRICS
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
@@ -25,6 +25,12 @@ def add(commands: Any) -> None:
         f"{REF}: a folder or org/name[/subfolder][@revision]. "
         "Scores already measured on the same content are reused. Several GPUs share the examples under "
         "`accelerate launch -m hf_locstitch evaluate ...`.",
+        examples=[
+            "hf-locstitch evaluate merged --suite quick --parents",
+            "hf-locstitch evaluate me/merged org/other --tasks gsm8k:8 arc_easy:0 --limit 200",
+            "hf-locstitch evaluate merged --data test.jsonl --metrics accuracy --average --push",
+        ],
+        guide="guides/evaluation.md",
     )
     parser.add_argument("refs", nargs="+", metavar=REF, help="the models; the first is the one being judged")
     _add_what(parser.add_argument_group("what to evaluate"))
@@ -32,7 +38,7 @@ def add(commands: Any) -> None:
     _add_how(parser.add_argument_group("how to evaluate"))
     _add_lm_eval(parser.add_argument_group("how lm-eval evaluates"))
     _add_output(parser.add_argument_group("output"))
-    add_debug(parser)
+    add_diagnostics(parser)
 
 
 def _add_what(group: Any) -> None:
@@ -142,5 +148,5 @@ def run(args: argparse.Namespace) -> int:
         args.refs, **options, lm_eval=own, finetuned=args.ft, show_progress=not args.quiet and sys.stderr.isatty()
     )
     if speaks():
-        put(in_json(report.as_json()) if args.json else report.describe())
+        put_json(report.as_json()) if args.json else put(report.describe(width_of(sys.stdout)))
     return 0

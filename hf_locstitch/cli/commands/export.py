@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from hf_locstitch.cli.flags import add_printing, add_target
-from hf_locstitch.cli.parser import REF, add_command, add_debug
-from hf_locstitch.cli.printing import put_plan, put_result
+from hf_locstitch.cli.parser import REF, add_command, add_diagnostics
+from hf_locstitch.cli.printing import put_json, put_plan, tell
 from hf_locstitch.exports.forms import FORMS
 
 
@@ -18,8 +17,9 @@ def add(commands: Any) -> None:
         "export",
         help="turn a localized checkpoint or a merge into a PEFT adapter",
         description="Turn a localized checkpoint, or a merge with masks, into an adapter over its base, for PEFT. "
-        f"{REF}: a folder or org/name[/subfolder][@revision]. "
-        "Example: hf-locstitch export ./merged --as peft --out merged-adapter",
+        f"{REF}: a folder or org/name[/subfolder][@revision].",
+        examples=["hf-locstitch export ./merged --as peft --out merged-adapter"],
+        guide="guides/export.md",
     )
     parser.add_argument("ref", metavar=REF, help="the localized checkpoint or merge")
     parser.add_argument(
@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--base", metavar=REF, help="the base, if it is not where the manifest says")
     add_target(parser)
     add_printing(parser)
-    add_debug(parser)
+    add_diagnostics(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         put_plan(plan, args.json)
         return 0
     if not args.quiet:
-        print(plan.describe(), file=sys.stderr)
+        tell(plan.describe())
     result = carry_out(plan, delivery, Progress(False if args.quiet else None))
-    put_result(result, args.json)
+    put_json(result.as_json()) if args.json else tell(result.describe())
     return 0

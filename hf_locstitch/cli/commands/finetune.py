@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from hf_locstitch.cli.flags import add_printing, add_recipe, add_target
-from hf_locstitch.cli.parser import REF, add_command, add_debug
-from hf_locstitch.cli.printing import put_plan, put_result
+from hf_locstitch.cli.next_steps import after_finetune, next_lines
+from hf_locstitch.cli.parser import REF, add_command, add_diagnostics
+from hf_locstitch.cli.printing import put_json, put_plan, tell
 from hf_locstitch.tasks.objectives import OBJECTIVES
 
 
@@ -18,14 +18,18 @@ def add(commands: Any) -> None:
         "finetune",
         help="train a finetuned model to merge, by transformers and PEFT",
         description="Finetune a base on labelled examples, or on answers, as a checkpoint or adapter that `merge` "
-        f"takes at once. {REF}: a folder or org/name[/subfolder][@revision]. "
-        "Example: hf-locstitch finetune --base FacebookAI/roberta-base --data sst2 --out sst2",
+        f"takes at once. {REF}: a folder or org/name[/subfolder][@revision].",
+        examples=[
+            "hf-locstitch finetune --base FacebookAI/roberta-base --data sst2 --out sst2",
+            "hf-locstitch finetune --base org/base --data answers.jsonl --lora 16 --push-to me/answers",
+        ],
+        guide="guides/finetune.md",
     )
     add_recipe(parser)
     add_training(parser)
     add_target(parser)
     add_printing(parser.add_argument_group("output"))
-    add_debug(parser)
+    add_diagnostics(parser)
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
         put_plan(plan, args.json)
         return 0
     if not args.quiet:
-        print(plan.describe(), file=sys.stderr)
+        tell(plan.describe())
     result = carry_out(plan, Progress(False if args.quiet else None))
-    put_result(result, args.json)
+    if args.json:
+        put_json(result.as_json())
+    else:
+        tell("\n".join([result.describe(), *next_lines(after_finetune(plan, result))]))
     return 0

@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_locstitch.cli.parser import REF, add_command, add_debug
-from hf_locstitch.cli.printing import put
-from hf_locstitch.runtime.escape import in_json
+from hf_locstitch.cli.parser import REF, add_command, add_diagnostics
+from hf_locstitch.cli.printing import put, put_json
 
 
 def add(commands: Any) -> None:
@@ -19,6 +18,11 @@ def add(commands: Any) -> None:
         description="Show what a merge is made of, or what merging localized checkpoints would give: densities, "
         "overlaps, where the masks lie, norms, anomalies. Reads small files only, unless --inputs is given. "
         f"{REF}: a folder or org/name[/subfolder][@revision].",
+        examples=[
+            "hf-locstitch inspect merged --figures figures",
+            "hf-locstitch inspect me/math-localized me/code-localized",
+        ],
+        guide="guides/checking.md",
     )
     parser.add_argument("refs", nargs="+", metavar=REF, help="the merge, or one or more localized checkpoints")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures into this folder")
@@ -30,7 +34,7 @@ def add(commands: Any) -> None:
         "--ft", nargs="+", metavar=REF, help="the finetuned models, in the order of the merge; implies --inputs"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    add_debug(parser)
+    add_diagnostics(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,5 +42,5 @@ def run(args: argparse.Namespace) -> int:
     from hf_locstitch.inspection.inspect import inspect as look
 
     report = look(*args.refs, figures=args.figures, base=args.base, finetuned=args.ft, inputs=args.inputs)
-    put(in_json(report.as_json()) if args.json else report.describe())
+    put_json(report.as_json()) if args.json else put(report.describe())
     return 0

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from hf_locstitch.cli.flags import add_localizing, add_non_finite, add_recipe, add_target, add_work
-from hf_locstitch.cli.parser import REF, add_command, add_debug
+from hf_locstitch.cli.parser import REF, add_command, add_diagnostics
 from hf_locstitch.cli.requests import carry_out
 from hf_locstitch.stitch.stitchers import MEAN
 
@@ -19,6 +19,11 @@ def add(commands: Any) -> None:
         description="Make a localized checkpoint: the mask of one finetuned model and the values under it, a few "
         "percent of the model. `stitch` merges any number of them. "
         f"{REF}: a folder or org/name[/subfolder][@revision].",
+        examples=[
+            "hf-locstitch localize --base org/base --ft org/math --density 0.05 --out math-localized",
+            "hf-locstitch localize --base org/base --ft org/math --localizer saliency --data gsm8k --push-to me/math",
+        ],
+        guide="guides/localized-checkpoints.md",
     )
     add_recipe(parser)
     parser.add_argument(
@@ -37,7 +42,7 @@ def add(commands: Any) -> None:
     )
     add_non_finite(group)
     add_work(parser.add_argument_group("output"), device=True)
-    add_debug(parser)
+    add_diagnostics(parser)
 
 
 def run(args: argparse.Namespace) -> int:

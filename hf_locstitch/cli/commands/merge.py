@@ -17,7 +17,7 @@ from hf_locstitch.cli.flags import (
     add_vocabulary,
     add_work,
 )
-from hf_locstitch.cli.parser import REF, add_command, add_debug
+from hf_locstitch.cli.parser import REF, add_command, add_diagnostics
 from hf_locstitch.cli.printing import put
 from hf_locstitch.cli.requests import carry_out, recipe_fields
 from hf_locstitch.errors import OutputError
@@ -31,6 +31,13 @@ def add(commands: Any) -> None:
         "merge",
         help="merge finetuned models into their base",
         description=f"Merge finetuned models into their base. {REF}: a folder or org/name[/subfolder][@revision].",
+        examples=[
+            "hf-locstitch merge --base org/base --ft org/math org/code --dry-run",
+            "hf-locstitch merge --base org/base --ft org/math org/code --density 0.05 --out merged",
+            "hf-locstitch merge --base org/base --ft org/math org/code --localizer joint --stitch refit --out merged",
+            "hf-locstitch merge recipe.yaml --push-to me/merged --private",
+        ],
+        guide="guides/recipes.md",
     )
     add_recipe(parser)
     parser.add_argument("--ft", nargs="+", metavar=REF, help="the finetuned models, or PEFT adapters")
@@ -71,7 +78,7 @@ def add(commands: Any) -> None:
     )
     add_layout(output)
     add_work(output, device=True)
-    add_debug(parser)
+    add_diagnostics(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from hf_locstitch.cli.flags import add_layout, add_non_finite, add_recipe, add_scale, add_target, add_work
-from hf_locstitch.cli.parser import REF, add_command, add_debug
+from hf_locstitch.cli.parser import REF, add_command, add_diagnostics
 from hf_locstitch.cli.requests import carry_out
 
 
@@ -18,6 +18,11 @@ def add(commands: Any) -> None:
         description="Merge localized checkpoints into the base that they were localized against: the same weights as "
         f"one merge of the finetuned models. Or take a merge apart, and stitch it with other finetunes or fewer. "
         f"{REF}: a folder or org/name[/subfolder][@revision].",
+        examples=[
+            "hf-locstitch stitch --base org/base --localized me/math-localized me/code-localized --out merged",
+            "hf-locstitch stitch --from me/merged --add me/law-localized --remove code --out changed",
+        ],
+        guide="guides/localized-checkpoints.md",
     )
     add_recipe(parser)
     parser.add_argument("--localized", nargs="+", metavar=REF, help="the localized checkpoints")
@@ -39,7 +44,7 @@ def add(commands: Any) -> None:
     output = parser.add_argument_group("output")
     add_layout(output)
     add_work(output, device=False)
-    add_debug(parser)
+    add_diagnostics(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from hf_locstitch.cli.parser import REF, add_command, add_debug, count_or
-from hf_locstitch.cli.printing import put
-from hf_locstitch.runtime.escape import in_json
+from hf_locstitch.cli.parser import REF, add_command, add_diagnostics, count_or
+from hf_locstitch.cli.printing import put_json, tell
 
 
 def add(commands: Any) -> None:
@@ -19,6 +17,11 @@ def add(commands: Any) -> None:
         description="Read a merge or a localized checkpoint back: its files against the manifest, its masks against "
         "the densities, its values against the inputs. Writes nothing. "
         f"{REF}: a folder or org/name[/subfolder][@revision].",
+        examples=[
+            "hf-locstitch verify merged",
+            "hf-locstitch verify me/merged --tensors all",
+        ],
+        guide="guides/checking.md",
     )
     parser.add_argument("ref", metavar=REF, help="the merge or localized checkpoint")
     parser.add_argument("--base", metavar=REF, help="the base, if it is not where the manifest says")
@@ -37,7 +40,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser.add_argument("--quiet", action="store_true", help="print only failed checks, and show no progress bars")
-    add_debug(parser)
+    add_diagnostics(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     show = False if args.quiet else None
     report = check(args.ref, base=args.base, finetuned=args.ft, tensors=args.tensors, show_progress=show)
     if args.json:
-        put(in_json(report.as_json()))
+        put_json(report.as_json())
     elif text := report.describe(quiet=args.quiet):
-        print(text, file=sys.stderr)
+        tell(text)
     return 0 if report.ok else 1
