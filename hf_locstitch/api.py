@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_locstitch.artifacts.manifest import told
 from hf_locstitch.engine import execute as engine
 from hf_locstitch.engine.imports import import_ahead
+from hf_locstitch.engine.steps import EVALUATING, EXPORTING
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.exports.beside_merge import check_adapter, write_adapter
 from hf_locstitch.localize.localizer import Localizer
@@ -350,7 +351,7 @@ def check_possible(plan: Plan) -> None:
     """All that must hold before a plan is carried out, without the work. Raises RequestError."""
     engine.check_possible(plan)
     if isinstance(plan, ModelPlan):
-        check_adapter(plan)
+        _after_merge(plan, Progress(False), {})
 
 
 def _carried_out(
@@ -360,33 +361,40 @@ def _carried_out(
     return carry_out(make(recipe, settings), Progress(show_progress))
 
 
-def carry_out(plan: Plan, progress: Progress) -> MergeResult:
+def carry_out(plan: Plan, progress: Progress, announce: Callable[[], object] = lambda: None) -> MergeResult:
     """Carry out a plan, export and evaluate the result if the recipe says so, and publish it.
 
-    Raises like merge_from_hub.
+    announce: called once all is checked, before the work. Raises like merge_from_hub.
     """
     made: dict[str, Any] = {}
 
     def prepare() -> engine.AfterRun | None:
-        return _after_merge(plan, progress, made) if isinstance(plan, ModelPlan) else None
+        after = _after_merge(plan, progress, made) if isinstance(plan, ModelPlan) else None
+        announce()
+        return after
 
-    done = engine.execute(plan, progress, prepare)
+    with progress.steps(engine.steps_of(plan)):
+        done = engine.execute(plan, progress, prepare)
     return MergeResult(done.out, done.url, done.commit, done.manifest, **made)
 
 
-def _after_merge(plan: ModelPlan, progress: Progress, made: dict[str, Any]) -> engine.AfterRun:
+def _after_merge(plan: ModelPlan, progress: Progress, made: dict[str, Any]) -> engine.AfterRun | None:
     """What is still to be done with a finished merge, checked beforehand; it fills in fields of the MergeResult."""
     check_adapter(plan)
+    if plan.recipe.adapter is None and plan.recipe.evaluate is None:
+        return None
     judge = None
     if plan.recipe.evaluate is not None:
         from hf_locstitch.evaluation.evaluate import AfterMerge
 
-        judge = AfterMerge(plan)
+        judge = AfterMerge(plan, progress)
 
     def after(out: Path, processes: Processes) -> None:
         if plan.recipe.adapter is not None:
+            progress.step(EXPORTING)
             made["adapter"] = write_adapter(plan, out, progress)
         if judge is not None:
+            progress.step(EVALUATING)
             made["evaluation"] = judge.run(out, processes)
 
     return after

@@ -45,12 +45,12 @@ class MismatchError(RequestError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        head = (
-            "the checkpoints do not fit together"
-            if len(problems) == 1
-            else f"the checkpoints do not fit together, {len(problems)} problems"
-        )
-        super().__init__(head + ":\n" + "\n".join(f"  - {' '.join(problem.split())}" for problem in problems))
+        listed = [" ".join(problem.split()) for problem in problems]
+        if len(listed) == 1:
+            super().__init__(f"the checkpoints do not fit together: {listed[0].removesuffix('.')}.")
+            return
+        head = f"the checkpoints do not fit together, {len(listed)} problems:"
+        super().__init__("\n".join([head, *(f"  - {problem}" for problem in listed)]))
 
 
 class StrictError(RequestError):

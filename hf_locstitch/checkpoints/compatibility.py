@@ -173,15 +173,46 @@ def dtype_warnings(name: str, dtypes: Iterable[tuple[str, str]]) -> list[str]:
     ]
 
 
-def swap_warnings(base: Checkpoint, finetuned: Mapping[str, Checkpoint]) -> list[str]:
-    """What tells that base and finetune may have changed places: the base's card names a finetune as its own base."""
-    named = base.card.get("base_model")
-    parents = set(map(str, named if isinstance(named, list) else [named]))
+def swap_signs(base: Checkpoint, finetuned: Mapping[str, Checkpoint]) -> tuple[list[str], list[str]]:
+    """What tells that base and finetune may have changed places: the base's card names a finetune as its own base.
+
+    Returns problems, and warnings: it is a problem if the other finetunes name the same one, and none the base.
+    """
+    problems, warnings = [], []
+    for name, checkpoint in finetuned.items():
+        repo = checkpoint.source.repo
+        if repo is None or repo not in parents_of(base):
+            continue
+        others = {other: parents_of(one) for other, one in finetuned.items() if other != name}
+        said = f"the card of the base {base.label} says that it was made from {repo}, which is given as a finetune"
+        if any(repo in parents for parents in others.values()) and all(
+            base.source.repo not in parents for parents in others.values()
+        ):
+            listed = " ".join(str(one.source.repo or one.label) for other, one in finetuned.items() if other != name)
+            problems.append(
+                f"{said}, and so do those of other finetunes: base and finetune are swapped; use --base {repo} --ft "
+                f"{base.source.repo or base.label} {listed}"
+            )
+        else:
+            warnings.append(f"{said}: base and finetune may be swapped. If they are, use --base {repo}.")
+    return problems, warnings
+
+
+def parents_of(checkpoint: Checkpoint) -> frozenset[str]:
+    """The repos that a model's card says it was made from."""
+    named = checkpoint.card.get("base_model")
+    return frozenset(str(one) for one in (named if isinstance(named, list) else [named]) if one)
+
+
+def other_parent(base: Checkpoint, checkpoint: Checkpoint) -> list[str]:
+    """A sentence where the card of a model says that it was made from others than this base."""
+    parents = parents_of(checkpoint)
+    if not parents or base.source.repo is None or base.source.repo in parents:
+        return []
+    made_from = " and ".join(sorted(parents))
     return [
-        f"the card of the base {base.label} says that it was made from {checkpoint.source.repo}, which is given as the "
-        f"finetune {name}: base and finetune may be swapped."
-        for name, checkpoint in finetuned.items()
-        if checkpoint.source.repo in parents
+        f"{checkpoint.label} was made from {made_from}, as its card says, not from {base.source.repo}: only finetunes "
+        f"of one base can be merged; leave it out, or merge it with finetunes of {made_from}"
     ]
 
 

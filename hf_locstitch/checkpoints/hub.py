@@ -62,7 +62,10 @@ def open_repo(repo: str, revision: str | None) -> Source:
         if snapshot := find_snapshot(_repo_folder(repo), revision):
             return CachedRepoSource(snapshot, repo)
         at = f"{repo}@{revision}" if revision else repo
-        raise CheckpointError(f"{at} is not in the cache and HF_HUB_OFFLINE is set. Unset it, or fetch the repo first.")
+        raise CheckpointError(
+            f"{at} is not in the cache and HF_HUB_OFFLINE is set. Unset it, or fetch what is needed while online: "
+            "hf download ORG/NAME."
+        )
     try:
         return HubSource(repo, revision)
     except DownloadError as error:

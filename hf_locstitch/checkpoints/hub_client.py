@@ -132,7 +132,9 @@ class Attempts:
         self._failures += 1
         if self._failures >= ATTEMPTS or not (is_transient(error) if transient is None else transient):
             return False
-        time.sleep(wait_before(max(self._failures - 1, 0), error))
+        seconds = wait_before(max(self._failures - 1, 0), error)
+        LOG.info(f"trying again in {seconds:.1f} s: {short(error)}")
+        time.sleep(seconds)
         return True
 
 
@@ -195,7 +197,8 @@ def raise_clearly(error: Exception, repo: str, revision: str | None, endpoint: s
         ) from error
     if isinstance(error, OfflineModeIsEnabled):
         raise CheckpointError(
-            f"{at} is not in the cache and HF_HUB_OFFLINE is set. Unset it, or fetch it first."
+            f"{at} is not in the cache and HF_HUB_OFFLINE is set. Unset it, or fetch what is needed while online: "
+            "hf download ORG/NAME."
         ) from error
     raise DownloadError(
         f"{at}: the request to {endpoint} failed ({type(error).__name__}: {error}). "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from hf_locstitch.checkpoints.adapter import AdapterCheckpoint
 from hf_locstitch.checkpoints.checkpoint import (
     CARD,
@@ -23,6 +25,8 @@ from hf_locstitch.checkpoints.quantized import quantized_tensor
 from hf_locstitch.checkpoints.ref import Ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
+
+LOG = logging.getLogger("hf_locstitch")
 
 
 def open_checkpoint(ref: Ref) -> Checkpoint:
@@ -58,6 +62,7 @@ def _read(source: Source) -> Checkpoint:
             if block is not None:
                 checkpoint = dequantized(checkpoint, block)
             _refuse_quantized_weights(checkpoint)
+            LOG.info(f"opened {source.label}: {len(checkpoint.tensors)} tensors in {len(checkpoint.shards)} files")
             return checkpoint
     raise CheckpointError(f"{source.label} holds no weights (no {SINGLE}, no {INDEX}). {where_weights_are(source)}")
 

@@ -49,6 +49,7 @@ TOKENIZER = (
     "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json", "byte_maps.json", "normalizer.json",
     "emoji.json", "word_shape.json", "word_pronunciation.json",
 )  # fmt: skip
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TEMPLATES = ("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
 # Loaded from a model's folder, and from that of a module of sentence-transformers.
 LOADED = (
@@ -241,3 +242,19 @@ def _imported(source: Source, file: str) -> Iterator[str]:
             path = one.replace(".", "/")
             for place in (f"{path}.py", f"{path}/__init__.py"):
                 yield f"{folder}/{place}" if folder else place
+
+
+def check_processor(models: Sequence[Checkpoint], purpose: str) -> None:
+    """Raises CheckpointError if none of these models has the files of a tokenizer or processor, by their names.
+
+    models: the one that is to be run, and those whose files serve it, too. purpose: what needs it.
+    """
+    files = [file for model in models for file in model.source.files]
+    if any(fnmatchcase(file, glob) for file in files for glob in (*TOKENIZER, *PROCESSORS)):
+        return
+    first, *others = (model.label for model in models)
+    raise CheckpointError(
+        f"{first} has no tokenizer{f', nor has {others[0]}' if others else ''} (no {TOKENIZER[0]} or the like), and "
+        f"{purpose} needs one. Save it beside the weights: "
+        f"AutoTokenizer.from_pretrained(REF).save_pretrained({first!r})."
+    )

@@ -28,8 +28,12 @@ class LogToStderr(logging.Handler):
 
 
 def tell(text: str) -> None:
-    """For people, on standard error."""
-    print(rendered(text, sys.stderr), file=sys.stderr)
+    """For people, on standard error; above progress bars, if there are some."""
+    text = rendered(text, sys.stderr)
+    if (bars := sys.modules.get("tqdm")) is not None and sys.stderr.isatty():
+        bars.tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr)
 
 
 def put(text: str) -> None:

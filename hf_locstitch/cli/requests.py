@@ -26,7 +26,6 @@ FIELDS = ("method", "stitch", "scale", "weights", "include", "exclude", "rest_fr
 def carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan]) -> int:
     """Plan, print the plan, work, and print the result."""
     from hf_locstitch import api
-    from hf_locstitch.engine.execute import check_free
     from hf_locstitch.engine.imports import import_ahead
     from hf_locstitch.engine.preflight import check_output_given
     from hf_locstitch.plan.adapter_inputs import with_base
@@ -46,10 +45,8 @@ def carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan]
         api.check_possible(plan)
         put_json(plan_json(plan)) if args.json else put(format_plan(plan))
         return 0
-    check_free(plan)
-    if not quiet:
-        tell(format_plan(plan))
-    result = api.carry_out(plan, Progress(False if quiet else None))
+    announce = (lambda: None) if quiet else (lambda: tell(format_plan(plan)))
+    result = api.carry_out(plan, Progress(False if quiet else None), announce)
     if not speaks():
         return 0
     if args.json:

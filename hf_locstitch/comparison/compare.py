@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_locstitch.comparison.cells import uses_data
 from hf_locstitch.comparison.comparison import Comparison
 from hf_locstitch.comparison.report import ComparisonReport
-from hf_locstitch.comparison.run import ComparisonRun
+from hf_locstitch.comparison.run import STEPS, ComparisonRun
 from hf_locstitch.engine.execute import check_push
 from hf_locstitch.engine.preflight import check_disk, check_inputs, check_place, is_free, taken
 from hf_locstitch.engine.work_dir import work_dir_beside, working_in
@@ -81,15 +81,15 @@ def plan_comparison(
     return planned
 
 
-def check_possible(planned: Comparison, out: Path) -> Planned:
+def check_possible(planned: Comparison, out: Path, progress: Progress) -> Planned:
     """All that must hold before the work. Returns what the merges are judged by. Raises RequestError."""
     if not is_free(out):
         raise taken(out)
     check_place(out)
     plan = planned.plan(planned.first)
-    judge = Planned(plan, planned.options.select)
+    judge = Planned(plan, planned.options.select, progress)
     if planned.asked.evaluate is not None:
-        Planned(plan, planned.asked.evaluate)  # raises if it cannot be judged
+        Planned(plan, planned.asked.evaluate, progress)  # raises if it cannot be judged
     if planned.asked.target is not None:
         check_push(planned.asked.target, {name: one.source for name, one in plan.inputs.items()}, "compare")
     check_inputs(plan)
@@ -97,8 +97,15 @@ def check_possible(planned: Comparison, out: Path) -> Planned:
     return judge
 
 
-def carry_out(planned: Comparison, out: Path, progress: Progress) -> ComparisonReport:
-    """Make and score the merges, and write the report. Raises like `compare`."""
-    judge = check_possible(planned, out)
-    with working_in(work_dir_beside(out, planned.fingerprint), out, Processes()) as work:
+def carry_out(
+    planned: Comparison, out: Path, progress: Progress, announce: Callable[[], object] = lambda: None
+) -> ComparisonReport:
+    """Make and score the merges, and write the report.
+
+    announce: called once all is checked, before the work. Raises like `compare`.
+    """
+    judge = check_possible(planned, out, progress)
+    announce()
+    steps = progress.steps(STEPS)
+    with steps, working_in(work_dir_beside(out, planned.fingerprint), out, Processes()) as work:
         return ComparisonRun(planned, judge, work, progress).run(out)

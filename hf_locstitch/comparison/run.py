@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from hf_locstitch.comparison.comparison import Comparison
 
 LOWEST = float("-inf")
+STEPS = SCORING, COMPARING, PUBLISHING = ("scoring the finetunes", "comparing", "making the best one")
 
 
 class ComparisonRun:
@@ -62,13 +63,16 @@ class ComparisonRun:
 
     def run(self, out: Path) -> ComparisonReport:
         """Make, score and choose; write the report into the stage. out: what the stage becomes."""
+        self._progress.step(SCORING)
         models = with_own_names(self._judge.references())
         references = self._judge.session.run(models, Processes()) if models else EvaluationReport((), (), None)
+        self._progress.step(COMPARING)
         with self._progress.bar("comparing", self._planned.count, " merges") as advance:
             search(self._options, lambda settings: self._measure(settings, references, advance))
         if not self._entries:
             raise WorkError(f"no merge could be made: {'; '.join(self._failed.values())}")
         cell = self._planned.cells[self._best]
+        self._progress.step(PUBLISHING)
         return self._publish(cell, references, out)
 
     @property
@@ -112,7 +116,7 @@ class ComparisonRun:
         shutil.rmtree(self._merged, ignore_errors=True)
         self._progress.say(cell.label)
         check_disk(self._merged, plan)
-        make(plan, self._merged, Progress(False))
+        make(plan, self._merged, self._progress)
         self._note_scan(plan)
         report = self._judge.session.run([replace(merged_model(self._merged), name=cell.label)], Processes())
         shutil.rmtree(self._merged, ignore_errors=True)
@@ -142,7 +146,7 @@ class ComparisonRun:
         reports: list[ComparisonReport] = []
 
         def prepare() -> AfterRun:
-            judge = AfterMerge(plan)
+            judge = AfterMerge(plan, self._progress)
 
             def after(folder: Path, processes: Processes) -> None:
                 report = self._report(references, replace(judge.run(folder, processes), figures=()))
@@ -151,7 +155,7 @@ class ComparisonRun:
 
             return after
 
-        done: Finished = execute(plan, Progress(False), prepare)
+        done: Finished = execute(plan, self._progress, prepare)
         report = replace(reports[0], out=str(out), url=done.url, commit=done.commit)
         stage = self._work.stage
         save_comparison(report, stage)

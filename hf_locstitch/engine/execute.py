@@ -23,6 +23,7 @@ from hf_locstitch.engine.preflight import (
 )
 from hf_locstitch.engine.record import check_strict
 from hf_locstitch.engine.rehearsal import loops_ready
+from hf_locstitch.engine.steps import EVALUATING, EXPORTING, FITTING, LOCALIZING, MERGING, READING, UPLOADING, WRITING
 from hf_locstitch.engine.work_dir import clear_work, open_work_dir
 from hf_locstitch.errors import OutputError, PublishError, RecipeError
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
@@ -51,7 +52,8 @@ class Finished:
 def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | None] = lambda: None) -> Finished:
     """Carry out a plan and publish the result.
 
-    prepare: called before the work starts; what it returns is called after it, before the upload's commit.
+    prepare: called once all is checked, before the work starts; what it returns is called after it, before the
+    upload's commit.
     Raises RequestError, with nothing written, if the plan cannot be carried out, and WorkError if the work fails.
     """
     recipe = plan.recipe
@@ -67,7 +69,7 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
         if recipe.out is not None:
             return _into(recipe.out, plan, progress, processes, prepare)
         if recipe.evaluate is None and recipe.adapter is None:
-            return _to_hub(plan, progress, processes)
+            return _to_hub(plan, progress, processes, prepare)
         scratch = _scratch(plan)
         done = _into(scratch / "merged", plan, progress, processes, prepare)
         if processes.first:
@@ -75,19 +77,29 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
         return Finished(None, done.url, done.commit, done.manifest)
 
 
+def steps_of(plan: Plan) -> list[str]:
+    """What carrying out a plan takes, as `Progress.steps` has it."""
+    recipe, localizes = plan.recipe, isinstance(plan, LocalizePlan)
+    asked = {
+        LOCALIZING: plan.masked and not isinstance(plan, StitchPlan),
+        READING: isinstance(plan, StitchPlan),
+        FITTING: recipe.fitting is not None,
+        WRITING if localizes else MERGING: True,
+        EXPORTING: recipe.adapter is not None,
+        EVALUATING: recipe.evaluate is not None,
+        UPLOADING: recipe.target is not None,
+    }
+    return [step for step, taken in asked.items() if taken]
+
+
 def check_possible(plan: Plan) -> None:
     """As `execute` before its work: whether the Hub takes the result, and inputs and disk are there. RequestError."""
-    check_free(plan)
+    if plan.recipe.out is not None:
+        find_record(plan.recipe.out, plan)
     _check_push(plan)
     if plan.recipe.out is not None or plan.recipe.push_to is not None:
         check_place(plan.recipe.out or _scratch(plan) / "merged")
     check_inputs(plan)
-
-
-def check_free(plan: Plan) -> None:
-    """Raises OutputError if the result cannot become the folder that is asked for. Reads no weights."""
-    if plan.recipe.out is not None:
-        find_record(plan.recipe.out, plan)
 
 
 def _check_push(plan: Plan) -> None:
@@ -151,6 +163,7 @@ def _into(
         if upload is None:
             return Finished(out, None, None, record)
         try:
+            progress.step(UPLOADING)
             published = upload.commit(out, _message(plan), progress, _known(record))
         except PublishError as error:
             raise PublishError(
@@ -159,15 +172,18 @@ def _into(
     return Finished(out, published.url, published.commit, record)
 
 
-def _to_hub(plan: Plan, progress: Progress, processes: Processes) -> Finished:
+def _to_hub(plan: Plan, progress: Progress, processes: Processes, prepare: Callable[[], AfterRun | None]) -> Finished:
     """Nothing stays on this machine; after a failure the same command resumes."""
     scratch = _scratch(plan)
     check_work(scratch / "merged", plan)
+    after = prepare()
+    assert after is None  # it needs the finished folder: see `execute`
     published: list[Published] = []
     with _upload(plan, processes, discard=not plan.settings.cache) as upload:
 
         def publish(folder: Path, record: Manifest) -> None:
             assert upload is not None
+            progress.step(UPLOADING)
             published.append(upload.commit(folder, _message(plan), progress, _known(record)))
 
         record = make(plan, scratch / "merged", progress, processes, upload, publish)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from itertools import count
 from pathlib import Path
 
 from hf_locstitch.artifacts.manifest import FILE, Manifest, is_intact, parse_manifest
@@ -67,7 +68,10 @@ def is_free(out: Path, flag: str = "--out") -> bool:
 
 
 def taken(out: Path, flag: str = "--out") -> OutputError:
-    return OutputError(f"{out} exists and is not an empty folder; nothing is overwritten. Use another {flag}.")
+    free = next(path for number in count(2) if not (path := out.with_name(f"{out.name}-{number}")).exists())
+    return OutputError(
+        f"{out} exists and is not an empty folder; nothing is overwritten. Use another folder, such as {flag} {free}."
+    )
 
 
 def _read_manifest(folder: Path) -> Manifest | None:

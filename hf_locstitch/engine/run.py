@@ -26,6 +26,7 @@ from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.engine.inputs import Inputs
 from hf_locstitch.engine.record import FileHashes, check_pins, check_strict, finish, make_manifest, pinned_recipe
+from hf_locstitch.engine.steps import FITTING, LOCALIZING, MERGING, READING, WRITING
 from hf_locstitch.engine.work_dir import ShardRecord, WorkDir, fingerprint
 from hf_locstitch.localize.job import LocalizeJob
 from hf_locstitch.plan.lineage import look
@@ -138,13 +139,16 @@ class Run(ABC, Generic[AnyPlan]):
             if self.processes.count > 1:
                 self.processes.together(lambda: inputs.fetch_share(*self.processes.of_node))
                 self.processes.together(inputs.fetch)
+            self.progress.step(READING if isinstance(self.plan, StitchPlan) else LOCALIZING)
             masks = self.find_masks(inputs)
             with ThreadPoolExecutor(1) as aside:
                 written = aside.submit(self._write_masks, masks)
                 if self.processes.count > 1:  # collective calls need the same order everywhere
                     written.result()
                 surveyed = aside.submit(self._survey, written)
+                self.progress.step(FITTING)
                 stitch = self.fit(inputs, masks)
+                self.progress.step(WRITING if isinstance(self.plan, LocalizePlan) else MERGING)
                 overlap, shards = self.write_shards(inputs, masks, background)
                 drawn = surveyed.result()
             for mask in masks.values():

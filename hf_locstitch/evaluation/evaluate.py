@@ -30,6 +30,7 @@ from hf_locstitch.evaluation.suite import Suite
 from hf_locstitch.plan.plans import ModelPlan
 from hf_locstitch.plan.recipe_file import recipe_of
 from hf_locstitch.runtime.processes import Processes, find_processes
+from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.tasks.benchmarks import SUITES, EvaluateOptions, make_options
 from hf_locstitch.tasks.leaks import UsedData, used_open_set
 from hf_locstitch.tasks.objective import Objective
@@ -56,7 +57,7 @@ def evaluate(
     push: bool = False,
     track: Literal["trackio", "wandb"] | None = None,
     cache: bool = True,
-    show_progress: bool = False,
+    show_progress: bool | None = False,
 ) -> EvaluationReport:
     """Judge models side by side on lm-eval's tasks, on labelled sets, or on both.
 
@@ -69,7 +70,7 @@ def evaluate(
     gen_kwargs, log_samples, …. base, finetuned: models to compare with. parents: also evaluate the
     inputs of the first ref, a merge, as its manifest names them. average: also evaluate their plain average. push:
     write the results into the model card of the first ref: a folder or, in one commit, a repo. track: also log them.
-    cache: whether to use cached scores.
+    cache: whether to use cached scores. show_progress: None shows bars on a terminal only.
 
     Raises RequestError if the request is invalid and WorkError if the work fails; finished scores stay cached.
     """
@@ -93,10 +94,9 @@ def evaluate(
     finetuned_refs = None if finetuned is None else [str(ref) for ref in finetuned]
     models = gather_models(listed, base=base_ref, finetuned=finetuned_refs, parents=parents, average=average)
     subject = next(model for model in models if model.role == "model")
-    suites = make_suites(
-        options, subject, partial(known_inputs, listed[0], base_ref, finetuned_refs, models), show_progress
-    )
-    session = Session(suites, options.dtype, cache, show_progress)
+    progress = Progress(show_progress)
+    suites = make_suites(options, subject, partial(known_inputs, listed[0], base_ref, finetuned_refs, models), progress)
+    session = Session(suites, options.dtype, cache, progress)
     session.check(models)
     if push:
         from hf_locstitch.evaluation.publishing import check_writable
@@ -117,7 +117,7 @@ def evaluate(
 
 
 def make_suites(
-    options: EvaluateOptions, subject: Model, inputs: Callable[[], Mapping[str, Model]], show_progress: bool
+    options: EvaluateOptions, subject: Model, inputs: Callable[[], Mapping[str, Model]], progress: Progress
 ) -> list[Suite]:
     """What is asked for. subject: the model that the evaluation is about. inputs: gives what it was made of, for their
     heads. Raises RequestError."""
@@ -125,7 +125,7 @@ def make_suites(
     if options.tasks or options.suite is not None:
         suites.append(LmEvalSuite(options))
     if options.data:
-        suites.append(LabelledSuite(options, subject, inputs(), show_progress))
+        suites.append(LabelledSuite(options, subject, inputs(), progress))
     return suites
 
 
@@ -151,7 +151,7 @@ class Planned:
     merge: its config and files.
     """
 
-    def __init__(self, plan: ModelPlan, asked: EvaluateOptions, show_progress: bool = False) -> None:
+    def __init__(self, plan: ModelPlan, asked: EvaluateOptions, progress: Progress) -> None:
         """Raises RequestError."""
         if not plan.settings.cache:
             raise RecipeError(
@@ -161,8 +161,8 @@ class Planned:
         whole = [name for name in plan.inputs if name not in plan.adapters]
         self._inputs = Inputs({name: partial(self._input, name) for name in whole})
         self.merge = Model("merge", "model", plan.files.label, "", plan.files)
-        suites = make_suites(asked, self.merge, lambda: self._inputs, show_progress)
-        self.session = Session(suites, asked.dtype, show_progress=show_progress)
+        suites = make_suites(asked, self.merge, lambda: self._inputs, progress)
+        self.session = Session(suites, asked.dtype, progress=progress)
         self.session.check([self.merge])
         for suite in suites:
             if isinstance(suite, LmEvalSuite):
@@ -188,12 +188,12 @@ class Planned:
 class AfterMerge:
     """The evaluation that a recipe asks for. Created before the merge, so that an invalid request fails early."""
 
-    def __init__(self, plan: ModelPlan, show_progress: bool = False) -> None:
+    def __init__(self, plan: ModelPlan, progress: Progress) -> None:
         """Raises RequestError."""
         asked = plan.recipe.evaluate
         assert asked is not None
         self.recipe, self.plan = plan.recipe, plan
-        self.planned = Planned(plan, asked, show_progress)
+        self.planned = Planned(plan, asked, progress)
 
     def run(self, out: Path, processes: Processes) -> EvaluationReport:
         """Evaluate the merge in `out` and write the results into it. Raises WorkError; the merge stays."""

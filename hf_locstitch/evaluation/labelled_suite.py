@@ -97,11 +97,11 @@ def _config(model: Model) -> Mapping[str, Any]:
 
 class LabelledSuite(Suite):
     def __init__(
-        self, options: EvaluateOptions, subject: Model, inputs: Mapping[str, Model], show_progress: bool = False
+        self, options: EvaluateOptions, subject: Model, inputs: Mapping[str, Model], progress: Progress
     ) -> None:
         """As make_judged_set."""
         self._options = options
-        self._progress = Progress(show_progress)
+        self._progress = progress
         self._sets = {name: make_judged_set(name, asked, subject, inputs) for name, asked in options.sets.items()}
         self._rows: dict[str, Rows] = {}
         self.names = list(self._sets)

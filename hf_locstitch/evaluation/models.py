@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Literal
@@ -17,15 +18,16 @@ from hf_locstitch.checkpoints.config import architecture
 from hf_locstitch.checkpoints.opening import read_checkpoint
 from hf_locstitch.checkpoints.pairing import paired
 from hf_locstitch.checkpoints.ref import parse_ref
-from hf_locstitch.checkpoints.side_files import choose_side_files
+from hf_locstitch.checkpoints.side_files import check_processor, choose_side_files
 from hf_locstitch.checkpoints.vocabulary import token_matrices
 from hf_locstitch.errors import CheckpointError, LocstitchError, MismatchError, RecipeError
 from hf_locstitch.inspection.verification.inputs import input_refs as recorded_refs
+from hf_locstitch.runtime.every import every
+from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.version import __version__
 from hf_locstitch.tasks.custom_code import refuse_custom_code
 
 Role = Literal["model", "base", "finetuned", "average"]
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,18 @@ class Model:
     content: str
     checkpoint: Checkpoint | None = None
     average_of: tuple[str, ...] = field(default=(), repr=False)
+
+    def fetch(self, progress: Progress) -> None:
+        """Put its files on this machine, with a bar if some are not there yet. Raises as `folder`."""
+        if self.checkpoint is None:
+            return
+        source = self.checkpoint.source
+        absent = [file for file in needed(self.checkpoint) if not source.local and source.cached(file) is None]
+        if not absent:
+            return
+        with progress.bar("fetching", sum(source.files[file].size for file in absent)) as advance:
+            for file in absent:
+                source.fetch(file, advance)
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
@@ -87,8 +101,7 @@ def model_of(checkpoint: Checkpoint, role: Role, name: str) -> Model:
 def content_of(checkpoint: Checkpoint) -> str:
     """One hash of weights, config, tokenizer, templates; the same for a folder and a repo of the same files."""
     source = checkpoint.source
-    files = [*(shard.file for shard in checkpoint.shards), *choose_side_files(checkpoint).copied]
-    digests = {file: source.files[file].sha256 or source.sha256(file) for file in files}
+    digests = {file: source.files[file].sha256 or source.sha256(file) for file in needed(checkpoint)}
     return _hash(f"{file} {digest}" for file, digest in sorted(digests.items()))
 
 
@@ -125,21 +138,22 @@ def check_language_model(checkpoint: Checkpoint) -> None:
             f"{named or 'nothing'!r} ({config['model_type']}). lm-eval runs causal and sequence-to-sequence "
             "models; evaluate this one with a tool for its own task."
         )
-    if not any(file in checkpoint.source.files for file in TOKENIZERS):
-        raise CheckpointError(
-            f"{label} has no tokenizer (none of {', '.join(TOKENIZERS[:3])} …), and lm-eval needs one. "
-            "Save it beside the weights: AutoTokenizer.from_pretrained(base).save_pretrained(folder)."
-        )
+    check_processor([checkpoint], "lm-eval")
 
 
 def _listed(names: str | Sequence[str]) -> Sequence[str]:
     return [names] if isinstance(names, str) else names
 
 
+def needed(checkpoint: Checkpoint) -> list[str]:
+    """The files that transformers loads it from."""
+    return [*(shard.file for shard in checkpoint.shards), *choose_side_files(checkpoint).copied]
+
+
 def fetch(checkpoint: Checkpoint) -> Path:
     """The folder that holds weights, config and tokenizer. Raises DownloadError or IntegrityError."""
     source = checkpoint.source
-    for file in [*(shard.file for shard in checkpoint.shards), *choose_side_files(checkpoint).copied]:
+    for file in needed(checkpoint):
         source.fetch(file)
     return source.fetch("config.json").parent
 
@@ -150,7 +164,6 @@ def make_average(refs: Sequence[str], out: Path) -> None:
     from hf_locstitch.engine.preflight import check_disk
     from hf_locstitch.plan.planning import make_plan
     from hf_locstitch.plan.recipe import make_recipe
-    from hf_locstitch.runtime.progress import Progress
 
     base, *parents = refs
     entries = [{"ref": ref, "name": f"parent-{number}"} for number, ref in enumerate(parents, start=1)]
@@ -204,14 +217,14 @@ def gather_models(
     average: bool = False,
 ) -> list[Model]:
     """The base, its finetunes and their average, as requested, then the models `refs`. Raises RequestError."""
-    models = [open_model(ref, "model") for ref in refs]
+    models = every([partial(open_model, ref, "model") for ref in refs])
     base_ref, others = input_refs(refs[0], base, finetuned, needed=parents or average)
     if average and (base_ref is None or not others):
         raise RecipeError("--average needs the base and the finetunes. Name them with --base REF and --ft REF...")
     with naming_inputs() if parents or average else nullcontext():
-        base_model = open_model(base_ref, "base", "base") if base_ref is not None else None
-        parent_models = [open_model(ref, "finetuned", name) for name, ref in others.items()]
-    compared = [*([base_model] if base_model else []), *parent_models]
+        of_base = [partial(open_model, base_ref, "base", "base")] if base_ref is not None else []
+        compared = every([*of_base, *(partial(open_model, ref, "finetuned", name) for name, ref in others.items())])
+    base_model, parent_models = (compared[0] if of_base else None), compared[len(of_base) :]
     if average and base_model is not None and base_ref is not None:
         compared.append(average_model(base_model, parent_models, [base_ref, *others.values()]))
     return with_own_names([*compared, *models])

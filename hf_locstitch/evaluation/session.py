@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.evaluation.cache import cache_folder, cache_key, read_cached, write_cached
@@ -12,8 +14,10 @@ from hf_locstitch.evaluation.report import EvaluationReport, ModelScores
 from hf_locstitch.evaluation.scores import TaskResult
 from hf_locstitch.evaluation.suite import Suite
 from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.runtime.progress import Advance, Progress
 from hf_locstitch.tasks.leaks import UsedData, leaks
 
+LOG = logging.getLogger("hf_locstitch")
 Known = dict[str, list[TaskResult]]  # cache key -> results
 
 
@@ -26,7 +30,7 @@ class Session:
     suites: Sequence[Suite]
     dtype: str = "auto"
     cache: bool = True
-    show_progress: bool = False
+    progress: Progress = field(default_factory=lambda: Progress(False))
 
     def __post_init__(self) -> None:
         names = [name.partition(":")[0] for suite in self.suites for name in suite.names]
@@ -53,12 +57,19 @@ class Session:
         keys = {model.name: self.keys(model) for model in models}
         known = self._read([key for of_model in keys.values() for key in of_model.values()], processes)
         before = frozenset(known)
-        for model in models:
-            for suite in self.suites:
-                missing = [name for name in suite.names if keys[model.name][name] not in known]
-                if missing:
-                    with quietly(self.show_progress):
-                        self._measure(suite, model, missing, keys[model.name], known, processes)
+        todo = [
+            (model, suite, missing)
+            for model in models
+            for suite in self.suites
+            if (missing := [name for name in suite.names if keys[model.name][name] not in known])
+        ]
+        count = sum(len(missing) for _, _, missing in todo)
+        with self.progress.bar("evaluating", count, " scores") if count else nullcontext(_uncounted) as advance:
+            for model, suite, missing in todo:
+                model.fetch(self.progress)
+                LOG.info(f"evaluating {model.name} on {', '.join(missing)}")
+                with quietly(self.progress.shown):
+                    self._measure(suite, model, missing, keys[model.name], known, processes, advance)
         scored = tuple(
             ModelScores(
                 model.name,
@@ -96,7 +107,7 @@ class Session:
         leaking, notes = [], []
         for suite in self.suites:
             results = [result for name in suite.names for result in known.get(keys[name], [])]
-            with quietly(self.show_progress):
+            with quietly(self.progress.shown):
                 judged = suite.judged(results, texts=any(data.prompts for data in used))
             leaking += leaks(judged, used)
             notes += suite.notes(results)
@@ -117,9 +128,15 @@ class Session:
         keys: dict[str, str],
         known: Known,
         processes: Processes,
+        advance: Advance,
     ) -> None:
         """Add to `known` what is not in it."""
         for name, results in suite.measure(model, missing, processes):
             known[keys[name]] = results
+            advance(1)
             if results and processes.first:
                 write_cached(keys[name], results, cache_folder())
+
+
+def _uncounted(count: int) -> None:
+    del count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from hf_locstitch.inspection.verification.masks import tally
 from hf_locstitch.report.figures.survey import Survey, draw_masks, noted_task_vectors, survey
 from hf_locstitch.report.figures.task_vectors import TaskVectors
 from hf_locstitch.runtime.escape import line
+from hf_locstitch.runtime.every import every
 from hf_locstitch.runtime.files import is_writable
 from hf_locstitch.runtime.shares import exact_share
 
@@ -141,7 +143,7 @@ def inspect(
     """
     if figures is not None and not is_writable(Path(figures)):
         raise OutputError(f"{figures} is no folder that can be written to. Use another --figures.")
-    source, record, masks, noted = _open([open_source(parse_ref(str(one))) for one in (ref, *others)])
+    source, record, masks, noted = _open(every([partial(_source, one) for one in (ref, *others)]))
     if inputs or base is not None or finetuned is not None:
         surveyed = _survey_inputs(record, masks, base, finetuned)
     else:
@@ -152,6 +154,10 @@ def inspect(
         folder = Path(figures)
         drawn = [str(folder / file) for file in draw_masks(record.overlap, surveyed, folder)]
     return summarize(source, record, surveyed, drawn)
+
+
+def _source(ref: str | Path) -> Source:
+    return open_source(parse_ref(str(ref)))
 
 
 def _open(sources: Sequence[Source]) -> tuple[str, Manifest, dict[str, Path], Mapping[str, TaskVectors]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hf_locstitch.checkpoints.ref import could_be_repo, parse_ref
 from hf_locstitch.checkpoints.vocabulary import token_matrices
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.plan.recipe import Recipe
+from hf_locstitch.runtime.every import every
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.settings import Settings
 
@@ -26,7 +28,7 @@ def with_base(fields: Mapping[str, Any]) -> dict[str, Any]:
     refs = _refs(fields.get("finetuned"))
     if fields.get("base") is not None or not refs:
         return dict(fields)
-    opened = [open_checkpoint(parse_ref(ref)) for ref in refs]
+    opened = every([partial(_open, ref) for ref in refs])
     adapters = [one for one in opened if isinstance(one, AdapterCheckpoint)]
     named = {_named_base(adapter): adapter for adapter in adapters}
     if not named:
@@ -37,6 +39,10 @@ def with_base(fields: Mapping[str, Any]) -> dict[str, Any]:
             f"no base is given, and the adapters name several: {listed}. Give the one to use: --base REF."
         )
     return {**fields, "base": next(iter(named))}
+
+
+def _open(ref: str) -> Checkpoint:
+    return open_checkpoint(parse_ref(ref))
 
 
 def _refs(entries: Any) -> list[str]:

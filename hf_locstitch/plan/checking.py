@@ -11,11 +11,13 @@ from hf_locstitch.checkpoints.compatibility import (
     licence_warning,
     misfit_files,
     mismatches,
-    swap_warnings,
+    other_parent,
+    swap_signs,
 )
 from hf_locstitch.checkpoints.localizable import localizable, missed_blocks, reach, unknown_globs
 from hf_locstitch.checkpoints.pairing import renaming_notes
 from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.checkpoints.side_files import check_processor
 from hf_locstitch.checkpoints.vocabulary import token_matrices
 from hf_locstitch.errors import MismatchError, RecipeError
 from hf_locstitch.plan.adapter_inputs import adapter_warnings
@@ -65,28 +67,33 @@ def check_inputs(
     if purpose := _loads_models(recipe, data):
         for checkpoint in (base, *finetuned.values()):
             refuse_custom_code(checkpoint, purpose)
+        for checkpoint in finetuned.values():
+            check_processor((checkpoint, base), purpose)
     everywhere = list(dict.fromkeys([*base.tensors, *(t for one in finetuned.values() for t in one.tensors)]))
     unknown = unknown_globs(list(base.tensors), recipe.include, "the base")
     problems = [*unknown, *unknown_globs(everywhere, recipe.exclude, "the base or a finetune")]
     for asked in ("rest_from", "files_from"):
         problems += _unknown_name(asked, getattr(recipe, asked), list(finetuned))
+    swapped, swaps = swap_signs(base, finetuned)
+    problems += swapped
     chosen = chosen_tensors(recipe, base)
     if not chosen and not unknown:
         problems.append(_why_none(recipe, base))
     warnings, matrices = list(_made_names(recipe, finetuned)), token_matrices(base)
     for name, checkpoint in finetuned.items():
         candidates = chosen_tensors(recipe, checkpoint, matrices)
-        problems += mismatches(base, checkpoint, chosen, candidates)
+        found = mismatches(base, checkpoint, chosen, candidates)
+        problems += ["; ".join([found[0], *other_parent(base, checkpoint)]), *found[1:]] if found else []
         warnings += renaming_notes(name, checkpoint)
         warnings += differences(base, name, checkpoint, chosen, matrices if recipe.tokenizer else ())
-    found = misfit_files(*given_files(recipe, base, finetuned))
-    problems, warnings = problems + found[0], warnings + found[1]
+    unloadable, doubtful = misfit_files(*given_files(recipe, base, finetuned))
+    problems, warnings = problems + unloadable, warnings + doubtful
     if problems:
         raise MismatchError(problems)
     if not recipe.include and recipe.method.blocks_only:
         warnings += missed_blocks(reach((info for _, info in base.tensors.values()), chosen), base.label)
     warnings += adapter_warnings(recipe, base, finetuned, set(chosen))
-    warnings += swap_warnings(base, finetuned)
+    warnings += swaps
     warnings += licence_warning({"the base": base, **finetuned})
     warnings += leaks(list(_judged(recipe)), recipe.used_data)
     warnings += recipe.fitting.warnings(fit_data) if recipe.fitting else []

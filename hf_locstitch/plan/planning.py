@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from functools import partial
+from itertools import chain, count
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hf_locstitch.adapters.opening import laid_over
 from hf_locstitch.artifacts.merged_finetune import MergedFinetune
@@ -49,6 +49,7 @@ from hf_locstitch.plan.tokenizer_files import template_owner, with_tokens
 from hf_locstitch.plan.untrained_state import without_untrained_state
 from hf_locstitch.plan.vocabulary import VocabularyPlan, plan_vocabulary
 from hf_locstitch.plan.whole_tensors import within_limit
+from hf_locstitch.runtime.every import every
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import hide_library_bars
 from hf_locstitch.runtime.settings import DEFAULT, Settings
@@ -137,10 +138,10 @@ def _open_inputs(
     recipe: Recipe, settings: Settings
 ) -> tuple[Checkpoint, dict[str, Checkpoint], dict[str, OpenSet], dict[str, OpenSet]]:
     """The base, the finetunes, the localization sets and the inputs to fit to, by name."""
-    refs = [parse_ref(entry.ref) for entry in (recipe.base, *recipe.finetuned)]
+    refs = every([partial(parse_ref, entry.ref) for entry in (recipe.base, *recipe.finetuned)])
     names = finetuned_names(recipe, [ref.name for ref in refs[1:]])
-    with hide_library_bars(), ThreadPoolExecutor(min(8, len(refs))) as pool:
-        base, *opened = pool.map(open_checkpoint, refs)
+    with hide_library_bars():
+        base, *opened = every([partial(open_checkpoint, ref) for ref in refs])
     refuse_adapter(base, "a base must be a whole model")
     finetuned = dict(zip(names, opened, strict=True))
     check_adapters(recipe, settings, finetuned)
@@ -176,10 +177,9 @@ def _kept_texts(plan: MergePlan | LocalizePlan) -> KeptTexts:
 
 
 def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
-    with hide_library_bars(), ThreadPoolExecutor(min(8, len(recipe.localized) + 1)) as pool:
-        opening = pool.submit(open_checkpoint, parse_ref(recipe.base.ref))
-        opened = list(pool.map(open_masked, recipe.localized))
-        base = opening.result()
+    calls: list[Callable[[], Any]] = [lambda: open_checkpoint(parse_ref(recipe.base.ref))]
+    with hide_library_bars():
+        base, *opened = every([*calls, *(partial(open_masked, entry) for entry in recipe.localized)])
     named = dict(zip(finetuned_names(recipe, [one.name for one in opened]), opened, strict=True))
     merged = {name: one for name, one in named.items() if isinstance(one, MergedFinetune)}
     whole = {name: one.checkpoint for name, one in merged.items()}
@@ -231,13 +231,24 @@ def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
     if twice := same_place(names):
         called = repr(twice[0]) if twice[0] == twice[1] else " and ".join(map(repr, twice))
         raise RecipeError(
-            f"two finetunes are named {called} ({', '.join(names)}), but each name is a mask's file name. Set --names."
+            f"two finetunes are named {called}, but each name is a mask's file name. Give each one of its own, such as "
+            f"--names {' '.join(_made_different(names))}."
         )
     if taken := [name for name in names if name.casefold() in WORDS]:
         raise RecipeError(
-            f"a finetune is named {taken[0]!r}, which in recipes and flags stands for something else. Set --names."
+            f"a finetune is named {taken[0]!r}, which in recipes and flags stands for something else. Name all "
+            f"finetunes: --names {' '.join('model' if name in taken else name for name in names)}."
         )
     return names
+
+
+def _made_different(names: Sequence[str]) -> list[str]:
+    """The names, with a number behind those that stand for the same file as an earlier one."""
+    made: list[str] = []
+    for name in names:
+        tried = (f"{name}-{number}" if number else name for number in chain([0], count(2)))
+        made.append(next(one for one in tried if not same_place([*made, one])))
+    return made
 
 
 def _by_name(

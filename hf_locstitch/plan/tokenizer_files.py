@@ -309,7 +309,8 @@ def read_template(asked: str, names: Sequence[str]) -> bytes:
     except OSError as error:
         raise RecipeError(
             f"chat_template is {asked!r}, which is neither base nor one of the finetunes ({', '.join(names)}) nor a "
-            f"file that can be read ({error.strerror})."
+            f"file that can be read ({error.strerror}). Give --chat-template base, one of these names, or the path of "
+            "a file."
         ) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not text in UTF-8, so it is no chat template. Use another file.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -29,7 +30,13 @@ def validated(model: type[Model], fields: Mapping[str, Any], where: str, parts: 
     try:
         return model.model_validate(dict(fields))
     except ValidationError as error:
-        faults = [_fault(fault, model, parts) for fault in error.errors(include_url=False)]
+        found = error.errors(include_url=False)
+        meant = {near for fault in found if (near := _nearest(fault, model, parts))}  # not missing, but misspelt
+        faults = [
+            _fault(fault, model, parts)
+            for fault in found
+            if not (fault["type"] == "missing" and len(fault["loc"]) == 1 and fault["loc"][0] in meant)
+        ]
         raise RecipeError(f"invalid {where}: {listed(faults)}.") from error
 
 
@@ -39,16 +46,29 @@ def _fault(fault: Any, model: type[BaseModel], parts: Parts) -> str:
     if len(loc) > 1 and isinstance(union, Registry) and loc[1] in union.names():  # pydantic names the union's member
         loc = [loc[0], *loc[2:]]
     if fault["type"] == "extra_forbidden":
-        known = _fields_at([str(part) for part in fault["loc"]][:-1], model, parts)
-        near = get_close_matches(loc[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+        near, known = _nearest(fault, model, parts), _fields_at([str(part) for part in fault["loc"]][:-1], model, parts)
+        hint = f"did you mean {near!r}?" if near else f"choose from {', '.join(known)}"
         return f"unknown key {'.'.join(loc)!r} ({hint})"
     if fault["type"] == "missing":
         return f"{'.'.join(loc)!r} is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    if loc[-1:] == ["density"] and fault["type"] == "less_than_equal" and 1 < fault["input"] <= 100:
-        message += f"; a density is a share: did you mean {fault['input'] / 100:g}?"
+    message, given = fault["msg"].removeprefix("Value error, "), fault["input"]
+    if loc[-1:] == ["density"] and fault["type"] == "less_than_equal" and 1 < given <= 100:
+        return (
+            f"{'.'.join(loc)} is a share of the weights, at most 1, not {given:g}: {given:g} % is {given / 100:g} "
+            f"(--density {given / 100:g})"
+        )
+    if fault["type"] == "tuple_type":
+        words = re.split(r"[\s,]+", given.strip()) if isinstance(given, str) else []
+        message = "must be a list" + (f", such as [{', '.join(words)}]" if words else "")
     return f"{'.'.join(loc)}: {message} (got {fault['input']!r})" if loc else message
+
+
+def _nearest(fault: Any, model: type[BaseModel], parts: Parts) -> str | None:
+    """The valid key that an unknown one is most like; None if there is none, or another fault."""
+    if fault["type"] != "extra_forbidden":
+        return None
+    *within, key = (str(part) for part in fault["loc"])
+    return next(iter(get_close_matches(key, _fields_at(within, model, parts), n=1, cutoff=0.5)), None)
 
 
 def _fields_at(loc: list[str], model: type[BaseModel], parts: Parts) -> list[str]:

@@ -48,7 +48,8 @@ def find_device(asked: str) -> torch.device:
         count = torch.accelerator.device_count()
         there = "no accelerator" if present is None else f"only {count} of {present.type}"
         raise RequestError(
-            f"device: {asked} was requested, but torch {torch.__version__} finds {there}. Use auto or cpu."
+            f"device: {asked} was requested, but torch {torch.__version__} finds {there}. Use --device auto or "
+            "--device cpu (device: in a recipe)."
         )
     index = torch.accelerator.current_device_index() if wanted.index is None else wanted.index
     return torch.device(wanted.type, index)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal
 
@@ -25,6 +28,8 @@ from hf_locstitch.tasks.surrogates import SURROGATES, find_surrogate
 COUNTED = 1 << 28  # bytes of a file whose rows are counted before the work
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = (("messages",), ("prompt", "completion"), ("image", "label"), ("text", "label"), ("text",))
+WITHOUT_LABELS = (*COLUMNS, ("image",))
+HEAD = 100  # lines of a JSONL file that tell its columns before the work
 
 
 class ExampleSet(BaseModel, ABC):
@@ -178,7 +183,11 @@ def _open_file(asked: Asked, path: Path) -> OpenSet[Asked]:
             f"{path} has sha256 {digest}, but the recipe expects {asked.sha256}: it holds different examples. "
             "Use the right file, or drop sha256 from the recipe."
         )
-    return OpenSet(asked, file=path, sha256=digest)
+    opened = OpenSet(asked, file=path, sha256=digest)
+    if (present := columns_of(path)) is not None:
+        _check_named(opened, present)
+        _check_enough(opened, [*present, *asked.columns])
+    return opened
 
 
 def _open_repo(asked: Asked, repo: str, revision: str | None, config: str | None) -> OpenSet[Asked]:
@@ -229,13 +238,7 @@ def read_rows(opened: OpenSet[Any], labels: bool = True) -> list[dict[str, Any]]
 def open_rows(opened: OpenSet[Any], labels: bool = True) -> Rows:
     """labels: whether images without them are refused. Raises RequestError if the data has other columns."""
     data, asked = _load(opened), opened.asked
-    named = {"columns": list(asked.columns.values()), "where": [asked.columns.get(name, name) for name in asked.where]}
-    for key, columns in named.items():
-        if absent := [column for column in columns if column not in data.column_names]:
-            raise RequestError(
-                f"{opened.label} has no column {absent[0]!r}: it has {', '.join(data.column_names)}. "
-                f"Check the data's `{key}` in the recipe."
-            )
+    _check_named(opened, data.column_names)
     if asked.where:
         kept = allowed({name: data[asked.columns.get(name, name)] for name in asked.where}, asked.where)
         data = data.select(kept)
@@ -248,6 +251,49 @@ def open_rows(opened: OpenSet[Any], labels: bool = True) -> Rows:
     return rows
 
 
+def columns_of(path: Path) -> list[str] | None:
+    """The columns of a local file as its head tells them; None where it does not tell."""
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            return list(parquet.read_schema(path).names)
+        if path.suffix not in (".jsonl", ".csv"):
+            return None
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            if path.suffix == ".csv":
+                return next(csv.reader(lines), None)
+            rows = [json.loads(line) for line in islice(lines, HEAD) if line.strip()]
+    except (ValueError, OSError, csv.Error):  # who reads all of it tells what is wrong
+        return None
+    return list(dict.fromkeys(name for row in rows for name in row)) if rows else None
+
+
+def _check_named(opened: OpenSet[Any], present: Sequence[str]) -> None:
+    """Raises RequestError if a column that is asked for is not present."""
+    asked = opened.asked
+    named = {"columns": list(asked.columns.values()), "where": [asked.columns.get(name, name) for name in asked.where]}
+    for key, columns in named.items():
+        if absent := [column for column in columns if column not in present]:
+            raise RequestError(
+                f"{opened.label} has no column {absent[0]!r}: it has {', '.join(present)}"
+                f"{nearest(absent[0], present) or '.'} Check the data's `{key}` in the recipe."
+            )
+
+
+def _check_enough(opened: OpenSet[Any], present: Sequence[str]) -> None:
+    """Raises RequestError if no objective takes these columns. present: under our names or the data's."""
+    if any(set(names) <= {*present} for names in WITHOUT_LABELS):
+        return
+    ours = ("prompt", "completion") if len(present) > 1 else ("text",)
+    columns = ", ".join(f"{our}: {name}" for our, name in zip(ours, present, strict=False))
+    raise RequestError(
+        f"{opened.label} has the columns {', '.join(present)}, but needed is one of: "
+        f"{'; '.join(' and '.join(names) for names in WITHOUT_LABELS)}. Map them in a recipe, such as "
+        f"data: [{{ref: {opened.asked.ref}, columns: {{{columns}}}}}]."
+    )
+
+
 def _check_columns(rows: Rows, labels: bool) -> None:
     """Raises RequestError unless there are rows, with columns that an objective takes."""
     data, opened = rows.data, rows.opened
@@ -255,7 +301,7 @@ def _check_columns(rows: Rows, labels: bool) -> None:
         raise RequestError(
             f"no row of {opened.label} is left: none has the values of the data's `where`. Check them in the recipe."
         )
-    wanted = COLUMNS if labels else (*COLUMNS, ("image",))
+    wanted = COLUMNS if labels else WITHOUT_LABELS
     first = rows.part(0, 1)[0] if len(rows) else {}
     if not any(all(first.get(name) is not None for name in names) for names in wanted):
         known = "; ".join(" and ".join(names) for names in wanted)

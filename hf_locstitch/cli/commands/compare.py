@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """hf-locstitch compare"""
-    from hf_locstitch.comparison.compare import carry_out, plan_comparison
+    from hf_locstitch.comparison.compare import carry_out, check_possible, plan_comparison
     from hf_locstitch.plan.recipe_file import check_task_code, load_recipe
     from hf_locstitch.runtime.progress import Progress
 
@@ -55,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
     target = {"push_to": args.push_to, "private": bool(args.private), "create_pr": bool(args.create_pr)}
     planned = plan_comparison({**fields, **target}, args.max_memory, args.device, where=str(args.recipe))
     if args.dry_run:
+        check_possible(planned, args.out, Progress(False))
         put_plan(planned, args.json)
         return 0
-    if not args.quiet:
-        tell(planned.describe())
-    report = carry_out(planned, args.out, Progress(False if args.quiet else None))
+    announce = (lambda: None) if args.quiet else (lambda: tell(planned.describe()))
+    report = carry_out(planned, args.out, Progress(False if args.quiet else None), announce)
     put_json(report.as_json()) if args.json else tell(report.describe(width_of(sys.stderr)))
     return 0

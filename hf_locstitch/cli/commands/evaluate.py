@@ -144,9 +144,7 @@ def run(args: argparse.Namespace) -> int:
     if options["batch_size"] == "auto":
         options["batch_size"] = None
     own = {name: flags[name] for name in LmEvalOptions.model_fields if flags[name] is not None}
-    report = score(
-        args.refs, **options, lm_eval=own, finetuned=args.ft, show_progress=not args.quiet and sys.stderr.isatty()
-    )
+    report = score(args.refs, **options, lm_eval=own, finetuned=args.ft, show_progress=False if args.quiet else None)
     if speaks():
         put_json(report.as_json()) if args.json else put(report.describe(width_of(sys.stdout)))
     return 0

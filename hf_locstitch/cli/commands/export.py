@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> int:
         check_output_given(args.out, args.push_to)
     plan = plan_export(args.ref, form=args.form, base=args.base)
     delivery = Delivery("export", args.out, make_target(args.push_to, bool(args.create_pr)), bool(args.private))
+    if args.out or args.push_to:
+        check_possible(plan, delivery)
     if args.dry_run:
-        if args.out or args.push_to:
-            check_possible(plan, delivery)
         put_plan(plan, args.json)
         return 0
     if not args.quiet:

@@ -151,9 +151,11 @@ TRANSLATED: Mapping[str, MergekitMethod] = {
 
 # Why a method is not translated, and what to use in its place.
 REFUSED: Mapping[str, str] = {
-    "passthrough": "it copies layers into a model of another depth, which merges nothing; use mergekit for that",
+    "passthrough": "it copies layers into a model of another depth, which merges nothing; use mergekit for that: "
+    "mergekit-yaml CONFIG.yml DIR",
     "multislerp": "no method here is the same; karcher is near to it",
-    "nearswap": "no method here is the same; use mergekit for that",
+    "nearswap": "no method here is the same; use mergekit for that (mergekit-yaml CONFIG.yml DIR), or "
+    "merge_method: ties",
     "arcee_fusion": "no method here is the same; locstitch and ties keep what changed most, too",
     "ram": "no method here is the same; locstitch averages where masks overlap, too",
     "ramplus_tl": "no method here is the same; locstitch averages where masks overlap, too",

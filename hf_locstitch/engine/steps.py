@@ -1,0 +1,10 @@
+"""The steps of carrying out a plan, in their order."""
+
+LOCALIZING = "localizing"
+READING = "reading masks"
+FITTING = "fitting values"
+MERGING = "merging"
+WRITING = "writing"
+EXPORTING = "exporting the adapter"
+EVALUATING = "evaluating"
+UPLOADING = "uploading"
