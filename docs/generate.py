@@ -315,6 +315,7 @@ def commands_page() -> str:
     ]
     for name, parser in _commands().items():
         parts += [f"## `{name}` {{#{name}}}", str(parser.description), f"```text\n{_usage(parser)}\n```"]
+        parts += _examples(parser)
         for group in parser._action_groups:
             actions = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
             if actions:
@@ -328,6 +329,14 @@ def _commands() -> dict[str, argparse.ArgumentParser]:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
     raise AssertionError("the program has no sub-commands")
+
+
+def _examples(parser: argparse.ArgumentParser) -> list[str]:
+    """What ends a help text: command lines, and the page that tells more."""
+    lines = str(parser.epilog).splitlines()
+    commands = [line.strip() for line in lines if line.startswith("  ")]
+    (page,) = [line.rpartition("docs/")[2] for line in lines if line.startswith("guide:")]
+    return ["```bash\n" + "\n".join(commands) + "\n```", f"[The guide](../{page})"]
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:

@@ -8,7 +8,7 @@ import shutil
 import textwrap
 from typing import TextIO
 
-LABEL = re.compile(r"(?P<label>[^\W\d_][\w -]{0,9}?) {1,10}(?=\S)(?<=^.{11})")  # in front of column 12
+LABEL = re.compile(r"(?P<label>[^\W\d_][\w-]{0,9}) {1,10}(?=\S)(?<=^.{11})")  # in front of column 12
 PREFIX = re.compile(r"hf-locstitch: (?P<label>error|warning|info):")
 INDENT = 11
 COPIED = ("next",)  # labels of lines that people copy, which are left whole

@@ -15,13 +15,18 @@ AT_ONCE = 8
 def every(calls: Sequence[Callable[[], T]]) -> list[T]:
     """What all calls return, each made in a thread, in their order.
 
-    Raises the error of the call that failed; of several that are RequestErrors, one CheckpointError that tells all.
+    Raises the error of the call that failed: of several the first that is no RequestError, or if all are, one
+    CheckpointError that tells them all.
     """
     with ThreadPoolExecutor(max(1, min(AT_ONCE, len(calls)))) as pool:
         futures = [pool.submit(call) for call in calls]
     failed = [error for future in futures if (error := future.exception()) is not None]
-    if len(failed) > 1 and all(isinstance(error, RequestError) for error in failed):
+    lasting = [error for error in failed if isinstance(error, RequestError)]
+    if len(lasting) > 1 and len(lasting) == len(failed):
         raise CheckpointError(told_together([str(error) for error in failed])) from failed[0]
+    for error in failed:
+        if error not in lasting:
+            raise error
     return [future.result() for future in futures]
 
 

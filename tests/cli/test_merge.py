@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch
 from helpers.models import State, finetune, load, same_bits, save
 from safetensors.torch import save_file
 
+from hf_locstitch.cli.arguments import build_parser
 from hf_locstitch.cli.main import main
 from loopback_hub import LoopbackHub
 
@@ -89,6 +92,20 @@ def test_merge_prints_the_plan_and_the_place(merge: Run, tmp_path: Path) -> None
     assert "N = 156 elements in 5 tensors (53.1 % of the base); each mask keeps k = 31" in err
     assert str(tmp_path / "out") in err
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_end_says_what_was_chosen_and_what_to_type_next(run: Run, merge: Run, tmp_path: Path) -> None:
+    """Folders that the manifest cannot find are named by the commands."""
+    _, _, err = merge("--density", "0.2")
+    assert "density    ft 19.87 %" in err
+    verify, evaluate = (shlex.split(line)[1:] for line in re.findall(r"^next +(.*)$", err, re.MULTILINE))
+    assert verify[0] == "verify" and run(*verify)[0] == 0
+    assert evaluate[:2] == ["evaluate", str(tmp_path / "out")] and "--parents" not in evaluate
+    given = ["--base", tmp_path / "base", "--ft", tmp_path / "ft", "--out", tmp_path / "localized"]
+    _, _, err = run("localize", *given)
+    _, stitch = re.findall(r"^next +(.*)$", err, re.MULTILINE)
+    args = build_parser().parse_args(shlex.split(stitch)[1:])
+    assert args.command == "stitch" and args.localized[0] == str(tmp_path / "localized")
 
 
 def test_json(merge: Run, tmp_path: Path) -> None:
