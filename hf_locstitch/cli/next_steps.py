@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_locstitch.checkpoints.source import Source
-
 if TYPE_CHECKING:
     from hf_locstitch.api import MergeResult
+    from hf_locstitch.checkpoints.source import Source
     from hf_locstitch.plan.plans import Plan
     from hf_locstitch.training.finetune import FinetuneResult
     from hf_locstitch.training.planning import FinetunePlan

@@ -52,7 +52,8 @@ def carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan]
     if args.json:
         put_json(result.as_json())
     else:
-        tell("\n".join([result.describe(width_of(sys.stderr)), *next_lines(after_merge(plan, result))]))
+        following = [] if quiet else next_lines(after_merge(plan, result))
+        tell("\n".join([result.describe(width_of(sys.stderr)), *following]))
     return 0
 
 

@@ -93,5 +93,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         put_json(result.as_json())
     else:
-        tell("\n".join([result.describe(), *next_lines(after_finetune(plan, result))]))
+        following = [] if args.quiet else next_lines(after_finetune(plan, result))
+        tell("\n".join([result.describe(), *following]))
     return 0
