@@ -22,12 +22,12 @@ from hf_locstitch.runtime.version import __version__
 from hf_locstitch.tasks.answers import Answers, joined
 from hf_locstitch.tasks.benchmarks import EvaluateOptions
 from hf_locstitch.tasks.choosing_metrics import chosen_metrics
+from hf_locstitch.tasks.choosing_objectives import suggest
 from hf_locstitch.tasks.custom_code import refuse_custom_code
 from hf_locstitch.tasks.evaluation_sets import EvaluationSet, open_evaluation_set
 from hf_locstitch.tasks.leaks import JudgedTask, texts_of
 from hf_locstitch.tasks.metric import Metric
 from hf_locstitch.tasks.objective import NoAnswers, Objective
-from hf_locstitch.tasks.objectives import suggest
 from hf_locstitch.tasks.sets import OpenSet, Rows, open_rows
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.sizes import LAYERS, MLP, WIDTH, find_size
 from hf_locstitch.localize.with_data import MICRO_BATCH, WithData
 from hf_locstitch.runtime.dtypes import ITEM_BYTES, ON_DISK
+from hf_locstitch.tasks.choosing_objectives import suggest
 from hf_locstitch.tasks.objective import Objective
-from hf_locstitch.tasks.objectives import suggest
 from hf_locstitch.tasks.sets import OpenSet
 
 Config = TypeVar("Config", bound=WithData)

@@ -12,9 +12,9 @@ from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.localize.grafted_model import GraftedModel, keep_no_activations, make_grafted_model
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.runtime.progress import hide_all_library_bars
+from hf_locstitch.tasks.choosing_objectives import suggest
 from hf_locstitch.tasks.empty_model import attach_conversions
 from hf_locstitch.tasks.loading import find_device, link_files, load_config, load_model, load_processor, main_dtype
-from hf_locstitch.tasks.objectives import suggest
 from hf_locstitch.tasks.sets import OpenSet, read_rows
 from hf_locstitch.tasks.task import Task
 

@@ -21,9 +21,9 @@ from pydantic import (
 from hf_locstitch.checkpoints.ref import expand_home
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.parsing import parse_yaml
+from hf_locstitch.tasks.choosing_objectives import AnyObjective
 from hf_locstitch.tasks.evaluation_sets import EvaluationSet, named_sets
 from hf_locstitch.tasks.lm_eval_options import LmEvalOptions
-from hf_locstitch.tasks.objectives import AnyObjective
 
 
 class EvaluateOptions(BaseModel):

@@ -20,8 +20,8 @@ from hf_locstitch.checkpoints.ref import FOLDER_PREFIXES, REPO_ID
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
 from hf_locstitch.runtime.human import nearest
+from hf_locstitch.tasks.choosing_objectives import AnyObjective
 from hf_locstitch.tasks.named_tasks import named_tasks, with_named_task
-from hf_locstitch.tasks.objectives import AnyObjective
 from hf_locstitch.tasks.rows import Labels, Where, allowed, check_texts, mapped
 from hf_locstitch.tasks.surrogates import SURROGATES, find_surrogate
 

@@ -15,8 +15,9 @@ from hf_locstitch.errors import CheckpointError, RecipeError
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.processes import find_processes
 from hf_locstitch.runtime.version import __version__
+from hf_locstitch.tasks.choosing_objectives import suggest
 from hf_locstitch.tasks.objective import Objective, Training
-from hf_locstitch.tasks.objectives import OBJECTIVES, suggest
+from hf_locstitch.tasks.objectives import OBJECTIVES
 from hf_locstitch.tasks.sets import OpenSet, open_set
 from hf_locstitch.training.request import FinetuneRequest
 

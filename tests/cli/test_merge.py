@@ -9,7 +9,6 @@ import shlex
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
@@ -73,17 +72,15 @@ def refused(tmp_path: Path, result: tuple[int, str, str], *words: str) -> str:
     return err
 
 
-def test_help_and_version_are_quick() -> None:
-    """They import neither torch nor the Hub's client; the time is generous for a busy machine."""
-    for flag in ("--help", "--version"):
-        began = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-m", "hf_locstitch", flag], capture_output=True, text=True, check=True
-        )
-        assert time.monotonic() - began < 5
-        for heavy in ("torch", "transformers", "huggingface_hub", "pydantic", "numpy"):
-            assert f"| {heavy}\n" not in done.stderr.replace("|   ", "| ")
-    assert done.stdout.startswith("hf-locstitch 0")
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_are_quick(flag: str) -> None:
+    """They import nothing that is slow to import."""
+    command = [sys.executable, "-X", "importtime", "-m", "hf_locstitch", flag]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "hf_locstitch.cli.main" in imported
+    assert not imported & {"torch", "transformers", "huggingface_hub", "pydantic", "numpy", "yaml", "rich", "shtab"}
+    assert "hf-locstitch" in done.stdout
 
 
 def test_merge_prints_the_plan_and_the_place(merge: Run, tmp_path: Path) -> None:

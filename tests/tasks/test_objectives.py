@@ -11,8 +11,8 @@ from helpers.families import build, masked_tokenizer
 
 from hf_locstitch.errors import RecipeError, RequestError
 from hf_locstitch.tasks.alpaca import ALPACA
+from hf_locstitch.tasks.choosing_objectives import suggest
 from hf_locstitch.tasks.objective import label_ids
-from hf_locstitch.tasks.objectives import suggest
 from hf_locstitch.tasks.objectives.causal_lm import IGNORED, CausalLM
 from hf_locstitch.tasks.objectives.masked_lm import MaskedLM
 

@@ -23,7 +23,7 @@ from hf_locstitch.errors import RecipeError, RequestError
 from hf_locstitch.runtime.shares import exact_share
 from hf_locstitch.stitch.refit.watching import _last_states
 from hf_locstitch.tasks.alpaca import ALPACA
-from hf_locstitch.tasks.objectives import suggest
+from hf_locstitch.tasks.choosing_objectives import suggest
 from hf_locstitch.tasks.objectives.seq2seq import Seq2Seq
 
 BART = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40, "encoder_layers": 2,

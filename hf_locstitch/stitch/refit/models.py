@@ -19,10 +19,10 @@ from hf_locstitch.stitch.refit.plain import PlainStitch
 from hf_locstitch.stitch.refit.settings import JUDGED, InputSettings, RefitSettings
 from hf_locstitch.stitch.refit.watching import watch
 from hf_locstitch.stitch.refit.weights import Part, Weights, hollow
+from hf_locstitch.tasks.choosing_objectives import suggest
 from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
 from hf_locstitch.tasks.loading import link_files, load_config, load_processor
 from hf_locstitch.tasks.objective import Objective
-from hf_locstitch.tasks.objectives import suggest
 from hf_locstitch.tasks.objectives.features import Features
 from hf_locstitch.tasks.parameter_names import group_names
 from hf_locstitch.tasks.sets import OpenSet, read_rows

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hf_locstitch.checkpoints.config import architecture
-from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.registry import Registry
-from hf_locstitch.tasks.objective import Objective
-
-OBJECTIVES: Registry[Objective] = Registry(__name__, __path__, "hf_locstitch.objectives")
 
 if TYPE_CHECKING:
-    AnyObjective = Objective
-else:
-    AnyObjective = OBJECTIVES.union("kind")
+    from hf_locstitch.tasks.objective import Objective
 
-
-def suggest(config: Mapping[str, Any], label: str) -> Objective:
-    """For a finetune with this config.json. Raises RecipeError if there is no default objective."""
-    for objective in OBJECTIVES.all():
-        if objective.suits(config):
-            return objective()
-    named = architecture(config) or "model that names no architecture"
-    raise RecipeError(
-        f"{label} is a {named}, for which no objective is known. Set the objective of its data in the "
-        "recipe: {kind: masked-lm, label_words: [...]}, {kind: clip-zero-shot, classes: [...]} or "
-        "{kind: text-zero-shot, classes: [...]}."
-    )
+OBJECTIVES: Registry[Objective] = Registry(__name__, __path__, "hf_locstitch.objectives")
