@@ -35,6 +35,14 @@ def after_merge(plan: Plan, result: MergeResult) -> list[list[str]]:
     return [verify, [PROGRAM, "evaluate", place, *_judged_by(plan.base.config.get("architectures")), *compared]]
 
 
+def after_evaluation(typed: Sequence[str], first: str) -> list[list[str]]:
+    """Put the scores, which are cached, on the card of a merge in a folder. typed: arguments. first: the first REF."""
+    from hf_locstitch.artifacts.manifest import FILE  # slow to import
+
+    merged = (Path(first).expanduser() / FILE).is_file()
+    return [[PROGRAM, *typed, "--push"]] if merged and "--push" not in typed else []
+
+
 def after_finetune(plan: FinetunePlan, result: FinetuneResult) -> list[list[str]]:
     """Merge it with others."""
     place = _place(result.out, result.url)

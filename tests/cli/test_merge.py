@@ -126,6 +126,16 @@ def test_dry_run_writes_nothing(merge: Run, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_refuses_an_evaluation_that_is_impossible(run: Run, merge: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("evaluate: {data: {mine: ./none.jsonl}}")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    given = ["merge", recipe, "--base", tmp_path / "base", "--ft", tmp_path / "ft"]
+    for more in (["--dry-run"], ["--out", tmp_path / "out"]):
+        err = refused(tmp_path, run(*given, *more), "for which no objective is known")
+        assert "method " not in err  # the plan is not printed
+
+
 def test_a_folder_that_is_taken_is_said_before_the_plan(merge: Run, tmp_path: Path) -> None:
     assert merge()[0] == 0
     assert merge("--dry-run", "--out", tmp_path / "out")[0] == 0  # the same merge, which is done

@@ -16,6 +16,7 @@ import pytest
 from hf_locstitch.cli.arguments import build_parser
 from hf_locstitch.cli.completion import completion
 from hf_locstitch.cli.main import main
+from hf_locstitch.cli.next_steps import after_evaluation
 from hf_locstitch.cli.terminal import rendered
 from hf_locstitch.evaluation.report import align
 
@@ -134,3 +135,11 @@ def test_verbose_is_for_one_command(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert logging.getLogger("hf_locstitch").level == logging.INFO
     assert main(["inspect", str(tmp_path)]) == 2
     assert logging.getLogger("hf_locstitch").level == logging.NOTSET
+
+
+def test_scores_of_a_merge_can_be_put_on_its_card_next(tmp_path: Path) -> None:
+    typed = ["evaluate", str(tmp_path), "--suite", "quick"]
+    assert after_evaluation(typed, str(tmp_path)) == []
+    (tmp_path / "locstitch.json").write_text("{}")
+    assert after_evaluation(typed, str(tmp_path)) == [["hf-locstitch", *typed, "--push"]]
+    assert after_evaluation([*typed, "--push"], str(tmp_path)) == []

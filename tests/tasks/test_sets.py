@@ -188,3 +188,20 @@ def test_labels_are_mapped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", ["gsm8k", {"ref": "gsm8k", "number": 3}])
 def test_surrogates_are_recorded_as_such(given: object) -> None:
     assert LocalizationSet.model_validate(given).role == "surrogate"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_columns_of_a_file_are_checked_before_the_work(tmp_path: Path, ending: str) -> None:
+    path = write_rows(tmp_path / f"rows.{ending}", [{"question": "2 + 2?", "reply": "4"}])
+    with pytest.raises(RequestError, match=r"has the columns question, reply, .* columns: \{prompt: question, comp"):
+        open_set(LocalizationSet(ref=str(path)))
+    with pytest.raises(RequestError, match=r"no column 'questoin'.*Did you mean question\?"):
+        open_set(LocalizationSet(ref=str(path), columns={"text": "questoin"}))
+    assert open_set(LocalizationSet(ref=str(path), columns={"text": "question"})).file == path
+
+
+def test_a_column_may_begin_late_in_a_file(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"note": "x"}, {"text": "a"}])
+    assert open_set(LocalizationSet(ref=str(path))).file == path
+    path.write_text("not JSON")
+    assert open_set(LocalizationSet(ref=str(path))).file == path  # who reads it says what is wrong

@@ -8,8 +8,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from hf_locstitch.cli.next_steps import after_evaluation, next_lines
 from hf_locstitch.cli.parser import REF, add_command, add_diagnostics, count_or
-from hf_locstitch.cli.printing import put, put_json, speaks
+from hf_locstitch.cli.printing import put, put_json, speaks, tell
 from hf_locstitch.cli.terminal import width_of
 from hf_locstitch.tasks.metrics import METRICS
 
@@ -145,6 +146,12 @@ def run(args: argparse.Namespace) -> int:
         options["batch_size"] = None
     own = {name: flags[name] for name in LmEvalOptions.model_fields if flags[name] is not None}
     report = score(args.refs, **options, lm_eval=own, finetuned=args.ft, show_progress=False if args.quiet else None)
-    if speaks():
-        put_json(report.as_json()) if args.json else put(report.describe(width_of(sys.stdout)))
+    if not speaks():
+        return 0
+    if args.json:
+        put_json(report.as_json())
+        return 0
+    put(report.describe(width_of(sys.stdout)))
+    for step in [] if args.quiet else next_lines(after_evaluation(args.typed, args.refs[0])):
+        tell(step)
     return 0
