@@ -350,7 +350,8 @@ def _flags(actions: Sequence[argparse.Action]) -> str:
     for action in actions:
         value = f" {_metavar(action)}" if action.nargs != 0 else ""
         flag = f"`{', '.join(action.option_strings)}{value}`" if action.option_strings else f"`{_metavar(action)}`"
-        choices = f" One of {', '.join(f'`{one}`' for one in action.choices)}." if action.choices else ""
+        listed = action.choices if action.choices and action.metavar is None else ()  # else the help lists them
+        choices = f" One of {', '.join(f'`{one}`' for one in listed)}." if listed else ""
         rows.append(f"| {_cell(flag)} | {_cell(_sentence(_markdown(action.help or '')) + choices)} |")
     return "\n".join(rows)
 

@@ -87,8 +87,12 @@ def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
 
 
 @pytest.mark.parametrize(("name", "parser"), commands(), ids=lambda value: value if isinstance(value, str) else "")
-def test_every_help_ends_with_examples_that_parse_and_links(name: str, parser: argparse.ArgumentParser) -> None:
+def test_every_help_ends_with_examples_that_parse_and_links(
+    name: str, parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     text = parser.format_help()
+    assert all(len(line) <= 80 for line in text.removeprefix(parser.format_usage()).splitlines())
     examples = re.findall(rf"^  (hf-locstitch {name} .*)$", text, re.MULTILINE)
     assert examples
     for example in examples:

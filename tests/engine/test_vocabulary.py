@@ -648,5 +648,5 @@ def test_tokens_under_other_ids_are_no_warning(untied: dict[str, Path], tmp_path
 def test_a_finetune_with_the_name_of_a_choice(word: str, tmp_path: Path) -> None:
     """It would be taken for the choice, and its rows for those of other tokens."""
     folders = family(tmp_path, tied=True)
-    with pytest.raises(RecipeError, match=f"is named '{word}'.*Set --names"):
+    with pytest.raises(RecipeError, match=f"is named '{word}'.*Name all finetunes: --names model"):
         plan_merge({"base": str(folders["base"]), "finetuned": [{"ref": str(folders["math"]), "name": word}]})

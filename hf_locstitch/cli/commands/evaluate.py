@@ -28,8 +28,8 @@ def add(commands: Any) -> None:
         "`accelerate launch -m hf_locstitch evaluate ...`.",
         examples=[
             "hf-locstitch evaluate merged --suite quick --parents",
-            "hf-locstitch evaluate me/merged org/other --tasks gsm8k:8 arc_easy:0 --limit 200",
-            "hf-locstitch evaluate merged --data test.jsonl --metrics accuracy --average --push",
+            "hf-locstitch evaluate me/merged org/other --tasks gsm8k:8 --limit 200",
+            "hf-locstitch evaluate merged --data test.jsonl --average --push",
         ],
         guide="guides/evaluation.md",
     )

@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         f"takes at once. {REF}: a folder or org/name[/subfolder][@revision].",
         examples=[
             "hf-locstitch finetune --base FacebookAI/roberta-base --data sst2 --out sst2",
-            "hf-locstitch finetune --base org/base --data answers.jsonl --lora 16 --push-to me/answers",
+            "hf-locstitch finetune --base org/base --data x.jsonl --lora 16 --out lora",
         ],
         guide="guides/finetune.md",
     )
@@ -41,7 +41,9 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--objective",
         choices=OBJECTIVES.names(),
-        help="what is to be learned (default: as the task or the base's architecture has it)",
+        metavar="KIND",
+        help=f"what is to be learned: {', '.join(OBJECTIVES.names())} (default: as the task or the base's architecture "
+        "has it)",
     )
     group = parser.add_argument_group("how to train")
     group.add_argument("--epochs", type=int, metavar="N", help="default: 3; masked-lm and clip-zero-shot: 10")

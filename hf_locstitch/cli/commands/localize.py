@@ -20,8 +20,8 @@ def add(commands: Any) -> None:
         "percent of the model. `stitch` merges any number of them. "
         f"{REF}: a folder or org/name[/subfolder][@revision].",
         examples=[
-            "hf-locstitch localize --base org/base --ft org/math --density 0.05 --out math-localized",
-            "hf-locstitch localize --base org/base --ft org/math --localizer saliency --data gsm8k --push-to me/math",
+            "hf-locstitch localize --base org/base --ft org/math --out math-localized",
+            "hf-locstitch localize recipe.yaml --density 0.02 --push-to me/math-localized",
         ],
         guide="guides/localized-checkpoints.md",
     )

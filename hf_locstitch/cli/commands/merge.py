@@ -33,8 +33,8 @@ def add(commands: Any) -> None:
         description=f"Merge finetuned models into their base. {REF}: a folder or org/name[/subfolder][@revision].",
         examples=[
             "hf-locstitch merge --base org/base --ft org/math org/code --dry-run",
-            "hf-locstitch merge --base org/base --ft org/math org/code --density 0.05 --out merged",
-            "hf-locstitch merge --base org/base --ft org/math org/code --localizer joint --stitch refit --out merged",
+            "hf-locstitch merge --base org/base --ft org/math org/code --out merged",
+            "hf-locstitch merge recipe.yaml --localizer joint --stitch refit --out merged",
             "hf-locstitch merge recipe.yaml --push-to me/merged --private",
         ],
         guide="guides/recipes.md",
@@ -47,7 +47,12 @@ def add(commands: Any) -> None:
     add_target(parser)
 
     group = parser.add_argument_group("how to merge")
-    group.add_argument("--method", choices=METHODS.names(), help="default: locstitch")
+    group.add_argument(
+        "--method",
+        choices=METHODS.names(),
+        metavar="NAME",
+        help=f"{', '.join(METHODS.names())} (default: locstitch)",
+    )
     add_localizing(group)
     group.add_argument(
         "--stitch",

@@ -19,8 +19,8 @@ def add(commands: Any) -> None:
         f"one merge of the finetuned models. Or take a merge apart, and stitch it with other finetunes or fewer. "
         f"{REF}: a folder or org/name[/subfolder][@revision].",
         examples=[
-            "hf-locstitch stitch --base org/base --localized me/math-localized me/code-localized --out merged",
-            "hf-locstitch stitch --from me/merged --add me/law-localized --remove code --out changed",
+            "hf-locstitch stitch --base org/base --localized me/math me/code --out merged",
+            "hf-locstitch stitch --from me/merged --add me/law --remove code --out new",
         ],
         guide="guides/localized-checkpoints.md",
     )

@@ -194,7 +194,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**JOINT, "localizer": {"method": "joint", "density": 0}}, r"density: .*greater than 0 \(got 0\)"),
     (
         {**JOINT, "localizer": {"method": "joint", "density": 30}},
-        r"a density is a share: did you mean 0\.3\? \(got 30\)",
+        r"density is a share of the weights, at most 1, not 30: 30 % is 0\.3",
     ),
     ({"localizer": {"density": 5}}, r"did you mean 0\.05\?"),
     ({"method": {"name": "dare", "density": 20}}, r"did you mean 0\.2\?"),
