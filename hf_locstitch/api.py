@@ -89,7 +89,8 @@ def _chosen_lambda(fit: Mapping[str, Any]) -> str:
     chosen, tried = fit.get("lambda"), fit.get("lambdas", ())
     if chosen is None:
         return ""
-    return f"{chosen}, chosen of {', '.join(map(str, tried))}" if len(tried) > 1 else str(chosen)
+    listed = [value if isinstance(value, str) else f"{value:g}" for value in tried]
+    return f"{chosen}, chosen of {', '.join(listed)}" if len(listed) > 1 else str(chosen)
 
 
 def merge_from_hub(
