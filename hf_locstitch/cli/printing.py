@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -9,6 +10,8 @@ import sys
 from typing import Any, Protocol
 
 from hf_locstitch.runtime.escape import in_json, line
+
+READ_NO_MORE = (errno.EPIPE, errno.EINVAL)  # of a pipe; the latter is Windows'
 
 
 def speaks() -> bool:
@@ -24,13 +27,20 @@ class LogToStderr(logging.Handler):
             print(f"hf-locstitch: {record.levelname.lower()}: {line(record.getMessage())}", file=sys.stderr)
 
 
+def accept_any_encoding() -> None:
+    """What a stream cannot show in its encoding, such as a Windows console's, is written as an escape: \\u03c4."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def put(text: str) -> None:
-    """On standard output, in whatever encoding it has; a reader that has seen enough of it is no error."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """On standard output; a reader that has seen enough of it is no error."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in READ_NO_MORE:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
 
 
