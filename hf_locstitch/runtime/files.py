@@ -39,7 +39,8 @@ def link(path: Path, target: Path | str) -> None:
             raise
         except OSError:
             continue
-    shutil.copyfile(file, path)
+    with file.open("rb") as content, path.open("xb") as copy:
+        shutil.copyfileobj(content, copy)
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import hashlib
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -172,7 +172,7 @@ def test_an_interruption_is_not_kept_waiting_by_a_server(home_hub: LoopbackHub, 
     home_hub.fail(Fault("stall", method="GET", path=f"{repo}/resolve/.*{FILE}", after_bytes=10, seconds=60, times=99))
     download = CachingDownload(HubSource(repo, None), [FILE], lambda _: None, lambda _: None)
     download.start()
-    interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt = threading.Timer(0.5, _thread.interrupt_main)
     interrupt.start()
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from helpers.models import finetune, random_state, save
 from helpers.runs import files_of, quick_merge
+from helpers.systems import needs_links
 
 from hf_locstitch.engine import run
 from hf_locstitch.errors import OutputError, WorkError
@@ -26,6 +27,7 @@ def _left(tmp: Path) -> list[str]:
     return sorted(path.name for path in tmp.iterdir() if path.name not in ("base", "ft"))
 
 
+@needs_links
 def test_a_link_to_an_empty_folder_is_written_through(tmp_path: Path, merge: Callable[[Path], object]) -> None:
     (tmp_path / "disk" / "big").mkdir(parents=True)
     (tmp_path / "out").symlink_to("disk/big")
@@ -36,6 +38,7 @@ def test_a_link_to_an_empty_folder_is_written_through(tmp_path: Path, merge: Cal
     merge(tmp_path / "out")  # it is there already
 
 
+@needs_links
 def test_a_link_to_nothing_is_refused(tmp_path: Path, merge: Callable[[Path], object]) -> None:
     (tmp_path / "out").symlink_to("nowhere")
     with pytest.raises(OutputError, match=r"out is a link to .*nowhere, which does not exist"):
@@ -88,7 +91,7 @@ def test_of_two_merges_to_one_folder_the_first_stays(
         merge(tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["file", "link"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("link", marks=needs_links)])
 def test_a_file_that_comes_to_be_there(
     tmp_path: Path, merge: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 from helpers.models import State, finetune, random_state, save
 from helpers.runs import files_of, quick_merge
+from helpers.systems import needs_links
 from huggingface_hub import constants
 
 from hf_locstitch.cli.main import main
@@ -98,6 +99,7 @@ def test_a_full_cache_is_only_read(
     assert before == {path: path.stat().st_mtime_ns for path in hub_cache.rglob("*")}
 
 
+@needs_links
 def test_a_link_is_checked_where_the_work_is_done(
     models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

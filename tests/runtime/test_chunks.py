@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -38,7 +37,7 @@ def test_a_failure_ends_what_the_others_wait_for_and_is_raised() -> None:
 def test_an_interruption_ends_what_is_waited_for() -> None:
     def work(job: int) -> None:
         if job == 0:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         wait_long()
 
     with pytest.raises(KeyboardInterrupt):
