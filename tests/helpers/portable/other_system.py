@@ -19,8 +19,7 @@ from typing import Any
 
 ASKED = "HF_LOCSTITCH_TEST_PORTABLE"
 HIDDEN = {
-    os: "pread preadv pwrite pwritev posix_fallocate posix_fadvise sched_getaffinity "
-    "fchmod fchown mkfifo nice getloadavg",
+    os: "pread preadv pwrite pwritev posix_fallocate posix_fadvise sched_getaffinity mkfifo nice getloadavg",
     signal: "SIGHUP SIGBUS pthread_sigmask sigwait pause alarm setitimer",
 }
 ABSENT = ("fcntl", "resource", "pwd", "grp", "termios", "pty")
