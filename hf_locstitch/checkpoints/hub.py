@@ -87,7 +87,7 @@ def _cache_for(repo: str) -> Path:
 
 @lru_cache(1)
 def _passing_cache() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="hf-locstitch-cache-")
+    return tempfile.TemporaryDirectory(prefix="hf-locstitch-cache-", ignore_cleanup_errors=True)
 
 
 class HubSource:

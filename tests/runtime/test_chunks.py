@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 
 import pytest
+from helpers.systems import needs_signals
 
 from hf_locstitch.runtime.chunks import check_wanted, for_each
 
@@ -34,10 +36,11 @@ def test_a_failure_ends_what_the_others_wait_for_and_is_raised() -> None:
         for_each(work, ["wait", "fail", "never"], workers=2)
 
 
+@needs_signals
 def test_an_interruption_ends_what_is_waited_for() -> None:
     def work(job: int) -> None:
         if job == 0:
-            signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
         wait_long()
 
     with pytest.raises(KeyboardInterrupt):
