@@ -194,12 +194,18 @@ def work_dir_beside(near: Path, fingerprint: str) -> WorkDir:
 
 
 def _move(stage: Path, out: Path) -> None:
-    """Make the finished folder `out`, in one step. Raises WorkError if something has come to be there meanwhile."""
+    """Make the finished folder `out`, in one step. Raises WorkError if something has come to be there meanwhile, or
+    the folder cannot be moved."""
     place = out.resolve()
     try:
         with suppress(FileNotFoundError):
             place.rmdir()  # an empty folder, and nothing else; Windows renames to what does not exist alone
         stage.rename(place)
+    except PermissionError as error:  # on Windows also of what is open
+        raise WorkError(
+            f"{out} could not be made ({error.strerror}): its folder cannot be changed, or another program has a file "
+            f"in {stage} open. Mend that and run the same command again: it resumes where it stopped."
+        ) from error
     except OSError as error:
         if error.errno not in TAKEN:
             raise

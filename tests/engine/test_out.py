@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from helpers.models import finetune, random_state, save
@@ -101,6 +102,19 @@ def test_a_file_that_comes_to_be_there(
     with pytest.raises(WorkError, match="left as it is"):
         merge(out)
     assert out.read_text() == "kept" == other.read_text()
+
+
+def test_a_folder_that_cannot_be_moved(
+    tmp_path: Path, merge: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Windows says it of a folder with a file that is open."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", Mock(side_effect=PermissionError(13, "Access is denied")))
+        with pytest.raises(WorkError, match=r"Access is denied.*has a file in .*partial.out open"):
+            merge(tmp_path / "out")
+    assert len(_left(tmp_path)) == 1
+    merge(tmp_path / "out")
+    assert _left(tmp_path) == ["out"]
 
 
 def test_an_empty_folder_that_comes_to_be_there(
