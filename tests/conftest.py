@@ -8,6 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.portable import other_system
+
+if os.environ.get(other_system.ASKED) == "1":
+    other_system.resemble()
+    _own = [str(Path(other_system.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(_own)  # of subprocesses
 
 _HOME = tempfile.mkdtemp(prefix="hf-locstitch-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
@@ -22,7 +28,9 @@ os.environ.update(
     NO_PROXY="127.0.0.1,localhost",
     no_proxy="127.0.0.1,localhost",
 )
-os.environ["TMPDIR"] = _HOME  # what processes of tests leave, such as torchrun its logs, goes with it
+os.environ.update(
+    dict.fromkeys(("TMPDIR", "TEMP", "TMP"), _HOME)
+)  # what processes of tests leave, such as torchrun its logs, goes with it
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent / "__pycache__" / "loops"))  # outlives HF_HOME
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny, and tests run side by side
 

@@ -22,7 +22,7 @@ def find_snapshot(repo_folder: Path, revision: str | None) -> Path | None:
     if ".." in Path(name).parts or Path(name).is_absolute():
         return None
     ref = repo_folder / "refs" / name
-    snapshot = repo_folder / "snapshots" / (ref.read_text().strip() if ref.is_file() else name)
+    snapshot = repo_folder / "snapshots" / (ref.read_text("utf-8").strip() if ref.is_file() else name)
     return snapshot if snapshot.is_dir() else None
 
 

@@ -6,7 +6,6 @@ What was read must not be trusted until its whole file has arrived and matches i
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 import threading
 from abc import ABC, abstractmethod
@@ -20,7 +19,7 @@ from hf_locstitch.checkpoints.read_ahead import ReadAhead
 from hf_locstitch.checkpoints.source import Advance
 from hf_locstitch.errors import IntegrityError
 from hf_locstitch.runtime.chunks import check_wanted
-from hf_locstitch.runtime.files import punch_hole
+from hf_locstitch.runtime.positioned_io import OPEN_FILES_MOVE, PositionedFile
 
 PATIENCE = 0.2  # seconds after which a reader looks whether its bytes are still wanted
 
@@ -38,7 +37,7 @@ class Download(ABC):
         self.source, self.files, self.advance, self._on_verified = source, list(files), advance, on_verified
         self._changed = threading.Condition()
         self._arrived = dict.fromkeys(self.files, 0)
-        self._fds: dict[str, int] = {}
+        self._opened: dict[str, PositionedFile] = {}
         self._awaited: list[tuple[str, int]] = []  # (file, stop): a reader waits for the bytes before stop
         self._read_from: set[str] = set()
         self._verified: set[str] = set()
@@ -60,7 +59,7 @@ class Download(ABC):
             self._changed.notify_all()
             self._wait(lambda: self._arrived[file] >= stop)
             self._awaited.remove((file, stop))
-        if os.preadv(self._fds[file], [content], start) != len(content):
+        if self._opened[file].read_into(content, start) != len(content):
             raise IntegrityError(
                 f"{file} of {self.source.label} was truncated while it was being read. Run the same command again."
             )
@@ -102,9 +101,9 @@ class Download(ABC):
             self._coming.close()
         if self._thread.is_alive():
             self._thread.join(timeout=1)
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        for opened in self._opened.values():
+            opened.close()
+        self._opened.clear()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         while not self._changed.wait_for(lambda: ready() or self._error is not None, PATIENCE):
@@ -138,21 +137,27 @@ class Download(ABC):
     def _fetch(self, file: str, ahead: ReadAhead) -> None:
         """Fetch a file, reporting progress to `_tell`, and check it."""
 
-    def _tell(self, file: str, fd: int, upto: int) -> None:
-        """The first `upto` bytes of a file can be read from fd, which the caller may close."""
+    def _tell(self, file: str, opened: PositionedFile, upto: int) -> None:
+        """The first `upto` bytes of a file can be read from `opened`, which the caller may close."""
         with self._changed:
             if self._closed:
                 raise _Stopped
-            if file not in self._fds:
-                self._fds[file] = os.dup(fd)
+            if file not in self._opened:
+                self._opened[file] = opened.duplicate()
             before, self._arrived[file] = self._arrived[file], upto
             if any(name == file and before < stop <= upto for name, stop in self._awaited):
                 self._changed.notify_all()
 
+    def _tell_whole(self, file: str, path: Path) -> None:
+        """All of a file can be read."""
+        with path.open("rb", buffering=0) as whole:
+            self._tell(file, PositionedFile(whole.fileno()), self.source.files[file].size)
+
 
 class CachingDownload(Download):
     """Into the user's Hub cache, at full speed. here: files that are in it already, which make no progress. early:
-    whether a file may be read while it comes; otherwise one that comes damaged is fetched once more."""
+    whether a file may be read while it comes, where a file that is open can be renamed; otherwise one that comes
+    damaged is fetched once more."""
 
     def __init__(
         self,
@@ -165,7 +170,7 @@ class CachingDownload(Download):
         early: bool = True,
     ) -> None:
         super().__init__(source, files, advance, on_verified)
-        self._here, self._early = frozenset(here), early
+        self._here, self._early = frozenset(here), early and OPEN_FILES_MOVE
 
     def _read_ahead(self) -> ReadAhead:
         fetched = [file for file in self.files if self.source.files[file].sha256 is not None]
@@ -174,8 +179,7 @@ class CachingDownload(Download):
     def _fetch(self, file: str, ahead: ReadAhead) -> None:
         advance: Advance = (lambda _: None) if file in self._here else self.advance
         path = self.source.fetch(file, advance, partial(self._tell, file) if self._early else None, ahead)
-        with path.open("rb") as whole:
-            self._tell(file, whole.fileno(), self.source.files[file].size)
+        self._tell_whole(file, path)
 
 
 class StreamingDownload(Download):
@@ -202,7 +206,7 @@ class StreamingDownload(Download):
 
     def release(self, file: str, start: int, stop: int) -> None:
         for first, last in without((start, stop), self._kept.get(file, ())):
-            punch_hole(self._fds[file], first, last)
+            self._opened[file].punch_hole(first, last)
         with self._changed:
             self._ahead -= 0 if self._again else stop - start
             self._changed.notify_all()
@@ -216,19 +220,19 @@ class StreamingDownload(Download):
 
     def _fetch(self, file: str, ahead: ReadAhead) -> None:
         if self.source.files[file].sha256 is None:  # small, not in LFS: the client fetches it in one go
-            with self.source.fetch(file, self.advance).open("rb") as whole:
-                self._tell(file, whole.fileno(), self.source.files[file].size)
+            self._tell_whole(file, self.source.fetch(file, self.advance))
             return
         digest, at = hashlib.sha256(), 0
         needs, kept = list(self._needs.get(file, ())), list(self._kept.get(file, ()))
-        with tempfile.TemporaryFile(dir=self._folder, buffering=0) as out:
+        with tempfile.TemporaryFile(dir=self._folder, buffering=0) as unnamed:
+            out = PositionedFile(unnamed.fileno())
             for block in self.source.stream(file, ahead=ahead):
                 digest.update(block)
-                _write_ranges(out.fileno(), block, at, kept)
-                written = _write_ranges(out.fileno(), block, at, needs)
+                _write_ranges(out, block, at, kept)
+                written = _write_ranges(out, block, at, needs)
                 at += len(block)
                 self.advance(len(block))
-                self._tell(file, out.fileno(), at)
+                self._tell(file, out, at)
                 self._hold_back(written)
         if digest.hexdigest() != self.source.files[file].sha256:
             raise self.source.damaged(file, digest.hexdigest())
@@ -242,16 +246,14 @@ class StreamingDownload(Download):
         return self._read_out or any(self._arrived[file] < stop for file, stop in self._awaited)
 
 
-def _write_ranges(fd: int, block: bytes, at: int, ranges: list[Range]) -> int:
+def _write_ranges(out: PositionedFile, block: bytes, at: int, ranges: list[Range]) -> int:
     """Write the part of a block, starting at byte `at`, that lies in the ranges; drop ranges passed. Bytes written."""
     view, end, written = memoryview(block), at + len(block), 0
     while ranges and ranges[0][0] < end:
         start, stop = ranges[0]
         part = view[max(start, at) - at : stop - at]
-        offset = max(start, at)
-        while part:
-            count = os.pwrite(fd, part, offset)
-            part, offset, written = part[count:], offset + count, written + count
+        out.write(part, max(start, at))
+        written += len(part)
         if stop > end:
             break
         ranges.pop(0)

@@ -38,8 +38,9 @@ from hf_locstitch.checkpoints.repo_files import RepoFiles
 from hf_locstitch.checkpoints.source import Advance, FileInfo, Source, file_sha256, git_blob_oid
 from hf_locstitch.errors import CheckpointError, DownloadError, IntegrityError, OutputError
 from hf_locstitch.runtime.daemon_pool import DaemonPool
-from hf_locstitch.runtime.files import is_writable, write_all
+from hf_locstitch.runtime.files import is_writable, link, write_all, write_text
 from hf_locstitch.runtime.human import some
+from hf_locstitch.runtime.positioned_io import PositionedFile
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 EXPECTED = DaemonPool(8)  # fetches files beside the weights before they are asked for
 PULLS = 5  # pull requests that are looked into, at most
-Arrived = Callable[[int, int], object]  # an open file and how many bytes from its beginning are there
+Arrived = Callable[[PositionedFile, int], object]  # an open file and how many bytes from its beginning are there
 
 
 def open_repo(repo: str, revision: str | None) -> Source:
@@ -89,7 +90,7 @@ def _cache_for(repo: str) -> Path:
 
 @lru_cache(1)
 def _passing_cache() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="hf-locstitch-cache-")
+    return tempfile.TemporaryDirectory(prefix="hf-locstitch-cache-", ignore_cleanup_errors=True)
 
 
 class HubSource:
@@ -283,15 +284,15 @@ class HubSource:
             return
         ref = self._folder / "refs" / self._revision
         with suppress(OSError):  # of a cache that cannot be written to
-            if not ref.is_file() or ref.read_text() != self._commit:
+            if not ref.is_file() or ref.read_text("utf-8") != self._commit:
                 ref.parent.mkdir(parents=True, exist_ok=True)
-                ref.write_text(self._commit)
+                write_text(ref, self._commit)
 
     def _forget(self, file: str, path: Path) -> None:
         self._sha256.pop(file, None)
         try:
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
+            for place in (path.resolve(), path, self._blob(file)):  # where there are no links, these are copies
+                place.unlink(missing_ok=True)
         except OSError as error:
             raise IntegrityError(
                 f"{file} of {self.label} is damaged in the cache and cannot be removed from it ({path}: "
@@ -316,7 +317,7 @@ class HubSource:
         path, blob = self._folder / "snapshots" / self._commit / file, self._blob(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):  # another process was faster
-            path.symlink_to(os.path.relpath(blob, path.parent))
+            link(path, os.path.relpath(blob, path.parent))
         return path
 
     def _download(self, file: str, advance: Advance, arrived: Arrived | None, ahead: ReadAhead | None) -> None:
@@ -353,6 +354,7 @@ class HubSource:
             hash_open(out, digest)
             at = out.seek(0, os.SEEK_END)
             advance(at)
+            shared = PositionedFile(out.fileno())
             for block in self.stream(file, at, ahead):
                 try:
                     write_all(out, block)
@@ -364,7 +366,7 @@ class HubSource:
                 at += len(block)
                 advance(len(block))
                 if arrived is not None:
-                    arrived(out.fileno(), at)
+                    arrived(shared, at)
         return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ A field of a pydantic model gets its check from its type: `SafeName`, `SafeFile`
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -15,7 +16,12 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 NAME = re.compile(r"[^\W_][\w.-]*")  # of a finetune: becomes masks/NAME.safetensors
+WEIGHTS = ".safetensors"
 LONGEST_NAME = 200  # bytes; a file system takes 255, and temporary files add a suffix
+ON_WINDOWS = os.name == "nt"
+# What Windows takes for a device, a stream or another file: part by part of a path.
+# https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?|.*[<>:\"|?*].*|.*[. ]", re.IGNORECASE)
 # What a merge writes itself; no input's file may take such a place. Compared without case, as some file systems do.
 OWN_FILES = frozenset({"readme.md", "locstitch.yaml", "locstitch.json"})
 OWN_FOLDERS = frozenset({"masks", "values", "figures"})
@@ -27,6 +33,8 @@ def safe_name(name: str) -> str:
         raise ValueError(
             "must begin with a letter or digit and hold only letters, digits, '_', '-' and '.': it names a file"
         )
+    if RESERVED.fullmatch(f"{name}{WEIGHTS}"):
+        raise ValueError("is the name of a device on Windows, where no file can have it: it names a file")
     if (length := len(name.encode())) > LONGEST_NAME:
         raise ValueError(f"must be at most {LONGEST_NAME} bytes long, but has {length}: it names a file")
     return name
@@ -35,6 +43,8 @@ def safe_name(name: str) -> str:
 def safe_file(file: str) -> str:
     """The same path. Raises ValueError unless it is a plain relative path with "/" that stays inside its folder."""
     parts = file.split("/")
+    if ON_WINDOWS and any(RESERVED.fullmatch(part) for part in parts):
+        raise ValueError(f"{file!r} cannot be the name of a file on Windows")
     if any(part in ("", ".", "..") for part in parts) or "\\" in file or not file.isprintable():
         raise ValueError(f"{file!r} is not a plain path inside its folder")
     return file
@@ -50,7 +60,7 @@ def is_safe_file(file: str) -> bool:
 
 def safe_shard(file: str) -> str:
     """The same path. Raises ValueError unless it may be a file of weights, beside all that a merge writes."""
-    if not safe_file(file).endswith(".safetensors") or is_own(file):
+    if not safe_file(file).endswith(WEIGHTS) or is_own(file):
         raise ValueError(f"{file!r} cannot be a shard of a model")
     return file
 
@@ -71,7 +81,8 @@ def make_name(text: str, otherwise: str) -> str:
         return safe_name(text)
     plain = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", text))
     cut = plain.encode()[:LONGEST_NAME].decode(errors="ignore")
-    return re.sub(r"^[\W_]+|-+$", "", cut) or otherwise
+    name = re.sub(r"^[\W_]+|-+$", "", cut)
+    return otherwise if not name or RESERVED.fullmatch(f"{name}{WEIGHTS}") else name
 
 
 def same_place(files: Iterable[str]) -> tuple[str, str] | None:

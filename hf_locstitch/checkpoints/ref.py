@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from hf_locstitch.errors import RecipeError
 
@@ -37,9 +37,14 @@ class Ref:
         return self.folder.resolve().name if self.folder is not None else str(self.repo).rpartition("/")[2]
 
 
+def is_written_as_path(text: str) -> bool:
+    """Whether it can be no repo: /model, ./model, ../model, ~/model, .\\model, C:/model."""
+    return text.startswith(FOLDER_PREFIXES) or "\\" in text or bool(PureWindowsPath(text).drive)
+
+
 def could_be_repo(text: str) -> bool:
     """Whether a folder of this name hides a repo: it is org/name, not written as a path."""
-    return "/" in text and not text.startswith(FOLDER_PREFIXES) and REPO_ID.fullmatch(text) is not None
+    return "/" in text and not is_written_as_path(text) and REPO_ID.fullmatch(text) is not None
 
 
 def expand_home(path: Path) -> Path:
@@ -55,7 +60,7 @@ def parse_ref(text: str) -> Ref:
 
     Raises RecipeError if the text is neither.
     """
-    if text.startswith(FOLDER_PREFIXES) or os.path.exists(text):
+    if is_written_as_path(text) or os.path.exists(text):
         place = expand_home(Path(text))
         one_file = place.suffix == WEIGHTS and not place.is_dir()
         return Ref(folder=place.parent, path=place.name) if one_file else Ref(folder=place)

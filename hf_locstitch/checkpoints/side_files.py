@@ -28,6 +28,7 @@ from hf_locstitch.checkpoints.checkpoint import (
 from hf_locstitch.checkpoints.names import is_own, same_place
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
+from hf_locstitch.runtime.files import write_text
 
 WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot",
@@ -145,7 +146,7 @@ def copy_side_files(checkpoint: Checkpoint, files: SideFiles, folder: Path, dtyp
     config = folder / CONFIG
     if config.exists() and (dtype != "auto" or checkpoint.dequantized):
         fields = json.loads(config.read_text(encoding="utf-8"))
-        config.write_text(json.dumps(_changed(fields, dtype), indent=2) + "\n", encoding="utf-8")
+        write_text(config, json.dumps(_changed(fields, dtype), indent=2) + "\n")
 
 
 def _changed(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ The library's `save_file` needs all tensors in memory at once.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hf_locstitch.checkpoints.header import TensorSpec, encode_header
+from hf_locstitch.runtime.positioned_io import PositionedFile
 
 BLOCK = 1 << 20  # bytes hashed at once
 
@@ -50,14 +50,10 @@ class SafetensorsWriter:
         self._beyond: dict[int, int] = {}  # and these ranges beyond it: start -> end
         self._moved = threading.Condition()
         self._over = False
-        self._fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if new else 0), 0o644)
-        if not new:
-            return
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self._fd, 0, at)  # a full disk fails here, before the work
-        else:
-            os.ftruncate(self._fd, at)
-        self._write(header, 0)
+        self._file = PositionedFile.open(path, create=new, truncate=new, mode=0o644)
+        if new:
+            self._file.reserve(at)  # a full disk fails here, before the work
+            self._write(header, 0)
 
     def write(self, name: str, content: bytes | memoryview, start: int = 0) -> None:
         """Write bytes of a tensor, `start` bytes from its beginning."""
@@ -65,14 +61,11 @@ class SafetensorsWriter:
 
     def _write(self, content: bytes | memoryview, offset: int) -> None:
         view = memoryview(content).cast("B")
-        start = offset
-        while view:
-            count = os.pwrite(self._fd, view, offset)
-            view, offset = view[count:], offset + count
-        if offset == start:
+        if not view:
             return
+        self._file.write(view, offset)
         with self._moved:
-            self._beyond[start] = offset
+            self._beyond[offset] = offset + len(view)
             while self._reached in self._beyond:
                 self._reached = self._beyond.pop(self._reached)
             self._moved.notify_all()
@@ -93,13 +86,11 @@ class SafetensorsWriter:
         while at < self._size:
             reached = self._wait_beyond(at)
             while at < reached:
-                count = os.preadv(self._fd, [buffer[: reached - at]], at)
+                count = self._file.read_into(buffer[: reached - at], at)
                 if not count:
                     raise EOFError(f"the file ends at byte {at} of {self._size}: another process has truncated it")
                 digest.update(buffer[:count])
-                if hasattr(os, "posix_fadvise"):
-                    # Start writing back now, or all of it is left to the final sync.
-                    os.posix_fadvise(self._fd, at, count, os.POSIX_FADV_DONTNEED)
+                self._file.begin_write_back(at, count)
                 at += count
         return digest.hexdigest()
 
@@ -113,8 +104,8 @@ class SafetensorsWriter:
 
     def close(self) -> None:
         if self._sync:
-            os.fsync(self._fd)
-        os.close(self._fd)
+            self._file.sync()
+        self._file.close()
 
     def __enter__(self) -> SafetensorsWriter:
         return self

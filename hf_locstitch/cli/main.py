@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from hf_locstitch.cli.arguments import COMMANDS, build_parser
-from hf_locstitch.cli.printing import LogToStderr, fail
+from hf_locstitch.cli.printing import LogToStderr, accept_any_encoding, fail
 from hf_locstitch.errors import LocstitchError
 from hf_locstitch.runtime.allocator import share_one_arena
 from hf_locstitch.runtime.interrupts import Interrupted, raising_interrupts
@@ -18,6 +18,7 @@ from hf_locstitch.runtime.interrupts import Interrupted, raising_interrupts
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0 done, 2 invalid request, 1 the work failed, 128 + n signal n."""
+    accept_any_encoding()
     parser = build_parser()
     args = parser.parse_args(argv)
     args.typed = list(sys.argv[1:] if argv is None else argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -12,6 +13,8 @@ from hf_locstitch.cli.terminal import rendered
 from hf_locstitch.runtime.escape import in_json, line, terminal
 
 PROGRAM = "hf-locstitch"
+
+READ_NO_MORE = (errno.EPIPE, errno.EINVAL)  # of a pipe; the latter is Windows'
 
 
 def speaks() -> bool:
@@ -36,13 +39,20 @@ def tell(text: str) -> None:
         print(text, file=sys.stderr)
 
 
+def accept_any_encoding() -> None:
+    """What a stream cannot show in its encoding, such as a Windows console's, is written as an escape: \\u03c4."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def put(text: str) -> None:
-    """On standard output, in whatever encoding it has; a reader that has seen enough of it is no error."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """On standard output; a reader that has seen enough of it is no error."""
     try:
         print(rendered(text, sys.stdout), flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in READ_NO_MORE:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
 
 

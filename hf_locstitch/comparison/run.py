@@ -36,7 +36,7 @@ from hf_locstitch.plan.recipe import Finetuned, Input, Recipe
 from hf_locstitch.plan.recipe_file import dump_recipe
 from hf_locstitch.report.page import with_part
 from hf_locstitch.runtime.escape import line
-from hf_locstitch.runtime.files import write_atomically
+from hf_locstitch.runtime.files import write_atomically, write_text
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.progress import Advance, Progress
 from hf_locstitch.tasks.benchmarks import EvaluateOptions
@@ -159,10 +159,10 @@ class ComparisonRun:
         report = replace(reports[0], out=str(out), url=done.url, commit=done.commit)
         stage = self._work.stage
         save_comparison(report, stage)
-        (stage / FILE).write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+        write_text(stage / FILE, json.dumps(report.as_json(), indent=1) + "\n")
         best = f"# The best by comparison: {line(cell.label)}\n{dump_recipe(pinned(cell.recipe, plan))}"
-        (stage / BEST).write_text(best, encoding="utf-8")
-        (stage / CARD).write_text(f"# Comparison\n\n{report.section()}\n", encoding="utf-8")
+        write_text(stage / BEST, best)
+        write_text(stage / CARD, f"# Comparison\n\n{report.section()}\n")
         return report
 
     def _report(self, references: EvaluationReport, reported: EvaluationReport) -> ComparisonReport:

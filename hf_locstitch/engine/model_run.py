@@ -29,7 +29,7 @@ from hf_locstitch.engine.work_dir import ShardRecord
 from hf_locstitch.localize.localized_masks import GivenMask, LocalizedMask, MergedMask
 from hf_locstitch.plan.layout import OutputShard, index_name
 from hf_locstitch.plan.plans import MergePlan, ModelPlan, StitchPlan
-from hf_locstitch.runtime.files import sync_file
+from hf_locstitch.runtime.files import sync_file, write_text
 from hf_locstitch.stitch.per_tensor import Weights
 from hf_locstitch.stitch.view import StitchView
 
@@ -204,4 +204,4 @@ def write_index(plan: ModelPlan, stage: Path) -> None:
         },
         "weight_map": {name: file for name, (file, _) in sorted(tensors.items())},
     }
-    (stage / file).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_text(stage / file, json.dumps(index, indent=2) + "\n")

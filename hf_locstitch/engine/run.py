@@ -33,6 +33,7 @@ from hf_locstitch.plan.lineage import look
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.report.card import write_card
 from hf_locstitch.report.figures.survey import FOLDER, Survey, draw_overlap, draw_survey, survey_merge
+from hf_locstitch.runtime.files import write_text
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.stitch.fitting import FitJob
@@ -256,7 +257,7 @@ class Run(ABC, Generic[AnyPlan]):
         check_pins(plan, files)
         self.write_side_files()
         record = make_manifest(plan, files, overlap, fingerprint(plan), stitch, self.examples)
-        (stage / RECIPE_FILE).write_text(pinned_recipe(plan, files), encoding="utf-8")
+        write_text(stage / RECIPE_FILE, pinned_recipe(plan, files))
         figures = self._figures(drawn, record.overlap)
         record = replace(record, warnings=[*record.warnings, *self.warnings])
         self.spared("the model card could not be written", lambda: write_card(plan, record, stage / CARD, figures))
@@ -264,7 +265,7 @@ class Run(ABC, Generic[AnyPlan]):
         check_strict(plan.recipe, record)
         known = {file: (shard.size, shard.sha256) for file, shard in shards.items()}
         record = finish(record, stage, known, time.monotonic() - began)
-        (stage / FILE).write_text(to_json(record), encoding="utf-8")
+        write_text(stage / FILE, to_json(record))
         return record
 
 

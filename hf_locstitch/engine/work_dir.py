@@ -8,15 +8,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import platform
 import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import OutputError, RequestError, WorkError
@@ -25,9 +25,12 @@ from hf_locstitch.plan.recipe_file import NOT_THE_MERGE
 from hf_locstitch.runtime.files import write_atomically
 from hf_locstitch.runtime.interrupts import Interrupted
 from hf_locstitch.runtime.journal import append_lines, read_lines, read_record, write_record
-from hf_locstitch.runtime.locks import try_lock
+from hf_locstitch.runtime.locks import remove_locked, try_lock
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.version import __version__
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SEEN_WITHIN = 10.0  # seconds after which what one node has made is seen on another, if they share the folder
@@ -124,18 +127,18 @@ def working_in(work: WorkDir, out: Path | None, processes: Processes) -> Iterato
 
     Links in `out` are followed. A RequestError removes the folder, any other failure keeps it.
     """
-    locks: list[int] = []
+    locks: list[BaseFileLock] = []  # of the first process alone
     try:
         processes.on_first(lambda: locks.append(_make(work)))
         _check_common(work, processes)
         yield work
-        if processes.first:
-            if out is not None:
-                _move(work.stage, out)
-            shutil.rmtree(work.folder, ignore_errors=True)
+        if locks and out is not None:
+            _move(work.stage, out)
+        for lock in locks:
+            remove_locked(work.folder, lock)
     except RequestError:
-        if locks:
-            shutil.rmtree(work.folder, ignore_errors=True)
+        for lock in locks:
+            remove_locked(work.folder, lock)
         raise
     except KeyboardInterrupt as stop:
         raise Interrupted.of(stop, work.folder if work.folder.exists() else None) from stop
@@ -148,7 +151,7 @@ def working_in(work: WorkDir, out: Path | None, processes: Processes) -> Iterato
         ) from error
     finally:
         for lock in locks:
-            os.close(lock)
+            lock.release()
         processes.leave()
 
 
@@ -161,7 +164,7 @@ def _check_common(work: WorkDir, processes: Processes) -> None:
 
     def look() -> None:
         until = time.monotonic() + SEEN_WITHIN
-        while not ((file := work.folder / "token").is_file() and file.read_text() == token):
+        while not ((file := work.folder / "token").is_file() and file.read_text("utf-8") == token):
             if time.monotonic() > until:
                 raise OutputError(
                     f"process {processes.rank} on {platform.node()} does not see {work.folder}, where the first "
@@ -177,8 +180,7 @@ def clear_work(plan: Plan, out: Path) -> None:
     """Remove what a process left that was killed after it had made `out`, unless it is still there."""
     work = _work_dir(plan, out)
     if work.folder.exists() and (lock := try_lock(work.folder / "lock")) is not None:
-        shutil.rmtree(work.folder, ignore_errors=True)
-        os.close(lock)
+        remove_locked(work.folder, lock)
 
 
 def _work_dir(plan: Plan, near: Path) -> WorkDir:
@@ -192,9 +194,18 @@ def work_dir_beside(near: Path, fingerprint: str) -> WorkDir:
 
 
 def _move(stage: Path, out: Path) -> None:
-    """Make the finished folder `out`, in one step. Raises WorkError if something has come to be there meanwhile."""
+    """Make the finished folder `out`, in one step. Raises WorkError if something has come to be there meanwhile, or
+    the folder cannot be moved."""
+    place = out.resolve()
     try:
-        stage.rename(out.resolve())  # replaces an empty folder, and nothing else
+        with suppress(FileNotFoundError):
+            place.rmdir()  # an empty folder, and nothing else; Windows renames to what does not exist alone
+        stage.rename(place)
+    except PermissionError as error:  # on Windows also of what is open
+        raise WorkError(
+            f"{out} could not be made ({error.strerror}): its folder cannot be changed, or another program has a file "
+            f"in {stage} open. Mend that and run the same command again: it resumes where it stopped."
+        ) from error
     except OSError as error:
         if error.errno not in TAKEN:
             raise
@@ -205,13 +216,14 @@ def _move(stage: Path, out: Path) -> None:
         ) from error
 
 
-def _make(work: WorkDir) -> int:
+def _make(work: WorkDir) -> BaseFileLock:
     """The folders, and a lock that ends with the process. Raises OutputError if another process works here."""
-    work.stage.mkdir(parents=True, exist_ok=True)
-    work.spill.mkdir(exist_ok=True)
+    work.folder.mkdir(parents=True, exist_ok=True)
     if (lock := try_lock(work.folder / "lock")) is None:
         raise OutputError(
             f"another process is making the same merge in {work.folder}. Wait for it, or use another --out."
         )
+    work.stage.mkdir(exist_ok=True)
+    work.spill.mkdir(exist_ok=True)
     work.clear_stage()
     return lock

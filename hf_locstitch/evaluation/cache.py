@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_locstitch.evaluation.scores import TaskResult, result_from_json
-from hf_locstitch.runtime.files import is_writable
+from hf_locstitch.runtime.files import is_writable, write_text
 from hf_locstitch.runtime.own_cache import own_cache
 
 
@@ -38,5 +38,5 @@ def write_cached(key: str, results: Sequence[TaskResult], folder: Path) -> None:
     if not is_writable(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps([asdict(result) for result in results]), encoding="utf-8")
+    write_text(partial, json.dumps([asdict(result) for result in results]))
     partial.replace(folder / f"{key}.json")

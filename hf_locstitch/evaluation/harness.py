@@ -16,6 +16,7 @@ from hf_locstitch.errors import CheckpointError
 from hf_locstitch.evaluation.lm_eval_tasks import explaining_data
 from hf_locstitch.evaluation.running import explaining_memory
 from hf_locstitch.evaluation.scores import Score, TaskResult, common
+from hf_locstitch.runtime.devices import AUTO
 from hf_locstitch.tasks.benchmarks import EvaluateOptions, TaskSpec
 from hf_locstitch.tasks.custom_code import load_failure
 from hf_locstitch.tasks.leaks import texts_of
@@ -36,9 +37,9 @@ def load_model(folder: Path, label: str, options: EvaluateOptions) -> LM:
 
     Without a batch size it is the largest that fits the GPU, or CPU_BATCH.
     """
-    import torch
+    from hf_locstitch.tasks.loading import find_device  # imports torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(AUTO).type
     own = options.lm_eval
     size = options.batch_size or ("auto" if device == "cuda" or own.backend == "vllm" else CPU_BATCH)
     settings = {

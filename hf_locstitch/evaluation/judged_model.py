@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import RequestError
+from hf_locstitch.runtime.devices import AUTO, in_float64
 from hf_locstitch.tasks.answers import Answers, joined
 from hf_locstitch.tasks.loading import find_device, load_config, load_model, load_processor, main_dtype
 from hf_locstitch.tasks.objective import Objective
@@ -76,7 +77,7 @@ def open_judged_model(folder: Path, head: Path | None, objective: Objective, dty
     by_words = objective.processor == "AutoTokenizer"  # which fits the model's own embedding
     folders = [one for one in ((folder, head) if by_words else (head, folder)) if one is not None]
     processor = load_processor(objective, *folders)
-    return JudgedModel(model.to(find_device("auto")), owner, processor, label, absent)
+    return JudgedModel(model.to(find_device(AUTO)), owner, processor, label, absent)
 
 
 def _config(folder: Path, head: Path | None, objective: Objective, label: str) -> Any:
@@ -150,7 +151,8 @@ def _answers(outputs: Tensor, right: Tensor, weights: np.ndarray[Any, np.dtype[n
     """outputs: logits [units, classes]; right: int64 [units]; weights: units of each example, in order."""
     rows = max(1, SLICE // outputs.shape[-1])
     slices = zip(outputs.split(rows), right.split(rows), strict=True)
-    losses = torch.cat([F.cross_entropy(some.double(), wanted, reduction="none") for some, wanted in slices])
+    wide = ((in_float64(some), wanted) for some, wanted in slices)
+    losses = torch.cat([F.cross_entropy(some, wanted.to(some.device), reduction="none") for some, wanted in wide])
     predicted = outputs.argmax(-1)
     starts = np.concatenate([[0], np.cumsum(weights)[:-1]])
     exact = np.logical_and.reduceat((predicted == right).cpu().numpy(), starts)

@@ -9,7 +9,7 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from hf_locstitch.checkpoints.ref import FOLDER_PREFIXES
+from hf_locstitch.checkpoints.ref import is_written_as_path
 from hf_locstitch.evaluation.lm_eval_tasks import digest_of, load_task, open_manager
 from hf_locstitch.evaluation.models import Model, check_language_model
 from hf_locstitch.evaluation.scores import TaskResult
@@ -114,5 +114,5 @@ def _flag(key: str, value: Any) -> list[str]:
 
 def _private(value: Any) -> str:
     """As YAML has it, but for the path of a local file."""
-    is_path = isinstance(value, str) and value.startswith(FOLDER_PREFIXES)
+    is_path = isinstance(value, str) and is_written_as_path(value)
     return "PATH" if is_path else json.dumps(value)

@@ -59,7 +59,7 @@ class Model:
         if self.checkpoint is not None:
             yield fetch(self.checkpoint)
             return
-        with tempfile.TemporaryDirectory(prefix="hf-locstitch-average-") as folder:
+        with tempfile.TemporaryDirectory(prefix="hf-locstitch-average-", ignore_cleanup_errors=True) as folder:
             made = Path(folder) / "model"
             make_average(self.average_of, made)
             yield made

@@ -31,7 +31,7 @@ from hf_locstitch.evaluation.scores import TaskResult
 from hf_locstitch.plan.push_target import MAIN, PushTarget
 from hf_locstitch.report.page import has_part, picture, with_part
 from hf_locstitch.runtime import escape
-from hf_locstitch.runtime.files import write_atomically
+from hf_locstitch.runtime.files import write_atomically, write_text
 
 ENTRIES = ".eval_results"
 SCORES, FIGURE = "figures/scores.json", "figures/scores.png"
@@ -96,7 +96,7 @@ def record_in(report: EvaluationReport, folder: Path, title: str) -> list[Path]:
     from hf_locstitch.evaluation.figure import draw_evaluation
 
     pictures = draw_evaluation(report, folder / "figures")
-    (folder / SCORES).write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / SCORES, json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n")
     path = folder / CARD
     card = ModelCard(
         path.read_text(encoding="utf-8") if path.exists() else f"---\nlibrary_name: transformers\n---\n\n# {title}\n"
@@ -185,7 +185,7 @@ def write_entries(results: Sequence[TaskResult], folder: Path) -> None:
     for file, entry in entries_of(results).items():
         folder.mkdir(exist_ok=True)
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
-        (folder / file).write_text(text, encoding="utf-8")
+        write_text(folder / file, text)
 
 
 def _only(limit: int | None) -> str:

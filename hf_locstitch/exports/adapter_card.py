@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from hf_locstitch.report.card import licence_of, pipeline_tag, source_link
 from hf_locstitch.report.page import template
+from hf_locstitch.runtime.files import write_text
 from hf_locstitch.runtime.human import human
 from hf_locstitch.runtime.version import __version__
 
@@ -49,7 +50,7 @@ def write_card(
         commit=base.source.commit,
         made_with=f"hf-locstitch {__version__}, peft {version('peft')}",
     )
-    path.write_text(text, encoding="utf-8", newline="")
+    write_text(path, text)
 
 
 def card_data(changes: Changes) -> ModelCardData:

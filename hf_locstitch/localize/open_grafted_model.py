@@ -48,7 +48,7 @@ def open_grafted_model(
         info = checkpoint.info(tensor)
         return finetuned.flat(tensor, 0, info.numel).view(info.shape)
 
-    device, where = find_device(config.device), checkpoint.label
+    device, where = find_device(config.device, float64=dtype == torch.float64), checkpoint.label
     grafted = make_grafted_model(model, original, absent, list(checkpoint.tensors), localized, on_disk, device, where,
                                  config.sharded)  # fmt: skip
     if config.checkpointing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -35,7 +35,8 @@ class State:
             if on == "disk":
                 file = folder / f"{name}.{number}"
                 flat = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=kind)
-                file.unlink()  # the mapping keeps it alive; nothing is left behind, however the process ends
+                with suppress(PermissionError):  # Windows: it goes with its folder
+                    file.unlink()  # the mapping keeps it alive; nothing is left behind, however the process ends
                 self.tensors[key] = flat.zero_().view(shape)
             else:
                 device = masked.device if on == "device" else torch.device("cpu")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy.typing as npt
 
 from hf_locstitch.localize.candidates import Candidates
 from hf_locstitch.runtime.kernels import Bools, bits
+from hf_locstitch.runtime.positioned_io import PositionedFile
 
 PLACE = struct.Struct("<QQQQ")  # chunk, offset, sure, inside
 RECORD = struct.Struct("<QQQQQ")  # the same, and the CRC-32 of that and of the block
@@ -40,7 +39,7 @@ class Spill:
         self.sure = np.zeros(chunks, dtype=np.int64)
         self.open = np.zeros(chunks, dtype=np.int64)
         self.done = np.zeros(chunks, dtype=bool)
-        self._file = _open_both_ways(path)
+        self._file = PositionedFile.open(path)
         self._take_up()
         self._index = self._index_path.open("ab", buffering=0)
 
@@ -53,7 +52,7 @@ class Spill:
         content = self._index_path.read_bytes() if self._index_path.exists() else b""
         records = content[len(self._heading) :] if content.startswith(self._heading) else b""
         whole = len(records) // RECORD.size * RECORD.size
-        length = os.fstat(self._file.fileno()).st_size
+        length = self._file.size
         with self._index_path.open("wb") as file:
             file.write(self._heading)
             for chunk, offset, sure, inside, crc in RECORD.iter_unpack(records[:whole]):
@@ -63,7 +62,7 @@ class Spill:
                 if self._trusted is not None and not self._trusted[chunk]:
                     continue
                 place = PLACE.pack(chunk, offset, sure, inside)
-                if zlib.crc32(os.pread(self._file.fileno(), size, offset), zlib.crc32(place)) == crc:
+                if zlib.crc32(self._file.read(size, offset), zlib.crc32(place)) == crc:
                     self._offsets[chunk], self.sure[chunk], self.open[chunk] = offset, sure, inside
                     self.done[chunk] = True
                     self.size = max(self.size, offset + size)
@@ -85,13 +84,13 @@ class Spill:
         self._index.write(record)
         self.done[index] = True
 
-    def _write(self, file: FileIO, offset: int, index: int, kept: Candidates) -> bytes:
+    def _write(self, file: PositionedFile, offset: int, index: int, kept: Candidates) -> bytes:
         """Returns the index's record."""
         values = bits(kept.values.astype(self.dtype, copy=False))
         inside = len(kept.scores)
         sure = len(kept.flagged) - inside
         place = zlib.crc32(PLACE.pack(index, offset, sure, inside))
-        crc = _write_parts(file.fileno(), offset, (kept.flagged, values, kept.scores), place)
+        crc = _write_parts(file, offset, (kept.flagged, values, kept.scores), place)
         self._offsets[index], self.sure[index], self.open[index] = offset, sure, inside
         return RECORD.pack(index, offset, sure, inside, crc)
 
@@ -100,24 +99,26 @@ class Spill:
         new = self._path.with_name(self._path.name + ".new")
         new_index = self._path.with_name(self._path.name + ".index.new")
         new.unlink(missing_ok=True)
-        offset, file = 0, _open_both_ways(new)
+        offset, file = 0, PositionedFile.open(new)
         with new_index.open("wb") as index:
             index.write(self._heading)
             for chunk in np.flatnonzero(self.done).tolist():
                 index.write(self._write(file, offset, chunk, self.read(chunk).reaching(low_of(chunk))))
                 offset += self._size(int(self.sure[chunk] + self.open[chunk]), int(self.open[chunk]))
+        # Not every system renames files that are open.
+        file.close()
+        self.close()
         # If killed between the two renames, the old index does not fit the new blocks, and their checksums show it.
         new.replace(self._path)
         new_index.replace(self._index_path)
-        self.close()
-        self._file, self.size = file, offset
+        self._file, self.size = PositionedFile.open(self._path), offset
         self._index = self._index_path.open("ab", buffering=0)
 
     def scores(self, index: int) -> npt.NDArray[np.int32]:
         """Of the candidates inside the bracket."""
         count, sure = int(self.open[index]), int(self.sure[index])
         start = self._offsets[index] + self._size(sure + count, 0)
-        return np.frombuffer(os.pread(self._file.fileno(), 4 * count, start), dtype=np.int32)
+        return np.frombuffer(self._file.read(4 * count, start), dtype=np.int32)
 
     def read(self, index: int) -> Candidates:
         """Of one chunk."""
@@ -125,7 +126,7 @@ class Spill:
         count = int(self.sure[index]) + inside
         if count == 0:
             return Candidates(np.empty(0, np.uint32), np.empty(0, self.dtype), np.empty(0, np.int32))
-        raw = bytearray(os.pread(self._file.fileno(), self._size(count, inside), self._offsets[index]))
+        raw = self._file.read(self._size(count, inside), self._offsets[index])
         return Candidates(
             np.frombuffer(raw, np.uint32, count),
             np.frombuffer(raw, self.dtype, count, 4 * count),
@@ -137,17 +138,11 @@ class Spill:
         self._index.close()
 
 
-def _open_both_ways(path: Path) -> FileIO:
-    """Open for reading and writing; created if need be, never truncated."""
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
-
-
-def _write_parts(fd: int, offset: int, parts: Iterable[npt.NDArray[Any]], crc: int) -> int:
+def _write_parts(file: PositionedFile, offset: int, parts: Iterable[npt.NDArray[Any]], crc: int) -> int:
     """Write one part after the other. crc: of what precedes them. Returns the CRC-32 of all."""
     for part in parts:
         view = np.ascontiguousarray(part).data.cast("B") if part.nbytes else memoryview(b"")
         crc = zlib.crc32(view, crc)
-        while view:
-            count = os.pwrite(fd, view, offset)
-            view, offset = view[count:], offset + count
+        file.write(view, offset)
+        offset += len(view)
     return crc

@@ -20,6 +20,7 @@ from hf_locstitch.report.figures.survey import FOLDER, LAYERS
 from hf_locstitch.report.page import picture, template
 from hf_locstitch.report.usage import Usage, usage_in
 from hf_locstitch.runtime.escape import code, fenced, link, markdown
+from hf_locstitch.runtime.files import write_text
 from hf_locstitch.stitch import per_tensor
 from hf_locstitch.tasks.sets import OpenSet
 
@@ -165,7 +166,7 @@ def write_card(plan: Plan, record: Manifest, path: Path, figures: Sequence[str] 
         first=next(iter(told(record).masks), ""),
         rest=_rest(plan) if isinstance(plan, ModelPlan) else "",
     )
-    path.write_text(text, encoding="utf-8", newline="")
+    write_text(path, text)
 
 
 def title(plan: Plan) -> str:

@@ -1,16 +1,13 @@
-"""Files on this machine: atomic writes, syncing, punching holes."""
+"""Files on this machine: text, links, atomic writes, syncing."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import RawIOBase
 from pathlib import Path
-
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 
 
 def existing_part(path: Path) -> Path:
@@ -22,6 +19,28 @@ def is_writable(folder: Path) -> bool:
     """Whether files can be made in a folder, or the folder itself if it does not exist."""
     there = existing_part(folder)
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def write_text(path: Path, content: str) -> None:
+    """In UTF-8, with the line ends as they are: the same bytes on every system."""
+    path.write_text(content, encoding="utf-8", newline="\n")
+
+
+def link(path: Path, target: Path | str) -> None:
+    """Make `path` a symbolic link; where that is not allowed, as on Windows by default, a hard link, or else a copy.
+
+    target: absolute, or from the folder of `path` on. Raises OSError, FileExistsError if something is there.
+    """
+    file = path.parent / target
+    for make in (lambda: path.symlink_to(target), lambda: os.link(file.resolve(), path)):
+        try:
+            return make()
+        except FileExistsError:
+            raise
+        except OSError:
+            continue
+    with file.open("rb") as content, path.open("xb") as copy:
+        shutil.copyfileobj(content, copy)
 
 
 @contextmanager
@@ -38,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, content: str) -> None:
     """Text, in UTF-8; it is on the disk before it replaces what was there."""
     with replacing(path) as new:
-        new.write_text(content, encoding="utf-8")
+        write_text(new, content)
         sync_file(new)
 
 
@@ -63,11 +82,3 @@ def is_mount_point(path: Path) -> bool:
     import psutil
 
     return str(place) in {mount.mountpoint for mount in psutil.disk_partitions(all=True)}
-
-
-def punch_hole(fd: int, start: int, stop: int) -> bool:
-    """Free the space of bytes start … stop, which read as zeros from then on. False where the system cannot."""
-    if sys.platform != "linux" or stop <= start:
-        return False
-    fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
-    return fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, ctypes.c_int64(start), ctypes.c_int64(stop - start)) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from types import FrameType
 WATCHER = "hf-locstitch deadline"  # the thread that ends it
 GRACE = 30.0  # seconds from a signal to the end of the process
 
-STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -37,7 +38,8 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def raising_interrupts(give_up: Callable[[int], object]) -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Interrupted, as Ctrl-C raises KeyboardInterrupt; one that is ignored is left so.
+    """SIGTERM, SIGHUP and Windows' SIGBREAK raise Interrupted, as Ctrl-C raises KeyboardInterrupt; one that is ignored
+    is left so.
 
     give_up: called with the signal's number, in a thread, before the process is ended because it still runs GRACE
     seconds after the signal: a library may swallow the exception, or be long in code that is not Python's. Ending
@@ -66,23 +68,24 @@ def raising_interrupts(give_up: Callable[[int], object]) -> Iterator[None]:
 def _deadline(numbers: set[int], give_up: Callable[[int], object]) -> Iterator[None]:
     """End the process if the block still runs GRACE seconds after one of these signals."""
     left = threading.Event()
-    heard, tell = os.pipe()
-    os.set_blocking(tell, False)
+    heard, tell = socket.socketpair()  # not a pipe, which Windows does not take for this
+    tell.setblocking(False)
 
     def watch() -> None:
-        with os.fdopen(heard, "rb", buffering=0) as signals:
-            while number := signals.read(1):
+        with heard:
+            while number := heard.recv(1):
                 if number[0] in numbers and not left.wait(GRACE):
                     give_up(number[0])
                     os._exit(128 + number[0])
 
     watcher = threading.Thread(target=watch, name=WATCHER, daemon=True)
     watcher.start()
-    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)  # told even while Python's handlers cannot run
+    # Told even while Python's handlers cannot run.
+    before = signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
         left.set()
-        os.close(tell)
+        tell.close()
         watcher.join()

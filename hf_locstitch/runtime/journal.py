@@ -23,7 +23,7 @@ def read_record(path: Path) -> Any:
 
 def append_lines(path: Path, contents: Iterable[Any]) -> None:
     """Add records to a file of many."""
-    with path.open("a", encoding="utf-8") as journal:
+    with path.open("a", encoding="utf-8", newline="\n") as journal:
         journal.writelines(map(_line, contents))
 
 

@@ -1,31 +1,46 @@
-"""A lock on a file that ends with its process, on file systems that know one kind of lock, another, or none."""
+"""A lock on a file that ends with its process."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
-import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 LOG = logging.getLogger("hf_locstitch")
-HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+UNLOCKABLE = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that have no locks
 
 
-def try_lock(path: Path) -> int | None:
-    """Lock a file, which is created. Returns a descriptor to close, or None if another process holds the lock.
+def try_lock(path: Path) -> BaseFileLock | None:
+    """Lock a file, which is created. Returns the lock, to be released, or None if another process holds it.
 
-    Not every file system has flock (Lustre, some NFS and FUSE): then fcntl's lock is tried, and without that a warning
-    stands for the lock.
+    Not every file system has locks (Lustre, some NFS and FUSE): there filelock does with a marker, or a warning stands
+    for the lock. Raises OSError.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    for lock in (fcntl.flock, fcntl.lockf):
-        try:
-            lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except OSError as error:
-            if error.errno in HELD:
-                os.close(handle)
-                return None
-    LOG.warning(f"the file system of {path.parent} cannot lock files: see that no other process works there meanwhile.")
-    return handle
+    lock = FileLock(path, timeout=0, mode=0o600, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in UNLOCKABLE:
+            raise
+        LOG.warning(
+            f"the file system of {path.parent} cannot lock files: see that no other process works there meanwhile."
+        )
+    return lock
+
+
+def remove_locked(folder: Path, lock: BaseFileLock) -> None:
+    """Remove as much of a folder as can be removed, and release its lock, on a file in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    file = Path(lock.lock_file)
+    left = file.exists()  # Windows removes no file that is open
+    lock.release()
+    if left:
+        with suppress(OSError):  # another process has locked it meanwhile
+            file.unlink()
+            folder.rmdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Collection, Sequence
 from copy import copy
@@ -126,8 +125,9 @@ class FittedValues:
         """The values first … first + count of all that was written for a tensor, in the order of its chunks."""
         entry = self._tensors[name]
         dtype = DTYPE[entry["dtype"]]
-        with entry["path"].open("rb") as handle:
-            content = os.pread(handle.fileno(), count * dtype.itemsize, first * dtype.itemsize)
+        with entry["path"].open("rb", buffering=0) as handle:
+            handle.seek(first * dtype.itemsize)
+            content = handle.read(count * dtype.itemsize)
         return np.frombuffer(content, dtype)
 
 

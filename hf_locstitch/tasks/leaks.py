@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_locstitch.checkpoints.ref import is_written_as_path
 from hf_locstitch.tasks.evaluation_sets import SPLITS
 from hf_locstitch.tasks.sets import BUILDERS, ExampleSet, OpenSet, read_rows
 from hf_locstitch.tasks.surrogates import find_surrogate
@@ -59,7 +60,7 @@ def used_set(asked: ExampleSet, use: Use) -> UsedData:
 
 def is_file(ref: str) -> bool:
     """Whether a set's ref names a file, there or not."""
-    return Path(ref).suffix in BUILDERS or ref.startswith((".", "/", "~"))
+    return Path(ref).suffix in BUILDERS or ref.startswith(".") or is_written_as_path(ref)
 
 
 def judged_set(name: str, asked: ExampleSet) -> JudgedTask:

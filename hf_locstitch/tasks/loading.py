@@ -16,7 +16,8 @@ from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.side_files import SideFiles, choose_side_files, copy_side_files
 from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.errors import RequestError
-from hf_locstitch.runtime.devices import AUTO, CPU
+from hf_locstitch.runtime.devices import AUTO, CPU, has_float64
+from hf_locstitch.runtime.files import link, write_text
 from hf_locstitch.tasks.custom_code import load_failure
 from hf_locstitch.tasks.objective import Objective
 
@@ -31,13 +32,14 @@ def main_dtype(infos: Iterable[TensorInfo]) -> torch.dtype:
     return TORCH_DTYPE[counts.most_common(1)[0][0]]
 
 
-def find_device(asked: str) -> torch.device:
-    """asked: "auto", or a device as torch names it. Raises RequestError if it is not here.
+def find_device(asked: str, *, float64: bool = False) -> torch.device:
+    """asked: "auto", or a device as torch names it. float64: whether it must compute in that.
 
-    "auto" is the accelerator, this process's own under a launcher; but not Apple's, which has no float64.
+    "auto" is the accelerator (CUDA's, Apple's mps, Intel's xpu, or what else torch finds), this process's own under a
+    launcher; the CPU where there is none, or it lacks float64. Raises RequestError if what is asked for is not here.
     """
     present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if asked == CPU or (asked == AUTO and (present is None or present.type == "mps")):
+    if asked == CPU or (asked == AUTO and (present is None or (float64 and not has_float64(present)))):
         return torch.device(CPU)
     try:
         wanted = present if asked == AUTO else torch.device(asked)
@@ -51,21 +53,23 @@ def find_device(asked: str) -> torch.device:
             f"device: {asked} was requested, but torch {torch.__version__} finds {there}. Use --device auto or "
             "--device cpu (device: in a recipe)."
         )
+    if float64 and not has_float64(wanted):
+        raise RequestError(f"device: {asked} does not compute in float64, which is needed here. Use auto or cpu.")
     index = torch.accelerator.current_device_index() if wanted.index is None else wanted.index
     return torch.device(wanted.type, index)
 
 
 def link_files(checkpoint: Checkpoint, folder: Path, weights: bool = True) -> Path:
-    """Fill a folder that transformers can load: links to weights (if asked for), config and tokenizer. The config of
-    weights that are dequantized says nothing of how they are stored."""
+    """Fill a folder that transformers can load: links, or what stands for them, to weights (if asked for), config and
+    tokenizer. The config of weights that are dequantized says nothing of how they are stored."""
     source = checkpoint.source
     shards = [shard.file for shard in checkpoint.shards]
     indices = [file for file in source.files if file.endswith(".safetensors.index.json")]
     for file in [*(shards + indices if weights else ()), *choose_side_files(checkpoint).copied]:
-        link = folder / file
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(source.fetch(file).absolute())
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        link(path, source.fetch(file).absolute())
     if checkpoint.dequantized:
         (folder / CONFIG).unlink()
         copy_side_files(checkpoint, SideFiles((CONFIG,)), folder, "auto")
@@ -115,7 +119,7 @@ def config_of(fields: Mapping[str, Any], called: str) -> Any:
     """The same from the fields of a config.json, as of weights that are not quantized. Raises RequestError."""
     with TemporaryDirectory() as folder:
         plain = {key: value for key, value in fields.items() if key != QUANTIZATION}
-        (Path(folder) / CONFIG).write_text(json.dumps(plain), encoding="utf-8")
+        write_text(Path(folder) / CONFIG, json.dumps(plain))
         return load_config(Path(folder), called)
 
 

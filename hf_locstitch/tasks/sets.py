@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self, TypeVar
 
-from hf_locstitch.checkpoints.ref import FOLDER_PREFIXES, REPO_ID
+from hf_locstitch.checkpoints.ref import REPO_ID, is_written_as_path
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
 from hf_locstitch.runtime.human import nearest
@@ -160,7 +160,7 @@ class OpenSet(Generic[Asked]):
 def open_set(asked: Asked) -> OpenSet[Asked]:
     """Locate and pin a set, without reading examples. Raises RecipeError or CheckpointError."""
     name, _, revision = asked.ref.partition("@")
-    if (path := Path(asked.ref).expanduser()).is_file() or asked.ref.startswith(FOLDER_PREFIXES):
+    if (path := Path(asked.ref).expanduser()).is_file() or is_written_as_path(asked.ref):
         return _open_file(asked, path)
     if known := find_surrogate(asked.ref):
         return _open_repo(asked, known.repo, revision or None, asked.config or known.config)

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from hf_locstitch.report.card import data_link, licence_of, pipeline_tag, source_link
 from hf_locstitch.report.page import template
+from hf_locstitch.runtime.files import write_text
 from hf_locstitch.runtime.version import __version__
 from hf_locstitch.training.planning import FinetunePlan
 
@@ -35,7 +36,7 @@ def write_card(path: Path, plan: FinetunePlan, facts: dict[str, Any], repo: str)
         repo=repo,
         made_with=", ".join([f"hf-locstitch {__version__}", *(f"{name} {version(name)}" for name in libraries)]),
     )
-    path.write_text(text, encoding="utf-8", newline="")
+    write_text(path, text)
 
 
 def _card_data(plan: FinetunePlan) -> ModelCardData:

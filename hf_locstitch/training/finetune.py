@@ -14,6 +14,7 @@ from hf_locstitch.engine.preflight import check_output_given
 from hf_locstitch.engine.work_dir import WorkDir
 from hf_locstitch.plan.recipe_file import load_recipe
 from hf_locstitch.runtime.escape import line
+from hf_locstitch.runtime.files import write_text
 from hf_locstitch.runtime.progress import Progress, hide_all_library_bars
 from hf_locstitch.training.planning import FinetunePlan, plan_finetune
 from hf_locstitch.training.request import FinetuneRequest, make_request
@@ -122,7 +123,7 @@ def carry_out(plan: FinetunePlan, progress: Progress) -> FinetuneResult:
         beside = choose_side_files(plan.base).copied
         own = SAVED if plan.request.lora is None else (CONFIG,)
         copy_side_files(plan.base, SideFiles(tuple(file for file in beside if file not in own)), folder.stage, "auto")
-        (folder.stage / RECIPE).write_text(plan.pinned.dump(), encoding="utf-8")
+        write_text(folder.stage / RECIPE, plan.pinned.dump())
         write_card(folder.stage / CARD, plan, facts, delivery.repo)
         return facts
 

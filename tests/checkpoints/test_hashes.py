@@ -9,9 +9,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from helpers.systems import needs_permissions
 
 from hf_locstitch.checkpoints import following_hash, known_hashes
 from hf_locstitch.checkpoints.following_hash import FollowingHash
@@ -87,8 +89,10 @@ def test_a_file_is_hashed_once(file: Path, home: Path, settled: None, monkeypatc
     assert digest == true_hash(file) and len([*home.iterdir()]) == 1
     monkeypatch.setattr(FollowingHash, "_read", lambda *_: pytest.fail("hashed again"))
     link = file.with_name("link")
-    link.symlink_to(file)
-    assert FollowingHash(link).result() == FollowingHash(file).result() == digest
+    with suppress(OSError):  # not every user may
+        link.symlink_to(file)
+        assert FollowingHash(link).result() == digest
+    assert FollowingHash(file).result() == digest
 
 
 def rewritten(file: Path) -> None:
@@ -141,7 +145,7 @@ def test_what_changes_while_it_is_hashed_is_not_remembered(file: Path, home: Pat
         lambda record: record.write_bytes(record.read_bytes().replace(b"a", b"b")),
         lambda record: record.write_text('00000000 ["x"]\n'),
         lambda record: (record.unlink(), record.mkdir()),
-        lambda record: record.parent.chmod(0o777),
+        pytest.param(lambda record: record.parent.chmod(0o777), marks=needs_permissions),
     ],
     ids=["empty", "garbage", "cut", "flipped", "foreign", "folder", "shared"],
 )

@@ -16,6 +16,7 @@ import pytest
 from helpers.models import finetune, load, random_state, same_bits, save
 from helpers.runs import carry_out, quick_merge
 from helpers.streaming import restart
+from helpers.systems import needs_signals
 from huggingface_hub import constants, hf_hub_download
 
 from hf_locstitch.checkpoints import hub_client
@@ -168,6 +169,7 @@ def test_storage_that_always_refuses(elsewhere: LoopbackHub, repo: str) -> None:
     elsewhere._faults._waiting.clear()
 
 
+@needs_signals
 def test_an_interruption_is_not_kept_waiting_by_a_server(home_hub: LoopbackHub, repo: str) -> None:
     home_hub.fail(Fault("stall", method="GET", path=f"{repo}/resolve/.*{FILE}", after_bytes=10, seconds=60, times=99))
     download = CachingDownload(HubSource(repo, None), [FILE], lambda _: None, lambda _: None)

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from helpers.models import finetune, random_state, save
 from helpers.runs import merge_folders, quick_merge
+from helpers.systems import needs_links
 
 from hf_locstitch.checkpoints.folder import FolderSource
 from hf_locstitch.errors import CheckpointError
+
+pytestmark = needs_links
 
 
 def _models(tmp: Path) -> Path:

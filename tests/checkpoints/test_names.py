@@ -31,6 +31,9 @@ from hf_locstitch.plan.recipe import make_recipe
         ("e\u0301te\u0301", "\u00e9t\u00e9"),  # composed: a combining accent is no letter
         ("x-", "x-"),
         ("ж" * 120, "ж" * 100),  # 200 bytes
+        ("Aux", "finetune-1"),  # a device on Windows
+        ("con.v2", "finetune-1"),
+        ("console", "console"),
     ],
 )
 def test_a_safe_name_is_made_of_any_folder_and_said(tmp_path: Path, folder: str, name: str) -> None:
@@ -60,7 +63,7 @@ def test_names_are_compared_without_case(tmp_path: Path) -> None:
         make_plan(make_recipe({"base": str(tmp_path / "base"), "finetuned": [{"ref": refs[0], "name": "Base"}]}))
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "", ".x", "_x", "a\n", "a b", "ж" * 120])
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "", ".x", "_x", "a\n", "a b", "ж" * 120, "nul"])
 def test_a_recipe_takes_safe_names_only(name: str) -> None:
     with pytest.raises(RecipeError, match="names a file"):
         make_recipe({"base": "a", "finetuned": [{"ref": "b", "name": name}]})
@@ -70,6 +73,16 @@ def test_a_recipe_takes_safe_names_only(name: str) -> None:
 def test_paths_that_lead_elsewhere_or_cannot_be_written(file: str) -> None:
     with pytest.raises(ValueError, match="not a plain path"):
         safe_file(file)
+
+
+@pytest.mark.parametrize("file", ["a:b", "x/con", "Com1.json", "lpt².txt", "a.", "x /y", "what?.json", 'a"b', "a|b"])
+def test_files_that_windows_takes_for_something_else(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    monkeypatch.setattr("hf_locstitch.checkpoints.names.ON_WINDOWS", False)
+    assert safe_file(file) == file
+    monkeypatch.setattr("hf_locstitch.checkpoints.names.ON_WINDOWS", True)
+    with pytest.raises(ValueError, match="on Windows"):
+        safe_file(file)
+    assert safe_file("model-00001-of-00002.safetensors") and safe_file("console/auxiliary.json")
 
 
 def test_places_that_a_file_system_may_take_for_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -192,6 +193,20 @@ def test_a_terminal_that_knows_no_letters_and_a_reader_that_has_seen_enough(merg
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert done.returncode == 0 and done.stderr == b""
+
+
+def test_a_console_of_windows(merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code page 1252 has é and ×, but no τ."""
+    (tmp_path / "ft").rename(tmp_path / "модель")
+    assert merge("--ft", tmp_path / "модель")[0] == 0
+    out, error = (io.TextIOWrapper(io.BytesIO(), "cp1252", write_through=True) for _ in range(2))
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", error)
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "модель".encode("ascii", "backslashreplace") in out.buffer.getvalue()  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit, match="0"):
+        main(["merge", "--help"])
+    assert main(["inspect", "./\u03c4"]) == 2 and b"the folder \\u03c4 does not exist" in error.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_usage(run: Run, merge: Run, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from helpers.models import finetune, random_state, save
 from helpers.runs import files_of, quick_merge
+from helpers.systems import needs_links
 
 from hf_locstitch.engine import run
 from hf_locstitch.errors import OutputError, WorkError
@@ -26,6 +28,7 @@ def _left(tmp: Path) -> list[str]:
     return sorted(path.name for path in tmp.iterdir() if path.name not in ("base", "ft"))
 
 
+@needs_links
 def test_a_link_to_an_empty_folder_is_written_through(tmp_path: Path, merge: Callable[[Path], object]) -> None:
     (tmp_path / "disk" / "big").mkdir(parents=True)
     (tmp_path / "out").symlink_to("disk/big")
@@ -36,6 +39,7 @@ def test_a_link_to_an_empty_folder_is_written_through(tmp_path: Path, merge: Cal
     merge(tmp_path / "out")  # it is there already
 
 
+@needs_links
 def test_a_link_to_nothing_is_refused(tmp_path: Path, merge: Callable[[Path], object]) -> None:
     (tmp_path / "out").symlink_to("nowhere")
     with pytest.raises(OutputError, match=r"out is a link to .*nowhere, which does not exist"):
@@ -88,7 +92,7 @@ def test_of_two_merges_to_one_folder_the_first_stays(
         merge(tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["file", "link"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("link", marks=needs_links)])
 def test_a_file_that_comes_to_be_there(
     tmp_path: Path, merge: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -98,6 +102,19 @@ def test_a_file_that_comes_to_be_there(
     with pytest.raises(WorkError, match="left as it is"):
         merge(out)
     assert out.read_text() == "kept" == other.read_text()
+
+
+def test_a_folder_that_cannot_be_moved(
+    tmp_path: Path, merge: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Windows says it of a folder with a file that is open."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", Mock(side_effect=PermissionError(13, "Access is denied")))
+        with pytest.raises(WorkError, match=r"Access is denied.*has a file in .*partial.out open"):
+            merge(tmp_path / "out")
+    assert len(_left(tmp_path)) == 1
+    merge(tmp_path / "out")
+    assert _left(tmp_path) == ["out"]
 
 
 def test_an_empty_folder_that_comes_to_be_there(

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 from pathlib import Path
+from unittest.mock import Mock
 from uuid import uuid4
 
 import pytest
+from filelock import FileLock
 from helpers.models import State, finetune, random_state, save
 from helpers.runs import files_of, quick_merge
+from helpers.systems import needs_links
 from huggingface_hub import constants
 
 from hf_locstitch.cli.main import main
 from hf_locstitch.errors import CheckpointError, OutputError
 from hf_locstitch.runtime.files import is_writable
-from hf_locstitch.runtime.locks import try_lock
+from hf_locstitch.runtime.locks import remove_locked, try_lock
 from loopback_hub import LoopbackHub
-
-
-def without(monkeypatch: pytest.MonkeyPatch, *names: str, why: int = errno.ENOSYS) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(why, os.strerror(why))
-
-    for name in names:
-        monkeypatch.setattr(fcntl, name, refuse)
 
 
 @pytest.fixture
@@ -34,29 +28,32 @@ def models(base: State, tmp_path: Path) -> list[str]:
     return [str(tmp_path / "base"), str(save(tmp_path / "ft", finetune(base, 1)))]
 
 
-@pytest.mark.parametrize("why", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_flock(models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: int) -> None:
-    without(monkeypatch, "flock", why=why)
-    quick_merge(*models, out=tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_without_any_lock(
-    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("why", [OSError(errno.ENOLCK, "no locks"), OSError(errno.ENOSYS, ""), NotImplementedError()])
+def test_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: Exception
 ) -> None:
-    without(monkeypatch, "flock", "lockf")
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=why))
     with caplog.at_level(logging.WARNING, "hf_locstitch"):
-        quick_merge(*models, out=tmp_path / "out")
-    assert "cannot lock files" in caplog.text and (tmp_path / "out" / "model.safetensors").exists()
+        lock = try_lock(tmp_path / "work" / "lock")
+    assert "cannot lock files" in caplog.text and lock is not None
+    lock.release()
+
+
+def test_a_merge_without_locks(models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=OSError(errno.EOPNOTSUPP, "no locks")))
+    quick_merge(*models, out=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists() and not list(tmp_path.glob(".out*"))
 
 
 def test_a_lock_that_is_held(tmp_path: Path) -> None:
     first = try_lock(tmp_path / "lock")
     assert first is not None and try_lock(tmp_path / "lock") is None
-    os.close(first)
+    first.release()
     second = try_lock(tmp_path / "lock")
     assert second is not None
-    os.close(second)
+    (tmp_path / "left").touch()
+    remove_locked(tmp_path, second)
+    assert not tmp_path.exists()
 
 
 @pytest.fixture
@@ -102,6 +99,7 @@ def test_a_full_cache_is_only_read(
     assert before == {path: path.stat().st_mtime_ns for path in hub_cache.rglob("*")}
 
 
+@needs_links
 def test_a_link_is_checked_where_the_work_is_done(
     models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import finetune, random_state, save
+from helpers.systems import needs_permissions
 
 LARGE = {"model.layers.0.w.weight": (1100, 1000)}  # more elements than are sampled for its bracket
 
@@ -77,6 +78,7 @@ def test_loops_are_kept_in_the_users_cache_and_told_of_once(tmp_path: Path) -> N
     assert second.stdout == "False\n" and "compiling" not in second.stderr, second.stderr
 
 
+@needs_permissions
 def test_a_folder_that_others_can_write_to_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_locstitch.runtime.own_cache import private_cache
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -219,7 +218,7 @@ def test_kill_minus_nine(inputs: list[Path], tmp_path: Path) -> None:
         while not partials(tmp_path) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
         assert not (tmp_path / "out").exists()
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ def sizes(hub: LoopbackHub, repo: str) -> dict[str, int]:
 
 
 def empty_cache() -> None:
+    gc.collect()  # Windows deletes no file that is mapped
     shutil.rmtree(constants.HF_HUB_CACHE)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 from helpers.models import finetune, random_state, save
 
 from hf_locstitch.cli.main import main
@@ -13,6 +15,7 @@ from hf_locstitch.errors import RecipeError, RequestError
 from hf_locstitch.plan.describe import format_plan
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.runtime.devices import in_float64
 from hf_locstitch.runtime.settings import make_settings
 from hf_locstitch.tasks.loading import find_device
 
@@ -34,6 +37,26 @@ def test_masks_by_magnitude_are_found_on_the_processors(fields: dict[str, Any]) 
 def test_a_device_that_is_not_here(device: str) -> None:
     with pytest.raises(RequestError, match=f"{device}.*Use auto"):
         find_device(device)
+
+
+@pytest.mark.parametrize(("kind", "float64"), [("cuda", True), ("mps", False), ("xpu", False)])
+def test_auto_is_the_accelerator_that_torch_finds(monkeypatch: pytest.MonkeyPatch, kind: str, float64: bool) -> None:
+    accelerator = Mock(is_available=lambda: True, device_count=lambda: 2, current_device_index=lambda: 1)
+    accelerator.current_accelerator = lambda: torch.device(kind)
+    monkeypatch.setattr(torch, "accelerator", accelerator)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: Mock(has_fp64=False))
+    assert find_device("auto") == find_device(kind) == torch.device(kind, 1)
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto", float64=True) == (torch.device(kind, 1) if float64 else torch.device("cpu"))
+    if not float64:
+        with pytest.raises(RequestError, match=f"{kind} does not compute in float64"):
+            find_device(kind, float64=True)
+
+
+def test_float64_on_a_device_without_it() -> None:
+    values = Mock(device=torch.device("mps"))
+    assert in_float64(values) is values.cpu().double()
+    assert in_float64(torch.ones(2)).dtype == torch.float64
 
 
 @pytest.mark.parametrize("device", ["CUDA", "cuda:", "cuda:x", "", "cuda 1"])

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from helpers.systems import needs_signals
 
 from hf_locstitch.runtime.chunks import check_wanted, for_each
 
@@ -35,6 +36,7 @@ def test_a_failure_ends_what_the_others_wait_for_and_is_raised() -> None:
         for_each(work, ["wait", "fail", "never"], workers=2)
 
 
+@needs_signals
 def test_an_interruption_ends_what_is_waited_for() -> None:
     def work(job: int) -> None:
         if job == 0:

@@ -106,7 +106,7 @@ def _convert(args: argparse.Namespace) -> int:
         put(text.rstrip("\n"))
         return 0
     try:
-        with args.convert.open("x", encoding="utf-8") as file:
+        with args.convert.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
     except OSError as error:
         raise OutputError(f"--convert cannot write {args.convert}: {error.strerror}. Name another file.") from error

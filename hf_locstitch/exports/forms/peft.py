@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.exports.form import Form, FormPlan
+from hf_locstitch.runtime.files import write_text
 from hf_locstitch.runtime.human import human
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class AdapterPlan(FormPlan):
 
         inexact = write_weights(folder / ADAPTER_WEIGHTS, self.layout, self.changes, progress)
         config = json.dumps(self.layout.config(), indent=2) + "\n"
-        (folder / ADAPTER_CONFIG).write_text(config, encoding="utf-8", newline="")
+        write_text(folder / ADAPTER_CONFIG, config)
         write_card(folder / "README.md", self.changes, self.layout, self.facts, name, inexact)
         return {"inexact": inexact}
 

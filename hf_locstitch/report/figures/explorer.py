@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from hf_locstitch.report.figures.mask_layout import OUTSIDE, MaskLayout
 from hf_locstitch.runtime.escape import line
+from hf_locstitch.runtime.files import write_text
 
 FILE = "masks.html"
 TEMPLATE = Path(__file__).parents[1] / "templates" / FILE
@@ -24,7 +25,7 @@ def write_explorer(layout: MaskLayout, overlap: Sequence[Mapping[str, Any]], pat
     data = explorer_data(layout, overlap)
     if data is not None:
         page = TEMPLATE.read_text(encoding="utf-8").replace("DATA", data)
-        path.write_text(page, encoding="utf-8", newline="")
+        write_text(path, page)
     return data is not None
 
 

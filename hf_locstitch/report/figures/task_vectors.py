@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from hf_locstitch.artifacts.mask_file import Positions
 from hf_locstitch.runtime.dtypes import Values
+from hf_locstitch.runtime.files import write_text
 
 SAMPLE = 1 << 20  # values sampled from one model, about;
 PER_TENSOR = 1 << 15  # of each tensor at most, in PIECES pieces
@@ -139,7 +140,7 @@ def by_octave(
 
 def write_task_vectors(vectors: Mapping[str, TaskVectors], path: Path) -> None:
     content = {name: asdict(one) for name, one in vectors.items()}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_task_vectors(path: Path) -> dict[str, TaskVectors]:

@@ -91,7 +91,7 @@ class DatalessSolver:
 
     def __post_init__(self) -> None:
         job = self.job
-        self.device = job.processes.together(lambda: find_device(job.device))
+        self.device = job.processes.together(lambda: find_device(job.device, float64=True))
         self.threads = Threads(job.settings.workers if self.device.type == "cpu" else 1)
         self._infos = {info.name: info for info in job.tensors}
         self.opened = job.processes.together(self._open)

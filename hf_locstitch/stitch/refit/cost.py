@@ -71,7 +71,7 @@ def _states(plan: Fittable, config: InputSettings, batches: int, widest: int, mo
 def _on_cuda(config: InputSettings) -> bool:
     from hf_locstitch.tasks.loading import find_device  # imports torch
 
-    return find_device(config.device).type != "cpu"
+    return find_device(config.device, float64=True).type != "cpu"
 
 
 def regmean_cost(config: RegMeanSettings, plan: Fittable) -> FitCost | None:

@@ -81,7 +81,7 @@ class Refitting:
 
     def __init__(self, config: RefitSettings, job: FitJob) -> None:
         self._config, self._job, self._processes = config, job, job.processes
-        self._device = job.processes.together(lambda: find_device(config.device))
+        self._device = job.processes.together(lambda: find_device(config.device, float64=True))
         self._plain = PlainStitch(job.view)
         model_folder = job.folder / f"models.{job.processes.rank}"
         self._models: list[TaskModels] = job.processes.together(

@@ -123,7 +123,7 @@ def regmean(config: RegMeanSettings, job: FitJob) -> tuple[FittedValues, dict[st
 def fit(config: RegMeanSettings, job: FitJob) -> None:
     """Write the values of all linear layers into the folder."""
     processes, models = job.processes, job.folder / f"models.{job.processes.rank}"
-    device = processes.together(lambda: find_device(config.device))
+    device = processes.together(lambda: find_device(config.device, float64=True))
     tasks = processes.together(
         lambda: {
             name: open_task(config, name, job.readers["base"], job.readers[name], job.data[name], models, device)
