@@ -18,6 +18,7 @@ from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.engine.inputs import Inputs
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import Settings
 from loopback_hub import LoopbackHub
@@ -108,7 +109,7 @@ def test_processes_of_a_machine_share_the_download_out(
         noted: list[tuple[str, str]] = []
         with (
             InputHashes(plan.inputs) as hashes,
-            Inputs(plan, Progress(False), tmp_path, noted.extend, hashes) as inputs,
+            Inputs(plan, Progress(False), tmp_path, noted.extend, hashes, Processes(), streamed=False) as inputs,
         ):
             inputs.fetch_share(rank, 2)
         now = {(name, file) for name, file in files if plan.inputs[name].source.cached(file)}
