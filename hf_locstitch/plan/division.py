@@ -30,6 +30,8 @@ def divided_by_file(plan: Plan, count: int) -> list[Own]:
     Tensors that are read from one file, or through others from files in common, go to one process. So where files of
     the inputs do not begin and end with the same tensors, all may go to one.
     """
+    if count == 1:
+        return divided(plan.shards, count)
     groups = _reading_apart(plan)
     owners = divide([sum(tensor.nbytes for tensor in group) for group in groups], count)
     return [
