@@ -12,14 +12,16 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import shutil
+import socket
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -48,12 +50,13 @@ INCOMPLETE = "hub/**/*.locstitch-incomplete"
 
 @dataclass(frozen=True)
 class Way:
-    """A command without where its result goes: into a folder, to the Hub, or both."""
+    """A command without where its result goes: into a folder, to the Hub, or both; in one process or several."""
 
     name: str
     command: str
     folder: bool = True
     hub: bool = False
+    processes: int = 1
 
 
 _WEIGHTS = "--base weights/base --ft weights/ft1 weights/ft2 --density 0.1 --shard-size {shards}"
@@ -62,6 +65,7 @@ WAYS = [
     Way("merge", f"merge {_WEIGHTS}", hub=True),
     Way("merge of folders", f"merge {_WEIGHTS} --no-figures".replace("weights/", "{work}/weights/")),
     Way("merge --no-cache", f"merge {_WEIGHTS} --no-figures --no-cache", folder=False, hub=True),
+    Way("merge --no-cache in two processes", f"merge {_WEIGHTS} --no-figures --no-cache", hub=True, processes=2),
     Way("localize", "localize --base weights/base --ft weights/ft1 --density 0.1 --no-figures"),
     Way(
         "stitch",
@@ -77,29 +81,49 @@ WAYS = [
 
 @dataclass(frozen=True)
 class Command:
-    """One that runs. said: the file that holds what it says."""
+    """One that runs, in one process or several. said: the file that holds what it says."""
 
-    process: Any
+    processes: Sequence[Any]
     said: Path
 
     def ends_within(self, seconds: float) -> bool:
-        self.process.join(seconds)
-        return self.process.exitcode is not None
+        """As a launcher does, the first process that fails ends the others."""
+        until = time.monotonic() + seconds
+        while (running := [one for one in self.processes if one.exitcode is None]) and time.monotonic() < until:
+            multiprocessing.connection.wait([one.sentinel for one in running], max(0, until - time.monotonic()))
+            if any(one.exitcode for one in self.processes):
+                self.kill()
+        return not running
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
+        for one in self.processes:
+            one.kill()
+        for one in self.processes:
+            one.join()
 
     def end(self) -> tuple[int, str]:
         """Its exit status and what it said, once it has ended."""
-        self.process.join()
-        return self.process.exitcode, self.said.read_text().strip()
+        while not self.ends_within(60):
+            pass
+        return max(abs(one.exitcode) for one in self.processes), self.said.read_text().strip()
 
 
-def _run(words: Sequence[str], said: Path) -> None:
+def _run(words: Sequence[str], said: Path, environment: Mapping[str, str]) -> None:
     """In a process of its own."""
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(environment)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     sys.exit(main(words))
+
+
+def _launched(count: int) -> list[dict[str, str]]:
+    """What a launcher sets in the environment of each of so many processes; nothing for one alone."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    counts = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [{**place, **counts, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 @dataclass
@@ -128,13 +152,14 @@ class Bench:
         words = way.command.format(work=self.work, shards=self.shards).split()
         words += ["--out", str(self._out(way))] if way.folder else []
         words += ["--push-to", _target(way)] if way.hub else []
-        return self.run([*words, "--quiet"])
+        return self.run([*words, "--quiet"], way.processes)
 
-    def run(self, words: Sequence[str]) -> Command:
+    def run(self, words: Sequence[str], processes: int = 1) -> Command:
         said = self.work / f"said-{next(self.numbers)}"
-        process = self.server.Process(target=_run, args=(words, said))
-        process.start()
-        return Command(process, said)
+        started = [self.server.Process(target=_run, args=(words, said, place)) for place in _launched(processes)]
+        for process in started:
+            process.start()
+        return Command(started, said)
 
     def _out(self, way: Way) -> Path:
         return self.work / f"out-{_slug(way)}"

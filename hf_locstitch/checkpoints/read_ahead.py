@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
-CONNECTIONS = 8  # of one repo
-IN_ALL = 16  # of this process; a repo's first piece is fetched even beyond it
+from hf_locstitch.runtime.processes import own_share
+
+IN_ALL = own_share(16)  # connections of this process; a repo's first piece is fetched even beyond it
+CONNECTIONS = min(8, IN_ALL)  # of one repo
 SMALLEST, LARGEST = 1 << 20, 1 << 23  # bytes of a piece; those that wait for their turn are held in memory
 ROUNDS = 4  # pieces that each connection fetches of a small repo; the last are smaller, so that all end together
 AT_ONCE = 1 << 18  # bytes that arrive before the reader is woken

@@ -25,7 +25,7 @@ from hf_locstitch.engine.record import check_strict
 from hf_locstitch.engine.rehearsal import loops_ready
 from hf_locstitch.engine.steps import EVALUATING, EXPORTING, FITTING, LOCALIZING, MERGING, READING, UPLOADING, WRITING
 from hf_locstitch.engine.work_dir import clear_work, open_work_dir
-from hf_locstitch.errors import OutputError, PublishError, RecipeError
+from hf_locstitch.errors import OutputError, PublishError
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.plan.push_target import MAIN, PushTarget
 from hf_locstitch.runtime.own_cache import own_cache
@@ -59,11 +59,6 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
     recipe = plan.recipe
     check_output_given(recipe.out, recipe.push_to)
     processes = find_processes()
-    if processes.count > 1 and not plan.settings.cache:
-        raise RecipeError(
-            f"--no-cache works in one process, not in {processes.count}: several processes share inputs through the "
-            "cache. Drop --no-cache, or the launcher."
-        )
     _check_push(plan)
     with hide_library_bars():
         if recipe.out is not None:

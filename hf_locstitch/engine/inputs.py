@@ -19,7 +19,7 @@ from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import RequestError
 from hf_locstitch.plan.plans import Plan
-from hf_locstitch.runtime.processes import divide
+from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Advance, Progress
 
 if TYPE_CHECKING:
@@ -57,9 +57,16 @@ class OpenInputs:
         self._check()
 
 
+def all_here(plan: Plan) -> bool:
+    """Whether every file that will be read is on this machine."""
+    sources = {name: checkpoint.source for name, checkpoint in plan.inputs.items()}
+    return all(sources[name].cached(file) for name, files in plan.needed.items() for file in files)
+
+
 class Inputs:
     """Of one merge. folder: for temporary files. verified: called with each verified (input, file). hashes: they follow
-    what is read."""
+    what is read. processes: each of them opens what it reads. streamed: whether what comes from the Hub is not kept.
+    """
 
     def __init__(
         self,
@@ -68,9 +75,12 @@ class Inputs:
         folder: Path,
         verified: Callable[[Iterable[InputFile]], None],
         hashes: InputHashes,
+        processes: Processes,
+        *,
+        streamed: bool,
     ) -> None:
         self._plan, self._progress, self._folder, self._verified = plan, progress, folder, verified
-        self._hashes = hashes
+        self._hashes, self._processes, self._streamed = hashes, processes, streamed
         self._unchecked: list[InputFile] = []
         self._checking = threading.Lock()
         self._kept: dict[str, CheckpointReader] = {}
@@ -88,9 +98,8 @@ class Inputs:
 
     @property
     def all_here(self) -> bool:
-        """Whether every file that will be read is on this machine."""
-        inputs = self._plan.inputs
-        return all(inputs[name].source.cached(file) for name, files in self._plan.needed.items() for file in files)
+        """Whether every file that will be read is on this machine, and of every process that shares in this."""
+        return not self._streamed and all_here(self._plan)
 
     @property
     def computed(self) -> bool:
@@ -165,8 +174,8 @@ class Inputs:
             opened = OpenInputs(readers, downloads, self._check)
             try:
                 yield opened
-            except RequestError:  # likewise
-                opened.verify_read()
+            except RequestError:  # likewise; raised in every process
+                self._processes.together(opened.verify_read)
                 raise
 
     def _fetching(self, files: Mapping[str, Sequence[str]]) -> AbstractContextManager[Advance]:
@@ -180,8 +189,8 @@ class Inputs:
     def _is_fetched(self, name: str, file: str) -> bool:
         """Whether a file's bytes will come from the Hub."""
         source = self._plan.inputs[name].source
-        streamed = not self._plan.settings.cache and not source.local and not self.all_here
-        return source.cached(file) is None or (streamed and source.files[file].sha256 is not None)
+        streamed = self._streamed and not source.local and source.files[file].sha256 is not None
+        return streamed or source.cached(file) is None
 
     def _is_here(self, name: str, files: Sequence[str]) -> bool:
         """Whether files are in a folder, or all in the cache, where they need not be verified before they are read."""
@@ -218,11 +227,11 @@ class Inputs:
         from hf_locstitch.checkpoints.download import StreamingDownload
 
         source, settings = self._plan.inputs[name].source, self._plan.settings
-        if settings.cache:
+        if not self._streamed:
             download = self._caching(name, [*{**wanted, **later}], advance, early=True)
         else:
-            noted = partial(self._note, name)
-            download = StreamingDownload(source, wanted, later, self._folder, settings.window, advance, noted)  # pyright: ignore[reportArgumentType]
+            window, noted = settings.window // self._processes.count, partial(self._note, name)
+            download = StreamingDownload(source, wanted, later, self._folder, window, advance, noted)  # pyright: ignore[reportArgumentType]
         download.start()
         return download
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -27,6 +27,7 @@ from hf_locstitch.engine.run import Run, localize
 from hf_locstitch.engine.shard_writer import ShardWriter
 from hf_locstitch.engine.work_dir import ShardRecord
 from hf_locstitch.localize.localized_masks import GivenMask, LocalizedMask, MergedMask
+from hf_locstitch.plan.division import own_pieces, part_of, rounds
 from hf_locstitch.plan.layout import OutputShard, index_name
 from hf_locstitch.plan.plans import MergePlan, ModelPlan, StitchPlan
 from hf_locstitch.runtime.files import sync_file, write_text
@@ -64,7 +65,7 @@ class ModelRun(Run[AnyModelPlan]):
         )
 
     def read_later(self) -> Pieces:
-        return self.plan.kept_for(self._unfinished())
+        return self.plan.kept_for(part_of(self._unfinished(), self.own))
 
     def _unfinished(self) -> list[OutputShard]:
         return [shard for shard in self.plan.shards if self._finished[shard.file] is None]
@@ -81,26 +82,24 @@ class ModelRun(Run[AnyModelPlan]):
         plan = self.plan
         hashed: dict[str, Future[ShardRecord]] = {}
         noted: list[Future[None]] = []
-        todo = self._unfinished()
+        todo = rounds(self._unfinished(), self.owned)
         with (
             self.progress.bar("merging", sum(map(self._own_bytes, plan.shards))) as advance,
             ThreadPoolExecutor(1) as journal,
-            inputs.opened(plan.written_from(todo)) as opened,
+            inputs.opened(self._written_from([shard for together in todo for shard in together])) as opened,
         ):
             view = self.view(opened.readers, masks, self.fitted)
             if (vocabulary := plan.vocabulary) is not None and not vocabulary.localized:
                 view = replace(view, unmasked=vocabulary.alignment.reader("base", opened.readers))
             order = [plan.order.index(name) for name in plan.finetuned]
             writer = ShardWriter(view, self.own, order, workers=self.settings.workers, advance=advance)
-            for shard in plan.shards:
-                if shard in todo:
-                    self._await_room(hashed.values())
-                    overlap, sha256 = self._write_shard(writer, shard)
+            advance(sum(self._own_bytes(shard) for shard in plan.shards if self._finished[shard.file] is not None))
+            for shards in todo:
+                self._await_room(hashed.values())
+                for shard, overlap, sha256 in self._write_shards(writer, shards):
                     if self.first:
                         hashed[shard.file] = background.submit(self._finish_shard, shard, overlap, sha256)
-                        noted.append(journal.submit(self._note, shard, hashed[shard.file], opened))
-                else:
-                    advance(self._own_bytes(shard))
+                    noted.append(journal.submit(self._note, shard, hashed.get(shard.file), opened))
             self.processes.together(lambda: [future.result() for future in noted])
             done = {file: future.result() for file, future in hashed.items()}
         records = {**self._finished, **self.processes.gather(done)[0]}
@@ -109,6 +108,11 @@ class ModelRun(Run[AnyModelPlan]):
         for record in shards.values():
             total += Overlap(np.array(record.covered), np.array(record.pairs))
         return total, shards
+
+    def _written_from(self, shards: Sequence[OutputShard]) -> Pieces:
+        """What this process reads to write its parts of shards, in this order; every input that any process reads."""
+        every = self.plan.written_from(self.plan.shards)
+        return dict.fromkeys(every, ()) | dict(self.plan.written_from(part_of(shards, self.own)))
 
     def _own_bytes(self, shard: OutputShard) -> int:
         """Bytes of the shard that this process writes."""
@@ -121,31 +125,49 @@ class ModelRun(Run[AnyModelPlan]):
                 future.result()
             self.upload.wait(1)
 
-    def _write_shard(self, writer: ShardWriter, shard: OutputShard) -> tuple[Overlap, str | None]:
-        """Returns how the masks overlap in it, and its SHA-256 if a single process writes it."""
-        path = self.work.stage / shard.file
-        self.processes.on_first(lambda: SafetensorsWriter(path, shard.tensors, shard.metadata).close())
+    def _write_shards(
+        self, writer: ShardWriter, shards: Sequence[OutputShard]
+    ) -> list[tuple[OutputShard, Overlap, str | None]]:
+        """Each with how the masks overlap in it, and its SHA-256 if a single process writes it."""
+
+        def lay_out() -> None:
+            for shard in shards:
+                self.work.forget(shard.file)
+                SafetensorsWriter(self.work.stage / shard.file, shard.tensors, shard.metadata).close()
+
+        self.processes.on_first(lay_out)
         if self.processes.count == 1:
-            return writer.write(shard, path)
-        own = self.processes.together(lambda: writer.write_part(shard, path))
-        return Overlap(self.processes.sum(own.covered), self.processes.sum(own.pairs)), None
+            return [(shard, *writer.write(shard, self.work.stage / shard.file)) for shard in shards]
+        parts = self.processes.together(
+            lambda: [writer.write_part(shard, self.work.stage / shard.file) for shard in shards]
+        )
+        add_up = self.processes.sum
+        overlaps = [Overlap(add_up(part.covered), add_up(part.pairs)) for part in parts]
+        return [(shard, overlap, None) for shard, overlap in zip(shards, overlaps, strict=True)]
 
     def _finish_shard(self, shard: OutputShard, overlap: Overlap, sha256: str | None) -> ShardRecord:
         """Start uploading a written shard once it is on the disk; it is invisible before the commit."""
         path = self.work.stage / shard.file
         sync_file(path)
         record = ShardRecord(
-            sha256 or file_sha256(path), path.stat().st_size, overlap.covered.tolist(), overlap.pairs.tolist()
+            sha256 or file_sha256(path),
+            path.stat().st_size,
+            overlap.covered.tolist(),
+            overlap.pairs.tolist(),
+            self.processes.count,
         )
         if self.upload is not None:
             self.upload.add(self.work.stage, shard.file, record.sha256)
         return record
 
-    def _note(self, shard: OutputShard, hashed: Future[ShardRecord], opened: OpenInputs) -> None:
-        """Journal a shard once all files that it was made from are verified."""
-        record = hashed.result()
-        opened.verify(tensor.name for tensor in shard.tensors)
-        self.work.record(shard.file, record)
+    def _note(self, shard: OutputShard, hashed: Future[ShardRecord] | None, opened: OpenInputs) -> None:
+        """Journal a shard once all files that this process read for it are verified. hashed: in the first process."""
+        record = hashed.result() if hashed is not None else None
+        opened.verify(tensor.name for tensor in shard.tensors if tensor.name in self.own)
+        if record is not None:
+            self.work.record(shard.file, record)
+        else:
+            self.work.note_part(shard.file, self.processes.rank)
 
     def expect_side_files(self) -> None:
         self.plan.files.source.expect(self.plan.side_files.copied)
@@ -185,7 +207,8 @@ class StitchRun(ModelRun[StitchPlan]):
 
     def _opened(self, inputs: Inputs) -> AbstractContextManager[OpenInputs]:
         """The finetunes whose masks a merge holds."""
-        return inputs.opened(self.plan.scanned) if self.plan.scanned else nullcontext(OpenInputs({}))
+        scanned = own_pieces(self.plan.scanned, self.own)
+        return inputs.opened(scanned) if scanned else nullcontext(OpenInputs({}))
 
     def _spill_of(self, name: str) -> Path:
         return self.work.spill / f"{name}.{self.processes.rank}-of-{self.processes.count}"

@@ -24,17 +24,18 @@ from hf_locstitch.checkpoints.byte_ranges import Pieces, files_of
 from hf_locstitch.checkpoints.checkpoint import CARD
 from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.engine.inputs import Inputs
+from hf_locstitch.engine.inputs import Inputs, all_here
 from hf_locstitch.engine.record import FileHashes, check_pins, check_strict, finish, make_manifest, pinned_recipe
 from hf_locstitch.engine.steps import FITTING, LOCALIZING, MERGING, READING, WRITING
 from hf_locstitch.engine.work_dir import ShardRecord, WorkDir, fingerprint
 from hf_locstitch.localize.job import LocalizeJob
+from hf_locstitch.plan.division import Own, divided, divided_by_file
 from hf_locstitch.plan.lineage import look
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.report.card import write_card
 from hf_locstitch.report.figures.survey import FOLDER, Survey, draw_overlap, draw_survey, survey_merge
 from hf_locstitch.runtime.files import write_text
-from hf_locstitch.runtime.processes import Processes, divide
+from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.stitch.fitting import FitJob
 from hf_locstitch.stitch.view import StitchView
@@ -67,12 +68,13 @@ class Run(ABC, Generic[AnyPlan]):
         self.progress = progress if processes.first else Progress(False)
         self.settings = plan.settings
         self.warnings: list[str] = []  # of this run, beside the plan's
-        tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
-        owners = divide([tensor.nbytes for tensor in tensors], processes.count)
-        self.own = {t.name for t, owner in zip(tensors, owners, strict=True) if owner == processes.rank}
+        # Whether what comes from the Hub is not kept: of all processes, or of none.
+        self.streamed = not plan.settings.cache and not all(processes.gather(all_here(plan)))
+        count = processes.count
+        self.owned = divided_by_file(plan, count) if self.streamed else divided(plan.shards, count)
         self.fitted: FittedValues | None = None
         self.examples: dict[str, int] = {}  # of each localization set, as many as there were
-        self.verified_before = processes.gather(work.verified())[0]
+        self.verified_before = processes.gather(work.verified(count))[0]
 
     @abstractmethod
     def find_masks(self, inputs: Inputs) -> Mapping[str, MaskSource]:
@@ -132,12 +134,16 @@ class Run(ABC, Generic[AnyPlan]):
 
     def run(self) -> Manifest:
         began = time.monotonic()
-        note = self.work.note_verified if self.first else lambda _: None
-        opened = Inputs(self.plan, self.progress, self.work.spill, note, self.hashes)
+        # Each process verifies what it reads; of files that all have in common, the first one tells.
+        note = partial(self.work.note_verified, processes=self.processes)
+        noted = note if self.first or self.streamed else lambda _: None
+        opened = Inputs(
+            self.plan, self.progress, self.work.spill, noted, self.hashes, self.processes, streamed=self.streamed
+        )
         if self.first:
             self.expect_side_files()
         with opened as inputs, ThreadPoolExecutor(2) as background:
-            if self.processes.count > 1:
+            if self.processes.count > 1 and not self.streamed:
                 self.processes.together(lambda: inputs.fetch_share(*self.processes.of_node))
                 self.processes.together(inputs.fetch)
             self.progress.step(READING if isinstance(self.plan, StitchPlan) else LOCALIZING)
@@ -162,6 +168,11 @@ class Run(ABC, Generic[AnyPlan]):
     @property
     def first(self) -> bool:
         return self.processes.first
+
+    @property
+    def own(self) -> Own:
+        """The tensors that this process works on."""
+        return self.owned[self.processes.rank]
 
     def _survey(self, written: Future[None]) -> Drawn | None:
         """Draw what the figures show about masks and inputs."""

@@ -6,6 +6,7 @@ Its name holds a fingerprint of what is merged and how, so that different merges
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import platform
@@ -40,12 +41,13 @@ TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EBUSY, errno.EXDEV)
 @dataclass(frozen=True)
 class ShardRecord:
     """A finished output shard. size: bytes. covered, pairs: how the masks overlap in it, as manifest.Manifest
-    counts them."""
+    counts them. processes: how many wrote it."""
 
     sha256: str
     size: int
     covered: list[int]
     pairs: list[list[int]]
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,32 +65,52 @@ class WorkDir:
         return self.folder / "spill"
 
     def record(self, file: str, shard: ShardRecord) -> None:
-        """Note that a shard of the output is finished."""
+        """Note that a shard of the output is finished, and that what the first process read for it is verified."""
         write_record(self._journal(file), asdict(shard))
+
+    def note_part(self, file: str, rank: int) -> None:
+        """Note that what another process read for its part of a shard is verified."""
+        write_record(self._part(file, rank), True)
+
+    def forget(self, file: str) -> None:
+        """A shard is about to be written anew."""
+        for path in self.folder.glob(f"{glob.escape(self._journal(file).name)}*"):
+            path.unlink()
 
     def finished(self, file: str) -> ShardRecord | None:
         """The record of a shard, if it is whole and the shard's bytes match it."""
-        found = read_record(self._journal(file))
-        if found is None or not (self.stage / file).is_file():
+        shard = self._noted(file)
+        if shard is None or not (self.stage / file).is_file():
             return None
-        shard = ShardRecord(**found)
         return shard if file_sha256(self.stage / file) == shard.sha256 else None
 
-    def note_verified(self, files: Iterable[tuple[str, str]]) -> None:
-        """Note (input, file) pairs that were verified after reading."""
-        append_lines(self.folder / "verified", files)
+    def note_verified(self, files: Iterable[tuple[str, str]], processes: Processes) -> None:
+        """Note (input, file) pairs that this process has verified after reading."""
+        append_lines(self.folder / f"verified.{processes.rank}-of-{processes.count}", files)
 
-    def verified(self) -> set[tuple[str, str]]:
-        """The noted pairs."""
-        return {(name, file) for name, file in read_lines(self.folder / "verified")}
+    def verified(self, count: int) -> set[tuple[str, str]]:
+        """The pairs that any of so many processes noted: what others kept of a file was not told apart by that."""
+        noted = [read_lines(self.folder / f"verified.{rank}-of-{count}") for rank in range(count)]
+        return {(name, file) for lines in noted for name, file in lines}
 
     def clear_stage(self) -> None:
         """Remove what an earlier process left there, all but the shards that it noted: everything else is made anew."""
         for path in self.stage.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif not self._journal(path.name).exists():
+            elif self._noted(path.name) is None:
                 path.unlink()
+
+    def _noted(self, file: str) -> ShardRecord | None:
+        """The record of a shard, if all that it was made from is verified."""
+        if (found := read_record(self._journal(file))) is None:
+            return None
+        shard = ShardRecord(**found)
+        parts = [read_record(self._part(file, rank)) for rank in range(1, shard.processes)]
+        return shard if all(parts) else None
+
+    def _part(self, file: str, rank: int) -> Path:
+        return self.folder / f"{file}.done.{rank}"
 
     def _journal(self, file: str) -> Path:
         return self.folder / f"{file}.done"

@@ -61,13 +61,26 @@ class RisingBracket:
             if self._histogram is None:
                 self._histogram = np.zeros(BINS, dtype=np.int64)
             self._histogram += part
-            at_least = np.cumsum(self._histogram[::-1])[::-1]
-            if self._k and at_least[0] >= self._k:
-                self.low = max(self.low, int(np.flatnonzero(at_least >= self._k)[-1]) << 16)
-            self.reaching = int(at_least[self.low >> 16])
+            self._rise(self._histogram)
             self._unseen -= count
             if self._unseen == 0:
                 self._histogram = None  # so that many groups do not keep theirs at once
+
+    @property
+    def seen(self) -> npt.NDArray[np.int64]:
+        """Candidates so far in each bin of scores [BINS]."""
+        return np.zeros(BINS, dtype=np.int64) if self._histogram is None else self._histogram
+
+    def rise(self, seen: npt.NDArray[np.int64]) -> None:
+        """Take account of all candidates [BINS] that several such brackets have seen, this one among them."""
+        with self._lock:
+            self._rise(seen)
+
+    def _rise(self, seen: npt.NDArray[np.int64]) -> None:
+        at_least = np.cumsum(seen[::-1])[::-1]
+        if self._k and at_least[0] >= self._k:
+            self.low = max(self.low, int(np.flatnonzero(at_least >= self._k)[-1]) << 16)
+        self.reaching = int(self.seen[self.low >> 16 :].sum())
 
 
 def sample_bracket(sample: npt.NDArray[np.int32], k: int, n: int) -> FixedBracket:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hf_locstitch.localize.activation_memory import find_load, settled
 from hf_locstitch.localize.job import Localizing
 from hf_locstitch.localize.with_data import WithData
+from hf_locstitch.runtime.devices import CPU
 from hf_locstitch.runtime.dtypes import ITEM_BYTES
 from hf_locstitch.runtime.human import human
 from hf_locstitch.runtime.processes import launched
@@ -110,18 +111,21 @@ def free_memory(device: str) -> int:
     """Bytes that a device has available now, reclaimable caches of this machine included."""
     import psutil
 
-    if device != "cpu":
-        import torch
-
-        if torch.device(device).type == "cuda":
-            return torch.cuda.mem_get_info(torch.device(device))[0]
+    if device != CPU and (found := _on_accelerator(device)) is not None:
+        return found[0]
     return psutil.virtual_memory().available
 
 
 def _memory(device: torch.device) -> int:
     import psutil
+
+    found = None if device.type == CPU else _on_accelerator(str(device))
+    return psutil.virtual_memory().total if found is None else found[1]
+
+
+def _on_accelerator(device: str) -> tuple[int, int] | None:
+    """Bytes free and in all; None of a device that shares the machine's memory, or does not tell."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+    tell = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return None if tell is None else tell(torch.device(device))

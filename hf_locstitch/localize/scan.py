@@ -86,7 +86,7 @@ class Scan:
         self.chunks = chunks_of([info.numel for info in tensors], chunk)
         self.own_chunks = [chunk for chunk in self.chunks if self.names[chunk.tensor] in own]
         self.processes = processes
-        self._chunk = chunk
+        self._chunk, self._own = chunk, own
         self._candidates = CandidateFinder(chunk)
 
     def select(self, inputs: Readers) -> dict[str, Selection]:
@@ -108,7 +108,7 @@ class Scan:
     def _select_shared(self, inputs: Readers) -> dict[str, Selection]:
         """As `select`, keeping what any of the merges may need."""
         selections = self.begin()
-        self.processes.together(lambda: self.stream(inputs, selections))
+        self.stream(inputs, selections)
         for selection in selections.values():
             selection.settle(self.workers)
         return selections
@@ -136,12 +136,25 @@ class Scan:
         }
 
     def stream(self, inputs: Readers, selections: Mapping[str, Selection]) -> None:
-        """Offer every chunk to the selections, which can then be settled. Raises NonFiniteError."""
+        """Offer every chunk to the selections, which can then be settled. All processes take their steps together, and
+        tell each other what they have seen: together they keep as little as one would. Raises NonFiniteError.
+        """
         offer = partial(self._offer, inputs, selections)
         step = BATCH * self.workers
-        for first in range(0, len(self.own_chunks), step):
-            for_each(offer, self.own_chunks[first : first + step], self.workers)
-            for_each(Selection.compact, selections.values(), self.workers)
+        common = self._common_groups()
+        for first in range(0, max(self.processes.gather(len(self.own_chunks))), step):
+            chunks = self.own_chunks[first : first + step]
+            self.processes.together(lambda chunks=chunks: for_each(offer, chunks, self.workers))
+            for selection in selections.values() if common else ():
+                selection.raise_brackets(self.processes.sum(selection.seen(common)), common)
+            self.processes.together(lambda: for_each(Selection.compact, selections.values(), self.workers))
+
+    def _common_groups(self) -> list[int]:
+        """Those whose tensors are scanned by more than one process."""
+        owners = self.processes.sum(
+            np.array([any(self.names[i] in self._own for i in tensors) for tensors, _ in self.groups], dtype=np.int64)
+        )
+        return np.flatnonzero(owners > 1).tolist()
 
     def _settled(self, selection: Selection) -> bool:
         try:
@@ -167,9 +180,13 @@ class Scan:
             len(self.chunks),
             common,
             heading=json.dumps([self._chunk, str(common), kind]),
-            trusted=np.array([self.trusted(name, self.names[chunk.tensor]) for chunk in self.chunks], dtype=bool),
+            trusted=np.array([self._reusable(name, self.names[chunk.tensor]) for chunk in self.chunks], dtype=bool),
         )
         return Selection(spill, self.names, self.chunks, self.groups, brackets, self.processes)
+
+    def _reusable(self, model: str, tensor: str) -> bool:
+        """Whether this process takes up what an earlier one kept, which may have had other tensors."""
+        return tensor in self._own and self.trusted(model, tensor)
 
     def _offer(self, inputs: Readers, selections: Mapping[str, Selection], chunk: Chunk) -> None:
         name = self.names[chunk.tensor]

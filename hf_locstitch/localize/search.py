@@ -47,7 +47,7 @@ def find_by_scores(job: LocalizeJob, scores: ScoreBits | None) -> Mapping[str, M
         selections = scan.begin()
         with job.inputs.opened(scan.pieces(selections), kept=job.kept) as opened:
             scan.stream(opened.readers, selections)
-            opened.verify()
+            job.processes.together(opened.verify)
         for selection in selections.values():
             selection.settle(job.settings.workers)
         return selections

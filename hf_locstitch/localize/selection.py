@@ -97,6 +97,18 @@ class Selection:
         if isinstance(bracket, RisingBracket):
             bracket.see(candidates, chunk.count)
 
+    def seen(self, groups: Sequence[int]) -> npt.NDArray[np.int64]:
+        """How many candidates of each of these groups are in each bin of scores [groups, BINS], if brackets rise."""
+        return np.stack([bracket.seen for bracket in self._rising(groups)])
+
+    def raise_brackets(self, seen: npt.NDArray[np.int64], groups: Sequence[int]) -> None:
+        """Take account of what all processes have seen of these groups."""
+        for bracket, histogram in zip(self._rising(groups), seen, strict=True):
+            bracket.rise(histogram)
+
+    def _rising(self, groups: Sequence[int]) -> list[RisingBracket]:
+        return [bracket for group in groups if isinstance(bracket := self._brackets[group], RisingBracket)]
+
     def compact(self) -> None:
         """Drop candidates that the raised brackets rule out, if worthwhile. Nothing may be offered meanwhile."""
         live = sum(bracket.reaching for bracket in self._brackets if isinstance(bracket, RisingBracket))

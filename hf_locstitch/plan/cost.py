@@ -11,10 +11,12 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.read_ahead import IN_ALL, LARGEST
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.localize.job import Cost as LocalizingCost
+from hf_locstitch.plan.division import divided_by_file, own_pieces, part_of, rounds
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.plan.whole_tensors import awaited, whole_tensors_memory
 from hf_locstitch.runtime.dtypes import ITEM_BYTES
 from hf_locstitch.runtime.human import human
+from hf_locstitch.runtime.processes import launched
 from hf_locstitch.runtime.settings import BATCH, COMPACT_FROM, COMPACT_SLACK
 from hf_locstitch.stitch.fit_cost import Cost as FitCost
 
@@ -107,9 +109,10 @@ def localizing_cost(plan: Plan) -> LocalizingCost | None:
 
 
 def _output(plan: Plan) -> int:
-    """Finished shards are deleted once uploaded, unless they are kept in a folder or for the cache."""
+    """Finished shards are deleted once uploaded, unless they are kept in a folder or for the cache: one for each
+    process is being written, one waits, and one is on its way."""
     sizes = sorted(shard.nbytes for shard in plan.shards)
-    return sum(sizes if plan.settings.cache or plan.recipe.out is not None else sizes[-3:])
+    return sum(sizes if plan.settings.cache or plan.recipe.out is not None else sizes[-2 - launched() :])
 
 
 def _spill(plan: Plan, here: Here) -> int:
@@ -129,7 +132,7 @@ def _spill(plan: Plan, here: Here) -> int:
         return len(plan.finetuned) * min(plan.n, math.ceil(plan.k * SPILL_MARGIN)) * size
     live = min(plan.n, math.ceil(plan.k * RISING_MARGIN)) * size
     batch = BATCH * plan.settings.workers * plan.settings.chunk * size
-    most = min(COMPACT_FROM * live + COMPACT_SLACK + batch, plan.n * size)
+    most = min(COMPACT_FROM * live + launched() * (COMPACT_SLACK + batch), plan.n * size)
     return math.ceil(len(plan.finetuned) * most + live)  # one at a time is copied while it is compacted
 
 
@@ -139,13 +142,19 @@ def _masks(plan: Plan) -> int:
 
 def _streams(plan: Plan, here: Here) -> int:
     """Bytes that have arrived and are still to be read, in the pass that holds the most."""
-    scanned, written = plan.scanned, plan.written_from(plan.shards)
-    passes = [sum(_held(plan, here, name, pieces[name]) for name in pieces) for pieces in (scanned, written)]
-    if not scanned:
+    owned = divided_by_file(plan, launched())
+    in_turn = [shard for together in rounds(plan.shards, owned) for shard in together]
+    scanned = [own_pieces(plan.scanned, own) for own in owned]
+    written = [plan.written_from(part_of(in_turn, own)) for own in owned]
+    passes = [
+        sum(_held(plan, here, name, pieces) for of_one in of_all for name, pieces in of_one.items())
+        for of_all in (scanned, written)
+    ]
+    if not plan.scanned:
         return max(passes)
     kept = {name: _bytes(plan.inputs[name], pieces) for name, pieces in plan.kept_for(plan.shards).items()}
     place = kept.pop("base", 0)  # which the output takes, shard by shard
-    largest = max((shard.nbytes for shard in plan.shards), default=0)
+    largest = launched() * max((shard.nbytes for shard in plan.shards), default=0)
     return max(passes) + sum(kept.values()) + (largest + max(0, place - _output(plan)) if place else 0)
 
 
@@ -153,7 +162,7 @@ def _held(plan: Plan, here: Here, name: str, pieces: Sequence[Piece]) -> int:
     checkpoint = plan.inputs[name]
     if all((name, file) in here for file in byte_ranges(checkpoint, pieces)):
         return 0
-    ahead = max(plan.settings.window, awaited(plan, checkpoint))
+    ahead = max(plan.settings.window // launched(), awaited(plan, checkpoint))
     return min(most_held(checkpoint, pieces) + ahead, _bytes(checkpoint, pieces))
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from hf_locstitch.runtime.processes import local_count
+from hf_locstitch.runtime.processes import own_share
 
 CHUNK = 1 << 20  # elements; measured: smaller ones cost calls, larger ones cache misses
 SMALLEST_CHUNK = 1 << 14  # below this, calls cost more than arithmetic
@@ -49,7 +49,7 @@ def chunks_by_name(names: Sequence[str], chunks: Iterable[Chunk]) -> dict[str, l
 def worker_count() -> int:
     """Threads that this process may run at once: its share of the machine's processors."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, processors // local_count())
+    return own_share(processors)
 
 
 def keep_to_itself() -> None:

@@ -153,6 +153,11 @@ def local_count() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def own_share(number: int) -> int:
+    """This process's share, 1 at least, of what there are so many of for all processes of this machine."""
+    return max(1, number // local_count())
+
+
 def launched() -> int:
     """How many processes a launcher has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -6,6 +6,7 @@ Opt-in: python -m pytest -m gpu -s
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,17 @@ def test_eight_billion_parameters_fit_48_gb(tmp_path: Path) -> None:
     ideal = passes()
     print(f"\npeak {peak / 1e9:.1f} GB; {ours:.1f} s in all, {ideal:.1f} s the passes alone")
     assert peak < 48e9
+
+
+@pytest.mark.parametrize("kind", ["saliency", "mask"])
+def test_the_plan_says_what_the_device_takes(kind: str, tmp_path: Path) -> None:
+    """Of a Llama of 0.1 B parameters; and bytes that come through pinned buffers are those that were sent."""
+    import device
+    from synthetic import shape_of, write_models
+
+    write_models(tmp_path / "models", shape_of(0.1), 1, 2_000_000_000)
+    on = torch.device("cuda", 0)
+    assert device.speeds(on, tmp_path).keys() >= {"pinned memory", "mapped file, two pinned buffers"}
+    found = device.measure(kind, tmp_path, on, Namespace(examples=8, tokens=64, micro_batch=4))
+    print(f"\n{kind}: {found.peak / 1e6:.0f} MB, planned {found.planned / 1e6:.0f} MB; {found.seconds}")
+    assert 0.3 * found.planned < found.peak <= 1.1 * found.planned

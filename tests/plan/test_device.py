@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 from helpers.models import finetune, random_state, save
+from psutil import virtual_memory
 
 from hf_locstitch.cli.main import main
 from hf_locstitch.errors import RecipeError, RequestError
+from hf_locstitch.localize.cost import free_memory
 from hf_locstitch.plan.describe import format_plan
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
@@ -57,6 +60,16 @@ def test_float64_on_a_device_without_it() -> None:
     values = Mock(device=torch.device("mps"))
     assert in_float64(values) is values.cpu().double()
     assert in_float64(torch.ones(2)).dtype == torch.float64
+
+
+def test_the_memory_of_any_accelerator_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that tells nothing shares the machine's."""
+    asked: list[str] = []
+    telling = SimpleNamespace(mem_get_info=lambda device: (asked.append(str(device)), (3, 7))[1])
+    modules = {"xpu:1": telling, "mps:0": SimpleNamespace()}
+    monkeypatch.setattr(torch, "get_device_module", modules.__getitem__)
+    assert free_memory("xpu:1") == 3 and asked == ["xpu:1"]
+    assert 0 < free_memory("mps:0") <= virtual_memory().total and free_memory("cpu") > 0
 
 
 @pytest.mark.parametrize("device", ["CUDA", "cuda:", "cuda:x", "", "cuda 1"])

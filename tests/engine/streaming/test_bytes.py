@@ -19,11 +19,9 @@ from huggingface_hub import constants
 from hf_locstitch.checkpoints.download import StreamingDownload
 from hf_locstitch.checkpoints.hub import HubSource
 from hf_locstitch.engine.execute import execute
-from hf_locstitch.errors import RecipeError
 from hf_locstitch.plan.cost import estimate, files_here
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
-from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import Settings
 from loopback_hub import LoopbackHub
@@ -163,13 +161,6 @@ def test_a_window_is_kept(home_hub: LoopbackHub, repos: list[str], tmp_path: Pat
         download.verify()
     finally:
         download.close()
-
-
-def test_no_cache_takes_one_process(repos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_locstitch.engine.execute.find_processes", lambda: Processes(0, 2))
-    recipe = make_recipe({"base": repos[0], "finetuned": repos[1:], "out": str(tmp_path / "out")})
-    with pytest.raises(RecipeError, match="--no-cache works in one process"):
-        execute(make_plan(recipe, PASSING), Progress(False))
 
 
 def test_no_byte_of_the_base_comes_twice(
