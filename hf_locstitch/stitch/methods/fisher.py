@@ -8,6 +8,7 @@ another number, which cancels. No floor is added: where all information is 0, bu
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -146,7 +147,10 @@ class Fisher(OnInputs, DenseMethod):
 
         values = open_fitted(job.folder / "values", HEADING, job.own, job.processes)
         if values is None:
-            information = [self._information(job, number) for number in range(len(job.order))]
+            information = []
+            for number in range(len(job.order)):
+                information.append(self._information(job, number))
+                gc.collect()  # modules and their hooks hold each other, and the next model needs the room
             values = self._merge(job, information)
             folders = [self._folder(job, number) for number in range(len(job.order))]
             job.processes.on_first(lambda: for_each(shutil.rmtree, folders, 1))
