@@ -21,12 +21,11 @@ from hf_locstitch.runtime.chunks import for_each
 from hf_locstitch.runtime.devices import AUTO, DeviceName
 from hf_locstitch.runtime.human import human
 from hf_locstitch.stitch.fitting import FitJob, Fittable, OnInputs
-from hf_locstitch.stitch.method import DenseMethod, Place
+from hf_locstitch.stitch.method import Context, DenseMethod
 from hf_locstitch.stitch.methods.average import mean_of
 from hf_locstitch.stitch.per_tensor import SMALLEST_SUM
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from hf_locstitch.checkpoints.checkpoint import Checkpoint
@@ -66,18 +65,9 @@ class Fisher(OnInputs, DenseMethod):
     state_on: Literal["device", "cpu", "disk"] = "device"
     seed: int = Field(default=0, ge=0)
 
-    def combine(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def combine(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """The mean, for tensors without information."""
-        return mean_of(base, finetuned, weights, scale, dtype)
+        return mean_of(base, finetuned, context)
 
     @property
     def normalized(self) -> bool:
