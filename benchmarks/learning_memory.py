@@ -141,13 +141,14 @@ def _ours(folder: Path, config: Any, examples: list[Any], fields: dict[str, Any]
     from safetensors import safe_open
 
     from hf_locstitch.checkpoints.localizable import BLOCKS
-    from hf_locstitch.localize.activation_memory import Load, settled, token_activations
+    from hf_locstitch.localize.activation_memory import Load, settled
     from hf_locstitch.localize.grafted_model import keep_no_activations, make_grafted_model
     from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores
     from hf_locstitch.localize.localizers.mask import Mask
     from hf_locstitch.localize.localizers.saliency import Saliency
     from hf_locstitch.runtime.dtypes import ITEM_BYTES, ON_DISK
     from hf_locstitch.runtime.processes import Processes
+    from hf_locstitch.tasks.activations import token_activations
     from hf_locstitch.tasks.loading import load_model
     from hf_locstitch.tasks.objectives.causal_lm import CausalLM, answer_loss
     from hf_locstitch.tasks.task import Task

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from hf_locstitch.runtime.dtypes import DTYPE, Values
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 TORCH_DTYPE: Mapping[str, torch.dtype] = {name: getattr(torch, dtype.name) for name, dtype in DTYPE.items()}
+PIECE = 1 << 20  # elements processed at once
 _TORCH = {DTYPE[name]: dtype for name, dtype in TORCH_DTYPE.items()}
 
 
@@ -21,3 +22,8 @@ def as_tensor(values: Values) -> torch.Tensor:
     """The same memory. values: [n]; if they are read-only, so is every use of the tensor."""
     dtype = _TORCH[values.dtype]
     return torch.frombuffer(values.view(np.uint8).data, dtype=dtype) if len(values) else torch.empty(0, dtype=dtype)
+
+
+def pieces(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    """A tensor [*shape] as flat views of at most PIECE elements."""
+    return tensor.reshape(-1).split(PIECE) if tensor.numel() else ()

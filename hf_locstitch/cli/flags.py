@@ -40,8 +40,8 @@ def add_localizing(group: Any) -> None:
         "--data",
         nargs="+",
         metavar="DATA",
-        help="a data set per finetune, for saliency, mask, refit, regmean and regmean-plusplus: alpaca, gsm8k, "
-        "hotpotqa, a task of the paper such as sst2, a file or org/name",
+        help="a data set per finetune, for saliency, mask, refit, fisher, regmean and regmean-plusplus: alpaca, "
+        "gsm8k, hotpotqa, a task of the paper such as sst2, a file or org/name",
     )
     group.add_argument(
         "--density",

@@ -3,25 +3,20 @@ follows from it. The same every time, on every machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
-from hf_locstitch.checkpoints.sizes import LAYERS, MLP, WIDTH, find_size
 from hf_locstitch.localize.with_data import MICRO_BATCH, WithData
 from hf_locstitch.runtime.dtypes import ITEM_BYTES, ON_DISK
+from hf_locstitch.tasks.activations import token_activations
 from hf_locstitch.tasks.choosing_objectives import suggest
 from hf_locstitch.tasks.objective import Objective
 from hf_locstitch.tasks.sets import OpenSet
 
 Config = TypeVar("Config", bound=WithData)
-
-# Bytes of activations per token and layer, in a 16-bit dtype, for each unit of its width and of its MLP: what autograd
-# keeps for a Llama or GPT-2 layer in transformers (for BERT 3/5 of it, for Gemma 2 8/5). Where a layer is recomputed,
-# only its input.
-WIDTH_BYTES, MLP_BYTES, INPUT_BYTES = 24, 8, 2
 
 
 @dataclass(frozen=True)
@@ -75,16 +70,3 @@ def settled(config: Config, load: Load, processes: int) -> Config:
 
     spares = whole.numbers(load.examples, processes) < few.numbers(load.examples, processes)
     return whole if spares and load.activations and held(whole) < held(few) else few
-
-
-def token_activations(objective: Objective, config: Mapping[str, Any], checkpointing: bool, item: int) -> int:
-    """Bytes of activations that a token keeps for the backward pass, in a dtype of `item` bytes; 0 where the config
-    has no sizes.
-    """
-    width, layers = find_size(config, *WIDTH), find_size(config, *LAYERS)
-    mlp = find_size(config, *MLP) or 4 * width
-    layer = WIDTH_BYTES * width + MLP_BYTES * mlp * (find_size(config, "num_experts_per_tok") or 1)
-    kept = INPUT_BYTES * width * layers + layer if checkpointing else layer * layers
-    # Logits of answer tokens only, and their gradient; at most of every token.
-    logits = 2 * 4 * find_size(config, "vocab_size") if objective.gives_words else 0
-    return kept * item // 2 + logits if width and layers else 0

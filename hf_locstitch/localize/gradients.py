@@ -10,11 +10,57 @@ import torch
 from torch import Tensor
 
 from hf_locstitch.localize.grafted_model import GraftedModel, MaskedParameter
-from hf_locstitch.localize.passes import Advance, Rounding, State, add_gradients, pass_over
+from hf_locstitch.localize.updates import add_rounding
 from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.tasks.passes import Advance, State, Words, pass_over
 from hf_locstitch.tasks.task import MicroBatch, Task
 
 Use = Callable[[MaskedParameter, Tensor], None]
+LOCALIZING = Words(
+    "the localization set",
+    "In the recipe's localizer set micro_batch: 1, then checkpointing: true, then state_on: cpu or disk, or "
+    "state_dtype: bfloat16; shorter examples (max_length of the data) help too.",
+)
+
+
+class Rounding:
+    """A source of random bits on every device that asks for one."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def on(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+
+def add_gradients(
+    grafted: GraftedModel,
+    task: Task,
+    batches: Sequence[MicroBatch],
+    total: State,
+    rounding: Rounding,
+    processes: Processes,
+    advance: Advance = lambda _: None,
+) -> float:
+    """Add the gradient of the batches' loss to `total`, and return the loss. Every process takes its share.
+
+    total: the same in all processes, before and after. Raises as pass_over.
+    """
+    alone = processes.count == 1 or grafted.sharded
+    if not alone and not processes.first:
+        total.clear()  # it counts in the first process's sum
+
+    def consume(masked: MaskedParameter, gradient: Tensor) -> None:
+        into = total[masked]
+        add_rounding(into, gradient.to(into.device), rounding.on(into.device))
+
+    loss = pass_over(grafted, task, batches, consume, processes, LOCALIZING, advance)
+    if not alone:
+        total.add_up(processes)
+    return loss
 
 
 @dataclass(frozen=True)
@@ -56,7 +102,7 @@ class Passing(Gradients):
             del left[masked.name]
             use(masked, gradient)
 
-        loss = pass_over(work.grafted, work.task, work.batches, take, work.processes, work.advance)
+        loss = pass_over(work.grafted, work.task, work.batches, take, work.processes, LOCALIZING, work.advance)
         for masked in left.values():  # unused by all examples, such as an expert that no token was routed to
             use(masked, torch.zeros((), device=masked.device).expand(masked.shape))
         return loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -10,64 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_locstitch.checkpoints.tensors import pieces
 from hf_locstitch.errors import RequestError
-from hf_locstitch.localize.kth_largest import pieces
 from hf_locstitch.localize.updates import interpolate
-from hf_locstitch.tasks.parameter_names import Group, check, chosen_groups, group_names, to_disk
+from hf_locstitch.tasks.loaded_model import LoadedModel, LoadedParameter, is_shared_out, own_rows
+from hf_locstitch.tasks.parameter_names import check, chosen_groups, group_names
 
 OnDisk = Callable[[str], Tensor]
 
 
-def is_shared_out(parameter: Any) -> bool:
-    """Whether it is sharded by rows over processes (FSDP2)."""
-    return hasattr(parameter, "device_mesh")
-
-
-def own_rows(tensor: Any) -> Tensor:
-    """This process's rows of a tensor that may be sharded."""
-    return tensor.to_local() if is_shared_out(tensor) else tensor
-
-
 @dataclass(frozen=True)
-class MaskedParameter:
+class MaskedParameter(LoadedParameter):
     """A localized parameter. base, finetuned: its values, on the CPU, views of the mapped files where possible;
-    nothing writes to them.
+    nothing writes to them."""
 
-    Where parameters are sharded over processes (FSDP2), each process holds some rows: its part.
-    """
-
-    name: str
-    parameter: Any
     base: Tensor
     finetuned: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape of this process's part."""
-        return self.part(self.base).shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.parameter.device
-
-    def part(self, whole: Tensor) -> Tensor:
-        """This process's rows of a tensor of the parameter's shape; all rows unless it is sharded."""
-        if not is_shared_out(self.parameter):
-            return whole
-        rows = whole.chunk(self.parameter.device_mesh.size())
-        rank = self.parameter.device_mesh.get_local_rank()
-        return rows[rank] if rank < len(rows) else whole[:0]
-
-    def whole(self, part: Tensor) -> Tensor:
-        """The inverse of `part`; every process calls it."""
-        if not is_shared_out(self.parameter):
-            return part
-        from torch.distributed.tensor import DTensor
-
-        mesh, placements = self.parameter.device_mesh, self.parameter.placements
-        shape, stride = self.parameter.shape, self.parameter.stride()
-        local = part.to(self.device)
-        return DTensor.from_local(local, mesh, placements, shape=shape, stride=stride).full_tensor()
 
     def task_vector_pieces(self, device: torch.device) -> Iterator[Tensor]:
         """finetuned − base of this process's part, in float32 (float64 if stored so), in the order of `pieces`."""
@@ -90,32 +48,14 @@ class MaskedParameter:
             piece.copy_(interpolate(base.to(self.device), finetuned.to(self.device), part))
 
 
-@dataclass(frozen=True)
-class GraftedModel:
-    """model: has the base's weights where the base has them, else the finetune's (a head that only it has).
-
-    parameters: sorted by name. groups: these parameters, with their tensors on disk.
-    """
-
-    model: Any
-    parameters: Mapping[str, MaskedParameter]
-    groups: tuple[Group, ...]
-
-    @property
-    def sharded(self) -> bool:
-        """Whether parameters are sharded over the processes (FSDP2)."""
-        return any(is_shared_out(masked.parameter) for masked in self.parameters.values())
+class GraftedModel(LoadedModel[MaskedParameter]):
+    """Its model has the base's weights where the base has them, else the finetune's (a head that only it has).
+    Parameters are sorted by name."""
 
     @property
     def size(self) -> int:
         """The number of localized elements, over all processes."""
         return sum(masked.base.numel() for masked in self.parameters.values())
-
-    def to_disk(self, of: Callable[[MaskedParameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Parts of each parameter, gathered, under the names on disk; one group of parameters in memory at a time."""
-        for group in self.groups:
-            tensors = {name: self.parameters[name].whole(of(self.parameters[name])) for name in group.parameters}
-            yield from to_disk(self.model, group, tensors).items()
 
 
 def make_grafted_model(

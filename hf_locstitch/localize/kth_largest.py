@@ -16,7 +16,6 @@ from hf_locstitch.localize.selection import Threshold, evenly
 
 Keys = npt.NDArray[np.uint32]
 Counts = npt.NDArray[np.int64]
-PIECE = 1 << 20  # elements processed at once
 SIGN = np.uint32(1 << 31)
 FINE = 11  # low bits of a float32, worth less than one part in 4096
 
@@ -25,11 +24,6 @@ def sortable(values: torch.Tensor) -> Keys:
     """Integers in the order of float32 `values` [n]; −0 counts as 0. Returns uint32 [n]."""
     bits = (values.detach().float().cpu() + 0.0).numpy().view(np.uint32)
     return np.where(bits & SIGN, ~bits, bits | SIGN)
-
-
-def pieces(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    """A tensor [*shape] as flat views of at most PIECE elements."""
-    return tensor.reshape(-1).split(PIECE) if tensor.numel() else ()
 
 
 def kth_largest(

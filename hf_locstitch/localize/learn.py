@@ -11,12 +11,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_locstitch.localize.gradients import AddedUp, Gradients, Passing, Work
+from hf_locstitch.checkpoints.tensors import pieces
+from hf_locstitch.localize.gradients import AddedUp, Gradients, Passing, Rounding, Work, add_gradients
 from hf_locstitch.localize.grafted_model import GraftedModel, MaskedParameter
-from hf_locstitch.localize.kth_largest import Keys, Sizes, TopK, kth_largest, pieces, sortable
-from hf_locstitch.localize.passes import Advance, Rounding, State, add_gradients
+from hf_locstitch.localize.kth_largest import Keys, Sizes, TopK, kth_largest, sortable
 from hf_locstitch.localize.updates import add_rounding, official_step, saliency, score_gradient, softened
 from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.tasks.passes import Advance, State
 from hf_locstitch.tasks.task import Task, micro_batches
 
 

@@ -10,16 +10,17 @@ import torch
 
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
+from hf_locstitch.checkpoints.tensors import pieces
 from hf_locstitch.errors import NonFiniteError
 from hf_locstitch.localize.candidates import differing, magnitude_scores
 from hf_locstitch.localize.grafted_model import GraftedModel
-from hf_locstitch.localize.kth_largest import Keys, kth_largest, pieces, sortable
+from hf_locstitch.localize.kth_largest import Keys, kth_largest, sortable
 from hf_locstitch.localize.learn import Room
 from hf_locstitch.localize.open_grafted_model import open_grafted_model
-from hf_locstitch.localize.passes import State
 from hf_locstitch.localize.score_file import LARGEST, ScoreFile, is_whole, write_scores
 from hf_locstitch.localize.with_data import WithData
 from hf_locstitch.runtime.dtypes import Values
+from hf_locstitch.tasks.passes import State
 from hf_locstitch.tasks.sets import OpenSet
 
 Pieces = Iterator[tuple[str, int, torch.Tensor]]

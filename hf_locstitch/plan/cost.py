@@ -70,7 +70,8 @@ def check_memory(plan: Plan) -> None:
     if limit is not None and fitting is not None and fitting.peak > limit:
         raise RecipeError(
             f"--max-memory {human(limit)} is too little: with the smallest parts that can be solved for by themselves, "
-            f"fitting values takes {human(fitting.peak)}. Allow that much, or use --stitch mean."
+            f"fitting values takes {human(fitting.peak)}. Allow that much, or use "
+            f"{'--stitch mean' if plan.recipe.stitch else '--method average'}."
         )
 
 

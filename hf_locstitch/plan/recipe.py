@@ -270,8 +270,8 @@ class Recipe(Strict):
         own = self.fitting is not None and self.fitting.data
         if self.data and localizer is None and (self.fitting is None or own):
             raise ValueError(
-                "data is given, but only the localizers mask and saliency, stitch: refit and the methods "
-                "regmean and regmean-plusplus use data"
+                "data is given, but only these use any: the localizers mask and saliency, stitch: refit, and the "
+                f"methods {', '.join(name for name in METHODS.names() if METHODS.find(name).needs_data)}"
             )
         if localizer is not None and len(self.data) != len(self.finetuned):
             raise ValueError(

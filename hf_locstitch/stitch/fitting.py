@@ -80,9 +80,7 @@ class FitJob:
 class OnInputs(BaseModel, ABC):
     """data: unlabelled inputs of each finetune, by name or in order; the recipe's `data` unless given.
 
-    inputs: how many per finetune; each is cut to `tokens`. batch: inputs that pass through the models together; results
-    depend on it only through rounding. device: "auto" (the accelerator, if there is one) or as torch names it.
-    states_on: where the hidden states of a batch are kept while others run: "cpu" is main memory, "disk" is files.
+    inputs: how many per finetune; each is cut to `tokens`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,9 +90,6 @@ class OnInputs(BaseModel, ABC):
     data: dict[str, LocalizationSet] | tuple[LocalizationSet, ...] = ()
     inputs: int = Field(default=256, ge=1)
     tokens: int = Field(default=128, ge=1)
-    batch: int = Field(default=32, ge=1)
-    device: DeviceName = AUTO
-    states_on: Literal["device", "cpu", "disk"] = "device"
 
     @property
     def labelled(self) -> bool:
@@ -142,7 +137,18 @@ class OnInputs(BaseModel, ABC):
         """Its section of the model card, Markdown. record: as `fit` returned it. inputs: a table of the inputs."""
 
 
-class Stitcher(OnInputs):
+class LayerByLayer(OnInputs):
+    """batch: inputs that pass through the models together; results depend on it only through rounding. device: "auto"
+    (the accelerator, if there is one) or as torch names it. states_on: where the hidden states of a batch are kept
+    while others run: "cpu" is main memory, "disk" is files.
+    """
+
+    batch: int = Field(default=32, ge=1)
+    device: DeviceName = AUTO
+    states_on: Literal["device", "cpu", "disk"] = "device"
+
+
+class Stitcher(LayerByLayer):
     """A way to determine the values under masks other than the mean: `stitch: {method: NAME}` in a recipe."""
 
     if TYPE_CHECKING:  # a field of each stitcher, a Literal

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from hf_locstitch.stitch.method import TensorMethod
+from hf_locstitch.stitch.method import Context, TensorMethod
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from hf_locstitch.runtime.dtypes import Values
@@ -37,16 +36,7 @@ class MatrixMethod(TensorMethod):
         """What a matrix of the base changes by, before `scale`. task_vectors: float64 [outputs, inputs], which are left
         as they are. Returns the same."""
 
-    def merge(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        tensor: str,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def merge(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """base + scale · change, in float64."""
         import torch
 
@@ -55,13 +45,13 @@ class MatrixMethod(TensorMethod):
         start = base.astype("f8")
         # In memory of torch's own, which is aligned: else products are rounded in another way.
         vectors = [torch.from_numpy(vector).clone() for vector in task_vectors(start, finetuned)]
-        if not has_matrices(tensor, base.shape):
+        if not has_matrices(context.tensor, base.shape):
             change = sum(vectors[1:], start=vectors[0]) / len(vectors)
         elif base.ndim == 2:
             change = self.change(vectors)
         else:
             change = torch.stack([self.change(matrices) for matrices in zip(*vectors, strict=True)])
-        return (start + scale * change.numpy()).astype(dtype)
+        return (start + context.scale * change.numpy()).astype(context.dtype)
 
     def memory(self, shape: Sequence[int], models: int) -> int:
         squares = self.squares + self.squares_of_each * models

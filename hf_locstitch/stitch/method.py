@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -27,6 +28,25 @@ class Place(NamedTuple):
 
     tensor: str
     first: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method is told of the chunk or tensor that it merges, beside its values.
+
+    weights: of each finetune, in this tensor; all 1 for methods that take none. place: where a chunk lies; a whole
+    tensor begins at 0. scale: the recipe's, a factor on the task vectors. dtype: of the output.
+    """
+
+    weights: Sequence[float]
+    place: Place
+    scale: float
+    dtype: np.dtype[Any]
+
+    @property
+    def tensor(self) -> str:
+        """Its name on disk."""
+        return self.place.tensor
 
 
 class Method(BaseModel, ABC):
@@ -101,18 +121,8 @@ class DenseMethod(Method):
     """Combines whole models, element by element."""
 
     @abstractmethod
-    def combine(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
-        """base, finetuned: [n] of any floating dtype. weights: of each finetune, in this tensor. scale: the recipe's, a
-        factor on the task vectors. Returns [n] in dtype."""
+    def combine(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
+        """base, finetuned: [n] of any floating dtype. Returns [n] in the context's dtype."""
 
 
 class TensorMethod(Method):
@@ -128,18 +138,8 @@ class TensorMethod(Method):
     linear_algebra: ClassVar[bool] = False
 
     @abstractmethod
-    def merge(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        tensor: str,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
-        """base, finetuned: [*shape] of any floating dtype, a scalar as [1]; tensor: its name on disk. weights,
-        scale: as of a DenseMethod. Returns [*shape] in dtype."""
+    def merge(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
+        """base, finetuned: [*shape] of any floating dtype, a scalar as [1]. Returns [*shape] in the context's dtype."""
 
     def memory(self, shape: Sequence[int], models: int) -> int:
         """Bytes that merging a tensor of so many finetunes takes at most."""
@@ -153,16 +153,6 @@ class MaskedMethod(Method):
     default_density: ClassVar[float] = 0.1
 
     @abstractmethod
-    def combine(
-        self,
-        base: Values,
-        kept: Sequence[MaskedValues],
-        covered: Coverage,
-        *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
-        """base: [n]; kept: what each mask keeps; covered: how the masks cover it; weights, scale: as of a DenseMethod.
-        Returns [n] in dtype."""
+    def combine(self, base: Values, kept: Sequence[MaskedValues], covered: Coverage, context: Context) -> Values:
+        """base: [n]; kept: what each mask keeps; covered: how the masks cover it. Returns [n] in the context's
+        dtype."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from hf_locstitch.runtime.dtypes import Values
-    from hf_locstitch.stitch.method import Place
+    from hf_locstitch.stitch.method import Context, Place
     from hf_locstitch.stitch.task_vectors import Vector
 
 
@@ -39,18 +39,16 @@ class RandomDrop(Densities):
         self,
         start: Vector,
         finetuned: Sequence[Values],
+        context: Context,
         *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
         rescale: bool = True,
     ) -> Vector:
         """scale · Σ weight · kept · (finetuned − start) [n]. rescale: each divided by its density."""
-        divisor, factors = self.rescaling(place.tensor, len(finetuned), rescale)
+        divisor, factors = self.rescaling(context.tensor, len(finetuned), rescale)
         total = start * 0
-        for model, (values, weight, factor) in enumerate(zip(finetuned, weights, factors, strict=True)):
-            total += weight * factor * (values.astype("f8") - start) * self.kept(place, model, len(start))
-        return scale / divisor * total
+        for model, (values, weight, factor) in enumerate(zip(finetuned, context.weights, factors, strict=True)):
+            total += weight * factor * (values.astype("f8") - start) * self.kept(context.place, model, len(start))
+        return context.scale / divisor * total
 
 
 def uniform(seed: int, place: Place, model: int, count: int) -> npt.NDArray[np.float64]:

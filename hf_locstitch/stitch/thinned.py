@@ -5,13 +5,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from hf_locstitch.stitch.method import TensorMethod
+from hf_locstitch.stitch.method import Context, TensorMethod
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hf_locstitch.runtime.dtypes import Values
     from hf_locstitch.stitch.task_vectors import Vector
 
@@ -34,22 +32,13 @@ class ThinnedTensors(TensorMethod):
     def thin(self, task_vector: Vector, *, tensor: str, model: int) -> Vector:
         """What is left of a task vector [*shape]. model: number of the finetune."""
 
-    def merge(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        tensor: str,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def merge(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """base + scale · Σ weight · what is left of the task vectors, in float64, and as elect and normalize say."""
         from hf_locstitch.stitch.task_vectors import agreeing_mean, task_vectors, weighted_sum
 
         start = base.astype("f8")
-        thinned = (
-            self.thin(vector, tensor=tensor, model=model) for model, vector in enumerate(task_vectors(start, finetuned))
-        )
+        vectors = enumerate(task_vectors(start, finetuned))
+        thinned = (self.thin(vector, tensor=context.tensor, model=model) for model, vector in vectors)
         combine = agreeing_mean if self.elect else weighted_sum
-        return (start + combine(thinned, weights, scale=scale, normalize=self.normalize)).astype(dtype)
+        change = combine(thinned, context.weights, scale=context.scale, normalize=self.normalize)
+        return (start + change).astype(context.dtype)

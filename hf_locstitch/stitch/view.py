@@ -6,7 +6,7 @@ The engine reads them to write shards; a refit starts from them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.runtime.chunks import Chunk, chunks_by_name, chunks_of
 from hf_locstitch.runtime.dtypes import DTYPE, Values
 from hf_locstitch.stitch.mean import coverage, overlaps
-from hf_locstitch.stitch.method import DenseMethod, MaskedMethod, Method, Place, TensorMethod
+from hf_locstitch.stitch.method import Context, DenseMethod, MaskedMethod, Method, Place, TensorMethod
 from hf_locstitch.stitch.per_tensor import NO_WEIGHTS, Weights
 
 if TYPE_CHECKING:
@@ -98,20 +98,17 @@ class StitchView:
             number = chunk.index - self.chunks[tensor][0].index
             merged[np.flatnonzero(covered.times)] = self.fitted.chunk(tensor, number)
         else:
-            place = Place(tensor, chunk.first)
-            weights = self.weights.of(tensor)
-            merged = method.combine(base, kept, covered, weights=weights, place=place, scale=self.scale, dtype=dtype)
+            merged = method.combine(base, kept, covered, self._context(tensor, chunk, dtype))
         return merged, overlap
 
     def _merge_dense(self, method: DenseMethod, tensor: str, chunk: Chunk, dtype: np.dtype[Any]) -> Values:
         base = self.checked(self.base, tensor, chunk)
-        weights: Sequence[float] = self.weights.of(tensor)
+        context = self._context(tensor, chunk, dtype)
         if self.fitted is not None and tensor in self.fitted:
-            finetuned, weights = [self.fitted.values(tensor, chunk.first, chunk.count)], [1.0]
+            finetuned, context = [self.fitted.values(tensor, chunk.first, chunk.count)], replace(context, weights=[1.0])
         else:
             finetuned = [self.checked(reader, tensor, chunk) for reader in self.finetuned]
-        place = Place(tensor, chunk.first)
-        return method.combine(base, finetuned, weights=weights, place=place, scale=self.scale, dtype=dtype)
+        return method.combine(base, finetuned, context)
 
     def _merge_tensor(self, method: TensorMethod, tensor: str, chunk: Chunk, dtype: np.dtype[Any]) -> Values:
         """chunk: all of the tensor."""
@@ -119,9 +116,11 @@ class StitchView:
         base, *finetuned = [
             self.checked(reader, tensor, chunk).reshape(shape) for reader in (self.base, *self.finetuned)
         ]
-        weights = self.weights.of(tensor)
-        merged = method.merge(base, finetuned, weights=weights, tensor=tensor, scale=self.scale, dtype=dtype)
+        merged = method.merge(base, finetuned, self._context(tensor, chunk, dtype))
         return np.ascontiguousarray(merged).reshape(-1)
+
+    def _context(self, tensor: str, chunk: Chunk, dtype: np.dtype[Any]) -> Context:
+        return Context(self.weights.of(tensor), Place(tensor, chunk.first), self.scale, dtype)
 
     def copied(self, tensor: str, chunk: Chunk) -> Values:
         """The values of a chunk that is not merged, in the output's dtype. Raises NonFiniteError."""

@@ -16,9 +16,9 @@ from hf_locstitch.localize.grafted_model import GraftedModel, keep_no_activation
 from hf_locstitch.localize.learn import Room, learn_mask, saliency_scores, start_scores
 from hf_locstitch.localize.localizers.mask import Mask
 from hf_locstitch.localize.localizers.saliency import Saliency
-from hf_locstitch.localize.passes import State
 from hf_locstitch.localize.updates import add_rounding, official_step, score_gradient
 from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.tasks.passes import State
 from hf_locstitch.tasks.task import Task, micro_batches
 
 Tensors = dict[str, torch.Tensor]

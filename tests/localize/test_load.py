@@ -18,10 +18,11 @@ from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 from hf_locstitch import Mask, Saliency, load_mask
 from hf_locstitch.cli.main import main
 from hf_locstitch.localize import search_with_data as module
-from hf_locstitch.localize.activation_memory import Load, settled, token_activations
+from hf_locstitch.localize.activation_memory import Load, settled
 from hf_locstitch.localize.cost import free_memory
 from hf_locstitch.localize.learn import State
 from hf_locstitch.localize.with_data import WithData
+from hf_locstitch.tasks.activations import token_activations
 from hf_locstitch.tasks.objectives.causal_lm import CausalLM
 from hf_locstitch.tasks.objectives.text_zero_shot import TextZeroShot
 

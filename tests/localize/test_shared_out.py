@@ -13,13 +13,14 @@ from helpers.families import pair
 from helpers.grafted import CASES, open_grafted, prepare
 from helpers.models import load
 
-from hf_locstitch.localize.grafted_model import MaskedParameter, is_shared_out, make_grafted_model
+from hf_locstitch.localize.grafted_model import MaskedParameter, make_grafted_model
 from hf_locstitch.localize.learn import Room, learn_mask
 from hf_locstitch.localize.localizers.mask import Mask
-from hf_locstitch.localize.passes import consuming
 from hf_locstitch.runtime.processes import Processes
+from hf_locstitch.tasks.loaded_model import is_shared_out
 from hf_locstitch.tasks.loading import load_config, load_model
 from hf_locstitch.tasks.objectives.causal_lm import CausalLM
+from hf_locstitch.tasks.passes import consuming
 
 
 @pytest.fixture

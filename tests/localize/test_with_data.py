@@ -195,7 +195,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"localizer": Saliency()}, "saliency needs one --data entry per finetune: expected 1, got 0"),
     (
         {"localizer": Magnitude(), "data": ["a.jsonl"]},
-        "only the localizers mask and saliency, stitch: refit and the methods regmean",
+        "only these use any: the localizers mask and saliency, stitch: refit, and the methods fisher, regmean",
     ),
     ({"localizer": Saliency(), "data": ["b.jsonl"]}, "b.jsonl' is neither a local file"),
     ({"localizer": Saliency(), "data": ["./b.jsonl"]}, "b.jsonl does not exist"),

@@ -61,10 +61,10 @@ class Median(DenseMethod):
     paper: ClassVar[str] = "https://example.com/median"
     share: float = 1.0
 
-    def combine(self, base, finetuned, *, weights, place, scale, dtype):
+    def combine(self, base, finetuned, context):
         start = base.astype("f8")
         middle = np.median([values.astype("f8") for values in finetuned], axis=0)
-        return (start + self.share * scale * (middle - start)).astype(dtype)
+        return (start + self.share * context.scale * (middle - start)).astype(context.dtype)
 '''
 BROKEN = '''
 """A localizer whose scores are wrong, in a way of its own."""

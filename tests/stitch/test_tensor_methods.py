@@ -19,7 +19,7 @@ from hf_locstitch.plan.cost import estimate, files_here
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.runtime.settings import IMPORTS_BYTES, Settings
-from hf_locstitch.stitch.method import TensorMethod
+from hf_locstitch.stitch.method import Context, Place, TensorMethod
 from hf_locstitch.stitch.methods import METHODS
 
 KINDS = [name for name in METHODS.names() if issubclass(METHODS.find(name), TensorMethod)]
@@ -95,7 +95,7 @@ def test_it_takes_no_more(method: TensorMethod, count: int) -> None:
         base, *finetuned = [np.random.default_rng(i).random((side, side), np.float32) for i in range(count + 1)]
         weights, dtype = [0.5] * count, base.dtype
         tracemalloc.reset_peak()
-        method.merge(base, finetuned, weights=weights, tensor="w", scale=0.9, dtype=dtype)
+        method.merge(base, finetuned, Context(weights, Place("w", 0), 0.9, dtype))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hf_locstitch.stitch.method import DenseMethod, Place
+from hf_locstitch.stitch.method import Context, DenseMethod
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hf_locstitch.runtime.dtypes import Values
 
 
@@ -23,39 +21,22 @@ class Average(DenseMethod):
     of_models: ClassVar[bool] = True
     normalize: bool = True
 
-    def combine(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
-        return mean_of(base, finetuned, weights, scale, dtype, normalize=self.normalize)
+    def combine(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
+        return mean_of(base, finetuned, context, normalize=self.normalize)
 
 
-def mean_of(
-    base: Values,
-    finetuned: Sequence[Values],
-    weights: Sequence[float],
-    scale: float,
-    dtype: np.dtype[Any],
-    *,
-    normalize: bool = True,
-) -> Values:
+def mean_of(base: Values, finetuned: Sequence[Values], context: Context, *, normalize: bool = True) -> Values:
     """base + scale · (mean − base), in float64; with scale 1 the mean itself. normalize: else the weighted sum."""
     total = finetuned[0].astype("f8")
-    total *= weights[0]
-    for values, weight in zip(finetuned[1:], weights[1:], strict=True):
+    total *= context.weights[0]
+    for values, weight in zip(finetuned[1:], context.weights[1:], strict=True):
         total += values if weight == 1.0 else weight * values.astype("f8")
     if normalize:
-        total /= sum(weights)
-    if scale != 1.0:
+        total /= sum(context.weights)
+    if context.scale != 1.0:
         start = base.astype("f8")
-        total = start + scale * (total - start)
-    return total.astype(dtype)
+        total = start + context.scale * (total - start)
+    return total.astype(context.dtype)
 
 
 COMPONENT = Average

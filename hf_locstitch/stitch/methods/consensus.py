@@ -5,15 +5,13 @@ arXiv 2405.07813."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from hf_locstitch.stitch.method import DenseMethod, Place
+from hf_locstitch.stitch.method import Context, DenseMethod
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hf_locstitch.runtime.dtypes import Values
 
 
@@ -33,24 +31,17 @@ class Consensus(DenseMethod):
             return f"consensus keeps what {self.agree} finetunes agree on (agree), but there are {models}"
         return None
 
-    def combine(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def combine(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """base + scale · Σ weight · task vector where enough masks agree, in float64; masks are of weighted ones."""
         from hf_locstitch.stitch.task_vectors import task_vectors
 
         start = base.astype("f8")
-        vectors = [weight * vector for weight, vector in zip(weights, task_vectors(start, finetuned), strict=True)]
+        vectors = [
+            weight * vector for weight, vector in zip(context.weights, task_vectors(start, finetuned), strict=True)
+        ]
         total = sum(vectors[1:], start=vectors[0])
         belongs = [abs(vector) >= self.threshold * abs(total - vector) for vector in vectors]
-        return (start + scale * total * (sum(belongs) >= self.agree)).astype(dtype)
+        return (start + context.scale * total * (sum(belongs) >= self.agree)).astype(context.dtype)
 
 
 COMPONENT = Consensus

@@ -4,14 +4,12 @@ Models are Super Mario, ICML 2024, arXiv 2311.03099."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hf_locstitch.stitch.method import DenseMethod, Place
+from hf_locstitch.stitch.method import Context, DenseMethod
 from hf_locstitch.stitch.random_drop import RandomDrop
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hf_locstitch.runtime.dtypes import Values
 
 
@@ -21,19 +19,10 @@ class Dare(RandomDrop, DenseMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.03099"
     weighted: ClassVar[bool] = True
 
-    def combine(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def combine(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """base + scale · Σ weight · kept · (finetuned − base) / density, in float64."""
         start = base.astype("f8")
-        return (start + self.kept_sum(start, finetuned, weights=weights, place=place, scale=scale)).astype(dtype)
+        return (start + self.kept_sum(start, finetuned, context)).astype(context.dtype)
 
 
 COMPONENT = Dare

@@ -4,14 +4,13 @@ Super Mario, ICML 2024, arXiv 2311.03099."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hf_locstitch.stitch.method import DenseMethod, Place
+from hf_locstitch.stitch.method import Context, DenseMethod
 from hf_locstitch.stitch.random_drop import RandomDrop
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hf_locstitch.runtime.dtypes import Values
 
 
@@ -26,21 +25,13 @@ class DareLinear(RandomDrop, DenseMethod):
     rescale: bool = True
     normalize: bool = False
 
-    def combine(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def combine(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """base + scale · Σ weight · kept · (finetuned − base), in float64, and as rescale and normalize say."""
         start = base.astype("f8")
-        factor = scale / sum(weights) if self.normalize else scale
-        change = self.kept_sum(start, finetuned, weights=weights, place=place, scale=factor, rescale=self.rescale)
-        return (start + change).astype(dtype)
+        if self.normalize:
+            context = replace(context, scale=context.scale / sum(context.weights))
+        change = self.kept_sum(start, finetuned, context, rescale=self.rescale)
+        return (start + change).astype(context.dtype)
 
 
 COMPONENT = DareLinear

@@ -5,14 +5,12 @@ TIES-Merging, NeurIPS 2023, arXiv 2306.01708, for the election."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hf_locstitch.stitch.method import DenseMethod, Place
+from hf_locstitch.stitch.method import Context, DenseMethod
 from hf_locstitch.stitch.random_drop import RandomDrop
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hf_locstitch.runtime.dtypes import Values
 
 
@@ -32,26 +30,19 @@ class DareTies(RandomDrop, DenseMethod):
         """No: only the weights of those that agree are summed."""
         return False
 
-    def combine(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def combine(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """base + scale · Σ of the weighted task vectors that are kept and agree, in float64."""
         from hf_locstitch.stitch.task_vectors import agreeing_mean, task_vectors  # not needed for planning
 
         start = base.astype("f8")
-        divisor, factors = self.rescaling(place.tensor, len(finetuned), self.rescale)
+        divisor, factors = self.rescaling(context.tensor, len(finetuned), self.rescale)
         vectors = [
-            vector * (factor * self.kept(place, model, len(base)))
+            vector * (factor * self.kept(context.place, model, len(base)))
             for model, (vector, factor) in enumerate(zip(task_vectors(start, finetuned), factors, strict=True))
         ]
-        return (start + agreeing_mean(vectors, weights, scale=scale / divisor, normalize=self.normalize)).astype(dtype)
+        scale = context.scale / divisor
+        change = agreeing_mean(vectors, context.weights, scale=scale, normalize=self.normalize)
+        return (start + change).astype(context.dtype)
 
 
 COMPONENT = DareTies

@@ -5,15 +5,13 @@ of models arXiv 2603.04972."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from hf_locstitch.stitch.method import TensorMethod
+from hf_locstitch.stitch.method import Context, TensorMethod
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hf_locstitch.runtime.dtypes import Values
     from hf_locstitch.stitch.task_vectors import Vector
 
@@ -35,20 +33,11 @@ class Karcher(TensorMethod):
     def normalized(self) -> bool:
         return True
 
-    def merge(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        tensor: str,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def merge(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """The mean of the weights themselves, in float64; with scale ≠ 1, base + scale · (mean − base)."""
         from hf_locstitch.stitch.vectors import norm
 
-        shares = [weight / sum(weights) for weight in weights]
+        shares = [weight / sum(context.weights) for weight in context.weights]
         vectors = [values.astype("f8").reshape(-1) for values in finetuned]
         lengths = [norm(vector) for vector in vectors]
         for vector, length in zip(vectors, lengths, strict=True):
@@ -56,10 +45,10 @@ class Karcher(TensorMethod):
         directions = [(share, one) for share, one, length in zip(shares, vectors, lengths, strict=True) if length]
         mean = self._direction(directions) if directions else vectors[0]
         mean *= sum(share * length for share, length in zip(shares, lengths, strict=True))
-        if scale != 1.0:
+        if context.scale != 1.0:
             start = base.astype("f8").reshape(-1)
-            mean = start + scale * (mean - start)
-        return mean.astype(dtype).reshape(base.shape)
+            mean = start + context.scale * (mean - start)
+        return mean.astype(context.dtype).reshape(base.shape)
 
     def _direction(self, directions: Sequence[tuple[float, Vector]]) -> Vector:
         """Of unit vectors [n] with their shares: from their mean, along the mean of the arcs to them."""

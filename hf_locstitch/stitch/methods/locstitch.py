@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hf_locstitch.stitch.method import MaskedMethod, Place
+from hf_locstitch.stitch.method import Context, MaskedMethod
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hf_locstitch.artifacts.mask_source import MaskedValues
     from hf_locstitch.runtime.dtypes import Values
     from hf_locstitch.stitch.mean import Coverage
@@ -30,20 +28,10 @@ class LocStitch(MaskedMethod):
     citation: ClassVar[str] = CITATION
     blocks_only: ClassVar[bool] = True
 
-    def combine(
-        self,
-        base: Values,
-        kept: Sequence[MaskedValues],
-        covered: Coverage,
-        *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def combine(self, base: Values, kept: Sequence[MaskedValues], covered: Coverage, context: Context) -> Values:
         from hf_locstitch.stitch.mean import stitch  # slow to import, not needed for planning
 
-        return stitch(base, kept, covered, scale=scale, dtype=dtype)
+        return stitch(base, kept, covered, scale=context.scale, dtype=context.dtype)
 
     def introduce(self, models: int, fitted: str | None, joint: bool) -> str:
         plural = "model" if models == 1 else "models"

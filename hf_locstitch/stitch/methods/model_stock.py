@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hf_locstitch.stitch.method import TensorMethod
+from hf_locstitch.stitch.method import Context, TensorMethod
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,16 +29,7 @@ class ModelStock(TensorMethod):
     least: ClassVar[int] = 2
     filter_wise: bool = False
 
-    def merge(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        tensor: str,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def merge(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """base + scale · t · (mean − base), with t = k cos θ / (1 + (k − 1) cos θ) and cos θ the mean over pairs of
         the k task vectors, in float64."""
         rows = len(base) if self.filter_wise and base.ndim > 1 else 1
@@ -46,8 +37,8 @@ class ModelStock(TensorMethod):
         task_vectors = [values.astype("f8").reshape(rows, -1) - start for values in finetuned]
         total = sum(task_vectors[1:], start=task_vectors[0].copy())
         count = len(task_vectors)
-        start += (scale / count) * _shares(task_vectors)[:, None] * total
-        return start.astype(dtype).reshape(base.shape)
+        start += (context.scale / count) * _shares(task_vectors)[:, None] * total
+        return start.astype(context.dtype).reshape(base.shape)
 
 
 def _shares(task_vectors: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:

@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from hf_locstitch.stitch.fitting import FitJob, Fittable, OnInputs
-from hf_locstitch.stitch.method import DenseMethod, Place
+from hf_locstitch.stitch.fitting import FitJob, Fittable, LayerByLayer
+from hf_locstitch.stitch.method import Context, DenseMethod
 from hf_locstitch.stitch.methods.average import mean_of
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hf_locstitch.runtime.dtypes import Values
     from hf_locstitch.stitch.fit_cost import FitCost
     from hf_locstitch.stitch.fitted_values import FittedValues
 
 
-class RegMean(OnInputs, DenseMethod):
+class RegMean(LayerByLayer, DenseMethod):
     """alpha: factor on the off-diagonal elements of the Gram matrices. It is 0.1 in the authors' configurations for
     emotions and 1 in those for GLUE (github.com/bloomberg/dataless-model-merging, src/configs/exps).
     """
@@ -30,21 +28,12 @@ class RegMean(OnInputs, DenseMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.09849"
     needs_data: ClassVar[bool] = True
     called: ClassVar[str] = "RegMean"
-    merged_inputs: ClassVar[bool] = False  # whether layers see what the merged model computes, not each finetuned one
+    merged_inputs: ClassVar[bool] = False  # whether blocks see what the merged model computes, not each finetuned one
     alpha: float = Field(default=0.9, ge=0, le=1)
 
-    def combine(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def combine(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """The mean, for tensors that are not fitted."""
-        return mean_of(base, finetuned, weights, scale, dtype)
+        return mean_of(base, finetuned, context)
 
     def describe(self) -> str:
         inputs = f"{self.inputs} inputs per finetune of at most {self.tokens} tokens"

@@ -1,5 +1,6 @@
-"""RegMean++: as RegMean, on the merged model's own activations, layer by layer. Source: Nguyen et al., RegMean++:
-Enhancing Effectiveness and Generalization of Regression Mean for Model Merging, TMLR 2026, arXiv 2508.03121."""
+"""RegMean++: as RegMean, but each block gets what the blocks before it give in the merged model. Source: Nguyen et al.,
+RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for Model Merging, TMLR 2026,
+arXiv 2508.03121."""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ class RegMeanPlusPlus(RegMean):
         return f"""## Fitted values
 
 In {tensors} (the weight matrices of linear layers), values were fitted so that on unlabelled inputs of every
-finetune, each layer's outputs match those of that finetuned model's layer, both given what the merged model computes
-there (using Gram matrices of its activations, alpha {record["alpha"]}). All other tensors are the plain mean of the
-finetuned tensors.
+finetune, each layer's outputs match those of that finetuned model's layer, block by block, each of that model's blocks
+given what the blocks before it give in the merged model (using Gram matrices of activations, alpha {record["alpha"]}).
+All other tensors are the plain mean of the finetuned tensors.
 
 {inputs}"""
 

@@ -4,12 +4,12 @@ and erase what has the sign of the minority. Source: Wan et al., FuseChat, arXiv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from hf_locstitch.runtime.shares import exact_share
-from hf_locstitch.stitch.method import TensorMethod
+from hf_locstitch.stitch.method import Context, TensorMethod
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,16 +34,7 @@ class Sce(TensorMethod):
             return "sce selects where finetunes differ, which one alone does not: merge several, or set density: 1"
         return super().misfit(models)
 
-    def merge(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        tensor: str,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def merge(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """base + scale · the mean of the selected entries that have the sign of their sum, each finetune weighted by
         the mean square of its own, in float64."""
         import numpy as np
@@ -59,7 +50,7 @@ class Sce(TensorMethod):
         energies = [float(np.square(vector).sum()) for vector in vectors]
         own = [energy / sum(energies) for energy in energies] if sum(energies) else [1.0 / len(vectors)] * len(vectors)
         weighted = [vector * weight for vector, weight in zip(vectors, own, strict=True)]
-        return (start + mean_of_sign(weighted, own, sign, scale=scale, normalize=True)).astype(dtype)
+        return (start + mean_of_sign(weighted, own, sign, scale=context.scale, normalize=True)).astype(context.dtype)
 
 
 def most_different(vectors: Sequence[Vector], density: float) -> npt.NDArray[np.bool_]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hf_locstitch.stitch.method import TensorMethod
+from hf_locstitch.stitch.method import Context, TensorMethod
 from hf_locstitch.stitch.per_tensor import PerTensor, value_for
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hf_locstitch.runtime.dtypes import Values
 
 NEARLY_PARALLEL = 0.9995  # |cosine|, above which the arc is taken for a line
@@ -31,29 +29,20 @@ class Slerp(TensorMethod):
     by_globs: ClassVar[tuple[str, ...]] = ("t",)
     t: PerTensor = 0.5
 
-    def merge(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        tensor: str,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def merge(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """The point on the arc, in float64; with scale ≠ 1, base + scale · (point − base)."""
         from hf_locstitch.stitch.vectors import cosine  # numpy is not needed for planning
 
         first, second = (values.astype("f8") for values in finetuned)
-        t = value_for(self.t, tensor, 0.5)
+        t = value_for(self.t, context.tensor, 0.5)
         from_first, from_second = weights_on_arc(cosine(first.reshape(-1), second.reshape(-1)), t)
         first *= from_first
         second *= from_second
         first += second
-        if scale != 1.0:
+        if context.scale != 1.0:
             start = base.astype("f8")
-            first = start + scale * (first - start)
-        return first.astype(dtype)
+            first = start + context.scale * (first - start)
+        return first.astype(context.dtype)
 
 
 def weights_on_arc(cosine: float, t: float) -> tuple[float, float]:

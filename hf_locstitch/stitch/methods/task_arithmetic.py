@@ -4,13 +4,11 @@ arXiv 2212.04089."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hf_locstitch.stitch.method import DenseMethod, Place
+from hf_locstitch.stitch.method import Context, DenseMethod
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hf_locstitch.runtime.dtypes import Values
 
 
@@ -23,24 +21,15 @@ class TaskArithmetic(DenseMethod):
     weighted: ClassVar[bool] = True
     normalize: bool = False
 
-    def combine(
-        self,
-        base: Values,
-        finetuned: Sequence[Values],
-        *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def combine(self, base: Values, finetuned: Sequence[Values], context: Context) -> Values:
         """base + scale · Σ weight · (finetuned − base), in float64."""
         start = base.astype("f8")
-        total = start * -sum(weights)
-        for values, weight in zip(finetuned, weights, strict=True):
+        total = start * -sum(context.weights)
+        for values, weight in zip(finetuned, context.weights, strict=True):
             total += values if weight == 1.0 else weight * values.astype("f8")
-        total *= scale / sum(weights) if self.normalize else scale
+        total *= context.scale / sum(context.weights) if self.normalize else context.scale
         total += start
-        return total.astype(dtype)
+        return total.astype(context.dtype)
 
 
 COMPONENT = TaskArithmetic

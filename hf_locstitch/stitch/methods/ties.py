@@ -4,9 +4,9 @@ arXiv 2306.01708. Trimming is the top k of |task vector|, over the whole model a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from hf_locstitch.stitch.method import MaskedMethod, Place
+from hf_locstitch.stitch.method import Context, MaskedMethod
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,17 +32,7 @@ class Ties(MaskedMethod):
         """No: only the weights of those that agree are summed."""
         return False
 
-    def combine(
-        self,
-        base: Values,
-        kept: Sequence[MaskedValues],
-        covered: Coverage,
-        *,
-        weights: Sequence[float],
-        place: Place,
-        scale: float,
-        dtype: np.dtype[Any],
-    ) -> Values:
+    def combine(self, base: Values, kept: Sequence[MaskedValues], covered: Coverage, context: Context) -> Values:
         """base + scale · mean of the trimmed task vectors whose sign is that of their sum, in float64."""
         import numpy as np  # not needed for planning
 
@@ -51,9 +41,9 @@ class Ties(MaskedMethod):
         where = np.flatnonzero(covered.times)
         start = base[where].astype("f8")
         trimmed = [_trimmed(where, one, base) for one in kept]
-        merged = base.astype(dtype)
-        update = agreeing_mean(trimmed, weights, scale=scale, normalize=self.normalize)
-        merged[where] = (start + update).astype(dtype)
+        merged = base.astype(context.dtype)
+        update = agreeing_mean(trimmed, context.weights, scale=context.scale, normalize=self.normalize)
+        merged[where] = (start + update).astype(context.dtype)
         return merged
 
 

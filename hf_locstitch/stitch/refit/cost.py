@@ -11,7 +11,13 @@ from hf_locstitch.runtime.dtypes import ITEM_BYTES
 from hf_locstitch.runtime.processes import launched
 from hf_locstitch.stitch.fit_cost import FitCost
 from hf_locstitch.stitch.fitting import Fittable
-from hf_locstitch.stitch.refit.settings import JUDGED, InputSettings, RefitSettings, RegMeanSettings
+from hf_locstitch.stitch.refit.settings import (
+    JUDGED,
+    InputSettings,
+    LayerByLayerSettings,
+    RefitSettings,
+    RegMeanSettings,
+)
 
 FLOAT = 4  # bytes; all of a refit is float32
 WIDENINGS = 3  # a layer's outputs, merged and finetuned, and what is computed from them, at once
@@ -26,7 +32,7 @@ def refit_cost(config: RefitSettings, plan: Fittable) -> FitCost | None:
     if not matrices:
         return None
     tasks = len(plan.finetuned)
-    inputs = _inputs(plan, config)
+    inputs = input_counts(plan, config)
     tokens = _tokens(plan, config)
     widest, largest = max(max(shape) for shape in matrices), max(math.prod(shape) for shape in matrices)
     stacked = _stacked(plan)
@@ -55,12 +61,12 @@ def refit_cost(config: RefitSettings, plan: Fittable) -> FitCost | None:
     )
 
 
-def _states(plan: Fittable, config: InputSettings, batches: int, widest: int, models: int) -> tuple[int, int]:
+def _states(plan: Fittable, config: LayerByLayerSettings, batches: int, widest: int, models: int) -> tuple[int, int]:
     """Bytes of hidden states in each process, on the device and elsewhere. batches: of all finetunes. widest: of the
     linear layers. models: how many an input passes through."""
     hidden = find_size(plan.base.config, *WIDTH) or widest
     token = FLOAT * models * (3 * hidden + WIDENINGS * widest)
-    lengths = [_length(plan, config, name) for name in plan.finetuned]
+    lengths = [input_length(plan, config, name) for name in plan.finetuned]
     own = min(1.0, (math.ceil(batches / launched()) + (launched() > 1)) / max(batches, 1))  # batches are not split
     whole = math.ceil(own * _tokens(plan, config) * token)
     if config.states_on == "device" or (config.states_on == "cpu" and not _on_cuda(config)):
@@ -68,27 +74,32 @@ def _states(plan: Fittable, config: InputSettings, batches: int, widest: int, mo
     return min(whole, plan.settings.workers * config.batch * max(lengths) * token), whole
 
 
-def _on_cuda(config: InputSettings) -> bool:
+def _on_cuda(config: LayerByLayerSettings) -> bool:
     from hf_locstitch.tasks.loading import find_device  # imports torch
 
     return find_device(config.device, float64=True).type != "cpu"
 
 
 def regmean_cost(config: RegMeanSettings, plan: Fittable) -> FitCost | None:
-    """Inputs pass only through one model each, once, except a batch used for tracing: the finetuned, or the merged."""
+    """Inputs pass only through one model each, once, except a batch used for tracing; through the blocks of the merged
+    model after those of the finetuned, if layers get the merged model's inputs."""
     shapes = {info.name: info.shape for info in plan.mask_tensors if len(info.shape) == 2}
     if not shapes:
         return None
     # Input widths of linear layers; the rows of an embedding are words, not inputs.
     widths = {name: max(shape) if BLOCKS.search(name) else min(shape) for name, shape in shapes.items()}
     tasks, widest = len(plan.finetuned), max(widths.values())
-    inputs, tokens = _inputs(plan, config), _tokens(plan, config)
+    inputs, tokens = input_counts(plan, config), _tokens(plan, config)
     largest, elements = (each(map(math.prod, shapes.values())) for each in (max, sum))
     products = sum(math.prod(shape) + widths[name] ** 2 for name, shape in shapes.items())
     batches = sum(math.ceil(count / config.batch) for count in inputs.values())
-    states, aside = _states(plan, config, batches, widest, models=1)
+    states, aside = _states(plan, config, batches, widest, models=2 if config.merged_inputs else 1)
+    blocks: dict[str, int] = {}  # elements of the matrices of each
+    for name, shape in shapes.items():
+        if found := BLOCKS.search(name):
+            blocks[name[: found.end()]] = blocks.get(name[: found.end()], 0) + math.prod(shape)
     return FitCost(
-        weights=FLOAT * (10 if config.merged_inputs else 6) * largest,
+        weights=FLOAT * (10 * largest + max(blocks.values(), default=0) if config.merged_inputs else 6 * largest),
         moments=FLOAT * ((tasks + MOMENTS + plan.settings.workers) * widest**2 + DOUBLES * (widest**2 + largest)),
         states=states,
         aside=aside,
@@ -97,22 +108,24 @@ def regmean_cost(config: RegMeanSettings, plan: Fittable) -> FitCost | None:
         states_on=config.states_on,
         inputs=sum(inputs.values()),
         tokens=tokens,
-        flops=float(2 * tokens * products + sum(width**3 for width in widths.values())),
+        flops=float(
+            2 * tokens * (products + (elements if config.merged_inputs else 0)) + sum(w**3 for w in widths.values())
+        ),
         processes=launched(),
     )
 
 
-def _inputs(plan: Fittable, config: InputSettings) -> dict[str, int]:
+def input_counts(plan: Fittable, config: InputSettings) -> dict[str, int]:
     """Of each finetune, at most."""
     return {name: config.most_inputs(plan.fit_data[name]) for name in plan.finetuned}
 
 
 def _tokens(plan: Fittable, config: InputSettings) -> int:
     """Of all inputs, at most."""
-    return sum(count * _length(plan, config, name) for name, count in _inputs(plan, config).items())
+    return sum(count * input_length(plan, config, name) for name, count in input_counts(plan, config).items())
 
 
-def _length(plan: Fittable, config: InputSettings, name: str) -> int:
+def input_length(plan: Fittable, config: InputSettings, name: str) -> int:
     """Maximum tokens of one input of a finetune; for an image, its patches."""
     objective = plan.fit_data[name].asked.objective
     if patches := find_patches(plan.finetuned[name].config):
@@ -120,12 +133,12 @@ def _length(plan: Fittable, config: InputSettings, name: str) -> int:
     return min(config.tokens, int(getattr(objective, "max_length", config.tokens)))
 
 
-def _outputs(plan: Fittable, config: InputSettings) -> int:
+def _outputs(plan: Fittable, config: LayerByLayerSettings) -> int:
     """Bytes of a language model's outputs for batches that finish together. Other models have small outputs."""
     model_config = plan.base.config
     if not any("LM" in name for name in architectures(model_config)):
         return 0
-    largest = max(_length(plan, config, name) for name in plan.finetuned) * find_size(model_config, "vocab_size")
+    largest = max(input_length(plan, config, name) for name in plan.finetuned) * find_size(model_config, "vocab_size")
     return FLOAT * OUTPUTS * plan.settings.workers * min(config.batch * largest, max(largest, JUDGED))
 
 

@@ -175,23 +175,28 @@ def read_inputs(data: OpenSet, count: int, labels: bool = False) -> list[dict[st
     return rows if labels else [{**row, "label": 0} for row in rows]
 
 
-def check_labels(config: RefitSettings, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
-    """Raises RequestError unless there are labels to judge by."""
+def check_labels(
+    asked: str, instead: str, count: int, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]
+) -> None:
+    """Raises RequestError unless the first `count` inputs of every finetune have labels.
+
+    asked: the setting that needs them ("judge: loss"). instead: one that does not.
+    """
     for name, inputs in data.items():
         objective = objective_for(inputs, finetuned[name])
         if objective.labels == "none":
             raise RequestError(
-                f"judge: {config.judge} needs labels, but for {name} only hidden states are compared. Give its data an "
-                "objective with classes, or use judge: agreement."
+                f"{asked} needs labels, but for {name} only hidden states are compared. Give its data an "
+                f"objective with classes, or use {instead}."
             )
         if objective.labels == "text":  # whose texts are the answers
             continue
-        labels = [row.get("label") for row in read_inputs(inputs, config.inputs, labels=True)]
+        labels = [row.get("label") for row in read_inputs(inputs, count, labels=True)]
         # −1 is how data sets hide those of a test split.
         if bare := sum(label is None or label == -1 for label in labels):
             raise RequestError(
-                f"judge: {config.judge} needs labels, but {bare} of the {len(labels)} inputs of {name} in "
-                f"{inputs.label} have none. Use data with labels, map them with `columns`, or use judge: agreement."
+                f"{asked} needs labels, but {bare} of the {len(labels)} inputs of {name} in "
+                f"{inputs.label} have none. Use data with labels, map them with `columns`, or use {instead}."
             )
 
 

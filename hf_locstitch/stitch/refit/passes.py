@@ -31,7 +31,9 @@ class Pass:
     """One forward pass. weights: of its model. work: runs it. stops: parameters at which it waits for `go_on`.
     sums: keys of linear layers at which it waits only when their output is added to something.
 
-    states: where it offloads its hidden states while it waits; None: it keeps them.
+    states: where it offloads its hidden states while it waits; None: it keeps them. in_blocks: weights that each
+    transformer block runs with first, for the stops in it; its result is that of `weights`, with which it then runs
+    again without a stop. block: the name of the one that runs, if there are such weights.
 
     inside: which rows of a layer's input are not padding, bool [examples, tokens], possibly of several shapes.
     added, used: keys of layers it stopped at whose output was added to another tensor, or used in any other way.
@@ -47,8 +49,11 @@ class Pass:
         stops: frozenset[str],
         sums: frozenset[Key] = frozenset(),
         states: States | None = None,
+        in_blocks: Weights | None = None,
     ) -> None:
         self.weights, self.stops, self.sums, self.states = weights, stops, sums, states
+        self.in_blocks = in_blocks
+        self.block: str | None = None
         self.inside: list[Tensor] = []
         self.added: set[Key] = set()
         self.used: set[Key] = set()
@@ -123,6 +128,17 @@ class Pass:
             yield
         finally:
             self.stops = stops
+
+    @contextmanager
+    def inside_block(self, name: str) -> Iterator[None]:
+        """Inside, the pass runs with the weights of blocks."""
+        outside = self.weights
+        assert self.in_blocks is not None
+        self.weights, self.block = self.in_blocks, name
+        try:
+            yield
+        finally:
+            self.weights, self.block = outside, None
 
     @classmethod
     def current(cls) -> Pass | None:

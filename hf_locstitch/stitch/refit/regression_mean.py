@@ -6,8 +6,9 @@ As in the authors' code, Gram matrices are means over tokens, so that tasks have
 (with tied heads) and everything else that is not a linear layer's matrix keep the plain mean. Where a Gram matrix is
 singular, the directions that the inputs leave open keep the plain mean, too.
 
-RegMean++ (arXiv 2508.03121) takes the activations of the merged model in their place: layer by layer, those that the
-layers before, which are fitted already, and the plain mean of all else lead to.
+RegMean++ (Nguyen et al., TMLR 2026, arXiv 2508.03121; FusionBench's regmean_plusplus, which is theirs) gives each
+transformer block what the blocks before it give in the merged model, which are fitted already; in the block,
+activations are the finetuned model's. What is outside of blocks runs with the merged weights, the mean until fitted.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def stops_of(task: OpenTask, chosen: frozenset[str]) -> frozenset[str]:
 
 class Work:
     """All finetuned models side by side, each on its own inputs, from layer to layer. running: the weights that inputs
-    pass through, of each task.
+    pass through, of each task; of RegMean++, from block to block.
 
     Every process has its share of the inputs and of each layer's output rows, and all have the same sums.
     """
@@ -182,6 +183,7 @@ class Work:
         self._calls: Counter[Key] = Counter()
         self._due: Counter[Key] = Counter()
         self._sums: dict[Key, dict[int, Sums]] = {}
+        self._block: str | None = None
         self._pending = ParamGroups(self._tasks[0].model, writer.writes)
         self._advance: Callable[[int], object] = lambda _: None
 
@@ -217,7 +219,8 @@ class Work:
     def _alone(self, number: int, batch: Sequence[Any]) -> Alone:
         task, stops = self._tasks[number], self._stops[number]
         work = partial(task.task.outputs, task.model, batch)
-        return Alone(number, Pass(self._running[number], work, stops, states=self._states()))
+        blocks = task.finetuned if self._config.merged_inputs else None
+        return Alone(number, Pass(self._running[number], work, stops, states=self._states(), in_blocks=blocks))
 
     def _pass_by(self, alones: Sequence[Alone], stop: LockstepStop) -> Callable[[], None]:
         self._count(stop)
@@ -232,12 +235,24 @@ class Work:
         linear = stop.place
         assert isinstance(linear, Linear)
         self._count(stop)
+        block = alones[0].run.block if alones else None
+        if block != self._block:  # all passes have run through the one before
+            self._block = block
+            for running in self._running:
+                running.changed.clear()
         sums = self._sums.setdefault(linear.key, {})
         self._processes.together(lambda: self._add(alones, sums))
         fitted = None
         if self._calls[linear.key] == self._due[linear.key]:
             fitted = self._fit(linear, self._sums.pop(linear.key))
-        return partial(self._go_on, alones, fitted if self._config.merged_inputs else None)
+        if fitted is not None and block is not None:
+            self._change(linear, fitted)
+        return partial(self._go_on, alones, fitted if self._config.merged_inputs and block is None else None)
+
+    def _change(self, linear: Linear, values: Tensor) -> None:
+        """Let the block that runs give what it gives with these values [outputs, inputs] of a layer in it."""
+        for parts, running in zip(self._parts, self._running, strict=True):
+            running.changed[parts[linear.key].parameter] = values.T if linear.transposed else values
 
     def _add(self, alones: Sequence[Alone], sums: dict[int, Sums]) -> None:
         def work(one: Alone) -> Sums:
@@ -259,10 +274,10 @@ class Work:
             for one in alones:
                 one.run.end()
             return
-        for number, running in enumerate(self._running):
+        for number in range(len(self._tasks)):
             if own := [one for one in alones if one.task == number]:
-                layer = own[0].stop
-                used, bias = layer.load(running) if weight is None else (weight, layer.load_bias(running))
+                layer, weights = own[0].stop, own[0].run.weights
+                used, bias = layer.load(weights) if weight is None else (weight, layer.load_bias(weights))
                 for_each(lambda one, used=used, bias=bias: one.run.multiply(used, bias), own, self._workers)
 
     def _weight(self, number: int, linear: Linear) -> Tensor:

@@ -27,6 +27,17 @@ class InputSettings(Protocol):
     def tokens(self) -> int: ...
 
     @property
+    def labelled(self) -> bool: ...
+
+    def most_inputs(self, data: OpenSet) -> int: ...
+
+    def as_record(self) -> dict[str, Any]: ...
+
+
+class LayerByLayerSettings(InputSettings, Protocol):
+    """As of LayerByLayer."""
+
+    @property
     def batch(self) -> int: ...
 
     @property
@@ -35,15 +46,8 @@ class InputSettings(Protocol):
     @property
     def states_on(self) -> str: ...
 
-    @property
-    def labelled(self) -> bool: ...
 
-    def most_inputs(self, data: OpenSet) -> int: ...
-
-    def as_record(self) -> dict[str, Any]: ...
-
-
-class RegMeanSettings(InputSettings, Protocol):
+class RegMeanSettings(LayerByLayerSettings, Protocol):
     """As of methods/regmean.py and regmean_plusplus.py."""
 
     merged_inputs: ClassVar[bool]
@@ -52,7 +56,7 @@ class RegMeanSettings(InputSettings, Protocol):
     def alpha(self) -> float: ...
 
 
-class RefitSettings(InputSettings, Protocol):
+class RefitSettings(LayerByLayerSettings, Protocol):
     """As of stitchers/refit.py."""
 
     @property

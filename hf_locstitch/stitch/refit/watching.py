@@ -1,4 +1,4 @@
-"""What passes through a model see of it: its padding, its last hidden states, and its stacked experts."""
+"""What passes through a model see of it: its padding, its last hidden states, its blocks, and its stacked experts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from hf_locstitch.stitch.refit.passes import Pass
 from hf_locstitch.stitch.refit.stops import ExpertsStop
@@ -15,8 +16,8 @@ from hf_locstitch.stitch.refit.weights import Part, part_of
 
 
 def watch(model: Any) -> frozenset[str]:
-    """Make passes through a model see its padding and last hidden states, and stop before stacked experts. Returns the
-    names of their parameters."""
+    """Make passes through a model see its padding, last hidden states and blocks, and stop before stacked experts.
+    Returns the names of their parameters."""
     model.register_forward_pre_hook(_note_padding, with_kwargs=True)
     _last_states(model).register_forward_hook(_note_hidden)
     stacked: set[str] = set()
@@ -24,6 +25,8 @@ def watch(model: Any) -> frozenset[str]:
         if stacks := _stacked_experts(module):
             module.forward = _stopping(module.forward, stacks)
             stacked |= {stack.parameter for stack in stacks}
+    for name, block in _blocks(model).items():
+        block.forward = _twice(block.forward, name)
     return frozenset(stacked)
 
 
@@ -31,6 +34,36 @@ def _last_states(model: Any) -> Any:
     """The module that gives the last hidden states: the decoder, where it stands beside the head."""
     beside = model.base_model is model and getattr(model.config, "is_encoder_decoder", False)
     return model.get_decoder() if beside else model.base_model
+
+
+def _blocks(model: Any) -> dict[str, Any]:
+    """The transformer blocks by name: the innermost modules that transformers can checkpoint; none in models that it
+    cannot."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    found = {name: one for name, one in model.named_modules() if isinstance(one, GradientCheckpointingLayer)}
+    return {name: one for name, one in found.items() if not any(other.startswith(f"{name}.") for other in found)}
+
+
+def _twice(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """See Pass.in_blocks."""
+
+    def running(*args: Any, **kwargs: Any) -> Any:
+        here = Pass.current()
+        if here is None or here.in_blocks is None:
+            return forward(*args, **kwargs)
+        copies = tree_map(_copied, (args, kwargs))  # a block may add to its input in place
+        with here.inside_block(name):
+            forward(*copies[0], **copies[1])
+        del copies
+        with here.straight():
+            return forward(*args, **kwargs)
+
+    return running
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _stacked_experts(module: Any) -> tuple[Part, ...]:

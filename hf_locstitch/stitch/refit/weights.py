@@ -193,3 +193,15 @@ class Weights:
         for name in group.disk:
             self._release(name)
         return values
+
+
+def fill(model: Any, weights: Weights) -> None:
+    """Replace a model's placeholders by what they stand for: it then runs, and has gradients, as any other."""
+    for parameter in model.parameters():
+        if (part := part_of(parameter)) is not None:
+            parameter.data = weights.load(part)
+            del parameter.locstitch_part
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if (part := part_of(buffer)) is not None:
+                module._buffers[name] = weights.load(part)

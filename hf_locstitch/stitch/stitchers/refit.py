@@ -124,7 +124,7 @@ class Refit(Stitcher):
         if self.labelled:
             from hf_locstitch.stitch.refit.models import check_labels  # slow to import
 
-            check_labels(self, finetuned, data)
+            check_labels(f"judge: {self.judge}", "judge: agreement", self.inputs, finetuned, data)
 
     def cost(self, fittable: Fittable) -> Cost | None:
         from hf_locstitch.stitch.dataless.cost import dataless_cost  # slow to import

@@ -81,9 +81,13 @@ def test_values_are_those_of_one_process(
 
 @pytest.mark.parametrize(
     ("name", "kind", "count", "how"),
-    [("regmean-plusplus", "llama", 2, {"batch": 3}), ("regmean", "gpt2", 3, {"inputs": 1})],
+    [
+        ("regmean-plusplus", "llama", 2, {"batch": 3}),
+        ("regmean", "gpt2", 3, {"inputs": 1}),
+        ("fisher", "llama", 2, {"inputs": 3, "state_on": "disk"}),
+    ],
 )
-def test_regmean_is_that_of_one_process(
+def test_methods_with_inputs_are_those_of_one_process(
     name: str, kind: str, count: int, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one input a task, a third process gets none."""

@@ -1,4 +1,4 @@
-"""RegMean++ against its closed form, in memory, layer by layer in the merged model."""
+"""RegMean++ against its closed form, in memory, block by block behind the merged model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from helpers.models import State, load, same_bits
 from helpers.refits import read_record
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from hf_locstitch.cli.main import main
@@ -45,45 +46,58 @@ def merge(
     return tmp / out
 
 
-def inputs_of(model: nn.Module, layer: nn.Module, texts: list[str], last: bool) -> Tensor:
-    """What enters a layer, one text at a time, so that nothing is padded; the last token of a text predicts nothing."""
-    kept: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda _, args: kept.append(args[0].reshape(-1, args[0].shape[-1])))
+def run(model: nn.Module, texts: list[str]) -> None:
+    """One text at a time, so that nothing is padded."""
     with torch.no_grad():
         for text in texts:
             model(**make_tokenizer()(text, return_tensors="pt", return_token_type_ids=False))
-    handle.remove()
-    return torch.cat([part if last else part[:-1] for part in kept]).double()
+
+
+def grams_of(model: nn.Module, names: list[str], texts: list[str]) -> dict[str, Tensor]:
+    """Mean xxᵀ of what enters each of these linears; the last token of a text predicts nothing."""
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    modules = dict(model.named_modules())
+    handles = [
+        modules[name].register_forward_pre_hook(
+            lambda _, args, name=name: kept[name].append(args[0].reshape(-1, args[0].shape[-1]))
+        )
+        for name in names
+    ]
+    run(model, texts)
+    for handle in handles:
+        handle.remove()
+    x = {name: torch.cat([one[:-1] if name == "lm_head" else one for one in kept[name]]).double() for name in names}
+    return {name: one.T @ one / len(one) for name, one in x.items()}
 
 
 def reference(folders: list[Path], texts: list[list[str]]) -> State:
-    """The mean; then one linear after the other, in the order of its calls, (Σ G)⁻¹ Σ G W of the inputs that it has."""
+    """The mean; then block by block, all linears of one at once, (Σ G)⁻¹ Σ G W of the inputs that they have in each
+    finetuned model's block behind the merged blocks before it; the head behind all of them."""
     states = [load(folder) for folder in folders[1:]]
-    model = transformers.AutoModelForCausalLM.from_pretrained(folders[1])
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in states[0]:
-            own[name].copy_(torch.stack([state[name] for state in states]).mean(0))
-    order: list[str] = []
-    linears = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear | Conv1D)}
-    handles = [one.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, one in linears.items()]
-    model(**make_tokenizer()(texts[0][0], return_tensors="pt", return_token_type_ids=False))
-    for handle in handles:
-        handle.remove()
-    for name in order:
-        layer, weight = linears[name], f"{name}.weight"
-        if weight not in states[0]:
-            continue  # a tied head
-        grams = []
-        for some in texts:
-            x = inputs_of(model, layer, some, last=name != "lm_head")
-            gram = x.T @ x / len(x)
-            grams.append(gram * ALPHA + torch.diag(gram.diagonal()) * (1 - ALPHA))
-        wide = [state[weight].double() if isinstance(layer, Conv1D) else state[weight].double().T for state in states]
-        found = torch.linalg.inv(sum(grams)) @ sum(gram @ one for gram, one in zip(grams, wide, strict=True))
-        with torch.no_grad():
-            own[weight].copy_(found if isinstance(layer, Conv1D) else found.T)
-    return {name: own[name].detach() for name in states[0]}
+    models = [transformers.AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders[1:]]
+    linears = {name: one for name, one in models[0].named_modules() if isinstance(one, nn.Linear | Conv1D)}
+    blocks = [name for name, one in models[0].named_modules() if isinstance(one, GradientCheckpointingLayer)]
+    parts = [[name for name in linears if name.startswith(f"{block}.")] for block in blocks]
+    parts.append([name for name in linears if f"{name}.weight" in states[0] and not any(name in one for one in parts)])
+    merged = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+
+    def lay(within: str) -> None:
+        """The merged weights in all models, except in one block."""
+        for model, state in zip(models, states, strict=True):
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(state[name] if name.startswith(within) else merged[name])
+
+    for within, names in zip([*(f"{block}." for block in blocks), "nowhere"], parts, strict=True):
+        lay(within)
+        found = [grams_of(model, names, some) for model, some in zip(models, texts, strict=True)]
+        for name in names:
+            grams = [one[name] * ALPHA + torch.diag(one[name].diagonal()) * (1 - ALPHA) for one in found]
+            turned, weight = isinstance(linears[name], Conv1D), f"{name}.weight"
+            wide = [state[weight].double() if turned else state[weight].double().T for state in states]
+            fitted = torch.linalg.inv(sum(grams)) @ sum(gram @ one for gram, one in zip(grams, wide, strict=True))
+            merged[weight] = (fitted if turned else fitted.T).float()
+    return merged
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -109,7 +123,7 @@ def test_the_plan_the_record_and_the_card(tmp_path: Path, capsys: pytest.Capture
     out = merge(tmp_path, "out")
     record, card = read_record(out), (out / "README.md").read_text()
     assert record["method"] == "regmean-plusplus" and record["stitch"]["alpha"] == ALPHA
-    assert "2508.03121" in card and "what the merged model computes" in card
+    assert "2508.03121" in card and "each of that model's blocks" in card
     flags = ["--base", str(tmp_path / "base"), "--ft", str(tmp_path / "ft0"), str(tmp_path / "ft1")]
     data = ["--data", str(tmp_path / "0.jsonl"), str(tmp_path / "1.jsonl")]
     assert main(["merge", *flags, "--method", "regmean-plusplus", *data, "--dry-run"]) == 0
