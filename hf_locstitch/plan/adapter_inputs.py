@@ -15,6 +15,7 @@ from hf_locstitch.checkpoints.vocabulary import token_matrices
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.human import some
+from hf_locstitch.runtime.packages import MODELS, need
 from hf_locstitch.runtime.settings import Settings
 
 
@@ -63,6 +64,7 @@ def check_adapters(recipe: Recipe, settings: Settings, finetuned: Mapping[str, C
     if not adapters:
         return
     called = f"{some(list(adapters))} {'is an adapter' if len(adapters) == 1 else 'are adapters'}"
+    need(f"merging adapters ({some(list(adapters))})", "peft", *MODELS)
     merge_first = "Merge the adapter first (merge_and_unload), and name that folder"
     if not settings.cache:
         raise RecipeError(

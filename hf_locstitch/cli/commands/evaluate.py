@@ -11,6 +11,7 @@ from typing import Any
 from hf_locstitch.cli.parser import REF, add_command, add_debug, count_or
 from hf_locstitch.cli.printing import put, speaks
 from hf_locstitch.runtime.escape import in_json
+from hf_locstitch.runtime.packages import WITH_DATA, need
 from hf_locstitch.tasks.metrics import METRICS
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
@@ -129,6 +130,7 @@ def _add_output(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """hf-locstitch evaluate"""
+    need("evaluate", *WITH_DATA)
     from hf_locstitch.evaluation.evaluate import evaluate as score
     from hf_locstitch.tasks.lm_eval_options import LmEvalOptions
 

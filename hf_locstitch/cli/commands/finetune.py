@@ -9,6 +9,7 @@ from typing import Any
 from hf_locstitch.cli.flags import add_printing, add_recipe, add_target
 from hf_locstitch.cli.parser import REF, add_command, add_debug
 from hf_locstitch.cli.printing import put_plan, put_result
+from hf_locstitch.runtime.packages import WITH_DATA, need
 from hf_locstitch.tasks.objectives import OBJECTIVES
 
 
@@ -64,6 +65,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """hf-locstitch finetune"""
+    need("finetune", *WITH_DATA, *(["peft"] if args.lora else []))
     from hf_locstitch.engine.preflight import check_output_given
     from hf_locstitch.plan.recipe_file import load_recipe
     from hf_locstitch.runtime.progress import Progress
