@@ -24,7 +24,7 @@ test-oldest: $(READY)  ## these tests with the oldest versions that pyproject.to
 	$(BIN)/python tests/oldest_versions.py $(KEEP) > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt torch
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
-		-e . hypothesis pytest pytest-xdist scikit-learn
+		-e ".[eval]" hypothesis pytest pytest-xdist scikit-learn
 	$(OLDEST)/bin/python -m pytest -n auto $(OLDEST_TESTS)
 
 quality: $(READY)  ## lint, format, types, and who may import whom

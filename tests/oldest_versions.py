@@ -12,13 +12,15 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+EXTRA = "eval"  # what the tests need besides
 TESTED = Path(__file__).parents[1] / "constraints.txt"
 
 
 def oldest(declared: Iterable[str], tested: Iterable[str], keep: Collection[str] = ()) -> Iterator[str]:
     """declared: requirements, those of extras among them. tested: lines of constraints.txt."""
     for requirement in map(Requirement, declared):
-        if requirement.marker is None and requirement.name not in keep:
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": EXTRA})
+        if wanted and requirement.name not in keep:
             (bound,) = (part.version for part in requirement.specifier if part.operator == ">=")
             yield f"{requirement.name}=={bound}"
     yield from (line for line in tested if line.split("==")[0] in keep)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hf_locstitch.comparison.cells import all_settings
-from hf_locstitch.errors import RecipeError
 from hf_locstitch.plan.compare_options import CompareOptions
+from hf_locstitch.runtime.packages import need
 
 Measure = Callable[[Mapping[str, Any]], float]  # a combination -> its score, the larger the better
 
@@ -16,13 +16,8 @@ def check_search(options: CompareOptions) -> None:
     """Raises RecipeError if the combinations are to be chosen by a package that is not there."""
     if options.trials is None:
         return
-    try:
-        import optuna  # noqa: F401
-    except ImportError as error:
-        raise RecipeError(
-            f"compare.trials chooses {options.trials} of {options.size} combinations by Optuna, which is not "
-            "installed. Install it (pip install 'hf-locstitch[search]'), or drop trials to merge all of them."
-        ) from error
+    what = f"compare.trials (the choice of {options.trials} of {options.size} combinations)"
+    need(what, "optuna", instead="Or drop trials, to merge all of them.")
 
 
 def search(options: CompareOptions, measure: Measure) -> None:

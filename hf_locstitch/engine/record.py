@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -66,7 +67,7 @@ def make_manifest(
         covered_by=[plan.n - int(overlap.covered[1:].sum()), *overlap.covered[1:].tolist()] if plan.masked else [],
         overlap=overlap.pair_records(list(plan.finetuned)) if plan.masked else [],
         warnings=[*plan.warnings, *smaller],
-        versions={"python": platform.python_version(), **{library: version(library) for library in _libraries(plan)}},
+        versions={"python": platform.python_version(), **_versions(_libraries(plan))},
         fingerprint=fingerprint,
         data={name: found.pinned.dump() for name, found in plan.data.items()}
         | {name: data for name, checkpoint in localized.items() for data in checkpoint.record.data.values()}
@@ -79,6 +80,15 @@ def make_manifest(
 def _libraries(plan: Plan) -> tuple[str, ...]:
     """Those whose versions may tell why a second run gave other bytes."""
     return (*LIBRARIES, "transformers", "peft") if plan.adapters else LIBRARIES
+
+
+def _versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed: a merge by magnitude needs no torch."""
+    found = {}
+    for library in libraries:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
 
 
 def _smaller_masks(plan: Plan, masks: Mapping[str, MaskRecord]) -> Iterator[str]:

@@ -14,6 +14,8 @@ from hf_locstitch.evaluation.lm_eval_tasks import digest_of, load_task, open_man
 from hf_locstitch.evaluation.models import Model, check_language_model
 from hf_locstitch.evaluation.scores import TaskResult
 from hf_locstitch.evaluation.suite import Suite
+from hf_locstitch.runtime.human import some
+from hf_locstitch.runtime.packages import MODELS, need
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.tasks.benchmarks import EvaluateOptions, TaskSpec, chosen_tasks
 from hf_locstitch.tasks.leaks import JudgedTask
@@ -26,9 +28,10 @@ if TYPE_CHECKING:
 
 class LmEvalSuite(Suite):
     def __init__(self, options: EvaluateOptions) -> None:
-        """Raises RecipeError."""
+        """Raises RecipeError, also where lm-eval is not installed."""
         self._options = options
         specs, self.limit = chosen_tasks(options.tasks, options.suite, options.limit)
+        need(f"evaluating on {some([str(spec) for spec in specs])}", "lm_eval", *MODELS)
         self._specs = {str(spec): spec for spec in specs}
         self._digest = digest_of(options.include_path)
         self._tasks: dict[TaskSpec, list[Task | Group]] = {}

@@ -5,18 +5,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from hf_locstitch.errors import RecipeError
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores
+from hf_locstitch.runtime.packages import need
 
 PROJECT = "hf-locstitch"
 
 
 def find_tracker(name: str) -> Any:
     """The module; both have init(project=, name=, config=), log(dict) and finish(). Raises RecipeError."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise RecipeError(f"--track {name} needs the package {name}. Install it with: pip install {name}") from error
+    need(f"--track {name}", name)
+    return import_module(name)
 
 
 def log_report(report: EvaluationReport, name: str) -> None:

@@ -13,6 +13,7 @@ from hf_locstitch.engine.work_dir import fingerprint
 from hf_locstitch.errors import CheckpointError, LocstitchError, MismatchError, OutputError, RecipeError, WorkError
 from hf_locstitch.exports.expressible import check_masked, misfits, unlike
 from hf_locstitch.exports.form import MADE_OF
+from hf_locstitch.runtime.packages import MODELS, need
 from hf_locstitch.runtime.processes import find_processes
 from hf_locstitch.runtime.progress import Progress, hide_all_library_bars
 
@@ -28,6 +29,7 @@ def check_adapter(plan: ModelPlan) -> None:
     adapter = plan.recipe.adapter
     if adapter is None or _is_written(adapter, plan):
         return
+    need("--adapter", "peft", *MODELS)
     _check_folder(adapter, plan)
     recipe, base = plan.recipe, plan.base
     check_masked(LABEL, recipe, masked=plan.masked, new_rows=plan.vocabulary is not None)

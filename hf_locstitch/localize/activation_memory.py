@@ -13,7 +13,6 @@ from hf_locstitch.localize.with_data import MICRO_BATCH, WithData
 from hf_locstitch.runtime.dtypes import ITEM_BYTES, ON_DISK
 from hf_locstitch.tasks.activations import token_activations
 from hf_locstitch.tasks.choosing_objectives import suggest
-from hf_locstitch.tasks.objective import Objective
 from hf_locstitch.tasks.sets import OpenSet
 
 Config = TypeVar("Config", bound=WithData)

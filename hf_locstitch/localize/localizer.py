@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 class Localizer(BaseModel, ABC):
     """density: the share of the localizable elements that a mask keeps; None where the localizer decides.
 
-    needs_data: whether it uses examples of each finetune's task. joint: whether it finds one mask for all finetunes,
-    from several passes over all of them. A subclass has a field `method: Literal[NAME]` and says which elements score
-    highest: `scores` if a score follows from the element's two values (and its place), `find_masks` for anything else.
+    needs_data: whether it uses examples of each finetune's task. packages: modules beyond the core's that it imports,
+    such as torch. joint: whether it finds one mask for all finetunes, from several passes over all of them.
+    A subclass has a field `method: Literal[NAME]` and says which elements score highest: `scores` if a score follows
+    from the element's two values (and its place), `find_masks` for anything else.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     needs_data: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ()
     joint: ClassVar[bool] = False
 
     if TYPE_CHECKING:  # fields of each localizer, recorded in its own order

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.runtime.devices import AUTO, DeviceName
+from hf_locstitch.runtime.packages import WITH_DATA
 
 if TYPE_CHECKING:
     from hf_locstitch.localize.grafted_model import GraftedModel
@@ -30,6 +31,7 @@ class WithData(Localizer):
     """
 
     needs_data: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = WITH_DATA
 
     micro_batch: int | Literal["auto"] = "auto"
     state_dtype: Literal["float32", "bfloat16"] = "float32"

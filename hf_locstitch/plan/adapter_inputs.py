@@ -17,6 +17,7 @@ from hf_locstitch.errors import RecipeError
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime.every import every
 from hf_locstitch.runtime.human import some
+from hf_locstitch.runtime.packages import MODELS, need
 from hf_locstitch.runtime.settings import Settings
 
 
@@ -69,6 +70,7 @@ def check_adapters(recipe: Recipe, settings: Settings, finetuned: Mapping[str, C
     if not adapters:
         return
     called = f"{some(list(adapters))} {'is an adapter' if len(adapters) == 1 else 'are adapters'}"
+    need(f"merging adapters ({some(list(adapters))})", "peft", *MODELS)
     merge_first = "Merge the adapter first (merge_and_unload), and name that folder"
     if not settings.cache:
         raise RecipeError(

@@ -51,6 +51,7 @@ from hf_locstitch.plan.vocabulary import VocabularyPlan, plan_vocabulary
 from hf_locstitch.plan.whole_tensors import within_limit
 from hf_locstitch.runtime.every import every
 from hf_locstitch.runtime.human import some
+from hf_locstitch.runtime.packages import need
 from hf_locstitch.runtime.progress import hide_library_bars
 from hf_locstitch.runtime.settings import DEFAULT, Settings
 from hf_locstitch.tasks.sets import OpenSet, open_set
@@ -65,6 +66,7 @@ NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
 
 def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | StitchPlan:
     """The plan of a recipe that ends in a model. Raises RequestError with every problem."""
+    _check_packages(recipe)
     if recipe.localized:
         return _open_and_stitch(recipe, settings)
     recipe, idle = with_device(recipe, settings.device)
@@ -84,6 +86,7 @@ def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | Stitc
 
 def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> LocalizePlan:
     """The plan for a localized checkpoint of the recipe's one finetune. Raises like make_plan."""
+    _check_packages(recipe)
     recipe, idle = with_device(_without_fit_data(recipe), settings.device)
     check_localizable(recipe)
     base, finetuned, data, _ = _open_inputs(recipe, settings)
@@ -91,6 +94,15 @@ def make_localize_plan(recipe: Recipe, settings: Settings = DEFAULT) -> Localize
     planned = _with_warnings(localize_plan(recipe, base, finetuned, settings, data), notes)
     planned = with_lineage(_with_text_warnings(planned))
     return _strictly(_with_fit_warnings(replace(planned, notes=(*planned.notes, *idle))))
+
+
+def _check_packages(recipe: Recipe) -> None:
+    """Raises RecipeError if a part of the recipe imports what is not installed."""
+    need(f"the method {recipe.method.name}", *recipe.method.packages)
+    if recipe.localizer is not None:
+        need(f"the localizer {recipe.localizer.method}", *recipe.localizer.packages)
+    if recipe.stitch is not None:
+        need(f"stitch: {recipe.stitch.method}", *recipe.stitch.packages)
 
 
 def _strictly(plan: AnyStrictPlan) -> AnyStrictPlan:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from hf_locstitch.runtime.devices import AUTO, DeviceName
+from hf_locstitch.runtime.packages import WITH_DATA
 from hf_locstitch.tasks.sets import LocalizationSet
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class OnInputs(BaseModel, ABC):
 
     called: ClassVar[str]  # in messages: "a refit"
     data_optional: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = WITH_DATA
     data: dict[str, LocalizationSet] | tuple[LocalizationSet, ...] = ()
     inputs: int = Field(default=256, ge=1)
     tokens: int = Field(default=128, ge=1)

@@ -26,6 +26,7 @@ class MatrixMethod(TensorMethod):
 
     blocks_only: ClassVar[bool] = True
     linear_algebra: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
     copies: ClassVar[float] = 12
     of_each: ClassVar[float] = 2
     squares: ClassVar[float] = 0

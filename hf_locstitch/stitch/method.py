@@ -53,7 +53,8 @@ class Method(BaseModel, ABC):
     """Its fields are its settings in a recipe: `method: {name: dare, seed: 1}`, or `method: average`.
 
     title, paper, citation: its name for people, the paper's URL, BibTeX. masked: whether it localizes each finetune
-    first. needs_data: whether it uses unlabelled inputs. blocks_only: whether its default is to merge only the
+    first. needs_data: whether it uses unlabelled inputs. packages: modules beyond the core's
+    that it imports, such as torch. blocks_only: whether its default is to merge only the
     transformer blocks, not all tensors. least, most: how many finetunes it takes. ordered: whether it tells them apart
     by the order given; else they come in one that does not depend on it. weighted: whether finetunes may have weights.
     by_globs: the settings that may be numbers by globs of tensors. of_finetunes: those that have, if they are given, an
@@ -68,6 +69,7 @@ class Method(BaseModel, ABC):
     citation: ClassVar[str] = ""
     masked: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ()
     blocks_only: ClassVar[bool] = False
     least: ClassVar[int] = 1
     most: ClassVar[int | None] = None

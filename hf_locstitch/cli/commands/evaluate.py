@@ -12,6 +12,7 @@ from hf_locstitch.cli.next_steps import after_evaluation, next_lines
 from hf_locstitch.cli.parser import REF, add_command, add_diagnostics, count_or
 from hf_locstitch.cli.printing import put, put_json, speaks, tell
 from hf_locstitch.cli.terminal import width_of
+from hf_locstitch.runtime.packages import WITH_DATA, need
 from hf_locstitch.tasks.metrics import METRICS
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
@@ -136,6 +137,7 @@ def _add_output(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """hf-locstitch evaluate"""
+    need("evaluate", *WITH_DATA)
     from hf_locstitch.evaluation.evaluate import evaluate as score
     from hf_locstitch.tasks.lm_eval_options import LmEvalOptions
 

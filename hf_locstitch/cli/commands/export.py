@@ -9,6 +9,7 @@ from hf_locstitch.cli.flags import add_printing, add_target
 from hf_locstitch.cli.parser import REF, add_command, add_diagnostics
 from hf_locstitch.cli.printing import put_json, put_plan, tell
 from hf_locstitch.exports.forms import FORMS
+from hf_locstitch.runtime.packages import MODELS, need
 
 
 def add(commands: Any) -> None:
@@ -33,6 +34,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """hf-locstitch export"""
+    need("export", "peft", *MODELS)
     from hf_locstitch.engine.delivery import Delivery, make_target
     from hf_locstitch.engine.preflight import check_output_given
     from hf_locstitch.exports.export import carry_out, check_possible, plan_export

@@ -9,6 +9,7 @@ from hf_locstitch.cli.flags import add_printing, add_recipe, add_target
 from hf_locstitch.cli.next_steps import after_finetune, next_lines
 from hf_locstitch.cli.parser import REF, add_command, add_diagnostics
 from hf_locstitch.cli.printing import put_json, put_plan, tell
+from hf_locstitch.runtime.packages import WITH_DATA, need
 from hf_locstitch.tasks.objectives import OBJECTIVES
 
 
@@ -70,6 +71,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """hf-locstitch finetune"""
+    need("finetune", *WITH_DATA, *(["peft"] if args.lora else []))
     from hf_locstitch.engine.preflight import check_output_given
     from hf_locstitch.plan.recipe_file import load_recipe
     from hf_locstitch.runtime.progress import Progress

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.artifacts.mask_file import MaskFile, Positions
 from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.inspection.verification.report import Finding, Refitted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Open = Callable[[Collection[str]], CheckpointReader]
 
@@ -48,6 +48,10 @@ class Fit:
 
     def compare(self, name: str, due: Tensor, slack: Tensor, places: Tensor, looked: Looked) -> Iterator[Finding]:
         """Values of a tensor on disk, flat, where masks cover these places. slack: beside rounding to its dtype."""
+        import torch
+
+        from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
+
         reader = self.merged([name])
         info = reader.checkpoint.info(name)
         covered = torch.from_numpy(self.union(name))
@@ -65,6 +69,8 @@ class Fit:
 
     def covered(self, name: str) -> Tensor:
         """Where masks cover a tensor: bool [*shape]."""
+        import torch
+
         shape = next(iter(self.masks.values())).shapes[name]
         covered = torch.zeros(math.prod(shape), dtype=torch.bool)
         covered[torch.from_numpy(self.union(name))] = True

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint
 from hf_locstitch.artifacts.mask_file import Positions
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.errors import IntegrityError
+from hf_locstitch.runtime.dtypes import DTYPE, Values
+
+if TYPE_CHECKING:
+    import torch
 
 
 class GraftReader(CheckpointReader):
@@ -40,11 +43,21 @@ class GraftReader(CheckpointReader):
             )
         return positions
 
+    def values(self, name: str, first: int, count: int) -> Values:
+        graft = self._grafted(name, first, count)
+        graft.flags.writeable = False
+        return graft
+
     def flat(self, name: str, first: int, count: int) -> torch.Tensor:
-        graft = self._base.flat(name, first, count).to(TORCH_DTYPE[self.checkpoint.info(name).dtype], copy=True)
+        from hf_locstitch.checkpoints.tensors import as_tensor
+
+        return as_tensor(self._grafted(name, first, count))
+
+    def _grafted(self, name: str, first: int, count: int) -> Values:
+        graft = self._base.values(name, first, count).astype(DTYPE[self.checkpoint.info(name).dtype])
         positions = self._positions(name)
         begin, end = np.searchsorted(positions, [first, first + count]).tolist()
-        graft[torch.from_numpy(positions[begin:end] - first)] = self._localized.values(name, begin, end - begin)
+        graft[positions[begin:end] - first] = self._localized.read(name, begin, end - begin)
         return graft
 
     def release(self, name: str, first: int, count: int) -> None:

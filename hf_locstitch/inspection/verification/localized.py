@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from hf_locstitch.artifacts.localized_checkpoint import LocalizedCheckpoint, read_localized
 from hf_locstitch.artifacts.manifest import Manifest
 from hf_locstitch.artifacts.mask_file import MaskFile
@@ -18,7 +20,6 @@ from hf_locstitch.inspection.verification.masks import check_masks, open_masks, 
 from hf_locstitch.inspection.verification.report import Finding, Notes
 from hf_locstitch.inspection.verification.sample import Tensors, sample
 from hf_locstitch.inspection.verification.values import MergeSettings, ValueCheck
-from hf_locstitch.runtime.chunks import one_torch_thread
 from hf_locstitch.runtime.progress import Progress
 
 
@@ -78,7 +79,10 @@ def _values(
         masks,
         MergeSettings(1.0, top_k(record, notes), refitted),
     )
-    with progress.bar("values", sum(given.stored(name).nbytes for name in looked_at)) as advance, one_torch_thread():
+    with (
+        progress.bar("values", sum(given.stored(name).nbytes for name in looked_at)) as advance,
+        np.errstate(all="ignore"),
+    ):
         for name in looked_at:
             notes.findings += check.localized(name)
             advance(given.stored(name).nbytes)

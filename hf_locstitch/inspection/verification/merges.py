@@ -27,7 +27,6 @@ from hf_locstitch.inspection.verification.values import MergeSettings, ValueChec
 from hf_locstitch.plan.checking import chosen_tensors
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.vocabulary import VocabularyPlan
-from hf_locstitch.runtime.chunks import one_torch_thread
 from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.progress import Progress
 
@@ -147,7 +146,7 @@ def _values(merge: Merge, opened: Opened, tensors: Tensors, progress: Progress, 
     own = opened.own([*ours, *others])
     check = _value_check(merge, opened, own, [*ours, *others], notes)
     sizes = {name: merge.weights.info(name).nbytes for name in [*ours, *others]}
-    with progress.bar("values", sum(sizes.values())) as advance, one_torch_thread():
+    with progress.bar("values", sum(sizes.values())) as advance, np.errstate(all="ignore"):
         for name, size in sizes.items():
             if vocabulary is not None and name in matched and name not in merge.localized:
                 notes.findings += check_rows(name, check.merged, vocabulary.alignment, own)

@@ -5,55 +5,57 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from hf_locstitch.artifacts.mask_file import MaskFile
+from hf_locstitch.artifacts.mask_file import MaskFile, Positions
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.checkpoints.tensors import TORCH_DTYPE
 from hf_locstitch.inspection.verification.masks import positions_of
 from hf_locstitch.inspection.verification.report import Finding
-from hf_locstitch.runtime.dtypes import ON_DISK
+from hf_locstitch.runtime.dtypes import DTYPE, ON_DISK, Values
 
 PIECE = 1 << 18  # elements checked at once
-INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 ABOVE_ALL = 1 << 31  # larger than the bits of any non-negative float32
 
-Kept = tuple[torch.Tensor, torch.Tensor]
+Kept = tuple[Values, Positions]
 
 
-def stitched(base: torch.Tensor, finetuned: Sequence[Kept], scale: float, dtype: torch.dtype) -> torch.Tensor:
+def stitched(base: Values, finetuned: Sequence[Kept], scale: float, dtype: np.dtype[Any]) -> Values:
     """The merged values [n]. base: [n]; finetuned: of each, values [n] and kept positions [m], in summation order.
 
     Source: arXiv 2408.13656, section 3.3: the mean of the finetuned values where masks cover, else the base's.
     """
-    merged = base.to(dtype, copy=True)
-    times = torch.zeros(len(base), dtype=torch.uint8)
-    total = torch.full((len(base),), -0.0, dtype=torch.float64)  # −0 leaves every sum unchanged, its sign too
+    merged = base.astype(dtype)
+    times = np.zeros(len(base), np.uint8)
+    total = np.full(len(base), -0.0)  # −0 leaves every sum unchanged, its sign too
     for values, places in finetuned:
         times[places] += 1
-        total[places] += values[places].double()
-        merged[places] = values[places].to(dtype)
+        total[places] += values[places].astype(np.float64)
+        merged[places] = values[places].astype(dtype)
     averaged = times > (1 if scale == 1.0 else 0)
     mean = total[averaged] / times[averaged]
     if scale != 1.0:
-        start = base[averaged].float()
-        mean = start + scale * (mean.float() - start)
-    merged[averaged] = mean.to(dtype)
+        start = base[averaged].astype(np.float32)
+        mean = start + np.float32(scale) * (mean.astype(np.float32) - start)
+    merged[averaged] = mean.astype(dtype)
     return merged
 
 
-def differing(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Positions where two tensors [n] of one dtype differ in any bit; all NaNs are equal. Returns int64 [d]."""
-    integer = INTEGER[left.element_size()]
+def differing(left: Values, right: Values) -> Positions:
+    """Positions where two arrays [n] of one dtype differ in any bit; all NaNs are equal. Returns int64 [d]."""
+    integer = INTEGER[left.itemsize]
     unlike = left.view(integer) != right.view(integer)
-    if left.is_floating_point():
-        unlike &= ~(left.isnan() & right.isnan())
-    return unlike.nonzero().flatten()
+    if _floating(left):
+        unlike &= ~(np.isnan(left) & np.isnan(right))
+    return np.flatnonzero(unlike)
+
+
+def _floating(values: Values) -> bool:
+    return values.dtype.kind not in "iub"  # bfloat16 is none of numpy's own kinds
 
 
 @dataclass
@@ -65,9 +67,9 @@ class Extremes:
     kept_in: str = ""
     left_in: str = ""
 
-    def add(self, tensor: str, scores: torch.Tensor, places: torch.Tensor) -> None:
+    def add(self, tensor: str, scores: Values, places: Positions) -> None:
         """scores: float32 [n], non-negative, overwritten; places: kept positions [m]. NaN counts as the largest."""
-        bits = scores.view(torch.int32)
+        bits = scores.view(np.int32)
         kept = int(bits[places].min()) if len(places) else ABOVE_ALL
         bits[places] = -1
         left = int(bits.max())
@@ -84,7 +86,7 @@ class Extremes:
 
 
 def _float(bits: int) -> str:
-    return f"{torch.tensor([bits], dtype=torch.int32).view(torch.float32).item():.9g}"
+    return f"{np.int32(bits).view(np.float32):.9g}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class ValueCheck:
         if unlike := list(_unlike_inputs(tensor, shape, inputs)):
             yield from unlike
             return
-        places = {name: torch.from_numpy(found) for name, found in positions_of(self.masks, tensor).items()}
+        places = positions_of(self.masks, tensor)
         wrong = Differences(tensor, self.merged.where(tensor), shape)
         for first in range(0, math.prod(shape), PIECE):
             self._piece(tensor, first, places, wrong)
@@ -141,23 +143,23 @@ class ValueCheck:
         for name, extremes in self.extremes.items():
             yield from extremes.check(self.masks[name].label)
 
-    def _piece(self, tensor: str, first: int, places: Mapping[str, torch.Tensor], wrong: Differences) -> None:
+    def _piece(self, tensor: str, first: int, places: Mapping[str, Positions], wrong: Differences) -> None:
         info = self.merged.checkpoint.info(tensor)
         count = min(PIECE, info.numel - first)
         kept = {name: _within(found, first, count) for name, found in places.items()}
-        base = self.base.flat(tensor, first, count)
-        values = {name: reader.flat(tensor, first, count) for name, reader in self.finetuned.items()}
+        base = self.base.values(tensor, first, count)
+        values = {name: reader.values(tensor, first, count) for name, reader in self.finetuned.items()}
         for name, reader in self.ranked.items() if self.settings.top_k else ():
-            whole = values[name] if reader is self.finetuned.get(name) else reader.flat(tensor, first, count)
-            scores = (whole.float() - base.float()).abs()
+            whole = values[name] if reader is self.finetuned.get(name) else reader.values(tensor, first, count)
+            scores = np.abs(whole.astype(np.float32) - base.astype(np.float32))
             self.extremes.setdefault(name, Extremes()).add(tensor, scores, kept[name])
         finetuned = [(own, kept[name]) for name, own in values.items()]
-        due = stitched(base, finetuned, self.settings.scale, TORCH_DTYPE[info.dtype])
-        got = self.merged.flat(tensor, first, count)
+        due = stitched(base, finetuned, self.settings.scale, DTYPE[info.dtype])
+        got = self.merged.values(tensor, first, count)
         fitted = kept if tensor in self.settings.refitted else {name: kept[name] for name in self.settings.unknown}
-        left_out = torch.unique(torch.cat([*fitted.values(), torch.empty(0, dtype=torch.int64)]))
+        left_out = np.unique(np.concatenate([*fitted.values(), np.empty(0, np.int64)]))
         if len(left_out):
-            got = got.clone()
+            got = got.copy()
             got[left_out] = due[left_out]
             self.partly.add(tensor)
         wrong.compare(got, due, first)
@@ -172,8 +174,8 @@ class ValueCheck:
         for first in range(0, got.numel, PIECE):
             count = min(PIECE, got.numel - first)
             if got.floating:
-                values = self.rest.flat(tensor, first, count).to(TORCH_DTYPE[got.dtype])
-                wrong.compare(self.merged.flat(tensor, first, count), values, first)
+                values = self.rest.values(tensor, first, count).astype(DTYPE[got.dtype])
+                wrong.compare(self.merged.values(tensor, first, count), values, first)
             else:
                 item = got.nbytes // got.numel
                 wrong.compare(
@@ -185,16 +187,16 @@ class ValueCheck:
         yield from wrong.findings()
 
 
-def _within(positions: torch.Tensor, first: int, count: int) -> torch.Tensor:
+def _within(positions: Positions, first: int, count: int) -> Positions:
     """Those of ascending positions that lie in first … first + count, from there."""
-    begin, end = np.searchsorted(positions.numpy(), [first, first + count])
+    begin, end = np.searchsorted(positions, [first, first + count])
     return positions[begin:end] - first
 
 
-def _raw(reader: CheckpointReader, info: TensorInfo, first: int, count: int, item: int) -> torch.Tensor:
+def _raw(reader: CheckpointReader, info: TensorInfo, first: int, count: int, item: int) -> Values:
     """Elements of any dtype, each as one integer [count], or as bytes where no integer has its size."""
-    raw = torch.frombuffer(reader.raw(info.name, first * item, (first + count) * item), dtype=torch.uint8)
-    return raw.clone().view(INTEGER[item]) if item in INTEGER else raw
+    raw = reader.raw(info.name, first * item, (first + count) * item)
+    return np.frombuffer(raw, INTEGER.get(item, np.uint8))
 
 
 @dataclass
@@ -207,12 +209,13 @@ class Differences:
     count: int = 0
     first: tuple[int, str, str] | None = None
 
-    def compare(self, got: torch.Tensor, due: torch.Tensor, start: int) -> None:
+    def compare(self, got: Values, due: Values, start: int) -> None:
         """got, due: [n], the first at index `start` of the tensor."""
         places = differing(got, due)
         if len(places) and self.first is None:
             at = int(places[0])
-            self.first = start + at, repr(got[at].item()), repr(due[at].item())
+            number = float if _floating(got) else int
+            self.first = start + at, repr(number(got[at])), repr(number(due[at]))
         self.count += len(places)
 
     def findings(self) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from hf_locstitch.localize.density import TopShare
 from hf_locstitch.runtime.devices import AUTO, DeviceName
+from hf_locstitch.runtime.packages import MODELS
 
 if TYPE_CHECKING:
     from hf_locstitch.artifacts.mask_source import MaskSource
@@ -24,6 +25,7 @@ class Joint(TopShare):
 
     method: Literal["joint"] = "joint"
     joint: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = MODELS
     density: float = Field(default=0.3, gt=0, le=1, allow_inf_nan=False)
     device: DeviceName = AUTO
 
