@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_locstitch.comparison.cells import uses_data
 from hf_locstitch.comparison.comparison import Comparison
+from hf_locstitch.comparison.leftovers import take_over
 from hf_locstitch.comparison.report import ComparisonReport
 from hf_locstitch.comparison.run import ComparisonRun
 from hf_locstitch.engine.execute import check_push
@@ -101,4 +102,5 @@ def carry_out(planned: Comparison, out: Path, progress: Progress) -> ComparisonR
     """Make and score the merges, and write the report. Raises like `compare`."""
     judge = check_possible(planned, out)
     with working_in(work_dir_beside(out, planned.fingerprint), out, Processes()) as work:
+        take_over(work)
         return ComparisonRun(planned, judge, work, progress).run(out)
