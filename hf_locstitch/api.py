@@ -341,7 +341,7 @@ def check_possible(plan: Plan) -> None:
     """All that must hold before a plan is carried out, without the work. Raises RequestError."""
     engine.check_possible(plan)
     if isinstance(plan, ModelPlan):
-        check_adapter(plan)
+        _after_merge(plan, Progress(False), {})
 
 
 def _carried_out(
