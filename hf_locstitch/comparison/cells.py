@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -79,26 +80,35 @@ def all_settings(options: CompareOptions) -> Iterator[dict[str, Any]]:
             yield dict(zip(grid, values, strict=True))
 
 
-def make_cells(fields: Mapping[str, Any], settings: Iterator[Mapping[str, Any]]) -> list[Cell]:
-    """One cell for each merge that differs from the others. fields: of the recipe.
+def make_cells(fields: Mapping[str, Any], settings: Iterator[Mapping[str, Any]]) -> dict[str, Cell]:
+    """The cell of each combination, by its key; combinations that give the same merge have the same one. fields: of the
+    recipe.
 
     Raises RecipeError with the first combination that is no recipe.
     """
     cells: dict[str, Cell] = {}
+    merges: dict[str, Cell] = {}
     for combination in settings:
-        cell = make_cell(fields, combination)
-        cells.setdefault(cell.identity, cell)
-    return list(cells.values())
+        cell = _make_cell(fields, combination)
+        cells[key_of(combination)] = merges.setdefault(cell.identity, cell)
+    return cells
 
 
-def make_cell(fields: Mapping[str, Any], combination: Mapping[str, Any]) -> Cell:
+def key_of(combination: Mapping[str, Any]) -> str:
+    """The same for the same values of the same axes."""
+    return json.dumps(combination, sort_keys=True, default=str)
+
+
+def _make_cell(fields: Mapping[str, Any], combination: Mapping[str, Any]) -> Cell:
     """The recipe's fields with these values. What a method does not have is left out: a density of `average`.
 
     Raises RecipeError.
     """
     common = {key: value for key, value in fields.items() if key not in NOT_THE_MERGE or key == "strict"}
-    method = str(as_fields("name", combination.get("method", fields.get("method") or "locstitch")).get("name"))
-    absent = _absent(method)
+    method = as_fields("name", combination.get("method", fields.get("method") or "locstitch"))
+    absent = _absent(str(method.get("name")))
+    if "method" in combination and method.get("densities"):  # one for each finetune, in place of one for all
+        absent = [*absent, "density"]
     settings = {axis: combination[axis] for axis in sorted(combination, key=_place) if axis not in absent}
     laid = overridden({key: value for key, value in common.items() if key not in absent}, settings)
     if not uses_data(laid):

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_locstitch.comparison.cells import uses_data
 from hf_locstitch.comparison.comparison import Comparison
+from hf_locstitch.comparison.leftovers import take_over
 from hf_locstitch.comparison.report import ComparisonReport
 from hf_locstitch.comparison.run import STEPS, ComparisonRun
 from hf_locstitch.engine.execute import check_push
@@ -108,4 +109,5 @@ def carry_out(
     announce()
     steps = progress.steps(STEPS)
     with steps, working_in(work_dir_beside(out, planned.fingerprint), out, Processes()) as work:
+        take_over(work)
         return ComparisonRun(planned, judge, work, progress).run(out)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
-from hf_locstitch.comparison.cells import Cell, all_settings, check_grid, make_cells
+from hf_locstitch.comparison.cells import Cell, all_settings, check_grid, key_of, make_cells
 from hf_locstitch.comparison.search import check_search
 from hf_locstitch.errors import RecipeError
+from hf_locstitch.plan.checking import judged_on
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.plans import MergePlan
 from hf_locstitch.plan.recipe import Recipe
@@ -17,6 +19,7 @@ from hf_locstitch.runtime import escape
 from hf_locstitch.runtime.processes import find_processes
 from hf_locstitch.runtime.settings import Settings
 from hf_locstitch.runtime.version import __version__
+from hf_locstitch.tasks.leaks import leaks
 
 SHOWN = 40  # merges that a plan lists
 
@@ -38,7 +41,8 @@ class Comparison:
         self.asked, self.fields, self.options, self.settings = asked, fields, asked.compare, settings
         check_grid(self.options)
         check_search(self.options)
-        self.cells = {cell.identity: cell for cell in make_cells(fields, all_settings(self.options))}
+        self._cells = make_cells(fields, all_settings(self.options))
+        self.cells = {cell.identity: cell for cell in self._cells.values()}
         self._plans: dict[str, MergePlan] = {}
         for cell in self.cells.values() if self.options.trials is None else [self.first]:
             self.plan(cell)
@@ -48,10 +52,17 @@ class Comparison:
         """Any of the cells: the inputs are those of all."""
         return next(iter(self.cells.values()))
 
+    def cell(self, settings: Mapping[str, Any]) -> Cell:
+        """That of a combination."""
+        return self._cells[key_of(settings)]
+
     def plan(self, cell: Cell) -> MergePlan:
         """Raises RequestError."""
         if cell.identity not in self._plans:
-            plan = make_plan(cell.recipe.model_copy(update={"figures": False}), self.settings)
+            try:
+                plan = make_plan(cell.recipe.model_copy(update={"figures": False}), self.settings)
+            except RecipeError as error:
+                raise RecipeError(f"combination ({cell.label}): {error}") from error
             assert isinstance(plan, MergePlan)
             self._plans[cell.identity] = plan
         return self._plans[cell.identity]
@@ -66,6 +77,13 @@ class Comparison:
         own = {"evaluate": self.asked.evaluate or self.options.select, "figures": self.asked.figures}
         target = {key: getattr(self.asked, key) for key in ("push_to", "private", "create_pr")}
         return cell.recipe.model_copy(update={**own, **target})
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """Of examples that decide although merges were made with them."""
+        judged = judged_on(self.options.select)
+        used = (data for cell in self.cells.values() for data in cell.recipe.used_data)
+        return [f"compare.select: {warning}" for warning in leaks(judged, used)]
 
     @property
     def count(self) -> int:
@@ -85,7 +103,8 @@ class Comparison:
         lines = [f"base       {plan.base.label}", f"finetuned  {', '.join(plan.finetuned)}"]
         lines += [f"merges     {self.count}" + (f" of {len(labels)}, chosen by Optuna" if self.options.trials else "")]
         lines += [f"           {label}" for label in shown]
-        lines += [f"chosen by  {self.options.by}", *(f"warning    {warning}" for warning in plan.warnings)]
+        lines += [f"chosen by  {self.options.by}"]
+        lines += [f"warning    {warning}" for warning in (*plan.warnings, *self.warnings)]
         return "\n".join(map(escape.line, lines))
 
     @property

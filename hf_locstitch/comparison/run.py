@@ -8,15 +8,17 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import product, starmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from huggingface_hub import ModelCard
 
 from hf_locstitch.checkpoints.checkpoint import CARD
 from hf_locstitch.checkpoints.source import file_sha256
-from hf_locstitch.comparison.cells import Cell, make_cell
+from hf_locstitch.comparison.cells import Cell
 from hf_locstitch.comparison.figure import save_comparison
+from hf_locstitch.comparison.leftovers import SCORES
 from hf_locstitch.comparison.report import BEST, FILE, ComparisonReport, Entry, shares_of
 from hf_locstitch.comparison.search import search
 from hf_locstitch.comparison.sharing import Scans
@@ -41,12 +43,14 @@ from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.progress import Advance, Progress
 from hf_locstitch.tasks.benchmarks import EvaluateOptions
 from hf_locstitch.tasks.sets import LocalizationSet, OpenSet
+from hf_locstitch.tasks.splits import may_share_rows
 
 if TYPE_CHECKING:
     from hf_locstitch.comparison.comparison import Comparison
 
 LOWEST = float("-inf")
 STEPS = SCORING, COMPARING, PUBLISHING = ("scoring the finetunes", "comparing", "making the best one")
+LOSS = "loss"  # of labelled sets: of a token on average
 
 
 class ComparisonRun:
@@ -82,7 +86,7 @@ class ComparisonRun:
 
     def _measure(self, settings: Mapping[str, Any], references: EvaluationReport, advance: Advance) -> float:
         """The score of a combination, measured once; the lowest if its merge cannot be made."""
-        cell = make_cell(self._planned.fields, settings)
+        cell = self._planned.cell(settings)
         if cell.identity not in self._entries and cell.identity not in self._failed:
             try:
                 self._entries[cell.identity] = self._entry(cell, references)
@@ -94,7 +98,7 @@ class ComparisonRun:
 
     def _entry(self, cell: Cell, references: EvaluationReport) -> Entry:
         """Made and scored now, or by an earlier process. Raises RequestError or WorkError."""
-        known = self._work.folder / "scores" / f"{self._key(cell)}.json"
+        known = self._work.folder / SCORES / f"{self._key(cell)}.json"
         if known.exists():
             scores = _scores_from(json.loads(known.read_text("utf-8")))
         else:
@@ -168,12 +172,18 @@ class ComparisonRun:
     def _report(self, references: EvaluationReport, reported: EvaluationReport) -> ComparisonReport:
         decided = examples_of(self._entries[self._best].scores.results, self._options.select)
         asked = self._planned.asked.evaluate or self._options.select
-        same = bool(decided & examples_of(reported.subject.results, asked))
-        warnings = [*self._failed.values()]
+        same = any(starmap(may_be_same, product(decided, examples_of(reported.subject.results, asked))))
+        warnings = [*self._failed.values(), *self._planned.warnings]
         if same:
             warnings.append(
                 "the chosen merge is reported on examples that it was chosen by, so its scores there are too good: "
                 "give others as `evaluate:`"
+            )
+        tokenizers = {self._planned.cells[identity].recipe.tokenizer for identity in self._entries}
+        if len(tokenizers) > 1 and any(one.main.metric == LOSS for one in self._entries[self._best].scores.results):
+            warnings.append(
+                "merges with different tokenizers are compared by a loss, which is a mean over tokens, and theirs are "
+                "not the same: give select another metric, such as exact-match, or compare with one tokenizer"
             )
         return ComparisonReport(
             entries=tuple(self._entries.values()),
@@ -186,11 +196,25 @@ class ComparisonRun:
         )
 
 
-def examples_of(results: Sequence[TaskResult], asked: EvaluateOptions) -> set[tuple[str | None, ...]]:
-    """Which examples results are of, as far as is known: a file's content, or data set, config and split."""
+class Examples(NamedTuple):
+    """Which examples a result is of, as far as is known. data: of a file its content, else the data set."""
+
+    data: str
+    config: str | None = None
+    split: str | None = None
+
+
+def examples_of(results: Sequence[TaskResult], asked: EvaluateOptions) -> set[Examples]:
     paths = {name: Path(one.ref).expanduser() for name, one in asked.sets.items()}
-    files = {name: (file_sha256(path), None, None) for name, path in paths.items() if path.is_file()}
-    return {files.get(one.task, (one.dataset or one.task, one.config, one.split)) for one in results}
+    files = {name: Examples(file_sha256(path)) for name, path in paths.items() if path.is_file()}
+    return {files.get(one.task, Examples(one.dataset or one.task, one.config, one.split)) for one in results}
+
+
+def may_be_same(one: Examples, other: Examples) -> bool:
+    """Whether some of these may be among those."""
+    if one[:2] != other[:2] or None in (one.split, other.split):
+        return one == other
+    return may_share_rows(str(one.split), str(other.split))
 
 
 def pinned(recipe: Recipe, plan: MergePlan) -> Recipe:

@@ -28,6 +28,7 @@ from hf_locstitch.tasks.evaluation_sets import EvaluationSet, open_evaluation_se
 from hf_locstitch.tasks.leaks import JudgedTask, texts_of
 from hf_locstitch.tasks.metric import Metric
 from hf_locstitch.tasks.objective import NoAnswers, Objective
+from hf_locstitch.tasks.positions import within_positions
 from hf_locstitch.tasks.sets import OpenSet, Rows, open_rows
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def make_judged_set(name: str, asked: EvaluationSet, subject: Model, inputs: Map
     if objective.labels == "none":
         raise RecipeError(f"nothing is right or wrong under {objective.kind}, so {name} cannot be judged by it.")
     head = inputs[named] if named is not None else None
+    objective = within_positions(objective, _config(head or subject), (head or subject).ref)
     classes = objective.class_count(_config(head or subject))
     metrics = chosen_metrics(asked.metrics, objective, classes, name)
     data, note = open_evaluation_set(asked)
@@ -119,6 +121,7 @@ class LabelledSuite(Suite):
             )
         refuse_custom_code(checkpoint, "an evaluation")
         for one in self._sets.values():
+            within_positions(one.objective, checkpoint.config, checkpoint.label)
             if one.needs_head and not one.objective.suits(checkpoint.config):
                 raise CheckpointError(
                     f"{checkpoint.label} is a {architecture(checkpoint.config) or 'model without a class'}, which has "

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.checkpoints.ref import is_written_as_path
+from hf_locstitch.errors import RecipeError
 from hf_locstitch.evaluation.lm_eval_tasks import digest_of, load_task, open_manager
 from hf_locstitch.evaluation.models import Model, check_language_model
 from hf_locstitch.evaluation.scores import TaskResult
@@ -19,6 +20,7 @@ from hf_locstitch.runtime.packages import MODELS, need
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.tasks.benchmarks import EvaluateOptions, TaskSpec, chosen_tasks
 from hf_locstitch.tasks.leaks import JudgedTask
+from hf_locstitch.tasks.positions import fewer_positions
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -45,8 +47,16 @@ class LmEvalSuite(Suite):
         return open_manager(list(self._specs.values()), self._options.include_path)
 
     def check(self, model: Model) -> None:
-        if model.checkpoint is not None:
-            check_language_model(model.checkpoint)
+        if (checkpoint := model.checkpoint) is None:
+            return
+        check_language_model(checkpoint)
+        if (length := self._options.lm_eval.max_length) is not None:
+            kind = "AutoModelForSeq2SeqLM" if checkpoint.config.get("is_encoder_decoder") else "AutoModelForCausalLM"
+            if (count := fewer_positions(kind, checkpoint.config, length)) is not None:
+                raise RecipeError(
+                    f"max_length: {length} tokens are asked for, but {checkpoint.label} has positions for {count} "
+                    f"only. Set --max-length {count} or less, or leave it out."
+                )
 
     def facts(self, model: Model, name: str) -> dict[str, Any]:
         spec = self._specs[name]

@@ -37,7 +37,6 @@ ENTRIES = ".eval_results"
 SCORES, FIGURE = "figures/scores.json", "figures/scores.png"
 PART, PICTURE = "evaluation", "picture"  # parts of a card
 ALT = "Scores, one marker per model, with standard errors"
-FIRST = ", first "  # in the name of a metric: so many examples only
 HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 
 
@@ -126,7 +125,8 @@ def with_results(card: ModelCard, report: EvaluationReport, title: str) -> Model
 def _replaces(new: EvalResult, old: EvalResult) -> bool:
     """Whether it is of the same, or the old one of no more than some examples of the same."""
     named = str(new.metric_name)
-    same = old.metric_name == named or str(old.metric_name).startswith(f"{named}{FIRST}")
+    before = str(old.metric_name)
+    same = before == named or (before.startswith(f"{named}, ") and before.endswith(" examples"))
     return same and old.dataset_type == new.dataset_type
 
 
@@ -142,7 +142,7 @@ def eval_results(result: TaskResult) -> list[EvalResult]:
             dataset_split=result.split,
             dataset_revision=result.revision,
             metric_type=score.metric.replace("-", "_"),
-            metric_name=f"{result.task} {score.metric}{_only(result.limit)}",
+            metric_name=", ".join(filter(None, [f"{result.task} {score.metric}", result.taken])),
             metric_value=score.value,
             metric_args={**_settings(result), "stderr": score.stderr, "limit": result.limit},
             source_name=f"lm-evaluation-harness {result.lm_eval}" if result.lm_eval else None,
@@ -188,10 +188,6 @@ def write_entries(results: Sequence[TaskResult], folder: Path) -> None:
         write_text(folder / file, text)
 
 
-def _only(limit: int | None) -> str:
-    return "" if limit is None else f"{FIRST}{limit} examples"
-
-
 def top(report: EvaluationReport, scores: Markup) -> str:
     """What the card begins with: the figure of the scores, and what they say in a sentence."""
     return "\n\n".join([scores, *_summary(report)])
@@ -200,7 +196,7 @@ def top(report: EvaluationReport, scores: Markup) -> str:
 def describe_for_card(report: EvaluationReport, *, figure: bool = True) -> str:
     """The section of the card, Markdown. figure: whether it holds the figure and what this says, or the top does."""
     subject = report.subject
-    partly = "" if report.limit is None else f" on the first {report.limit} examples of each task"
+    partly = f" on {report.taken}" if report.taken else ""
     parts = [f"## Evaluation{partly}", *(_summary(report) if figure else [])]
     scores = [[_on_two_lines(cell) for cell in row] for row in report.score_table(digits=3)]
     parts.append(markdown(_emphasized(scores, subject.name), left=2))
@@ -259,7 +255,7 @@ def _summary(report: EvaluationReport) -> list[str]:
     task, least = min(kept, key=lambda one: one[1])
     at_least = f"at least {100 * least:.0f} %, on {escape.markdown(task)}"
     over = " on one task" if len(kept) == 1 else f", averaged over {len(kept)} tasks ({at_least})"
-    partly = "" if report.limit is None else f", on the first {report.limit} examples of each task only"
+    partly = f", on {report.taken} only" if report.taken else ""
     return [f"It keeps {100 * mean:.0f} % of the best finetune's score{over}{partly}."]
 
 

@@ -58,6 +58,18 @@ class EvaluationReport:
         """The model that the evaluation is about: the first of those under evaluation."""
         return next((model for model in self.models if model.role == "model"), self.models[-1])
 
+    @property
+    def taken(self) -> str:
+        """Which examples of each task, if only some: `the first 100 examples of each task`."""
+        drawn = {one.objective is not None for one in self.subject.results if one.limit is not None}
+        if self.limit is None or not drawn:
+            return ""
+        if len(drawn) > 1:
+            return f"{self.limit} examples of each task"
+        (of_sets,) = drawn
+        taken = f"{self.limit} drawn" if of_sets else f"the first {self.limit}"
+        return f"{taken} examples of each {'set' if of_sets else 'task'}"
+
     def rows(self) -> list[tuple[TaskResult, Score]]:
         """Each task with each of its metrics, taken from the first model."""
         return [(result, score) for result in self.models[0].results for score in result.scores]

@@ -66,8 +66,15 @@ class TaskResult:
     def title(self) -> str:
         """For people: how it was asked, and whether only some examples were."""
         notes = [] if self.shots is None else [f"{self.shots}-shot"]
-        notes += [] if self.limit is None else [f"first {self.limit} examples"]
+        notes += [self.taken] if self.taken else []
         return f"{self.task} ({', '.join(notes)})" if notes else self.task
+
+    @property
+    def taken(self) -> str:
+        """Which examples, if only some: lm-eval takes the first ones, and of a labelled set rows are drawn."""
+        if self.limit is None:
+            return ""
+        return f"first {self.limit} examples" if self.objective is None else f"{self.limit} drawn examples"
 
 
 def result_from_json(fields: Mapping[str, Any]) -> TaskResult:

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_locstitch.checkpoints.adapter import ADAPTER_WEIGHTS
+from hf_locstitch.checkpoints.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from hf_locstitch.checkpoints.checkpoint import CARD
 from hf_locstitch.checkpoints.mapped import read_header
 from hf_locstitch.engine.preflight import check_place, check_space, is_free, taken
 from hf_locstitch.engine.work_dir import fingerprint
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from hf_locstitch.plan.plans import ModelPlan
 
 LABEL, FLAG = "the merge", "--adapter"
+FILES = frozenset({ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD})  # of an adapter
 
 
 def check_adapter(plan: ModelPlan) -> None:
@@ -52,7 +54,7 @@ def _check_folder(adapter: Path, plan: ModelPlan) -> None:
         raise RecipeError(
             "an adapter is made from the base once more, which --no-cache does not keep. Drop one of them."
         )
-    if not is_free(adapter, FLAG):
+    if not is_free(adapter, FLAG) and not (_files(adapter) < FILES and _is_of(adapter, plan)):
         raise taken(adapter, FLAG)
     out = plan.recipe.out
     if out is not None and _nested(out.resolve(), adapter.resolve()):
@@ -68,7 +70,17 @@ def _nested(one: Path, other: Path) -> bool:
 
 
 def _is_written(adapter: Path, plan: ModelPlan) -> bool:
-    """Whether an earlier call has written this very adapter: its folder appears whole."""
+    """Whether an earlier call has written this very adapter, and all of its files are still there."""
+    return _files(adapter) >= FILES and _is_of(adapter, plan)
+
+
+def _files(folder: Path) -> set[str]:
+    """The names in it; none if there is no folder."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _is_of(adapter: Path, plan: ModelPlan) -> bool:
+    """Whether the weights in a folder are this very adapter's."""
     file = adapter / ADAPTER_WEIGHTS
     try:
         return read_header(file, str(file)).metadata.get(MADE_OF) == fingerprint(plan)
@@ -77,7 +89,8 @@ def _is_written(adapter: Path, plan: ModelPlan) -> bool:
 
 
 def write_adapter(plan: ModelPlan, merged: Path, progress: Progress) -> ExportResult | None:
-    """Export a finished merge. Returns None if an earlier call did. Raises WorkError."""
+    """Export a finished merge, anew where files of an adapter are missing. Returns None if an earlier call did. Raises
+    WorkError."""
     from hf_locstitch.engine.delivery import Delivery
     from hf_locstitch.exports.export import carry_out, plan_export
 
@@ -85,6 +98,8 @@ def write_adapter(plan: ModelPlan, merged: Path, progress: Progress) -> ExportRe
     assert adapter is not None
     if _is_written(adapter, plan):
         return None
+    for file in _files(adapter) & FILES if _is_of(adapter, plan) else ():  # what is left of it
+        (adapter / file).unlink()
     base = plan.base.source.pinned if plan.base.source.repo else plan.recipe.base.ref
     try:
         return carry_out(plan_export(merged, base=base), Delivery("export", adapter, None), progress)

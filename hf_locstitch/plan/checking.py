@@ -26,7 +26,7 @@ from hf_locstitch.plan.vocabulary import LOCALIZE, VocabularyPlan
 from hf_locstitch.runtime.human import more
 from hf_locstitch.runtime.settings import Settings
 from hf_locstitch.stitch.per_tensor import SMALLEST_SUM, PerTensor, Weights, globs_of
-from hf_locstitch.tasks.benchmarks import chosen_tasks
+from hf_locstitch.tasks.benchmarks import EvaluateOptions, chosen_tasks
 from hf_locstitch.tasks.custom_code import refuse_custom_code
 from hf_locstitch.tasks.leaks import JudgedTask, judged_set, leaks
 from hf_locstitch.tasks.sets import OpenSet
@@ -95,7 +95,7 @@ def check_inputs(
     warnings += adapter_warnings(recipe, base, finetuned, set(chosen))
     warnings += swaps
     warnings += licence_warning({"the base": base, **finetuned})
-    warnings += leaks(list(_judged(recipe)), recipe.used_data)
+    warnings += leaks(judged_on(recipe.evaluate), recipe.used_data)
     warnings += recipe.fitting.warnings(fit_data) if recipe.fitting else []
     wanted = set(chosen)
     return [name for name in base.tensors if name in wanted], tuple(warnings)
@@ -185,13 +185,12 @@ def _loads_models(recipe: Recipe, data: Mapping[str, OpenSet]) -> str | None:
     return "an evaluation" if recipe.evaluate is not None else None
 
 
-def _judged(recipe: Recipe) -> Iterator[JudgedTask]:
-    """The tasks that the merge will be judged on; their data sets are known to lm-eval only."""
-    if recipe.evaluate is not None:
-        for spec in chosen_tasks(recipe.evaluate.tasks, recipe.evaluate.suite, recipe.evaluate.limit)[0]:
-            yield JudgedTask(spec.name)
-        for name, asked in recipe.evaluate.data.items():
-            yield judged_set(name, asked)
+def judged_on(asked: EvaluateOptions | None) -> list[JudgedTask]:
+    """The tasks that a merge will be judged on, by their names: the data sets of lm-eval's are known to it only."""
+    if asked is None:
+        return []
+    specs, _ = chosen_tasks(asked.tasks, asked.suite, asked.limit)
+    return [*(JudgedTask(spec.name) for spec in specs), *(judged_set(name, one) for name, one in asked.data.items())]
 
 
 def _unknown_name(field: str, value: str | None, names: list[str]) -> list[str]:

@@ -54,6 +54,10 @@ class CompareOptions(BaseModel):
             raise ValueError(f"no values to try for {empty[0]}")
         return value
 
+    def dump(self) -> dict[str, Any]:
+        """Fields that ask for the same: all that differ from the defaults."""
+        return {**self.model_dump(mode="json", exclude_defaults=True), "select": self.select.dump()}
+
     @property
     def size(self) -> int:
         """The number of combinations."""

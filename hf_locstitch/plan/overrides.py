@@ -41,8 +41,11 @@ def as_fields(key: str, value: Any) -> dict[str, Any]:
 
 
 def with_density(method: Any, density: float | None) -> dict[str, Any] | None:
-    """A method, as a recipe has it, with this density; None if density is a field of its localizer instead."""
+    """A method, as a recipe has it, with this density in place of all that it had; None if density is a field of its
+    localizer instead."""
     fields = as_fields("name", method) if isinstance(method, str | Mapping) else {}
     if density is None or fields.get("name") not in METHODS.names():
         return None
-    return {**fields, "density": density} if "density" in METHODS.find(fields["name"]).model_fields else None
+    if "density" not in METHODS.find(fields["name"]).model_fields:
+        return None
+    return {**{key: value for key, value in fields.items() if key != "densities"}, "density": density}

@@ -37,6 +37,7 @@ from hf_locstitch.plan.checking import (
     kept_name,
 )
 from hf_locstitch.plan.cost import check_memory
+from hf_locstitch.plan.data_sets import open_sets
 from hf_locstitch.plan.device import with_device
 from hf_locstitch.plan.dropped_layers import without_dropped_layers
 from hf_locstitch.plan.layout import OutputShard, guessed, index_name, output_shards
@@ -54,7 +55,7 @@ from hf_locstitch.runtime.human import some
 from hf_locstitch.runtime.packages import need
 from hf_locstitch.runtime.progress import hide_library_bars
 from hf_locstitch.runtime.settings import DEFAULT, Settings
-from hf_locstitch.tasks.sets import OpenSet, open_set
+from hf_locstitch.tasks.sets import OpenSet
 
 AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
 AnyStrictPlan = TypeVar("AnyStrictPlan", bound=Plan)
@@ -158,9 +159,10 @@ def _open_inputs(
     finetuned = dict(zip(names, opened, strict=True))
     check_adapters(recipe, settings, finetuned)
     needs_data = recipe.localizer is not None and recipe.localizer.needs_data
-    data = {name: open_set(asked) for name, asked in _by_name(recipe.data if needs_data else (), names).items()}
-    fit_data = {name: open_set(asked) for name, asked in _by_name(recipe.fit_sets, names).items()}
-    return base, laid_over(base, finetuned), data, fit_data
+    finetuned = laid_over(base, finetuned)
+    data = open_sets(_by_name(recipe.data if needs_data else (), names), finetuned, base)
+    fit_data = open_sets(_by_name(recipe.fit_sets, names), finetuned, base, unlabelled=True)
+    return base, finetuned, data, fit_data
 
 
 def _with_text_warnings(plan: AnyPlan) -> AnyPlan:

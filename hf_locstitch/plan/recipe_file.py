@@ -88,9 +88,17 @@ def _check_evaluation_code(asked: Mapping[str, Any], key: str, where: str) -> No
         )
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """YAML for the same merge: what differs from the defaults, without output targets and evaluation."""
+def dump_recipe(recipe: Recipe, *, whole: bool = False) -> str:
+    """YAML for the same merge: what differs from the defaults.
+
+    whole: also where it goes and how it is judged; else a recipe says no more than what the merge is.
+    """
     fields = recipe.model_dump(mode="json", exclude={*NOT_THE_MERGE}, exclude_defaults=True)
+    if whole:
+        judging = {"evaluate": recipe.evaluate, "compare": recipe.compare}
+        own = {*NOT_THE_MERGE} - judging.keys()
+        fields |= recipe.model_dump(mode="json", include=own, exclude_defaults=True)
+        fields |= {key: options.dump() for key, options in judging.items() if options is not None}
     if recipe.localizer is not None:
         fields["localizer"] = recipe.localizer.model_dump(mode="json")
     if recipe.data:

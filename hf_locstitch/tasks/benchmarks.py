@@ -80,6 +80,12 @@ class EvaluateOptions(BaseModel):
         common = {"objective": self.objective, "metrics": self.metrics or None, "number": self.limit}
         return {name: asked.model_copy(update=_missing(asked, common)) for name, asked in self.data.items()}
 
+    def dump(self) -> dict[str, Any]:
+        """Fields that ask for the same: all that differ from the defaults."""
+        fields = self.model_dump(mode="json", exclude={"data", "objective"}, exclude_defaults=True)
+        fields |= {"objective": self.objective.model_dump(mode="json")} if self.objective is not None else {}
+        return fields | ({"data": {name: one.dump() for name, one in self.data.items()}} if self.data else {})
+
 
 def _missing(asked: EvaluationSet, common: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in common.items() if value is not None and not getattr(asked, key)}

@@ -27,3 +27,13 @@ def suggest(config: Mapping[str, Any], label: str) -> Objective:
         "recipe: {kind: masked-lm, label_words: [...]}, {kind: clip-zero-shot, classes: [...]} or "
         "{kind: text-zero-shot, classes: [...]}."
     )
+
+
+def of_inputs(asked: Objective | None, config: Mapping[str, Any], label: str) -> Objective:
+    """Of unlabelled inputs: as asked for or suggested; else last hidden states are compared. Raises RecipeError."""
+    try:
+        return asked or suggest(config, label)
+    except RecipeError:
+        if "vision_config" in config:
+            raise
+        return OBJECTIVES.find("features")()

@@ -13,6 +13,7 @@ from pydantic import Field
 from hf_locstitch.errors import RecipeError, RequestError
 from hf_locstitch.runtime.parsing import parse_yaml
 from hf_locstitch.tasks.sets import ExampleSet, OpenSet, choose, open_set
+from hf_locstitch.tasks.splits import whole
 
 SPLITS = ("test", "validation", "dev", "valid", "val", "train")  # the first that there is, unless one is asked for
 NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<ref>.+)", re.DOTALL)
@@ -39,7 +40,7 @@ class EvaluationSet(ExampleSet):
 
     @property
     def amount(self) -> str:
-        return "all rows" if self.number is None else f"up to {self.number} rows"
+        return "all rows" if self.number is None else f"up to {self.number} drawn rows"
 
 
 def named_sets(given: Any) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def open_evaluation_set(asked: EvaluationSet) -> tuple[OpenSet[EvaluationSet], s
     if opened.file is not None:
         return _of_split(opened, asked.split or SPLITS[0]), None
     known = _splits(opened)
-    if asked.split is not None and not any(asked.split.split("[")[0] == split for split in known):
+    if asked.split is not None and not any(whole(asked.split) == split for split in known):
         raise RequestError(
             f"{opened.label} has no split {asked.split!r}: it has {', '.join(known)}. Check the data's `split`."
         )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from hf_locstitch.checkpoints.ref import is_written_as_path
 from hf_locstitch.tasks.evaluation_sets import SPLITS
 from hf_locstitch.tasks.sets import BUILDERS, ExampleSet, OpenSet, read_rows
+from hf_locstitch.tasks.splits import may_share_rows
 from hf_locstitch.tasks.surrogates import find_surrogate
 
 Use = Literal["masks were found", "values were fitted"]
@@ -82,9 +83,9 @@ def used_open_set(opened: OpenSet, use: Use) -> UsedData:
 def leaks(judged: Sequence[JudgedTask], used: Iterable[UsedData]) -> list[str]:
     """A warning for each task whose data the merge was made with, or whose name suggests so.
 
-    A data set is identified by its repo and config, and the split where a set is judged that was asked for by it. A
-    file leaks if the task contains one of its rows. If rows cannot be compared, or only a task's name is known, names
-    are compared.
+    A data set is identified by its repo and config, and the split where a set is judged that was asked for by it;
+    slices of a split may share no row. A file leaks if the task contains one of its rows. If rows cannot be compared,
+    or only a task's name is known, names are compared.
     """
     warnings = []
     for data in dict.fromkeys(used):
@@ -120,7 +121,7 @@ def _is_same(task: JudgedTask, data: UsedData) -> bool:
         return same_file or bool(data.prompts and task.prompts and data.prompts & task.prompts)
     if task.dataset is None or task.dataset.lower() != data.repo.lower():
         return False
-    if task.split is not None and data.split is not None and _whole(task.split) != _whole(data.split):
+    if task.split is not None and data.split is not None and not may_share_rows(task.split, data.split):
         return False
     return task.config is None or data.config is None or task.config == data.config
 
@@ -133,11 +134,6 @@ def _may_be_same(task: JudgedTask, data: UsedData) -> bool:
     name = bare_name(data.repo or data.name)
     families = _families(task.name) if task.split is None else ()
     return bool(name) and name in {bare_name(task.dataset or ""), *families}
-
-
-def _whole(split: str) -> str:
-    """train[:100] -> train."""
-    return split.partition("[")[0]
 
 
 def bare_name(dataset: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -146,12 +147,12 @@ def classes_task(examples: Sequence[tuple[Any, int]], outputs: Callable[[Any, Se
 
 def label_ids(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[int]:
     """Class numbers of rows whose `label` is a number or one of the names. Raises RequestError."""
-    numbers = {name.lower(): number for number, name in enumerate(names)}
+    number_of = _numbering(names)
     ids = []
     for row in rows:
         label = row["label"]
-        number = numbers.get(label.lower(), -1) if isinstance(label, str) else int(label) if _is_number(label) else -1
-        if not 0 <= number < len(names):
+        number = number_of(label)
+        if number is None:
             raise RequestError(
                 f"the label {label!r} is not one of the {len(names)} classes ({', '.join(names[:6])}). "
                 + ("Data sets hide the labels of their test split so: use another `split`, or " if label == -1 else "")
@@ -166,10 +167,25 @@ def _is_number(label: Any) -> bool:
     return isinstance(label, int | float) and float(label).is_integer()
 
 
-def _classes_of(labels: Iterable[Any], names: Sequence[str]) -> bool:
-    """Whether all labels are among these classes."""
-    lower = {name.lower() for name in names}
-    return all(label.lower() in lower if isinstance(label, str) else 0 <= label < len(names) for label in labels)
+def _numbering(names: Sequence[str]) -> Callable[[Any], int | None]:
+    """A function from a label to the number of its class, None if it is none: a number, or a name, in whichever case
+    where no other class has it in another."""
+    exact = {name: number for number, name in enumerate(names)}
+    counts = Counter(name.lower() for name in names)
+    alone = {name.lower(): number for name, number in exact.items() if counts[name.lower()] == 1}
+
+    def number_of(label: Any) -> int | None:
+        if isinstance(label, str):
+            return exact.get(label, alone.get(label.lower()))
+        return int(label) if _is_number(label) and 0 <= label < len(names) else None
+
+    return number_of
+
+
+def _classes_of(labels: Collection[Any], names: Sequence[str]) -> bool:
+    """Whether all labels are among these classes, and no two are the same one. labels: without repetition."""
+    numbers = set(map(_numbering(names), labels))
+    return None not in numbers and len(numbers) == len(labels)
 
 
 def class_names(config: Any) -> list[str]:

@@ -114,7 +114,7 @@ class LocalizationSet(ExampleSet):
     def amount(self) -> str:
         role = f", {self.role} data" if self.role else ""
         limit = f", {self.limit} in all" if self.limit else ""
-        return f"up to {self.number} examples, or of each class{limit}, seed {self.seed}{role}"
+        return f"up to {self.number} drawn examples, or of each class{limit}, seed {self.seed}{role}"
 
 
 Asked = TypeVar("Asked", bound=ExampleSet, default=LocalizationSet)

@@ -19,7 +19,7 @@ def ties_head(config: Mapping[str, Any]) -> bool:
     stated = config.get(TIED)
     if isinstance(stated, bool):
         return stated
-    made = _made_config(config)
+    made = made_config(config)
     return made is not None and bool(getattr(made, TIED, False))
 
 
@@ -33,7 +33,7 @@ def shapes_in_memory(config: Mapping[str, Any], disk: Collection[str]) -> Shapes
     from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
     from hf_locstitch.tasks.parameter_names import state_shapes
 
-    made, name = _made_config(config), architecture(config)
+    made, name = made_config(config), architecture(config)
     if made is None or not hasattr(getattr(transformers, name or "AutoModel", None), "from_pretrained"):
         return None
     try:
@@ -44,7 +44,7 @@ def shapes_in_memory(config: Mapping[str, Any], disk: Collection[str]) -> Shapes
         return None
 
 
-def _made_config(config: Mapping[str, Any]) -> Any:
+def made_config(config: Mapping[str, Any]) -> Any:
     """As transformers makes it of what the file says; None if it cannot."""
     from transformers import CONFIG_MAPPING
 

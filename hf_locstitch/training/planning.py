@@ -18,6 +18,7 @@ from hf_locstitch.runtime.version import __version__
 from hf_locstitch.tasks.choosing_objectives import suggest
 from hf_locstitch.tasks.objective import Objective, Training
 from hf_locstitch.tasks.objectives import OBJECTIVES
+from hf_locstitch.tasks.positions import within_positions
 from hf_locstitch.tasks.sets import OpenSet, open_set
 from hf_locstitch.training.request import FinetuneRequest
 
@@ -96,7 +97,7 @@ def plan_finetune(request: FinetuneRequest) -> FinetunePlan:
             "Use a base in bfloat16."
         )
     data = open_set(request.data)
-    objective = request.data.objective or suggest(base.config, base.label)
+    objective = within_positions(request.data.objective or suggest(base.config, base.label), base.config, base.label)
     if objective.training is None:
         others = ", ".join(name for name in OBJECTIVES.names() if OBJECTIVES.find(name).training)
         raise RecipeError(f"the objective {objective.kind} has no loss to train with. Use one of {others}.")

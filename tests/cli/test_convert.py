@@ -10,6 +10,8 @@ import yaml
 from helpers.models import finetune, load, random_state, same_bits, save
 
 from hf_locstitch.cli.main import main
+from hf_locstitch.plan.recipe import make_recipe
+from hf_locstitch.plan.recipe_file import load_recipe
 
 CONFIG = """
 merge_method: dare_ties
@@ -65,6 +67,21 @@ def test_flags_are_in_the_recipe_that_is_written(run: Run) -> None:
     assert status == 0
     assert yaml.safe_load(out)["dtype"] == "bfloat16"
     assert yaml.safe_load(out)["method"]["density"] == 0.3
+
+
+def test_where_it_goes_and_how_it_is_judged_are_in_it_too(run: Run) -> None:
+    judged = {
+        "data": {"rows": {"ref": "./rows.jsonl", "objective": {"kind": "causal-lm", "max_length": 64}}},
+        "limit": 5,
+    }
+    compared = {"grid": {"density": [0.1, 0.2]}, "select": {"tasks": ["arc_easy"], "objective": "causal-lm"}}
+    Path("config.yml").write_text(CONFIG + yaml.safe_dump({"evaluate": judged, "compare": compared, "strict": True}))
+    flags = ["--out", "there", "--adapter", "beside", "--push-to", "org/merge", "--create-pr"]
+    assert run("config.yml", "--convert", "recipe.yaml", *flags)[0] == 0
+    written, asked = load_recipe(Path("recipe.yaml")), load_recipe(Path("config.yml"))
+    goes = {"out": "there", "adapter": "beside", "push_to": "org/merge", "create_pr": True}
+    assert make_recipe(written) == make_recipe({**asked, **goes})
+    assert written["evaluate"]["limit"] == 5 and written["strict"]
 
 
 def test_nothing_is_overwritten(run: Run) -> None:

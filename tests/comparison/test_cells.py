@@ -15,7 +15,8 @@ FIELDS = {"base": "./base", "finetuned": ["./a", "./b"]}
 
 def cells(grid: Any, **fields: Any) -> list[Cell]:
     options = CompareOptions.model_validate({"grid": grid, "select": {"suite": "quick"}})
-    return make_cells({**FIELDS, **fields}, all_settings(options))
+    made = make_cells({**FIELDS, **fields}, all_settings(options))
+    return list({cell.identity: cell for cell in made.values()}.values())
 
 
 def test_what_a_method_does_not_have_is_left_out() -> None:
@@ -28,6 +29,17 @@ def test_what_a_method_does_not_have_is_left_out() -> None:
     ]  # fmt: skip
     assert len(found) == 4 + 3 and [cell.density for cell in found[:2]] == [0.1, 0.1]
     assert found[-1].recipe.localizer is None or found[-1].recipe.localizer.density == 0.2
+
+
+def test_a_method_with_a_density_for_each_finetune_takes_no_other() -> None:
+    own = {"name": "dare", "densities": [0.1, 0.3]}
+    found = cells({"method": [own, "dare"], "density": [0.2, 0.4]})
+    assert [cell.label for cell in found] == [
+        "dare (densities [0.1, 0.3])", "dare, density 0.2", "dare, density 0.4",
+    ]  # fmt: skip
+    over = cells({"density": [0.2, 0.4]}, method=own)  # the grid's takes the place of the recipe's
+    assert [(cell.recipe.method.name, cell.density) for cell in over] == [("dare", 0.2), ("dare", 0.4)]
+    assert not any(cell.recipe.method.densities for cell in over)
 
 
 def test_data_goes_where_it_is_used() -> None:

@@ -283,6 +283,28 @@ def test_scores_stay_what_they_are_where_no_finetune_has_any(fields: Mapping[str
     assert "by the mean score over the tasks" in report.section() and "100.0 %" not in report.section()
 
 
+def test_slices_of_a_split_are_the_same_examples_unless_they_share_no_row() -> None:
+    half = run.Examples("org/set", "a", "test[:50%]")
+    assert all(run.may_be_same(half, half._replace(split=split)) for split in ("test[40%:]", "test"))
+    for other in ({"split": "test[50%:]"}, {"split": "train"}, {"config": "b"}, {"data": "org/other"}):
+        assert not run.may_be_same(half, half._replace(**other))
+    task = run.Examples("letters")
+    assert run.may_be_same(task, task) and not run.may_be_same(task, run.Examples("others"))
+
+
+def test_a_plan_says_what_should_not_decide_and_which_combination_cannot_be(
+    fields: Mapping[str, Any], tmp_path: Path
+) -> None:
+    asked, rows = on_sets(fields, tmp_path, "BBBC"), str(tmp_path / "select.jsonl")
+    with_data = {**asked, "localizer": "saliency", "data": [rows, rows]}
+    planned = plan_comparison(with_data, None, None, "request")
+    (warning,) = planned.warnings
+    assert warning.startswith("compare.select: select is named like ") and warning in planned.describe()
+    grid = {"localizer": ["magnitude", "joint"]}
+    with pytest.raises(RecipeError, match=r"combination \(joint\): the values under a joint mask are solved"):
+        plan_comparison({**asked, "compare": {**asked["compare"], "grid": grid}}, None, None, "request")
+
+
 def test_shares_of_scores_of_both_kinds() -> None:
     def scored(role: Any, accuracy: float, loss: float) -> ModelScores:
         metrics = {"acc": Score("accuracy", accuracy), "loss": Score("loss", loss, higher_is_better=False)}

@@ -202,6 +202,7 @@ def test_a_merge_is_judged_by_its_recipe(a: Path, b: Path, letters: Path, run: R
         recipe.write_text(yaml.safe_dump({**fields, "evaluate": wrong}))
         status, _, err = run("merge", recipe, "--out", tmp_path / "other", "--quiet")
         assert status == 2 and words in err and not (tmp_path / "other").exists(), err
+        assert run("merge", recipe, "--dry-run", "--quiet")[0] == 2  # refuses what the run refuses
 
 
 def test_rows_that_masks_were_found_with_are_warned_of(a: Path, b: Path, letters: Path, tmp_path: Path) -> None:

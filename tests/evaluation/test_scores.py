@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, markdown
@@ -67,3 +69,16 @@ def test_tables() -> None:
 
 def test_markdown_table() -> None:
     assert markdown([["a", "b"], ["x|y", "1"]]) == "| a | b |\n| :--- | ---: |\n| x\\|y | 1 |"
+
+
+def test_which_examples_were_taken_is_said_as_it_was_done() -> None:
+    """lm-eval takes the first ones; of a set rows are drawn."""
+    first = TaskResult("arc", 0, 5, 5, (Score("acc", 0.5),))
+    drawn = replace(first, task="mine", shots=None, objective="causal-lm")
+    assert (first.title, drawn.title) == ("arc (0-shot, first 5 examples)", "mine (5 drawn examples)")
+
+    def taken(*results: TaskResult) -> str:
+        return EvaluationReport((ModelScores("merge", "model", "", "", results),), (), 5).taken
+
+    assert taken(first) == "the first 5 examples of each task" and taken(drawn) == "5 drawn examples of each set"
+    assert taken(first, drawn) == "5 examples of each task" and taken(replace(drawn, limit=None)) == ""

@@ -75,6 +75,12 @@ def test_the_same_command_writes_what_is_missing(home: Path, monkeypatch: pytest
     written = files_of(home / "adapter")
     assert merge().adapter is None, "it is there already"
     assert (files_of(home / "merged"), files_of(home / "adapter")) == (before, written)
+    (home / "adapter" / "adapter_config.json").unlink()
+    (home / "adapter" / "mine.txt").touch()
+    with pytest.raises(OutputError, match=r"adapter exists and is not an empty folder"):
+        merge()
+    (home / "adapter" / "mine.txt").unlink()
+    assert merge().adapter is not None and files_of(home / "adapter") == written
     with pytest.raises(OutputError, match=r"adapter exists and is not an empty folder.*Use another --adapter"):
         merge(out="other", localizer={"density": 0.1})
     assert not (home / "other").exists()

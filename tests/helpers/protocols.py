@@ -66,28 +66,28 @@ def add_roberta(hub: LoopbackHub, folder: Path) -> None:
 
 
 def add_language_tasks(hub: LoopbackHub) -> None:
-    """The twelve, eight rows each, in the columns and with the labels that the data sets have."""
+    """The twelve, eight rows each, in the columns, splits and with the labels that the data sets have."""
 
-    def rows(labels: Sequence[Any], *columns: str, label: str = "label") -> dict[str, Rows]:
+    def rows(labels: Sequence[Any], *columns: str, label: str = "label", test: str = "test") -> dict[str, Rows]:
         texts = [[f"{text} {number}" for text in TEXTS] for number in range(8)]
         found = [
             {**dict(zip(columns, pair, strict=False)), label: labels[number % len(labels)]}
             for number, pair in enumerate(texts)
         ]
-        return {"train": found}
+        return {"train": found, test: found[:4]}
 
     pair = ("sentence1", "sentence2")
     glue = {
-        "mnli": rows([0, 1, 2], "premise", "hypothesis"),
-        "qnli": rows([0, 1], "question", "sentence"),
-        "rte": rows([0, 1], *pair),
-        "mrpc": rows([0, 1], *pair),
-        "qqp": rows([0, 1], "question1", "question2"),
+        "mnli": rows([0, 1, 2], "premise", "hypothesis", test="validation_matched"),
+        "qnli": rows([0, 1], "question", "sentence", test="validation"),
+        "rte": rows([0, 1], *pair, test="validation"),
+        "mrpc": rows([0, 1], *pair, test="validation"),
+        "qqp": rows([0, 1], "question1", "question2", test="validation"),
     }
     add_data_set(hub, "nyu-mll/glue", glue)
     trec = rows(["DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM"], "text", label="label_coarse_original")
     alone = {
-        "stanfordnlp/sst2": rows([0, 1], "sentence"),
+        "stanfordnlp/sst2": rows([0, 1], "sentence", test="validation"),
         "cornell-movie-review-data/rotten_tomatoes": rows([0, 1], "text"),
         "SetFit/CR": rows([0, 1], "text"),
         "jxm/mpqa": rows([0, 1], "sentence"),
@@ -136,9 +136,10 @@ def add_vision_tasks(hub: LoopbackHub, folder: Path) -> None:
         rows = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
         path = folder / f"{name}.parquet"
         rows.to_parquet(path)
-        where = "  data_files:\n  - split: train\n    path: data/train.parquet"
-        readme = f"---\nconfigs:\n- config_name: {task.get('config', 'default')}\n{where}\n---\n"
-        hub.add_repo(task["ref"], {"README.md": readme, "data/train.parquet": path}, repo_type="dataset")
+        splits = {split: f"data/{split}.parquet" for split in ("train", "test")}
+        files = "".join(f"  - split: {split}\n    path: {file}\n" for split, file in splits.items())
+        readme = f"---\nconfigs:\n- config_name: {task.get('config', 'default')}\n  data_files:\n{files}---\n"
+        hub.add_repo(task["ref"], {"README.md": readme, **dict.fromkeys(splits.values(), path)}, repo_type="dataset")
 
 
 def add_llama(hub: LoopbackHub, folder: Path) -> None:

@@ -41,7 +41,8 @@ def variants(name: str) -> list[dict[str, Any]]:
 
 
 def carry_out(fields: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """Plan, then merge; the manifest and the evaluation."""
+    """Plan, merge, and judge; the manifest, and the evaluation if the recipe asks for one: of the merge beside the base
+    and each finetune, with a score of every set."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(fields))
     out = folder / f"out{len(list(folder.glob('out*')))}"
     command = ["merge", str(folder / "recipe.yaml"), "--out", str(out), "--no-figures", "--json", "--quiet"]
@@ -51,6 +52,12 @@ def carry_out(fields: dict[str, Any], folder: Path, capsys: pytest.CaptureFixtur
     done = json.loads(capsys.readouterr().out)
     looked = inspect(out)
     assert isinstance(looked, Inspection) and plan["N"] == done["manifest"]["N"] > 0
+    if asked := fields.get("evaluate"):
+        models = done["evaluation"]["models"]
+        assert [model["name"] for model in models[:-1]] == ["base", *plan["finetuned"]]
+        sets = [*asked.get("data", ()), *asked.get("tasks", ())]
+        assert all([result["task"] for result in model["results"]] == sets for model in models)
+        assert not [warning for warning in done["evaluation"]["warnings"] if "unseen" in warning]
     return done
 
 

@@ -28,7 +28,7 @@ def test_as_many_examples_as_there_were(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"data": [str(write_jsonl(tmp_path / "rows.jsonl", ROWS[:2]))]}
     how = {"method": "saliency", "density": 0.1}
     plan = make_plan(make_recipe({"base": str(folders[0]), "finetuned": [str(folders[1])], "localizer": how, **fields}))
-    assert "up to 64 examples" in format_plan(plan)
+    assert "up to 64 drawn examples" in format_plan(plan)
     out = quick_merge(folders[0], folders[1:], out=tmp_path / "out", localizer=how, **fields).out
     assert out is not None and read_record(out)["masks"][folders[1].name]["examples"] == 2
     assert "`./rows.jsonl`, 2, split" in (out / "README.md").read_text()

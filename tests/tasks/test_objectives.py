@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from demo.skills import make_tokenizer
 from helpers.families import build, masked_tokenizer
 
 from hf_locstitch.errors import RecipeError, RequestError
 from hf_locstitch.tasks.alpaca import ALPACA
 from hf_locstitch.tasks.choosing_objectives import suggest
-from hf_locstitch.tasks.objective import label_ids
+from hf_locstitch.tasks.objective import class_names, label_ids
 from hf_locstitch.tasks.objectives.causal_lm import IGNORED, CausalLM
 from hf_locstitch.tasks.objectives.masked_lm import MaskedLM
+from hf_locstitch.tasks.objectives.sequence_classification import SequenceClassification
 
 CHAT = (
     "{% for m in messages %}{{ '<s>' if m['role'] == 'user' else '=' }}{{ m['content'] }}{{ '</s>' }}{% endfor %}"
@@ -128,6 +130,16 @@ def test_labels_by_name_or_number() -> None:
         label_ids([{"label": "maybe"}], ["no", "yes"])
     with pytest.raises(RequestError, match="the label 2"):
         label_ids([{"label": 2}], ["no", "yes"])
+
+
+def test_classes_may_differ_in_case_alone() -> None:
+    names = ["us", "US", "Them"]
+    assert label_ids([{"label": label} for label in ("US", "us", "them", 1)], names) == [1, 0, 2, 1]
+    with pytest.raises(RequestError, match="'Us' is not one of the 3 classes"):
+        label_ids([{"label": "Us"}], names)
+    config = transformers.BertConfig(id2label={0: "us", 1: "them"}, architectures=["BertForSequenceClassification"])
+    SequenceClassification().settle(config, [{"label": label} for label in ("us", "US", "them")])
+    assert class_names(config) == ["US", "them", "us"]
 
 
 def test_the_architecture_suggests_an_objective() -> None:

@@ -12,6 +12,7 @@ from helpers.grafted import IMAGES, FakeProcessor
 from helpers.protocols import TEXTS, roberta_tokenizer
 from torch.nn.functional import normalize
 
+from hf_locstitch.tasks.evaluation_sets import EvaluationSet
 from hf_locstitch.tasks.named_tasks import named_tasks, with_named_task
 from hf_locstitch.tasks.objectives import OBJECTIVES
 from hf_locstitch.tasks.objectives.clip_zero_shot import ClipZeroShot
@@ -126,6 +127,8 @@ def test_the_set_that_a_task_is_judged_on() -> None:
     assert (fields["split"], fields["ref"]) == ("validation_matched", "nyu-mll/glue")
     assert "limit" not in with_named_task({"ref": "dtd"}, judged=True)
     assert with_named_task({"ref": "mnli", "split": "train"}, judged=True)["split"] == "train"
+    assert [EvaluationSet(ref=name).metrics for name in ("mrpc", "qqp", "sst2")] == [("f1", "accuracy")] * 2 + [()]
+    assert "metrics" not in with_named_task({"ref": "mrpc"})
 
 
 def test_a_set_may_be_limited_in_all(tmp_path: Any) -> None:

@@ -101,7 +101,8 @@ def _convert(args: argparse.Namespace) -> int:
     from hf_locstitch.plan.recipe import make_recipe
     from hf_locstitch.plan.recipe_file import dump_recipe
 
-    text = dump_recipe(make_recipe(with_base(recipe_fields(args)), where=str(args.recipe or "command")))
+    recipe = make_recipe(with_base(recipe_fields(args)), where=str(args.recipe or "command"))
+    text = dump_recipe(recipe, whole=True)
     if str(args.convert) == "-":
         put(text.rstrip("\n"))
         return 0

@@ -103,7 +103,11 @@ def _model(
     """Masks and values of a merge, and whether its values are finite."""
     if record.method != METHOD:
         check_foreign_masks(source, record, weights, notes)
-        notes.skip("values", f"they are recomputed for method {METHOD} only; this merge was made by {record.method}")
+        notes.skip(
+            "values",
+            f"they are recomputed for method {METHOD} only; this merge was made by {record.method}, and of its weights "
+            f"nothing is checked but the files' hashes and NaN and infinity. {RECIPE_FILE} makes the same bytes again",
+        )
     elif recipe is None:
         notes.skip("masks and values", "the recipe cannot be read")
     elif merge := read_merge(source, record, recipe, weights, notes):

@@ -12,18 +12,17 @@ import torch
 
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.errors import RecipeError, RequestError
+from hf_locstitch.errors import RequestError
 from hf_locstitch.runtime.progress import hide_all_library_bars
 from hf_locstitch.stitch.refit.passes import Pass
 from hf_locstitch.stitch.refit.plain import PlainStitch
 from hf_locstitch.stitch.refit.settings import JUDGED, InputSettings, RefitSettings
 from hf_locstitch.stitch.refit.watching import watch
 from hf_locstitch.stitch.refit.weights import Part, Weights, hollow
-from hf_locstitch.tasks.choosing_objectives import suggest
+from hf_locstitch.tasks.choosing_objectives import of_inputs
 from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
 from hf_locstitch.tasks.loading import link_files, load_config, load_processor
 from hf_locstitch.tasks.objective import Objective
-from hf_locstitch.tasks.objectives.features import Features
 from hf_locstitch.tasks.parameter_names import group_names
 from hf_locstitch.tasks.sets import OpenSet, read_rows
 from hf_locstitch.tasks.task import Task, batched
@@ -151,15 +150,8 @@ def fitting(model: Any, base: Checkpoint) -> list[str]:
 
 
 def objective_for(data: OpenSet, checkpoint: Checkpoint) -> Objective:
-    """The requested objective, or the one that the architecture suggests; else last hidden states are compared."""
-    if data.asked.objective is not None:
-        return data.asked.objective
-    try:
-        return suggest(checkpoint.config, checkpoint.label)
-    except RecipeError:
-        if "vision_config" in checkpoint.config:
-            raise
-        return Features()
+    """Raises RecipeError."""
+    return of_inputs(data.asked.objective, checkpoint.config, checkpoint.label)
 
 
 def shortened(objective: Any, tokens: int) -> Any:

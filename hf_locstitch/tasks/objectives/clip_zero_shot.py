@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from hf_locstitch.errors import RequestError
 from hf_locstitch.tasks.images import image_tokens, pixels, stack
 from hf_locstitch.tasks.objective import RIGHT, Objective, Training, classes_task, label_ids
 
@@ -71,6 +72,13 @@ class ClipZeroShot(Objective):
 
         texts = [prompt.replace("{}", name) for name in self.classes]
         tokens = tokenizer(texts, padding=True, **RIGHT, return_tensors="pt").to(base.device)
+        length, count = tokens["input_ids"].shape[1], base.config.get_text_config().max_position_embeddings
+        if length > count:
+            longest = max(texts, key=lambda text: len(tokenizer(text)["input_ids"]))
+            raise RequestError(
+                f"{longest!r} has {length} tokens, but the base's text tower has positions for {count} only. Shorten "
+                "the objective's `prompt`, or the name of the class in `classes`."
+            )
         return normalize(_features(base.get_text_features(**tokens)), dim=-1)
 
     def tokens(self, config: Mapping[str, Any]) -> int:
