@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 
-from hf_locstitch.cli.commands import compare, evaluate, export, finetune, inspect, localize, merge, stitch, verify
+from hf_locstitch.cli.commands import compare, evaluate, export, finetune, inspect, localize, merge, stitch, ui, verify
 from hf_locstitch.cli.parser import Parser
 from hf_locstitch.runtime.version import __version__
 
-MODULES = (merge, localize, stitch, finetune, compare, export, verify, inspect, evaluate)
+MODULES = (merge, localize, stitch, finetune, compare, export, verify, inspect, evaluate, ui)
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     module.__name__.rpartition(".")[2]: module.run for module in MODULES
 }
