@@ -16,7 +16,8 @@ def add(commands: Any) -> None:
         "ui",
         help="plan, merge and look at masks in the browser",
         description="Serve a page on this machine: search models on the Hub, see the plan, merge and push with "
-        "progress, look at masks, try small models. It merges with your own login to the Hub, and listens on this machine only. "
+        "progress, look at masks, try small models. It merges with your own login to the Hub, and listens on this "
+        "machine only. "
         'Needs pip install "hf-locstitch[ui]".',
     )
     parser.add_argument("--host", default="127.0.0.1", metavar="NAME", help="of this machine (default: 127.0.0.1)")
