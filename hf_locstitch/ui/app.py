@@ -20,13 +20,14 @@ from hf_locstitch.ui.order import (
     suggested_target,
     takes_density,
 )
-from hf_locstitch.ui.search import search_models
+from hf_locstitch.ui.search import Typing, search_models
 from hf_locstitch.ui.visitor import Visitor
 
 if TYPE_CHECKING:
     from hf_locstitch.ui.serve import Server
 
 STYLE = Path(__file__).parent / "assets" / "style.css"
+DEEP, DEEPER, INK, PALE = "#0f6b62", "#0b544d", "#4b5563", "#b3bcc9"
 FONT = ["system-ui", "sans-serif"]
 SECONDS = 240.0  # for a plan, a look at masks, or a text
 ALIVE = 1.0  # seconds between two looks at a merge under way
@@ -34,6 +35,7 @@ MOST_TOKENS = 256
 EMPTY_PLAN = "Choose a base and its finetuned models, then make the plan: nothing of the weights is downloaded for it."
 EMPTY_MASKS = "Enter a merge that was published with hf-locstitch, to see where its masks lie."
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+TYPING: dict[str, Any] = {**QUIET, "trigger_mode": "multiple", "concurrency_limit": None}
 BUSY: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "worker", "concurrency_limit": 2}
 
 
@@ -42,6 +44,7 @@ class Page:
 
     def __init__(self, server: Server) -> None:
         self._server, self._work = server, server.config.work
+        self._typing = Typing()
 
     def who(self, request: gr.Request) -> Visitor:
         """Of this request."""
@@ -54,10 +57,14 @@ class Page:
 
     def search(self, request: gr.Request, event: gr.KeyUpData) -> Any:
         """Bases by name."""
+        if not self._typing.settled(f"{request.session_hash} base"):
+            return gr.skip()
         return _choices(search_models(event.input_value or "", self.who(request)))
 
     def search_finetunes(self, base: str | None, request: gr.Request, event: gr.KeyUpData) -> Any:
         """Finetunes by name."""
+        if not self._typing.settled(f"{request.session_hash} finetunes"):
+            return gr.skip()
         text = event.input_value or ""
         return _choices(search_models(text, self.who(request)) if text.strip() else self._known(base, request))
 
@@ -205,8 +212,24 @@ def build(server: Server) -> tuple[gr.Blocks, dict[str, Any]]:
         first = blocks.load(page.welcome, None, [login, *state], **QUIET)
         first.then(page.watch, None, state, concurrency_limit=None, **QUIET)
     blocks.queue(max_size=200, default_concurrency_limit=16, api_open=False)
+    return blocks, {"theme": _theme(), "css": STYLE.read_text(encoding="utf-8")}
+
+
+def _theme() -> Any:
+    """System fonts, and colours whose contrast is enough, in light and dark."""
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=["ui-monospace", "monospace"])
-    return blocks, {"theme": theme, "css": STYLE.read_text(encoding="utf-8")}
+    button = {"button_primary_background_fill": DEEP, "button_primary_background_fill_hover": DEEPER}
+    quiet = ("block_info_text_color", "block_title_text_color", "input_placeholder_color")
+    return theme.set(
+        **button,
+        **{f"{name}_dark": colour for name, colour in button.items()},
+        **dict.fromkeys(quiet, INK),
+        **{f"{name}_dark": PALE for name in quiet},
+        color_accent=DEEP,
+        slider_color=DEEP,
+        slider_color_dark=DEEP,
+        layout_gap="0.75rem",
+    )
 
 
 def _merge_tab(page: Page) -> list[Any]:
@@ -252,9 +275,9 @@ def _merge_tab(page: Page) -> list[Any]:
             problem = gr.HTML(elem_id="lc-problem")
             jobs = gr.HTML(views.jobs([], {}), elem_id="lc-merges")
     state = [jobs, stop, stopping, resume, resuming]
-    base.key_up(page.search, None, base, **QUIET)
+    base.key_up(page.search, None, base, **TYPING)
     base.change(page.finetunes_of, base, models, **QUIET)
-    models.key_up(page.search_finetunes, base, models, **QUIET)
+    models.key_up(page.search_finetunes, base, models, **TYPING)
     method.change(page.settings, method, [percent, whole], **QUIET)
     form = [base, models, method, percent, scale]
     look.click(page.plan, [*form, target], [plan, planned, target], show_progress="hidden", **BUSY)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +13,8 @@ from hf_locstitch.ui.visitor import Visitor
 
 FOUND = 12
 SHORTEST = 2  # characters of a search
+PAUSE = 0.25  # seconds without a key, after which typing counts as done
+MOST = 1_000  # fields that are typed in at a time
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,26 @@ class Found:
         """For a list to choose from."""
         told = [f"{_short(self.downloads)} downloads"] if self.downloads else []
         return " · ".join([self.repo, *told, *([self.note] if self.note else [])])
+
+
+class Typing:
+    """Tells, of the searches that somebody's typing brings about, which is the last: the others need no answer."""
+
+    def __init__(self, pause: float = PAUSE) -> None:
+        self._pause, self._newest = pause, OrderedDict[str, object]()
+        self._lock = threading.Lock()
+
+    def settled(self, who: str) -> bool:
+        """Wait for a moment; whether nothing more was typed in it. who: a page and a field."""
+        turn = object()
+        with self._lock:
+            self._newest.pop(who, None)
+            self._newest[who] = turn
+            while len(self._newest) > MOST:
+                self._newest.popitem(last=False)
+        time.sleep(self._pause)
+        with self._lock:
+            return self._newest.get(who) is turn
 
 
 def search_models(text: str, visitor: Visitor, finetuned_from: str | None = None) -> list[Found]:

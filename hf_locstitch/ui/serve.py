@@ -155,7 +155,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 added = {
                     "content-security-policy": POLICY,
-                    "referrer-policy": "no-referrer",
+                    "referrer-policy": "same-origin",
                     "x-content-type-options": "nosniff",
                 }
                 message["headers"] = [

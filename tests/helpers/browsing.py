@@ -10,8 +10,10 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,9 +56,21 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
+@dataclass(frozen=True)
+class Served:
+    """A page that is served by a process."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that work for its visitors."""
+        return psutil.Process(self.process.pid).children()
+
+
 @contextmanager
-def serving(hub: LoopbackHub, folder: Path, *, space: bool) -> Iterator[str]:
-    """The page's address. space: as in a Space, with visitors; the server then has a token of its own, which must not
+def serving(hub: LoopbackHub, folder: Path, *, space: bool) -> Iterator[Served]:
+    """A page. space: as in a Space, with visitors; the server then has a token of its own, which must not
     be used."""
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "OAUTH_"))}
@@ -76,7 +90,7 @@ def serving(hub: LoopbackHub, folder: Path, *, space: bool) -> Iterator[str]:
         try:
             address = f"http://127.0.0.1:{port}"
             _wait(address, process, folder / "server.log")
-            yield address
+            yield Served(address, process)
         finally:
             process.terminate()
             process.wait(60)
