@@ -13,11 +13,15 @@ from urllib.parse import urlsplit
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.files import is_writable
 from hf_locstitch.ui.jobs import Jobs, merge_worker
-from hf_locstitch.ui.sign_in import SignIn, local_visitor, oauth_app
+from hf_locstitch.ui.sign_in import LocalUser, SignIn, oauth_app
 from hf_locstitch.ui.visitor import Visitor
 
 PORT = 7860
 HERE = ("127.0.0.1", "localhost", "::1")
+HOW: dict[str, Any] = {
+    "log_level": "warning",
+    "timeout_graceful_shutdown": 2,
+}  # of uvicorn; pages hold connections open
 GENERATED = 2_500_000_000  # bytes of weights of the largest model that is run: about a billion parameters
 # Everything comes from this server: no fonts, scripts or frames of others. Gradio's page needs inline code.
 POLICY = (
@@ -89,12 +93,12 @@ class Server:
         check_installed()
         _check(config)
         self.config = config
-        self._sign_in = SignIn(oauth_app(environment)) if config.visitors else None
+        self._users = SignIn(oauth_app(environment)) if config.visitors else LocalUser()
         self.jobs = Jobs(config.work / "jobs", merge_worker(config.work), at_once=config.at_once)
 
     def visitor(self, cookies: Mapping[str, str]) -> Visitor:
         """Who a request comes from."""
-        return self._sign_in.visitor(cookies) if self._sign_in is not None else local_visitor()
+        return self._users.visitor(cookies)
 
     def application(self) -> Any:
         """As an ASGI application."""
@@ -104,8 +108,8 @@ class Server:
         from hf_locstitch.ui.app import build
 
         server = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        if self._sign_in is not None:
-            self._sign_in.attach(server)
+        if isinstance(self._users, SignIn):
+            self._users.attach(server)
         hosts = None if self.config.visitors or self.config.host not in HERE else HERE
         server.add_middleware(Guard, hosts=hosts)
         blocks, look = build(self)
@@ -118,7 +122,7 @@ class Server:
         import uvicorn  # pyright: ignore[reportMissingImports]
 
         try:
-            uvicorn.run(self.application(), host=self.config.host, port=self.config.port, log_level="warning")
+            uvicorn.run(self.application(), host=self.config.host, port=self.config.port, **HOW)
         finally:
             self.jobs.close()
 

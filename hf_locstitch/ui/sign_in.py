@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COOKIE = "locstitch_session"
 MOST = 5_000  # sessions, and sign-ins under way
 UNDER_WAY = 600.0  # seconds to sign in
+ASKED_EVERY = 60.0  # seconds between two questions to the Hub who the user of this machine is
 LONGEST = 8 * 3600.0  # seconds of a session, if the Hub does not say
 VARIABLES = ("OAUTH_CLIENT_ID", "OAUTH_CLIENT_SECRET", "OAUTH_SCOPES", "OPENID_PROVIDER_URL")
 
@@ -162,8 +163,21 @@ def visitor_of(about: Mapping[str, Any], token: str) -> Visitor:
     return Visitor(str(about["preferred_username"]), token, tuple(str(org) for org in orgs if org))
 
 
-def local_visitor() -> Visitor:
+class LocalUser:
     """The user of this machine, by their own login to the Hub, if they have one."""
+
+    def __init__(self) -> None:
+        self._known, self._until = Visitor(here=True), 0.0
+
+    def visitor(self, cookies: Mapping[str, str]) -> Visitor:
+        """Asks the Hub now and then, for the user may log in meanwhile."""
+        if time.monotonic() > self._until:
+            self._known = _logged_in()
+            self._until = time.monotonic() + (ASKED_EVERY if self._known.name else 2.0)
+        return self._known
+
+
+def _logged_in() -> Visitor:
     from huggingface_hub import HfApi
 
     try:

@@ -109,9 +109,12 @@ def masks(asked: Mapping[str, Any], emit: Emit) -> None:
 
 def generate(asked: Mapping[str, Any], emit: Emit) -> None:
     """Let a small causal language model go on with a text. Raises CheckpointError if it is not small, or not one."""
+    from huggingface_hub import constants
+
     from hf_locstitch.checkpoints.checkpoint import open_source
     from hf_locstitch.checkpoints.opening import read_checkpoint
     from hf_locstitch.checkpoints.ref import parse_ref
+    from hf_locstitch.engine.preflight import check_space
     from hf_locstitch.evaluation.models import check_language_model, fetch
     from hf_locstitch.runtime.human import human
 
@@ -123,6 +126,7 @@ def generate(asked: Mapping[str, Any], emit: Emit) -> None:
             "Its page shows how to run it on your own machine."
         )
     check_language_model(checkpoint)
+    check_space(Path(constants.HF_HUB_CACHE), size)
     emit({"event": "progress", "stage": "loading", "done": 0, "total": 0, "unit": ""})
     folder = fetch(checkpoint)
     _go_on(str(folder), str(asked["prompt"])[:PROMPT], min(int(asked["tokens"]), MOST_NEW_TOKENS), emit)
@@ -196,11 +200,26 @@ def main() -> int:
 
     with raising_interrupts(lambda _: None):
         threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
-        return work(asked, emit)
+        with _passing_cache(asked):
+            return work(asked, emit)
+
+
+@contextmanager
+def _passing_cache(asked: Mapping[str, Any]) -> Iterator[None]:
+    """Where it is asked for, a cache that is removed afterwards: what strangers look at is not kept."""
+    if not asked.get("passing"):
+        yield
+        return
+    home = Path(os.environ["HF_HOME"])
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home, prefix="passing-") as folder:
+        os.environ["HF_HUB_CACHE"] = folder  # the Hub's client reads it when it is imported
+        yield
 
 
 def _stop_at_end_of_input() -> None:
-    sys.stdin.read()
+    while os.read(0, 4096):
+        continue
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
     else:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.ui.serve import UiConfig, _check, why_refused
-from hf_locstitch.ui.sign_in import COOKIE, Expiring, OAuthApp, SignIn, oauth_app, visitor_of
+from hf_locstitch.ui.sign_in import COOKIE, Expiring, LocalUser, OAuthApp, SignIn, oauth_app, visitor_of
 from hf_locstitch.ui.visitor import Visitor, worker_environment
+from loopback_hub import LoopbackHub
 
 SERVER = {
     "PATH": "/bin",
@@ -87,3 +89,14 @@ def test_ones_own_login_is_not_lent_to_a_network(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="your own login"):
         _check(UiConfig(tmp_path, host="0.0.0.0"))
     _check(UiConfig(tmp_path, host="0.0.0.0", visitors=True))
+
+
+def test_the_user_of_this_machine_is_asked_for_once_a_while(home_hub: LoopbackHub) -> None:
+    user = LocalUser()
+    assert [user.visitor({}) for _ in range(3)] == [Visitor("demo", None, ("lab",), here=True)] * 3
+    assert [one.path for one in home_hub.requests] == ["/api/whoami-v2"]
+
+
+def test_without_a_login_the_user_of_this_machine_has_no_name(home_hub: LoopbackHub, monkeypatch: Any) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    assert LocalUser().visitor({}) == Visitor(here=True)
