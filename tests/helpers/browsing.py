@@ -23,11 +23,12 @@ from loopback_hub import LoopbackHub
 BASE, FINETUNES = "lab/tiny-base", ("lab/tiny-math", "lab/tiny-code", "lab/tiny-law")
 SCOPES = "openid profile read-repos contribute-repos"
 OAUTH = {"OAUTH_CLIENT_ID": "client", "OAUTH_CLIENT_SECRET": "secret", "OAUTH_SCOPES": SCOPES}
-STARTS_WITHIN = 180.0  # seconds, on a busy machine
+STARTS_WITHIN = 900.0  # seconds, on a busy machine
 
 
 def add_models(hub: LoopbackHub, folder: Path, width: int = 64) -> None:
     """A base and three finetunes of it, whose cards name it."""
+
     config = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=6,
         num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
@@ -39,15 +40,11 @@ def add_models(hub: LoopbackHub, folder: Path, width: int = 64) -> None:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(0.02 * number * torch.randn_like(parameter) ** 3)
-            _add(hub, folder / repo, repo, model)
-
-
-def _add(hub: LoopbackHub, folder: Path, repo: str, model: LlamaForCausalLM) -> None:
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    lines = [f"base_model: {BASE}", "base_model_relation: finetune"] if repo != BASE else []
-    card = "\n".join(["---", "license: apache-2.0", *lines, "---", f"# {repo}", ""])
-    hub.add_repo(repo, {**{path.name: path for path in folder.iterdir()}, "README.md": card})
+            model.save_pretrained(folder / repo)
+            make_tokenizer().save_pretrained(folder / repo)
+            lines = [f"base_model: {BASE}", "base_model_relation: finetune"] if repo != BASE else []
+            card = "\n".join(["---", "license: apache-2.0", *lines, "---", f"# {repo}", ""])
+            hub.add_repo(repo, {**{path.name: path for path in (folder / repo).iterdir()}, "README.md": card})
 
 
 def free_port() -> int:
@@ -62,6 +59,18 @@ class Served:
 
     address: str
     process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait(self) -> None:
+        """Until it answers."""
+        until = time.monotonic() + STARTS_WITHIN
+        while time.monotonic() < until and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(self.address, timeout=60).read()
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError(f"the server did not start: {self.log.read_text()[-3000:]}")
 
     def workers(self) -> list[psutil.Process]:
         """The processes that work for its visitors."""
@@ -70,8 +79,8 @@ class Served:
 
 @contextmanager
 def serving(hub: LoopbackHub, folder: Path, *, space: bool) -> Iterator[Served]:
-    """A page. space: as in a Space, with visitors; the server then has a token of its own, which must not
-    be used."""
+    """A page, that may not answer yet. space: as in a Space, with visitors; the server then has a token of its own,
+    which must not be used."""
     port = free_port()
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "OAUTH_"))}
     environment |= hub.environment(folder / "home", "hf_server" if space else "hf_loopback")
@@ -88,23 +97,10 @@ def serving(hub: LoopbackHub, folder: Path, *, space: bool) -> Iterator[Served]:
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
-            address = f"http://127.0.0.1:{port}"
-            _wait(address, process, folder / "server.log")
-            yield Served(address, process)
+            yield Served(f"http://127.0.0.1:{port}", process, folder / "server.log")
         finally:
             process.terminate()
             process.wait(60)
-
-
-def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + STARTS_WITHIN
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            urllib.request.urlopen(address, timeout=20).read()
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"the server did not start: {log.read_text()[-3000:]}")
 
 
 def users() -> Mapping[str, str]:

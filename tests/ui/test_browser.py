@@ -25,7 +25,7 @@ if CHROMIUM is None or not all(map(find_spec, ("gradio", "playwright", "axe_play
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
-SLOW = 120_000  # milliseconds: machines are shared
+SLOW = 300_000  # milliseconds: machines are shared
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 400, "height": 800}
 Shoot = Callable[[str], None]
 World = tuple[LoopbackHub, Served]
@@ -35,10 +35,11 @@ World = tuple[LoopbackHub, Served]
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A Hub with models, and a Space on it."""
     folder = tmp_path_factory.mktemp("ui")
-    with LoopbackHub(folder / "hub", users=users(), orgs={"demo": ["lab"]}) as hub:
+    hub = LoopbackHub(folder / "hub", users=users(), orgs={"demo": ["lab"]})
+    with hub, serving(hub, folder, space=True) as served:
         add_models(hub, folder / "models", width=256)
-        with serving(hub, folder, space=True) as served:
-            yield hub, served
+        served.wait()
+        yield hub, served
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def page(browser: Any, world: World) -> Iterator[Any]:
+def page(world: World, browser: Any) -> Iterator[Any]:
     """One visitor's page, for all tests, in their order; what it asked of other hosts is an error."""
     from playwright.sync_api import expect
 
