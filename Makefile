@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 
-.PHONY: demo test test-oldest quality format docs bench bench-quality bench-speed bench-faults reproduce clean
+.PHONY: demo test test-oldest test-ui space quality format docs bench bench-quality bench-speed bench-faults reproduce clean
 
 demo: $(READY)  ## train tiny models, push them to a Hub on this machine, merge, compare
 	PYTHONPATH=.:examples $(BIN)/python -m demo $(if $(WORK),--work $(WORK))
@@ -26,6 +26,21 @@ test-oldest: $(READY)  ## these tests with the oldest versions that pyproject.to
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt \
 		-e ".[eval]" hypothesis pytest pytest-xdist scikit-learn
 	$(OLDEST)/bin/python -m pytest -n auto $(OLDEST_TESTS)
+
+# The page needs an older Pillow than the figures are tested with, hence a venv of its own.
+UI ?= .venv-ui
+
+test-ui: $(READY)  ## the page in Chromium (Debian: apt-get install chromium); SCREENSHOTS=DIR keeps pictures
+	$(PYTHON) -m venv $(UI)
+	grep -v '^pillow==' constraints.txt > $(UI)/constraints.txt
+	$(UI)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UI)/constraints.txt -e ".[dev,ui]" \
+		playwright axe-playwright-python
+	$(UI)/bin/python -m pytest -n 0 tests/ui
+
+space:  ## the files of a Space, in build/space: hf upload NAME/SPACE build/space --repo-type space
+	rm -rf build/space && mkdir -p build/space
+	cp -r space/. build/space/ && cp -r hf_locstitch build/space/
+	find build/space -name __pycache__ -prune -exec rm -rf {} +
 
 quality: $(READY)  ## lint, format, types, and who may import whom
 	$(BIN)/ruff check .
@@ -78,4 +93,4 @@ $(DOCS_READY): $(READY)
 	touch $(DOCS_READY)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build site *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(UI) build site *.egg-info

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from typing import cast
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 from loopback_hub import card
@@ -19,6 +20,7 @@ from loopback_hub.git import (
     folders,
     folders_of,
 )
+from loopback_hub.oauth import OAuth
 from loopback_hub.rights import CAS, Rights
 from loopback_hub.store import Store
 from loopback_hub.upload import Uploads
@@ -36,6 +38,7 @@ class Api:
         self._store, self._rights, self._origin = store, rights, origin
         self.uploads = Uploads(store, rights, origin, self._url)
         self.xet = Xet(store, rights, origin, self.uploads)
+        self._oauth = OAuth(rights, origin)
         self.page_size = 1000
         self.redirect_lfs = False
         self._actions: dict[tuple[str, str], Callable[[Call, Repo, list[str]], Answer]] = {
@@ -66,6 +69,11 @@ class Api:
             ("POST", "api/repos/create"): self._create,
             ("DELETE", "api/repos/delete"): self._delete,
             ("POST", "api/validate-yaml"): self._validate_yaml,
+            ("GET", "api/models"): self._search,
+            ("GET", ".well-known/openid-configuration"): self._oauth.configuration,
+            ("GET", "oauth/authorize"): self._oauth.authorize,
+            ("POST", "oauth/token"): self._oauth.token,
+            ("GET", "oauth/userinfo"): self._oauth.userinfo,
         }.get((method, "/".join(parts)))
         if fixed:
             return fixed(call)
@@ -150,10 +158,29 @@ class Api:
 
     # What is in a repository
 
+    def _search(self, call: Call) -> Answer:
+        """Models that the caller may read, by a part of their names and by tags."""
+        query = call.query
+        text, tags = query.get("search", [""])[0].casefold(), {*query.get("filter", ())}
+        found = []
+        for repo in self._store.all("model"):
+            if text in repo.id.casefold() and self._rights.may_read(call, repo):
+                facts = self._facts(repo, self._store.commit_at(repo, "main"), blobs=False)
+                if tags <= {*cast("list[str]", facts["tags"])}:
+                    found.append(facts)
+        limit = query.get("limit", [""])[0]
+        page, headers = self._page(call, found[: int(limit)] if limit.isdigit() else found)
+        return Answer(page, headers=headers)
+
     def _info(self, call: Call, repo: Repo, rest: list[str]) -> Answer:
         commit = self._store.commit_at(repo, "/".join(rest) or "main")
-        query = call.query
-        blobs = call.flag("blobs")
+        facts = self._facts(repo, commit, call.flag("blobs"))
+        expand = {name for key in ("expand", "expand[]") for name in call.query.get(key, [])}
+        if expand:
+            facts = {key: value for key, value in facts.items() if key in expand | {"_id", "id"}}
+        return Answer(facts)
+
+    def _facts(self, repo: Repo, commit: Commit, blobs: bool) -> dict[str, object]:
         about = self._card(commit)
         facts: dict[str, object] = {
             "_id": _id(repo.id),
@@ -175,10 +202,7 @@ class Api:
         if repo.type == "model":
             known = ("library_name", "pipeline_tag", "mask_token")
             facts |= {"modelId": repo.id, **{key: about[key] for key in known if key in about}}
-        expand = {name for key in ("expand", "expand[]") for name in query.get(key, [])}
-        if expand:
-            facts = {key: value for key, value in facts.items() if key in expand | {"_id", "id"}}
-        return Answer(facts)
+        return facts
 
     def _card(self, commit: Commit) -> dict[str, object]:
         entry = commit.files.get("README.md")

@@ -21,11 +21,12 @@ class Rights:
         self._store = store
 
     def identify(self, target: str, authorization: str | None) -> str | None:
-        """The user of an Authorization header; None without one, and at the storage, which has tokens of its own.
+        """The user of an Authorization header; None without one, and where other things are sent in it: at the storage,
+        which has tokens of its own, and where an application shows its secret.
 
         Raises Refusal 401 for an unknown token.
         """
-        if authorization is None or target.startswith(f"/{CAS}/"):
+        if authorization is None or target.startswith((f"/{CAS}/", "/oauth/token")):
             return None
         user = self.users.get(_token(authorization))
         if user is None:
@@ -35,10 +36,14 @@ class Rights:
     def _member(self, user: str | None, owner: str) -> bool:
         return user is not None and (user == owner or owner in self.orgs.get(user, ()))
 
+    def may_read(self, call: Call, repo: Repo) -> bool:
+        """Whether the caller sees the repository at all."""
+        return not repo.private or self._member(call.user, repo.owner)
+
     def readable(self, call: Call, repo_type: str, repo_id: str) -> Repo:
         with suppress(Refusal):
             repo = self._store.get(repo_type, repo_id)
-            if not repo.private or self._member(call.user, repo.owner):
+            if self.may_read(call, repo):
                 return repo
         if call.user is None:
             raise Refusal(401, "Invalid username or password.", "RepoNotFound")

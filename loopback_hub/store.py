@@ -90,6 +90,11 @@ class Store:
             raise Refusal(404, f"Repository not found: {repo_type} {repo_id}", "RepoNotFound") from None
         return Repo(**json.loads(text))
 
+    def all(self, repo_type: str) -> list[Repo]:
+        """Every repository of a type, by name."""
+        found = (self.root / "repos" / f"{repo_type}s").glob("*/*/repo.json")
+        return [Repo(**json.loads(path.read_text("utf-8"))) for path in sorted(found)]
+
     def update(self, repo: Repo) -> None:
         """Keep changed settings or references of a repository that exists."""
         with self.lock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 
-from hf_locstitch.cli.commands import compare, evaluate, export, finetune, inspect, localize, merge, stitch, verify
+from hf_locstitch.cli.commands import compare, evaluate, export, finetune, inspect, localize, merge, stitch, ui, verify
 from hf_locstitch.cli.completion import SHELLS, PrintCompletion
 from hf_locstitch.cli.parser import Parser, epilog
 from hf_locstitch.runtime.version import __version__
@@ -14,7 +14,7 @@ EXAMPLES = (
     "hf-locstitch merge --base org/base --ft org/math org/code --out merged",
     "hf-locstitch merge --help",
 )
-MODULES = (merge, localize, stitch, finetune, compare, export, verify, inspect, evaluate)
+MODULES = (merge, localize, stitch, finetune, compare, export, verify, inspect, evaluate, ui)
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     module.__name__.rpartition(".")[2]: module.run for module in MODULES
 }

@@ -13,7 +13,7 @@ MODELS = ("torch", "transformers", "accelerate")  # what runs models,
 WITH_DATA = (*MODELS, "datasets")  # and on examples
 
 EXTRA: Mapping[str, str] = MappingProxyType({
-    "lm_eval": "eval", "optuna": "search", "trackio": "track", "gradio": "ui",
+    "lm_eval": "eval", "optuna": "search", "trackio": "track", "gradio": "ui", "authlib": "ui",
 })  # fmt: skip
 
 

@@ -1,0 +1,139 @@
+"""The server of the page: who may reach it, what a browser may load from it, and its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from hf_locstitch.errors import RecipeError
+from hf_locstitch.runtime.files import is_writable
+from hf_locstitch.runtime.packages import need
+from hf_locstitch.ui.config import UiConfig
+from hf_locstitch.ui.jobs import Jobs, merge_worker
+from hf_locstitch.ui.sign_in import LocalUser, SignIn, oauth_app
+from hf_locstitch.ui.visitor import Visitor
+
+HERE = ("127.0.0.1", "localhost", "::1")
+HOW: dict[str, Any] = {
+    "log_level": "warning",
+    "timeout_graceful_shutdown": 2,
+}  # of uvicorn; pages hold connections open
+# Everything comes from this server: no fonts, scripts or frames of others. Gradio's page needs inline code.
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; frame-src 'self'; worker-src 'self' blob:; "
+    "base-uri 'self'; form-action 'self'; frame-ancestors 'self' https://huggingface.co"
+)
+
+
+def check_installed() -> None:
+    """Raises RecipeError unless the libraries of the page are there."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    need("the page in the browser", "gradio", "authlib")
+
+
+class Server:
+    """A page and its jobs.
+
+    Args:
+        config: How it is served.
+        environment: With what a Space is told of its OAuth application, if there are visitors.
+    """
+
+    def __init__(self, config: UiConfig, environment: Mapping[str, str] = os.environ) -> None:
+        check_installed()
+        _check(config)
+        self.config = config
+        self._users = SignIn(oauth_app(environment)) if config.visitors else LocalUser()
+        self.jobs = Jobs(config.work / "jobs", merge_worker(config.work), at_once=config.at_once)
+
+    def visitor(self, cookies: Mapping[str, str]) -> Visitor:
+        """Who a request comes from."""
+        return self._users.visitor(cookies)
+
+    def application(self) -> Any:
+        """As an ASGI application."""
+        import gradio  # pyright: ignore[reportMissingImports]
+        from fastapi import FastAPI  # pyright: ignore[reportMissingImports]
+
+        from hf_locstitch.ui.app import build
+
+        server = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        if isinstance(self._users, SignIn):
+            self._users.attach(server)
+        hosts = None if self.config.visitors or self.config.host not in HERE else HERE
+        server.add_middleware(Guard, hosts=hosts)
+        blocks, look = build(self.config, self.jobs, self.visitor)
+        return gradio.mount_gradio_app(
+            server, blocks, path="/", show_error=False, footer_links=[], max_file_size="1mb", **look
+        )
+
+    def run(self) -> None:
+        """Serve until a signal ends it; merges that run are stopped, and can be gone on with."""
+        import uvicorn  # pyright: ignore[reportMissingImports]
+
+        try:
+            uvicorn.run(self.application(), host=self.config.host, port=self.config.port, **HOW)
+        finally:
+            self.jobs.close()
+
+
+def _check(config: UiConfig) -> None:
+    """Raises RecipeError."""
+    if not is_writable(config.work):
+        raise RecipeError(f"{config.work} cannot be written to, and merges are made there. Use another --work-dir.")
+    if not config.visitors and config.host not in HERE:
+        raise RecipeError(
+            f"--host {config.host} would let others merge with your own login. Use 127.0.0.1, and for others a Space "
+            "(space/ has one), where each signs in."
+        )
+
+
+class Guard:
+    """ASGI middleware: refuses requests that another site makes a browser send, and adds headers that keep a browser
+    from loading anything from elsewhere. hosts: names that the server may be called by; None for any."""
+
+    def __init__(self, app: Any, hosts: tuple[str, ...] | None) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        if refusal := why_refused(scope["method"], headers, self._hosts):
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": refusal.encode()})
+            return
+
+        async def guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                added = {
+                    "content-security-policy": POLICY,
+                    "referrer-policy": "same-origin",
+                    "x-content-type-options": "nosniff",
+                }
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    *((k.encode(), v.encode()) for k, v in added.items()),
+                ]
+            await send(message)
+
+        await self._app(scope, receive, guarded)
+
+
+def why_refused(method: str, headers: Mapping[str, str], hosts: tuple[str, ...] | None) -> str | None:
+    """Why a request is not answered, if it is not. headers: by names in lower case."""
+    called = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    if hosts is not None and called not in hosts:
+        return f"this server is not called {called[:100]!r}"
+    origin = headers.get("origin")
+    if (
+        method not in ("GET", "HEAD", "OPTIONS")
+        and origin is not None
+        and urlsplit(origin).netloc != headers.get("host")
+    ):
+        return "this request comes from another site"
+    return None

@@ -1,0 +1,230 @@
+"""`python -m hf_locstitch.ui.worker`: one piece of work for one visitor, in a process of its own.
+
+One JSON object comes on standard input, with the visitor's token if they are signed in, so that it is in no argument,
+file or environment that others could read; events go to standard output, one JSON object a line. When standard input
+ends, the work is stopped: a server that dies takes its workers along, and what they did is found by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
+from hf_locstitch.runtime.interrupts import raising_interrupts
+from hf_locstitch.runtime.progress import Advance, Progress
+
+Event = dict[str, Any]
+Emit = Callable[[Event], None]
+EVERY = 0.25  # seconds between two events of one bar
+MOST_NEW_TOKENS = 256
+PROMPT = 2_000  # characters, at most
+
+
+class EventProgress(Progress):
+    """Progress bars as events."""
+
+    def __init__(self, emit: Emit) -> None:
+        super().__init__(False)
+        self._emit = emit
+
+    def say(self, text: str) -> None:
+        self._emit({"event": "say", "text": text})
+
+    @contextmanager
+    def bar(self, stage: str, total: int, unit: str = "B") -> Iterator[Advance]:
+        lock, done, told = threading.Lock(), 0, 0.0
+
+        def tell() -> None:
+            self._emit({"event": "progress", "stage": stage, "done": done, "total": total, "unit": unit.strip()})
+
+        def advance(count: int) -> None:
+            nonlocal done, told
+            with lock:
+                done += count
+                if (now := time.monotonic()) - told >= EVERY:
+                    told = now
+                    tell()
+
+        tell()
+        yield advance
+        tell()
+
+
+class Warnings(logging.Handler):
+    """What the package warns of, as events."""
+
+    def __init__(self, emit: Emit) -> None:
+        super().__init__(logging.WARNING)
+        self._emit = emit
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._emit({"event": "warning", "text": record.getMessage()})
+
+
+def plan(asked: Mapping[str, Any], emit: Emit) -> None:
+    """Plan a merge, and check what can be checked without doing it."""
+    from hf_locstitch.api import check_possible, plan_merge
+    from hf_locstitch.plan.describe import format_plan, plan_json
+
+    made = plan_merge(asked["recipe"], cache=False)
+    check_possible(made)
+    emit({"event": "result", "plan": plan_json(made), "text": format_plan(made)})
+
+
+def merge(asked: Mapping[str, Any], emit: Emit) -> None:
+    """Merge, streaming the inputs, and push the result."""
+    from hf_locstitch.api import carry_out, plan_merge
+    from hf_locstitch.engine.imports import import_ahead
+
+    emit({"event": "progress", "stage": "planning", "done": 0, "total": 0, "unit": ""})
+    import_ahead()
+    result = carry_out(plan_merge(asked["recipe"], cache=False), EventProgress(emit))
+    densities = {name: mask.real_density for name, mask in result.manifest.masks.items()}
+    emit({"event": "result", "url": result.url, "commit": result.commit, "densities": densities})
+
+
+def masks(asked: Mapping[str, Any], emit: Emit) -> None:
+    """Look at the masks of a published merge or localized checkpoint: small files only."""
+    from hf_locstitch.inspection.inspect import inspect
+    from hf_locstitch.report.figures.explorer import FILE
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = inspect(asked["ref"], figures=folder)
+        page = Path(folder) / FILE
+        html = page.read_text(encoding="utf-8") if page.exists() else None
+    emit({"event": "result", "page": html, "inspection": asdict(found), "text": found.describe()})
+
+
+def generate(asked: Mapping[str, Any], emit: Emit) -> None:
+    """Let a small causal language model go on with a text. Raises CheckpointError if it is not small, or not one."""
+    from huggingface_hub import constants
+
+    from hf_locstitch.checkpoints.checkpoint import open_source
+    from hf_locstitch.checkpoints.opening import read_checkpoint
+    from hf_locstitch.checkpoints.ref import parse_ref
+    from hf_locstitch.engine.preflight import check_space
+    from hf_locstitch.evaluation.models import check_language_model, fetch
+    from hf_locstitch.runtime.human import human
+
+    checkpoint = read_checkpoint(open_source(parse_ref(asked["ref"])))
+    size, most = sum(shard.size for shard in checkpoint.shards), int(asked["most_bytes"])
+    if size > most:
+        raise CheckpointError(
+            f"{checkpoint.label} has {human(size)} of weights, and models above {human(most)} are not run here. "
+            "Its page shows how to run it on your own machine."
+        )
+    check_language_model(checkpoint)
+    check_space(Path(constants.HF_HUB_CACHE), size)
+    emit({"event": "progress", "stage": "loading", "done": 0, "total": 0, "unit": ""})
+    folder = fetch(checkpoint)
+    _go_on(str(folder), str(asked["prompt"])[:PROMPT], min(int(asked["tokens"]), MOST_NEW_TOKENS), emit)
+
+
+def _go_on(folder: str, prompt: str, tokens: int, emit: Emit) -> None:
+    """The most likely continuation, text by text as it comes. No code of the repo's is run."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            emit({"event": "text", "text": text})
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True).eval()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].shape[-1]:
+        raise RequestError("the prompt has no token of this model's. Write something to go on from.")
+    model.generate(
+        **{key: value for key, value in inputs.items() if key in ("input_ids", "attention_mask")},
+        max_new_tokens=tokens,
+        do_sample=False,
+        streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    emit({"event": "result"})
+
+
+ACTIONS: Mapping[str, Callable[[Mapping[str, Any], Emit], None]] = {
+    "plan": plan,
+    "merge": merge,
+    "masks": masks,
+    "generate": generate,
+}
+
+
+def work(asked: Mapping[str, Any], emit: Emit) -> int:
+    """Do what is asked; the last event is a result, an error or that it was stopped. Returns the exit status."""
+    handler = Warnings(emit)
+    log = logging.getLogger("hf_locstitch")
+    log.addHandler(handler)
+    try:
+        ACTIONS[asked["action"]](asked, emit)
+        return 0
+    except KeyboardInterrupt:
+        emit({"event": "stopped"})
+        return 130
+    except LocstitchError as error:
+        emit({"event": "error", "text": str(error), "resumable": not isinstance(error, RequestError)})
+        return error.exit_status
+    except Exception as error:
+        emit({"event": "error", "text": f"{type(error).__name__}: {error}", "resumable": True})
+        return 1
+    finally:
+        log.removeHandler(handler)
+
+
+def main() -> int:
+    """One request from standard input to its last event."""
+    asked = json.loads(sys.stdin.readline())
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no event
+    token = asked.pop("token", None)
+    if token:
+        os.environ["HF_TOKEN"] = token
+    lock = threading.Lock()
+
+    def emit(event: Event) -> None:
+        text = json.dumps(event)
+        with lock:
+            events.write((text.replace(token, "[token]") if token else text) + "\n")
+
+    with raising_interrupts(lambda _: None):
+        threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
+        with _passing_cache(asked):
+            return work(asked, emit)
+
+
+@contextmanager
+def _passing_cache(asked: Mapping[str, Any]) -> Iterator[None]:
+    """Where it is asked for, a cache that is removed afterwards: what strangers look at is not kept."""
+    if not asked.get("passing"):
+        yield
+        return
+    home = Path(os.environ["HF_HOME"])
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home, prefix="passing-") as folder:
+        os.environ["HF_HUB_CACHE"] = folder  # the Hub's client reads it when it is imported
+        yield
+
+
+def _stop_at_end_of_input() -> None:
+    while os.read(0, 4096):
+        continue
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        signal.raise_signal(signal.SIGINT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""What a worker tells of its work, in this process: events, the last word, and no token."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.models import State, finetune, random_state, save
+
+from hf_locstitch.ui import worker
+from hf_locstitch.ui.order import Order
+from loopback_hub import LoopbackHub
+
+Events = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    base: State = random_state(0)
+    for name, state in {"base": base, "a": finetune(base, 1), "b": finetune(base, 2)}.items():
+        save(folder / name, state)
+    return folder
+
+
+@pytest.fixture
+def hub(home_hub: LoopbackHub, models: Path) -> LoopbackHub:
+    for name in ("base", "a", "b"):
+        home_hub.add_repo(f"work/{name}", {path.name: path for path in (models / name).iterdir()})
+    home_hub.requests.clear()
+    return home_hub
+
+
+ORDER = Order("work/base", ("work/a", "work/b"), density=0.5)
+
+
+def told(action: str, **asked: object) -> Events:
+    events: Events = []
+    worker.work({"action": action, **asked}, events.append)
+    return events
+
+
+def test_a_plan_is_told(hub: LoopbackHub) -> None:
+    (result,) = told("plan", recipe=ORDER.recipe_fields())
+    assert result["plan"]["k"] * 2 == result["plan"]["N"] and "localizer" in result["text"]
+    json.dumps(result)
+
+
+def test_a_merge_is_told_and_published_and_its_masks_are_looked_at(hub: LoopbackHub) -> None:
+    events = told("merge", recipe=ORDER.pushed_to("demo/worked", False).recipe_fields())
+    bars = {event["stage"]: event for event in events if event["event"] == "progress"}
+    assert {"localizing", "merging", "uploading"} <= bars.keys()
+    assert all(bars[stage]["done"] == bars[stage]["total"] > 0 for stage in ("merging", "uploading"))
+    assert events[-1]["event"] == "result" and events[-1]["densities"] == {"a": 0.5, "b": 0.5}
+    assert hub.head("demo/worked") == events[-1]["commit"]
+    (found,) = told("masks", ref="demo/worked")
+    assert '"masks":{"a"' in found["page"] and found["inspection"]["method"] == "locstitch"
+    json.dumps(found)
+
+
+def test_what_is_wrong_is_told_as_the_command_line_tells_it(hub: LoopbackHub) -> None:
+    (error,) = told("plan", recipe={**ORDER.recipe_fields(), "finetuned": ["work/none"]})
+    assert error["event"] == "error" and not error["resumable"] and "work/none does not exist" in error["text"]
+
+
+def test_a_model_that_is_too_large_is_not_run(hub: LoopbackHub) -> None:
+    (error,) = told("generate", ref="work/base", prompt="x", tokens=1, most_bytes=100)
+    assert "models above 100 B are not run here" in error["text"]
+
+
+def test_a_model_that_cannot_write_is_not_run(hub: LoopbackHub) -> None:
+    (error,) = told("generate", ref="work/base", prompt="x", tokens=1, most_bytes=10**9)
+    assert "not a language model" in error["text"]
+
+
+def test_a_stop_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(asked: object, emit: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(worker.ACTIONS, "plan", interrupted)  # type: ignore[arg-type]
+    assert told("plan") == [{"event": "stopped"}]
+
+
+def test_a_token_comes_by_standard_input_and_is_in_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(asked: object, emit: worker.Emit) -> None:
+        raise RuntimeError(f"the token is {os.environ['HF_TOKEN']}")
+
+    read, write = os.pipe()
+    monkeypatch.setitem(worker.ACTIONS, "plan", careless)  # type: ignore[arg-type]
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"action": "plan", "token": "hf_secret"}) + "\n"))
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(worker.os, "dup", lambda _: write)
+    monkeypatch.setattr(worker.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(worker, "_stop_at_end_of_input", lambda: None)
+    assert worker.main() == 1
+    with os.fdopen(read) as events:
+        assert json.loads(events.read())["text"] == "RuntimeError: the token is [token]"
