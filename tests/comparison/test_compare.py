@@ -218,7 +218,7 @@ def test_wrong_requests(fields: dict[str, Any], tmp_path: Path) -> None:
     refused("no values to try for scale", grid={"scale": []})
     refused("unknown method 'tise'", grid={"method": ["tise"]})
     refused("more than 1,000", grid={"scale": [n / 2000 for n in range(2000)]})
-    refused("did you mean 0.05", grid={"density": [5]})
+    refused("5 % is 0.05", grid={"density": [5]})
     with pytest.raises(RecipeError, match="does not say what to compare"):
         compare({**fields, "compare": None}, out=tmp_path / "compared")
     (tmp_path / "compared").mkdir()

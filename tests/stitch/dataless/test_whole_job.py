@@ -196,8 +196,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {**JOINT, "localizer": {"method": "joint", "density": 30}},
         r"density is a share of the weights, at most 1, not 30: 30 % is 0\.3",
     ),
-    ({"localizer": {"density": 5}}, r"did you mean 0\.05\?"),
-    ({"method": {"name": "dare", "density": 20}}, r"did you mean 0\.2\?"),
+    ({"localizer": {"density": 5}}, r"5 % is 0\.05"),
+    ({"method": {"name": "dare", "density": 20}}, r"20 % is 0\.2"),
 ]
 
 
