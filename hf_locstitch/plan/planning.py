@@ -192,8 +192,9 @@ def _kept_texts(plan: MergePlan | LocalizePlan) -> KeptTexts:
 
 def _open_and_stitch(recipe: Recipe, settings: Settings) -> StitchPlan:
     calls: list[Callable[[], Any]] = [lambda: open_checkpoint(parse_ref(recipe.base.ref))]
+    calls += [partial(open_masked, entry) for entry in recipe.localized]
     with hide_library_bars():
-        base, *opened = every([*calls, *(partial(open_masked, entry) for entry in recipe.localized)])
+        base, *opened = every(calls)
     named = dict(zip(finetuned_names(recipe, [one.name for one in opened]), opened, strict=True))
     merged = {name: one for name, one in named.items() if isinstance(one, MergedFinetune)}
     whole = {name: one.checkpoint for name, one in merged.items()}
