@@ -77,8 +77,8 @@ class Claim:
         """In words: the verdict, and where it comes from."""
         counts = tally(self.comparisons)
         return (
-            f"**{self.verdict.capitalize()}**: of {counts.total()} comparisons {counts[YES]} hold, {counts[NO]} go the "
-            f"other way, {counts[OPEN]} cannot be told from chance."
+            f"**{self.verdict.capitalize()}**. Of {counts.total()} comparisons: {counts[YES]} as claimed, {counts[NO]} "
+            f"the other way, {counts[OPEN]} not to be told from chance."
         )
 
     def tallied(self, testbed: str) -> str:
