@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 from helpers.data import write_texts
 from helpers.families import build, family
+from helpers.in_threads import fit_in
 from helpers.launch import launch
 from helpers.models import load, same_bits
 from helpers.refits import SMALL, distance, read_record
@@ -19,6 +21,8 @@ from safetensors.torch import save_file
 from hf_locstitch.cli.main import main
 from hf_locstitch.runtime import journal
 from hf_locstitch.stitch.fitted_values import FittedWriter
+from hf_locstitch.stitch.methods.fisher import Fisher
+from hf_locstitch.stitch.methods.regmean_plusplus import RegMeanPlusPlus
 
 CLOSE = 1e-4  # of the largest change that the refit makes to the plain stitch
 GRID = [1.0, 3.0, "inf"]  # less, and conjugate gradients make more of a last digit: batches of another size would, too
@@ -79,33 +83,49 @@ def test_values_are_those_of_one_process(
     assert out["stitch"] == one["stitch"]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "count", "how"),
-    [
-        ("regmean-plusplus", "llama", 2, {"batch": 3}),
-        ("regmean", "gpt2", 3, {"inputs": 1}),
-        ("fisher", "llama", 2, {"inputs": 3, "state_on": "disk"}),
-    ],
-)
-def test_methods_with_inputs_are_those_of_one_process(
-    name: str, kind: str, count: int, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of one input a task, a third process gets none."""
-    monkeypatch.chdir(tmp_path)
-    write_family(tmp_path, kind)
-    fields = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+def write_method(root: Path, kind: str, name: str, **how: Any) -> None:
+    """recipe.yaml merges by a method that looks at inputs, mean.yaml by the mean."""
+    write_family(root, kind)
+    fields = yaml.safe_load((root / "recipe.yaml").read_text())
     del fields["localizer"], fields["stitch"]
     fields["method"] = {"name": name, "device": "cpu", **how}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
-    (tmp_path / "mean.yaml").write_text(
+    (root / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    (root / "mean.yaml").write_text(
         yaml.safe_dump({k: v for k, v in fields.items() if k != "data"} | {"method": "average"})
     )
-    merge("mean", "mean")
-    merge("recipe", "one")
-    merge_in(count, tmp_path, "out")
+
+
+def check_as_one() -> None:
+    """`out` is what one process makes, but for rounding."""
     one, out = read_record(Path("one")), read_record(Path("out"))
     assert len(one["stitch"]["refitted"]) > 7 and out["stitch"] == one["stitch"]
     assert distance(Path("one"), Path("out")) < CLOSE * distance(Path("one"), Path("mean"))
+
+
+def test_regmean_is_that_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one input a task, a third process gets none."""
+    monkeypatch.chdir(tmp_path)
+    write_method(tmp_path, "gpt2", "regmean", inputs=1)
+    merge("mean", "mean")
+    merge("recipe", "one")
+    merge_in(3, tmp_path, "out")
+    check_as_one()
+
+
+@pytest.mark.parametrize(
+    ("method", "how"), [(RegMeanPlusPlus, {"batch": 3}), (Fisher, {"inputs": 3, "state_on": "disk"})]
+)
+def test_methods_are_those_of_one_process(
+    method: Any, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_method(tmp_path, "llama", method.model_fields["name"].default, **how)
+    merge("mean", "mean")
+    merge("recipe", "one")
+    fit = method.fit
+    monkeypatch.setattr(method, "fit", lambda self, job: fit_in(2, partial(fit, self))(job))
+    merge("recipe", "out")
+    check_as_one()
 
 
 def test_an_infinite_lambda_is_the_plain_stitch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
