@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from hf_locstitch.comparison.report import FILE
 from hf_locstitch.engine.work_dir import WorkDir
-from hf_locstitch.runtime.locks import try_lock
+from hf_locstitch.runtime.locks import remove_locked, try_lock
 
 MARK = "comparison"  # a file that tells the folder of a comparison from one of a merge
 SCORES = "scores"  # a folder of files, named by all that the scores in them depend on
@@ -30,8 +28,7 @@ def take_over(work: WorkDir) -> None:
         for file in (folder / SCORES).glob("*.json"):
             (work.folder / SCORES).mkdir(exist_ok=True)
             file.replace(work.folder / SCORES / file.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        remove_locked(folder, lock)
 
 
 def _others(own: Path) -> Iterator[Path]:

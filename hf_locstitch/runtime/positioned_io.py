@@ -106,4 +106,7 @@ class PositionedFile:
         os.fsync(self._fd)
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Once and for all: closed again, it leaves alone who has got its number meanwhile."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from hf_locstitch.comparison.leftovers import MARK, SCORES, take_over
@@ -29,7 +28,7 @@ def test_scores_are_taken_over_and_the_rest_is_removed(tmp_path: Path) -> None:
     lock = try_lock(running.folder / "lock")
     assert lock is not None
     take_over(own)
-    os.close(lock)
+    lock.release()
     assert not older.folder.exists()
     assert {path.name for path in (own.folder / SCORES).iterdir()} == {"one.json", "two.json"}
     assert all(work.folder.exists() for work in (merge, finished, elsewhere, running))

@@ -70,3 +70,14 @@ def test_space_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abse
     monkeypatch.setattr("sys.platform", "win32")
     assert file.punch_hole(0, 1 << 20) is False
     file.close()
+
+
+def test_closed_twice_it_closes_no_other_file(tmp_path: Path) -> None:
+    """A number that is free is the next file's."""
+    first = PositionedFile.open(tmp_path / "first")
+    first.close()
+    second = PositionedFile.open(tmp_path / "second")
+    first.close()
+    second.write(b"there", 0)
+    second.close()
+    assert (tmp_path / "second").read_bytes() == b"there"
