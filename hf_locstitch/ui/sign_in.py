@@ -154,7 +154,7 @@ class SignIn:
 
     async def _provider(self, client: Any) -> Mapping[str, str]:
         url = f"{self._app.provider.rstrip('/')}/.well-known/openid-configuration"
-        return (await client.get(url, withhold_token=True)).raise_for_status().json()
+        return (await client.request("GET", url, withhold_token=True)).raise_for_status().json()
 
 
 def visitor_of(about: Mapping[str, Any], token: str) -> Visitor:

@@ -31,6 +31,9 @@ STATUS = {
 }
 
 
+UNSAMPLED = "–: of small models and of adapters no sample is taken now; they are compared while they are merged."
+
+
 def page(*parts: object) -> str:
     """Parts of HTML below one another."""
     return str(Markup("").join(map(_html, parts)))
@@ -110,12 +113,14 @@ def _inputs(made: Mapping[str, Any]) -> Markup:
         "tr", *(tag("th", text, scope="col") for text in ("Finetuned model", "weights changed", "distance ‖τ‖/‖θ‖"))
     )
     base, _, commit = made["base"].partition("@")
-    return tag(
+    table = tag(
         "div",
         tag("table", tag("caption", "What differs from ", base, " ", tag("code", commit[:7]), ", in a sample"),
             tag("thead", head), tag("tbody", *rows)),
         class_="lc-table", tabindex="0", role="region", aria_label="What differs from the base",
     )  # fmt: skip
+    whole = made["finetuned"].keys() <= made["lineage"].keys()
+    return table if whole else Markup("").join([table, tag("p", UNSAMPLED, class_="lc-quiet")])
 
 
 def jobs(found: Sequence[Job], ahead: Mapping[str, int]) -> str:

@@ -114,7 +114,7 @@ def choose(page: Any, field: str, text: str, repo: str) -> None:
     box.click()
     if text:
         box.press_sequentially(text, delay=60)
-    page.get_by_role("option", name=re.compile(f"^{re.escape(repo)}")).click()
+    page.get_by_role("option", name=repo).click()
 
 
 def make_plan(page: Any) -> None:
