@@ -103,9 +103,7 @@ def _inputs(made: Mapping[str, Any]) -> Markup:
     for name, pinned in made["finetuned"].items():
         found = made["lineage"].get(name)
         repo, _, commit = pinned.partition("@")
-        told = (
-            [f"{100 * (1 - found['unchanged']):.3g} %", f"{found['distance']:.2g}"] if found else ["–", "–"]
-        )
+        told = [f"{100 * (1 - found['unchanged']):.3g} %", f"{found['distance']:.2g}"] if found else ["–", "–"]
         rows.append(
             tag("tr", tag("th", repo, " ", tag("code", commit[:7]), scope="row"), *(tag("td", cell) for cell in told))
         )
