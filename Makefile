@@ -11,7 +11,7 @@ demo: $(READY)  ## train tiny models, push them to a Hub on this machine, merge,
 	PYTHONPATH=.:examples $(BIN)/python -m demo $(if $(WORK),--work $(WORK))
 
 test: $(READY)  ## all tests that need neither a GPU nor a network
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # What touches the libraries most. torch stays at the version in constraints.txt: KEEP= tests its oldest, too.
 OLDEST ?= .venv-oldest
