@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from helpers.language_models import favouring
 from helpers.models import finetune, random_state, save
-from helpers.runs import quick_localize, quick_merge
+from helpers.runs import quick_merge
 
-from hf_locstitch import evaluate, export, inspect, merge_from_hub, plan_merge, verify
+from hf_locstitch import ExportResult, evaluate, inspect, merge_from_hub, plan_merge, verify
 from hf_locstitch.comparison.report import ComparisonReport, Entry
 from hf_locstitch.runtime import html
 
@@ -85,15 +85,14 @@ def test_a_table_without_rows_and_a_picture_that_is_gone_are_left_out(tmp_path: 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and two finetunes, their merge, and a localized checkpoint of the first."""
+    """A base and two finetunes, and their merge."""
     folder = tmp_path_factory.mktemp("html")
     base = random_state(0)
     save(folder / "base", base)
     for number, name in enumerate(("a", "b")):
         save(folder / name, finetune(base, number))
-    quarter = {"density": 0.25}
-    quick_merge(folder / "base", [folder / "a", folder / "b"], localizer=quarter, out=folder / "merged")
-    quick_localize(folder / "base", folder / "a", localizer=quarter, out=folder / "localized")
+    inputs = folder / "base", [folder / "a", folder / "b"]
+    quick_merge(*inputs, localizer={"density": 0.25}, out=folder / "merged")
     return folder
 
 
@@ -121,15 +120,16 @@ def test_an_inspection_and_a_check(folder: Path) -> None:
     shown = cells_of(found)
     head, first, second = (row for row in shown.rows if len(row) > 2)
     assert head[:1] == ["mask"] and [first[0], second[0]] == ["a", "b"] and len(first) == len(head)
-    assert first[3:6] == ["45", "25 %", "25 %"] and "–" not in first
+    assert first[3:6] == ["39", "25 %", "25 %"] and "–" not in first
     assert shown.row("anomaly")[1] == "none" and len(shown.sources) == sum(one.endswith("png") for one in found.figures)
-    checked = cells_of(verify(folder / "merged"))
+    checked = cells_of(verify(folder / "merged", base=folder / "base", finetuned=[folder / "a", folder / "b"]))
     assert checked.row("result")[1] == "all checks passed" and checked.row("masks")[1].startswith("2 over N = ")
 
 
-def test_an_export(folder: Path) -> None:
-    shown = cells_of(export(folder / "localized", out=folder / "adapter"))
-    assert shown.labels() == ["exported", "exact"] and shown.row("exact")[1] == "every weight, to the bit"
+def test_an_export() -> None:
+    shown = cells_of(ExportResult(Path("adapter"), "https://hub/me/adapter", 40 * "a", {"inexact": 0}))
+    assert shown.labels() == ["exported", "published", "exact"] and shown.sources == ["https://hub/me/adapter"]
+    assert shown.row("published")[1] == f"https://hub/me/adapter at {40 * 'a'}"
 
 
 def test_scores_of_models_named_by_strangers(tmp_path: Path) -> None:
