@@ -116,13 +116,14 @@ def test_a_merge_shows_where_its_masks_lie(folder: Path) -> None:
 
 
 def test_an_inspection_and_a_check(folder: Path) -> None:
-    found = inspect(folder / "merged", figures=folder / "drawn")
+    inputs: Any = {"base": folder / "base", "finetuned": [folder / "a", folder / "b"]}
+    found = inspect(folder / "merged", figures=folder / "drawn", **inputs)
     shown = cells_of(found)
     head, first, second = (row for row in shown.rows if len(row) > 2)
     assert head[:1] == ["mask"] and [first[0], second[0]] == ["a", "b"] and len(first) == len(head)
     assert first[3:6] == ["39", "25 %", "25 %"] and "–" not in first
     assert shown.row("anomaly")[1] == "none" and len(shown.sources) == sum(one.endswith("png") for one in found.figures)
-    checked = cells_of(verify(folder / "merged", base=folder / "base", finetuned=[folder / "a", folder / "b"]))
+    checked = cells_of(verify(folder / "merged", **inputs))
     assert checked.row("result")[1] == "all checks passed" and checked.row("masks")[1].startswith("2 over N = ")
 
 
