@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 
-.PHONY: demo test test-oldest test-ui space quality format docs bench bench-quality bench-speed bench-faults reproduce clean
+.PHONY: demo test test-oldest test-ui notebooks space quality format docs bench bench-quality bench-speed bench-faults reproduce clean
 
 demo: $(READY)  ## train tiny models, push them to a Hub on this machine, merge, compare
 	PYTHONPATH=.:examples $(BIN)/python -m demo $(if $(WORK),--work $(WORK))
@@ -36,6 +36,10 @@ test-ui: $(READY)  ## the page in Chromium (Debian: apt-get install chromium); S
 	$(UI)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UI)/constraints.txt -e ".[dev,ui]" \
 		playwright axe-playwright-python
 	$(UI)/bin/python -m pytest -n 0 tests/ui
+
+notebooks: $(READY)  ## the notebooks in a real kernel, on tiny models
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt nbclient ipykernel
+	$(BIN)/python -m pytest -n 0 tests/notebooks
 
 space:  ## the files of a Space, in build/space: hf upload NAME/SPACE build/space --repo-type space
 	rm -rf build/space && mkdir -p build/space

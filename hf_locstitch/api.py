@@ -23,6 +23,7 @@ from hf_locstitch.plan.plans import MergePlan, ModelPlan, Plan, StitchPlan
 from hf_locstitch.plan.recipe import Recipe, make_recipe
 from hf_locstitch.plan.recipe_file import load_recipe
 from hf_locstitch.plan.restitch import Change, restitch
+from hf_locstitch.runtime import html
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import Settings, make_settings
@@ -73,15 +74,26 @@ class MergeResult:
 
     def describe(self, width: int | None = None) -> str:
         """A summary to print. width: of the terminal, for tables."""
+        parts = [self._summary(), *(["", self.evaluation.describe(width)] if self.evaluation else [])]
+        return "\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the same, and where the masks lie."""
+        from hf_locstitch.report.card import ALT, TOP  # imports Jinja
+        from hf_locstitch.report.figures.survey import FOLDER
+
+        figure = html.picture(self.out / FOLDER / TOP, ALT) if self.out else None
+        shown = html.page(html.summary(self._summary()), figure)
+        return shown + (self.evaluation._repr_html_() if self.evaluation else "")
+
+    def _summary(self) -> str:
         done = "localized" if self.manifest.is_localized else "merged"
         lines = [f"{done:<9}  {self.out}"] if self.out else []
         lines += [f"published  {self.url} at {self.commit}"] if self.url else []
         densities = [f"{name} {100 * mask.real_density:.4g} %" for name, mask in told(self.manifest).masks.items()]
         lines += ["density    " + ", ".join(densities)] if densities else []
         lines += [f"lambda     {chosen}"] if (chosen := _chosen_lambda(self.manifest.stitch or {})) else []
-        lines = [*map(line, lines), *([self.adapter.describe()] if self.adapter else [])]
-        lines = [*lines, *(["", self.evaluation.describe(width)] if self.evaluation else [])]
-        return "\n".join(lines)
+        return "\n".join([*map(line, lines), *([self.adapter.describe()] if self.adapter else [])])
 
 
 def _chosen_lambda(fit: Mapping[str, Any]) -> str:

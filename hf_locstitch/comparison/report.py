@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, Table, align, markdown, show_score
 from hf_locstitch.evaluation.scores import Score, best
-from hf_locstitch.runtime import escape
+from hf_locstitch.runtime import escape, html
 from hf_locstitch.runtime.escape import line
 
 FILE = "comparison.json"
@@ -126,13 +127,22 @@ class ComparisonReport:
 
     def describe(self, width: int | None = None) -> str:
         """For people. width: of the terminal, which tables then fit."""
+        table = align(self.table(), width, keys=self._axes)
+        return "\n\n".join([table, self._notes(), self.reported.describe(width)])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the same tables, and the figure."""
+        figure = html.picture(Path(self.out) / FIGURE, "Scores of the merges against density") if self.out else None
+        found = html.table(self.table(), keys=self._axes), html.summary(self._notes()), figure
+        return html.page(*found) + self.reported._repr_html_()
+
+    def _notes(self) -> str:
         notes = [f"chosen     {self.chosen.label} (by {self.by})", f"scans      {self.scans}"]
         notes += [f"warning    {warning}" for warning in self.warnings]
         notes += [f"comparison {self.out}"] if self.out else []
         notes += [f"published  {self.url} at {self.commit}"] if self.url else []
         notes += [f"next       hf-locstitch merge {self.out}/{BEST} --out DIR"] if self.out and not self.url else []
-        table = align(self.table(), width, keys=self._axes)
-        return "\n\n".join([table, "\n".join(map(line, notes)), self.reported.describe(width)])
+        return "\n".join(map(line, notes))
 
     def section(self) -> str:
         """Of a card, Markdown."""

@@ -13,6 +13,7 @@ from hf_locstitch.engine.preflight import check_place, check_space, is_free, tak
 from hf_locstitch.engine.work_dir import WorkDir, work_dir_beside, working_in
 from hf_locstitch.errors import PublishError, RecipeError
 from hf_locstitch.plan.push_target import PushTarget, parse_target
+from hf_locstitch.runtime import html
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.progress import Progress
 
@@ -40,6 +41,14 @@ class Delivered:
         """The first lines of a summary. done: what was done, in one word."""
         lines = [f"{done:<9}  {self.out}"] if self.out else []
         return [*lines, *([f"published  {self.url} at {self.commit}"] if self.url else [])]
+
+    def describe(self) -> str:
+        """A summary to print."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what `describe` says."""
+        return html.page(html.summary(self.describe()))
 
 
 @dataclass(frozen=True)

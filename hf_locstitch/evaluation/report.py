@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_locstitch.evaluation.models import Role
 from hf_locstitch.evaluation.scores import Comparison, Score, TaskResult, compare
-from hf_locstitch.runtime import escape
+from hf_locstitch.runtime import escape, html
 from hf_locstitch.runtime.escape import line
 
 Table = list[list[str]]  # the first row is the head
@@ -103,12 +103,20 @@ class EvaluationReport:
         parts = [align(self.score_table(), width, keys=2)]
         if len(comparison := self.comparison_table()) > 1:
             parts.append(align(comparison, width, keys=3))
+        return "\n\n".join([*parts, self._notes()])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the same tables."""
+        tables = html.table(self.score_table(), keys=2), html.table(self.comparison_table(), keys=3)
+        return html.page(*tables, html.summary(self._notes()))
+
+    def _notes(self) -> str:
         cached = sum(model.cached for model in self.models)
         counts = f"measured   {len(self.models) * len(self.tasks) - cached} scores, {cached} more from the cache"
         notes = [f"warning    {warning}" for warning in self.warnings]
         notes += [f"figure     {figure}" for figure in self.figures]
         notes += [f"published  {self.url} at {self.commit}"] if self.url else []
-        return "\n\n".join([*parts, "\n".join(map(line, [counts, *notes]))])
+        return "\n".join(map(line, [counts, *notes]))
 
     def score_table(self, digits: int = 4) -> Table:
         """A row for each task and metric, a column for each model: value ± standard error."""

@@ -23,6 +23,7 @@ from hf_locstitch.inspection.verification.inputs import fetch_tensors, input_ref
 from hf_locstitch.inspection.verification.masks import tally
 from hf_locstitch.report.figures.survey import Survey, draw_masks, noted_task_vectors, survey
 from hf_locstitch.report.figures.task_vectors import TaskVectors
+from hf_locstitch.runtime import html
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.every import every
 from hf_locstitch.runtime.files import is_writable
@@ -88,6 +89,26 @@ class Inspection:
 
     def describe(self) -> str:
         """For people, one line each."""
+        lines = [*self._head(), *(f"  {_describe_mask(mask)}" for mask in self.masks)]
+        for mask in self.masks:
+            lines.append(f"  {mask.name}: largest shares of its ones in {_densest(mask)}")
+        lines += self._rest()
+        return "\n".join(map(line, [*lines, *([] if self.signs else ["no anomalies"])]))
+
+    def mask_table(self) -> list[list[str]]:
+        """A row for each mask. What is known of its task vector is estimated, where there is a sample."""
+        head = ["mask", "of", "largest shares in", "ones", "density", "requested"]
+        head += ["‖τ‖", "of ‖θ‖", "unchanged", "smallest |τ| kept"]
+        return [head, *(_row(mask) for mask in self.masks)]
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what `describe` says, and the figures that were drawn."""
+        rest = [*self._rest(), *([] if self.signs else ["anomaly    none"])]
+        above, below = (html.summary("\n".join(map(line, lines))) for lines in (self._head(), rest))
+        pictures = [html.picture(Path(one), Path(one).stem) for one in self.figures if one.endswith(".png")]
+        return html.page(above, html.table(self.mask_table(), keys=3), below, *pictures)
+
+    def _head(self) -> list[str]:
         lines = [f"{self.kind:<9}  {self.ref}"]
         if self.kind == "merge":
             lines.append(f"method     {self.method}, scale {self.scale:g}")
@@ -100,19 +121,37 @@ class Inspection:
                 f"localizer  {settings or 'not the same for all masks'}",
                 f"masks      N = {self.N:,} elements{each}",
             ]
-        lines += [f"  {_describe_mask(mask)}" for mask in self.masks]
-        for mask in self.masks:
-            densest = ", ".join(f"{tensor} {100 * share:.1f} %" for tensor, share in mask.densest)
-            lines.append(f"  {mask.name}: largest shares of its ones in {densest}")
-        for pair in self.overlap:
-            lines.append(f"overlap    {' and '.join(pair['masks'])}: {pair['both']:,}, Jaccard {pair['jaccard']:.3f}")
+        return lines
+
+    def _rest(self) -> list[str]:
+        """What follows what is said of each mask."""
+        lines = [
+            f"overlap    {' and '.join(pair['masks'])}: {pair['both']:,}, Jaccard {pair['jaccard']:.3f}"
+            for pair in self.overlap
+        ]
         if self.covered_by:
             shares = [f"{100 * count / max(self.N, 1):.2f} % by {masks}" for masks, count in enumerate(self.covered_by)]
             lines.append(f"covered    {', '.join(shares)} masks")
         lines += [f"note       {warning}" for warning in self.warnings]
         lines += [f"anomaly    {sign}" for sign in self.signs]
-        lines += [f"figure     {figure}" for figure in self.figures]
-        return "\n".join(map(line, [*lines, *([] if self.signs else ["no anomalies"])]))
+        return lines + [f"figure     {figure}" for figure in self.figures]
+
+
+def _densest(mask: MaskView) -> str:
+    return ", ".join(f"{tensor} {100 * share:.1f} %" for tensor, share in mask.densest)
+
+
+def _row(mask: MaskView) -> list[str]:
+    """Of the table of masks."""
+    numbers = {
+        "{:.4g} %": mask.density and 100 * mask.density,
+        "{:.4g}": mask.norm,
+        "{:.2g} %": mask.relative_norm and 100 * mask.relative_norm,
+        "{:.1f} %": mask.unchanged and 100 * mask.unchanged,
+        "{:.3g}": mask.threshold,
+    }
+    shown = ["–" if value is None else form.format(value) for form, value in numbers.items()]
+    return [mask.name, mask.ref, _densest(mask), f"{mask.ones:,}", f"{100 * mask.real_density:.4g} %", *shown]
 
 
 def _describe_mask(mask: MaskView) -> str:

@@ -24,6 +24,7 @@ from hf_locstitch.localize.shared_scan import SharedScan
 from hf_locstitch.plan.layout import OutputShard
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.vocabulary import VocabularyPlan
+from hf_locstitch.runtime import html
 from hf_locstitch.runtime.settings import Settings
 from hf_locstitch.stitch.per_tensor import PerTensor
 from hf_locstitch.tasks.sets import OpenSet
@@ -144,6 +145,12 @@ class Plan:
             name: list(byte_ranges(checkpoint, [piece for pieces in passes for piece in pieces.get(name, ())]))
             for name, checkpoint in self.inputs.items()
         }
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what `format_plan` prints."""
+        from hf_locstitch.plan.describe import format_plan  # which imports this module
+
+        return html.page(html.summary(format_plan(self)))
 
 
 @dataclass(frozen=True, kw_only=True)

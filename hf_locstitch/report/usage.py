@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_locstitch.checkpoints.config import architecture, part
-from hf_locstitch.checkpoints.side_files import TEMPLATES, TOKENIZER, matching
+from hf_locstitch.checkpoints.side_files import PROCESSORS, TEMPLATES, TOKENIZER, matching
 from hf_locstitch.tasks.objectives.seq2seq import Seq2Seq
 
 # Endings of architectures that one automatic class loads, whatever the family.
@@ -29,7 +29,6 @@ HEADS: Mapping[str, str] = {
 }
 SOUND = ("feat_extract_activation", "feature_projection_input_dim")  # keys of configs whose sequences are sounds
 HEADED = re.compile(r"[A-Z]\w*(For|With)[A-Z]\w*")  # a class with a head, such as WhisperForConditionalGeneration
-IMAGE_PROCESSOR = "preprocessor_config.json"
 # The classes that a card shows an example of, each with the one that prepares its inputs.
 SHOWN: Mapping[str, str] = {
     "AutoModelForCausalLM": "AutoTokenizer",
@@ -37,7 +36,12 @@ SHOWN: Mapping[str, str] = {
     "AutoModelForMaskedLM": "AutoTokenizer",
     "AutoModelForSequenceClassification": "AutoTokenizer",
     "AutoModelForImageClassification": "AutoImageProcessor",
+    "AutoModelForImageTextToText": "AutoProcessor",
+    "AutoModelForCTC": "AutoProcessor",
+    "WhisperForConditionalGeneration": "AutoProcessor",
+    "AutoModelForAudioClassification": "AutoFeatureExtractor",
 }
+HEARING = ("AutoModelForCTC", "WhisperForConditionalGeneration", "AutoModelForAudioClassification")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class Usage:
         """Whether it is a causal language model, which vLLM serves and llama.cpp converts."""
         return self.model_class == "AutoModelForCausalLM"
 
+    @property
+    def hears(self) -> bool:
+        """Whether its inputs are sounds."""
+        return self.model_class in HEARING
+
 
 def usage_in(folder: Path, config: Mapping[str, Any]) -> Usage:
     """Of the model in a folder, whose config is given."""
@@ -65,11 +74,15 @@ def usage(config: Mapping[str, Any], files: Collection[str], chat: bool = False)
     """files: by their paths in the repo."""
     named = model_class(config)
     processor = SHOWN.get(named)
+    tokenizer, prepared = any(matching(file, TOKENIZER) for file in files), any(file in files for file in PROCESSORS)
     there = {
-        "AutoTokenizer": any(matching(file, TOKENIZER) for file in files),
-        "AutoImageProcessor": IMAGE_PROCESSOR in files,
+        "AutoTokenizer": tokenizer,
+        "AutoImageProcessor": prepared,
+        "AutoFeatureExtractor": prepared,
+        "AutoProcessor": prepared and tokenizer,
     }
-    return Usage(named, processor if processor and there[processor] else None, chat)
+    asked = chat or named != "AutoModelForImageTextToText"  # where the image goes, only its template says
+    return Usage(named, processor if processor and there[processor] and asked else None, chat)
 
 
 def model_class(config: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -180,25 +181,12 @@ def test_the_example_in_two_dimensions() -> None:
 
 
 def test_components_of_another_package(models: Path) -> None:
-    """The localizer, the method and the kind of checkpoint of extending.md, found by their entry points."""
-    page = DOCS / "extending.md"
-    package = models / "site" / "my_merging"
-    (package).mkdir(parents=True)
-    (package / "__init__.py").touch()
-    for code in blocks(page, "python"):
-        name = re.search(r"^class (\w+)", code, re.MULTILINE).group(1)  # type: ignore[union-attr]
-        (package / f"{name.lower()}.py").write_text(code, encoding="utf-8")
-    info = models / "site" / "my_merging-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-merging\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[hf_locstitch.localizers]\nrelative = my_merging.relative:Relative\n"
-        "[hf_locstitch.methods]\nmedian = my_merging.median:Median\n"
-        "[hf_locstitch.objectives]\nregression = my_merging.regression:Regression\n"
-        "[hf_locstitch.stitchers]\ndamped = my_merging.damped:Damped\n"
-        "[hf_locstitch.metrics]\nbalanced-accuracy = my_merging.balancedaccuracy:BalancedAccuracy\n"
-        "[hf_locstitch.checkpoint_kinds]\nsubfolder = my_merging.subfolder:Subfolder\n"
-    )
+    """The localizer, the method and the kind of checkpoint of examples/my-merging, installed, found by their names."""
+    package = models / "my-merging"
+    shutil.copytree(ROOT / "examples" / "my-merging", package)  # setuptools builds beside the source
+    install = ["pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-t", "site", package]
+    done = subprocess.run([sys.executable, "-m", *install], cwd=models, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     nested = models / "nested"
     (nested / "model").mkdir(parents=True)
     (models / "swap" / "model.safetensors").rename(nested / "model" / "model.safetensors")

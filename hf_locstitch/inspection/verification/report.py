@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from hf_locstitch.runtime import html
 from hf_locstitch.runtime.escape import line
 from hf_locstitch.runtime.human import human, some
 
@@ -135,6 +136,10 @@ class VerifyReport:
         lines += _shown("failed     ", self._failed)
         lines += [f"result     {self.verdict}"] if not self.ok or not quiet else []
         return "\n".join(map(line, lines))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what `describe` says."""
+        return html.page(html.summary(self.describe()))
 
     def _counts(self) -> list[str]:
         done = self.checked
