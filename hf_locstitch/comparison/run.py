@@ -43,7 +43,7 @@ from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.progress import Advance, Progress
 from hf_locstitch.tasks.benchmarks import EvaluateOptions
 from hf_locstitch.tasks.sets import LocalizationSet, OpenSet
-from hf_locstitch.tasks.splits import may_share_rows
+from hf_locstitch.tasks.splits import ROWS, may_share_rows, of_file
 
 if TYPE_CHECKING:
     from hf_locstitch.comparison.comparison import Comparison
@@ -197,7 +197,8 @@ class ComparisonRun:
 
 
 class Examples(NamedTuple):
-    """Which examples a result is of, as far as is known. data: of a file its content, else the data set."""
+    """Which examples a result is of, as far as is known. data: of a file its content, else the data set. config:
+    None if it is not known, or there are several, as in a group of tasks."""
 
     data: str
     config: str | None = None
@@ -206,15 +207,22 @@ class Examples(NamedTuple):
 
 def examples_of(results: Sequence[TaskResult], asked: EvaluateOptions) -> set[Examples]:
     paths = {name: Path(one.ref).expanduser() for name, one in asked.sets.items()}
-    files = {name: Examples(file_sha256(path)) for name, path in paths.items() if path.is_file()}
-    return {files.get(one.task, Examples(one.dataset or one.task, one.config, one.split)) for one in results}
+    files = {name: file_sha256(path) for name, path in paths.items() if path.is_file()}
+    return {
+        Examples(files[one.task], None, of_file(one.split or ROWS))
+        if one.task in files
+        else Examples(one.dataset or one.task, one.config, one.split)
+        for one in results
+    }
 
 
 def may_be_same(one: Examples, other: Examples) -> bool:
     """Whether some of these may be among those."""
-    if one[:2] != other[:2] or None in (one.split, other.split):
-        return one == other
-    return may_share_rows(str(one.split), str(other.split))
+    if one.data.lower() != other.data.lower():
+        return False
+    if one.config and other.config and one.config != other.config:
+        return False
+    return not (one.split and other.split) or may_share_rows(one.split, other.split)
 
 
 def pinned(recipe: Recipe, plan: MergePlan) -> Recipe:

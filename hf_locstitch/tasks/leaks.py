@@ -11,7 +11,7 @@ from typing import Any, Literal
 from hf_locstitch.checkpoints.ref import is_written_as_path
 from hf_locstitch.tasks.evaluation_sets import SPLITS
 from hf_locstitch.tasks.sets import BUILDERS, ExampleSet, OpenSet, read_rows
-from hf_locstitch.tasks.splits import may_share_rows
+from hf_locstitch.tasks.splits import may_share_rows, may_share_rows_of_file
 from hf_locstitch.tasks.surrogates import find_surrogate
 
 Use = Literal["masks were found", "values were fitted"]
@@ -19,7 +19,7 @@ Use = Literal["masks were found", "values were fitted"]
 
 @dataclass(frozen=True)
 class UsedData:
-    """A data set that a merge was made with. name: as requested. repo, config, split: on the Hub; a file has none.
+    """A data set that a merge was made with. name: as requested. repo, config: on the Hub; a file has none.
 
     prompts: the questions of the rows that were used, if available. sha256: of a file, if known.
     """
@@ -55,7 +55,7 @@ def used_set(asked: ExampleSet, use: Use) -> UsedData:
     if known := find_surrogate(name):
         return UsedData(asked.ref, use, known.repo, asked.config or known.config, split=asked.split)
     if is_file(name):
-        return UsedData(asked.ref, use, None, asked.config, sha256=asked.sha256)
+        return UsedData(asked.ref, use, None, asked.config, split=asked.split, sha256=asked.sha256)
     return UsedData(asked.ref, use, name, asked.config, split=asked.split)
 
 
@@ -77,7 +77,7 @@ def used_open_set(opened: OpenSet, use: Use) -> UsedData:
     if opened.file is None:
         return UsedData(opened.asked.ref, use, opened.repo, opened.config, split=opened.asked.split)
     prompts = frozenset(_prompts(read_rows(opened, labels=False)))
-    return UsedData(opened.label, use, None, None, prompts, sha256=opened.sha256)
+    return UsedData(opened.label, use, None, None, prompts, opened.asked.split, opened.sha256)
 
 
 def leaks(judged: Sequence[JudgedTask], used: Iterable[UsedData]) -> list[str]:
@@ -117,8 +117,8 @@ def texts_of(example: Any) -> Iterable[str]:
 
 def _is_same(task: JudgedTask, data: UsedData) -> bool:
     if data.repo is None:
-        same_file = data.sha256 is not None and data.sha256 == task.sha256
-        return same_file or bool(data.prompts and task.prompts and data.prompts & task.prompts)
+        same_rows = _is_same_file(task, data) and may_share_rows_of_file(task.split, data.split)
+        return same_rows or bool(data.prompts and task.prompts and data.prompts & task.prompts)
     if task.dataset is None or task.dataset.lower() != data.repo.lower():
         return False
     if task.split is not None and data.split is not None and not may_share_rows(task.split, data.split):
@@ -126,7 +126,13 @@ def _is_same(task: JudgedTask, data: UsedData) -> bool:
     return task.config is None or data.config is None or task.config == data.config
 
 
+def _is_same_file(task: JudgedTask, data: UsedData) -> bool:
+    return data.sha256 is not None and data.sha256 == task.sha256
+
+
 def _may_be_same(task: JudgedTask, data: UsedData) -> bool:
+    if data.repo is None and _is_same_file(task, data):
+        return False  # slices that share no row
     if data.repo is None and data.prompts is not None and task.prompts is not None:
         return False  # compared, and different
     if data.repo is not None and task.dataset is not None and task.dataset.lower() == data.repo.lower():

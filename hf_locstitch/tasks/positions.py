@@ -87,6 +87,9 @@ def _tables(model: Any) -> Iterator[int]:
             if module.padding_idx is not None:  # positions begin after it, as in RoBERTa
                 before = module.padding_idx + 1
             yield module.num_embeddings - before
+            numbers = getattr(model.get_submodule(name.rpartition(".")[0]), "position_ids", None)
+            if numbers is not None:  # fewer than rows, as in Nystromformer
+                yield numbers.shape[-1]
     for name, buffer in model.named_buffers():  # of sines, as in GPT-J
         if TABLE.search(name) and buffer.ndim == 2 and not OF_IMAGES.search(name):
             yield len(buffer)

@@ -23,6 +23,7 @@ from hf_locstitch.runtime.human import nearest
 from hf_locstitch.tasks.choosing_objectives import AnyObjective
 from hf_locstitch.tasks.named_tasks import named_tasks, with_named_task
 from hf_locstitch.tasks.rows import Labels, Where, allowed, check_texts, mapped
+from hf_locstitch.tasks.splits import ROWS, of_file
 from hf_locstitch.tasks.surrogates import SURROGATES, find_surrogate
 
 COUNTED = 1 << 28  # bytes of a file whose rows are counted before the work
@@ -37,9 +38,10 @@ class ExampleSet(BaseModel, ABC):
     `seed`; or a JSONL, JSON, CSV or Parquet file; or a data set org/name[@revision].
 
     judged: whether models are judged on such sets, and not trained or localized.
-    config, split: of the data set. columns: our name -> the data's, for `text`, `text_b`, `prompt`, `completion`,
-    `messages`, `image`, `label`. where: column -> the values that are taken; other rows are left out. labels: a label
-    of the data -> the class, by number or name. rendering: how a surrogate's rows become prompt and completion.
+    config, split: of the data set; a slice of a split, such as train[:50%], may be one of a file, too. columns: our
+    name -> the data's, for `text`, `text_b`, `prompt`, `completion`, `messages`, `image`, `label`. where: column -> the
+    values that are taken; other rows are left out. labels: a label of the data -> the class, by number or name.
+    rendering: how a surrogate's rows become prompt and completion.
     objective: by the model's architecture unless given. sha256: expected of a local file.
     """
 
@@ -177,6 +179,13 @@ def _open_file(asked: Asked, path: Path) -> OpenSet[Asked]:
     if not path.is_file() or path.suffix not in BUILDERS:
         fault = "does not exist" if not path.is_file() else f"is not one of {', '.join(BUILDERS)}"
         raise RecipeError(f"the data file {path} {fault}. Check the path.")
+    if path.stat().st_size == 0:
+        raise RecipeError(f"the data file {path} is empty. Check what should have written it.")
+    if asked.split is not None and of_file(asked.split) is None:
+        raise RecipeError(
+            f"the data file {path} has one split, whatever it is called, but split is {asked.split!r}. Drop it, or "
+            "give a slice, such as train[:50%]."
+        )
     digest = file_sha256(path)
     if asked.sha256 not in (None, digest):
         raise CheckpointError(
@@ -320,7 +329,7 @@ def _load(opened: OpenSet[Any]) -> Any:
     try:
         if opened.file:
             builder = BUILDERS[opened.file.suffix]
-            return datasets.load_dataset(builder, data_files={asked.split: str(opened.file)}, split=asked.split)
+            return datasets.load_dataset(builder, data_files={ROWS: str(opened.file)}, split=of_file(asked.split))
         return datasets.load_dataset(str(opened.repo), opened.config, split=asked.split, revision=opened.commit)
     except (ValueError, OSError, RuntimeError, DatasetsError) as error:  # RuntimeError: a script, which is never run
         raise RequestError(

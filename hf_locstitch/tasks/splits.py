@@ -12,18 +12,23 @@ SLICE = re.compile(
     r"(?:\[(?P<first>-?[\d_]+%?)?:(?P<last>-?[\d_]+%?)?\])?"
     r"(?:\((?P<rounding>\w+)\))?"
 )
+ROWS = "rows"
 EVERY = "all"  # the name of all splits together
 
 
 class Bound(NamedTuple):
-    """The row fixed + share · rows."""
+    """The row fixed + round(share · rows), counted from the end if `back`; share is in hundredths."""
 
-    fixed: int
-    share: int  # in hundredths
+    fixed: int = 0
+    share: int = 0
+    back: bool = False
 
     def is_before(self, other: Bound) -> bool:
         """Whether it is never after another, however many rows there are."""
-        return self.fixed <= other.fixed and self.share <= other.share
+        if self.share * other.share < 0:  # 90 % from the start and 10 % from the end are rounded apart
+            return False
+        whole, others = 100 * self.back + self.share, 100 * other.back + other.share
+        return self.fixed <= other.fixed and whole <= others
 
 
 class Slice(NamedTuple):
@@ -56,6 +61,27 @@ def whole(split: str) -> str:
     return split.partition("[")[0]
 
 
+def of_file(split: str) -> str | None:
+    """The same slices of a split named `rows`: a file has one split, whatever it is called.
+
+    None if these are slices of several, or not understood.
+
+    Example:
+        >>> of_file("test[:50%]"), of_file("train+test")
+        ('rows[:50%]', None)
+    """
+    parts = [part.strip() for part in split.split("+")]
+    names = [part.name if part else None for part in map(_slice, parts)]
+    if None in names or len({*names}) > 1:
+        return None
+    return "+".join(ROWS + part[len(str(names[0])) :] for part in parts)
+
+
+def may_share_rows_of_file(one: str | None, other: str | None) -> bool:
+    """As may_share_rows, of a file; None: all of it."""
+    return may_share_rows(of_file(one or ROWS) or ROWS, of_file(other or ROWS) or ROWS)
+
+
 def _slices(split: str) -> list[Slice | None]:
     """None for one that is not understood."""
     return [_slice(part.strip()) for part in split.split("+")]
@@ -64,17 +90,16 @@ def _slices(split: str) -> list[Slice | None]:
 def _slice(text: str) -> Slice | None:
     if (found := SLICE.fullmatch(text)) is None:
         return None
-    first = _bound(found["first"]) if found["first"] else Bound(0, 0)
-    last = _bound(found["last"]) if found["last"] else Bound(0, 100)
+    shares = any(end and end.endswith("%") for end in (found["first"], found["last"]))  # if one is, both are
+    first = _bound(found["first"], shares) if found["first"] else Bound()
+    last = _bound(found["last"], shares) if found["last"] else Bound(back=True)
     return Slice(found["name"], first, last, found["rounding"])
 
 
-def _bound(text: str) -> Bound:
+def _bound(text: str, share: bool) -> Bound:
     """Counted from the end if it is negative."""
     number = int(text.rstrip("%"))
-    if text.endswith("%"):
-        return Bound(0, number if number >= 0 else 100 + number)
-    return Bound(number, 0 if number >= 0 else 100)
+    return Bound(share=number, back=number < 0) if share else Bound(number, back=number < 0)
 
 
 def _overlap(one: Slice | None, other: Slice | None) -> bool:

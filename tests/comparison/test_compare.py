@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,6 +28,7 @@ from hf_locstitch.evaluation.report import ModelScores
 from hf_locstitch.evaluation.scores import Score, TaskResult
 from hf_locstitch.localize.scan import Scan
 from hf_locstitch.plan.recipe_file import load_recipe
+from hf_locstitch.tasks.benchmarks import EvaluateOptions
 from loopback_hub import LoopbackHub
 
 SELECT, REPORT = "ABBBBBBCCC", "BBBC"
@@ -288,8 +290,23 @@ def test_slices_of_a_split_are_the_same_examples_unless_they_share_no_row() -> N
     assert all(run.may_be_same(half, half._replace(split=split)) for split in ("test[40%:]", "test"))
     for other in ({"split": "test[50%:]"}, {"split": "train"}, {"config": "b"}, {"data": "org/other"}):
         assert not run.may_be_same(half, half._replace(**other))
+    for unknown in ({"split": None}, {"config": None}, {"config": None, "data": "Org/Set"}):  # as of a group of tasks
+        assert run.may_be_same(half, half._replace(**unknown)) and run.may_be_same(half._replace(**unknown), half)
     task = run.Examples("letters")
     assert run.may_be_same(task, task) and not run.may_be_same(task, run.Examples("others"))
+
+
+def test_slices_of_a_file_are_the_same_examples_unless_they_share_no_row(tmp_path: Path) -> None:
+    file = str(write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}]))
+
+    def of(split: str) -> set[run.Examples]:
+        result = TaskResult("rows", None, None, 1, (), split=split)
+        return run.examples_of([result], EvaluateOptions(data={"rows": {"ref": file, "split": split}}))
+
+    def same(one: str, other: str) -> bool:
+        return any(run.may_be_same(*pair) for pair in product(of(one), of(other)))
+
+    assert not same("test[:50%]", "test[50%:]") and same("test[:50%]", "train[40%:]") and same("test", "validation")
 
 
 def test_a_plan_says_what_should_not_decide_and_which_combination_cannot_be(

@@ -83,6 +83,9 @@ def test_a_labelled_set_is_known_by_its_split_or_hash() -> None:
     assert leaks([judged("./test.jsonl", sha256="b" * 64)], [a_file]) == []
     (warning,) = leaks([judged("./other.jsonl", sha256="a" * 64)], [a_file])
     assert warning.startswith("mine is evaluated on other.jsonl")
+    half = used("./rows.jsonl", sha256="a" * 64, split="train[:50%]")
+    assert leaks([judged("./rows.jsonl", sha256="a" * 64, split="test[50%:]")], [half]) == []  # no row of the file
+    (warning,) = leaks([judged("./rows.jsonl", sha256="a" * 64, split="test[40%:]")], [half])
     (warning,) = leaks([judged("x/rows.jsonl")], [used("./rows.jsonl")])
     assert warning.startswith("mine is named like ./rows.jsonl")
     assert leaks([judged_set("rows", EvaluationSet(ref="./test.jsonl"))], [used("./rows.jsonl")]) == []

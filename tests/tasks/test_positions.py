@@ -34,6 +34,7 @@ ENDS = [  # each with the number of its positions
     ("MPNetConfig", PADDED, 38),
     ("GPT2Config", GPT, 40),
     ("OPTConfig", {**PADDED, "ffn_dim": 8, "word_embed_proj_dim": 32}, 40),  # two rows of its table are none
+    ("NystromformerConfig", TEXT, 40),  # so it is here
     ("GPTJConfig", {**GPT, "rotary_dim": 4}, 40),
     ("BartConfig", BART, 40),
     ("MarianConfig", BART, 40),
@@ -62,6 +63,8 @@ def test_positions_without_an_end() -> None:
         assert fewer_positions("AutoModelForCausalLM", build(kind).config.to_dict(), 512) is None
     t5 = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=8, num_layers=1, num_heads=4)
     assert fewer_positions("AutoModelForSeq2SeqLM", t5.to_dict(), 10_000) is None
+    relative = transformers.DebertaV2Config(**TEXT, position_biased_input=False, relative_attention=True)
+    assert fewer_positions("AutoModel", relative.to_dict(), 512) is None  # it numbers positions, and has no table
     assert fewer_positions("AutoModel", {"model_type": "nobodys"}, 512) is None
 
 

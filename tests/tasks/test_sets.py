@@ -53,6 +53,28 @@ def test_a_file_is_held_to_its_hash(tmp_path: Path) -> None:
         open_set(LocalizationSet(ref=str(path), sha256="0" * 64))
 
 
+def test_slices_of_a_file(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": str(number)} for number in range(10)])
+    for split, texts in (
+        ("test[:50%]", "01234"),
+        ("train[-2:]", "89"),
+        ("train[:1]+train[9:]", "09"),
+        ("all", "0123456789"),
+    ):
+        rows = read_rows(open_set(LocalizationSet(ref=str(path), split=split)))
+        assert sorted(row["text"] for row in rows) == list(texts)
+    for split in ("my-split", "train+test"):
+        with pytest.raises(RecipeError, match="has one split, whatever it is called, but split is"):
+            open_set(LocalizationSet(ref=str(path), split=split))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_an_empty_file_is_refused_as_such(suffix: str, tmp_path: Path) -> None:
+    (path := tmp_path / f"rows{suffix}").touch()
+    with pytest.raises(RecipeError, match="is empty"):
+        open_set(LocalizationSet(ref=str(path)))
+
+
 @pytest.mark.parametrize("ref", ["alpacca", "rows.jsonl", "./rows.jsonl", "./rows.txt"])
 def test_what_is_nowhere(ref: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
