@@ -67,8 +67,9 @@ def check_inputs(
     if purpose := _loads_models(recipe, data):
         for checkpoint in (base, *finetuned.values()):
             refuse_custom_code(checkpoint, purpose)
-        for checkpoint in finetuned.values():
-            check_processor((checkpoint, base), purpose)
+        if data or fit_data or recipe.evaluate is not None:
+            for checkpoint in finetuned.values():
+                check_processor((checkpoint, base), purpose)
     everywhere = list(dict.fromkeys([*base.tensors, *(t for one in finetuned.values() for t in one.tensors)]))
     unknown = unknown_globs(list(base.tensors), recipe.include, "the base")
     problems = [*unknown, *unknown_globs(everywhere, recipe.exclude, "the base or a finetune")]

@@ -59,7 +59,7 @@ def test_what_a_reference_names(text: str, ref: Ref) -> None:
 
 
 HOSTILE = [
-    "org/name/../other", "org/name/..", "org//name", "org/name/", "org/name/a//b", "org/name/.git", "org/name/a\\b",
+    "org/name/../other", "org/name/..", "org//name", "org/name/", "org/name/a//b", "org/name/.git",
     "org/name/%2e%2e", "org/name@../x", "org/name@a/../b", "org/name@/etc", "org/name@", "org/name/@main", "@main", "",
     "org/name/a\nb", "org/name@a b", "org/name@a%2fb",
 ]  # fmt: skip

@@ -81,7 +81,7 @@ def test_the_same_command_writes_what_is_missing(home: Path, monkeypatch: pytest
         merge()
     (home / "adapter" / "mine.txt").unlink()
     assert merge().adapter is not None and files_of(home / "adapter") == written
-    with pytest.raises(OutputError, match=r"adapter exists and is not an empty folder.*Use another --adapter"):
+    with pytest.raises(OutputError, match=r"adapter exists and is not an empty folder.*such as --adapter adapter-2"):
         merge(out="other", localizer={"density": 0.1})
     assert not (home / "other").exists()
 

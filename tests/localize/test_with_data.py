@@ -143,7 +143,7 @@ def test_a_dry_run_shows_the_data(tmp_path: Path, capsys: Any) -> None:
     arguments = ["merge", "--base", base, "--ft", first, "--localizer", "mask", "--data", data, "--dry-run"]
     assert main([str(argument) for argument in arguments]) == 0
     said = capsys.readouterr().out
-    assert "a.jsonl" in said and "mask, density 0.01" in said and "64 examples" in said
+    assert "a.jsonl" in said and "mask, density 0.01" in said and "up to 64 drawn examples" in said
     assert "localizing" in said and "2 numbers per parameter, micro-batches of 8, 5 passes" in said
     assert main([*map(str, arguments), "--localizer", "saliency"]) == 0
     assert "1 number per parameter, micro-batches of 8, 1 pass of" in capsys.readouterr().out

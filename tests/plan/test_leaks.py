@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hf_locstitch.plan.checking import _judged
+from hf_locstitch.plan.checking import judged_on
 from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.tasks.leaks import leaks
 
@@ -24,11 +24,11 @@ def test_every_place_in_a_recipe_counts(fields: dict[str, Any], use: str) -> Non
     recipe = make_recipe(
         {"base": "a/b", "finetuned": ["a/c"], "evaluate": {"tasks": ["gsm8k:5", "arc_easy"]}, **fields}
     )
-    (warning,) = leaks(list(_judged(recipe)), recipe.used_data)
+    (warning,) = leaks(judged_on(recipe.evaluate), recipe.used_data)
     assert warning.startswith("gsm8k is named like gsm8k") and use in warning
 
 
 def test_suites_are_resolved() -> None:
     fields = {"base": "a/b", "finetuned": ["a/c"], "localizer": {"method": "saliency"}, "data": ["cais/mmlu"]}
     recipe = make_recipe({**fields, "evaluate": {"suite": "paper"}})
-    assert "mmlu is named like cais/mmlu" in leaks(list(_judged(recipe)), recipe.used_data)[0]
+    assert "mmlu is named like cais/mmlu" in leaks(judged_on(recipe.evaluate), recipe.used_data)[0]

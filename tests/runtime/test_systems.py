@@ -21,6 +21,7 @@ ONLY_IN = {
     "runtime/chunks.py": {"sched_getaffinity"},
     "runtime/own_cache.py": {"getuid"},
     "runtime/bus_error.py": {"SIGBUS"},
+    "ui/worker.py": {"pthread_kill"},
 }
 POSIX = re.compile(
     r"\b(?:os|signal)\.(preadv?|pwritev?|posix_\w+|POSIX_\w+|sched_\w+|fork\w*|[gs]ete?[ug]id|statvfs|f?chown|"

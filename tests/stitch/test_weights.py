@@ -86,7 +86,9 @@ def test_ties(tmp_path: Path, normalize: bool) -> None:
     assert close(found, due)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS.names() if METHODS.find(name).weighted])
+@pytest.mark.parametrize(
+    "method", [n for n in METHODS.names() if METHODS.find(n).weighted and not METHODS.find(n).needs_data]
+)
 def test_weights_of_one_are_no_weights_and_the_order_does_not_matter(tmp_path: Path, method: str) -> None:
     base, finetuned = models()
     plain = load(merged(tmp_path, base, finetuned, method=method))

@@ -113,4 +113,5 @@ def test_a_recipe_runs_task_files_only_with_a_flag(
         said = capsys.readouterr().err
         assert "can run any Python" in said and "--allow-task-code" in said
     assert not (tmp_path / "out").exists()
-    assert main(["merge", str(recipe), "--allow-task-code", "--dry-run"]) == 0
+    assert main(["merge", str(recipe), "--allow-task-code", "--dry-run"]) == 2
+    assert "no task 'own'" in capsys.readouterr().err  # for the folder is empty
