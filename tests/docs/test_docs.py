@@ -83,6 +83,20 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
         assert path.exists() or path in made, target
 
 
+def test_every_page_is_in_the_navigation_and_the_table_of_pages() -> None:
+    pages = {page.relative_to(DOCS).as_posix() for page in PAGES if page != README} | {*generated()}
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    table = (DOCS / "index.md").read_text(encoding="utf-8")
+    assert {*re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)} == pages
+    assert pages - {"index.md"} <= {*re.findall(r"\]\(([^)#]+\.md)", table)}
+
+
+def test_the_layout_has_every_package() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The layout")[1].split("\n## ")[0]
+    packages = {file.parent.name for file in (ROOT / "hf_locstitch").glob("*/__init__.py")}
+    assert packages == {*re.findall(r"`(\w+)/`", "".join(re.findall(r"^\|(.*?)\|", table, re.MULTILINE)))}
+
+
 @pytest.mark.parametrize("block", of_all("bash"))
 def test_commands_have_flags_that_exist(block: str) -> None:
     for line in block.replace("\\\n", " ").splitlines():

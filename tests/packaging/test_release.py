@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 from importlib.metadata import entry_points, metadata, requires
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,15 @@ def test_conda_has_the_same_requirements() -> None:
     assert f"python {metadata('hf-locstitch')['Requires-Python']}" in theirs
     assert {_named(line) for line in theirs if not line.startswith("python ")} == ours
     assert recipe["build"]["python"]["entry_points"] == [f"{_script().name} = {_script().value}"]
+
+
+def test_the_source_distribution_holds_every_folder() -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not in a checkout")
+    folders = {name.split("/")[0] for name in tracked.stdout.split("\0") if "/" in name}
+    grafted = {*re.findall(r"^graft (\S+)$", (ROOT / "MANIFEST.in").read_text(), re.MULTILINE)}
+    assert folders - {"hf_locstitch", ".ci"} == grafted
 
 
 def _named(requirement: str) -> tuple[str, str]:
