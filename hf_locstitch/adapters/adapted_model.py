@@ -45,7 +45,9 @@ class Skeleton:
 
     def __init__(self, base: Checkpoint, auto_class: str) -> None:
         self.label = base.label
-        self._make = lambda: empty_model(auto_class, load_config(base.source.fetch(CONFIG).parent), NO_MODEL)
+        self._make = lambda: empty_model(
+            auto_class, load_config(base.source.fetch(CONFIG).parent, base.label, NO_MODEL), NO_MODEL
+        )
         self.model = self._make()
         attach_conversions(self.model, list(base.tensors))
         self.groups: dict[str, list[Group]] = {}

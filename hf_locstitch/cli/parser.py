@@ -13,6 +13,7 @@ from hf_locstitch.runtime.human import nearest
 
 REF = "REF"  # a folder or org/name[/subfolder][@revision]
 PAPER = "https://arxiv.org/abs/2408.13656"
+OTHERWISE = dict.fromkeys(("--finetuned", "--finetunes", "--models"), "--ft")  # what no likeness of letters tells
 CHOICE = re.compile(r"invalid choice: '?(?P<given>.*?)'? \(choose from (?P<choices>.*)\)$")
 
 
@@ -26,11 +27,21 @@ class HelpFormatter(argparse.HelpFormatter):
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
+class Values(argparse.Action):
+    """Keeps what a flag is given. A flag of several values adds up: `--ft a --ft b` is `--ft a b`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        adds = option_string is not None and self.nargs in ("+", "*") and before is not self.default
+        setattr(namespace, self.dest, [*before, *values] if adds and before else values)
+
+
 class Parser(argparse.ArgumentParser):
     """Its sub-commands' parsers are of this class, too."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
+        self.register("action", None, Values)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As argparse has it, but what is unknown is an error of the sub-command that it was given to."""
@@ -54,7 +65,8 @@ class Parser(argparse.ArgumentParser):
         for word in given:
             if word.startswith("-"):
                 flag = word.partition("=")[0]
-                return f"there is no flag {flag}{nearest(flag, flags)}"
+                meant = f". Did you mean {OTHERWISE[flag]}?" if OTHERWISE.get(flag) in flags else nearest(flag, flags)
+                return f"there is no flag {flag}{meant}"
         return f"{given[0]!r} is one value too many"
 
 

@@ -325,7 +325,10 @@ class Recipe(Strict):
         if self.allow_non_finite and isinstance(method, TensorMethod) and method.linear_algebra:
             raise ValueError(f"allow_non_finite cannot be combined with {method.name}: it decomposes matrices")
         if self.weights and not method.weighted:
-            raise ValueError(f"{method.name} takes no weights: its finetunes count alike")
+            raise ValueError(
+                f"{method.name} takes no weights: its finetunes count alike. Leave them out, or choose a method "
+                "that takes them, such as task-arithmetic"
+            )
         if isinstance(self.weights, tuple) and self.weights and len(self.weights) != count:
             raise ValueError(f"weights needs one for each finetune: expected {count}, got {len(self.weights)}")
         return self

@@ -49,7 +49,8 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}.") from error
     if not isinstance(fields, dict):
-        raise RecipeError(f"{path} must hold fields such as `base:` and `finetuned:`, not {type(fields).__name__}.")
+        given = "but is empty" if fields is None else f"not a {type(fields).__name__}"
+        raise RecipeError(f"{path} must hold fields such as `base:` and `finetuned:`, {given}.")
     return fields
 
 

@@ -25,6 +25,9 @@ def listed(faults: Iterable[str]) -> str:
     return "; ".join(shown) + (f"; and {len(different) - MOST} more" if len(different) > MOST else "")
 
 
+FLAGS = {"base": "--base REF", "finetuned": "--ft REF...", "data": "--data"}  # that give what a request needs
+
+
 def validated(model: type[Model], fields: Mapping[str, Any], where: str, parts: Parts) -> Model:
     """The request. Raises RecipeError with every fault; for an unknown key it suggests the nearest one."""
     try:
@@ -50,7 +53,8 @@ def _fault(fault: Any, model: type[BaseModel], parts: Parts) -> str:
         hint = f"did you mean {near!r}?" if near else f"choose from {', '.join(known)}"
         return f"unknown key {'.'.join(loc)!r} ({hint})"
     if fault["type"] == "missing":
-        return f"{'.'.join(loc)!r} is missing"
+        flag = FLAGS.get(".".join(loc))
+        return f"{'.'.join(loc)!r} is missing" + (f" ({flag})" if flag else "")
     message, given = fault["msg"].removeprefix("Value error, "), fault["input"]
     if loc[-1:] == ["density"] and fault["type"] == "less_than_equal" and 1 < given <= 100:
         return (

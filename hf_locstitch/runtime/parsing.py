@@ -72,9 +72,18 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(_yaml_fault(error)) from error
     except (TypeError, AttributeError, LookupError, OverflowError) as error:  # PyYAML on `!!int []` or `? {}`
         raise ValueError(f"a value is not of the type that its tag or form says ({error})") from error
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    """What and where, without the excerpt, which is of several lines."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    what = ", ".join(part for part in (error.context, error.problem) if part)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {what}"
 
 
 def _check_nodes(node: yaml.Node, known: dict[int, int], depth: int) -> int:

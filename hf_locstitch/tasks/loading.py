@@ -115,12 +115,12 @@ def load_config(folder: Path, called: str | None = None, cure: str = WITHOUT_DAT
         ) from error
 
 
-def config_of(fields: Mapping[str, Any], called: str) -> Any:
+def config_of(fields: Mapping[str, Any], called: str, cure: str) -> Any:
     """The same from the fields of a config.json, as of weights that are not quantized. Raises RequestError."""
     with TemporaryDirectory() as folder:
         plain = {key: value for key, value in fields.items() if key != QUANTIZATION}
         write_text(Path(folder) / CONFIG, json.dumps(plain))
-        return load_config(Path(folder), called)
+        return load_config(Path(folder), called, cure)
 
 
 def load_processor(objective: Objective, *folders: Path) -> Any:

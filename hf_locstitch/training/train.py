@@ -27,6 +27,7 @@ from hf_locstitch.tasks.sets import read_rows
 from hf_locstitch.tasks.task import Task
 from hf_locstitch.training.planning import FinetunePlan
 
+NO_TRAINING = "A finetune needs a base that transformers supports without remote code: choose another --base."
 LORA_SCALE = 2  # lora_alpha / rank, as is usual
 
 
@@ -51,7 +52,7 @@ def train(plan: FinetunePlan, folder: Path, progress: Progress) -> tuple[Any, di
     device = find_device(request.device)
     transformers.set_seed(request.seed)
     files = link_files(plan.base, folder / "base")
-    config, rows = load_config(files, plan.base.label), read_rows(plan.data)
+    config, rows = load_config(files, plan.base.label, NO_TRAINING), read_rows(plan.data)
     plan.objective.settle(config, rows)
     model, absent = load_model(files, plan.objective, config, torch.float32)
     task = plan.objective.prepare(rows, load_processor(plan.objective, files), model)

@@ -211,10 +211,13 @@ def test_a_console_of_windows(merge: Run, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_usage(run: Run, merge: Run, tmp_path: Path) -> None:
     refused(tmp_path, run(), "usage")
-    refused(tmp_path, run("merge", "--out", tmp_path / "out"), "'base' is missing", "'finetuned' is missing")
+    refused(
+        tmp_path, run("merge", "--out", tmp_path / "out"), "'base' is missing (--base REF)", "'finetuned' is missing"
+    )
     refused(tmp_path, run("mrege"), "'mrege' is not one of merge, localize,", "Did you mean merge?")
     refused(tmp_path, merge("--densty", "0.1"), "no flag --densty. Did you mean --density?", "merge --help")
     refused(tmp_path, merge("--densty=0.1"), "no flag --densty. Did you mean --density?")
+    refused(tmp_path, merge("--finetuned", "x"), "no flag --finetuned. Did you mean --ft?")
     refused(tmp_path, run("merge", "a.yaml", "b.yaml"), "'b.yaml' is one value too many")
     refused(tmp_path, merge("--method", "tie"), "'tie' is not one of ace, average,", "Did you mean ties?")
     refused(tmp_path, merge("--method", "xyz"), "'xyz' is not one of ace, average,")
@@ -226,6 +229,15 @@ def test_usage(run: Run, merge: Run, tmp_path: Path) -> None:
     refused(tmp_path, merge("--shard-size", "much"), "shard_size")
 
 
+def test_a_flag_of_several_values_adds_up() -> None:
+    given = build_parser().parse_args(
+        ["merge", "--base", "a", "--base", "b", "--ft", "x", "--exclude", "p", "q", "--ft", "y", "z", "--exclude", "r"]
+    )
+    assert (given.base, given.ft, given.exclude, given.include) == ("b", ["x", "y", "z"], ["p", "q", "r"], None)
+    asked = [build_parser().parse_args(f"evaluate m {flags}".split()) for flags in ("--tasks a --tasks b", "--tasks c")]
+    assert [one.tasks for one in asked] == [["a", "b"], ["c"]]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -234,7 +246,8 @@ def test_usage(run: Run, merge: Run, tmp_path: Path) -> None:
         ("localizer: {densty: 0.2}", ["unknown key 'localizer.densty'", "did you mean 'density'"]),
         ("localizer: {density: much}", ["localizer.density"]),
         ("- a\n- b", ["must hold fields"]),
-        ("base: [", ["not valid YAML"]),
+        ("base: [", ["not valid YAML: line 1, column 8: "]),
+        ("", ["must hold fields", "but is empty"]),
         ("base: {ref: x, sha: y}", ["unknown key 'base.sha'", "did you mean 'sha256'"]),
     ],
 )

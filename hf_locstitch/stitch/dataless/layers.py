@@ -91,7 +91,7 @@ def layers_of(base: Checkpoint, localized: Collection[str]) -> Layers:
 @hide_all_library_bars()
 def _layers(config: str, label: str, disk: tuple[str, ...], localized: tuple[str, ...]) -> Layers:
     fields = json.loads(config)
-    model = empty_model(_class_name(fields), config_of(fields, label), NO_REFIT)
+    model = empty_model(_class_name(fields), config_of(fields, label, NO_REFIT), NO_REFIT)
     attach_conversions(model, disk)
     parts = hollow(model, disk, torch.device("cpu"))
     inside = frozenset(localized)

@@ -90,7 +90,7 @@ def open_task(
     objective = shortened(objective_for(data, checkpoint), config.tokens)
     folder_base = link_files(base, folder / f"{name}.base")
     folder_finetuned = link_files(checkpoint, folder / f"{name}.finetuned")
-    model_config = load_config(folder_base if objective.base_config else folder_finetuned)
+    model_config = load_config(folder_base if objective.base_config else folder_finetuned, cure=NO_REFIT)
     model = empty_model(objective.auto_class, model_config, NO_REFIT)
     attach_conversions(model, list(base.tensors))
     parts = hollow(model, list(base.tensors), device)
