@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -142,12 +143,14 @@ class Run(ABC, Generic[AnyPlan]):
         )
         if self.first:
             self.expect_side_files()
-        with opened as inputs, ThreadPoolExecutor(2) as background:
+        with opened as inputs, ThreadPoolExecutor(2) as background, ExitStack() as held:
             if self.processes.count > 1 and not self.streamed:
                 self.processes.together(lambda: inputs.fetch_share(*self.processes.of_node))
                 self.processes.together(inputs.fetch)
             self.progress.step(READING if isinstance(self.plan, StitchPlan) else LOCALIZING)
             masks = self.find_masks(inputs)
+            for mask in masks.values():
+                held.callback(mask.close)  # after a failure, too: not every system deletes files that are open
             with ThreadPoolExecutor(1) as aside:
                 written = aside.submit(self._write_masks, masks)
                 if self.processes.count > 1:  # collective calls need the same order everywhere
@@ -158,8 +161,6 @@ class Run(ABC, Generic[AnyPlan]):
                 self.progress.step(WRITING if isinstance(self.plan, LocalizePlan) else MERGING)
                 overlap, shards = self.write_shards(inputs, masks, background)
                 drawn = surveyed.result()
-            for mask in masks.values():
-                mask.close()
         files = self.files
         records: list[Manifest] = []
         self.processes.on_first(lambda: records.append(self._finish(files, overlap, shards, drawn, stitch, began)))

@@ -170,7 +170,12 @@ class Scan:
             for name, given in brackets.items()
         }
         offer = partial(self._offer, inputs, selections)
-        self.processes.together(lambda: for_each(offer, self.own_chunks, self.workers))
+        try:
+            self.processes.together(lambda: for_each(offer, self.own_chunks, self.workers))
+        except BaseException:  # not every system deletes files that are open
+            for selection in selections.values():
+                selection.close()
+            raise
         return selections
 
     def _selection(self, name: str, brackets: Sequence[Bracket], kind: str) -> Selection:
