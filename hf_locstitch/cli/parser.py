@@ -13,7 +13,9 @@ from hf_locstitch.runtime.human import nearest
 
 REF = "REF"  # a folder or org/name[/subfolder][@revision]
 PAPER = "https://arxiv.org/abs/2408.13656"
-OTHERWISE = dict.fromkeys(("--finetuned", "--finetunes", "--models"), "--ft")  # what no likeness of letters tells
+OTHERWISE: dict[str, str] = dict.fromkeys(
+    ("--finetuned", "--finetunes", "--models"), "--ft"
+)  # what no likeness of letters tells
 CHOICE = re.compile(r"invalid choice: '?(?P<given>.*?)'? \(choose from (?P<choices>.*)\)$")
 
 
