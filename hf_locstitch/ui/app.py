@@ -82,21 +82,34 @@ class Page:
         has = takes_density(method)
         return gr.update(visible=has, value=100 * default_density(method)), gr.update(visible=not has)
 
+    def restore(self, kept: list[Any] | None) -> tuple[Any, ...]:
+        """The form as it was last planned in this browser: signing in loads the page anew."""
+        try:
+            base, models, method, percent, scale = kept or ()
+            order = make_order(base, models, method, percent, scale)
+        except (LocstitchError, TypeError, ValueError, AttributeError):  # of another version of the page
+            return (gr.skip(),) * 6
+        has = takes_density(order.method)
+        density = gr.update(value=100 * order.density, visible=has)
+        return order.base, list(order.finetuned), order.method, density, order.scale, gr.update(visible=not has)
+
     def plan(
         self, base: str | None, models: list[str] | None, method: str, percent: float, scale: float, target: str,
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """Plan: first what is being done, then the plan or what is wrong."""
         visitor = self.who(request)
-        yield views.hint("Reading the headers of all models, and a sample of their weights…"), None, gr.skip()
+        reading = "Reading the headers of all models, and a sample of their weights…"
+        yield views.hint(reading), None, gr.skip(), [base, models, method, percent, scale]
         try:
             order = make_order(base, models, method, percent, scale)
             made = answer({"action": "plan", "recipe": order.recipe_fields()}, visitor, self._work, SECONDS)
         except LocstitchError as error:
-            yield views.error(str(error)), None, gr.skip()
+            yield views.error(str(error)), None, gr.skip(), gr.skip()
             return
         suggested = suggested_target(visitor.name or "your-name", order)
-        yield views.plan(made["plan"], made["text"]), (order, made["plan"]["bytes"]["disk"]), target or suggested
+        shown = views.plan(made["plan"], made["text"])
+        yield shown, (order, made["plan"]["bytes"]["disk"]), target or suggested, gr.skip()
 
     def merge(
         self, planned: tuple[Order, int] | None, target: str, private: bool, request: gr.Request
@@ -173,14 +186,14 @@ class Page:
             return
         yield views.masks(found["inspection"], found["text"]), views.frame(found["page"])
 
-    def generate(self, ref: str, prompt: str, tokens: float, request: gr.Request) -> Iterator[tuple[str, str]]:
+    def generate(self, ref: str, prompt: str, tokens: float | None, request: gr.Request) -> Iterator[tuple[str, str]]:
         """Let a model go on with a text, as it comes."""
         text = ""
         yield text, views.hint("Opening the model…")
         try:
             asked = {
-                "action": "generate", "ref": check_repo(ref), "prompt": prompt, "tokens": int(tokens),
-                "most_bytes": self._config.most_bytes,
+                "action": "generate", "ref": check_repo(ref), "prompt": prompt or "",
+                "tokens": int(tokens or MOST_TOKENS), "most_bytes": self._config.most_bytes,
             }  # fmt: skip
             for event in follow(asked, self.who(request), self._work, SECONDS):
                 if event["event"] == "text":
@@ -203,13 +216,15 @@ def build(
         with gr.Row(elem_classes="lc-head"):
             gr.HTML(views.heading())
             login = gr.HTML(elem_id="lc-login")
+        kept = gr.BrowserState(None, storage_key="locstitch-form")
         with gr.Tabs(elem_classes="lc-tabs"):
             with gr.Tab("Merge"):
-                state = _merge_tab(page)
+                form, state = _merge_tab(page, kept)
             with gr.Tab("Look at masks"):
                 _masks_tab(page)
             with gr.Tab("Try a model"):
                 _try_tab(page, config.most_bytes)
+        blocks.load(page.restore, kept, form, **QUIET)
         first = blocks.load(page.welcome, None, [login, *state], **QUIET)
         first.then(page.watch, None, state, concurrency_limit=None, **QUIET)
     blocks.queue(max_size=200, default_concurrency_limit=16, api_open=False)
@@ -233,8 +248,9 @@ def _theme() -> Any:
     )
 
 
-def _merge_tab(page: Page) -> list[Any]:
-    """Returns where a visitor's merges are shown, with the buttons that act on them."""
+def _merge_tab(page: Page, kept: Any) -> tuple[list[Any], list[Any]]:
+    """Returns the form, and where a visitor's merges are shown, with the buttons that act on them. kept: the form as it
+    was last planned in this browser."""
     planned, stopping, resuming = gr.State(None), gr.State(None), gr.State(None)
     with gr.Row(elem_classes="lc-columns"):
         with gr.Column(scale=5, min_width=320):
@@ -254,7 +270,7 @@ def _merge_tab(page: Page) -> list[Any]:
             )  # fmt: skip
             percent = gr.Slider(
                 0.1, 100, value=10, step=0.1, label="Density in %", elem_id="lc-density",
-                info="Share of the weights that each mask keeps. 10 is the paper's choice; less interferes less.",
+                info="Share of the weights that each mask keeps; the paper takes 5 without data. Less interferes less.",
             )  # fmt: skip
             whole = gr.HTML(views.hint("This method merges whole models: there is no density."), visible=False)
             with gr.Accordion("More", open=False):
@@ -279,9 +295,9 @@ def _merge_tab(page: Page) -> list[Any]:
     base.key_up(page.search, None, base, **TYPING)
     base.change(page.finetunes_of, base, models, **QUIET)
     models.key_up(page.search_finetunes, base, models, **TYPING)
-    method.change(page.settings, method, [percent, whole], **QUIET)
+    method.input(page.settings, method, [percent, whole], **QUIET)
     form = [base, models, method, percent, scale]
-    look.click(page.plan, [*form, target], [plan, planned, target], show_progress="hidden", **BUSY)
+    look.click(page.plan, [*form, target], [plan, planned, target, kept], show_progress="hidden", **BUSY)
     for component in form:  # what is merged is what was planned
         component.change(lambda: None, None, planned, **QUIET)
     for button, act, inputs in (
@@ -291,7 +307,7 @@ def _merge_tab(page: Page) -> list[Any]:
     ):
         done = button.click(act, inputs, [problem, *state], **QUIET)
         done.then(page.watch, None, state, concurrency_limit=None, **QUIET)
-    return state
+    return [*form, whole], state
 
 
 def _masks_tab(page: Page) -> None:

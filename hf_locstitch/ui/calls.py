@@ -86,8 +86,12 @@ def answer(asked: Mapping[str, Any], visitor: Visitor, work: Path, seconds: floa
 
 def follow(asked: Mapping[str, Any], visitor: Visitor, work: Path, seconds: float) -> Iterator[Event]:
     """The events of a short piece of work, which is stopped if nobody listens any more. Raises LocstitchError."""
-    call = Call({**asked, "passing": not visitor.here and asked["action"] in LOOKING}, visitor, work)
+    try:
+        call = Call({**asked, "passing": not visitor.here and asked["action"] in LOOKING}, visitor, work)
+    except OSError as error:  # of a full disk, or too many processes
+        raise WorkError(f"the work could not be started ({error.strerror}). Try again later.") from error
     late = threading.Timer(seconds, call.stop)
+    late.daemon = True
     late.start()
     try:
         for event in call.events():

@@ -11,7 +11,7 @@ from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.files import is_writable
 from hf_locstitch.runtime.packages import need
 from hf_locstitch.ui.config import UiConfig
-from hf_locstitch.ui.jobs import Jobs, merge_worker
+from hf_locstitch.ui.jobs import Jobs, forget_home, merge_worker
 from hf_locstitch.ui.sign_in import LocalUser, SignIn, oauth_app
 from hf_locstitch.ui.visitor import Visitor
 
@@ -20,6 +20,8 @@ HOW: dict[str, Any] = {
     "log_level": "warning",
     "timeout_graceful_shutdown": 2,
 }  # of uvicorn; pages hold connections open
+# Of Gradio's own addresses, those that the page uses: not uploads, files, proxies, links to states, or its API by name.
+OWN, USED = "/gradio_api/", ("queue/join", "queue/data", "heartbeat/", "startup-events", "cancel", "reset", "info")
 # Everything comes from this server: no fonts, scripts or frames of others. Gradio's page needs inline code.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -47,7 +49,8 @@ class Server:
         _check(config)
         self.config = config
         self._users = SignIn(oauth_app(environment)) if config.visitors else LocalUser()
-        self.jobs = Jobs(config.work / "jobs", merge_worker(config.work), at_once=config.at_once)
+        work = config.work
+        self.jobs = Jobs(work / "jobs", merge_worker(work), at_once=config.at_once, forget=forget_home(work))
 
     def visitor(self, cookies: Mapping[str, str]) -> Visitor:
         """Who a request comes from."""
@@ -67,8 +70,9 @@ class Server:
         server.add_middleware(Guard, hosts=hosts)
         blocks, look = build(self.config, self.jobs, self.visitor)
         return gradio.mount_gradio_app(
-            server, blocks, path="/", show_error=False, footer_links=[], max_file_size="1mb", **look
-        )
+            server, blocks, path="/", show_error=False, footer_links=[], max_file_size="1mb",
+            run_history=False, enable_monitoring=False, **look,
+        )  # fmt: skip
 
     def run(self) -> None:
         """Serve until a signal ends it; merges that run are stopped, and can be gone on with."""
@@ -103,7 +107,10 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        if refusal := why_refused(scope["method"], headers, self._hosts):
+        refusal = why_refused(scope["method"], headers, self._hosts)
+        if refusal is None and not is_used(scope["path"]):
+            refusal = "this page has no such address"
+        if refusal:
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": refusal.encode()})
             return
@@ -122,6 +129,11 @@ class Guard:
             await send(message)
 
         await self._app(scope, receive, guarded)
+
+
+def is_used(path: str) -> bool:
+    """Whether the page asks for it. path: of a request, decoded."""
+    return not path.startswith(OWN) or path.removeprefix(OWN).startswith(USED)
 
 
 def why_refused(method: str, headers: Mapping[str, str], hosts: tuple[str, ...] | None) -> str | None:

@@ -31,7 +31,9 @@ STATUS = {
 }
 
 
-UNSAMPLED = "–: of small models and of adapters no sample is taken now; they are compared while they are merged."
+UNSAMPLED = (
+    "– means that no sample is taken now, as of small models and adapters: they are compared while they are merged."
+)
 
 
 def page(*parts: object) -> str:
@@ -55,6 +57,16 @@ def error(text: str) -> str:
     """A paragraph of an error, as the command line prints it."""
     lines = [tag("p", part) for part in text.strip().split("\n")]
     return page(tag("div", tag("strong", "This cannot be done as it stands"), *lines, class_="lc-error", role="alert"))
+
+
+def not_signed_in(text: str) -> str:
+    """A page of its own that says why a visitor is not signed in, with the way back."""
+    return "<!doctype html>" + page(
+        tag("title", "Not signed in"),
+        tag("h1", "Not signed in"),
+        tag("p", text),
+        tag("p", tag("a", "Back to the page", href="/")),
+    )
 
 
 def hint(text: str) -> str:

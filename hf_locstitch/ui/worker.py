@@ -30,6 +30,7 @@ Emit = Callable[[Event], None]
 EVERY = 0.25  # seconds between two events of one bar
 MOST_NEW_TOKENS = 256
 PROMPT = 2_000  # characters, at most
+LIBRARIES = 2_000_000_000  # bytes that torch and transformers take by themselves
 
 
 class EventProgress(Progress):
@@ -108,28 +109,42 @@ def masks(asked: Mapping[str, Any], emit: Emit) -> None:
 
 
 def generate(asked: Mapping[str, Any], emit: Emit) -> None:
-    """Let a small causal language model go on with a text. Raises CheckpointError if it is not small, or not one."""
+    """Let a small causal language model go on with a text. Raises CheckpointError if it is not small, or not one.
+
+    asked: with `ref`, `prompt`, `tokens`, and `most_bytes`, the bound for all files that are fetched.
+    """
     from huggingface_hub import constants
 
     from hf_locstitch.checkpoints.checkpoint import open_source
     from hf_locstitch.checkpoints.opening import read_checkpoint
     from hf_locstitch.checkpoints.ref import parse_ref
     from hf_locstitch.engine.preflight import check_space
-    from hf_locstitch.evaluation.models import check_language_model, fetch
+    from hf_locstitch.evaluation.models import check_language_model, fetch, needed
     from hf_locstitch.runtime.human import human
 
     checkpoint = read_checkpoint(open_source(parse_ref(asked["ref"])))
-    size, most = sum(shard.size for shard in checkpoint.shards), int(asked["most_bytes"])
+    sizes, most = checkpoint.source.files, int(asked["most_bytes"])
+    size = sum(sizes[file].size for file in needed(checkpoint))
     if size > most:
         raise CheckpointError(
-            f"{checkpoint.label} has {human(size)} of weights, and models above {human(most)} are not run here. "
+            f"{checkpoint.label} has {human(size)} of files, and models above {human(most)} are not run here. "
             "Its page shows how to run it on your own machine."
         )
     check_language_model(checkpoint)
     check_space(Path(constants.HF_HUB_CACHE), size)
     emit({"event": "progress", "stage": "loading", "done": 0, "total": 0, "unit": ""})
     folder = fetch(checkpoint)
+    _bound_memory(4 * most + LIBRARIES)
     _go_on(str(folder), str(asked["prompt"])[:PROMPT], min(int(asked["tokens"]), MOST_NEW_TOKENS), emit)
+
+
+def _bound_memory(most: int) -> None:
+    """Most bytes that this process may take, for a config may ask for a model that its weights do not hold."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such bound
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def _go_on(folder: str, prompt: str, tokens: int, emit: Emit) -> None:

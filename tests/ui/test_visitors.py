@@ -9,7 +9,7 @@ import pytest
 
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.ui.config import UiConfig
-from hf_locstitch.ui.serve import _check, why_refused
+from hf_locstitch.ui.serve import _check, is_used, why_refused
 from hf_locstitch.ui.sign_in import COOKIE, Expiring, LocalUser, OAuthApp, SignIn, oauth_app, visitor_of
 from hf_locstitch.ui.visitor import Visitor, worker_environment
 from loopback_hub import LoopbackHub
@@ -19,14 +19,21 @@ SERVER = {
     "HF_TOKEN": "hf_server",
     "HF_HOME": "/home/hub",
     "OAUTH_CLIENT_SECRET": "secret",
+    "AWS_SECRET_ACCESS_KEY": "aws",
+    "WANDB_API_KEY": "wandb",
+    "HF_ASSETS_CACHE": "/home/hub/assets",
+    "TOKENIZERS_PARALLELISM": "false",
     "HF_ENDPOINT": "http://hub",
 }
 
 
 def test_a_strangers_worker_has_nothing_of_the_servers() -> None:
     environment = worker_environment(SERVER, Visitor("ann", "hf_ann"), Path("/work"))
-    assert not {"hf_server", "secret", "hf_ann", "/home/hub"} & {*environment.values()}
-    assert environment["HF_ENDPOINT"] == "http://hub" and environment["HF_HOME"].startswith("/work/homes/")
+    assert not {"hf_server", "secret", "hf_ann", "/home/hub", "/home/hub/assets", "aws", "wandb"} & {
+        *environment.values()
+    }
+    assert environment["HF_ENDPOINT"] == "http://hub" and environment["TOKENIZERS_PARALLELISM"] == "false"
+    assert environment["HF_HOME"].startswith("/work/homes/")
 
 
 def test_each_visitor_has_a_home_of_their_own() -> None:
@@ -84,6 +91,24 @@ def test_a_space_without_oauth_is_told_of_it() -> None:
 )
 def test_what_other_sites_make_a_browser_send_is_refused(method: str, headers: dict[str, str], refused: bool) -> None:
     assert (why_refused(method, headers, ("127.0.0.1", "localhost", "::1")) is not None) == refused
+
+
+@pytest.mark.parametrize(
+    ("path", "used"),
+    [
+        ("/", True),
+        ("/login/callback", True),
+        ("/gradio_api/queue/join", True),
+        ("/gradio_api/upload", False),  # takes files from anybody
+        ("/gradio_api/file=/etc/hostname", False),
+        ("/gradio_api/proxy=https://hub/x", False),
+        ("/gradio_api/run-history/buckets", False),  # those of the token of this machine
+        ("/gradio_api/deep_link", False),  # writes the state of a session to the disk
+        ("/gradio_api/run/plan", False),
+    ],
+)
+def test_of_gradios_own_addresses_those_that_the_page_uses_are_there(path: str, used: bool) -> None:
+    assert is_used(path) == used
 
 
 def test_ones_own_login_is_not_lent_to_a_network(tmp_path: Path) -> None:
