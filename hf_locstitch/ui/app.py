@@ -204,7 +204,11 @@ class Page:
         except LocstitchError as error:
             yield text, views.error(str(error))
             return
-        yield text, views.hint("The most likely continuation, without sampling: the same every time.")
+        likeliest = "The most likely continuation, without sampling: the same every time."
+        nothing = (
+            "The model writes no text here: its likeliest tokens are special ones, such as the end. Try another text."
+        )
+        yield text, views.hint(likeliest if text.strip() else nothing)
 
 
 def build(

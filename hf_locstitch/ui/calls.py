@@ -16,7 +16,6 @@ from hf_locstitch.errors import LocstitchError, WorkError
 from hf_locstitch.ui.visitor import Visitor, worker_environment
 
 GRACE = 40.0  # seconds from asking a worker to stop until it is ended
-LOOKING = ("masks", "generate")  # what fetches files that nothing needs afterwards
 LAST = ("result", "error", "stopped")  # events that nothing follows
 Event = dict[str, Any]
 
@@ -87,7 +86,7 @@ def answer(asked: Mapping[str, Any], visitor: Visitor, work: Path, seconds: floa
 def follow(asked: Mapping[str, Any], visitor: Visitor, work: Path, seconds: float) -> Iterator[Event]:
     """The events of a short piece of work, which is stopped if nobody listens any more. Raises LocstitchError."""
     try:
-        call = Call({**asked, "passing": not visitor.here and asked["action"] in LOOKING}, visitor, work)
+        call = Call({**asked, "passing": not visitor.here}, visitor, work)
     except OSError as error:  # of a full disk, or too many processes
         raise WorkError(f"the work could not be started ({error.strerror}). Try again later.") from error
     late = threading.Timer(seconds, call.stop)

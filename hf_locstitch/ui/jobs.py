@@ -22,7 +22,7 @@ from hf_locstitch.runtime.files import write_atomically
 from hf_locstitch.runtime.human import human
 from hf_locstitch.ui.calls import Call, Event
 from hf_locstitch.ui.order import Order
-from hf_locstitch.ui.visitor import Visitor, home_of, owner_key
+from hf_locstitch.ui.visitor import PASSING, Visitor, home_of, owner_key
 
 Status = Literal["queued", "running", "stopping", "done", "failed", "stopped", "interrupted"]
 ACTIVE = ("queued", "running", "stopping")
@@ -223,8 +223,11 @@ class Jobs:
             del self._jobs[job.key]
             (self._folder / f"{job.key}.json").unlink(missing_ok=True)
         for owner in {job.owner for job in jobs}:
-            if not any(job.owner == owner and (job.active or job.resumable) for job in self._jobs.values()):
-                self._forget(owner)
+            self._forget_unless_needed(owner)
+
+    def _forget_unless_needed(self, owner: str) -> None:
+        if not any(job.owner == owner and (job.active or job.resumable) for job in self._jobs.values()):
+            self._forget(owner)
 
     def _start_what_fits(self) -> None:
         """Called with the lock. The first in the queue is never passed by a smaller one."""
@@ -254,6 +257,7 @@ class Jobs:
         finally:
             with self._changed:
                 del self._running[key]
+                self._forget_unless_needed(self._jobs[key].owner)
                 self._start_what_fits()
                 self._changed.notify_all()
 
@@ -279,6 +283,12 @@ def _outdated(jobs: Iterable[Job], now: float) -> list[Job]:
         else:
             seen[job.owner] += 1
     return dropped
+
+
+def forget_looks(work: Path) -> None:
+    """Remove the homes of looks that a dead server has left."""
+    for home in (work / "homes").glob(f"{PASSING}*"):
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def forget_home(work: Path) -> Callable[[str], object]:

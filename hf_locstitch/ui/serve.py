@@ -11,7 +11,7 @@ from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.files import is_writable
 from hf_locstitch.runtime.packages import need
 from hf_locstitch.ui.config import UiConfig
-from hf_locstitch.ui.jobs import Jobs, forget_home, merge_worker
+from hf_locstitch.ui.jobs import Jobs, forget_home, forget_looks, merge_worker
 from hf_locstitch.ui.sign_in import LocalUser, SignIn, oauth_app
 from hf_locstitch.ui.visitor import Visitor
 
@@ -50,6 +50,7 @@ class Server:
         self.config = config
         self._users = SignIn(oauth_app(environment)) if config.visitors else LocalUser()
         work = config.work
+        forget_looks(work)
         self.jobs = Jobs(work / "jobs", merge_worker(work), at_once=config.at_once, forget=forget_home(work))
 
     def visitor(self, cookies: Mapping[str, str]) -> Visitor:

@@ -151,7 +151,7 @@ def _job(job: Job, ahead: int) -> Markup:
     if job.status == "queued":
         more.append(tag("p", f"{ahead} before it" if ahead else "starts in a moment"))
     if job.active:
-        more += [_bar(stage) for stage in job.stages]
+        more += [_bar(stage) for stage in job.stages if stage.total or stage is job.stages[-1]]
     if job.status == "done":
         more.append(
             tag(
@@ -172,7 +172,7 @@ def _job(job: Job, ahead: int) -> Markup:
 def _bar(stage: Stage) -> Markup:
     name = STAGES.get(stage.name, stage.name.capitalize())
     if not stage.total:
-        return tag("div", tag("span", name), tag("span", "…"), class_="lc-stage")
+        return tag("div", tag("span", f"{name}…"), class_="lc-stage")
     share = min(100.0, 100 * stage.done / stage.total)
     shown = human if stage.unit == "B" else str
     unit = "" if stage.unit == "B" else f" {stage.unit}"

@@ -24,6 +24,7 @@ from typing import Any
 from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
 from hf_locstitch.runtime.interrupts import raising_interrupts
 from hf_locstitch.runtime.progress import Advance, Progress
+from hf_locstitch.ui.visitor import PASSING
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
@@ -221,14 +222,14 @@ def main() -> int:
 
 @contextmanager
 def _passing_cache(asked: Mapping[str, Any]) -> Iterator[None]:
-    """Where it is asked for, a cache that is removed afterwards: what strangers look at is not kept."""
+    """Where it is asked for, a home that is removed afterwards: what strangers look at is not kept."""
     if not asked.get("passing"):
         yield
         return
-    home = Path(os.environ["HF_HOME"])
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home, prefix="passing-") as folder:
-        os.environ["HF_HUB_CACHE"] = folder  # the Hub's client reads it when it is imported
+    homes = Path(os.environ["HF_HOME"]).parent
+    homes.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=homes, prefix=PASSING, ignore_cleanup_errors=True) as folder:
+        os.environ["HF_HOME"] = folder  # the Hub's client reads it when it is imported
         yield
 
 

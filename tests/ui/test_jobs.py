@@ -14,9 +14,9 @@ import pytest
 from hf_locstitch.errors import RequestError
 from hf_locstitch.ui import jobs as jobs_module
 from hf_locstitch.ui.calls import Event
-from hf_locstitch.ui.jobs import Job, Jobs, forget_home
+from hf_locstitch.ui.jobs import Job, Jobs, forget_home, forget_looks
 from hf_locstitch.ui.order import Order
-from hf_locstitch.ui.visitor import Visitor, owner_key, worker_environment
+from hf_locstitch.ui.visitor import PASSING, Visitor, owner_key, worker_environment
 
 ANN, BEN = Visitor("ann", "hf_secret_ann"), Visitor("ben", "hf_secret_ben")
 DONE: Event = {"event": "result", "url": "http://hub/ann/merged", "commit": "c" * 40}
@@ -217,11 +217,25 @@ def test_a_full_disk_ends_no_merge(jobs: Jobs, workers: Workers, monkeypatch: An
     assert "No space left" in caplog.text
 
 
-def test_a_home_is_removed_with_what_it_holds(tmp_path: Path) -> None:
-    home = Path(worker_environment({}, ANN, tmp_path)["HF_HOME"])
-    (home / "work").mkdir(parents=True)
-    forget_home(tmp_path)(owner_key(ANN))
-    assert not home.exists() and home.parent.exists()
+def test_a_home_is_removed_once_nothing_in_it_is_needed(tmp_path: Path, workers: Workers) -> None:
+    homes = [Path(worker_environment({}, visitor, tmp_path)["HF_HOME"]) for visitor in (ANN, BEN)]
+    for home in homes:
+        (home / "work").mkdir(parents=True)
+    jobs = Jobs(tmp_path / "jobs", workers.start, at_once=2, forget=forget_home(tmp_path))
+    jobs.submit(order("ann/x"), ANN, 1)
+    jobs.submit(order("ben/y"), BEN, 1)
+    until(lambda: len(workers) == 2)
+    workers["ben/y"][0].give({"event": "died", "status": -9})
+    workers["ann/x"][0].give(DONE)
+    until(lambda: not homes[0].exists() and jobs.of(BEN)[0].resumable)
+    assert homes[1].exists()  # what the merge of the other goes on with
+
+
+def test_what_looks_of_a_dead_server_left_is_removed(tmp_path: Path) -> None:
+    for name in (f"{PASSING}x", "visitor"):
+        (tmp_path / "homes" / name).mkdir(parents=True)
+    forget_looks(tmp_path)
+    assert [path.name for path in (tmp_path / "homes").iterdir()] == ["visitor"]
 
 
 def test_a_file_that_is_no_job_is_left_alone(tmp_path: Path, workers: Workers) -> None:
