@@ -12,7 +12,7 @@ from hf_locstitch.errors import LocstitchError
 from hf_locstitch.ui import views
 from hf_locstitch.ui.calls import answer, follow
 from hf_locstitch.ui.config import UiConfig
-from hf_locstitch.ui.jobs import Jobs
+from hf_locstitch.ui.jobs import Job, Jobs
 from hf_locstitch.ui.order import (
     Order,
     check_repo,
@@ -52,7 +52,7 @@ class Page:
     def welcome(self, request: gr.Request) -> tuple[Any, ...]:
         """The sign-in line, and the visitor's merges."""
         visitor = self.who(request)
-        return self._signed_in(visitor), self._jobs(visitor), *self._buttons(visitor)
+        return self._signed_in(visitor), *self._state(visitor)
 
     def search(self, request: gr.Request, event: gr.KeyUpData) -> Any:
         """Bases by name."""
@@ -145,27 +145,24 @@ class Page:
         """The visitor's merges until none is under way."""
         visitor, shown = self.who(request), ""
         while True:
-            html = self._jobs(visitor)
-            if html != shown:
-                shown = html
-                yield html, *self._buttons(visitor)
-            if not any(job.active for job in self._all_jobs.of(visitor)):
+            found = self._all_jobs.of(visitor)  # looked at once: what ends while this is sent is seen by the next look
+            state = self._shown(found)
+            if state[0] != shown:
+                shown = state[0]
+                yield state
+            if not any(job.active for job in found):
                 return
             self._all_jobs.wait(ALIVE)
 
     def _state(self, visitor: Visitor) -> tuple[Any, ...]:
-        return self._jobs(visitor), *self._buttons(visitor)
+        return self._shown(self._all_jobs.of(visitor))
 
-    def _jobs(self, visitor: Visitor) -> str:
-        found = self._all_jobs.of(visitor)
-        return views.jobs(found, {job.key: self._all_jobs.ahead(job.key) for job in found})
-
-    def _buttons(self, visitor: Visitor) -> tuple[Any, ...]:
-        """Stop and resume, each with the job that it is about."""
-        found = self._all_jobs.of(visitor)
+    def _shown(self, found: list[Job]) -> tuple[Any, ...]:
+        """These merges; then the buttons to stop and to resume, each with the job that it is about."""
         active = next((job for job in found if job.active), None)
         again = next((job for job in found if job.resumable), None) if active is None else None
         return (
+            views.jobs(found, {job.key: self._all_jobs.ahead(job.key) for job in found}),
             gr.update(visible=active is not None),
             active.key if active else None,
             gr.update(visible=again is not None, value=f"Resume {again.order.push_to}" if again else "Resume"),

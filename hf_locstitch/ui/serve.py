@@ -48,7 +48,9 @@ class Server:
         check_installed()
         _check(config)
         self.config = config
-        self._users = SignIn(oauth_app(environment)) if config.visitors else LocalUser()
+        application = oauth_app(environment) if config.visitors else None
+        self._host = application.host if application else None
+        self._users = SignIn(application) if application else LocalUser()
         work = config.work
         forget_looks(work)
         self.jobs = Jobs(work / "jobs", merge_worker(work), at_once=config.at_once, forget=forget_home(work))
@@ -68,7 +70,7 @@ class Server:
         if isinstance(self._users, SignIn):
             self._users.attach(server)
         hosts = None if self.config.visitors or self.config.host not in HERE else HERE
-        server.add_middleware(Guard, hosts=hosts)
+        server.add_middleware(Guard, hosts=hosts, own=self._host)
         blocks, look = build(self.config, self.jobs, self.visitor)
         return gradio.mount_gradio_app(
             server, blocks, path="/", show_error=False, footer_links=[], max_file_size="1mb",
@@ -98,17 +100,23 @@ def _check(config: UiConfig) -> None:
 
 class Guard:
     """ASGI middleware: refuses requests that another site makes a browser send, and adds headers that keep a browser
-    from loading anything from elsewhere. hosts: names that the server may be called by; None for any."""
+    from loading anything from elsewhere.
 
-    def __init__(self, app: Any, hosts: tuple[str, ...] | None) -> None:
-        self._app, self._hosts = app, hosts
+    Args:
+        app: What answers.
+        hosts: Names that the server may be called by; None for any.
+        own: That of a Space, as browsers see it.
+    """
+
+    def __init__(self, app: Any, hosts: tuple[str, ...] | None, own: str | None = None) -> None:
+        self._app, self._hosts, self._own = app, hosts, own
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
-        refusal = why_refused(scope["method"], headers, self._hosts)
+        refusal = why_refused(scope["method"], headers, self._hosts, self._own)
         if refusal is None and not is_used(scope["path"]):
             refusal = "this page has no such address"
         if refusal:
@@ -137,8 +145,10 @@ def is_used(path: str) -> bool:
     return not path.startswith(OWN) or path.removeprefix(OWN).startswith(USED)
 
 
-def why_refused(method: str, headers: Mapping[str, str], hosts: tuple[str, ...] | None) -> str | None:
-    """Why a request is not answered, if it is not. headers: by names in lower case."""
+def why_refused(
+    method: str, headers: Mapping[str, str], hosts: tuple[str, ...] | None, own: str | None = None
+) -> str | None:
+    """Why a request is not answered, if it is not. headers: by names in lower case. hosts, own: as `Guard` has them."""
     called = urlsplit(f"//{headers.get('host', '')}").hostname or ""
     if hosts is not None and called not in hosts:
         return f"this server is not called {called[:100]!r}"
@@ -146,7 +156,7 @@ def why_refused(method: str, headers: Mapping[str, str], hosts: tuple[str, ...] 
     if (
         method not in ("GET", "HEAD", "OPTIONS")
         and origin is not None
-        and urlsplit(origin).netloc != headers.get("host")
+        and urlsplit(origin).netloc not in (headers.get("host"), own)
     ):
         return "this request comes from another site"
     return None

@@ -93,6 +93,12 @@ def test_what_other_sites_make_a_browser_send_is_refused(method: str, headers: d
     assert (why_refused(method, headers, ("127.0.0.1", "localhost", "::1")) is not None) == refused
 
 
+@pytest.mark.parametrize(("origin", "refused"), [("https://me-x.hf.space", False), ("https://evil.hf.space", True)])
+def test_a_space_behind_a_proxy_knows_its_own_pages(origin: str, refused: bool) -> None:
+    headers = {"host": "10.0.0.7:7860", "origin": origin}
+    assert (why_refused("POST", headers, None, "me-x.hf.space") is not None) == refused
+
+
 @pytest.mark.parametrize(
     ("path", "used"),
     [
