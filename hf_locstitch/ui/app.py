@@ -287,9 +287,9 @@ def _merge_tab(page: Page, kept: Any) -> tuple[list[Any], list[Any]]:
             )  # fmt: skip
             private = gr.Checkbox(False, label="Private")
             with gr.Row():
-                merge = gr.Button("Merge and push", variant="primary", elem_id="lc-merge")
-                stop = gr.Button("Stop", variant="stop", visible=False, elem_id="lc-stop")
-                resume = gr.Button("Resume", visible=False, elem_id="lc-resume")
+                merge = gr.Button("Merge and push", variant="primary", min_width=180, elem_id="lc-merge")
+                stop = gr.Button("Stop", variant="stop", min_width=180, visible=False, elem_id="lc-stop")
+                resume = gr.Button("Resume", min_width=180, visible=False, elem_id="lc-resume")
             problem = gr.HTML(elem_id="lc-problem")
             jobs = gr.HTML(views.jobs([], {}), elem_id="lc-merges")
     state = [jobs, stop, stopping, resume, resuming]

@@ -97,7 +97,9 @@ def follow(asked: Mapping[str, Any], visitor: Visitor, work: Path, seconds: floa
             if event["event"] == "error":
                 raise LocstitchError(event["text"])
             if event["event"] == "died":
-                raise WorkError(f"the process ended early (status {event['status']}), for memory perhaps. Try again.")
+                raise WorkError(
+                    f"the process ended early (status {event['status']}): it may have run out of memory. Try again."
+                )
             if event["event"] == "stopped":
                 raise WorkError(f"there was no answer within {seconds:.0f} seconds. Try again later.")
             yield event

@@ -27,7 +27,7 @@ from hf_locstitch.ui.visitor import PASSING, Visitor, home_of, owner_key
 Status = Literal["queued", "running", "stopping", "done", "failed", "stopped", "interrupted"]
 ACTIVE = ("queued", "running", "stopping")
 AGAIN = ("failed", "stopped", "interrupted")  # from which it can go on
-LEFT = "the server was stopped while this merge was under way"
+LEFT = "The server was stopped while this merge was under way."
 LISTED = 20  # jobs of one person that are known
 KNOWN = 1_000  # jobs of all that are known, beside those that wait or run
 KEPT = 7 * 24 * 3600.0  # seconds after which a job is known no more; a stranger's leaves nothing behind then
@@ -87,7 +87,7 @@ class Job:
         if kind == "stopped":
             return replace(self, status="stopped")
         if kind == "died":
-            text = f"the process of this merge ended early (status {event['status']}), for memory perhaps"
+            text = f"The process of this merge ended early (status {event['status']}): it may have run out of memory."
             return replace(self, status="failed", error=text)
         return self
 
