@@ -189,6 +189,7 @@ def _bar(stage: Stage) -> Markup:
 def masks(found: Mapping[str, Any], text: str) -> str:
     """What `inspect` says of a merge."""
     signs: Iterable[str] = found["signs"]
+    repo, _, commit = found["ref"].partition("@")
     listed = [tag("li", sign) for sign in signs]
     each = [
         tag("tr", tag("th", mask["name"], scope="row"), tag("td", f"{100 * mask['real_density']:.4g} %"),
@@ -199,7 +200,7 @@ def masks(found: Mapping[str, Any], text: str) -> str:
     table = tag("div", tag("table", tag("thead", head), tag("tbody", *each)), class_="lc-table", tabindex="0",
                 role="region", aria_label="Masks")  # fmt: skip
     return page(
-        tag("p", tag("strong", found["ref"]), f" · {found['method']} · N = {found['N']:,}"),
+        tag("p", tag("strong", repo, " ", tag("code", commit[:7])), f" · {found['method']} · N = {found['N']:,}"),
         table if each else tag("p", "This method merges whole models: there are no masks.", class_="lc-empty"),
         tag("div", tag("h4", "Look at these before you trust it"), tag("ul", *listed), class_="lc-warn")
         if listed

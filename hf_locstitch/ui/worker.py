@@ -31,6 +31,7 @@ Emit = Callable[[Event], None]
 EVERY = 0.25  # seconds between two events of one bar
 MOST_NEW_TOKENS = 256
 PROMPT = 2_000  # characters, at most
+LONGEST = 300  # characters of an error of transformers
 LIBRARIES = 2_000_000_000  # bytes that torch and transformers take by themselves
 
 
@@ -136,7 +137,15 @@ def generate(asked: Mapping[str, Any], emit: Emit) -> None:
     emit({"event": "progress", "stage": "loading", "done": 0, "total": 0, "unit": ""})
     folder = fetch(checkpoint)
     _bound_memory(4 * most + LIBRARIES)
-    _go_on(str(folder), str(asked["prompt"])[:PROMPT], min(int(asked["tokens"]), MOST_NEW_TOKENS), emit)
+    try:
+        _go_on(str(folder), str(asked["prompt"])[:PROMPT], min(int(asked["tokens"]), MOST_NEW_TOKENS), emit)
+    except LocstitchError:
+        raise
+    except Exception as error:  # of transformers, about a config, a tokenizer or memory
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST]}"
+        raise CheckpointError(
+            f"{checkpoint.label} could not be run with transformers ({why}). Try it in Python."
+        ) from error
 
 
 def _bound_memory(most: int) -> None:
