@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -81,10 +83,17 @@ class Server:
         """Serve until a signal ends it; merges that run are stopped, and can be gone on with."""
         import uvicorn  # pyright: ignore[reportMissingImports]
 
+        logging.getLogger("uvicorn.error").addFilter(is_news)
         try:
             uvicorn.run(self.application(), host=self.config.host, port=self.config.port, **HOW)
         finally:
             self.jobs.close()
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's is: that the connections of open pages are cut at the end is none."""
+    cut = record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not cut and not record.getMessage().startswith("Cancel ")
 
 
 def _check(config: UiConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.ui.config import UiConfig
-from hf_locstitch.ui.serve import _check, is_used, why_refused
+from hf_locstitch.ui.serve import _check, is_news, is_used, why_refused
 from hf_locstitch.ui.sign_in import COOKIE, Expiring, LocalUser, OAuthApp, SignIn, oauth_app, visitor_of
 from hf_locstitch.ui.visitor import Visitor, worker_environment
 from loopback_hub import LoopbackHub
@@ -132,3 +134,10 @@ def test_the_user_of_this_machine_is_asked_for_once_a_while(home_hub: LoopbackHu
 def test_without_a_login_the_user_of_this_machine_has_no_name(home_hub: LoopbackHub, monkeypatch: Any) -> None:
     monkeypatch.delenv("HF_TOKEN")
     assert LocalUser().visitor({}) == Visitor(here=True)
+
+
+@pytest.mark.parametrize(("error", "news"), [(asyncio.CancelledError(), False), (ValueError("x"), True), (None, True)])
+def test_open_pages_leave_no_traceback_at_the_end(error: BaseException | None, news: bool) -> None:
+    found = (type(error), error, None) if error else None
+    record = logging.LogRecord("uvicorn.error", logging.ERROR, "", 1, "Exception in ASGI application", (), found)
+    assert is_news(record) == news
