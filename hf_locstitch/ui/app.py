@@ -85,7 +85,7 @@ class Page:
     def restore(self, kept: list[Any] | None) -> tuple[Any, ...]:
         """The form as it was last planned in this browser: signing in loads the page anew."""
         try:
-            base, models, method, percent, scale = kept or ()
+            base, models, method, percent, scale = kept or []
             order = make_order(base, models, method, percent, scale)
         except (LocstitchError, TypeError, ValueError, AttributeError):  # of another version of the page
             return (gr.skip(),) * 6

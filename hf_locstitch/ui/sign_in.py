@@ -52,7 +52,8 @@ def oauth_app(environment: Mapping[str, str]) -> OAuthApp:
             "of the Space, or run `hf-locstitch ui` for yourself alone."
         )
     host = environment.get("SPACE_HOST", "").split(",")[0] or None
-    return OAuthApp(*(environment[name] for name in VARIABLES), host)
+    client_id, client_secret, scopes, provider = (environment[name] for name in VARIABLES)
+    return OAuthApp(client_id, client_secret, scopes, provider, host)
 
 
 class Expiring:

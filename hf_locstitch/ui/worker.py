@@ -166,7 +166,7 @@ def _go_on(folder: str, prompt: str, tokens: int, emit: Emit) -> None:
             emit({"event": "text", "text": text})
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True).eval()
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[-1]:
         raise RequestError("the prompt has no token of this model's. Write something to go on from.")
