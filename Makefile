@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
+UI_READY := $(VENV)/.ui-ready
 
 .PHONY: demo test test-oldest test-ui notebooks space quality format docs bench bench-quality bench-speed bench-faults reproduce clean
 
@@ -27,15 +28,8 @@ test-oldest: $(READY)  ## these tests with the oldest versions that pyproject.to
 		-e ".[eval]" hypothesis pytest pytest-xdist scikit-learn
 	$(OLDEST)/bin/python -m pytest -n auto $(OLDEST_TESTS)
 
-# The page needs an older Pillow than the figures are tested with, hence a venv of its own.
-UI ?= .venv-ui
-
-test-ui: $(READY)  ## the page in Chromium (Debian: apt-get install chromium); SCREENSHOTS=DIR keeps pictures
-	$(PYTHON) -m venv $(UI)
-	grep -v '^pillow==' constraints.txt > $(UI)/constraints.txt
-	$(UI)/bin/python -m pip install --quiet --disable-pip-version-check -c $(UI)/constraints.txt -e ".[dev,ui]" \
-		playwright axe-playwright-python
-	$(UI)/bin/python -m pytest -n 0 tests/ui
+test-ui: $(UI_READY)  ## the page in Chromium (Debian: apt-get install chromium); SCREENSHOTS=DIR keeps pictures
+	$(BIN)/python -m pytest -n 0 tests/ui
 
 notebooks: $(READY)  ## the notebooks in a real kernel, on tiny models
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt nbclient ipykernel
@@ -96,5 +90,9 @@ $(DOCS_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $(DOCS_READY)
 
+$(UI_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ui]" playwright axe-playwright-python
+	touch $(UI_READY)
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(UI) build site *.egg-info
+	rm -rf $(VENV) $(OLDEST) build site *.egg-info

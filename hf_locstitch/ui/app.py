@@ -12,7 +12,7 @@ from hf_locstitch.errors import LocstitchError
 from hf_locstitch.ui import views
 from hf_locstitch.ui.calls import answer, follow
 from hf_locstitch.ui.config import UiConfig
-from hf_locstitch.ui.jobs import Jobs
+from hf_locstitch.ui.jobs import Job, Jobs
 from hf_locstitch.ui.order import (
     Order,
     check_repo,
@@ -52,7 +52,7 @@ class Page:
     def welcome(self, request: gr.Request) -> tuple[Any, ...]:
         """The sign-in line, and the visitor's merges."""
         visitor = self.who(request)
-        return self._signed_in(visitor), self._jobs(visitor), *self._buttons(visitor)
+        return self._signed_in(visitor), *self._state(visitor)
 
     def search(self, request: gr.Request, event: gr.KeyUpData) -> Any:
         """Bases by name."""
@@ -82,21 +82,34 @@ class Page:
         has = takes_density(method)
         return gr.update(visible=has, value=100 * default_density(method)), gr.update(visible=not has)
 
+    def restore(self, kept: list[Any] | None) -> tuple[Any, ...]:
+        """The form as it was last planned in this browser: signing in loads the page anew."""
+        try:
+            base, models, method, percent, scale = kept or []
+            order = make_order(base, models, method, percent, scale)
+        except (LocstitchError, TypeError, ValueError, AttributeError):  # of another version of the page
+            return (gr.skip(),) * 6
+        has = takes_density(order.method)
+        density = gr.update(value=100 * order.density, visible=has)
+        return order.base, list(order.finetuned), order.method, density, order.scale, gr.update(visible=not has)
+
     def plan(
         self, base: str | None, models: list[str] | None, method: str, percent: float, scale: float, target: str,
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """Plan: first what is being done, then the plan or what is wrong."""
         visitor = self.who(request)
-        yield views.hint("Reading the headers of all models, and a sample of their weights…"), None, gr.skip()
+        reading = "Reading the headers of all models, and a sample of their weights…"
+        yield views.hint(reading), None, gr.skip(), [base, models, method, percent, scale]
         try:
             order = make_order(base, models, method, percent, scale)
             made = answer({"action": "plan", "recipe": order.recipe_fields()}, visitor, self._work, SECONDS)
         except LocstitchError as error:
-            yield views.error(str(error)), None, gr.skip()
+            yield views.error(str(error)), None, gr.skip(), gr.skip()
             return
         suggested = suggested_target(visitor.name or "your-name", order)
-        yield views.plan(made["plan"], made["text"]), (order, made["plan"]["bytes"]["disk"]), target or suggested
+        shown = views.plan(made["plan"], made["text"])
+        yield shown, (order, made["plan"]["bytes"]["disk"]), target or suggested, gr.skip()
 
     def merge(
         self, planned: tuple[Order, int] | None, target: str, private: bool, request: gr.Request
@@ -132,27 +145,24 @@ class Page:
         """The visitor's merges until none is under way."""
         visitor, shown = self.who(request), ""
         while True:
-            html = self._jobs(visitor)
-            if html != shown:
-                shown = html
-                yield html, *self._buttons(visitor)
-            if not any(job.active for job in self._all_jobs.of(visitor)):
+            found = self._all_jobs.of(visitor)  # looked at once: what ends while this is sent is seen by the next look
+            state = self._shown(found)
+            if state[0] != shown:
+                shown = state[0]
+                yield state
+            if not any(job.active for job in found):
                 return
             self._all_jobs.wait(ALIVE)
 
     def _state(self, visitor: Visitor) -> tuple[Any, ...]:
-        return self._jobs(visitor), *self._buttons(visitor)
+        return self._shown(self._all_jobs.of(visitor))
 
-    def _jobs(self, visitor: Visitor) -> str:
-        found = self._all_jobs.of(visitor)
-        return views.jobs(found, {job.key: self._all_jobs.ahead(job.key) for job in found})
-
-    def _buttons(self, visitor: Visitor) -> tuple[Any, ...]:
-        """Stop and resume, each with the job that it is about."""
-        found = self._all_jobs.of(visitor)
+    def _shown(self, found: list[Job]) -> tuple[Any, ...]:
+        """These merges; then the buttons to stop and to resume, each with the job that it is about."""
         active = next((job for job in found if job.active), None)
         again = next((job for job in found if job.resumable), None) if active is None else None
         return (
+            views.jobs(found, {job.key: self._all_jobs.ahead(job.key) for job in found}),
             gr.update(visible=active is not None),
             active.key if active else None,
             gr.update(visible=again is not None, value=f"Resume {again.order.push_to}" if again else "Resume"),
@@ -173,14 +183,14 @@ class Page:
             return
         yield views.masks(found["inspection"], found["text"]), views.frame(found["page"])
 
-    def generate(self, ref: str, prompt: str, tokens: float, request: gr.Request) -> Iterator[tuple[str, str]]:
+    def generate(self, ref: str, prompt: str, tokens: float | None, request: gr.Request) -> Iterator[tuple[str, str]]:
         """Let a model go on with a text, as it comes."""
         text = ""
         yield text, views.hint("Opening the model…")
         try:
             asked = {
-                "action": "generate", "ref": check_repo(ref), "prompt": prompt, "tokens": int(tokens),
-                "most_bytes": self._config.most_bytes,
+                "action": "generate", "ref": check_repo(ref), "prompt": prompt or "",
+                "tokens": int(tokens or MOST_TOKENS), "most_bytes": self._config.most_bytes,
             }  # fmt: skip
             for event in follow(asked, self.who(request), self._work, SECONDS):
                 if event["event"] == "text":
@@ -191,7 +201,11 @@ class Page:
         except LocstitchError as error:
             yield text, views.error(str(error))
             return
-        yield text, views.hint("The most likely continuation, without sampling: the same every time.")
+        likeliest = "The most likely continuation, without sampling: the same every time."
+        nothing = (
+            "The model writes no text here: its likeliest tokens are special ones, such as the end. Try another text."
+        )
+        yield text, views.hint(likeliest if text.strip() else nothing)
 
 
 def build(
@@ -203,13 +217,15 @@ def build(
         with gr.Row(elem_classes="lc-head"):
             gr.HTML(views.heading())
             login = gr.HTML(elem_id="lc-login")
+        kept = gr.BrowserState(None, storage_key="locstitch-form")
         with gr.Tabs(elem_classes="lc-tabs"):
             with gr.Tab("Merge"):
-                state = _merge_tab(page)
+                form, state = _merge_tab(page, kept)
             with gr.Tab("Look at masks"):
                 _masks_tab(page)
             with gr.Tab("Try a model"):
                 _try_tab(page, config.most_bytes)
+        blocks.load(page.restore, kept, form, **QUIET)
         first = blocks.load(page.welcome, None, [login, *state], **QUIET)
         first.then(page.watch, None, state, concurrency_limit=None, **QUIET)
     blocks.queue(max_size=200, default_concurrency_limit=16, api_open=False)
@@ -233,8 +249,9 @@ def _theme() -> Any:
     )
 
 
-def _merge_tab(page: Page) -> list[Any]:
-    """Returns where a visitor's merges are shown, with the buttons that act on them."""
+def _merge_tab(page: Page, kept: Any) -> tuple[list[Any], list[Any]]:
+    """Returns the form, and where a visitor's merges are shown, with the buttons that act on them. kept: the form as it
+    was last planned in this browser."""
     planned, stopping, resuming = gr.State(None), gr.State(None), gr.State(None)
     with gr.Row(elem_classes="lc-columns"):
         with gr.Column(scale=5, min_width=320):
@@ -254,7 +271,7 @@ def _merge_tab(page: Page) -> list[Any]:
             )  # fmt: skip
             percent = gr.Slider(
                 0.1, 100, value=10, step=0.1, label="Density in %", elem_id="lc-density",
-                info="Share of the weights that each mask keeps. 10 is the paper's choice; less interferes less.",
+                info="Share of the weights that each mask keeps; the paper takes 5 without data. Less interferes less.",
             )  # fmt: skip
             whole = gr.HTML(views.hint("This method merges whole models: there is no density."), visible=False)
             with gr.Accordion("More", open=False):
@@ -270,18 +287,18 @@ def _merge_tab(page: Page) -> list[Any]:
             )  # fmt: skip
             private = gr.Checkbox(False, label="Private")
             with gr.Row():
-                merge = gr.Button("Merge and push", variant="primary", elem_id="lc-merge")
-                stop = gr.Button("Stop", variant="stop", visible=False, elem_id="lc-stop")
-                resume = gr.Button("Resume", visible=False, elem_id="lc-resume")
+                merge = gr.Button("Merge and push", variant="primary", min_width=180, elem_id="lc-merge")
+                stop = gr.Button("Stop", variant="stop", min_width=180, visible=False, elem_id="lc-stop")
+                resume = gr.Button("Resume", min_width=180, visible=False, elem_id="lc-resume")
             problem = gr.HTML(elem_id="lc-problem")
             jobs = gr.HTML(views.jobs([], {}), elem_id="lc-merges")
     state = [jobs, stop, stopping, resume, resuming]
     base.key_up(page.search, None, base, **TYPING)
     base.change(page.finetunes_of, base, models, **QUIET)
     models.key_up(page.search_finetunes, base, models, **TYPING)
-    method.change(page.settings, method, [percent, whole], **QUIET)
+    method.input(page.settings, method, [percent, whole], **QUIET)
     form = [base, models, method, percent, scale]
-    look.click(page.plan, [*form, target], [plan, planned, target], show_progress="hidden", **BUSY)
+    look.click(page.plan, [*form, target], [plan, planned, target, kept], show_progress="hidden", **BUSY)
     for component in form:  # what is merged is what was planned
         component.change(lambda: None, None, planned, **QUIET)
     for button, act, inputs in (
@@ -291,7 +308,7 @@ def _merge_tab(page: Page) -> list[Any]:
     ):
         done = button.click(act, inputs, [problem, *state], **QUIET)
         done.then(page.watch, None, state, concurrency_limit=None, **QUIET)
-    return state
+    return [*form, whole], state
 
 
 def _masks_tab(page: Page) -> None:

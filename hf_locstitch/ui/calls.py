@@ -16,7 +16,6 @@ from hf_locstitch.errors import LocstitchError, WorkError
 from hf_locstitch.ui.visitor import Visitor, worker_environment
 
 GRACE = 40.0  # seconds from asking a worker to stop until it is ended
-LOOKING = ("masks", "generate")  # what fetches files that nothing needs afterwards
 LAST = ("result", "error", "stopped")  # events that nothing follows
 Event = dict[str, Any]
 
@@ -86,15 +85,21 @@ def answer(asked: Mapping[str, Any], visitor: Visitor, work: Path, seconds: floa
 
 def follow(asked: Mapping[str, Any], visitor: Visitor, work: Path, seconds: float) -> Iterator[Event]:
     """The events of a short piece of work, which is stopped if nobody listens any more. Raises LocstitchError."""
-    call = Call({**asked, "passing": not visitor.here and asked["action"] in LOOKING}, visitor, work)
+    try:
+        call = Call({**asked, "passing": not visitor.here}, visitor, work)
+    except OSError as error:  # of a full disk, or too many processes
+        raise WorkError(f"the work could not be started ({error.strerror}). Try again later.") from error
     late = threading.Timer(seconds, call.stop)
+    late.daemon = True
     late.start()
     try:
         for event in call.events():
             if event["event"] == "error":
                 raise LocstitchError(event["text"])
             if event["event"] == "died":
-                raise WorkError(f"the process ended early (status {event['status']}), for memory perhaps. Try again.")
+                raise WorkError(
+                    f"the process ended early (status {event['status']}): it may have run out of memory. Try again."
+                )
             if event["event"] == "stopped":
                 raise WorkError(f"there was no answer within {seconds:.0f} seconds. Try again later.")
             yield event

@@ -7,10 +7,12 @@ when its owner asks for it, with the token of that moment; the merge itself find
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,13 +22,17 @@ from hf_locstitch.runtime.files import write_atomically
 from hf_locstitch.runtime.human import human
 from hf_locstitch.ui.calls import Call, Event
 from hf_locstitch.ui.order import Order
-from hf_locstitch.ui.visitor import Visitor, owner_key
+from hf_locstitch.ui.visitor import PASSING, Visitor, home_of, owner_key
 
 Status = Literal["queued", "running", "stopping", "done", "failed", "stopped", "interrupted"]
 ACTIVE = ("queued", "running", "stopping")
 AGAIN = ("failed", "stopped", "interrupted")  # from which it can go on
-LEFT = "the server was stopped while this merge was under way"
-LISTED = 20  # jobs of one person that are shown
+LEFT = "The server was stopped while this merge was under way."
+LISTED = 20  # jobs of one person that are known
+KNOWN = 1_000  # jobs of all that are known, beside those that wait or run
+KEPT = 7 * 24 * 3600.0  # seconds after which a job is known no more; a stranger's leaves nothing behind then
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Job:
         if kind == "stopped":
             return replace(self, status="stopped")
         if kind == "died":
-            text = f"the process of this merge ended early (status {event['status']}), for memory perhaps"
+            text = f"The process of this merge ended early (status {event['status']}): it may have run out of memory."
             return replace(self, status="failed", error=text)
         return self
 
@@ -103,6 +109,7 @@ class Jobs:
         at_once: How many run at a time.
         waiting: How many may wait.
         free: Bytes that are free on the disk.
+        forget: Removes what the jobs of an owner have left, once none of them can be gone on with.
     """
 
     def __init__(
@@ -113,10 +120,11 @@ class Jobs:
         at_once: int = 1,
         waiting: int = 20,
         free: Callable[[], int] | None = None,
+        forget: Callable[[str], object] = lambda _: None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._start, self._at_once, self._waiting = folder, start, at_once, waiting
-        self._free = free or (lambda: shutil.disk_usage(folder).free)
+        self._free, self._forget = free or (lambda: shutil.disk_usage(folder).free), forget
         self._changed = threading.Condition()
         self._jobs = {job.key: job for job in map(_read, sorted(folder.glob("*.json"))) if job is not None}
         self._queue: list[tuple[str, Visitor]] = []
@@ -150,8 +158,12 @@ class Jobs:
                 )
             before = self._jobs.get(key)
             attempts = before.attempts if before else 0
+            if not visitor.here:  # a stranger has one merge that can be gone on with: the disk is everybody's
+                others = [job for job in self._jobs.values() if job.owner == owner and job.key != key]
+                self._drop([job for job in others if job.resumable])
             self._note(Job(key, owner, order, disk, attempts=attempts + 1))
             self._queue.append((key, visitor))
+            self._drop(_outdated(self._jobs.values(), time.time()))
             self._start_what_fits()
             return self._jobs[key]
 
@@ -205,6 +217,18 @@ class Jobs:
             raise RequestError("there is no such merge of yours.")
         return job
 
+    def _drop(self, jobs: Sequence[Job]) -> None:
+        """Called with the lock, for jobs that neither wait nor run. What they left goes with an owner's last."""
+        for job in jobs:
+            del self._jobs[job.key]
+            (self._folder / f"{job.key}.json").unlink(missing_ok=True)
+        for owner in {job.owner for job in jobs}:
+            self._forget_unless_needed(owner)
+
+    def _forget_unless_needed(self, owner: str) -> None:
+        if not any(job.owner == owner and (job.active or job.resumable) for job in self._jobs.values()):
+            self._forget(owner)
+
     def _start_what_fits(self) -> None:
         """Called with the lock. The first in the queue is never passed by a smaller one."""
         while self._queue and len(self._running) < self._at_once:
@@ -233,6 +257,7 @@ class Jobs:
         finally:
             with self._changed:
                 del self._running[key]
+                self._forget_unless_needed(self._jobs[key].owner)
                 self._start_what_fits()
                 self._changed.notify_all()
 
@@ -241,8 +266,34 @@ class Jobs:
         before = self._jobs.get(job.key)
         self._jobs[job.key] = job
         if before is None or before.status != job.status:
-            write_atomically(self._folder / f"{job.key}.json", json.dumps({**asdict(job), "stages": []}))
+            try:
+                write_atomically(self._folder / f"{job.key}.json", json.dumps({**asdict(job), "stages": []}))
+            except OSError as error:  # of a full disk: the merge itself may still be done
+                log.warning("job %s is not written down: %s", job.key, error)
         self._changed.notify_all()
+
+
+def _outdated(jobs: Iterable[Job], now: float) -> list[Job]:
+    """Those that neither wait nor run and are too old, or too many: of one owner, or of all."""
+    seen: Counter[str] = Counter()
+    dropped = []
+    for job in sorted((job for job in jobs if not job.active), key=lambda job: -job.made):
+        if now - job.made > KEPT or seen[job.owner] >= LISTED or seen.total() >= KNOWN:
+            dropped.append(job)
+        else:
+            seen[job.owner] += 1
+    return dropped
+
+
+def forget_looks(work: Path) -> None:
+    """Remove the homes of looks that a dead server has left."""
+    for home in (work / "homes").glob(f"{PASSING}*"):
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def forget_home(work: Path) -> Callable[[str], object]:
+    """Removes the home of a stranger: what their merges left to go on with."""
+    return lambda owner: shutil.rmtree(home_of(owner, work), ignore_errors=True)
 
 
 def merge_worker(work: Path) -> Callable[[Job, Visitor], Running]:

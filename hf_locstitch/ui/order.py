@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,7 +78,9 @@ class Order:
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
-def make_order(base: str | None, finetuned: Sequence[str] | None, method: str, percent: float, scale: float) -> Order:
+def make_order(
+    base: str | None, finetuned: Sequence[str] | None, method: str, percent: float | None, scale: float | None
+) -> Order:
     """An order from what stands in the form.
 
     Args:
@@ -99,12 +102,20 @@ def make_order(base: str | None, finetuned: Sequence[str] | None, method: str, p
         raise RecipeError(f"{len(models)} models are more than the {MOST_FINETUNES} that one merge takes here.")
     if method not in (name for _, name in offered_methods()):
         raise RecipeError(f"there is no method {method!r} here. Choose one from the list.")
+    percent, scale = _number("density", percent), _number("scale", scale)
     if not 0 < percent <= 100:
         raise RecipeError(f"a density of {percent:g} % keeps nothing, or more than all. Choose one from 0.1 to 100 %.")
     refs = [check_repo(text) for text in [str(base).strip(), *models]]
     if twice := next((ref for ref in refs if refs.count(ref) > 1), None):
         raise RecipeError(f"{twice} is chosen twice. Choose different models.")
-    return Order(refs[0], tuple(refs[1:]), method, round(percent / 100, 6), float(scale))
+    return Order(refs[0], tuple(refs[1:]), method, round(percent / 100, 6), scale)
+
+
+def _number(name: str, value: object) -> float:
+    """What stands in a field for a number. Raises RecipeError if that is empty, or no finite number."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    raise RecipeError(f"the {name} is {'empty' if value is None else 'no finite number'}. Enter a number.")
 
 
 def check_repo(text: str | None) -> str:

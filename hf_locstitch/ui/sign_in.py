@@ -5,15 +5,17 @@ What a Space is told of its OAuth application: https://huggingface.co/docs/hub/s
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.errors import RecipeError
+from hf_locstitch.ui import views
 from hf_locstitch.ui.visitor import Visitor
 
 if TYPE_CHECKING:
@@ -24,7 +26,11 @@ MOST = 5_000  # sessions, and sign-ins under way
 UNDER_WAY = 600.0  # seconds to sign in
 ASKED_EVERY = 60.0  # seconds between two questions to the Hub who the user of this machine is
 LONGEST = 8 * 3600.0  # seconds of a session, if the Hub does not say
+DECLINED = "The sign-in was declined, was begun in another browser, or took longer than ten minutes. Begin it again."
+NO_ANSWER = "The Hub did not answer, or returned an unexpected response. Nothing is lost: try again in a few minutes."
 VARIABLES = ("OAUTH_CLIENT_ID", "OAUTH_CLIENT_SECRET", "OAUTH_SCOPES", "OPENID_PROVIDER_URL")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ def oauth_app(environment: Mapping[str, str]) -> OAuthApp:
             "of the Space, or run `hf-locstitch ui` for yourself alone."
         )
     host = environment.get("SPACE_HOST", "").split(",")[0] or None
-    return OAuthApp(*(environment[name] for name in VARIABLES), host)
+    client_id, client_secret, scopes, provider = (environment[name] for name in VARIABLES)
+    return OAuthApp(client_id, client_secret, scopes, provider, host)
 
 
 class Expiring:
@@ -93,7 +100,7 @@ class SignIn:
     def attach(self, server: FastAPI) -> None:
         """Add /login, /login/callback and /logout."""
         from fastapi import Request  # pyright: ignore[reportMissingImports]
-        from fastapi.responses import RedirectResponse  # pyright: ignore[reportMissingImports]
+        from fastapi.responses import HTMLResponse, RedirectResponse  # pyright: ignore[reportMissingImports]
 
         async def login(request: Request) -> RedirectResponse:
             async with self._client(request) as client:
@@ -107,10 +114,10 @@ class SignIn:
             answer.set_cookie(f"{COOKIE}_began", own, max_age=int(UNDER_WAY), **self._cookie(request))
             return answer
 
-        async def callback(request: Request) -> RedirectResponse:
+        async def callback(request: Request) -> HTMLResponse | RedirectResponse:
             verifier, own = self._under_way.pop(request.query_params.get("state")) or ("", "")
             if not own or request.cookies.get(f"{COOKIE}_began") != own or "code" not in request.query_params:
-                return RedirectResponse("/?signed-in=no", 303)
+                return HTMLResponse(views.not_signed_in(DECLINED), 400)
             async with self._client(request) as client:
                 found = await self._provider(client)
                 token = await client.fetch_token(
@@ -130,9 +137,21 @@ class SignIn:
             answer.delete_cookie(COOKIE)
             return answer
 
+        def told(handler: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
+            """With a page that says so where the Hub does not answer, or not as it should."""
+
+            async def answer(request: Request) -> Any:
+                try:
+                    return await handler(request)
+                except Exception as error:  # of the connection, of OAuth, of what the answer holds
+                    log.warning("signing in failed: %s", type(error).__name__)
+                    return HTMLResponse(views.not_signed_in(NO_ANSWER), 502)
+
+            answer.__annotations__["request"] = Request
+            return answer
+
         for path, handler in (("/login", login), ("/login/callback", callback), ("/logout", logout)):
-            handler.__annotations__["request"] = Request
-            server.add_api_route(path, handler, methods=["GET"], include_in_schema=False, response_model=None)
+            server.add_api_route(path, told(handler), methods=["GET"], include_in_schema=False, response_model=None)
 
     def _origin(self, request: Any) -> str:
         return f"https://{self._app.host}" if self._app.host else str(request.base_url).rstrip("/")

@@ -31,7 +31,9 @@ STATUS = {
 }
 
 
-UNSAMPLED = "–: of small models and of adapters no sample is taken now; they are compared while they are merged."
+UNSAMPLED = (
+    "– means that no sample is taken now, as of small models and adapters: they are compared while they are merged."
+)
 
 
 def page(*parts: object) -> str:
@@ -55,6 +57,16 @@ def error(text: str) -> str:
     """A paragraph of an error, as the command line prints it."""
     lines = [tag("p", part) for part in text.strip().split("\n")]
     return page(tag("div", tag("strong", "This cannot be done as it stands"), *lines, class_="lc-error", role="alert"))
+
+
+def not_signed_in(text: str) -> str:
+    """A page of its own that says why a visitor is not signed in, with the way back."""
+    return "<!doctype html>" + page(
+        tag("title", "Not signed in"),
+        tag("h1", "Not signed in"),
+        tag("p", text),
+        tag("p", tag("a", "Back to the page", href="/")),
+    )
 
 
 def hint(text: str) -> str:
@@ -139,7 +151,7 @@ def _job(job: Job, ahead: int) -> Markup:
     if job.status == "queued":
         more.append(tag("p", f"{ahead} before it" if ahead else "starts in a moment"))
     if job.active:
-        more += [_bar(stage) for stage in job.stages]
+        more += [_bar(stage) for stage in job.stages if stage.total or stage is job.stages[-1]]
     if job.status == "done":
         more.append(
             tag(
@@ -160,7 +172,7 @@ def _job(job: Job, ahead: int) -> Markup:
 def _bar(stage: Stage) -> Markup:
     name = STAGES.get(stage.name, stage.name.capitalize())
     if not stage.total:
-        return tag("div", tag("span", name), tag("span", "…"), class_="lc-stage")
+        return tag("div", tag("span", f"{name}…"), class_="lc-stage")
     share = min(100.0, 100 * stage.done / stage.total)
     shown = human if stage.unit == "B" else str
     unit = "" if stage.unit == "B" else f" {stage.unit}"
@@ -177,6 +189,7 @@ def _bar(stage: Stage) -> Markup:
 def masks(found: Mapping[str, Any], text: str) -> str:
     """What `inspect` says of a merge."""
     signs: Iterable[str] = found["signs"]
+    repo, _, commit = found["ref"].partition("@")
     listed = [tag("li", sign) for sign in signs]
     each = [
         tag("tr", tag("th", mask["name"], scope="row"), tag("td", f"{100 * mask['real_density']:.4g} %"),
@@ -187,7 +200,7 @@ def masks(found: Mapping[str, Any], text: str) -> str:
     table = tag("div", tag("table", tag("thead", head), tag("tbody", *each)), class_="lc-table", tabindex="0",
                 role="region", aria_label="Masks")  # fmt: skip
     return page(
-        tag("p", tag("strong", found["ref"]), f" · {found['method']} · N = {found['N']:,}"),
+        tag("p", tag("strong", repo, " ", tag("code", commit[:7])), f" · {found['method']} · N = {found['N']:,}"),
         table if each else tag("p", "This method merges whole models: there are no masks.", class_="lc-empty"),
         tag("div", tag("h4", "Look at these before you trust it"), tag("ul", *listed), class_="lc-warn")
         if listed

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "HF_HUB_CACHE", "HF_XET_CACHE")
+SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSWORD|CREDENTIAL|_KEY|^OAUTH_", re.IGNORECASE)  # by its name
+PASSING = "passing-"  # begins the name of a home for one look
+CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE", "HUGGINGFACE_HUB_CACHE")
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,20 @@ def worker_environment(environment: Mapping[str, str], visitor: Visitor, work: P
         visitor: Their token is not in it: it is handed over through a pipe.
         work: The server's folder, with a home for each visitor.
     """
-    kept = {key: value for key, value in environment.items() if not key.startswith("OAUTH_")}
     if visitor.here:
-        return kept
-    home = work / "homes" / owner_key(visitor)
+        return dict(environment)
+    home = home_of(owner_key(visitor), work)
+    kept = {key: value for key, value in environment.items() if not SECRET.search(key) and key not in CACHES}
     return {
-        **{key: value for key, value in kept.items() if key not in TOKENS},
+        **kept,
         "HF_HOME": str(home),
         "HF_TOKEN_PATH": str(home / "no-token"),
     }
+
+
+def home_of(owner: str, work: Path) -> Path:
+    """What stands for HF_HOME for a stranger. owner: as `owner_key` has it."""
+    return work / "homes" / owner
 
 
 def owner_key(visitor: Visitor) -> str:

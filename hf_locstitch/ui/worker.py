@@ -24,12 +24,15 @@ from typing import Any
 from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
 from hf_locstitch.runtime.interrupts import raising_interrupts
 from hf_locstitch.runtime.progress import Advance, Progress
+from hf_locstitch.ui.visitor import PASSING
 
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 EVERY = 0.25  # seconds between two events of one bar
 MOST_NEW_TOKENS = 256
 PROMPT = 2_000  # characters, at most
+LONGEST = 300  # characters of an error of transformers
+LIBRARIES = 2_000_000_000  # bytes that torch and transformers take by themselves
 
 
 class EventProgress(Progress):
@@ -108,28 +111,50 @@ def masks(asked: Mapping[str, Any], emit: Emit) -> None:
 
 
 def generate(asked: Mapping[str, Any], emit: Emit) -> None:
-    """Let a small causal language model go on with a text. Raises CheckpointError if it is not small, or not one."""
+    """Let a small causal language model go on with a text. Raises CheckpointError if it is not small, or not one.
+
+    asked: with `ref`, `prompt`, `tokens`, and `most_bytes`, the bound for all files that are fetched.
+    """
     from huggingface_hub import constants
 
     from hf_locstitch.checkpoints.checkpoint import open_source
     from hf_locstitch.checkpoints.opening import read_checkpoint
     from hf_locstitch.checkpoints.ref import parse_ref
     from hf_locstitch.engine.preflight import check_space
-    from hf_locstitch.evaluation.models import check_language_model, fetch
+    from hf_locstitch.evaluation.models import check_language_model, fetch, needed
     from hf_locstitch.runtime.human import human
 
     checkpoint = read_checkpoint(open_source(parse_ref(asked["ref"])))
-    size, most = sum(shard.size for shard in checkpoint.shards), int(asked["most_bytes"])
+    sizes, most = checkpoint.source.files, int(asked["most_bytes"])
+    size = sum(sizes[file].size for file in needed(checkpoint))
     if size > most:
         raise CheckpointError(
-            f"{checkpoint.label} has {human(size)} of weights, and models above {human(most)} are not run here. "
+            f"{checkpoint.label} has {human(size)} of files, and models above {human(most)} are not run here. "
             "Its page shows how to run it on your own machine."
         )
     check_language_model(checkpoint)
     check_space(Path(constants.HF_HUB_CACHE), size)
     emit({"event": "progress", "stage": "loading", "done": 0, "total": 0, "unit": ""})
     folder = fetch(checkpoint)
-    _go_on(str(folder), str(asked["prompt"])[:PROMPT], min(int(asked["tokens"]), MOST_NEW_TOKENS), emit)
+    _bound_memory(4 * most + LIBRARIES)
+    try:
+        _go_on(str(folder), str(asked["prompt"])[:PROMPT], min(int(asked["tokens"]), MOST_NEW_TOKENS), emit)
+    except LocstitchError:
+        raise
+    except Exception as error:  # of transformers, about a config, a tokenizer or memory
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST]}"
+        raise CheckpointError(
+            f"{checkpoint.label} could not be run with transformers ({why}). Try it in Python."
+        ) from error
+
+
+def _bound_memory(most: int) -> None:
+    """Most bytes that this process may take, for a config may ask for a model that its weights do not hold."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such bound
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def _go_on(folder: str, prompt: str, tokens: int, emit: Emit) -> None:
@@ -141,7 +166,7 @@ def _go_on(folder: str, prompt: str, tokens: int, emit: Emit) -> None:
             emit({"event": "text", "text": text})
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True).eval()
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[-1]:
         raise RequestError("the prompt has no token of this model's. Write something to go on from.")
@@ -206,14 +231,14 @@ def main() -> int:
 
 @contextmanager
 def _passing_cache(asked: Mapping[str, Any]) -> Iterator[None]:
-    """Where it is asked for, a cache that is removed afterwards: what strangers look at is not kept."""
+    """Where it is asked for, a home that is removed afterwards: what strangers look at is not kept."""
     if not asked.get("passing"):
         yield
         return
-    home = Path(os.environ["HF_HOME"])
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home, prefix="passing-") as folder:
-        os.environ["HF_HUB_CACHE"] = folder  # the Hub's client reads it when it is imported
+    homes = Path(os.environ["HF_HOME"]).parent
+    homes.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=homes, prefix=PASSING, ignore_cleanup_errors=True) as folder:
+        os.environ["HF_HOME"] = folder  # the Hub's client reads it when it is imported
         yield
 
 

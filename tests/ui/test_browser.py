@@ -118,10 +118,6 @@ def choose(page: Any, field: str, text: str, repo: str) -> None:
 
 
 def make_plan(page: Any) -> None:
-    choose(page, "lc-base", "tiny-ba", BASE)
-    for repo in FINETUNES[:2]:
-        choose(page, "lc-models", "", repo)
-    page.keyboard.press("Escape")
     page.get_by_role("button", name="Make the plan").click()
     page.get_by_text("The whole plan").wait_for()
 
@@ -139,6 +135,10 @@ def test_what_is_missing_is_said(page: Any) -> None:
 
 
 def test_search_and_plan(page: Any, world: World, shoot: Shoot) -> None:
+    choose(page, "lc-base", "tiny-ba", BASE)
+    for repo in FINETUNES[:2]:
+        choose(page, "lc-models", "", repo)
+    page.keyboard.press("Escape")
     make_plan(page)
     planned = page.locator("#lc-planned")
     for told in ("lab/tiny-math", "lab/tiny-code", "weights changed", "Download"):
@@ -151,10 +151,15 @@ def test_search_and_plan(page: Any, world: World, shoot: Shoot) -> None:
     assert not any(one.user for one in hub.requests)  # strangers have no token, not even the server's
 
 
-def test_sign_in(page: Any, world: World) -> None:
+def test_sign_in_keeps_the_form(page: Any) -> None:
+    from playwright.sync_api import expect
+
     page.get_by_text("Sign in with Hugging Face").click()
     page.get_by_text("Authorize as demo").click()
     page.get_by_text("Signed in as demo").wait_for()
+    expect(page.locator("#lc-base input")).to_have_value(BASE)
+    for repo in FINETUNES[:2]:
+        expect(page.locator("#lc-models")).to_contain_text(repo)
     assert "hf_loopback" not in str(page.context.cookies()) and "hf_loopback" not in page.content()
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hf_locstitch.errors import RequestError
+from hf_locstitch.ui import jobs as jobs_module
 from hf_locstitch.ui.calls import Event
-from hf_locstitch.ui.jobs import Job, Jobs
+from hf_locstitch.ui.jobs import Job, Jobs, forget_home, forget_looks
 from hf_locstitch.ui.order import Order
-from hf_locstitch.ui.visitor import Visitor
+from hf_locstitch.ui.visitor import PASSING, Visitor, owner_key, worker_environment
 
 ANN, BEN = Visitor("ann", "hf_secret_ann"), Visitor("ben", "hf_secret_ben")
 DONE: Event = {"event": "result", "url": "http://hub/ann/merged", "commit": "c" * 40}
@@ -169,6 +172,70 @@ def test_no_token_is_written_down(tmp_path: Path, jobs: Jobs, workers: Workers) 
     until(lambda: jobs.of(ANN)[0].status == "failed")
     written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert written and not any("hf_secret" in text for text in written) and "hf_secret" not in repr(ANN)
+
+
+def test_old_jobs_and_too_many_are_known_no_more(tmp_path: Path, workers: Workers, monkeypatch: Any) -> None:
+    monkeypatch.setattr(jobs_module, "LISTED", 2)
+    forgotten: list[str] = []
+    jobs = Jobs(tmp_path, workers.start, free=lambda: 100, forget=forgotten.append)
+    for name in ("a", "b", "c", "d"):
+        job = jobs.submit(order(f"ann/{name}"), ANN, 1)
+        until(lambda target=f"ann/{name}": target in workers)
+        workers[f"ann/{name}"][0].give(DONE)
+        until(lambda key=job.key: not next(one for one in jobs.of(ANN) if one.key == key).active)
+    jobs.submit(order("ben/y"), BEN, 1)
+    assert [job.order.push_to for job in jobs.of(ANN)] == ["ann/d", "ann/c"]
+    assert len([*tmp_path.glob("*.json")]) == 3 and not jobs.of(BEN)[0].resumable
+    monkeypatch.setattr(jobs_module, "KEPT", -1)
+    jobs.submit(order("cat/z"), Visitor("cat", "t"), 1)
+    assert jobs.of(ANN) == [] and forgotten[-1] == owner_key(ANN) and len(jobs.of(BEN)) == 1
+
+
+def test_a_strangers_next_merge_gives_up_the_one_that_was_stopped(tmp_path: Path, workers: Workers) -> None:
+    forgotten: list[str] = []
+    jobs = Jobs(tmp_path, workers.start, free=lambda: 100, forget=forgotten.append)
+    jobs.stop(jobs.submit(order("ann/x"), ANN, 1).key, ANN)
+    until(lambda: jobs.of(ANN)[0].resumable)
+    jobs.resume(jobs.of(ANN)[0].key, ANN)
+    assert forgotten == []  # what it goes on with
+    until(lambda: len(workers["ann/x"]) == 2)
+    jobs.stop(jobs.of(ANN)[0].key, ANN)
+    until(lambda: jobs.of(ANN)[0].resumable)
+    jobs.submit(order("ann/y"), ANN, 1)
+    assert [job.order.push_to for job in jobs.of(ANN)] == ["ann/y"] and forgotten == [owner_key(ANN)]
+
+
+def test_a_full_disk_ends_no_merge(jobs: Jobs, workers: Workers, monkeypatch: Any, caplog: Any) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jobs_module, "write_atomically", full)
+    jobs.submit(order("ann/x"), ANN, 1)
+    until(lambda: workers)
+    workers["ann/x"][0].give(DONE)
+    until(lambda: jobs.of(ANN)[0].status == "done")
+    assert "No space left" in caplog.text
+
+
+def test_a_home_is_removed_once_nothing_in_it_is_needed(tmp_path: Path, workers: Workers) -> None:
+    homes = [Path(worker_environment({}, visitor, tmp_path)["HF_HOME"]) for visitor in (ANN, BEN)]
+    for home in homes:
+        (home / "work").mkdir(parents=True)
+    jobs = Jobs(tmp_path / "jobs", workers.start, at_once=2, forget=forget_home(tmp_path))
+    jobs.submit(order("ann/x"), ANN, 1)
+    jobs.submit(order("ben/y"), BEN, 1)
+    until(lambda: len(workers) == 2)
+    workers["ben/y"][0].give({"event": "died", "status": -9})
+    workers["ann/x"][0].give(DONE)
+    until(lambda: not homes[0].exists() and jobs.of(BEN)[0].resumable)
+    assert homes[1].exists()  # what the merge of the other goes on with
+
+
+def test_what_looks_of_a_dead_server_left_is_removed(tmp_path: Path) -> None:
+    for name in (f"{PASSING}x", "visitor"):
+        (tmp_path / "homes" / name).mkdir(parents=True)
+    forget_looks(tmp_path)
+    assert [path.name for path in (tmp_path / "homes").iterdir()] == ["visitor"]
 
 
 def test_a_file_that_is_no_job_is_left_alone(tmp_path: Path, workers: Workers) -> None:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from helpers.browsing import OAUTH
+from helpers.browsing import OAUTH, free_port
 
 from hf_locstitch.ui.sign_in import COOKIE, SignIn, oauth_app
 from loopback_hub import LoopbackHub
@@ -48,7 +48,8 @@ def test_a_sign_in_that_another_browser_began_is_refused(signing: tuple[SignIn, 
     sign_in, browser = signing
     back = approve(browser.get("/login").headers["location"])
     browser.cookies.clear()
-    assert browser.get(back).headers["location"] == "/?signed-in=no"
+    answer = browser.get(back)
+    assert answer.status_code == 400 and "begun in another browser" in answer.text
     assert sign_in.visitor(browser.cookies).name is None
 
 
@@ -56,4 +57,22 @@ def test_a_code_counts_once(signing: tuple[SignIn, Any]) -> None:
     _, browser = signing
     back = approve(browser.get("/login").headers["location"])
     browser.get(back)
-    assert browser.get(back).headers["location"] == "/?signed-in=no"
+    assert browser.get(back).status_code == 400
+
+
+def test_a_hub_that_is_down_is_said_in_a_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    from fastapi.testclient import TestClient
+
+    server = fastapi.FastAPI()
+    SignIn(oauth_app({**OAUTH, "OPENID_PROVIDER_URL": f"http://127.0.0.1:{free_port()}"})).attach(server)
+    answer = TestClient(server).get("/login")
+    assert answer.status_code == 502 and "The Hub did not answer" in answer.text and 'href="/"' in answer.text
+    assert "signing in failed: ConnectError" in caplog.text and "secret" not in caplog.text
+
+
+def test_a_code_that_the_hub_does_not_take_is_said_in_a_sentence(signing: tuple[SignIn, Any]) -> None:
+    sign_in, browser = signing
+    back = approve(browser.get("/login").headers["location"])
+    answer = browser.get(re.sub("code=[^&]+", "code=forged", back))
+    assert answer.status_code == 502 and "unexpected response" in answer.text
+    assert sign_in.visitor(browser.cookies).name is None

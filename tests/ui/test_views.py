@@ -30,9 +30,12 @@ def test_a_plan_tells_sizes_differences_and_warnings() -> None:
 
 
 def test_a_job_tells_how_far_it_is_and_how_it_ended() -> None:
-    stages = (Stage("merging", 5_000_000, 10_000_000), Stage("solving", 2, 8, "layers"), Stage("planning"))
+    stages = (Stage("merging", 5_000_000, 10_000_000), Stage("solving", 2, 8, "layers"))
     html = views.jobs([job(status="running", stages=stages), job(status="failed", error=EVIL)], {})
     assert 'value="50.0"' in html and "5.0 MB of 10.0 MB" in html and "2 of 8 layers" in html
+    begun = (Stage("planning"), *stages)
+    assert "Planning…" in views.jobs([job(status="running", stages=begun[:1])], {})
+    assert "Planning…" not in views.jobs([job(status="running", stages=begun)], {})
     assert "Resume goes on" in html and "<script" not in html
 
 

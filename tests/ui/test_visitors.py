@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.ui.config import UiConfig
-from hf_locstitch.ui.serve import _check, why_refused
+from hf_locstitch.ui.serve import _check, is_news, is_used, why_refused
 from hf_locstitch.ui.sign_in import COOKIE, Expiring, LocalUser, OAuthApp, SignIn, oauth_app, visitor_of
 from hf_locstitch.ui.visitor import Visitor, worker_environment
 from loopback_hub import LoopbackHub
@@ -19,14 +21,21 @@ SERVER = {
     "HF_TOKEN": "hf_server",
     "HF_HOME": "/home/hub",
     "OAUTH_CLIENT_SECRET": "secret",
+    "AWS_SECRET_ACCESS_KEY": "aws",
+    "WANDB_API_KEY": "wandb",
+    "HF_ASSETS_CACHE": "/home/hub/assets",
+    "TOKENIZERS_PARALLELISM": "false",
     "HF_ENDPOINT": "http://hub",
 }
 
 
 def test_a_strangers_worker_has_nothing_of_the_servers() -> None:
     environment = worker_environment(SERVER, Visitor("ann", "hf_ann"), Path("/work"))
-    assert not {"hf_server", "secret", "hf_ann", "/home/hub"} & {*environment.values()}
-    assert environment["HF_ENDPOINT"] == "http://hub" and environment["HF_HOME"].startswith("/work/homes/")
+    assert not {"hf_server", "secret", "hf_ann", "/home/hub", "/home/hub/assets", "aws", "wandb"} & {
+        *environment.values()
+    }
+    assert environment["HF_ENDPOINT"] == "http://hub" and environment["TOKENIZERS_PARALLELISM"] == "false"
+    assert environment["HF_HOME"].startswith("/work/homes/")
 
 
 def test_each_visitor_has_a_home_of_their_own() -> None:
@@ -86,6 +95,30 @@ def test_what_other_sites_make_a_browser_send_is_refused(method: str, headers: d
     assert (why_refused(method, headers, ("127.0.0.1", "localhost", "::1")) is not None) == refused
 
 
+@pytest.mark.parametrize(("origin", "refused"), [("https://me-x.hf.space", False), ("https://evil.hf.space", True)])
+def test_a_space_behind_a_proxy_knows_its_own_pages(origin: str, refused: bool) -> None:
+    headers = {"host": "10.0.0.7:7860", "origin": origin}
+    assert (why_refused("POST", headers, None, "me-x.hf.space") is not None) == refused
+
+
+@pytest.mark.parametrize(
+    ("path", "used"),
+    [
+        ("/", True),
+        ("/login/callback", True),
+        ("/gradio_api/queue/join", True),
+        ("/gradio_api/upload", False),  # takes files from anybody
+        ("/gradio_api/file=/etc/hostname", False),
+        ("/gradio_api/proxy=https://hub/x", False),
+        ("/gradio_api/run-history/buckets", False),  # those of the token of this machine
+        ("/gradio_api/deep_link", False),  # writes the state of a session to the disk
+        ("/gradio_api/run/plan", False),
+    ],
+)
+def test_of_gradios_own_addresses_those_that_the_page_uses_are_there(path: str, used: bool) -> None:
+    assert is_used(path) == used
+
+
 def test_ones_own_login_is_not_lent_to_a_network(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="your own login"):
         _check(UiConfig(tmp_path, host="0.0.0.0"))
@@ -101,3 +134,10 @@ def test_the_user_of_this_machine_is_asked_for_once_a_while(home_hub: LoopbackHu
 def test_without_a_login_the_user_of_this_machine_has_no_name(home_hub: LoopbackHub, monkeypatch: Any) -> None:
     monkeypatch.delenv("HF_TOKEN")
     assert LocalUser().visitor({}) == Visitor(here=True)
+
+
+@pytest.mark.parametrize(("error", "news"), [(asyncio.CancelledError(), False), (ValueError("x"), True), (None, True)])
+def test_open_pages_leave_no_traceback_at_the_end(error: BaseException | None, news: bool) -> None:
+    found = (type(error), error, None) if error else None
+    record = logging.LogRecord("uvicorn.error", logging.ERROR, "", 1, "Exception in ASGI application", (), found)
+    assert is_news(record) == news

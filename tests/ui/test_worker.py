@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.language_models import favouring
 from helpers.models import State, finetune, random_state, save
 
 from hf_locstitch.ui import worker
@@ -75,6 +76,21 @@ def test_a_model_that_is_too_large_is_not_run(hub: LoopbackHub) -> None:
 def test_a_model_that_cannot_write_is_not_run(hub: LoopbackHub) -> None:
     (error,) = told("generate", ref="work/base", prompt="x", tokens=1, most_bytes=10**9)
     assert "not a language model" in error["text"]
+
+
+def test_what_transformers_says_is_told_in_one_paragraph(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def beyond_memory(*_: object) -> None:
+        raise RuntimeError("can't allocate memory:\n" + "x" * 10_000)
+
+    model = favouring(tmp_path / "model", ["A"])
+    hub.add_repo("work/writer", {path.name: path for path in model.iterdir()})
+    monkeypatch.setattr(worker, "_bound_memory", lambda most: None)  # of this process
+    monkeypatch.setattr(worker, "_go_on", beyond_memory)
+    *_, error = told("generate", ref="work/writer", prompt="x", tokens=1, most_bytes=10**9)
+    assert error["event"] == "error" and "could not be run with transformers (RuntimeError: can't allo" in error["text"]
+    assert "\n" not in error["text"] and len(error["text"]) < 500
 
 
 def test_a_stop_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
