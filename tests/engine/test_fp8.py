@@ -16,8 +16,8 @@ from helpers.adapters import save_lora
 from helpers.data import write_texts
 from helpers.families import build, family
 from helpers.fp8 import dequantized, fp8_config, quantized, save_fp8
-from helpers.launch import launch
 from helpers.models import finetune, load, random_state, same_bits, save
+from helpers.ranks import merge_in_ranks
 from helpers.refits import HOW, SMALL
 from helpers.runs import Killed, files_of, merge_folders, quick_localize, quick_merge, quick_stitch
 from helpers.streaming import PASSING, empty_cache, merged
@@ -132,10 +132,8 @@ def test_resumed(owner: type, method: str, calls: int, home: Path, monkeypatch: 
 
 
 def test_several_processes(home: Path) -> None:
-    refs = ["--base", "./base", "--ft", "./a", "./plain-b"]
-    quick_merge("./base", ["./a", "./plain-b"], out="out1")
-    done = launch(2, home, *refs, "--out", "out2")
-    assert done.returncode == 0, done.stderr[-3000:]
+    for count in (1, 2):
+        merge_in_ranks(count, home / f"out{count}", {"base": "./base", "finetuned": ["./a", "./plain-b"]})
     assert files_of(home / "out1") == files_of(home / "out2")
 
 

@@ -6,11 +6,18 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
+from hf_locstitch.artifacts.manifest import Manifest
+from hf_locstitch.engine.execute import make
 from hf_locstitch.engine.model_run import ModelRun
 from hf_locstitch.engine.run import Run
+from hf_locstitch.plan.planning import make_plan
+from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.runtime.processes import Counts, DistributedProcesses, Processes
+from hf_locstitch.runtime.progress import Progress
+from hf_locstitch.runtime.settings import Settings
 
 T = TypeVar("T")
 
@@ -51,3 +58,13 @@ def in_ranks(count: int, work: Callable[[Processes], T]) -> list[T | BaseExcepti
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
+
+
+def merge_in_ranks(count: int, out: Path, fields: dict[str, Any]) -> None:
+    """Merge, each of so many with a plan and readers of its own. fields: of the recipe."""
+
+    def work(ranks: Processes) -> Manifest:
+        return make(make_plan(make_recipe({**fields, "figures": False}), Settings()), out, Progress(False), ranks)
+
+    for record in in_ranks(count, work):
+        assert isinstance(record, Manifest), record

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.launch import launch
 from helpers.models import State, finetune, load, random_state, same_bits, save
+from helpers.ranks import merge_in_ranks
 from helpers.rivals import elect
 from helpers.runs import files_of, merged
 from hypothesis import given
@@ -90,13 +90,11 @@ def test_chunks_change_no_byte(tmp_path: Path, settings: Settings) -> None:
 
 def test_processes_change_no_byte(tmp_path: Path) -> None:
     base, finetuned = models(LARGE)
-    save(tmp_path / "base", base)
-    for number, state in enumerate(finetuned):
-        save(tmp_path / f"ft{number}", state)
-    asked = ["--base", "./base", "--ft", "./ft0", "./ft1", "./ft2", "--method", "dare", "--density", "0.3"]
+    folders = [str(save(tmp_path / f"ft{number}", state)) for number, state in enumerate(finetuned)]
+    method = {"name": "dare", "density": 0.3}
+    fields = {"base": str(save(tmp_path / "base", base)), "finetuned": folders, "method": method}
     for count in (1, 2):
-        done = launch(count, tmp_path, *asked, "--out", f"out{count}")
-        assert done.returncode == 0, done.stderr[-3000:]
+        merge_in_ranks(count, tmp_path / f"out{count}", fields)
     assert files_of(tmp_path / "out1") == files_of(tmp_path / "out2")
 
 

@@ -22,6 +22,7 @@ from hf_locstitch.cli.main import main
 from hf_locstitch.runtime import journal
 from hf_locstitch.stitch.fitted_values import FittedWriter
 from hf_locstitch.stitch.methods.fisher import Fisher
+from hf_locstitch.stitch.methods.regmean import RegMean
 from hf_locstitch.stitch.methods.regmean_plusplus import RegMeanPlusPlus
 
 CLOSE = 1e-4  # of the largest change that the refit makes to the plain stitch
@@ -59,10 +60,7 @@ def merge_in(count: int, root: Path, out: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "count", "how"),
     [
-        ("llama", 2, {}),
-        ("llama", 3, {}),
         ("llama", 2, {"states_on": "disk"}),
-        ("mixtral", 2, {}),
         ("mixtral", 3, {"inputs": 2, "held_out": 0.5, "tokens": 2}),
     ],
 )
@@ -102,38 +100,26 @@ def check_as_one() -> None:
     assert distance(Path("one"), Path("out")) < CLOSE * distance(Path("one"), Path("mean"))
 
 
-def test_regmean_is_that_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one input a task, a third process gets none."""
-    monkeypatch.chdir(tmp_path)
-    write_method(tmp_path, "gpt2", "regmean", inputs=1)
-    merge("mean", "mean")
-    merge("recipe", "one")
-    merge_in(3, tmp_path, "out")
-    check_as_one()
-
-
+# Of one input a task, a third process gets none.
 @pytest.mark.parametrize(
-    ("method", "how"), [(RegMeanPlusPlus, {"batch": 3}), (Fisher, {"inputs": 3, "state_on": "disk"})]
+    ("method", "kind", "count", "how"),
+    [
+        (RegMean, "gpt2", 3, {"inputs": 1}),
+        (RegMeanPlusPlus, "llama", 2, {"batch": 3}),
+        (Fisher, "llama", 2, {"inputs": 3, "state_on": "disk"}),
+    ],
 )
 def test_methods_are_those_of_one_process(
-    method: Any, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: Any, kind: str, count: int, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_method(tmp_path, "llama", method.model_fields["name"].default, **how)
+    write_method(tmp_path, kind, method.model_fields["name"].default, **how)
     merge("mean", "mean")
     merge("recipe", "one")
     fit = method.fit
-    monkeypatch.setattr(method, "fit", lambda self, job: fit_in(2, partial(fit, self))(job))
+    monkeypatch.setattr(method, "fit", lambda self, job: fit_in(count, partial(fit, self))(job))
     merge("recipe", "out")
     check_as_one()
-
-
-def test_an_infinite_lambda_is_the_plain_stitch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_family(tmp_path, "llama", lambdas=["inf"])
-    merge("mean", "mean")
-    merge_in(2, tmp_path, "out")
-    assert Path("out/model.safetensors").read_bytes() == Path("mean/model.safetensors").read_bytes()
 
 
 def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
