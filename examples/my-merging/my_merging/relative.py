@@ -18,4 +18,5 @@ class Relative(TopShare):
 
     def scores(self, tensor, first, finetuned, base):
         start = base.astype(np.float32)
-        return np.abs(finetuned.astype(np.float32) - start) / (np.abs(start) + np.float32(self.floor))
+        change = np.abs(finetuned.astype(np.float32) - start)
+        return (change / (np.abs(start) + self.floor)).astype(np.float32)
