@@ -58,7 +58,7 @@ def test_a_finetune_of_nothing_but_nan(states: dict[str, State], folders: dict[s
     (warning,) = plan_merge(request).warnings
     assert warning.startswith("broken has NaN or infinity where a sample of its weights was read")
     assert "no weight of a sample is a finite number" in format_plan(plan_merge(request))
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.0\.w in .* holds NaN"):
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.\d\.w in .* holds NaN"):
         quick_merge(folders["base"], broken, out=tmp_path / "out")
 
 
