@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_locstitch.cli.printing import PROGRAM
+
 if TYPE_CHECKING:
     from hf_locstitch.api import MergeResult
     from hf_locstitch.checkpoints.source import Source
     from hf_locstitch.plan.plans import Plan
     from hf_locstitch.training.finetune import FinetuneResult
     from hf_locstitch.training.planning import FinetunePlan
-
-PROGRAM = "hf-locstitch"
 
 
 def next_lines(commands: Iterable[Sequence[str]]) -> list[str]:

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from hf_locstitch.cli.terminal import rendered
@@ -71,9 +72,24 @@ def fail(message: str, status: int) -> int:
 class Result(Protocol):
     def as_json(self) -> dict[str, Any]: ...
 
+
+class Plan(Result, Protocol):
     def describe(self) -> str: ...
 
 
-def put_plan(plan: Result, as_json: bool) -> None:
+def announcing(plan: Callable[[], str], quiet: bool) -> Callable[[], object]:
+    """What tells a plan once all is checked, before the work. plan: as text."""
+    return (lambda: None) if quiet else (lambda: tell(plan()))
+
+
+def put_result(result: Result, as_json: bool, *parts: str) -> None:
+    """As JSON on standard output, or these parts of a text for people on standard error."""
+    if as_json:
+        put_json(result.as_json())
+    else:
+        tell("\n".join(parts))
+
+
+def put_plan(plan: Plan, as_json: bool) -> None:
     """What --dry-run prints."""
     put_json(plan.as_json()) if as_json else put(plan.describe())

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.cli.next_steps import after_merge, next_lines
-from hf_locstitch.cli.printing import put, put_json, speaks, tell
+from hf_locstitch.cli.printing import announcing, put, put_json, put_result, speaks
 from hf_locstitch.cli.terminal import width_of
 from hf_locstitch.errors import RecipeError
 
@@ -45,15 +45,11 @@ def carry_out(args: argparse.Namespace, make: Callable[[Recipe, Settings], Plan]
         api.check_possible(plan)
         put_json(plan_json(plan)) if args.json else put(format_plan(plan))
         return 0
-    announce = (lambda: None) if quiet else (lambda: tell(format_plan(plan)))
+    announce = announcing(lambda: format_plan(plan), quiet)
     result = api.carry_out(plan, Progress(False if quiet else None), announce)
-    if not speaks():
-        return 0
-    if args.json:
-        put_json(result.as_json())
-    else:
+    if speaks():
         following = [] if quiet else next_lines(after_merge(plan, result))
-        tell("\n".join([result.describe(width_of(sys.stderr)), *following]))
+        put_result(result, args.json, result.describe(width_of(sys.stderr)), *following)
     return 0
 
 

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import platform
+import re
 import secrets
 import shutil
 import time
@@ -33,6 +34,7 @@ from hf_locstitch.runtime.version import __version__
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+WORK_DIR = re.compile(r"(?P<near>\..*)\.[0-9a-f]{16}\.partial")  # its name, as `work_dir_beside` has it
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SEEN_WITHIN = 10.0  # seconds after which what one node has made is seen on another, if they share the folder
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EBUSY, errno.EXDEV)
@@ -213,6 +215,18 @@ def work_dir_beside(near: Path, fingerprint: str) -> WorkDir:
     """fingerprint: of what is made there. Links in `near` are followed."""
     near = near.resolve()
     return WorkDir(near.parent / f".{near.name}.{fingerprint[:16]}.partial")
+
+
+def beside_it(own: Path) -> Iterator[Path]:
+    """The folders of other work for the same output, by their names; see `work_dir_beside`."""
+    near = _output_of(own)
+    return (one for one in own.parent.iterdir() if one != own and near is not None and _output_of(one) == near)
+
+
+def _output_of(folder: Path) -> str | None:
+    """The dotted name of what is made in the folder of a WorkDir; None for other folders."""
+    found = WORK_DIR.fullmatch(folder.name)
+    return found["near"] if found else None
 
 
 def _move(stage: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,15 @@ def plan_export(ref: str | Path, *, form: str = "peft", base: str | Path | None 
 
 
 @hide_all_library_bars()
-def carry_out(plan: ExportPlan, delivery: Delivery, progress: Progress) -> ExportResult:
-    """Write the result, and publish it. Raises like `export`."""
+def carry_out(
+    plan: ExportPlan, delivery: Delivery, progress: Progress, announce: Callable[[], object] = lambda: None
+) -> ExportResult:
+    """Write the result, and publish it.
+
+    announce: called once all is checked, before the work. Raises like `export`.
+    """
     check_possible(plan, delivery)
+    announce()
 
     def write(work: WorkDir) -> dict[str, Any]:
         plan.changes.check_rest(progress)

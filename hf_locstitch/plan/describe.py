@@ -12,7 +12,7 @@ from hf_locstitch.checkpoints.ref import could_be_repo, parse_ref
 from hf_locstitch.plan.cost import estimate, files_here, fit_cost, localizing_cost
 from hf_locstitch.plan.plans import ModelPlan, Plan, StitchPlan
 from hf_locstitch.runtime.escape import line
-from hf_locstitch.runtime.human import human
+from hf_locstitch.runtime.human import counted, human
 from hf_locstitch.stitch import per_tensor
 
 HINT = "--localizer joint --stitch refit keeps more of several finetunes, also without data, and takes longer"
@@ -143,7 +143,7 @@ def format_plan(plan: Plan) -> str:
         f" ({100 * reached.share:.3g} % of the base)"
         + (f"; {'the' if plan.joint else 'each'} mask keeps {keeps} {plan.k:,} ({share:.4g} %)" if plan.masked else "")
         + (f"; {kept} tensors kept from {plan.unmasked_from.label}" if isinstance(plan, ModelPlan) else ""),
-        f"output     {len(plan.shards)} {'shard' if len(plan.shards) == 1 else 'shards'}, {human(cost.write)}"
+        f"output     {counted(len(plan.shards), 'shard')}, {human(cost.write)}"
         f" ({', '.join(sorted({t.dtype for s in plan.shards for t in s.tensors}))})",
         *([f"vocabulary {plan.vocabulary.describe()}"] if isinstance(plan, ModelPlan) and plan.vocabulary else []),
         *([f"files      {_files(plan)}"] if isinstance(plan, ModelPlan) else []),

@@ -73,13 +73,17 @@ def check_branch(target: PushTarget) -> None:
         )
 
 
+def namespaces(user: Mapping[str, Any]) -> list[str]:
+    """Those that a user may write to: their own, and of their organisations. user: as whoami answers."""
+    return [user["name"], *(org["name"] for org in user.get("orgs", ()) if org.get("roleInOrg") != "read")]
+
+
 def why_not(user: Mapping[str, Any], repo: str) -> str | None:
     """What keeps a token from writing to a repo, and what to do; None if nothing does. user: as whoami answers."""
     if refusal := _cannot_write(user):
         return refusal
     namespace, token = repo.split("/")[0], _token(user)
-    orgs = [org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read"]
-    writable = [user["name"], *orgs]
+    writable = namespaces(user)
     if namespace not in writable:
         return (
             f"the token can write to {', '.join(writable)} only. Choose one of these namespaces, or use another token."

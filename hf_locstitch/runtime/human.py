@@ -16,6 +16,16 @@ def human(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
+def counted(count: int, noun: str) -> str:
+    """'1 tensor' or '3 tensors'."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def in_each(processes: int) -> str:
+    """' in each of 2 processes', of what each needs for itself; nothing for one."""
+    return f" in each of {processes} processes" if processes > 1 else ""
+
+
 def more(count: int) -> str:
     """' (and 2 more)' for three in all."""
     return f" (and {count - 1} more)" if count > 1 else ""

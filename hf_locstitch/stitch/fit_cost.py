@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from hf_locstitch.runtime.human import human
+from hf_locstitch.runtime.human import human, in_each
 
 LIBRARIES = 660_000_000  # bytes: torch, transformers and its code for a model, and what the allocator keeps; measured
 
@@ -85,7 +85,7 @@ class FitCost:
 
     def describe(self) -> str:
         """For people, one line."""
-        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        each = in_each(self.processes)
         place = "disk" if self.states_on == "disk" else "memory"
         aside = f", {human(self.aside)} offloaded to {place}" if self.aside else ""
         return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,13 @@ def finetune(
 
 
 @hide_all_library_bars()
-def carry_out(plan: FinetunePlan, progress: Progress) -> FinetuneResult:
-    """Train, write the result, and publish it. Raises like `finetune`."""
+def carry_out(plan: FinetunePlan, progress: Progress, announce: Callable[[], object] = lambda: None) -> FinetuneResult:
+    """Train, write the result, and publish it.
+
+    announce: called once all is checked, before the work. Raises like `finetune`.
+    """
     delivery = check_possible(plan)
+    announce()
 
     def work(folder: WorkDir) -> dict[str, Any]:
         from hf_locstitch.training.card import write_card

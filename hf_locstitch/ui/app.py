@@ -24,13 +24,13 @@ from hf_locstitch.ui.order import (
 )
 from hf_locstitch.ui.search import Typing, search_models
 from hf_locstitch.ui.visitor import Visitor
+from hf_locstitch.ui.worker import MOST_NEW_TOKENS
 
 STYLE = Path(__file__).parent / "assets" / "style.css"
 DEEP, DEEPER, INK, PALE = "#0f6b62", "#0b544d", "#4b5563", "#b3bcc9"
 FONT = ["system-ui", "sans-serif"]
 SECONDS = 240.0  # for a plan, a look at masks, or a text
 ALIVE = 1.0  # seconds between two looks at a merge under way
-MOST_TOKENS = 256
 EMPTY_PLAN = "Choose a base and its finetuned models, then make the plan: nothing of the weights is downloaded for it."
 EMPTY_MASKS = "Enter a merge that was published with hf-locstitch, to see where its masks lie."
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -190,7 +190,7 @@ class Page:
         try:
             asked = {
                 "action": "generate", "ref": check_repo(ref), "prompt": prompt or "",
-                "tokens": int(tokens or MOST_TOKENS), "most_bytes": self._config.most_bytes,
+                "tokens": int(tokens or MOST_NEW_TOKENS), "most_bytes": self._config.most_bytes,
             }  # fmt: skip
             for event in follow(asked, self.who(request), self._work, SECONDS):
                 if event["event"] == "text":
@@ -328,7 +328,7 @@ def _try_tab(page: Page, most: int) -> None:
         with gr.Column(scale=5, min_width=320):
             ref = gr.Textbox(label="Model", placeholder="org/name", max_length=200, elem_id="lc-try-ref")
             prompt = gr.Textbox(label="Text to go on from", lines=5, max_length=2000, elem_id="lc-try-prompt")
-            tokens = gr.Slider(1, MOST_TOKENS, value=64, step=1, label="New tokens, at most")
+            tokens = gr.Slider(1, MOST_NEW_TOKENS, value=64, step=1, label="New tokens, at most")
             go = gr.Button("Write on", variant="primary", elem_id="lc-try")
         with gr.Column(scale=7, min_width=320):
             text = gr.Textbox(label="What it writes", lines=10, interactive=False, elem_id="lc-try-text")

@@ -199,9 +199,10 @@ class LocalUser:
 def _logged_in() -> Visitor:
     from huggingface_hub import HfApi
 
+    from hf_locstitch.report.push_rights import namespaces
+
     try:
-        user = HfApi().whoami()
+        own, *orgs = namespaces(HfApi().whoami())
     except Exception:
         return Visitor(here=True)
-    orgs = [org["name"] for org in user.get("orgs", ()) if org.get("roleInOrg") != "read"]
-    return Visitor(user["name"], None, tuple(orgs), here=True)
+    return Visitor(own, None, tuple(orgs), here=True)

@@ -24,9 +24,9 @@ from typing import Any
 from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
 from hf_locstitch.runtime.interrupts import raising_interrupts
 from hf_locstitch.runtime.progress import Advance, Progress
+from hf_locstitch.ui.calls import Event
 from hf_locstitch.ui.visitor import PASSING
 
-Event = dict[str, Any]
 Emit = Callable[[Event], None]
 EVERY = 0.25  # seconds between two events of one bar
 MOST_NEW_TOKENS = 256

@@ -10,27 +10,21 @@ from typing import Any, TypeVar
 
 import torch
 
-from hf_locstitch.runtime.processes import Processes, divide
+from helpers.ranks import Rank
+from hf_locstitch.runtime.processes import divide
 from hf_locstitch.stitch.fitting import FitJob
 
 T = TypeVar("T")
 S = TypeVar("S")
 
 
-class Threads(Processes):
-    """One of `count` threads that stand for processes. told, barrier, turn: shared by all of them; what they do
-    together is done by one after the other, since libraries change the state of their process."""
+class TakingTurns(Rank):
+    """What they do together is done by one after the other, since libraries change the state of their process. turn:
+    common to all."""
 
     def __init__(self, rank: int, told: list[Any], barrier: Barrier, turn: Lock) -> None:
-        super().__init__(rank, len(told))
-        self._told, self._barrier, self._turn = told, barrier, turn
-
-    def gather(self, value: T) -> list[T]:
-        self._told[self.rank] = value
-        self._barrier.wait()
-        values = list(self._told)
-        self._barrier.wait()
-        return values
+        super().__init__(rank, len(told), barrier, told)
+        self._turn = turn
 
     def add_up(self, values: torch.Tensor) -> None:
         values.copy_(torch.stack(self.gather(values.clone())).sum(0))
@@ -40,7 +34,7 @@ class Threads(Processes):
             with self._turn:
                 result = work()
         except BaseException:
-            self._barrier.abort()
+            self._meeting.abort()
             raise
         return result, self.gather(say(result))
 
@@ -55,7 +49,7 @@ def fit_in(count: int, fit: Callable[[FitJob], T]) -> Callable[[FitJob], T]:
         jobs = [
             replace(
                 job,
-                processes=Threads(rank, told, barrier, turn),
+                processes=TakingTurns(rank, told, barrier, turn),
                 own={name for name, owner in zip(names, owners, strict=True) if owner == rank},
             )
             for rank in range(count)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_locstitch.cli.flags import add_printing, add_push_options, add_task_code
 from hf_locstitch.cli.parser import add_command, add_diagnostics
-from hf_locstitch.cli.printing import put_json, put_plan, tell
+from hf_locstitch.cli.printing import announcing, put_plan, put_result
 from hf_locstitch.cli.terminal import width_of
 
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         check_possible(planned, args.out, Progress(False))
         put_plan(planned, args.json)
         return 0
-    announce = (lambda: None) if args.quiet else (lambda: tell(planned.describe()))
+    announce = announcing(planned.describe, args.quiet)
     report = carry_out(planned, args.out, Progress(False if args.quiet else None), announce)
-    put_json(report.as_json()) if args.json else tell(report.describe(width_of(sys.stderr)))
+    put_result(report, args.json, report.describe(width_of(sys.stderr)))
     return 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_locstitch.cli.flags import add_printing, add_target
 from hf_locstitch.cli.parser import REF, add_command, add_diagnostics
-from hf_locstitch.cli.printing import put_json, put_plan, tell
+from hf_locstitch.cli.printing import announcing, put_plan, put_result
 from hf_locstitch.exports.forms import FORMS
 from hf_locstitch.runtime.packages import MODELS, need
 
@@ -44,13 +44,12 @@ def run(args: argparse.Namespace) -> int:
         check_output_given(args.out, args.push_to)
     plan = plan_export(args.ref, form=args.form, base=args.base)
     delivery = Delivery("export", args.out, make_target(args.push_to, bool(args.create_pr)), bool(args.private))
-    if args.out or args.push_to:
-        check_possible(plan, delivery)
     if args.dry_run:
+        if args.out or args.push_to:
+            check_possible(plan, delivery)
         put_plan(plan, args.json)
         return 0
-    if not args.quiet:
-        tell(plan.describe())
-    result = carry_out(plan, delivery, Progress(False if args.quiet else None))
-    put_json(result.as_json()) if args.json else tell(result.describe())
+    announce = announcing(plan.describe, args.quiet)
+    result = carry_out(plan, delivery, Progress(False if args.quiet else None), announce)
+    put_result(result, args.json, result.describe())
     return 0

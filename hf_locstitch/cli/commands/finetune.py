@@ -8,7 +8,7 @@ from typing import Any
 from hf_locstitch.cli.flags import add_printing, add_recipe, add_target
 from hf_locstitch.cli.next_steps import after_finetune, next_lines
 from hf_locstitch.cli.parser import REF, add_command, add_diagnostics
-from hf_locstitch.cli.printing import put_json, put_plan, tell
+from hf_locstitch.cli.printing import announcing, put_plan, put_result
 from hf_locstitch.runtime.packages import WITH_DATA, need
 from hf_locstitch.tasks.objectives import OBJECTIVES
 
@@ -87,16 +87,12 @@ def run(args: argparse.Namespace) -> int:
     if not args.dry_run:
         check_output_given(request.out, request.push_to)
     plan = plan_finetune(request)
-    check_possible(plan)
     if args.dry_run:
+        check_possible(plan)
         put_plan(plan, args.json)
         return 0
-    if not args.quiet:
-        tell(plan.describe())
-    result = carry_out(plan, Progress(False if args.quiet else None))
-    if args.json:
-        put_json(result.as_json())
-    else:
-        following = [] if args.quiet else next_lines(after_finetune(plan, result))
-        tell("\n".join([result.describe(), *following]))
+    announce = announcing(plan.describe, args.quiet)
+    result = carry_out(plan, Progress(False if args.quiet else None), announce)
+    following = [] if args.quiet else next_lines(after_finetune(plan, result))
+    put_result(result, args.json, result.describe(), *following)
     return 0

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from hf_locstitch.runtime import html
 from hf_locstitch.runtime.escape import line
-from hf_locstitch.runtime.human import human, some
+from hf_locstitch.runtime.human import counted, human, some
 
 Part = Literal["files", "recipe", "masks", "inputs", "values"]
 SHOWN = 20  # findings shown to people; JSON holds them all
@@ -77,7 +77,7 @@ class Refitted:
 
 
 def _tensors(names: Sequence[str]) -> str:
-    return f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'} ({some(names)})"
+    return f"{counted(len(names), 'tensor')} ({some(names)})"
 
 
 @dataclass
@@ -116,7 +116,7 @@ class VerifyReport:
     def verdict(self) -> str:
         """For people: whether checks failed, or else what was not checked."""
         if failed := len(self._failed):
-            return f"{failed} {'check' if failed == 1 else 'checks'} failed"
+            return f"{counted(failed, 'check')} failed"
         if self.skipped:
             return f"what could be checked holds; not checked: {', '.join(skipped.what for skipped in self.skipped)}"
         return "all checks passed"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_locstitch.runtime.dtypes import ITEM_BYTES
-from hf_locstitch.runtime.human import human
+from hf_locstitch.runtime.human import human, in_each
 from hf_locstitch.runtime.processes import launched
 from hf_locstitch.runtime.settings import Settings
 from hf_locstitch.stitch.dataless.layers import Layers, layers_of
@@ -55,7 +55,7 @@ class DatalessCost:
 
     def describe(self) -> str:
         """For people, one line."""
-        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        each = in_each(self.processes)
         stacks = f", {human(self.stacks)} stacks of experts" if self.stacks else ""
         return (
             f"solving    at most about {human(self.peak)} of memory{each} ({human(self.layers)} linear layers that "

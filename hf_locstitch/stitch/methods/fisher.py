@@ -19,7 +19,7 @@ from pydantic import Field
 
 from hf_locstitch.runtime.chunks import for_each
 from hf_locstitch.runtime.devices import AUTO, DeviceName
-from hf_locstitch.runtime.human import human
+from hf_locstitch.runtime.human import counted, human, in_each
 from hf_locstitch.stitch.fitting import FitJob, Fittable, OnInputs
 from hf_locstitch.stitch.method import Context, DenseMethod
 from hf_locstitch.stitch.methods.average import mean_of
@@ -162,8 +162,7 @@ class Fisher(OnInputs, DenseMethod):
         return "weighted by the Fisher information of each finetuned model" if record.get("refitted") else None
 
     def card(self, record: Mapping[str, Any], inputs: str) -> str:
-        count, zeros = len(record["refitted"]), record["uninformed"]
-        tensors = "1 tensor" if count == 1 else f"{count} tensors"
+        tensors, zeros = counted(len(record["refitted"]), "tensor"), record["uninformed"]
         answers = "the labels of these inputs" if record["labels"] == "data" else "its own answers to these inputs"
         norm = ", divided by its norm over all of them" if record["unit_norm"] else ""
         plain = f"{zeros:,} of these elements, of which no model has any, are the plain mean. " if zeros else ""
@@ -289,7 +288,7 @@ class FisherCost:
 
     def describe(self) -> str:
         """For people, one line."""
-        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        each = in_each(self.processes)
         activations = f"up to {human(self.activations)}" if self.activations else "an unknown size"
         return (
             f"fisher     at most about {human(self.peak)} of memory{each} ({human(self.weights)} one model in float32, "

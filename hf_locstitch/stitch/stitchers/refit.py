@@ -12,6 +12,7 @@ from pydantic import Field, PlainSerializer, model_validator
 from hf_locstitch.checkpoints.sizes import find_size
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.escape import markdown
+from hf_locstitch.runtime.human import counted
 from hf_locstitch.stitch.fit_cost import Successive
 from hf_locstitch.stitch.fitting import FitJob, Fittable, Stitcher
 from hf_locstitch.stitch.refit.settings import SCORES
@@ -164,7 +165,7 @@ def _refuse_shared_layers(checkpoint: Checkpoint) -> None:
 
 def _sections_without_data(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Refitted values"
-    count = _tensors(len(record["refitted"]))
+    count = counted(len(record["refitted"]), "tensor")
     yield f"""The values under the masks are not finetuned values, nor their mean: in {count} they were {SOLVED}
 (ridge {record["ridge"]}, {record["steps"]} steps of conjugate gradients). Nothing outside the masks changed."""
     yield from _notes(record, "the finetuned values, or their mean")
@@ -172,20 +173,21 @@ def _sections_without_data(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _sections(record: Mapping[str, Any], inputs: str) -> Iterator[str]:
     dataless = record["start"] == "dataless"
+    tensors = counted(len(record["refitted"]), "tensor")
     begin = "what is found without data" if dataless else "the mean of the finetuned values"
     yield "## Refitted values"
     if record["lambda"] != "inf":
         by_labels = record["judge"] != "agreement" and len(record[SCORES[record["judge"]][0]]) > 1
         inputs_of, chosen = ("inputs", ", chosen by their labels") if by_labels else ("unlabelled inputs", "")
         yield f"""The values under the masks are not finetuned values, nor their mean: in
-{_tensors(len(record["refitted"]))} they were fitted, layer by layer in the order of the forward pass, so that on
+{tensors} they were fitted, layer by layer in the order of the forward pass, so that on
 {inputs_of} of every finetune, each linear layer's outputs match those of the same layer in that finetuned model (masked
 least squares from {begin}, lambda {record["lambda"]}{chosen}, ridge {record["ridge"]}, {record["steps"]} steps of
 conjugate gradients). Nothing outside the masks changed."""
     else:
         yield (
             f"On held-out inputs (judged by {record['judge']}), no lambda was better than {begin}, so that was kept"
-            + (f": in {_tensors(len(record['refitted']))} the values were {SOLVED}." if dataless else ".")
+            + (f": in {tensors} the values were {SOLVED}." if dataless else ".")
         )
     yield inputs
     title, sentence = SCORES[record["judge"]]
@@ -196,10 +198,6 @@ conjugate gradients). Nothing outside the masks changed."""
         ]
         yield "\n".join([f"| lambda | {title} |", "| :--- | ---: |", *rows])
     yield from _notes(record, begin)
-
-
-def _tensors(count: int) -> str:
-    return "1 tensor" if count == 1 else f"{count} tensors"
 
 
 def _notes(record: Mapping[str, Any], otherwise: str) -> Iterator[str]:
