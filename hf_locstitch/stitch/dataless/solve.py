@@ -146,7 +146,7 @@ class DatalessSolver:
     def _write_dense(self, writer: FittedWriter, low_rank: bool) -> None:
         tensors = GrowingTensors(
             writer,
-            lambda name: chunks_of([self._infos[name].numel]),
+            self._chunks,
             lambda _: "F32",
             lambda name, _, change: _in_range(name, change.cpu()),
         )
@@ -204,10 +204,13 @@ class DatalessSolver:
             self.opened.finetuned
         )
 
+    def _chunks(self, name: str) -> Sequence[Chunk]:
+        return chunks_of([self._infos[name].numel], self.job.settings.chunk)
+
     def _outside(self, name: str) -> Iterator[Tensor]:
         """Of a tensor on disk that is in no linear layer, flat, piece by piece."""
         info, models = self._infos[name], [finite(one) for one in (self.job.readers["base"], *self._finetuned)]
-        for chunk in chunks_of([info.numel]):
+        for chunk in self._chunks(name):
             base, *finetuned = (one.read(name, chunk.first, chunk.count).float() for one in models)
             for one in models:
                 one.release(name, chunk.first, chunk.count)
