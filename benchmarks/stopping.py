@@ -264,6 +264,7 @@ def bench_of(arguments: argparse.Namespace) -> Iterator[tuple[Bench, list[Way]]]
         for name in ("HF_TOKEN", "HF_HUB_CACHE"):
             os.environ.pop(name, None)
         os.environ.update(hub.environment(work / HOME))
+        os.environ["NUMBA_CACHE_DIR"] = str(work / "loops")  # not in HOME, which is cleared: else each command compiles
         multiprocessing.set_forkserver_preload(IMPORTED)
         hub.link = Link(arguments.speed * 1e6)
         bench = Bench(work, hub, random.Random(arguments.seed), shape.parameters * 2 // 4)

@@ -97,18 +97,18 @@ def test_any_order_and_any_number_of_processes(tmp_path: Path) -> None:
 def test_a_killed_one_goes_on(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = family(build("llama", torch.float32), tmp_path)
     quick_merge(folders[0], folders[1:], out=tmp_path / "due", **JOINT)
-    write = FittedWriter.write
+    end = FittedWriter.end
     written: list[tuple[str, str]] = []
     kill = True
 
-    def note(self: FittedWriter, name: str, *args: Any) -> None:
+    def note(self: FittedWriter, name: str) -> None:
         place = self._folder.name
         if kill and place == folder and sum(of == place for of, _ in written) == 5:
             raise Killed
-        write(self, name, *args)
+        end(self, name)
         written.append((place, name))
 
-    monkeypatch.setattr(FittedWriter, "write", note)
+    monkeypatch.setattr(FittedWriter, "end", note)
     with pytest.raises(Killed):
         quick_merge(folders[0], folders[1:], out=tmp_path / "out", **JOINT)
     before, kill = set(written), False
