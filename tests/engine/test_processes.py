@@ -12,11 +12,15 @@ import pytest
 import torch
 from helpers.launch import launch, torchrun
 from helpers.models import finetune, random_state, save, save_sharded
+from helpers.ranks import in_ranks
 from helpers.runs import files_of
 
 from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.cli.main import main
+from hf_locstitch.engine import work_dir
+from hf_locstitch.engine.execute import make
 from hf_locstitch.engine.inputs import Inputs
+from hf_locstitch.errors import RequestError
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.runtime.processes import Processes
@@ -99,10 +103,20 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path, refs: list[object]) ->
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_nodes_that_share_no_folder(tmp_path: Path, refs: list[object]) -> None:
+def test_nodes_that_share_no_folder(tmp_path: Path, refs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     """They are told before the work, and nothing is left."""
-    done = launch(2, tmp_path, *(str(one).replace("./", f"{tmp_path}/") for one in refs), "--out", "out", apart=True)
-    assert done.returncode != 0 and "does not see" in done.stderr and "folder that they share" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work_dir, "SEEN_WITHIN", 0.3)
+    recipe = make_recipe({"base": refs[1], "finetuned": refs[3:]})
+    nodes = [tmp_path / f"node{rank}" for rank in range(2)]
+    for node in nodes:
+        node.mkdir()
+    errors = in_ranks(
+        2, lambda ranks: make(make_plan(recipe, Settings()), nodes[ranks.rank] / "out", Progress(False), ranks)
+    )
+    for error in errors:
+        assert isinstance(error, RequestError) and "does not see" in str(error)
+        assert "folder that they share" in str(error)
     assert not list(tmp_path.glob("node*/*out*"))
 
 

@@ -27,22 +27,18 @@ def torchrun(
 
 
 def launch(
-    count: int, cwd: Path, *args: object, command: str = "merge", figures: bool = False, apart: bool = False
+    count: int, cwd: Path, *args: object, command: str = "merge", figures: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """As `torchrun`, in processes forked from one that has imported what takes each of them seconds.
-
-    apart: each in a folder of its own, cwd/node0 and so on, as on nodes that share none.
-    """
+    """As `torchrun`, in processes forked from one that has imported what takes each of them seconds."""
     asked = _asked(command, args, figures)
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     context.set_forkserver_preload(HEAVY)
     variables = {**os.environ, **_several(count)} if count > 1 else dict(os.environ)
-    folders = [cwd / f"node{rank}" if apart else cwd for rank in range(count)]
     with TemporaryDirectory() as folder:
         texts = [(Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")) for rank in range(count)]
         ranks = [
-            context.Process(target=_run, args=(asked, folders[rank], {**variables, **_rank(rank)}, *texts[rank]))
+            context.Process(target=_run, args=(asked, cwd, {**variables, **_rank(rank)}, *texts[rank]))
             for rank in range(count)
         ]
         for rank in ranks:
@@ -75,7 +71,6 @@ def _run(args: list[str], cwd: Path, variables: dict[str, str], out: Path, err: 
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     os.environ.clear()
     os.environ.update(variables)
-    cwd.mkdir(exist_ok=True)
     os.chdir(cwd)
     from hf_locstitch.cli.main import main
 
