@@ -13,6 +13,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from helpers.portable import other_system
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 HEAVY = ["accelerate", "datasets", "torch", "transformers.models.auto.modeling_auto", "hf_locstitch.engine.model_run"]
 LIMIT = 300  # seconds
@@ -30,9 +32,10 @@ def launch(
     count: int, cwd: Path, *args: object, command: str = "merge", figures: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """As `torchrun`, in processes forked from one that has imported what takes each of them seconds."""
+    if "forkserver" not in multiprocessing.get_all_start_methods() or os.environ.get(other_system.ASKED) == "1":
+        return torchrun(count, cwd, *args, command=command, figures=figures)
     asked = _asked(command, args, figures)
-    forks = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
     variables = {**os.environ, **_several(count)} if count > 1 else dict(os.environ)
     with TemporaryDirectory() as folder:
