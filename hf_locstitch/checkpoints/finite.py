@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -36,9 +37,10 @@ def check_finite(reader: CheckpointReader, name: str, chunk: Chunk, values: Valu
     )
 
 
-def check_whole(reader: CheckpointReader, name: str) -> None:
-    """Raises NonFiniteError if a tensor holds NaN or infinity."""
-    for chunk in chunks_of([reader.checkpoint.info(name).numel]):
+def check_part(reader: CheckpointReader, name: str, first: int, count: int) -> None:
+    """Raises NonFiniteError if elements first … first + count of a tensor hold NaN or infinity."""
+    for piece in chunks_of([count]):
+        chunk = replace(piece, first=first + piece.first)
         check_finite(reader, name, chunk, reader.values(name, chunk.first, chunk.count))
 
 

@@ -120,7 +120,8 @@ def file_sha256(path: Path, advance: Advance = lambda _: None) -> str:
     """SHA-256 of a file's content, hex."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        buffer = bytearray(HASHED_AT_ONCE)
+        # No larger than the file: a merge hashes hundreds of small ones, and fresh memory costs more than their bytes.
+        buffer = bytearray(min(HASHED_AT_ONCE, max(1, path.stat().st_size)))
         view = memoryview(buffer)
         while count := file.readinto(buffer):
             digest.update(view[:count])

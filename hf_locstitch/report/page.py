@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from functools import lru_cache
 from pathlib import Path
 
 import jinja2
@@ -19,6 +20,7 @@ def template(file: Path) -> jinja2.Template:
     return page(file.read_text(encoding="utf-8"))
 
 
+@lru_cache  # compiling one takes longer than all else that a merge of small files writes
 def page(text: str) -> jinja2.Template:
     environment = jinja2.Environment(finalize=markdown)
     environment.filters |= {"shell": shell, "python": python}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class FittedWriter:
         self._folder, self._own, self._processes = folder, own, processes
         self._resume = resume is not None
         self._tensors: dict[str, dict[str, Any]] = {}
+        self._begun: dict[str, dict[str, Any]] = {}
 
     def writes(self, names: Sequence[str]) -> bool:
         """Whether this process writes any of these tensors."""
@@ -53,15 +54,31 @@ class FittedWriter:
         self._tensors[name] = entry
         return True
 
-    def write(self, name: str, dtype: str, pieces: Sequence[torch.Tensor]) -> None:
+    def write(self, name: str, dtype: str, pieces: Iterable[torch.Tensor]) -> None:
         """pieces: the values of each chunk in turn, in the dtype (its name on disk)."""
+        self.begin(name, dtype)
+        for piece in pieces:
+            self.append(name, piece)
+        self.end(name)
+
+    def begin(self, name: str, dtype: str) -> None:
+        """As `write` for a tensor whose chunks are not all known yet: they are appended, up to its end."""
         file = _file_of(name)
-        with (self._folder / file).open("wb") as handle:
-            for piece in pieces:
-                handle.write(piece.contiguous().view(torch.uint8).numpy().data)
-        starts = np.cumsum([0, *(len(piece) for piece in pieces)]).tolist()
-        digest = file_sha256(self._folder / file)
-        self._tensors[name] = {"file": file, "dtype": dtype, "starts": starts, "sha256": digest}
+        (self._folder / file).write_bytes(b"")
+        self._begun[name] = {"file": file, "dtype": dtype, "starts": [0]}
+
+    def append(self, name: str, piece: torch.Tensor) -> None:
+        """piece: the values of the next chunk."""
+        entry = self._begun[name]
+        with (self._folder / entry["file"]).open("ab") as handle:
+            handle.write(piece.contiguous().view(torch.uint8).numpy().data)
+        entry["starts"].append(entry["starts"][-1] + len(piece))
+
+    def end(self, name: str) -> None:
+        """All chunks were appended."""
+        entry = self._begun.pop(name)
+        file = entry["file"]
+        self._tensors[name] = {**entry, "sha256": file_sha256(self._folder / file)}
         if self._resume:
             sync_file(self._folder / file)
             write_record(self._record(name), self._tensors[name])

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from hf_locstitch.checkpoints.rearranged import Part
+from hf_locstitch.tasks.parameter_names import Group
 
 STACK, JOIN = ("MergeModulelist", 0), "Concatenate"
 
@@ -38,6 +39,39 @@ def _parts(model_type: str, names: Sequence[str]) -> dict[str, Part]:
     return found
 
 
+def experts_on_disk(model: Any, groups: Iterable[Group]) -> dict[Group, list[list[str]]]:
+    """Of the stacks whose experts lie one by one on disk: the tensors of each expert, whose rows one after another are
+    the expert's."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, apply_renamings
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def place(name: str) -> tuple[int, int] | None:
+        renamed = apply_renamings(name, renamings)
+        pattern = apply_converters(renamed, converters)[1]
+        entry = next((one for one in converters if pattern in one.source_patterns), None)
+        return _order(entry, pattern, renamed) if pattern and entry and _stacks(entry) else None
+
+    found: dict[Group, list[list[str]]] = {}
+    for group in groups:
+        if group.direct or len(group.parameters) > 1:
+            continue
+        places = {place(name): name for name in group.disk}
+        experts, matrices = (len({own[side] for own in places if own}) for side in range(2))
+        every = [(expert, matrix) for expert in range(experts) for matrix in range(matrices)]
+        if len(places) == len(group.disk) and places.keys() == set(every):  # none is missing
+            names = [places[own] for own in every]
+            found[group] = [names[first : first + matrices] for first in range(0, len(names), matrices)]
+    return found
+
+
+def _stacks(converter: Any) -> bool:
+    return _keeps_bytes_together(converter) and type(converter.operations[0]).__name__ == STACK[0]
+
+
 def _keeps_bytes_together(converter: Any) -> bool:
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
     return len(converter.target_patterns) == 1 and steps in ([STACK], [STACK, (JOIN, 1)], [(JOIN, 0)])
@@ -48,5 +82,4 @@ def _order(converter: Any, pattern: str, name: str) -> tuple[int, int]:
     projection = converter.source_patterns.index(pattern)
     number = re.search(re.escape(pattern.replace("\\", "")).replace(r"\*", r"(\d+)"), name)
     expert = int(number[1]) if number and number.groups() else 0
-    stacked = type(converter.operations[0]).__name__ == STACK[0]
-    return (expert, projection) if stacked else (projection, expert)
+    return (expert, projection) if _stacks(converter) else (projection, expert)

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +19,7 @@ from helpers.systems import needs_permissions
 from hf_locstitch.checkpoints import following_hash, known_hashes
 from hf_locstitch.checkpoints.following_hash import FollowingHash
 from hf_locstitch.checkpoints.mapped import MappedFile
+from hf_locstitch.checkpoints.source import file_sha256
 
 SIZE = 3_000_001
 
@@ -161,3 +163,16 @@ def test_no_place_to_remember(file: Path, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "file-in-the-way").write_text("")
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file-in-the-way"))
     assert FollowingHash(file).result() == true_hash(file)
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    """A merge hashes hundreds of them: fresh memory of a large file's size for each took most of its time."""
+    path = tmp_path / "small"
+    for content in (b"", b"x" * 1000):
+        path.write_bytes(content)
+        tracemalloc.start()
+        try:
+            assert file_sha256(path) == hashlib.sha256(content).hexdigest()
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()

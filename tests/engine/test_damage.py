@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.data import write_texts
-from helpers.families import finetunes
+from helpers.families import build, family
 from helpers.models import finetune, random_state, save
 from helpers.refits import SMALL
 from helpers.runs import Killed, files_of, quick_merge
@@ -87,14 +88,14 @@ def test_a_merge(damage: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["refit", "saliency"])
 def test_with_data(kind: str, tmp_path: Path) -> None:
-    folders = finetunes(tmp_path)
+    folders = family(build("llama", torch.float32, num_hidden_layers=1), tmp_path)  # a file of each kind is left
     data = [str(write_texts(tmp_path / f"{seed}.jsonl", 8, seed=seed)) for seed in range(2)]
     how: dict[str, Any] = {"localizer": {"method": "saliency", "density": 0.1}}
     if kind == "refit":
         how = {"localizer": {"density": 0.1}, "stitch": {**SMALL, "inputs": 6, "held_out": 0.5, "lambdas": [0.1, 1.0]}}
 
     def merge(out: Path) -> None:
-        quick_merge(folders[0], folders[1:], out=out, data=data, shard_size=30_000, **how)
+        quick_merge(folders[0], folders[1:], out=out, data=data, shard_size=15_000, **how)
 
     each_damage_is_mended(merge, tmp_path, "flipped", within="spill")
 

@@ -31,7 +31,7 @@ CONVERTED = 5  # numbers in place of one, while experts become a stack
 @dataclass(frozen=True)
 class DatalessCost:
     """Bytes in each process, except flops and the two on disk. layers: copies of linear layers that share an input.
-    grams: Gram matrices. stacks: of experts that lie in one tensor in memory and in several on disk. dense, values: on
+    grams: Gram matrices. stacks: of experts that are not read one by one. dense, values: on
     disk, of all processes together."""
 
     layers: int
@@ -116,13 +116,13 @@ def _outputs(shared: SharedInput) -> Iterable[int]:
 
 
 def _stacks(layers: Layers, tasks: int) -> int:
-    """Bytes of stacked experts: some of the base's, the finetunes', the solution's and the mask's, and what is computed
-    from the largest."""
+    """Bytes of stacks whose experts cannot be read one by one: some of the base's, the finetunes', the solution's and
+    the mask's, and what is computed from the largest."""
     linears = [linear for unit in layers.units for shared in unit.inputs for linear in shared.linears]
     sizes = {
         linear.weight.parameter: linear.weight.stacked * math.prod(linear.weight.shape)
         for linear in linears
-        if linear.weight.index is not None
+        if linear.weight.index is not None and layers.pieces_of(linear.weight) is None
     }
     following = list(sizes.values())  # in the order in which they are read
     held = max((sum(following[first : first + HELD]) for first in range(len(following))), default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,6 +20,7 @@ from hf_locstitch.stitch.refit.models import NO_REFIT
 from hf_locstitch.stitch.refit.stops import Linear
 from hf_locstitch.stitch.refit.weights import Part, hollow
 from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
+from hf_locstitch.tasks.fused_tensors import experts_on_disk
 from hf_locstitch.tasks.loading import config_of
 from hf_locstitch.tasks.parameter_names import Group, group_buffers, group_names
 
@@ -41,9 +43,19 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Elements first … first + count of a tensor on disk."""
+
+    name: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Layers:
     """model: without weights; parts: its parameters by name; disk: names of the base's tensors. units: of the localized
-    linear layers. others: localized tensors on disk that are in none.
+    linear layers. others: localized tensors on disk that are in none. pieces: of stacks of experts, by parameter, what
+    each expert consists of; stacks that are put together otherwise are not among them.
 
     not_run: localized tensors of a part of the model that could not be run, and why. Those in a unit are there by
     themselves, as what shares their input is not known.
@@ -55,6 +67,14 @@ class Layers:
     units: Sequence[Unit]
     others: Sequence[str]
     not_run: Mapping[str, str] = field(default_factory=dict)
+    pieces: Mapping[str, Sequence[Sequence[Piece]]] = field(default_factory=dict)
+
+    def pieces_of(self, part: Part) -> Sequence[Piece] | None:
+        """What one of the stacked experts consists of, its elements in order. None for what is a whole parameter, or
+        a part of a stack that cannot be cut."""
+        if part.index is None or part.parameter not in self.pieces:
+            return None
+        return self.pieces[part.parameter][part.index]
 
     def why_plain(self, name: str) -> str:
         """Why a tensor of the others that is no vector keeps the mean of the finetuned values."""
@@ -104,7 +124,8 @@ def _layers(config: str, label: str, disk: tuple[str, ...], localized: tuple[str
     units = _units(seen.inputs, groups)
     within = {name for unit in units for name in unit.disk}
     not_run = {name: why for parameter, why in seen.not_run.items() for name in groups[parameter].disk}
-    return Layers(model, parts, disk, units, [name for name in localized if name not in within], not_run)
+    others = [name for name in localized if name not in within]
+    return Layers(model, parts, disk, units, others, not_run, dict(_pieces(model, units, parts)))
 
 
 def _class_name(config: Mapping[str, object]) -> str:
@@ -141,6 +162,27 @@ def _with_bias(linear: Linear, groups: Mapping[str, Group]) -> Linear:
     """The layer without its bias where that is not localized."""
     keep = linear.bias is not None and linear.bias.parameter in groups
     return linear if keep or linear.bias is None else Linear(linear.weight, None, linear.transposed)
+
+
+def _pieces(
+    model: object, units: Sequence[Unit], parts: Mapping[str, Part]
+) -> Iterator[tuple[str, Sequence[Sequence[Piece]]]]:
+    """Of the stacks that are solved for expert by expert, in their order."""
+    one_by_one = experts_on_disk(model, [group for unit in units for group in unit.groups])
+    for unit in units:
+        indices: dict[str, list[int | None]] = {}
+        for part in (part for shared in unit.inputs for linear in shared.linears for part in parts_of(linear)):
+            indices.setdefault(part.parameter, []).append(part.index)
+        for group in unit.groups:
+            parameter = group.parameters[0]
+            experts, size = parts[parameter].shape[0], math.prod(parts[parameter].shape[1:])
+            if len(group.parameters) > 1 or indices.get(parameter) != list(range(experts)):
+                continue
+            names = one_by_one.get(group, [])
+            if group.direct:
+                yield parameter, [[Piece(group.disk[0], size * expert, size)] for expert in range(experts)]
+            elif len(names) == experts and size % len(names[0]) == 0:
+                yield parameter, [[Piece(name, 0, size // len(own)) for name in own] for own in names]
 
 
 def parts_of(linear: Linear) -> list[Part]:

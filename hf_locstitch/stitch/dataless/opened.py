@@ -8,16 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hf_locstitch.checkpoints.finite import check_whole
+from hf_locstitch.checkpoints.finite import check_part
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.stitch.dataless.layers import Layers, Unit, layers_of, parts_of
 from hf_locstitch.stitch.dataless.shared_inputs import SharedInput
 from hf_locstitch.stitch.dataless.solution import LOW_RANK, Threads, energy, input_gram
-from hf_locstitch.stitch.refit.models import reading, releasing
 from hf_locstitch.stitch.refit.stops import Linear
 from hf_locstitch.stitch.refit.weights import Part, Weights
 from hf_locstitch.tasks.parameter_names import to_disk
@@ -26,12 +26,49 @@ LOOKED_AT = 8  # linear layers of a finetune that tell whether its update is of 
 
 
 @dataclass(frozen=True)
+class Stored:
+    """Tensors on disk. names: of all. shape: of one, by its name. read: its elements first … first + count, in any
+    dtype. release: is told of those that were read and copied."""
+
+    names: Collection[str]
+    shape: Callable[[str], Sequence[int]]
+    read: Callable[[str, int, int], Tensor]
+    release: Callable[[str, int, int], object] = lambda *_: None
+
+    def whole(self, name: str) -> Tensor:
+        """[*shape]."""
+        return self.read(name, 0, math.prod(self.shape(name))).view(tuple(self.shape(name)))
+
+    def release_whole(self, name: str) -> None:
+        self.release(name, 0, math.prod(self.shape(name)))
+
+
+class OpenedWeights:
+    """float32 values of a model's parameters; of stacked experts only the one that is asked for is read, where that can
+    be done."""
+
+    def __init__(self, layers: Layers, stored: Stored, device: torch.device) -> None:
+        self._layers, self._stored, self._device = layers, stored, device
+        self._whole = Weights(layers.model, stored.names, stored.whole, device, release=stored.release_whole)
+
+    def load(self, part: Part) -> Tensor:
+        """[*shape]."""
+        pieces = self._layers.pieces_of(part)
+        if pieces is None:
+            return self._whole.load(part)
+        read = [self._stored.read(piece.name, piece.first, piece.count).to(self._device).float() for piece in pieces]
+        for piece in pieces:
+            self._stored.release(piece.name, piece.first, piece.count)
+        return (read[0] if len(read) == 1 else torch.cat(read)).view(part.shape)
+
+
+@dataclass(frozen=True)
 class OpenedModels:
     """base, finetuned: their weights, float32, the latter in the order of summation."""
 
     layers: Layers
-    base: Weights
-    finetuned: Sequence[Weights]
+    base: OpenedWeights
+    finetuned: Sequence[OpenedWeights]
 
     def task_vectors(self, linears: Sequence[Linear], biased: bool) -> Iterator[list[Tensor]]:
         """Of each finetune, one after another: those of these layers, as `matrices` has them."""
@@ -45,7 +82,7 @@ class OpenedModels:
             for weights in self.finetuned
         ]
 
-    def _task_vector(self, weights: Weights, linear: Linear, biased: bool) -> Tensor:
+    def _task_vector(self, weights: OpenedWeights, linear: Linear, biased: bool) -> Tensor:
         return _matrix(weights, linear, biased).sub_(_matrix(self.base, linear, biased))
 
     def is_low_rank(self) -> bool:
@@ -61,25 +98,31 @@ class OpenedModels:
 
 
 class Assembled:
-    """The parameters of a unit, passed on under their names on disk as soon as all that form a tensor are there. fill:
-    values of a parameter that is in no linear layer."""
+    """The parameters of a unit, passed on under their names on disk as soon as all that form a tensor are there; of
+    stacked experts one by one, where that can be done. fill: values of a parameter that is in no linear layer."""
 
-    def __init__(self, opened: OpenedModels, unit: Unit, fill: Callable[[str], Tensor]) -> None:
-        self._model, self._fill = opened.layers.model, fill
+    def __init__(self, layers: Layers, unit: Unit, fill: Callable[[str], Tensor]) -> None:
+        self._layers, self._fill = layers, fill
         self._groups = {parameter: group for group in unit.groups for parameter in group.parameters}
         parts = [part for shared in unit.inputs for linear in shared.linears for part in parts_of(linear)]
         self._due = Counter(self._groups[part.parameter] for part in parts)
         self._parameters: dict[str, Tensor] = {}
 
     def add(self, linear: Linear, solved: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """solved: the change of a layer, as `matrices` has it. Returns what it makes complete."""
+        """solved: the change of a layer, as `matrices` has it. Returns what it makes complete: tensors
+        [*shape], or the next elements of some."""
         for part, values in take_apart(solved, linear):
+            pieces = self._layers.pieces_of(part)
+            if pieces is not None:
+                cut = values.reshape(-1).split([piece.count for piece in pieces])
+                yield from ((piece.name, own) for piece, own in zip(pieces, cut, strict=True))
+                continue
             put_part(self._parameters, part, values)
             group = self._groups[part.parameter]
             self._due[group] -= 1
             if self._due[group] == 0:
                 whole = {name: self._take(name) for name in group.parameters}
-                yield from to_disk(self._model, group, whole).items()
+                yield from to_disk(self._layers.model, group, whole).items()
 
     def _take(self, parameter: str) -> Tensor:
         return self._parameters.pop(parameter) if parameter in self._parameters else self._fill(parameter)
@@ -90,32 +133,35 @@ def open_models(
 ) -> OpenedModels:
     """localized: names on disk. Raises RequestError where transformers cannot build the model."""
     layers = layers_of(base.checkpoint, localized)
-    weights = [
-        Weights(layers.model, list(one.checkpoint.tensors), finite(one), device, release=releasing(one))
-        for one in (base, *finetuned)
-    ]
+    weights = [OpenedWeights(layers, finite(one), device) for one in (base, *finetuned)]
     return OpenedModels(layers, weights[0], weights[1:])
 
 
-def finite(reader: CheckpointReader) -> Callable[[str], Tensor]:
-    """As `reading`, but the function raises NonFiniteError where a tensor holds NaN or infinity: the solution would
-    spread it, or hide it."""
-    read = reading(reader)
+def finite(reader: CheckpointReader) -> Stored:
+    """A checkpoint's tensors. Reading raises NonFiniteError where they hold NaN or infinity: the solution would spread
+    it, or hide it."""
 
-    def checked(name: str) -> Tensor:
-        check_whole(reader, name)
-        return read(name)
+    def read(name: str, first: int, count: int) -> Tensor:
+        check_part(reader, name, first, count)
+        return reader.flat(name, first, count)
 
-    return checked
+    shapes = {name: info.shape for name, (_, info) in reader.checkpoint.tensors.items()}
+    return Stored(list(shapes), shapes.__getitem__, read, reader.release)
 
 
-def matrices(weights: Weights, linears: Sequence[Linear], biased: bool) -> list[Tensor]:
+class Loads(Protocol):
+    """Weights that can be read."""
+
+    def load(self, part: Part) -> Tensor: ...
+
+
+def matrices(weights: Loads, linears: Sequence[Linear], biased: bool) -> list[Tensor]:
     """The layers' weights [outputs, inputs], in memory of their own; if `biased`, with a last column for biases: 0 for
     those without."""
     return [_matrix(weights, linear, biased) for linear in linears]
 
 
-def _matrix(weights: Weights, linear: Linear, biased: bool) -> Tensor:
+def _matrix(weights: Loads, linear: Linear, biased: bool) -> Tensor:
     weight = flattened(weights.load(linear.weight), linear)
     if not biased:
         return weight.clone(memory_format=torch.contiguous_format)

@@ -12,21 +12,29 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hf_locstitch.checkpoints.finite import check_whole
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import NonFiniteError
+from hf_locstitch.runtime.chunks import Chunk, chunks_of
 from hf_locstitch.runtime.dtypes import Values
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import Settings
 from hf_locstitch.stitch.dataless.cost import strip_size
+from hf_locstitch.stitch.dataless.growing import GrowingTensors
 from hf_locstitch.stitch.dataless.layers import Unit, is_vector
-from hf_locstitch.stitch.dataless.opened import Assembled, OpenedModels, finite, matrices, open_models
+from hf_locstitch.stitch.dataless.opened import (
+    Assembled,
+    OpenedModels,
+    OpenedWeights,
+    Stored,
+    finite,
+    matrices,
+    open_models,
+)
 from hf_locstitch.stitch.dataless.shared_inputs import SharedInput
 from hf_locstitch.stitch.dataless.solution import (
     Moments,
@@ -42,7 +50,6 @@ from hf_locstitch.stitch.dataless.solution import (
 from hf_locstitch.stitch.fitted_values import FittedValues, FittedWriter, open_fitted
 from hf_locstitch.stitch.refit.plain import PlainStitch
 from hf_locstitch.stitch.refit.stops import Linear
-from hf_locstitch.stitch.refit.weights import PIECE, Weights
 from hf_locstitch.tasks.loading import find_device
 
 
@@ -68,10 +75,9 @@ class DenseSolution:
     values: FittedValues
     low_rank: bool
 
-    def tensor(self, name: str, shape: Sequence[int]) -> Tensor:
-        """float32 [*shape]."""
-        count = int(np.prod(shape, dtype=np.int64))
-        return torch.from_numpy(self.values.values(name, 0, count).copy()).view(*shape)
+    def elements(self, name: str, first: int, count: int) -> Tensor:
+        """As `part`, a tensor."""
+        return torch.from_numpy(self.part(name, first, count).copy())
 
     def part(self, name: str, first: int, count: int) -> Values:
         """Elements first … first + count of a tensor, float32 [count]."""
@@ -138,18 +144,25 @@ class DatalessSolver:
         return DenseSolution(found, found.notes["low_rank"])
 
     def _write_dense(self, writer: FittedWriter, low_rank: bool) -> None:
+        tensors = GrowingTensors(
+            writer,
+            self._chunks,
+            lambda _: "F32",
+            lambda name, _, change: _in_range(name, change.cpu()),
+        )
         with self.job.progress.bar("solving", len(self._own), " layers") as advance:
             for unit in self._own:
                 if not all([writer.known(name) for name in unit.disk]):
                     for name, values in self._dense_of(unit, low_rank):
-                        writer.write(name, "F32", [_in_range(name, values.reshape(-1).cpu())])
+                        tensors.add(name, values)
                 advance(1)
         for name in self._own_others:
             if not writer.known(name):
-                writer.write(name, "F32", [_in_range(name, self._outside(name))])
+                for values in self._outside(name):
+                    tensors.add(name, values)
 
     def _dense_of(self, unit: Unit, low_rank: bool) -> Iterator[tuple[str, Tensor]]:
-        assembled = Assembled(self.opened, unit, self._mean)
+        assembled = Assembled(self.opened.layers, unit, self._mean)
         for shared in unit.inputs:
             strips = shared.strips(self.most)
             grams = self.opened.input_grams(shared, self.threads) if len(strips) > 1 else None
@@ -178,7 +191,8 @@ class DatalessSolver:
         changes: Sequence[Tensor],
         largest: Sequence[float],
     ) -> Iterator[tuple[str, Tensor]]:
-        """What becomes complete by the changes of some layers, none of which is longer than it may be."""
+        """What becomes complete by the changes of some layers, none of which is longer than it may be; as
+        `Assembled.add`."""
         for linear, change, longest in zip(strip, changes, largest, strict=True):
             (base,) = matrices(self.opened.base, [linear], shared.biased)
             yield from assembled.add(linear, capped(change, base, longest))
@@ -190,25 +204,22 @@ class DatalessSolver:
             self.opened.finetuned
         )
 
-    def _outside(self, name: str) -> Tensor:
-        """Of a tensor on disk that is in no linear layer, flat."""
-        info, base = self._infos[name], self.job.readers["base"]
-        for reader in (base, *self._finetuned):
-            check_whole(reader, name)
-        pieces = []
-        for first in range(0, info.numel, PIECE):
-            count = min(PIECE, info.numel - first)
-            start = base.flat(name, first, count).float()
-            vectors = [reader.flat(name, first, count).float() - start for reader in self._finetuned]
-            pieces.append(of_vectors(vectors) if is_vector(info) else torch.stack(vectors).mean(0))
-        return torch.cat(pieces)
+    def _chunks(self, name: str) -> Sequence[Chunk]:
+        return chunks_of([self._infos[name].numel], self.job.settings.chunk)
+
+    def _outside(self, name: str) -> Iterator[Tensor]:
+        """Of a tensor on disk that is in no linear layer, flat, piece by piece."""
+        info, models = self._infos[name], [finite(one) for one in (self.job.readers["base"], *self._finetuned)]
+        for chunk in self._chunks(name):
+            base, *finetuned = (one.read(name, chunk.first, chunk.count).float() for one in models)
+            for one in models:
+                one.release(name, chunk.first, chunk.count)
+            vectors = [values - base for values in finetuned]
+            yield of_vectors(vectors) if is_vector(info) else torch.stack(vectors).mean(0)
 
     @property
     def _finetuned(self) -> list[CheckpointReader]:
         return [self.job.readers[name] for name in self.job.order]
-
-    def _flat(self, reader: CheckpointReader, name: str) -> Tensor:
-        return finite(reader)(name).reshape(-1).float()
 
     # ---- values under masks --------------------------------------------------------------------------------------
 
@@ -218,29 +229,31 @@ class DatalessSolver:
         job = self.job
         writer = FittedWriter(folder, self._own_names, job.processes, resume=resume)
         masked = _Masked(self.opened, plain, dense, self._infos, self.device)
+        base = finite(plain.base)
+
+        def cut(name: str, chunk: Chunk, change: Tensor) -> Tensor:
+            start = base.read(name, chunk.first, chunk.count).float()
+            return plain.cut_chunk(name, chunk, start + _in_range(name, change.cpu()) * scale)
+
+        tensors = GrowingTensors(writer, plain.chunks, plain.dtype_name, cut)
 
         def write() -> None:
             with job.progress.bar("refitting", len(self._own), " layers") as advance:
                 for unit in self._own:
                     if not all([writer.known(name) for name in unit.disk]):
                         for name, change in self._inside(unit, masked, dense.low_rank):
-                            self._write(writer, plain, name, _in_range(name, change.reshape(-1).cpu()) * scale)
+                            tensors.add(name, change)
                     advance(1)
             for name in self._own_others:
                 if is_vector(self._infos[name]) and not writer.known(name):
-                    change = dense.tensor(name, [self._infos[name].numel])
-                    self._write(writer, plain, name, change * scale)
+                    tensors.add(name, dense.elements(name, 0, self._infos[name].numel))
 
         job.processes.together(write)
         return writer
 
-    def _write(self, writer: FittedWriter, plain: PlainStitch, name: str, change: Tensor) -> None:
-        values = self._flat(plain.base, name) + change
-        writer.write(name, plain.dtype_name(name), plain.cut(name, values))
-
     def _inside(self, unit: Unit, masked: _Masked, low_rank: bool) -> Iterator[tuple[str, Tensor]]:
-        """The changes of a unit's tensors on disk, of which those under the masks count."""
-        assembled = Assembled(self.opened, unit, masked.dense_of)
+        """The changes of a unit's tensors on disk, of which those under the masks count; as `Assembled.add`."""
+        assembled = Assembled(self.opened.layers, unit, masked.dense_of)
         for shared in unit.inputs:
             if masked.whole(shared):
                 for linear in shared.linears:
@@ -280,8 +293,12 @@ class _Masked:
     ) -> None:
         layers = opened.layers
         self._parts = layers.parts
-        self._dense = Weights(layers.model, layers.disk, lambda name: dense.tensor(name, infos[name].shape), device)
-        self._covered = Weights(layers.model, layers.disk, plain.covered, device)
+
+        def shape(name: str) -> Sequence[int]:
+            return infos[name].shape
+
+        self._dense = OpenedWeights(layers, Stored(layers.disk, shape, dense.elements), device)
+        self._covered = OpenedWeights(layers, Stored(layers.disk, shape, plain.covered_part), device)
 
     def whole(self, shared: SharedInput) -> bool:
         """Whether the masks cover all of these layers."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from hf_locstitch.checkpoints.tensors import TORCH_DTYPE, as_tensor
+from hf_locstitch.runtime.chunks import Chunk
 from hf_locstitch.runtime.dtypes import DTYPE
 from hf_locstitch.runtime.kernels import Positions
 from hf_locstitch.stitch.view import StitchView
@@ -49,23 +50,36 @@ class PlainStitch:
         reader = self.base if name in self._chunks else self._unmasked
         reader.release(name, 0, reader.checkpoint.info(name).numel)
 
-    def union(self, name: str) -> list[Positions]:
-        """Positions that any mask covers, ascending, for each chunk in turn, relative to its start."""
-        return [_union([one.positions for one in self._view.kept(chunk)]) for chunk in self._chunks.get(name, ())]
+    def chunks(self, name: str) -> Sequence[Chunk]:
+        """Of a tensor, in order; none if it is not localized."""
+        return self._chunks.get(name, ())
+
+    def union(self, chunk: Chunk) -> torch.Tensor:
+        """Positions that any mask covers: int64, ascending, relative to the chunk's start."""
+        return torch.from_numpy(_union([one.positions for one in self._view.kept(chunk)])).long()
 
     def cut(self, name: str, values: torch.Tensor) -> list[torch.Tensor]:
         """Of values [*shape], those that any mask covers, for each chunk in turn, in the output's dtype."""
-        flat = values.reshape(-1).to(self.dtype(name))
-        chunks = zip(self._chunks[name], self.union(name), strict=True)
-        return [flat[torch.from_numpy(positions).long() + chunk.first] for chunk, positions in chunks]
+        flat, chunks = values.reshape(-1), self.chunks(name)
+        return [self.cut_chunk(name, chunk, flat[chunk.first : chunk.first + chunk.count]) for chunk in chunks]
+
+    def cut_chunk(self, name: str, chunk: Chunk, values: torch.Tensor) -> torch.Tensor:
+        """The same of a chunk's values [n]."""
+        return values.to(self.dtype(name))[self.union(chunk)]
 
     def covered(self, name: str) -> torch.Tensor:
         """bool [*shape]: where any mask covers the tensor. False everywhere if it is not localized."""
         info = self.base.checkpoint.info(name)
-        covered = torch.zeros(info.numel, dtype=torch.bool)
-        for chunk, positions in zip(self._chunks.get(name, ()), self.union(name), strict=True):
-            covered[torch.from_numpy(positions).long() + chunk.first] = True
-        return covered.view(info.shape)
+        return self.covered_part(name, 0, info.numel).view(info.shape)
+
+    def covered_part(self, name: str, first: int, count: int) -> torch.Tensor:
+        """The same of elements first … first + count, bool [count]."""
+        covered = torch.zeros(count, dtype=torch.bool)
+        for chunk in self.chunks(name):
+            if chunk.first < first + count and first < chunk.first + chunk.count:
+                places = self.union(chunk) + (chunk.first - first)
+                covered[places[(places >= 0) & (places < count)]] = True
+        return covered
 
 
 def _union(positions: Sequence[Positions]) -> Positions:
