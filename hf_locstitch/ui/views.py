@@ -193,7 +193,7 @@ def masks(found: Mapping[str, Any], text: str) -> str:
     listed = [tag("li", sign) for sign in signs]
     each = [
         tag("tr", tag("th", mask["name"], scope="row"), tag("td", f"{100 * mask['real_density']:.4g} %"),
-            tag("td", f"{mask['ones']:,}"), tag("td", ", ".join(tensor for tensor, _ in mask["densest"][:1])))
+            tag("td", f"{mask['ones']:,}"), tag("td", ", ".join(tensor for tensor, _ in mask["densest"][:1]), class_="lc-name"))
         for mask in found["masks"]
     ]  # fmt: skip
     head = tag("tr", *(tag("th", name, scope="col") for name in ("Mask", "density", "weights kept", "densest tensor")))
