@@ -2,9 +2,9 @@
 
     python benchmarks/learning_memory.py [--layers 12] [--hidden 768] [--dtype float32] [--json FILE]
 
-A Llama of random weights and a finetune of it are written to disk; each way runs in a process of its own, which
-samples the memory that it has allocated (RssAnon of /proc: mapped files do not count, the system can take those
-back). Ways:
+A Llama of random weights and a finetune of it are written to disk; each way runs in a process of its own, forked from
+one that has the libraries imported, and samples the memory that it has allocated (RssAnon of /proc: mapped files do not
+count, the system can take those back). Ways:
 
   saliency, mask            the package's, as it comes
   ... checkpointing, ...    with settings that save memory
@@ -18,17 +18,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 BATCH, TOKENS = 8, 32
+IMPORTED = [
+    "safetensors.torch", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+    "hf_locstitch.localize.learn", "hf_locstitch.localize.localizers.mask", "hf_locstitch.localize.localizers.saliency",
+    "hf_locstitch.tasks.loading", "hf_locstitch.tasks.objectives.causal_lm",
+]  # fmt: skip
 WAYS: dict[str, dict[str, Any] | None] = {
     "plain saliency": None,
     "saliency": {"method": "saliency"},
@@ -208,16 +213,14 @@ def table(results: dict[str, Measured]) -> str:
 
 def run(layers: int, hidden: int, dtype: str, ways: list[str]) -> dict[str, Measured]:
     """Each way in a process of its own."""
-    results = {}
-    with tempfile.TemporaryDirectory(prefix="learning-memory-") as folder:
-        write_models(Path(folder), layers, hidden, dtype)
-        for way in ways:
-            command = [sys.executable, __file__, "--measure", way, folder]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            results[way] = Measured(**json.loads(done.stdout.splitlines()[-1]))
-    return results
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(IMPORTED)
+    with (
+        tempfile.TemporaryDirectory(prefix="learning-memory-") as folder,
+        ProcessPoolExecutor(1, server, max_tasks_per_child=1) as alone,
+    ):
+        alone.submit(write_models, Path(folder), layers, hidden, dtype).result()
+        return {way: alone.submit(measure, Path(folder), way).result() for way in ways}
 
 
 def main() -> None:
@@ -227,11 +230,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(asdict(measure(Path(args.measure[1]), args.measure[0]))))
-        return
     results = run(args.layers, args.hidden, args.dtype, args.ways)
     first = next(iter(results.values()))
     print(f"{first.parameters / 1e6:.0f} M parameters in {args.dtype}, {first.localizable / 1e6:.0f} M localizable\n")
