@@ -176,9 +176,9 @@ def test_a_name_that_leaves_no_room_for_the_work_beside_it(merge: Run, tmp_path:
 
 
 def test_too_few_names(run: Run, merge: Run, tmp_path: Path) -> None:
-    refused(tmp_path, merge("--names", "a", "b"), "2 names for 1 finetunes. Give one name per finetune")
+    refused(tmp_path, merge("--names", "a", "b"), "2 names for 1 finetune. Give one name per finetune")
     stitch = ["stitch", "--base", tmp_path / "base", "--localized", "x/y", "--names", "a", "b"]
-    refused(tmp_path, run(*stitch), "2 names for 1 localized checkpoints. Give one name per localized checkpoint")
+    refused(tmp_path, run(*stitch), "2 names for 1 localized checkpoint. Give one name per localized checkpoint")
 
 
 def test_a_terminal_that_knows_no_letters_and_a_reader_that_has_seen_enough(merge: Run, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_usage(run: Run, merge: Run, tmp_path: Path) -> None:
     refused(tmp_path, merge("--method", "xyz"), "'xyz' is not one of ace, average,")
     refused(tmp_path, run("merge", "--base", tmp_path / "bas", "--ft", tmp_path / "ft", "--dry-run"),
             f"Did you mean {tmp_path / 'base'}?")  # fmt: skip
-    refused(tmp_path, merge("--names", "a", "b"), "2 names", "1 finetunes")
+    refused(tmp_path, merge("--names", "a", "b"), "2 names", "1 finetune.")
     refused(tmp_path, merge("--names", "../evil"), "finetuned.0.name")
     refused(tmp_path, merge("--private"), "push_to")
     refused(tmp_path, merge("--shard-size", "much"), "shard_size")
