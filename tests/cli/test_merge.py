@@ -175,6 +175,14 @@ def test_a_name_that_leaves_no_room_for_the_work_beside_it(merge: Run, tmp_path:
             refused(tmp_path, merge("--out", tmp_path / name, *more), "at most 200 bytes long")
 
 
+@pytest.mark.usefixtures("merge")  # its models
+@pytest.mark.parametrize("command", ["merge", "localize"])
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_a_density_that_keeps_nothing(run: Run, tmp_path: Path, command: str, scope: str) -> None:
+    asked = ["--base", tmp_path / "base", "--ft", tmp_path / "ft", "--scope", scope, "--out", tmp_path / "out"]
+    refused(tmp_path, run(command, *asked, "--density", "1e-12"), "density 1e-12 keeps none of the 156")
+
+
 def test_too_few_names(run: Run, merge: Run, tmp_path: Path) -> None:
     refused(tmp_path, merge("--names", "a", "b"), "2 names for 1 finetune. Give one name per finetune")
     stitch = ["stitch", "--base", tmp_path / "base", "--localized", "x/y", "--names", "a", "b"]
