@@ -418,6 +418,9 @@ def _template(node: ast.expr) -> str:
     if isinstance(node, ast.JoinedStr):
         return re.sub("…+", "…", "".join(_template(part) for part in node.values))
     if isinstance(node, ast.FormattedValue):
+        match node.value:
+            case ast.Call(ast.Name("counted"), [_, ast.Constant(noun)]):
+                return f"… {noun}s"
         return "…"
     if isinstance(node, ast.BinOp):
         return _template(node.left) + _template(node.right)

@@ -96,6 +96,19 @@ def add_diagnostics(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def number(text: str) -> float:
+    """A flag's type: a number. What people write in its place, a percentage or a decimal comma, is said as one."""
+    try:
+        return float(text)
+    except ValueError:
+        share = text.endswith("%")
+        try:
+            meant = f". Did you mean {float(text.removesuffix('%').replace(',', '.')) / (100 if share else 1):g}?"
+        except ValueError:
+            meant = ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number{meant}") from None
+
+
 def count_or(word: str) -> Callable[[str], int | str]:
     """A flag's type: a positive integer, or the word itself."""
 

@@ -30,6 +30,7 @@ from hf_locstitch.plan.adapter_inputs import check_adapters
 from hf_locstitch.plan.checking import (
     check_alignment,
     check_inputs,
+    check_kept,
     check_localizable,
     check_weights,
     chosen_tensors,
@@ -302,6 +303,8 @@ def merge_plan(
     files, unmasked_from = given_files(recipe, base, finetuned)
     localizer, numels = recipe.localizer, [base.info(name).numel for name in chosen]
     n = sum(numels)
+    k = localizer.kept(numels) if localizer else n
+    check_kept(localizer, n, k)
     return MergePlan(
         recipe=recipe,
         settings=settings,
@@ -309,7 +312,7 @@ def merge_plan(
         shards=output_shards(recipe, layout or base, layout or unmasked_from.layout, frozenset(chosen)),
         mask_tensors=tuple(base.info(name) for name in chosen),
         n=n,
-        k=localizer.kept(numels) if localizer else n,
+        k=k,
         exact_k=localizer is None or localizer.density is not None,
         localizers={} if localizer is None else dict.fromkeys(finetuned, localizer),
         origins={name: checkpoint.source.pinned for name, checkpoint in finetuned.items()},
@@ -340,6 +343,7 @@ def localize_plan(
     localizer, numels = recipe.localizer, [base.info(tensor).numel for tensor in chosen]
     assert localizer is not None
     n, k = sum(numels), localizer.kept(numels)
+    check_kept(localizer, n, k)
     tensors = tuple(guessed(checkpoint.info(tensor), k / n if n else 0.0) for tensor in chosen)
     metadata = values_metadata(name, base.source.pinned, checkpoint.source.pinned)
     return LocalizePlan(
