@@ -24,7 +24,7 @@ from hf_locstitch.comparison import run
 from hf_locstitch.comparison.compare import plan_comparison
 from hf_locstitch.comparison.report import shares_of
 from hf_locstitch.engine import execute
-from hf_locstitch.errors import OutputError, RecipeError, WorkError
+from hf_locstitch.errors import OutputError, PublishError, RecipeError, WorkError
 from hf_locstitch.evaluation.report import ModelScores
 from hf_locstitch.evaluation.scores import Score, TaskResult
 from hf_locstitch.localize.scan import Scan
@@ -184,7 +184,7 @@ def test_a_full_disk_loses_no_scores(
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, full)
-        with pytest.raises(WorkError, match=r"needs 3 GB\. Then run the same command again: what was scored is not made"):
+        with pytest.raises(WorkError, match=r"needs 3 GB\. Then run the same command again: what was scored"):
             compare(asked, out=tmp_path / "compared")
     made: list[str] = []
     make = run.make
@@ -262,6 +262,26 @@ def test_the_best_is_pushed_with_the_comparison_on_its_card(
     assert card.index("| density |") < card.index("## Settings")
     assert "figures/comparison.png" in files
     assert verify(target, base=fields["base"], finetuned=fields["finetuned"]).ok
+
+
+def test_another_merge_is_pushed_where_one_could_not_be(
+    home_hub: LoopbackHub, fields: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, asked = f"demo/{uuid4().hex[:12]}-best", on_sets(fields, tmp_path, "BBBC") | {"figures": False}
+
+    def best_of(density: float) -> ComparisonReport:
+        compared = asked["compare"] | {"grid": {"density": [density]}}
+        return compare(asked | {"compare": compared}, out=tmp_path / "compared", push_to=target)
+
+    def refused(*_: Any) -> None:
+        raise PublishError("the Hub is gone.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_locstitch.report.publish.Upload.commit", refused)
+        with pytest.raises(PublishError, match=r"the Hub is gone\."):
+            best_of(0.5)
+    assert best_of(0.25).commit == home_hub.head(target)
+    assert not (tmp_path / "home" / "hf-locstitch" / target.replace("/", "--")).exists()
 
 
 def test_wrong_requests(fields: dict[str, Any], tmp_path: Path) -> None:
