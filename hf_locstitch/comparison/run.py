@@ -32,7 +32,6 @@ from hf_locstitch.evaluation.models import with_own_names
 from hf_locstitch.evaluation.publishing import tell_manifest
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores
 from hf_locstitch.evaluation.scores import TaskResult, result_from_json
-from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.plans import MergePlan
 from hf_locstitch.plan.recipe import Finetuned, Input, Recipe
 from hf_locstitch.plan.recipe_file import dump_recipe
@@ -146,12 +145,8 @@ class ComparisonRun:
 
     def _publish(self, cell: Cell, references: EvaluationReport, out: Path) -> ComparisonReport:
         """Make the chosen merge again, report its scores, push it if asked to, and write the report."""
-        recipe = self._planned.published(cell)
-        if recipe.push_to is None:
-            recipe = recipe.model_copy(update={"out": self._work.spill / self._key(cell) / "chosen"})
-        plan = make_plan(recipe, self._planned.settings)
-        assert isinstance(plan, MergePlan)
-        plan = self._sharing(cell, plan)
+        chosen = self._work.spill / self._key(cell) / "chosen"
+        plan = self._sharing(cell, self._planned.published(cell, chosen))
         reports: list[ComparisonReport] = []
 
         def prepare() -> AfterRun:
