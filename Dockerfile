@@ -15,7 +15,7 @@ RUN torch="$(grep '^torch==' constraints.txt)" \
     && pip install --index-url "$TORCH_INDEX" --extra-index-url https://pypi.org/simple -c constraints.txt "$torch"
 COPY pyproject.toml README.md LICENSE ./
 COPY hf_locstitch hf_locstitch
-RUN pip install -c constraints.txt ".[$EXTRAS]"
+RUN pip install -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
 
 FROM python:3.12-slim
 COPY --from=build /opt/venv /opt/venv

@@ -1,7 +1,8 @@
-"""What a release must have, and the notes of one.
+"""What a release must have, the notes of one, and its README.
 
 python .github/release.py [--tag vX.Y.Z] [--repository OWNER/NAME]    checks; exit status 1 names what is wrong
 python .github/release.py --notes                                     the version's part of CHANGELOG.md
+python .github/release.py --readme REF --repository OWNER/NAME        README.md as PyPI can show it
 """
 
 from __future__ import annotations
@@ -27,6 +28,16 @@ def notes(changelog: str, version: str) -> tuple[str, str] | None:
     return (found[1], found[2].strip()) if found else None
 
 
+def absolute(readme: str, repository: str, ref: str) -> str:
+    """A README whose links and images lead to a repository's files: PyPI knows no relative ones. ref: a tag, a branch
+    or a commit."""
+    relative = r"(?![a-z]+:|#)"
+    pictures = rf'(!\[[^]]*\]\(|<img\b[^>]*\bsrc="){relative}'
+    links = rf'(\]\(|<a\b[^>]*\bhref="){relative}'
+    readme = re.sub(pictures, rf"\1https://raw.githubusercontent.com/{repository}/{ref}/", readme)
+    return re.sub(links, rf"\1https://github.com/{repository}/blob/{ref}/", readme)
+
+
 def problems(version: str, files: dict[str, str], tag: str | None, repository: str | None) -> Iterator[str]:
     """files: texts by name, of CHANGELOG.md, CITATION.cff and pyproject.toml. tag: that is to be released. repository:
     that it is released from."""
@@ -50,7 +61,15 @@ def main() -> int:
     parser.add_argument("--tag", help="that is to be released")
     parser.add_argument("--repository", metavar="OWNER/NAME", help="that it is released from")
     parser.add_argument("--notes", action="store_true", help="print the version's part of the changelog")
+    parser.add_argument(
+        "--readme", metavar="REF", help="print the README with links to the repository at a tag or branch"
+    )
     args = parser.parse_args()
+    if args.readme:
+        if args.repository is None:
+            parser.error("--readme needs --repository, which the links lead to")
+        print(absolute((ROOT / "README.md").read_text(encoding="utf-8"), args.repository, args.readme), end="")
+        return 0
     files = {name: (ROOT / name).read_text() for name in ("CHANGELOG.md", "CITATION.cff", "pyproject.toml")}
     found = list(problems(version(), files, args.tag, args.repository))
     if args.notes and (told := notes(files["CHANGELOG.md"], version())):

@@ -21,6 +21,7 @@ from pydantic import BaseModel
 import hf_locstitch
 from hf_locstitch import errors
 from hf_locstitch.cli.arguments import build_parser
+from hf_locstitch.cli.parser import Parser
 from hf_locstitch.localize.localizers import LOCALIZERS
 from hf_locstitch.localize.localizers.mask import PRESETS
 from hf_locstitch.plan.recipe import Recipe
@@ -324,19 +325,17 @@ def commands_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _commands() -> dict[str, argparse.ArgumentParser]:
+def _commands() -> dict[str, Parser]:
     for action in build_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
     raise AssertionError("the program has no sub-commands")
 
 
-def _examples(parser: argparse.ArgumentParser) -> list[str]:
+def _examples(parser: Parser) -> list[str]:
     """What ends a help text: command lines, and the page that tells more."""
-    lines = str(parser.epilog).splitlines()
-    commands = [line.strip() for line in lines if line.startswith("  ")]
-    (page,) = [line.rpartition("docs/")[2] for line in lines if line.startswith("guide:")]
-    return ["```bash\n" + "\n".join(commands) + "\n```", f"[The guide](../{page})"]
+    commands = [line.strip() for line in str(parser.epilog).splitlines() if line.startswith("  ")]
+    return ["```bash\n" + "\n".join(commands) + "\n```", f"[The guide](../{parser.guide})"]
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:
@@ -419,6 +418,9 @@ def _template(node: ast.expr) -> str:
     if isinstance(node, ast.JoinedStr):
         return re.sub("…+", "…", "".join(_template(part) for part in node.values))
     if isinstance(node, ast.FormattedValue):
+        match node.value:
+            case ast.Call(ast.Name("counted"), [_, ast.Constant(noun)]):
+                return f"… {noun}s"
         return "…"
     if isinstance(node, ast.BinOp):
         return _template(node.left) + _template(node.right)

@@ -25,6 +25,7 @@ from hf_locstitch.plan.recipe_file import load_recipe
 from hf_locstitch.plan.restitch import Change, restitch
 from hf_locstitch.runtime import html
 from hf_locstitch.runtime.escape import line
+from hf_locstitch.runtime.human import counted
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.settings import Settings, make_settings
 from hf_locstitch.stitch.fitting import Stitcher
@@ -424,7 +425,9 @@ def _entries(refs: Ref | Sequence[Ref], names: Sequence[str] | None) -> list[dic
     if names is None:
         return entries
     if len(names) != len(entries):
-        raise RecipeError(f"got {len(names)} names for {len(entries)} finetunes. Give one name per finetune.")
+        raise RecipeError(
+            f"got {counted(len(names), 'name')} for {counted(len(entries), 'finetune')}. Give one name per finetune."
+        )
     return [{**entry, "name": name} for entry, name in zip(entries, names, strict=True)]
 
 

@@ -10,11 +10,6 @@ from pathlib import Path
 import pytest
 from helpers.portable import other_system
 
-if os.environ.get(other_system.ASKED) == "1":
-    other_system.resemble()
-    _own = [str(Path(other_system.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(_own)  # of subprocesses
-
 _HOME = tempfile.mkdtemp(prefix="hf-locstitch-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 _TAKEN = "HF_TOKEN HUGGING_FACE_HUB_TOKEN HF_ENDPOINT HF_HUB_CACHE HF_HUB_OFFLINE HF_DATASETS_CACHE"
@@ -45,6 +40,11 @@ settings.load_profile("compiled")
 
 _HOME_HUB = LoopbackHub(Path(_HOME) / "hub", orgs={"demo": ["lab"]}).start()
 os.environ["HF_ENDPOINT"] = _HOME_HUB.endpoint
+
+if os.environ.get(other_system.ASKED) == "1":
+    other_system.resemble()
+    _own = [str(Path(other_system.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(_own)  # of subprocesses
 
 
 @pytest.fixture

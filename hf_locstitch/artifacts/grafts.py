@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_locstitch.artifacts.graft_target import in_one_place, put, take, unwrapped, unwritable
 from hf_locstitch.errors import IntegrityError, MismatchError, RequestError
-from hf_locstitch.runtime.human import more, some
+from hf_locstitch.runtime.human import counted, more, some
 from hf_locstitch.tasks.parameter_names import Group, from_disk, group_buffers, group_names, to_disk
 
 if TYPE_CHECKING:
@@ -286,8 +286,8 @@ def _stored(localized: Localized, name: str) -> Place:
     place = Place(torch.from_numpy(localized.positions(name)), localized.values(name))
     if len(place.at) != len(place.values):
         raise IntegrityError(
-            f"{localized.label} is damaged: {name} has {len(place.values)} values for the {len(place.at)} ones of its "
-            "mask. Fetch it again."
+            f"{localized.label} is damaged: {name} has {counted(len(place.values), 'value')} for the "
+            f"{len(place.at)} ones of its mask. Fetch it again."
         )
     return place
 

@@ -25,6 +25,7 @@ from hf_locstitch.checkpoints.quantized import quantized_tensor
 from hf_locstitch.checkpoints.ref import Ref
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
+from hf_locstitch.runtime.human import counted
 
 LOG = logging.getLogger("hf_locstitch")
 
@@ -62,7 +63,8 @@ def _read(source: Source) -> Checkpoint:
             if block is not None:
                 checkpoint = dequantized(checkpoint, block)
             _refuse_quantized_weights(checkpoint)
-            LOG.info(f"opened {source.label}: {len(checkpoint.tensors)} tensors in {len(checkpoint.shards)} files")
+            tensors, files = counted(len(checkpoint.tensors), "tensor"), counted(len(checkpoint.shards), "file")
+            LOG.info(f"opened {source.label}: {tensors} in {files}")
             return checkpoint
     raise CheckpointError(f"{source.label} holds no weights (no {SINGLE}, no {INDEX}). {where_weights_are(source)}")
 

@@ -14,6 +14,7 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import Header, TensorInfo
 from hf_locstitch.checkpoints.localizable import BLOCKS
 from hf_locstitch.checkpoints.vocabulary import row_shape, token_matrices
+from hf_locstitch.runtime.human import counted
 
 DEEPEST = 8  # parts of a prefix
 OLD = {"gamma": "weight", "beta": "bias"}  # of norms, as TensorFlow has them
@@ -136,7 +137,7 @@ def renaming_notes(name: str, other: Checkpoint) -> Iterator[str]:
         due, own = next(iter(other.renamed.items()))
         count = len(other.renamed)
         yield (
-            f"{name} names {'1 tensor' if count == 1 else f'{count:,} tensors'} otherwise than the base, such as {own} "
+            f"{name} names {counted(count, 'tensor')} otherwise than the base, such as {own} "
             f"for {due}: they are taken for the same."
         )
     if other.recut:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_locstitch.cli.parser import REF
+from hf_locstitch.cli.parser import REF, number
 from hf_locstitch.localize.localizers import LOCALIZERS
 
 
@@ -45,7 +45,7 @@ def add_localizing(group: Any) -> None:
     )
     group.add_argument(
         "--density",
-        type=float,
+        type=number,
         metavar="F",
         help="fraction of the weights each mask keeps (default: 0.1; mask: 0.01; ties: 0.2; della: 0.5)",
     )
@@ -59,7 +59,7 @@ def add_localizing(group: Any) -> None:
 
 
 def add_scale(group: Any) -> None:
-    group.add_argument("--scale", type=float, metavar="F", help="factor on the stitched task vectors (default: 1)")
+    group.add_argument("--scale", type=number, metavar="F", help="factor on the stitched task vectors (default: 1)")
 
 
 def add_vocabulary(group: Any) -> None:

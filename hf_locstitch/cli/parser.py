@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from hf_locstitch.cli.guides import address, project_urls
 from hf_locstitch.cli.printing import fail
 from hf_locstitch.runtime.human import nearest
 
@@ -40,6 +41,8 @@ class Values(argparse.Action):
 
 class Parser(argparse.ArgumentParser):
     """Its sub-commands' parsers are of this class, too."""
+
+    guide: str  # the page of docs/ that tells more, of a sub-command
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **options})
@@ -74,22 +77,36 @@ class Parser(argparse.ArgumentParser):
 
 def add_command(
     commands: Any, name: str, *, help: str, description: str, examples: Sequence[str], guide: str
-) -> argparse.ArgumentParser:
+) -> Parser:
     """examples: command lines that end the help. guide: the page of docs/ that tells more."""
     parser = commands.add_parser(name, help=help, description=description, epilog=epilog(examples, guide))
     parser.set_defaults(command=name)
+    parser.guide = guide
     return parser
 
 
 def epilog(examples: Sequence[str], guide: str) -> str:
     """What ends a help text: commands to copy, and where to read on."""
     lines = ["example:" if len(examples) == 1 else "examples:", *(f"  {example}" for example in examples)]
-    return "\n".join([*lines, "", f"guide:  docs/{guide}", f"method: {PAPER}"])
+    return "\n".join([*lines, "", f"guide:  {address(guide, project_urls())}", f"method: {PAPER}"])
 
 
 def add_diagnostics(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="log what is opened, done and retried, with times")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def number(text: str) -> float:
+    """A flag's type: a number. What people write in its place, a percentage or a decimal comma, is said as one."""
+    try:
+        return float(text)
+    except ValueError:
+        share = text.endswith("%")
+        try:
+            meant = f". Did you mean {float(text.removesuffix('%').replace(',', '.')) / (100 if share else 1):g}?"
+        except ValueError:
+            meant = ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number{meant}") from None
 
 
 def count_or(word: str) -> Callable[[str], int | str]:

@@ -11,6 +11,7 @@ from hf_locstitch.cli.next_steps import after_merge, next_lines
 from hf_locstitch.cli.printing import announcing, put, put_json, put_result, speaks
 from hf_locstitch.cli.terminal import width_of
 from hf_locstitch.errors import RecipeError
+from hf_locstitch.runtime.human import counted
 
 if TYPE_CHECKING:
     from hf_locstitch.plan.plans import Plan
@@ -79,7 +80,8 @@ def recipe_fields(args: argparse.Namespace) -> dict[str, Any]:
         if len(args.names) != len(entries):
             what = "localized checkpoint" if field == "localized" else "finetune"
             raise RecipeError(
-                f"--names gives {len(args.names)} names for {len(entries)} {what}s. Give one name per {what}."
+                f"--names gives {counted(len(args.names), 'name')} for {counted(len(entries), what)}. "
+                f"Give one name per {what}."
             )
         entries = [{"ref": entry} if isinstance(entry, str) else entry for entry in entries]
         fields[field] = [{**entry, "name": name} for entry, name in zip(entries, args.names, strict=True)]

@@ -8,12 +8,13 @@ from typing import Any
 
 from hf_locstitch.comparison.cells import uses_data
 from hf_locstitch.comparison.comparison import Comparison
-from hf_locstitch.comparison.leftovers import take_over
+from hf_locstitch.comparison.leftovers import has_scores, remove_finished, take_over
 from hf_locstitch.comparison.report import ComparisonReport
 from hf_locstitch.comparison.run import STEPS, ComparisonRun
 from hf_locstitch.engine.execute import check_push
 from hf_locstitch.engine.preflight import check_disk, check_inputs, check_place, is_free, taken
 from hf_locstitch.engine.work_dir import work_dir_beside, working_in
+from hf_locstitch.errors import RequestError, WorkError
 from hf_locstitch.evaluation.evaluate import Planned
 from hf_locstitch.plan.adapter_inputs import with_base
 from hf_locstitch.plan.recipe import make_recipe
@@ -105,9 +106,15 @@ def carry_out(
 
     announce: called once all is checked, before the work. Raises like `compare`.
     """
+    work = work_dir_beside(out, planned.fingerprint)
+    remove_finished(work)
     judge = check_possible(planned, out, progress)
     announce()
-    steps = progress.steps(STEPS)
-    with steps, working_in(work_dir_beside(out, planned.fingerprint), out, Processes()) as work:
+    with progress.steps(STEPS), working_in(work, out, Processes()):
         take_over(work)
-        return ComparisonRun(planned, judge, work, progress).run(out)
+        try:
+            return ComparisonRun(planned, judge, work, progress).run(out)
+        except RequestError as error:
+            if not has_scores(work):
+                raise
+            raise WorkError(f"{error} Then run the same command again: what was scored is not made again.") from error

@@ -5,17 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
+from hf_locstitch.checkpoints.opening import open_checkpoint
 from hf_locstitch.comparison.cells import Cell, all_settings, check_grid, key_of, make_cells
 from hf_locstitch.comparison.search import check_search
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.plan.checking import judged_on
+from hf_locstitch.plan.cost import estimate, files_here
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.plans import MergePlan
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.runtime import escape
+from hf_locstitch.runtime.human import human
 from hf_locstitch.runtime.processes import find_processes
 from hf_locstitch.runtime.settings import Settings
 from hf_locstitch.runtime.version import __version__
@@ -44,6 +49,7 @@ class Comparison:
         self._cells = make_cells(fields, all_settings(self.options))
         self.cells = {cell.identity: cell for cell in self._cells.values()}
         self._plans: dict[str, MergePlan] = {}
+        self._open = lru_cache(maxsize=None)(open_checkpoint)  # once: a branch may move while merges are made
         for cell in self.cells.values() if self.options.trials is None else [self.first]:
             self.plan(cell)
 
@@ -60,7 +66,7 @@ class Comparison:
         """Raises RequestError."""
         if cell.identity not in self._plans:
             try:
-                plan = make_plan(cell.recipe.model_copy(update={"figures": False}), self.settings)
+                plan = make_plan(cell.recipe.model_copy(update={"figures": False}), self.settings, self._open)
             except RecipeError as error:
                 raise RecipeError(f"combination ({cell.label}): {error}") from error
             assert isinstance(plan, MergePlan)
@@ -72,11 +78,13 @@ class Comparison:
         """Of those planned, the one whose masks keep most."""
         return max(self._plans.values(), key=lambda plan: plan.k if plan.masked else 0)
 
-    def published(self, cell: Cell) -> Recipe:
-        """A cell's recipe if it is the chosen one: evaluated, and pushed if that is asked for."""
+    def published(self, cell: Cell, out: Path) -> MergePlan:
+        """The plan of the chosen cell: evaluated, and pushed if that is asked for, else made in `out`."""
+        plan = self.plan(cell)
         own = {"evaluate": self.asked.evaluate or self.options.select, "figures": self.asked.figures}
         target = {key: getattr(self.asked, key) for key in ("push_to", "private", "create_pr")}
-        return cell.recipe.model_copy(update={**own, **target})
+        place = {"out": out} if self.asked.push_to is None else {}
+        return replace(plan, recipe=plan.recipe.model_copy(update={**own, **target, **place}))
 
     @cached_property
     def warnings(self) -> list[str]:
@@ -104,7 +112,13 @@ class Comparison:
         lines += [f"merges     {self.count}" + (f" of {len(labels)}, chosen by Optuna" if self.options.trials else "")]
         lines += [f"           {label}" for label in shown]
         lines += [f"chosen by  {self.options.by}"]
-        lines += [f"warning    {warning}" for warning in (*plan.warnings, *self.warnings)]
+        cost = estimate(self.largest, files_here(self.largest))
+        lines += [
+            f"cost       to download: {human(cost.download)}, read for each merge: {human(cost.read)}, "
+            f"disk up to {human(cost.disk)}"
+        ]
+        warned = dict.fromkeys(warning for plan in self._plans.values() for warning in plan.warnings)
+        lines += [f"warning    {warning}" for warning in (*warned, *self.warnings)]
         return "\n".join(map(escape.line, lines))
 
     @property

@@ -11,6 +11,7 @@ from hf_locstitch.comparison.cells import shown
 from hf_locstitch.comparison.report import FIGURE, ComparisonReport, Entry
 from hf_locstitch.report.figures.draw import COLOURS, INK, LINES, MARKERS, WIDTH, new_figure, save, styled
 from hf_locstitch.runtime.escape import figure as text
+from hf_locstitch.runtime.human import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +56,7 @@ def draw_comparison(report: ComparisonReport) -> Figure:
     mean.set_ylabel("share of the best finetune's score, %" if report.relative else "score")
     handles, labels = mean.get_legend_handles_labels()
     figure.legend(handles[:LISTED], labels[:LISTED], loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{len(report.entries)} merges; the best: {text(report.chosen.label)}", fontsize=11)
+    figure.suptitle(f"{counted(len(report.entries), 'merge')}; the best: {text(report.chosen.label)}", fontsize=11)
     return figure
 
 

@@ -26,3 +26,14 @@ def take_over(work: WorkDir) -> None:
             (work.folder / SCORES).mkdir(exist_ok=True)
             file.replace(work.folder / SCORES / file.name)
         remove_locked(folder, lock)
+
+
+def has_scores(work: WorkDir) -> bool:
+    """Whether any merge was scored, by this process or by one before."""
+    return any((work.folder / SCORES).glob("*.json"))
+
+
+def remove_finished(work: WorkDir) -> None:
+    """Remove what a comparison left that was killed after its result had come to its place."""
+    if work.folder.exists() and not work.stage.exists() and (lock := try_lock(work.folder / "lock")) is not None:
+        remove_locked(work.folder, lock)

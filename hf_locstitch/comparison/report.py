@@ -11,6 +11,7 @@ from hf_locstitch.evaluation.report import EvaluationReport, ModelScores, Table,
 from hf_locstitch.evaluation.scores import Score, best
 from hf_locstitch.runtime import escape, html
 from hf_locstitch.runtime.escape import line
+from hf_locstitch.runtime.human import counted
 
 FILE = "comparison.json"
 BEST = "best.yaml"
@@ -152,7 +153,7 @@ class ComparisonReport:
         return "\n\n".join(
             [
                 "## Comparison",
-                f"The best of {len(self.entries)} merges of the same finetunes by {by}: "
+                f"The best of {counted(len(self.entries), 'merge')} of the same finetunes by {by}: "
                 f"{escape.markdown(self.chosen.label)}. They were compared by the scores below; the evaluation's are "
                 f"on {others}.",
                 f"![Scores of the merges against density: mean over the tasks, and worst task]({FIGURE})",

@@ -26,13 +26,12 @@ from hf_locstitch.engine.execute import AfterRun, Finished, execute, make
 from hf_locstitch.engine.preflight import check_disk
 from hf_locstitch.engine.record import with_fit_data
 from hf_locstitch.engine.work_dir import WorkDir, fingerprint
-from hf_locstitch.errors import RequestError, WorkError
+from hf_locstitch.errors import CheckpointError, OutputError, RequestError, WorkError
 from hf_locstitch.evaluation.evaluate import AfterMerge, Planned, merged_model
 from hf_locstitch.evaluation.models import with_own_names
 from hf_locstitch.evaluation.publishing import tell_manifest
 from hf_locstitch.evaluation.report import EvaluationReport, ModelScores
 from hf_locstitch.evaluation.scores import TaskResult, result_from_json
-from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.plans import MergePlan
 from hf_locstitch.plan.recipe import Finetuned, Input, Recipe
 from hf_locstitch.plan.recipe_file import dump_recipe
@@ -90,6 +89,8 @@ class ComparisonRun:
         if cell.identity not in self._entries and cell.identity not in self._failed:
             try:
                 self._entries[cell.identity] = self._entry(cell, references)
+            except (OutputError, CheckpointError):  # of the disk and the inputs, which the next merge needs too
+                raise
             except RequestError as error:  # such as values that its dtype cannot hold
                 self._failed[cell.identity] = f"{cell.label} could not be merged: {error}"
             advance(1)
@@ -122,7 +123,10 @@ class ComparisonRun:
         check_disk(self._merged, plan)
         make(plan, self._merged, self._progress)
         self._note_scan(plan)
-        report = self._judge.session.run([replace(merged_model(self._merged), name=cell.label)], Processes())
+        try:
+            report = self._judge.session.run([replace(merged_model(self._merged), name=cell.label)], Processes())
+        except RequestError as error:  # of the examples, so not this merge's alone
+            raise WorkError(f"{cell.label} could not be scored: {error}") from error
         shutil.rmtree(self._merged, ignore_errors=True)
         return report.subject
 
@@ -141,12 +145,8 @@ class ComparisonRun:
 
     def _publish(self, cell: Cell, references: EvaluationReport, out: Path) -> ComparisonReport:
         """Make the chosen merge again, report its scores, push it if asked to, and write the report."""
-        recipe = self._planned.published(cell)
-        if recipe.push_to is None:
-            recipe = recipe.model_copy(update={"out": self._work.spill / self._key(cell) / "chosen"})
-        plan = make_plan(recipe, self._planned.settings)
-        assert isinstance(plan, MergePlan)
-        plan = self._sharing(cell, plan)
+        chosen = self._work.spill / self._key(cell) / "chosen"
+        plan = self._sharing(cell, self._planned.published(cell, chosen))
         reports: list[ComparisonReport] = []
 
         def prepare() -> AfterRun:

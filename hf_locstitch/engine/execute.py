@@ -24,7 +24,7 @@ from hf_locstitch.engine.preflight import (
 from hf_locstitch.engine.record import check_strict
 from hf_locstitch.engine.rehearsal import loops_ready
 from hf_locstitch.engine.steps import EVALUATING, EXPORTING, FITTING, LOCALIZING, MERGING, READING, UPLOADING, WRITING
-from hf_locstitch.engine.work_dir import clear_work, open_work_dir
+from hf_locstitch.engine.work_dir import clear_work, fingerprint, open_work_dir
 from hf_locstitch.errors import OutputError, PublishError
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan, StitchPlan
 from hf_locstitch.plan.push_target import MAIN, PushTarget
@@ -66,7 +66,8 @@ def execute(plan: Plan, progress: Progress, prepare: Callable[[], AfterRun | Non
         if recipe.evaluate is None and recipe.adapter is None:
             return _to_hub(plan, progress, processes, prepare)
         scratch = _scratch(plan)
-        done = _into(scratch / "merged", plan, progress, processes, prepare)
+        # Of its own name, for a merge of another recipe may lie there that could not be pushed.
+        done = _into(scratch / f"merged-{fingerprint(plan)[:16]}", plan, progress, processes, prepare)
         if processes.first:
             shutil.rmtree(scratch, ignore_errors=True)
         return Finished(None, done.url, done.commit, done.manifest)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hf_locstitch.evaluation.scores import TaskResult, result_from_json
-from hf_locstitch.runtime.files import is_writable, write_text
+from hf_locstitch.runtime.files import is_writable, replacing, write_text
 from hf_locstitch.runtime.own_cache import own_cache
+
+LOG = logging.getLogger("hf_locstitch")
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:
@@ -33,10 +35,12 @@ def read_cached(key: str, folder: Path) -> list[TaskResult] | None:
 
 
 def write_cached(key: str, results: Sequence[TaskResult], folder: Path) -> None:
-    """The file appears whole or not at all, in a folder that cannot be written to not at all."""
-    partial = folder / f".{key}.{os.getpid()}"
+    """The file appears whole or not at all: not in a folder that cannot be written to, nor on a full disk."""
     if not is_writable(folder):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(partial, json.dumps([asdict(result) for result in results]))
-    partial.replace(folder / f"{key}.json")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / f"{key}.json") as new:
+            write_text(new, json.dumps([asdict(result) for result in results]))
+    except OSError as error:
+        LOG.warning(f"scores are not kept for later in {folder} ({error.strerror}).")

@@ -26,7 +26,6 @@ from hf_locstitch.evaluation.models import (
 )
 from hf_locstitch.evaluation.report import EvaluationReport
 from hf_locstitch.evaluation.session import Session
-from hf_locstitch.evaluation.suite import Suite
 from hf_locstitch.plan.plans import ModelPlan
 from hf_locstitch.plan.recipe_file import recipe_of
 from hf_locstitch.runtime.processes import Processes, find_processes
@@ -90,12 +89,14 @@ def evaluate(
         from hf_locstitch.evaluation.tracking import find_tracker
 
         find_tracker(track)
+    benchmarks = lm_eval_suites(options)
     base_ref = None if base is None else str(base)
     finetuned_refs = None if finetuned is None else [str(ref) for ref in finetuned]
     models = gather_models(listed, base=base_ref, finetuned=finetuned_refs, parents=parents, average=average)
     subject = next(model for model in models if model.role == "model")
     progress = Progress(show_progress)
-    suites = make_suites(options, subject, partial(known_inputs, listed[0], base_ref, finetuned_refs, models), progress)
+    inputs = partial(known_inputs, listed[0], base_ref, finetuned_refs, models)
+    suites = [*benchmarks, *labelled_suites(options, subject, inputs, progress)]
     session = Session(suites, options.dtype, cache, progress)
     session.check(models)
     if push:
@@ -116,17 +117,17 @@ def evaluate(
     return report
 
 
-def make_suites(
+def lm_eval_suites(options: EvaluateOptions) -> list[LmEvalSuite]:
+    """lm-eval's tasks, if any are asked for. Raises RecipeError, also where lm-eval is not installed."""
+    return [LmEvalSuite(options)] if options.tasks or options.suite is not None else []
+
+
+def labelled_suites(
     options: EvaluateOptions, subject: Model, inputs: Callable[[], Mapping[str, Model]], progress: Progress
-) -> list[Suite]:
-    """What is asked for. subject: the model that the evaluation is about. inputs: gives what it was made of, for their
-    heads. Raises RequestError."""
-    suites: list[Suite] = []
-    if options.tasks or options.suite is not None:
-        suites.append(LmEvalSuite(options))
-    if options.data:
-        suites.append(LabelledSuite(options, subject, inputs(), progress))
-    return suites
+) -> list[LabelledSuite]:
+    """Labelled sets, if any are asked for. subject: the model that the evaluation is about. inputs: gives what it was
+    made of, for their heads. Raises RequestError."""
+    return [LabelledSuite(options, subject, inputs(), progress)] if options.data else []
 
 
 def _data_of(ref: str) -> list[UsedData]:
@@ -161,12 +162,12 @@ class Planned:
         whole = [name for name in plan.inputs if name not in plan.adapters]
         self._inputs = Inputs({name: partial(self._input, name) for name in whole})
         self.merge = Model("merge", "model", plan.files.label, "", plan.files)
-        suites = make_suites(asked, self.merge, lambda: self._inputs, progress)
+        benchmarks = lm_eval_suites(asked)
+        suites = [*benchmarks, *labelled_suites(asked, self.merge, lambda: self._inputs, progress)]
         self.session = Session(suites, asked.dtype, progress=progress)
         self.session.check([self.merge])
-        for suite in suites:
-            if isinstance(suite, LmEvalSuite):
-                _ = suite.manager  # raises TaskError for unknown tasks
+        for suite in benchmarks:
+            _ = suite.manager  # raises TaskError for unknown tasks
 
     def _input(self, name: str) -> Model:
         checkpoint = self._plan.inputs[name]

@@ -16,6 +16,7 @@ from hf_locstitch.evaluation.models import Model
 from hf_locstitch.evaluation.running import explaining_memory
 from hf_locstitch.evaluation.scores import Score, TaskResult
 from hf_locstitch.evaluation.suite import Suite
+from hf_locstitch.runtime.human import counted
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.runtime.version import __version__
@@ -189,11 +190,12 @@ class LabelledSuite(Suite):
         for result in results:
             if result.left_out:
                 notes.append(
-                    f"{result.task}: {result.left_out} of {result.left_out + result.examples} examples have no answer "
-                    "within the objective's max_length, and were left out"
+                    f"{result.task}: {result.left_out} of {result.left_out + result.examples} examples left out, which "
+                    "have no answer within the objective's max_length"
                 )
             if result.limit is not None:
-                notes.append(f"only {result.limit} examples of {result.task} were drawn, so its scores are rough")
+                drawn = counted(result.limit, "drawn example")
+                notes.append(f"the scores of {result.task} are rough: of only {drawn}")
         return notes
 
     @property

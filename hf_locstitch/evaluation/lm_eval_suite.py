@@ -15,7 +15,7 @@ from hf_locstitch.evaluation.lm_eval_tasks import digest_of, load_task, open_man
 from hf_locstitch.evaluation.models import Model, check_language_model
 from hf_locstitch.evaluation.scores import TaskResult
 from hf_locstitch.evaluation.suite import Suite
-from hf_locstitch.runtime.human import some
+from hf_locstitch.runtime.human import counted, some
 from hf_locstitch.runtime.packages import MODELS, need
 from hf_locstitch.runtime.processes import Processes
 from hf_locstitch.tasks.benchmarks import EvaluateOptions, TaskSpec, chosen_tasks
@@ -96,7 +96,7 @@ class LmEvalSuite(Suite):
     def notes(self, results: Sequence[TaskResult]) -> list[str]:
         if self.limit is None:
             return []
-        return [f"only the first {self.limit} examples of each task were evaluated, so the scores are rough"]
+        return [f"the scores are rough: of only the first {counted(self.limit, 'example')} of each task"]
 
     def _load(self, spec: TaskSpec) -> list[Task | Group]:
         if spec not in self._tasks:

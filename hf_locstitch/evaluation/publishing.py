@@ -32,6 +32,7 @@ from hf_locstitch.plan.push_target import MAIN, PushTarget
 from hf_locstitch.report.page import has_part, picture, with_part
 from hf_locstitch.runtime import escape
 from hf_locstitch.runtime.files import write_atomically, write_text
+from hf_locstitch.runtime.human import counted
 
 ENTRIES = ".eval_results"
 SCORES, FIGURE = "figures/scores.json", "figures/scores.png"
@@ -237,7 +238,7 @@ def _objectives(results: Sequence[TaskResult]) -> list[str]:
     for one in results:
         if one.objective is not None:
             head = f" with the head of {escape.markdown(one.head)}" if one.head is not None else ""
-            rows = f"{one.examples} rows" + (f" of {escape.markdown(one.dataset)}" if one.dataset else "")
+            rows = counted(one.examples, "row") + (f" of {escape.markdown(one.dataset)}" if one.dataset else "")
             said.append(f"**{escape.markdown(one.task)}**: {one.objective}{head}, {rows}")
     return [", ".join(said) + "."] if said else []
 

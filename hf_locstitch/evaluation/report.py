@@ -10,6 +10,7 @@ from hf_locstitch.evaluation.models import Role
 from hf_locstitch.evaluation.scores import Comparison, Score, TaskResult, compare
 from hf_locstitch.runtime import escape, html
 from hf_locstitch.runtime.escape import line
+from hf_locstitch.runtime.human import counted
 
 Table = list[list[str]]  # the first row is the head
 GAP = "  "  # between columns
@@ -65,10 +66,10 @@ class EvaluationReport:
         if self.limit is None or not drawn:
             return ""
         if len(drawn) > 1:
-            return f"{self.limit} examples of each task"
+            return f"{counted(self.limit, 'example')} of each task"
         (of_sets,) = drawn
-        taken = f"{self.limit} drawn" if of_sets else f"the first {self.limit}"
-        return f"{taken} examples of each {'set' if of_sets else 'task'}"
+        taken = counted(self.limit, "drawn example") if of_sets else f"the first {counted(self.limit, 'example')}"
+        return f"{taken} of each {'set' if of_sets else 'task'}"
 
     def rows(self) -> list[tuple[TaskResult, Score]]:
         """Each task with each of its metrics, taken from the first model."""
@@ -112,7 +113,8 @@ class EvaluationReport:
 
     def _notes(self) -> str:
         cached = sum(model.cached for model in self.models)
-        counts = f"measured   {len(self.models) * len(self.tasks) - cached} scores, {cached} more from the cache"
+        measured = counted(len(self.models) * len(self.tasks) - cached, "score")
+        counts = f"measured   {measured}, {cached} more from the cache"
         notes = [f"warning    {warning}" for warning in self.warnings]
         notes += [f"figure     {figure}" for figure in self.figures]
         notes += [f"published  {self.url} at {self.commit}"] if self.url else []

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_locstitch.runtime.human import counted
+
 
 @dataclass(frozen=True)
 class Score:
@@ -74,7 +76,9 @@ class TaskResult:
         """Which examples, if only some: lm-eval takes the first ones, and of a labelled set rows are drawn."""
         if self.limit is None:
             return ""
-        return f"first {self.limit} examples" if self.objective is None else f"{self.limit} drawn examples"
+        if self.objective is None:
+            return f"first {counted(self.limit, 'example')}"
+        return counted(self.limit, "drawn example")
 
 
 def result_from_json(fields: Mapping[str, Any]) -> TaskResult:

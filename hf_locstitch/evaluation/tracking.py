@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from importlib import import_module
 from typing import Any
 
@@ -18,13 +20,14 @@ def find_tracker(name: str) -> Any:
 
 
 def log_report(report: EvaluationReport, name: str) -> None:
-    """Log one run per model."""
+    """Log one run per model. What the tracker prints goes to standard error: standard output is the report's."""
     tracker = find_tracker(name)
-    for model in report.models:
-        config = {"ref": model.ref, "role": model.role, "tasks": list(report.tasks), "limit": report.limit}
-        tracker.init(project=PROJECT, name=model.name, config=config)
-        tracker.log(metrics_of(model))
-        tracker.finish()
+    with redirect_stdout(sys.stderr):
+        for model in report.models:
+            config = {"ref": model.ref, "role": model.role, "tasks": list(report.tasks), "limit": report.limit}
+            tracker.init(project=PROJECT, name=model.name, config=config)
+            tracker.log(metrics_of(model))
+            tracker.finish()
 
 
 def metrics_of(model: ModelScores) -> dict[str, float]:

@@ -21,6 +21,7 @@ from hf_locstitch.errors import CheckpointError, IntegrityError, MismatchError
 from hf_locstitch.exports.expressible import check_masked, misfits, unlike
 from hf_locstitch.inspection.verification.inputs import InputRef, check_hashes, fetch_tensors, open_inputs
 from hf_locstitch.plan.recipe_file import recipe_of
+from hf_locstitch.runtime.human import counted
 from hf_locstitch.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -111,8 +112,8 @@ class LocalizedChanges(Changes):
         at, values = self.positions(tensor), self._localized.values(tensor)
         if len(at) != len(values):
             raise IntegrityError(
-                f"{self.label} has {len(values):,} values for {tensor}, but its mask has {len(at):,} ones there. "
-                "Fetch it again."
+                f"{self.label} has {counted(len(values), 'value')} for {tensor}, but its mask has {len(at):,} ones "
+                "there. Fetch it again."
             )
         after = before.clone()
         after[torch.from_numpy(at)] = values.to(before.dtype)
@@ -158,8 +159,8 @@ class MergeChanges(Changes):
         if not torch.equal(_bits(rest), _bits(after)):
             count = int((_bits(rest) != _bits(after)).any(-1).sum())
             raise IntegrityError(
-                f"{tensor} differs from the base in {count:,} elements outside the masks of {self.label}, so its files "
-                f"are not those of one merge. Run hf-locstitch verify {self.label} --tensors all."
+                f"{tensor} differs from the base in {counted(count, 'element')} outside the masks of {self.label}, so "
+                f"its files are not those of one merge. Run hf-locstitch verify {self.label} --tensors all."
             )
         return after
 

@@ -19,6 +19,7 @@ from hf_locstitch.localize.candidates import Candidates
 from hf_locstitch.localize.spill import Spill
 from hf_locstitch.runtime.chunks import Chunk, chunks_by_name, chunks_of, for_each
 from hf_locstitch.runtime.dtypes import Values, common_dtype
+from hf_locstitch.runtime.human import counted
 from hf_locstitch.runtime.kernels import SURE
 
 NONE = np.empty(0, dtype=np.int32)
@@ -98,7 +99,7 @@ class LocalizedMask(GivenMask):
         if first != stored:
             ones = f"more than {stored}" if first > stored else first
             raise CheckpointError(
-                f"{self._localized.label} is damaged: its mask keeps {ones} elements of {name}, but "
+                f"{self._localized.label} is damaged: its mask keeps {counted(ones, 'element')} of {name}, but "
                 f"{stored} values are stored. Download it again."
             )
 

@@ -20,10 +20,11 @@ from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.checkpoints.side_files import check_processor
 from hf_locstitch.checkpoints.vocabulary import token_matrices
 from hf_locstitch.errors import MismatchError, RecipeError
+from hf_locstitch.localize.localizer import Localizer
 from hf_locstitch.plan.adapter_inputs import adapter_warnings
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.vocabulary import LOCALIZE, VocabularyPlan
-from hf_locstitch.runtime.human import more
+from hf_locstitch.runtime.human import counted, more
 from hf_locstitch.runtime.settings import Settings
 from hf_locstitch.stitch.per_tensor import SMALLEST_SUM, PerTensor, Weights, globs_of
 from hf_locstitch.tasks.benchmarks import EvaluateOptions, chosen_tasks
@@ -204,7 +205,7 @@ def _unknown_name(field: str, value: str | None, names: list[str]) -> list[str]:
 def check_localizable(recipe: Recipe) -> None:
     """Raises RecipeError if a recipe asks for more than one finetune's mask and values."""
     if recipe.localized or len(recipe.finetuned) != 1:
-        given = "localized checkpoints" if recipe.localized else f"{len(recipe.finetuned)} finetunes"
+        given = "localized checkpoints" if recipe.localized else counted(len(recipe.finetuned), "finetune")
         raise RecipeError(
             f"a localized checkpoint is made from one finetune, not from {given}. Localize them one at a time."
         )
@@ -222,6 +223,15 @@ def check_localizable(recipe: Recipe) -> None:
         )
     if given := [field for field in OF_MODELS if getattr(recipe, field) != Recipe.model_fields[field].default]:
         raise RecipeError(f"{', '.join(given)} cannot be set for a localized checkpoint. Set this when stitching.")
+
+
+def check_kept(localizer: Localizer | None, n: int, k: int) -> None:
+    """Raises RecipeError if a density above 0 is so small that masks over n elements keep none."""
+    if localizer is not None and localizer.density and n and not k:
+        raise RecipeError(
+            f"density {localizer.density:g} keeps none of the {n:,} localizable elements: the masks would be empty, "
+            "and the result the base. Use a larger share, such as 0.1."
+        )
 
 
 def _made_names(recipe: Recipe, names: Iterable[str]) -> Iterator[str]:

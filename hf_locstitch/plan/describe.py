@@ -70,7 +70,7 @@ def _files(plan: ModelPlan) -> str:
     files = plan.side_files
     copied = f"from {plan.files.label}: {', '.join(files.copied)}" if files.copied else "none beside the weights"
     copied += f"; edited or of another model: {', '.join(files.made)}" if files.made else ""
-    return copied + (f"; {len(files.left)} others left (--also-copy GLOB copies more)" if files.left else "")
+    return copied + (f"; {counted(len(files.left), 'other')} left (--also-copy GLOB copies more)" if files.left else "")
 
 
 def _shadowing(ref: str, checkpoint: Checkpoint) -> str:
@@ -93,7 +93,7 @@ def _as_adapter(checkpoint: Checkpoint) -> str:
     if not isinstance(checkpoint, AdapterCheckpoint):
         return ""
     changed = sum(map(len, checkpoint.layers))
-    return f" ({checkpoint.kind} adapter, changes {changed} tensors of the base)"
+    return f" ({checkpoint.kind} adapter, changes {counted(changed, 'tensor')} of the base)"
 
 
 def _as_merged(plan: Plan, name: str) -> str:
@@ -139,10 +139,10 @@ def format_plan(plan: Plan) -> str:
         *(f"data       {name:<{wide}}  {found.describe()}" for name, found in plan.data.items()),
         *([f"stitch     {plan.recipe.stitch.describe()}"] if plan.recipe.stitch else []),
         *(f"inputs     {name:<{wide}}  {found.label}, {found.asked.split}" for name, found in plan.fit_data.items()),
-        f"{'merged' if isinstance(plan, ModelPlan) else 'masked'}     N = {plan.n:,} elements in {localized} tensors"
-        f" ({100 * reached.share:.3g} % of the base)"
+        f"{'merged' if isinstance(plan, ModelPlan) else 'masked'}     N = {plan.n:,} elements in "
+        f"{counted(localized, 'tensor')} ({100 * reached.share:.3g} % of the base)"
         + (f"; {'the' if plan.joint else 'each'} mask keeps {keeps} {plan.k:,} ({share:.4g} %)" if plan.masked else "")
-        + (f"; {kept} tensors kept from {plan.unmasked_from.label}" if isinstance(plan, ModelPlan) else ""),
+        + (f"; {counted(kept, 'tensor')} kept from {plan.unmasked_from.label}" if isinstance(plan, ModelPlan) else ""),
         f"output     {counted(len(plan.shards), 'shard')}, {human(cost.write)}"
         f" ({', '.join(sorted({t.dtype for s in plan.shards for t in s.tensors}))})",
         *([f"vocabulary {plan.vocabulary.describe()}"] if isinstance(plan, ModelPlan) and plan.vocabulary else []),

@@ -23,13 +23,14 @@ from hf_locstitch.checkpoints.config_differences import (
 from hf_locstitch.checkpoints.localizable import unknown_globs
 from hf_locstitch.checkpoints.names import is_own, make_name, same_place
 from hf_locstitch.checkpoints.opening import open_checkpoint, refuse_adapter
-from hf_locstitch.checkpoints.ref import parse_ref
+from hf_locstitch.checkpoints.ref import Ref, parse_ref
 from hf_locstitch.checkpoints.side_files import MAPPED, check_side_files, choose_side_files
 from hf_locstitch.errors import MismatchError, RecipeError, StrictError
 from hf_locstitch.plan.adapter_inputs import check_adapters
 from hf_locstitch.plan.checking import (
     check_alignment,
     check_inputs,
+    check_kept,
     check_localizable,
     check_weights,
     chosen_tensors,
@@ -65,13 +66,18 @@ TOKENIZER = "tokenizer_config.json"  # where it is, other files of texts may be
 NO_SETS: Mapping[str, OpenSet] = MappingProxyType({})
 
 
-def make_plan(recipe: Recipe, settings: Settings = DEFAULT) -> MergePlan | StitchPlan:
-    """The plan of a recipe that ends in a model. Raises RequestError with every problem."""
+def make_plan(
+    recipe: Recipe, settings: Settings = DEFAULT, open_model: Callable[[Ref], Checkpoint] = open_checkpoint
+) -> MergePlan | StitchPlan:
+    """The plan of a recipe that ends in a model. Raises RequestError with every problem.
+
+    open_model: reads the headers of base and finetunes, for plans that have these in common.
+    """
     _check_packages(recipe)
     if recipe.localized:
         return _open_and_stitch(recipe, settings)
     recipe, idle = with_device(recipe, settings.device)
-    base, finetuned, data, fit_data = _open_inputs(recipe, settings)
+    base, finetuned, data, fit_data = _open_inputs(recipe, settings, open_model)
     recipe, notes = _without_what_stays(recipe, base, finetuned)
     vocabulary, said = plan_vocabulary(
         recipe, base, finetuned, chosen_tensors(recipe, base), order_of_checkpoints(finetuned)
@@ -148,13 +154,13 @@ def _without_fit_data(recipe: Recipe) -> Recipe:
 
 
 def _open_inputs(
-    recipe: Recipe, settings: Settings
+    recipe: Recipe, settings: Settings, open_model: Callable[[Ref], Checkpoint] = open_checkpoint
 ) -> tuple[Checkpoint, dict[str, Checkpoint], dict[str, OpenSet], dict[str, OpenSet]]:
     """The base, the finetunes, the localization sets and the inputs to fit to, by name."""
     refs = every([partial(parse_ref, entry.ref) for entry in (recipe.base, *recipe.finetuned)])
     names = finetuned_names(recipe, [ref.name for ref in refs[1:]])
     with hide_library_bars():
-        base, *opened = every([partial(open_checkpoint, ref) for ref in refs])
+        base, *opened = every([partial(open_model, ref) for ref in refs])
     refuse_adapter(base, "a base must be a whole model")
     finetuned = dict(zip(names, opened, strict=True))
     check_adapters(recipe, settings, finetuned)
@@ -302,6 +308,8 @@ def merge_plan(
     files, unmasked_from = given_files(recipe, base, finetuned)
     localizer, numels = recipe.localizer, [base.info(name).numel for name in chosen]
     n = sum(numels)
+    k = localizer.kept(numels) if localizer else n
+    check_kept(localizer, n, k)
     return MergePlan(
         recipe=recipe,
         settings=settings,
@@ -309,7 +317,7 @@ def merge_plan(
         shards=output_shards(recipe, layout or base, layout or unmasked_from.layout, frozenset(chosen)),
         mask_tensors=tuple(base.info(name) for name in chosen),
         n=n,
-        k=localizer.kept(numels) if localizer else n,
+        k=k,
         exact_k=localizer is None or localizer.density is not None,
         localizers={} if localizer is None else dict.fromkeys(finetuned, localizer),
         origins={name: checkpoint.source.pinned for name, checkpoint in finetuned.items()},
@@ -340,6 +348,7 @@ def localize_plan(
     localizer, numels = recipe.localizer, [base.info(tensor).numel for tensor in chosen]
     assert localizer is not None
     n, k = sum(numels), localizer.kept(numels)
+    check_kept(localizer, n, k)
     tensors = tuple(guessed(checkpoint.info(tensor), k / n if n else 0.0) for tensor in chosen)
     metadata = values_metadata(name, base.source.pinned, checkpoint.source.pinned)
     return LocalizePlan(

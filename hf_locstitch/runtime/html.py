@@ -18,6 +18,9 @@ from hf_locstitch.runtime.escape import line
 LABEL = 11  # columns that a label takes in a summary, as `describe` prints it
 WEB = ("https://", "http://")
 RULE = "border:0;border-bottom:1px solid rgba(128,128,128,.4);background:none;color:inherit;padding:.25em .8em"
+TEXT = "text-align:left;vertical-align:top"
+NUMBER = "text-align:right;vertical-align:top;white-space:nowrap"  # and its error
+HEAD = "text-align:left;vertical-align:bottom"
 ROW = Markup('<tr style="background:none">{}</tr>')
 
 
@@ -54,7 +57,7 @@ def picture(png: Path, alt: str) -> Markup | None:
 
 def _row(label: str, said: Sequence[str]) -> Markup:
     lines = map(_linked if label == "published" else _apart, said)
-    return ROW.format(_cell("th", "left", _apart(label)) + _cell("td", "left", Markup("<br>").join(lines)))
+    return ROW.format(_cell("th", TEXT, _apart(label)) + _cell("td", TEXT, Markup("<br>").join(lines)))
 
 
 def _apart(said: str) -> Markup:
@@ -69,13 +72,13 @@ def _linked(said: str) -> Markup:
 
 
 def _cells(row: Sequence[str], keys: int, tag: str) -> Markup:
-    aligned = ["left" if place < keys else "right" for place in range(len(row))]
-    return Markup("").join(_cell(tag, align, _apart(text)) for text, align in zip(row, aligned, strict=True))
+    texts, numbers = (HEAD, HEAD.replace("left", "right")) if tag == "th" else (TEXT, NUMBER)
+    cells = (_cell(tag, texts if place < keys else numbers, _apart(text)) for place, text in enumerate(row))
+    return Markup("").join(cells)
 
 
-def _cell(tag: str, align: str, content: Markup) -> Markup:
-    style = f"text-align:{align};vertical-align:top;{RULE}"
-    return Markup('<{0} style="{1}">{2}</{0}>').format(tag, style, content)
+def _cell(tag: str, style: str, content: Markup) -> Markup:
+    return Markup('<{0} style="{1};{2}">{3}</{0}>').format(tag, style, RULE, content)
 
 
 def _table(rows: Sequence[Markup]) -> Markup:

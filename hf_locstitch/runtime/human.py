@@ -17,8 +17,8 @@ def human(nbytes: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """'1 tensor' or '3 tensors'."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    """'1 tensor' or '3,000 tensors'."""
+    return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def in_each(processes: int) -> str:

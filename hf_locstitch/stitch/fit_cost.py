@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from hf_locstitch.runtime.human import human, in_each
+from hf_locstitch.runtime.human import counted, human, in_each
 
 LIBRARIES = 660_000_000  # bytes: torch, transformers and its code for a model, and what the allocator keeps; measured
 
@@ -91,7 +91,7 @@ class FitCost:
         return (
             f"fitting    at most about {human(self.peak)} of memory{each} ({human(self.weights)} one linear layer of "
             f"the models, {human(self.moments)} Gram matrices, {human(self.states)} hidden states of "
-            f"up to {self.inputs:,} inputs with at most {self.tokens:,} tokens{aside}, {human(self.outputs)} outputs), "
-            f"{human(self.disk)} of disk; "
+            f"up to {counted(self.inputs, 'input')} with at most {counted(self.tokens, 'token')}{aside}, "
+            f"{human(self.outputs)} outputs), {human(self.disk)} of disk; "
             f"{self.flops / 1e12:.3g} TFLOP"
         )

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from hf_locstitch.errors import RecipeError, RequestError
+from hf_locstitch.runtime.human import counted
 from hf_locstitch.runtime.parsing import parse_yaml
 from hf_locstitch.tasks.sets import ExampleSet, OpenSet, choose, open_set
 from hf_locstitch.tasks.splits import whole
@@ -40,7 +41,7 @@ class EvaluationSet(ExampleSet):
 
     @property
     def amount(self) -> str:
-        return "all rows" if self.number is None else f"up to {self.number} drawn rows"
+        return "all rows" if self.number is None else f"up to {counted(self.number, 'drawn row')}"
 
 
 def named_sets(given: Any) -> dict[str, Any]:

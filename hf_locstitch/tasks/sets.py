@@ -19,7 +19,7 @@ from typing_extensions import Self, TypeVar
 from hf_locstitch.checkpoints.ref import REPO_ID, is_written_as_path
 from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import CheckpointError, RecipeError, RequestError
-from hf_locstitch.runtime.human import nearest
+from hf_locstitch.runtime.human import counted, nearest
 from hf_locstitch.tasks.choosing_objectives import AnyObjective
 from hf_locstitch.tasks.named_tasks import named_tasks, with_named_task
 from hf_locstitch.tasks.rows import Labels, Where, allowed, check_texts, mapped
@@ -116,7 +116,7 @@ class LocalizationSet(ExampleSet):
     def amount(self) -> str:
         role = f", {self.role} data" if self.role else ""
         limit = f", {self.limit} in all" if self.limit else ""
-        return f"up to {self.number} drawn examples, or of each class{limit}, seed {self.seed}{role}"
+        return f"up to {counted(self.number, 'drawn example')}, or of each class{limit}, seed {self.seed}{role}"
 
 
 Asked = TypeVar("Asked", bound=ExampleSet, default=LocalizationSet)
@@ -315,9 +315,8 @@ def _check_columns(rows: Rows, labels: bool) -> None:
     if not any(all(first.get(name) is not None for name in names) for names in wanted):
         known = "; ".join(" and ".join(names) for names in wanted)
         raise RequestError(
-            f"{opened.label} has {len(rows)} examples with the columns {', '.join(data.column_names)}; needed "
-            "is one of: "
-            f"{known}. Map them with the data's `columns` in the recipe."
+            f"{opened.label} has {counted(len(rows), 'example')} with the columns {', '.join(data.column_names)}; "
+            f"needed is one of: {known}. Map them with the data's `columns` in the recipe."
         )
 
 

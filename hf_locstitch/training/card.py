@@ -12,6 +12,7 @@ from markupsafe import Markup
 from hf_locstitch.report.card import data_link, licence_of, pipeline_tag, source_link
 from hf_locstitch.report.page import template
 from hf_locstitch.runtime.files import write_text
+from hf_locstitch.runtime.human import counted
 from hf_locstitch.runtime.version import __version__
 from hf_locstitch.training.planning import FinetunePlan
 
@@ -29,7 +30,7 @@ def write_card(path: Path, plan: FinetunePlan, facts: dict[str, Any], repo: str)
         base_ref=base.source.repo or "BASE",
         licence=licence_of(base.card),
         data=data_link(plan.data),
-        described=f"split {asked.split}, {asked.number} examples at most, or of each class, seed {asked.seed}",
+        described=f"split {asked.split}, up to {counted(asked.number, 'example')}, or of each class, seed {asked.seed}",
         rank=rank,
         settings=plan.settings(),
         facts=facts,

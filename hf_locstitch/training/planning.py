@@ -13,6 +13,7 @@ from hf_locstitch.checkpoints.opening import read_checkpoint
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import CheckpointError, RecipeError
 from hf_locstitch.runtime.escape import line
+from hf_locstitch.runtime.human import counted
 from hf_locstitch.runtime.processes import find_processes
 from hf_locstitch.runtime.version import __version__
 from hf_locstitch.tasks.choosing_objectives import suggest
@@ -71,7 +72,7 @@ class FinetunePlan:
             "objective": self.objective.kind,
             "trained": trained,
             "optimizer": f"{training.optimizer}, learning rate {training.lr:g}, falling to 0",
-            "steps": f"{training.epochs} epochs in batches of {training.batch}",
+            "steps": f"{counted(training.epochs, 'epoch')} in batches of {training.batch}",
             "seed": str(request.seed),
         }
 

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from hf_locstitch.runtime.escape import line
-from hf_locstitch.runtime.human import human
+from hf_locstitch.runtime.human import counted, human
 from hf_locstitch.ui.jobs import Job, Stage
 from hf_locstitch.ui.visitor import Visitor
 
@@ -86,7 +86,7 @@ def plan(made: Mapping[str, Any], text: str) -> str:
     masked = made["localizer"] is not None
     figures = [
         ("Download", human(cost["download"]), "streamed, not kept"),
-        ("Result", human(cost["write"]), f"{len(made['shards'])} file{'s' * (len(made['shards']) != 1)}"),
+        ("Result", human(cost["write"]), counted(len(made["shards"]), "file")),
         ("Disk", human(cost["disk"]), "at most, while it is made"),
         ("Memory", human(cost["memory"]), "about"),
         ("Each mask keeps" if masked else "Merged", f"{k if masked else n:,}",
@@ -101,7 +101,7 @@ def plan(made: Mapping[str, Any], text: str) -> str:
     return page(
         tag("dl", *cards, class_="lc-figures"),
         _inputs(made),
-        tag("div", tag("h4", f"{len(warned)} warning{'s' * (len(warned) != 1)}"), tag("ul", *warned), class_="lc-warn")
+        tag("div", tag("h4", counted(len(warned), "warning")), tag("ul", *warned), class_="lc-warn")
         if warned
         else tag("p", "No warnings: the models fit together.", class_="lc-good"),
         tag("div", tag("h4", "Worth knowing"), tag("ul", *notes)) if notes else "",
@@ -193,7 +193,8 @@ def masks(found: Mapping[str, Any], text: str) -> str:
     listed = [tag("li", sign) for sign in signs]
     each = [
         tag("tr", tag("th", mask["name"], scope="row"), tag("td", f"{100 * mask['real_density']:.4g} %"),
-            tag("td", f"{mask['ones']:,}"), tag("td", ", ".join(tensor for tensor, _ in mask["densest"][:1])))
+            tag("td", f"{mask['ones']:,}"),
+            tag("td", ", ".join(tensor for tensor, _ in mask["densest"][:1]), class_="lc-name"))
         for mask in found["masks"]
     ]  # fmt: skip
     head = tag("tr", *(tag("th", name, scope="col") for name in ("Mask", "density", "weights kept", "densest tensor")))

@@ -175,10 +175,18 @@ def test_a_name_that_leaves_no_room_for_the_work_beside_it(merge: Run, tmp_path:
             refused(tmp_path, merge("--out", tmp_path / name, *more), "at most 200 bytes long")
 
 
+@pytest.mark.usefixtures("merge")  # its models
+@pytest.mark.parametrize("command", ["merge", "localize"])
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_a_density_that_keeps_nothing(run: Run, tmp_path: Path, command: str, scope: str) -> None:
+    asked = ["--base", tmp_path / "base", "--ft", tmp_path / "ft", "--scope", scope, "--out", tmp_path / "out"]
+    refused(tmp_path, run(command, *asked, "--density", "1e-12"), "density 1e-12 keeps none of the 156")
+
+
 def test_too_few_names(run: Run, merge: Run, tmp_path: Path) -> None:
-    refused(tmp_path, merge("--names", "a", "b"), "2 names for 1 finetunes. Give one name per finetune")
+    refused(tmp_path, merge("--names", "a", "b"), "2 names for 1 finetune. Give one name per finetune")
     stitch = ["stitch", "--base", tmp_path / "base", "--localized", "x/y", "--names", "a", "b"]
-    refused(tmp_path, run(*stitch), "2 names for 1 localized checkpoints. Give one name per localized checkpoint")
+    refused(tmp_path, run(*stitch), "2 names for 1 localized checkpoint. Give one name per localized checkpoint")
 
 
 def test_a_terminal_that_knows_no_letters_and_a_reader_that_has_seen_enough(merge: Run, tmp_path: Path) -> None:
@@ -223,7 +231,7 @@ def test_usage(run: Run, merge: Run, tmp_path: Path) -> None:
     refused(tmp_path, merge("--method", "xyz"), "'xyz' is not one of ace, average,")
     refused(tmp_path, run("merge", "--base", tmp_path / "bas", "--ft", tmp_path / "ft", "--dry-run"),
             f"Did you mean {tmp_path / 'base'}?")  # fmt: skip
-    refused(tmp_path, merge("--names", "a", "b"), "2 names", "1 finetunes")
+    refused(tmp_path, merge("--names", "a", "b"), "2 names", "1 finetune.")
     refused(tmp_path, merge("--names", "../evil"), "finetuned.0.name")
     refused(tmp_path, merge("--private"), "push_to")
     refused(tmp_path, merge("--shard-size", "much"), "shard_size")

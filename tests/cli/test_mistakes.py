@@ -1,4 +1,4 @@
-"""Twenty mistakes that newcomers make, as they type them, and the answers: tests/cli/mistakes.txt is what is printed.
+"""Mistakes that newcomers make, as they type them, and the answers: tests/cli/mistakes.txt is what is printed.
 
 `LOCSTITCH_WRITE_TRANSCRIPT=1 pytest tests/cli/test_mistakes.py` writes the file anew.
 """
@@ -59,6 +59,9 @@ MISTAKES = [
         {"HF_TOKEN": "hf_reader"},
     ),
     Mistake("a percentage as density", f"{MERGE} --density 5 --out merged", ("5 % is 0.05",)),
+    Mistake("a per cent sign", f"{MERGE} --density 10% --out merged", ("--density: '10%'", "Did you mean 0.1?")),
+    Mistake("a decimal comma", f"{MERGE} --scale 0,5 --out merged", ("--scale: '0,5'", "Did you mean 0.5?")),
+    Mistake("a density that keeps nothing", f"{MERGE} --density 1e-12 --out merged", ("keeps none of", "such as 0.1")),
     Mistake("equal names", "hf-locstitch merge --base base --ft math old/math --out merged", ("--names",)),
     Mistake("an output folder that exists", f"{MERGE} --out taken", ("--out",)),
     Mistake("no output", MERGE, ("--out DIR", "--push-to ORG/NAME")),
@@ -161,7 +164,7 @@ def typed(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]
     return status, *capsys.readouterr()
 
 
-def test_twenty_mistakes(
+def test_mistakes_are_answered_with_what_to_type(
     shop: Path, home_hub: LoopbackHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is answered before any work, in one paragraph that says what to type next, and nothing is written."""

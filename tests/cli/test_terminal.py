@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from hf_locstitch.cli import parser as parsing
 from hf_locstitch.cli.arguments import build_parser
 from hf_locstitch.cli.completion import completion
+from hf_locstitch.cli.guides import address
 from hf_locstitch.cli.main import main
 from hf_locstitch.cli.next_steps import after_evaluation
+from hf_locstitch.cli.parser import Parser
 from hf_locstitch.cli.terminal import rendered
 from hf_locstitch.evaluation.report import align
 
@@ -80,7 +83,7 @@ def test_a_table_that_is_too_wide_comes_in_parts_that_say_what_their_rows_are() 
     assert len(align(table, 5, keys=2).split("\n\n")) == 4  # one column at least
 
 
-def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+def commands() -> Iterator[tuple[str, Parser]]:
     for action in build_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             yield from action.choices.items()
@@ -88,7 +91,7 @@ def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
 
 @pytest.mark.parametrize(("name", "parser"), commands(), ids=lambda value: value if isinstance(value, str) else "")
 def test_every_help_ends_with_examples_that_parse_and_links(
-    name: str, parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
+    name: str, parser: Parser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     text = parser.format_help()
@@ -97,9 +100,28 @@ def test_every_help_ends_with_examples_that_parse_and_links(
     assert examples
     for example in examples:
         build_parser().parse_args(shlex.split(example)[1:])
-    (page,) = re.findall(r"^guide:  docs/(\S+)$", text, re.MULTILINE)
-    assert (DOCS / page).exists()
+    assert (DOCS / parser.guide).exists()
+    assert re.search(rf"^guide:  \S+/{re.escape(parser.guide.removesuffix('.md'))}(\.md|/)$", text, re.MULTILINE)
     assert text.rstrip().endswith("https://arxiv.org/abs/2408.13656")
+
+
+@pytest.mark.parametrize(
+    ("project_urls", "found"),
+    [
+        (["Issues, https://a.org/b", "Documentation, https://a.org/docs/"], "https://a.org/docs/guides/export/"),
+        (["Documentation, https://OWNER.github.io/hf-locstitch/"], "docs/guides/export.md"),  # before it is published
+        ([], "docs/guides/export.md"),  # not installed, only on the path
+    ],
+)
+def test_a_guide_is_where_the_installed_package_says(project_urls: list[str], found: str) -> None:
+    assert address("guides/export.md", project_urls) == found
+
+
+def test_help_links_to_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parsing, "project_urls", lambda: ["Documentation, https://a.org/docs/"])
+    pages = {name: re.findall(r"^guide:  (\S+)$", one.format_help(), re.MULTILINE) for name, one in commands()}
+    assert pages["export"] == ["https://a.org/docs/guides/export/"]
+    assert all(page.startswith("https://a.org/docs/guides/") for (page,) in pages.values())
 
 
 @pytest.mark.parametrize(

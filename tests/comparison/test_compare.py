@@ -23,7 +23,8 @@ from hf_locstitch.cli.main import main
 from hf_locstitch.comparison import run
 from hf_locstitch.comparison.compare import plan_comparison
 from hf_locstitch.comparison.report import shares_of
-from hf_locstitch.errors import OutputError, RecipeError
+from hf_locstitch.engine import execute
+from hf_locstitch.errors import OutputError, PublishError, RecipeError, WorkError
 from hf_locstitch.evaluation.report import ModelScores
 from hf_locstitch.evaluation.scores import Score, TaskResult
 from hf_locstitch.localize.scan import Scan
@@ -168,6 +169,58 @@ def test_what_was_scored_is_not_made_again(
     assert len(scanned) == count and report.scans == 1
 
 
+@pytest.mark.parametrize("owner, name", [(run, "check_disk"), (execute, "check_work")], ids=["scoring", "publishing"])
+def test_a_full_disk_loses_no_scores(
+    fields: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    """Neither is it taken for a merge that cannot be made."""
+    asked = {**fields, "compare": {**fields["compare"], "grid": {"scale": [-1, 1]}}}
+    check, first = getattr(owner, name), iter(["scoring"] if owner is run else [])
+
+    def full(*place: Any) -> None:
+        if next(first, None) is None:
+            raise OutputError("it needs 3 GB.")
+        check(*place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(WorkError, match=r"needs 3 GB\. Then run the same command again: what was scored"):
+            compare(asked, out=tmp_path / "compared")
+    made: list[str] = []
+    make = run.make
+    monkeypatch.setattr(run, "make", lambda plan, *more: made.append(plan.recipe.scale) or make(plan, *more))
+    report = compare(asked, out=tmp_path / "compared")
+    assert made == ([1] if owner is run else []) and len(report.entries) == 2 and report.warnings == ()
+    assert not list(tmp_path.glob(".compared*"))
+
+
+def test_examples_that_cannot_be_judged_end_it_at_the_first_merge(fields: Mapping[str, Any], tmp_path: Path) -> None:
+    asked = on_sets(fields, tmp_path, "BBBC", parents=False)
+    (tmp_path / "select.jsonl").write_text('{"text": "A B"}\n{"text": 5}\n')
+    with pytest.raises(WorkError, match=r"scale 1 could not be scored: .*has 5 as the text of example 2"):
+        compare(asked, out=tmp_path / "compared")
+
+
+def test_a_branch_that_moves_meanwhile_changes_nothing(
+    home_hub: LoopbackHub, fields: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models are looked up once, however many merges are made of them."""
+    repo = f"demo/{uuid4().hex[:12]}-moving"
+    first = home_hub.add_repo(repo, {path.name: path for path in (tmp_path / "b").iterdir()})
+    score = run.ComparisonRun._score
+
+    def moving(self: Any, cell: Any) -> ModelScores:
+        home_hub.add_repo(repo, {"model.safetensors": tmp_path / "base" / "model.safetensors"})
+        return score(self, cell)
+
+    monkeypatch.setattr(run.ComparisonRun, "_score", moving)
+    asked = on_sets(fields, tmp_path, "BBBC") | {"finetuned": [repo, str(tmp_path / "c")]}
+    since = len(home_hub.requests)
+    compare(asked, out=tmp_path / "compared")
+    assert load_recipe(tmp_path / "compared" / "best.yaml")["finetuned"][0]["ref"] == f"{repo}@{first}"
+    assert sum(one.path.startswith(f"/api/models/{repo}") for one in home_hub.requests[since:]) == 1
+
+
 def test_one_merge_that_cannot_be_made_ends_nothing(fields: Mapping[str, Any], tmp_path: Path) -> None:
     grid = {"scale": [1e39, 1], "method": ["average"]}
     report = compare({**fields, "compare": {**fields["compare"], "grid": grid}}, out=tmp_path / "compared")
@@ -209,6 +262,26 @@ def test_the_best_is_pushed_with_the_comparison_on_its_card(
     assert card.index("| density |") < card.index("## Settings")
     assert "figures/comparison.png" in files
     assert verify(target, base=fields["base"], finetuned=fields["finetuned"]).ok
+
+
+def test_another_merge_is_pushed_where_one_could_not_be(
+    home_hub: LoopbackHub, fields: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, asked = f"demo/{uuid4().hex[:12]}-best", on_sets(fields, tmp_path, "BBBC") | {"figures": False}
+
+    def best_of(density: float) -> ComparisonReport:
+        compared = asked["compare"] | {"grid": {"density": [density]}}
+        return compare(asked | {"compare": compared}, out=tmp_path / "compared", push_to=target)
+
+    def refused(*_: Any) -> None:
+        raise PublishError("the Hub is gone.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_locstitch.report.publish.Upload.commit", refused)
+        with pytest.raises(PublishError, match=r"the Hub is gone\."):
+            best_of(0.5)
+    assert best_of(0.25).commit == home_hub.head(target)
+    assert not (tmp_path / "home" / "hf-locstitch" / target.replace("/", "--")).exists()
 
 
 def test_wrong_requests(fields: dict[str, Any], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_locstitch.comparison.leftovers import MARK, SCORES, take_over
+from hf_locstitch.comparison.leftovers import MARK, SCORES, remove_finished, take_over
 from hf_locstitch.engine.work_dir import WorkDir, work_dir_beside
 from hf_locstitch.runtime.locks import try_lock
 
@@ -34,3 +34,11 @@ def test_scores_are_taken_over_and_the_rest_is_removed(tmp_path: Path) -> None:
     assert all(work.folder.exists() for work in (merge, finished, elsewhere, running))
     take_over(own)
     assert not running.folder.exists() and (own.folder / SCORES / "five.json").read_text() == "e" * 64
+
+
+def test_what_a_killed_process_left_of_a_finished_one_is_removed(tmp_path: Path) -> None:
+    finished = stopped(tmp_path / "compared", "a" * 64, "lock", "spill/scans/scan/positions")
+    stopping = stopped(tmp_path / "compared", "b" * 64, "out/README.md")
+    for work in (finished, stopping):
+        remove_finished(work)
+    assert not finished.folder.exists() and stopping.folder.exists()

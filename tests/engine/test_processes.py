@@ -1,22 +1,26 @@
-"""Two and three processes under torchrun write the bytes of one."""
+"""Two and three processes write the bytes of one."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from uuid import uuid4
 
 import pytest
 import torch
-from helpers.launch import launch
+from helpers.launch import launch, torchrun
 from helpers.models import finetune, random_state, save, save_sharded
+from helpers.ranks import in_ranks
 from helpers.runs import files_of
 
 from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.cli.main import main
+from hf_locstitch.engine import work_dir
+from hf_locstitch.engine.execute import make
 from hf_locstitch.engine.inputs import Inputs
+from hf_locstitch.errors import RequestError
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
 from hf_locstitch.runtime.processes import Processes
@@ -37,20 +41,24 @@ def refs(tmp_path: Path) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("counts", "options"),
-    [((3,), ["--density", "0.1"]), ((2,), ["--method", "average"])],
+    ("start", "count", "options"),
+    [(launch, 3, ["--density", "0.1"]), (torchrun, 2, ["--method", "average"])],
     ids=["locstitch", "average"],
 )
 def test_bytes_do_not_depend_on_the_number_of_processes(
-    tmp_path: Path, refs: list[object], counts: tuple[int, ...], options: list[str], monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., CompletedProcess[str]],
+    count: int,
+    options: list[str],
+    tmp_path: Path,
+    refs: list[object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["merge", *map(str, refs), "--out", "out1", *options, "--quiet"]) == 0
-    for count in counts:
-        done = launch(count, tmp_path, *refs, "--out", f"out{count}", *options, figures=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert files_of(tmp_path / f"out{count}") == files_of(tmp_path / "out1")
-    manifests = [json.loads((tmp_path / f"out{count}" / "locstitch.json").read_text()) for count in (1, *counts)]
+    done = start(count, tmp_path, *refs, "--out", "out", *options, figures=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "out1")
+    manifests = [json.loads((tmp_path / out / "locstitch.json").read_text()) for out in ("out1", "out")]
     for manifest in manifests:
         del manifest["seconds"]
     assert all(manifest == manifests[0] for manifest in manifests)
@@ -95,16 +103,20 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path, refs: list[object]) ->
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_nodes_that_share_no_folder(tmp_path: Path, refs: list[object]) -> None:
+def test_nodes_that_share_no_folder(tmp_path: Path, refs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     """They are told before the work, and nothing is left."""
-    apart = Path(__file__).parents[1] / "helpers" / "apart.py"
-    asked = [str(one).replace("./", f"{tmp_path}/") for one in refs]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(apart),
-         "merge", *asked, "--out", "out", "--no-figures"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode != 0 and "does not see" in done.stderr and "folder that they share" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(work_dir, "SEEN_WITHIN", 0.3)
+    recipe = make_recipe({"base": refs[1], "finetuned": refs[3:]})
+    nodes = [tmp_path / f"node{rank}" for rank in range(2)]
+    for node in nodes:
+        node.mkdir()
+    errors = in_ranks(
+        2, lambda ranks: make(make_plan(recipe, Settings()), nodes[ranks.rank] / "out", Progress(False), ranks)
+    )
+    for error in errors:
+        assert isinstance(error, RequestError) and "does not see" in str(error)
+        assert "folder that they share" in str(error)
     assert not list(tmp_path.glob("node*/*out*"))
 
 

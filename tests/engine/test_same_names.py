@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from hf_locstitch import verify
 from hf_locstitch.artifacts.summing_order import summing_order
 
 DENSITY = {"density": 0.6}
+T = TypeVar("T")
 
 
 def same_name(folders: Sequence[Path], name: str = "final") -> list[Path]:
@@ -28,9 +29,15 @@ def same_name(folders: Sequence[Path], name: str = "final") -> list[Path]:
     return [Path(shutil.move(folder, folder.parent / f"{folder.name}.run" / name)) for folder in folders]
 
 
+def orders(items: Iterable[T]) -> list[tuple[T, ...]]:
+    """Three orders of three, each with another one at its end; sums of three differ by which that is."""
+    first, second, third = items
+    return [(first, second, third), (first, third, second), (third, second, first)]
+
+
 def moved(folders: Sequence[Path], data: Sequence[Path] = ()) -> list[tuple[list[Path], list[str]]]:
-    """Every order of the folders, with the data of each."""
-    pairs = itertools.permutations(itertools.zip_longest(folders, map(str, data)))
+    """Orders of the folders, with the data of each."""
+    pairs = orders(itertools.zip_longest(folders, map(str, data)))
     return [([folder for folder, _ in order], [str(one) for _, one in order if one]) for order in pairs]
 
 
@@ -81,7 +88,7 @@ def test_localized_and_stitched_in_any_order_it_is_the_merge(folders: list[Path]
     for folder, out in zip(tuned, localized, strict=True):
         out.parent.mkdir()
         quick_localize(base, folder, out=out, localizer=DENSITY)
-    for number, order in enumerate(itertools.permutations(localized)):
+    for number, order in enumerate(orders(localized)):
         out = tmp_path / f"out{number}"
         quick_stitch(base, list(order), names=["x", "y", "z"], out=out)
         assert same_bits(load(out), load(tmp_path / "merge"))

@@ -96,7 +96,7 @@ def test_rows_are_chosen_and_labels_mapped(letters: Path, a: Path) -> None:
     some = {"letters": {"ref": str(letters), "where": {"number": [0, 1, 2, 3]}}}
     assert exact(evaluate(a, data=some)) == {"a": 0.25}
     few = evaluate(a, data=[letters], limit=4)
-    assert few.models[0].results[0].examples == 4 == few.limit and "only 4 examples of letters" in few.warnings[0]
+    assert few.models[0].results[0].examples == 4 == few.limit and "of only 4 drawn examples" in few.warnings[0]
     assert evaluate(a, data=[letters], limit=11).warnings == ()
 
 

@@ -1,15 +1,14 @@
 """What merges, localizing and stitching write, by hash: a change of the code must not change a byte by accident.
 
-`python tests/golden/test_golden.py` writes golden.json anew, where a change is meant. Inputs are made of integers, so
-that they are the same on every machine. What is fitted to data is compared as numbers: matrix products differ in their
-last digits from processor to processor.
+`PYTHONPATH=tests python tests/golden/test_golden.py` writes golden.json anew, where a change is meant. Inputs are made
+of integers, so that they are the same on every machine. What is fitted to data is compared as numbers: matrix products
+differ in their last digits from processor to processor.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.launch import launch
 from safetensors.torch import load_file, save_file
 
 from hf_locstitch import localize_from_hub, merge_from_hub, stitch_from_hub
@@ -129,10 +129,9 @@ def stitched(root: Path, folders: Sequence[Path], stitch: dict[str, Any] | None 
 
 
 def in_two_processes(root: Path, folders: Sequence[Path], *flags: str) -> Hashes:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    refs = ["--base", str(folders[0]), "--ft", *map(str, folders[1:])]
-    command = [*launcher, "-m", "hf_locstitch", "merge", *refs, "--out", str(root / "out"), "--no-figures", *flags]
-    subprocess.run(command, check=True, capture_output=True)
+    refs = ["--base", folders[0], "--ft", *folders[1:]]
+    done = launch(2, root, *refs, "--out", root / "out", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
     return hashes(root / "out")
 
 

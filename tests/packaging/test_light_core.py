@@ -13,11 +13,10 @@ from packaging.requirements import Requirement
 
 from hf_locstitch import RequestError
 from hf_locstitch.comparison.search import check_search
-from hf_locstitch.evaluation.lm_eval_suite import LmEvalSuite
+from hf_locstitch.evaluation.evaluate import evaluate
 from hf_locstitch.evaluation.tracking import find_tracker
 from hf_locstitch.plan.compare_options import CompareOptions
 from hf_locstitch.runtime.packages import EXTRA, install_command, installed, need
-from hf_locstitch.tasks.benchmarks import make_options
 
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft"}
 ROOT = Path(__file__).parents[2]
@@ -47,7 +46,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("lm_eval", "optuna", "trackio", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(RequestError, match=r"evaluating on mmlu needs lm_eval, .* pip install 'hf-locstitch\[eval\]'"):
-        LmEvalSuite(make_options({"tasks": ("mmlu",)}))
+        evaluate("nobody/has-this", tasks=["mmlu"])  # before the Hub is asked
     with pytest.raises(RequestError, match=r"--track trackio needs .*'hf-locstitch\[track\]'"):
         find_tracker("trackio")
     with pytest.raises(RequestError, match=r"--track wandb needs .* pip install wandb\."):

@@ -56,6 +56,23 @@ def test_this_version_could_be_released(release: dict[str, Any]) -> None:
     assert list(release["problems"](__version__, files, f"v{__version__}", None)) == []
 
 
+def test_the_readme_on_pypi_has_no_relative_link(release: dict[str, Any]) -> None:
+    readme = '[a](docs/a.md#b), [b](https://b.org), [c](#c), ![d](d.png), [![e](e.svg)](LICENSE)\n<img src="f.svg">'
+    file, raw = "https://github.com/me/it/blob/v1", "https://raw.githubusercontent.com/me/it/v1"
+    assert release["absolute"](readme, "me/it", "v1") == (
+        f"[a]({file}/docs/a.md#b), [b](https://b.org), [c](#c), ![d]({raw}/d.png), "
+        f'[![e]({raw}/e.svg)]({file}/LICENSE)\n<img src="{raw}/f.svg">'
+    )
+
+
+def test_every_link_of_this_readme_is_made_absolute(release: dict[str, Any]) -> None:
+    readme = release["absolute"]((ROOT / "README.md").read_text(encoding="utf-8"), "me/it", "v1")
+    targets = re.findall(r'(?:\]\(|(?:src|href)=")([^)"]+)', readme)
+    ours = [found[1] for target in targets if (found := re.match(r"https://\S+?/me/it/(?:blob/)?v1/([^#]+)", target))]
+    assert all(target.startswith("https://") for target in targets)
+    assert "docs/assets/dataflow.svg" in ours and all((ROOT / path).exists() for path in ours)
+
+
 def test_conda_has_the_same_requirements() -> None:
     recipe = yaml.safe_load((ROOT / "conda" / "recipe.yaml").read_text())
     assert recipe["context"]["version"] == __version__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,11 @@ def test_only_addresses_of_the_web_become_links() -> None:
 
 def test_a_table_without_rows_and_a_picture_that_is_gone_are_left_out(tmp_path: Path) -> None:
     assert html.table([["task", "metric"]]) is None and html.picture(tmp_path / "none.png", "") is None
+
+
+def test_a_number_and_its_error_stay_on_one_line_and_names_may_wrap() -> None:
+    table = str(html.table([["task", "acc"], ["a-long-name", "0.5 ± 0.1"]]))
+    assert re.findall(r'<td style="[^"]*nowrap[^"]*">([^<]*)', table) == ["0.5 ± 0.1"]
 
 
 @pytest.fixture(scope="module")

@@ -76,12 +76,15 @@ def shoot(page: Any) -> Shoot:
         if not (folder := os.environ.get("SCREENSHOTS")):
             return
         for scheme in ("light", "dark"):
-            page.evaluate("dark => document.body.classList.toggle('dark', dark)", scheme == "dark")
+            page.emulate_media(color_scheme=scheme)  # which the page follows, and the frame in it
             for size, viewport in (("wide", WIDE), ("narrow", NARROW)):
                 page.set_viewport_size(viewport)
                 page.wait_for_timeout(300)
-                page.screenshot(path=Path(folder) / f"{name}-{size}-{scheme}.png", full_page=True)
-        page.evaluate("document.body.classList.remove('dark')")
+                height = page.evaluate("document.documentElement.scrollHeight")
+                page.set_viewport_size({**viewport, "height": height})  # a frame out of sight is not painted
+                page.wait_for_timeout(1000)
+                page.screenshot(path=Path(folder) / f"{name}-{size}-{scheme}.png")
+        page.emulate_media(color_scheme="light")
         page.set_viewport_size(WIDE)
 
     return take
@@ -186,12 +189,14 @@ def test_a_merge_is_killed_and_goes_on(page: Any, world: World, shoot: Shoot) ->
 
 
 def test_masks(page: Any, shoot: Shoot) -> None:
+    wide = page.locator(".lc-tabs").bounding_box()["width"]
     page.get_by_role("tab", name="Look at masks").click()
     page.locator("#lc-masks-ref textarea, #lc-masks-ref input").fill("demo/tiny-base-stitched")
     page.get_by_role("button", name="Show its masks").click()
     frame = page.frame_locator("#lc-masks-frame iframe")
     frame.locator("#cells td").first.wait_for()
     assert frame.locator("#mask option").all_inner_texts() == ["tiny-math", "tiny-code"]
+    assert page.locator(".lc-tabs").bounding_box()["width"] == wide  # no tab is narrower than the others
     shoot("6-masks")
     check_accessible(page)
 

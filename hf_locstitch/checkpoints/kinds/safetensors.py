@@ -24,7 +24,7 @@ from hf_locstitch.checkpoints.names import safe_shard, same_place
 from hf_locstitch.checkpoints.ref import WEIGHTS
 from hf_locstitch.checkpoints.source import Source
 from hf_locstitch.errors import CheckpointError
-from hf_locstitch.runtime.human import some
+from hf_locstitch.runtime.human import counted, some
 
 VARIANT = re.compile(rf"({'|'.join(STEMS)})(\.\w+\.safetensors|\.safetensors\.index\.\w+\.json)")
 
@@ -48,7 +48,7 @@ class Safetensors(CheckpointKind):
         checkpoint = read_files(source, config, shards)
         if absent := [name for name in weight_map or () if name not in checkpoint.tensors]:
             raise CheckpointError(
-                f"{source.label}: {main} lists {len(absent)} tensors that no shard holds ({some(absent)}). "
+                f"{source.label}: {main} lists {counted(len(absent), 'tensor')} that no shard holds ({some(absent)}). "
                 "Fetch it again."
             )
         return checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_locstitch.cli.flags import add_printing, add_recipe, add_target
 from hf_locstitch.cli.next_steps import after_finetune, next_lines
-from hf_locstitch.cli.parser import REF, add_command, add_diagnostics
+from hf_locstitch.cli.parser import REF, add_command, add_diagnostics, number
 from hf_locstitch.cli.printing import announcing, put_plan, put_result
 from hf_locstitch.runtime.packages import WITH_DATA, need
 from hf_locstitch.tasks.objectives import OBJECTIVES
@@ -49,7 +49,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to train")
     group.add_argument("--epochs", type=int, metavar="N", help="default: 3; masked-lm and clip-zero-shot: 10")
     group.add_argument(
-        "--lr", type=float, metavar="F", help="learning rate (default: 2e-5; clip-zero-shot: 1e-5; with --lora: 2e-4)"
+        "--lr", type=number, metavar="F", help="learning rate (default: 2e-5; clip-zero-shot: 1e-5; with --lora: 2e-4)"
     )
     group.add_argument(
         "--batch", type=int, metavar="N", help="examples in a step (default: 8; masked-lm: 4; clip-zero-shot: 128)"

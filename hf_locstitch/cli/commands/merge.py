@@ -17,7 +17,7 @@ from hf_locstitch.cli.flags import (
     add_vocabulary,
     add_work,
 )
-from hf_locstitch.cli.parser import REF, add_command, add_diagnostics
+from hf_locstitch.cli.parser import REF, add_command, add_diagnostics, number
 from hf_locstitch.cli.printing import put
 from hf_locstitch.cli.requests import carry_out, recipe_fields
 from hf_locstitch.errors import OutputError
@@ -62,7 +62,7 @@ def add(commands: Any) -> None:
     )
     add_scale(group)
     group.add_argument(
-        "--weights", nargs="+", type=float, metavar="F", help="factor on the task vector of each --ft (default: 1)"
+        "--weights", nargs="+", type=number, metavar="F", help="factor on the task vector of each --ft (default: 1)"
     )
     group.add_argument(
         "--rest-from", metavar="NAME", help="finetune to take all other tensors from (default: the base)"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_locstitch.exports.form import Form, FormPlan
 from hf_locstitch.runtime.files import write_text
-from hf_locstitch.runtime.human import human
+from hf_locstitch.runtime.human import counted, human
 
 if TYPE_CHECKING:
     from hf_locstitch.exports.adapter_layout import AdapterLayout
@@ -49,12 +49,13 @@ class AdapterPlan(FormPlan):
         lines = [
             f"adapter    SHiRA for {facts['model_class']}, {human(self.nbytes)} (the base has "
             f"{human(facts['base_bytes'])})",
-            f"sparse     {len(layout.sparse)} linear layers, {layout.entries:,} entries (r = {layout.rank}); "
-            f"{facts['changed']:,} weights lie under masks",
+            f"sparse     {counted(len(layout.sparse), 'linear layer')}, {layout.entries:,} entries (r = {layout.rank});"
+            f" {facts['changed']:,} weights lie under masks",
         ]
         if layout.whole:
             lines.append(
-                f"whole      {len(layout.whole)} modules at full size, {human(layout.whole_bytes)}: {layout.why}"
+                f"whole      {counted(len(layout.whole), 'module')} at full size, {human(layout.whole_bytes)}: "
+                f"{layout.why}"
             )
         if any(module.why == BIASED for module in layout.whole):
             lines.append(f"hint       {EXCLUDE_BIASES}")

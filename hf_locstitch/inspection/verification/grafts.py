@@ -14,6 +14,7 @@ from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import IntegrityError
 from hf_locstitch.runtime.dtypes import DTYPE, Values
+from hf_locstitch.runtime.human import counted
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +39,8 @@ class GraftReader(CheckpointReader):
         positions, stored = self._localized.positions(name), self._localized.stored(name).numel
         if len(positions) != stored:
             raise IntegrityError(
-                f"{self.where(name)} holds {stored:,} values for {name}, but its mask has {len(positions):,} ones "
-                "there. Fetch it again."
+                f"{self.where(name)} holds {counted(stored, 'value')} for {name}, but its mask has {len(positions):,} "
+                "ones there. Fetch it again."
             )
         return positions
 

@@ -15,6 +15,7 @@ from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.errors import LocstitchError, RecipeError
 from hf_locstitch.inspection.verification.report import Finding
+from hf_locstitch.runtime.human import counted
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ def input_refs(record: Manifest, base: str | None, finetuned: Sequence[str] | No
     names = [entry.name for entry in record.inputs if entry.role != "base"]
     if finetuned is not None and len(finetuned) != len(names):
         raise RecipeError(
-            f"the merge was made from {len(names)} finetunes ({', '.join(names)}): --ft expects {len(names)}, "
-            f"got {len(finetuned)}. Name one REF for each, in this order."
+            f"the merge was made from {counted(len(names), 'finetune')} ({', '.join(names)}): --ft expects "
+            f"{len(names)}, got {len(finetuned)}. Name one REF for each, in this order."
         )
     asked = dict(zip(names, finetuned or (), strict=False))
     if base is not None:

@@ -12,6 +12,7 @@ from hf_locstitch.inspection.verification.report import Finding
 from hf_locstitch.plan.checking import chosen_tensors
 from hf_locstitch.plan.recipe import Recipe
 from hf_locstitch.plan.vocabulary import VocabularyPlan, plan_vocabulary
+from hf_locstitch.runtime.human import counted
 
 EXAMPLES = 3  # of what differs
 LONGEST = 100  # characters of one
@@ -33,7 +34,7 @@ def check_vocabulary(record: Manifest, due: VocabularyPlan | None) -> Iterator[F
     if record.vocabulary is None or due is None:
         if record.vocabulary is not None or due is not None:
             planned = "absent" if due is None else due.describe()
-            recorded = "absent" if record.vocabulary is None else f"{len(record.vocabulary)} keys"
+            recorded = "absent" if record.vocabulary is None else counted(len(record.vocabulary), "key")
             yield Finding("recipe", FILE, "vocabulary", recorded, planned)
         return
     planned = due.as_json()

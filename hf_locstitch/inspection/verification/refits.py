@@ -14,6 +14,7 @@ from hf_locstitch.inspection.verification.refit_layers import CPU, EPSILON, Laye
 from hf_locstitch.inspection.verification.report import Finding, Notes
 from hf_locstitch.inspection.verification.sample import Tensors, sample
 from hf_locstitch.inspection.verification.solved import Solving, of_vectors
+from hf_locstitch.runtime.human import counted
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.stitch.dataless.layers import is_vector
 from hf_locstitch.stitch.dataless.opened import OpenedModels, open_models
@@ -36,7 +37,7 @@ def check_refit(fit: Fit, localized: Collection[str], tensors: Tensors, progress
     notes.refitted = looked.report()
     left = len(notes.refitted.sampled) + len(notes.refitted.hashed)
     if left:
-        notes.skip(f"values under the masks of {left} refitted tensors", why)
+        notes.skip(f"values under the masks of {counted(left, 'refitted tensor')}", why)
 
 
 def _solve(

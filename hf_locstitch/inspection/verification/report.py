@@ -71,7 +71,7 @@ class Refitted:
     values: int = 0
 
     def __str__(self) -> str:
-        checked = f"{self.values:,} values recomputed" if self.values else "no value recomputed"
+        checked = f"{counted(self.values, 'value')} recomputed" if self.values else "no value recomputed"
         parts = {"all of": self.recomputed, "some rows of": self.sampled, "by hash only": self.hashed}
         return "; ".join([checked, *(f"{how} {_tensors(names)}" for how, names in parts.items() if names)])
 
@@ -153,8 +153,8 @@ class VerifyReport:
         if done.tensors:
             partly = f" ({done.partly} of them outside their masks)" if done.partly else ""
             lines.append(
-                f"values     {done.tensors} of {done.of_tensors} tensors{partly}, {done.coordinates:,} coordinates, "
-                f"recomputed from {done.inputs} inputs"
+                f"values     {done.tensors} of {counted(done.of_tensors, 'tensor')}{partly}, "
+                f"{counted(done.coordinates, 'coordinate')}, recomputed from {counted(done.inputs, 'input')}"
             )
         if self.refitted is not None:
             lines.append(f"refitted   {self.refitted}")

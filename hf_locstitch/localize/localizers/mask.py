@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from hf_locstitch.localize.data_localizer import DataLocalizer
 from hf_locstitch.localize.job import Group
+from hf_locstitch.runtime.human import counted
 from hf_locstitch.runtime.shares import exact_share
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Mask(DataLocalizer):
     def describe(self) -> str:
         share = "rounded" if self.density is None else f"density {self.density:g}"
         rate = f"{'relative ' if self.relative_lr else ''}learning rate {self.lr:g}"
-        return f"mask, {share}, learned in {self.epochs} epochs, {rate}, preset {self.preset}"
+        return f"mask, {share}, learned in {counted(self.epochs, 'epoch')}, {rate}, preset {self.preset}"
 
     def doubt(self, ones: int, n: int) -> str | None:
         """As Localizer.doubt: where σ(S) is rounded, a density far from what was expected."""

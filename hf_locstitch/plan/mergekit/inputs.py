@@ -11,6 +11,7 @@ from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.plan.mergekit.config import MergekitConfig, ModelRef, Slice, Source
 from hf_locstitch.plan.mergekit.methods import MergekitMethod, Takes
 from hf_locstitch.plan.token_models import WORDS
+from hf_locstitch.runtime.human import counted
 
 
 @dataclass
@@ -95,7 +96,7 @@ def _merged(
     count = 2 if takes is Takes.PAIR else 1
     if takes in (Takes.PAIR, Takes.FROM_BASE) and len(others) != count:
         beside = "" if takes is Takes.PAIR else " beside base_model"
-        found.problems.append(f"{name} merges {count} model{'s' if count > 1 else ''}{beside}, not {len(others)}")
+        found.problems.append(f"{name} merges {counted(count, 'model')}{beside}, not {len(others)}")
     if not others:
         found.problems.append("there is no model to merge beside base_model")
     if takes is Takes.FROM_BASE and base is not None:

@@ -80,8 +80,8 @@ class Fisher(OnInputs, DenseMethod):
     def describe(self) -> str:
         answers = "the data's labels" if self.labelled else "the models' own answers"
         return (
-            f"{self.title} on up to {self.inputs} inputs per finetune of at most {self.tokens} tokens, gradients of "
-            f"{answers}{', of unit norm' if self.unit_norm else ''}"
+            f"{self.title} on up to {counted(self.inputs, 'input')} per finetune of at most "
+            f"{counted(self.tokens, 'token')}, gradients of {answers}{', of unit norm' if self.unit_norm else ''}"
         )
 
     def check(self, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:

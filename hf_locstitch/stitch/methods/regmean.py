@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from hf_locstitch.runtime.human import counted
 from hf_locstitch.stitch.fitting import FitJob, Fittable, LayerByLayer
 from hf_locstitch.stitch.method import Context, DenseMethod
 from hf_locstitch.stitch.methods.average import mean_of
@@ -36,7 +37,7 @@ class RegMean(LayerByLayer, DenseMethod):
         return mean_of(base, finetuned, context)
 
     def describe(self) -> str:
-        inputs = f"{self.inputs} inputs per finetune of at most {self.tokens} tokens"
+        inputs = f"{counted(self.inputs, 'input')} per finetune of at most {counted(self.tokens, 'token')}"
         return f"{self.title} on up to {inputs}, alpha {self.alpha:g}"
 
     def cost(self, fittable: Fittable) -> FitCost | None:
@@ -50,8 +51,7 @@ class RegMean(LayerByLayer, DenseMethod):
         return regmean(self, job)
 
     def card(self, record: Mapping[str, Any], inputs: str) -> str:
-        count = len(record["refitted"])
-        tensors = "1 tensor" if count == 1 else f"{count} tensors"
+        tensors = counted(len(record["refitted"]), "tensor")
         return f"""## Fitted values
 
 In {tensors} (the weight matrices of linear layers), values were fitted so that on unlabelled inputs of every

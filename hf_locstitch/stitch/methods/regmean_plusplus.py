@@ -7,7 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from hf_locstitch.runtime.human import counted
+from hf_locstitch.stitch.fitting import Fittable
 from hf_locstitch.stitch.methods.regmean import RegMean
+from hf_locstitch.stitch.shared_layers import shared_layers
 
 
 class RegMeanPlusPlus(RegMean):
@@ -19,9 +22,16 @@ class RegMeanPlusPlus(RegMean):
     called: ClassVar[str] = "RegMean++"
     merged_inputs: ClassVar[bool] = True
 
+    def plan_warnings(self, fittable: Fittable) -> list[str]:
+        if not (shared := shared_layers(fittable.base)):
+            return []
+        return [
+            f"{shared}, and RegMean++ fits a layer at its last use: the uses before it still have the mean. --method "
+            "regmean makes no difference between uses."
+        ]
+
     def card(self, record: Mapping[str, Any], inputs: str) -> str:
-        count = len(record["refitted"])
-        tensors = "1 tensor" if count == 1 else f"{count} tensors"
+        tensors = counted(len(record["refitted"]), "tensor")
         return f"""## Fitted values
 
 In {tensors} (the weight matrices of linear layers), values were fitted so that on unlabelled inputs of every

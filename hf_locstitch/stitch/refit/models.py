@@ -13,6 +13,7 @@ import torch
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
 from hf_locstitch.errors import RequestError
+from hf_locstitch.runtime.human import counted
 from hf_locstitch.runtime.progress import hide_all_library_bars
 from hf_locstitch.stitch.refit.passes import Pass
 from hf_locstitch.stitch.refit.plain import PlainStitch
@@ -121,8 +122,8 @@ def open_task_models(
     fitted, held_out = config.counts(len(task.examples))
     if fitted == 0 or (held_out == 0 and len(config.lambdas) > 1):
         raise RequestError(
-            f"{data.label} has {len(task.examples)} inputs for {name}: {fitted} to fit and {held_out} held out, but at "
-            "least one of each is needed. Use more data, or change held_out."
+            f"{data.label} has {counted(len(task.examples), 'input')} for {name}: {fitted} to fit and {held_out} held "
+            "out, but at least one of each is needed. Use more data, or change held_out."
         )
     # Tracing also reaches the outputs: with a held-out batch, or else with a fitted one.
     batches = batched(task, 0, fitted, config.batch, opened.units if held_out == 0 else math.inf)

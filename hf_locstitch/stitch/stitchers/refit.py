@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, model_validator
 
-from hf_locstitch.checkpoints.sizes import find_size
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.escape import markdown
 from hf_locstitch.runtime.human import counted
 from hf_locstitch.stitch.fit_cost import Successive
 from hf_locstitch.stitch.fitting import FitJob, Fittable, Stitcher
 from hf_locstitch.stitch.refit.settings import SCORES
+from hf_locstitch.stitch.shared_layers import shared_layers
 
 if TYPE_CHECKING:
     from hf_locstitch.checkpoints.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ class Refit(Stitcher):
         if len(self.lambdas) > 1 and self.counts(self.inputs)[1] == 0:
             raise ValueError(
                 f"choosing among {len(self.lambdas)} lambdas needs held-out inputs, but held_out {self.held_out:g} of "
-                f"{self.inputs} inputs is none: raise inputs or held_out, or set a single lambda"
+                f"{counted(self.inputs, 'input')} is none: raise inputs or held_out, or set a single lambda"
             )
         return self
 
@@ -116,8 +116,9 @@ class Refit(Stitcher):
             return "refit without data, from the task vectors alone"
         lambdas = ", ".join(f"{value:g}" for value in self.lambdas)
         fitted, held_out = self.counts(self.inputs)
-        judged = f", chosen by {self.judge} on up to {held_out} held-out inputs" if len(self.lambdas) > 1 else ""
-        return f"refit on up to {fitted} inputs per finetune of at most {self.tokens} tokens, lambda {lambdas}{judged}"
+        inputs = f"{counted(fitted, 'input')} per finetune of at most {counted(self.tokens, 'token')}"
+        judges = f", chosen by {self.judge} on up to {counted(held_out, 'held-out input')}"
+        return f"refit on up to {inputs}, lambda {lambdas}{judges if len(self.lambdas) > 1 else ''}"
 
     def check(self, finetuned: Mapping[str, Checkpoint], data: Mapping[str, OpenSet]) -> None:
         for checkpoint in finetuned.values() if self.data else ():
@@ -154,26 +155,24 @@ class Refit(Stitcher):
 
 def _refuse_shared_layers(checkpoint: Checkpoint) -> None:
     """Raises RecipeError for an Albert: to fit a layer where it is first used would spoil its other uses."""
-    groups, layers = (find_size(checkpoint.config, name) for name in ("num_hidden_groups", "num_hidden_layers"))
-    if 0 < groups < layers:
+    if shared := shared_layers(checkpoint):
         raise RecipeError(
-            f"{checkpoint.label} uses each of its layers several times in a pass (num_hidden_groups: {groups}, "
-            f"num_hidden_layers: {layers}), and a refit on inputs fits a layer where it is used once. Use a refit "
-            "without inputs, or --method regmean, which adds up the inputs of all uses."
+            f"{shared}, and a refit on inputs fits a layer where it is used once. Use a refit without inputs, or "
+            "--method regmean, which adds up the inputs of all uses."
         )
 
 
 def _sections_without_data(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Refitted values"
-    count = counted(len(record["refitted"]), "tensor")
-    yield f"""The values under the masks are not finetuned values, nor their mean: in {count} they were {SOLVED}
-(ridge {record["ridge"]}, {record["steps"]} steps of conjugate gradients). Nothing outside the masks changed."""
+    tensors, steps = counted(len(record["refitted"]), "tensor"), counted(record["steps"], "step")
+    yield f"""The values under the masks are not finetuned values, nor their mean: in {tensors} they were {SOLVED}
+(ridge {record["ridge"]}, {steps} of conjugate gradients). Nothing outside the masks changed."""
     yield from _notes(record, "the finetuned values, or their mean")
 
 
 def _sections(record: Mapping[str, Any], inputs: str) -> Iterator[str]:
     dataless = record["start"] == "dataless"
-    tensors = counted(len(record["refitted"]), "tensor")
+    tensors, steps = counted(len(record["refitted"]), "tensor"), counted(record["steps"], "step")
     begin = "what is found without data" if dataless else "the mean of the finetuned values"
     yield "## Refitted values"
     if record["lambda"] != "inf":
@@ -182,7 +181,7 @@ def _sections(record: Mapping[str, Any], inputs: str) -> Iterator[str]:
         yield f"""The values under the masks are not finetuned values, nor their mean: in
 {tensors} they were fitted, layer by layer in the order of the forward pass, so that on
 {inputs_of} of every finetune, each linear layer's outputs match those of the same layer in that finetuned model (masked
-least squares from {begin}, lambda {record["lambda"]}{chosen}, ridge {record["ridge"]}, {record["steps"]} steps of
+least squares from {begin}, lambda {record["lambda"]}{chosen}, ridge {record["ridge"]}, {steps} of
 conjugate gradients). Nothing outside the masks changed."""
     else:
         yield (

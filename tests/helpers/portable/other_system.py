@@ -24,7 +24,10 @@ HIDDEN = {
 }
 ABSENT = ("fcntl", "resource", "pwd", "grp", "termios", "pty")
 # Libraries that have another way on Windows, and choose it by the system's name.
-USERS = "filelock._unix psutil subprocess multiprocessing.util tempfile getpass tarfile pathlib asyncio torch"
+USERS = (
+    "filelock._unix psutil subprocess multiprocessing.util tempfile getpass tarfile pathlib asyncio torch "
+    "huggingface_hub.utils._terminal"
+)
 
 
 def resemble() -> None:

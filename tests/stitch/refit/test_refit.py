@@ -241,7 +241,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "ties"}, "needs method locstitch, not ties"),
     ({"allow_non_finite": True}, "cannot be combined with a refit"),
     ({"cache": False}, "cannot be combined with --no-cache"),
-    ({"stitch": {"inputs": 1}}, "held_out 0.25 of 1 inputs is none"),
+    ({"stitch": {"inputs": 1}}, "held_out 0.25 of 1 input is none"),
     ({"stitch": {"lambdas": [0, 0]}}, "lambdas must be distinct"),
     ({"stitch": {"lambda": 3}}, "did you mean 'lambdas'"),
     ({"stitch": "refitted"}, "stitch"),

@@ -11,7 +11,7 @@ import transformers
 import yaml
 from demo.skills import make_tokenizer
 from helpers.data import write_texts
-from helpers.families import build, family
+from helpers.families import build, family, masked_tokenizer
 from helpers.models import State, load, same_bits
 from helpers.refits import read_record
 from safetensors.torch import save_file
@@ -128,3 +128,14 @@ def test_the_plan_the_record_and_the_card(tmp_path: Path, capsys: pytest.Capture
     data = ["--data", str(tmp_path / "0.jsonl"), str(tmp_path / "1.jsonl")]
     assert main(["merge", *flags, "--method", "regmean-plusplus", *data, "--dry-run"]) == 0
     assert "RegMean++ on up to 256 inputs per finetune" in capsys.readouterr().out
+
+
+def test_layers_that_are_used_several_times_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An Albert has one layer for all, whose first uses come before it is fitted."""
+    for kind, warned in (("albert", True), ("bert", False)):
+        folder = tmp_path / kind
+        family(build(kind, torch.float32), folder, masked_tokenizer())
+        data = [str(write_texts(folder / f"{number}.jsonl", seed=number)) for number in range(2)]
+        asked = ["--base", str(folder / "base"), "--ft", str(folder / "ft0"), str(folder / "ft1"), "--data", *data]
+        assert main(["merge", "--method", "regmean-plusplus", *asked, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+        assert ("fits a layer at its last use" in capsys.readouterr().out) is warned, kind
