@@ -49,7 +49,7 @@ class Skeleton:
             auto_class, load_config(base.source.fetch(CONFIG).parent, base.label, NO_MODEL), NO_MODEL
         )
         self.model = self._make()
-        attach_conversions(self.model, list(base.tensors))
+        attach_conversions(self.model, list(base.tensors), base.shapes)
         self.groups: dict[str, list[Group]] = {}
         for group in group_names(self.model, list(base.tensors)):
             for parameter in group.parameters:

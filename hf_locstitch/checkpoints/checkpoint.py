@@ -86,6 +86,11 @@ class Checkpoint:
         """The checkpoint whose files, config and tokenizer a model with these tensors has."""
         return self
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors, by name."""
+        return {name: tuple(info.shape) for name, (_, info) in self.tensors.items()}
+
     def info(self, name: str) -> TensorInfo:
         return self.tensors[name][1]
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from hf_locstitch.errors import RequestError
 from hf_locstitch.tasks.custom_code import load_failure
+
+NO_SHAPES: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
 def empty_model(auto_class: str, config: Any, cure: str) -> Any:
@@ -34,9 +37,9 @@ def empty_model(auto_class: str, config: Any, cure: str) -> Any:
     return model.eval()
 
 
-def attach_conversions(model: Any, disk: Collection[str]) -> None:
+def attach_conversions(model: Any, disk: Collection[str], shapes: Mapping[str, Sequence[int]] = NO_SHAPES) -> None:
     """Attach the conversions that transformers would record on loading these tensors; parameter_names.py reverses
-    them."""
+    them. shapes: of the tensors on disk, by name; where they are known, what is stored transposed comes back so."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -44,9 +47,19 @@ def attach_conversions(model: Any, disk: Collection[str]) -> None:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict(keep_vars=True)
-    patterns = set()
+    patterns, transposed = set(), set()
     for name in disk:
-        patterns.add(rename_source_key(name, renamings, converters, model.base_model_prefix, state)[1])
+        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        patterns.add(pattern)
+        if name in shapes and key in state and tuple(shapes[name]) != tuple(state[key].shape):
+            transposed.add(pattern)
     used = [entry for entry in renamings if entry.was_used()]
     used += [entry for entry in converters if patterns & set(entry.source_patterns)]
+    for entry in used:
+        if transposed & set(entry.source_patterns):
+            for step in getattr(entry, "operations", ()):
+                if getattr(
+                    step, "check_dims", False
+                ):  # reversed, it would see the parameter's own shape and do nothing
+                    step.check_dims = False
     model._weight_conversions = [entry for entry in mapping if entry in used]

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.architectures import blocks, save_family
+from helpers.architectures import TEXT, blocks, save_family
 from helpers.families import pair
 from helpers.grafted import CASES, prepare
 from helpers.models import load
 from safetensors.torch import save_file
 
 from hf_locstitch.errors import MismatchError, RequestError
-from hf_locstitch.tasks.parameter_names import Group, check, chosen_groups, group_names, to_disk
+from hf_locstitch.tasks.empty_model import attach_conversions, empty_model
+from hf_locstitch.tasks.parameter_names import Group, check, chosen_groups, from_disk, group_names, to_disk
 
 
 @pytest.mark.parametrize("kind", ["T5ForConditionalGeneration", "Qwen3MoeForCausalLM", "MixtralForCausalLM",
@@ -75,3 +76,25 @@ def test_tied_weights_stored_twice_score_alike(tmp_path: Path) -> None:
     assert list(grafted.parameters) == ["model.embed_tokens.weight"] and CASES["tied"][0] == "llama-tied"
     mapped = dict(grafted.to_disk(lambda masked: masked.finetuned - masked.base))
     assert mapped.keys() == set(names) and torch.equal(*mapped.values())
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_stacks_that_may_lie_transposed_on_disk(turned: bool) -> None:
+    """A Qwen3-VL-MoE's experts, as they were published, or as transformers saves them since."""
+    import transformers
+
+    text = {**TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=text, vision_config={"depth": 1, "deepstack_visual_indexes": [0]}
+    )
+    model = empty_model("Qwen3VLMoeForConditionalGeneration", config, "")
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    stacks = [name for name in shapes if "experts" in name]
+    if turned:
+        shapes |= {name: (shapes[name][0], *shapes[name][:0:-1]) for name in stacks}
+    attach_conversions(model, list(shapes), shapes)
+    (group,) = (group for group in group_names(model, shapes) if group.disk == (stacks[0],))
+    stored = torch.randn(shapes[stacks[0]])
+    found = from_disk(model, group, lambda _: stored)
+    assert torch.equal(found[stacks[0]], stored.transpose(1, 2) if turned else stored)
+    assert torch.equal(to_disk(model, group, found)[stacks[0]], stored)

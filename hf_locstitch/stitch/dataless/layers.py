@@ -104,15 +104,17 @@ def is_vector(info: TensorInfo) -> bool:
 def layers_of(base: Checkpoint, localized: Collection[str]) -> Layers:
     """localized: names on disk. Raises RequestError where transformers cannot build the model."""
     named = json.dumps(base.config, sort_keys=True)
-    return _layers(named, base.label, tuple(base.tensors), tuple(localized))
+    return _layers(named, base.label, tuple(base.shapes.items()), tuple(localized))
 
 
 @lru_cache(maxsize=1)  # for a plan and its description
 @hide_all_library_bars()
-def _layers(config: str, label: str, disk: tuple[str, ...], localized: tuple[str, ...]) -> Layers:
-    fields = json.loads(config)
+def _layers(
+    config: str, label: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], localized: tuple[str, ...]
+) -> Layers:
+    fields, disk = json.loads(config), tuple(name for name, _ in shapes)
     model = empty_model(_class_name(fields), config_of(fields, label, NO_REFIT), NO_REFIT)
-    attach_conversions(model, disk)
+    attach_conversions(model, disk, dict(shapes))
     parts = hollow(model, disk, torch.device("cpu"))
     inside = frozenset(localized)
     groups: dict[str, Group] = {}  # of the parameters that are completely localized

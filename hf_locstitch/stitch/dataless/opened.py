@@ -145,7 +145,7 @@ def finite(reader: CheckpointReader) -> Stored:
         check_part(reader, name, first, count)
         return reader.flat(name, first, count)
 
-    shapes = {name: info.shape for name, (_, info) in reader.checkpoint.tensors.items()}
+    shapes = reader.checkpoint.shapes
     return Stored(list(shapes), shapes.__getitem__, read, reader.release)
 
 

@@ -93,7 +93,7 @@ def open_task(
     folder_finetuned = link_files(checkpoint, folder / f"{name}.finetuned")
     model_config = load_config(folder_base if objective.base_config else folder_finetuned, cure=NO_REFIT)
     model = empty_model(objective.auto_class, model_config, NO_REFIT)
-    attach_conversions(model, list(base.tensors))
+    attach_conversions(model, list(base.tensors), base.shapes)
     parts = hollow(model, list(base.tensors), device)
     stacks = watch(model)
     own = Weights(model, list(checkpoint.tensors), reading(finetuned), device, release=releasing(finetuned))
