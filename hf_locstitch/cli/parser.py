@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from hf_locstitch.cli.guides import address, project_urls
 from hf_locstitch.cli.printing import fail
-from hf_locstitch.runtime.human import nearest
+from hf_locstitch.runtime.human import nearest, number_meant
 
 REF = "REF"  # a folder or org/name[/subfolder][@revision]
 PAPER = "https://arxiv.org/abs/2408.13656"
@@ -97,16 +97,13 @@ def add_diagnostics(parser: argparse.ArgumentParser) -> None:
 
 
 def number(text: str) -> float:
-    """A flag's type: a number. What people write in its place, a percentage or a decimal comma, is said as one."""
+    """A flag's type."""
     try:
         return float(text)
     except ValueError:
-        share = text.endswith("%")
-        try:
-            meant = f". Did you mean {float(text.removesuffix('%').replace(',', '.')) / (100 if share else 1):g}?"
-        except ValueError:
-            meant = ""
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number{meant}") from None
+        meant = number_meant(text)
+        hint = "" if meant is None else f". Did you mean {meant:g}?"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number{hint}") from None
 
 
 def count_or(word: str) -> Callable[[str], int | str]:

@@ -97,10 +97,10 @@ class LocalizedMask(GivenMask):
                 break
             yield chunk, positions, values
         if first != stored:
-            ones = f"more than {stored}" if first > stored else first
+            ones = f"more than {counted(stored, 'element')}" if first > stored else counted(first, "element")
             raise CheckpointError(
-                f"{self._localized.label} is damaged: its mask keeps {counted(ones, 'element')} of {name}, but "
-                f"{stored} values are stored. Download it again."
+                f"{self._localized.label} is damaged: its mask keeps {ones} of {name}, but {counted(stored, 'value')} "
+                f"{'is' if stored == 1 else 'are'} stored. Download it again."
             )
 
     def nbytes(self, name: str) -> int:

@@ -21,7 +21,7 @@ from hf_locstitch.checkpoints.vocabulary import (
 )
 from hf_locstitch.errors import CheckpointError, MismatchError, RecipeError
 from hf_locstitch.plan.recipe import Recipe
-from hf_locstitch.runtime.human import more, some
+from hf_locstitch.runtime.human import counted, more, some
 from hf_locstitch.tasks.token_shapes import ties_head
 
 BASE, UNION, MEAN, LOCALIZE = "base", "union", "mean", "localize"
@@ -213,7 +213,7 @@ class Losses:
         """Tokens of a tokenizer's own model, which it makes of text by rules that the base's has not."""
         if not tokens or self._tokenizer not in (None, UNION):
             return
-        said = f"{len(tokens):,} tokens of {name}'s tokenizer itself, such as {tokens[0]!r}"
+        said = f"{counted(len(tokens), 'token')} of {name}'s tokenizer itself, such as {tokens[0]!r}"
         if self._tokenizer == UNION:
             self._problems.append(
                 f"{said}, cannot be added to the base's, which has no rules for them; use --tokenizer {name}"

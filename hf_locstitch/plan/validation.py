@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from hf_locstitch.errors import RecipeError
+from hf_locstitch.runtime.human import number_meant
 from hf_locstitch.runtime.registry import Registry
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -61,6 +62,10 @@ def _fault(fault: Any, model: type[BaseModel], parts: Parts) -> str:
             f"{'.'.join(loc)} is a share of the weights, at most 1, not {given:g}: {given:g} % is {given / 100:g} "
             f"(--density {given / 100:g})"
         )
+    if fault["type"] == "float_parsing":
+        meant = number_meant(given)
+        hint = "" if meant is None else f" (did you mean {meant:g}?)"
+        return f"{'.'.join(loc)}: {given!r} is not a number{hint}"
     if fault["type"] == "tuple_type":
         words = re.split(r"[\s,]+", given.strip()) if isinstance(given, str) else []
         message = "must be a list" + (f", such as [{', '.join(words)}]" if words else "")

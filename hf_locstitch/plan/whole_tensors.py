@@ -8,7 +8,7 @@ from typing import TypeVar
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.plan.plans import Plan
-from hf_locstitch.runtime.human import human
+from hf_locstitch.runtime.human import counted, human
 from hf_locstitch.runtime.settings import IMPORTS_BYTES
 from hf_locstitch.stitch.method import TensorMethod
 
@@ -41,8 +41,8 @@ def within_limit(plan: AnyPlan) -> AnyPlan:
         least = size + _libraries(plan)
         raise RecipeError(
             f"--max-memory {human(limit)} is too little: {plan.recipe.method.name} takes whole tensors, and {tensor} "
-            f"of {len(plan.finetuned)} finetunes needs {human(least)}. Allow that much, leave the tensor out with "
-            "--exclude, or use a method that works in chunks, such as locstitch or ties."
+            f"of {counted(len(plan.finetuned), 'finetune')} needs {human(least)}. Allow that much, leave the tensor "
+            "out with --exclude, or use a method that works in chunks, such as locstitch or ties."
         )
     return replace(plan, settings=replace(plan.settings, workers=fitting[-1]))
 

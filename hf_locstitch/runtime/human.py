@@ -36,6 +36,15 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def number_meant(text: str) -> float | None:
+    """0.1 of '10%', '10 %' and '0,1'; None of what is no number that way either."""
+    try:
+        number = float(text.removesuffix("%").replace(",", "."))
+    except ValueError:
+        return None
+    return number / 100 if text.endswith("%") else number
+
+
 def nearest(given: str, known: Iterable[str], within: Path | None = None) -> str:
     """'. Did you mean X?', or nothing if nothing known is like what was given. within: the folder of what is known."""
     close = get_close_matches(given, list(known), n=1)

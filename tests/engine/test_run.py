@@ -25,7 +25,7 @@ N = sum(torch.Size(SHAPES[name]).numel() for name in BLOCK_NAMES)
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, torch.float64])
-@pytest.mark.parametrize("density", ["0", "0.01", "0.1", "0.29", "0.5", "0.9", "1"])
+@pytest.mark.parametrize("density", ["0", "0.03", "0.1", "0.29", "0.5", "0.9", "1"])
 def test_equals_the_reference(tmp_path: Path, density: str, dtype: torch.dtype, scope: str) -> None:
     base = random_state(0, dtype)
     finetuned = [finetune(base, seed) for seed in range(3)]

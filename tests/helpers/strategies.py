@@ -27,5 +27,6 @@ def families(draw: st.DrawFn) -> tuple[State, list[State], str, int]:
             for size in [torch.Size(shape).numel()]
         }
 
-    density = draw(st.integers(0, 100).map(lambda percent: f"{percent / 100:g}"))
+    n, percent = sum(torch.Size(shape).numel() for shape in shapes.values()), draw(st.integers(0, 100))
+    density = f"{percent / 100:g}" if n == 0 or percent * n >= 100 else "0"  # one that keeps nothing is refused
     return state(), [state() for _ in range(draw(st.integers(1, 5)))], density, draw(st.integers(1, 40))

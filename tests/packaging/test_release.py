@@ -66,7 +66,10 @@ def test_the_readme_on_pypi_has_no_relative_link(release: dict[str, Any]) -> Non
 
 
 def test_every_link_of_this_readme_is_made_absolute(release: dict[str, Any]) -> None:
-    readme = release["absolute"]((ROOT / "README.md").read_text(encoding="utf-8"), "me/it", "v1")
+    relative = (ROOT / "README.md").read_text(encoding="utf-8")
+    if "](docs/" not in relative:
+        pytest.skip("the README of a release, where this was done already")
+    readme = release["absolute"](relative, "me/it", "v1")
     targets = re.findall(r'(?:\]\(|(?:src|href)=")([^)"]+)', readme)
     ours = [found[1] for target in targets if (found := re.match(r"https://\S+?/me/it/(?:blob/)?v1/([^#]+)", target))]
     assert all(target.startswith("https://") for target in targets)

@@ -49,6 +49,14 @@ def test_every_fault_at_once() -> None:
         assert words in str(raised.value)
 
 
+def test_a_number_that_is_written_otherwise() -> None:
+    for given, hint in (("10%", " (did you mean 0.1?)"), ("0,1", " (did you mean 0.1?)"), ("a tenth", "")):
+        fields = {"base": "org/base", "finetuned": ["org/a"], "localizer": {"method": "magnitude", "density": given}}
+        with pytest.raises(RecipeError) as raised:
+            make_recipe(fields)
+        assert str(raised.value).endswith(f": localizer.density: {given!r} is not a number{hint}.")
+
+
 def test_refs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_ref("org/name") == Ref(repo="org/name")
     assert parse_ref("org/name@v1.0") == Ref(repo="org/name", revision="v1.0")
