@@ -52,6 +52,8 @@ class Call:
         assert self._process.stdout is not None
         last = None
         for text in self._process.stdout:
+            if not text.endswith("\n"):  # it was killed while it told this
+                break
             last = json.loads(text)
             yield last
         status = self._process.wait()

@@ -16,12 +16,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
+from hf_locstitch.runtime.files import write_all
 from hf_locstitch.runtime.interrupts import raising_interrupts
 from hf_locstitch.runtime.progress import Advance, Progress
 from hf_locstitch.ui.calls import Event
@@ -211,7 +212,7 @@ def work(asked: Mapping[str, Any], emit: Emit) -> int:
 def main() -> int:
     """One request from standard input to its last event."""
     asked = json.loads(sys.stdin.readline())
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    events = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print is no event
     token = asked.pop("token", None)
     if token:
@@ -220,8 +221,9 @@ def main() -> int:
 
     def emit(event: Event) -> None:
         text = json.dumps(event)
-        with lock:
-            events.write((text.replace(token, "[token]") if token else text) + "\n")
+        told = (text.replace(token, "[token]") if token else text) + "\n"
+        with lock, suppress(BrokenPipeError):  # of a server that has died: standard input ends, too
+            write_all(events, told.encode())
 
     with raising_interrupts(lambda _: None):
         threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
