@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.files import is_writable
 from hf_locstitch.runtime.packages import need
+from hf_locstitch.ui.calls import forget_looks
 from hf_locstitch.ui.config import UiConfig
-from hf_locstitch.ui.jobs import Jobs, forget_home, forget_looks, merge_worker
+from hf_locstitch.ui.jobs import Jobs, forget_home, merge_worker
 from hf_locstitch.ui.sign_in import LocalUser, SignIn, oauth_app
 from hf_locstitch.ui.visitor import Visitor
 
@@ -56,7 +57,7 @@ class Server:
         self._host = application.host if application else None
         self._users = SignIn(application) if application else LocalUser()
         work = config.work
-        forget_looks(work)
+        forget_looks(work, lambda _: False)  # of a dead server
         self.jobs = Jobs(work / "jobs", merge_worker(work), at_once=config.at_once, forget=forget_home(work))
 
     def visitor(self, cookies: Mapping[str, str]) -> Visitor:
