@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hf_locstitch.errors import LocstitchError, WorkError
-from hf_locstitch.ui.visitor import Visitor, worker_environment
+from hf_locstitch.ui.visitor import PASSING, Visitor, worker_environment
 
 GRACE = 40.0  # seconds from asking a worker to stop until it is ended
 LAST = ("result", "error", "stopped")  # events that nothing follows
@@ -52,6 +55,8 @@ class Call:
         assert self._process.stdout is not None
         last = None
         for text in self._process.stdout:
+            if not text.endswith("\n"):  # it was killed while it told this
+                break
             last = json.loads(text)
             yield last
         status = self._process.wait()
@@ -85,6 +90,7 @@ def answer(asked: Mapping[str, Any], visitor: Visitor, work: Path, seconds: floa
 
 def follow(asked: Mapping[str, Any], visitor: Visitor, work: Path, seconds: float) -> Iterator[Event]:
     """The events of a short piece of work, which is stopped if nobody listens any more. Raises LocstitchError."""
+    forget_looks(work)
     try:
         call = Call({**asked, "passing": not visitor.here}, visitor, work)
     except OSError as error:  # of a full disk, or too many processes
@@ -106,3 +112,11 @@ def follow(asked: Mapping[str, Any], visitor: Visitor, work: Path, seconds: floa
     finally:
         late.cancel()
         call.stop()
+
+
+def forget_looks(work: Path, runs: Callable[[int], bool] = psutil.pid_exists) -> None:
+    """Remove the homes of looks whose process was killed. runs: whether a process, by its number, still does."""
+    for home in (work / "homes").glob(f"{PASSING}*"):
+        number = home.name.removeprefix(PASSING).partition("-")[0]
+        if not (number.isdecimal() and runs(int(number))):
+            shutil.rmtree(home, ignore_errors=True)

@@ -22,7 +22,7 @@ from hf_locstitch.runtime.files import write_atomically
 from hf_locstitch.runtime.human import human
 from hf_locstitch.ui.calls import Call, Event
 from hf_locstitch.ui.order import Order
-from hf_locstitch.ui.visitor import PASSING, Visitor, home_of, owner_key
+from hf_locstitch.ui.visitor import Visitor, home_of, owner_key
 
 Status = Literal["queued", "running", "stopping", "done", "failed", "stopped", "interrupted"]
 ACTIVE = ("queued", "running", "stopping")
@@ -283,12 +283,6 @@ def _outdated(jobs: Iterable[Job], now: float) -> list[Job]:
         else:
             seen[job.owner] += 1
     return dropped
-
-
-def forget_looks(work: Path) -> None:
-    """Remove the homes of looks that a dead server has left."""
-    for home in (work / "homes").glob(f"{PASSING}*"):
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def forget_home(work: Path) -> Callable[[str], object]:

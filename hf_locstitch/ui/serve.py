@@ -12,12 +12,15 @@ from urllib.parse import urlsplit
 from hf_locstitch.errors import RecipeError
 from hf_locstitch.runtime.files import is_writable
 from hf_locstitch.runtime.packages import need
+from hf_locstitch.ui.calls import forget_looks
 from hf_locstitch.ui.config import UiConfig
-from hf_locstitch.ui.jobs import Jobs, forget_home, forget_looks, merge_worker
+from hf_locstitch.ui.jobs import Jobs, forget_home, merge_worker
 from hf_locstitch.ui.sign_in import LocalUser, SignIn, oauth_app
 from hf_locstitch.ui.visitor import Visitor
 
 HERE = ("127.0.0.1", "localhost", "::1")
+BARE = ("GET", "HEAD", "OPTIONS")  # requests that change nothing and carry nothing
+LARGEST = 1_000_000  # bytes of a request: the page sends a form
 HOW: dict[str, Any] = {
     "log_level": "warning",
     "timeout_graceful_shutdown": 2,
@@ -54,7 +57,7 @@ class Server:
         self._host = application.host if application else None
         self._users = SignIn(application) if application else LocalUser()
         work = config.work
-        forget_looks(work)
+        forget_looks(work, lambda _: False)  # of a dead server
         self.jobs = Jobs(work / "jobs", merge_worker(work), at_once=config.at_once, forget=forget_home(work))
 
     def visitor(self, cookies: Mapping[str, str]) -> Visitor:
@@ -161,11 +164,15 @@ def why_refused(
     called = urlsplit(f"//{headers.get('host', '')}").hostname or ""
     if hosts is not None and called not in hosts:
         return f"this server is not called {called[:100]!r}"
+    if method not in BARE and not 0 <= _length(headers) <= LARGEST:
+        return f"this request does not tell its length, or is longer than {LARGEST:,} bytes"
     origin = headers.get("origin")
-    if (
-        method not in ("GET", "HEAD", "OPTIONS")
-        and origin is not None
-        and urlsplit(origin).netloc not in (headers.get("host"), own)
-    ):
+    if method not in BARE and origin is not None and urlsplit(origin).netloc not in (headers.get("host"), own):
         return "this request comes from another site"
     return None
+
+
+def _length(headers: Mapping[str, str]) -> int:
+    """Of a request's body, in bytes; -1 if it is not told."""
+    told = headers.get("content-length", "")
+    return int(told) if told.isdecimal() else -1

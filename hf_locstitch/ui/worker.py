@@ -16,15 +16,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hf_locstitch.errors import CheckpointError, LocstitchError, RequestError
+from hf_locstitch.runtime.files import write_all
 from hf_locstitch.runtime.interrupts import raising_interrupts
 from hf_locstitch.runtime.progress import Advance, Progress
-from hf_locstitch.ui.calls import Event
+from hf_locstitch.ui.calls import LAST, Event
 from hf_locstitch.ui.visitor import PASSING
 
 Emit = Callable[[Event], None]
@@ -211,20 +212,23 @@ def work(asked: Mapping[str, Any], emit: Emit) -> int:
 def main() -> int:
     """One request from standard input to its last event."""
     asked = json.loads(sys.stdin.readline())
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    events = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print is no event
     token = asked.pop("token", None)
     if token:
         os.environ["HF_TOKEN"] = token
-    lock = threading.Lock()
+    lock, done = threading.Lock(), threading.Event()
 
     def emit(event: Event) -> None:
+        if event["event"] in LAST:
+            done.set()
         text = json.dumps(event)
-        with lock:
-            events.write((text.replace(token, "[token]") if token else text) + "\n")
+        told = (text.replace(token, "[token]") if token else text) + "\n"
+        with lock, suppress(BrokenPipeError):  # of a server that has died: standard input ends, too
+            write_all(events, told.encode())
 
     with raising_interrupts(lambda _: None):
-        threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
+        threading.Thread(target=_stop_at_end_of_input, args=(done,), daemon=True).start()
         with _passing_cache(asked):
             return work(asked, emit)
 
@@ -237,14 +241,19 @@ def _passing_cache(asked: Mapping[str, Any]) -> Iterator[None]:
         return
     homes = Path(os.environ["HF_HOME"]).parent
     homes.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=homes, prefix=PASSING, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(
+        dir=homes, prefix=f"{PASSING}{os.getpid()}-", ignore_cleanup_errors=True
+    ) as folder:
         os.environ["HF_HOME"] = folder  # the Hub's client reads it when it is imported
         yield
 
 
-def _stop_at_end_of_input() -> None:
+def _stop_at_end_of_input(done: threading.Event) -> None:
+    """done: set once there is nothing to stop; what follows is to clean up."""
     while os.read(0, 4096):
         continue
+    if done.is_set():
+        return
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
     else:

@@ -14,9 +14,9 @@ import pytest
 from hf_locstitch.errors import RequestError
 from hf_locstitch.ui import jobs as jobs_module
 from hf_locstitch.ui.calls import Event
-from hf_locstitch.ui.jobs import Job, Jobs, forget_home, forget_looks
+from hf_locstitch.ui.jobs import Job, Jobs, forget_home
 from hf_locstitch.ui.order import Order
-from hf_locstitch.ui.visitor import PASSING, Visitor, owner_key, worker_environment
+from hf_locstitch.ui.visitor import Visitor, owner_key, worker_environment
 
 ANN, BEN = Visitor("ann", "hf_secret_ann"), Visitor("ben", "hf_secret_ben")
 DONE: Event = {"event": "result", "url": "http://hub/ann/merged", "commit": "c" * 40}
@@ -229,13 +229,6 @@ def test_a_home_is_removed_once_nothing_in_it_is_needed(tmp_path: Path, workers:
     workers["ann/x"][0].give(DONE)
     until(lambda: not homes[0].exists() and jobs.of(BEN)[0].resumable)
     assert homes[1].exists()  # what the merge of the other goes on with
-
-
-def test_what_looks_of_a_dead_server_left_is_removed(tmp_path: Path) -> None:
-    for name in (f"{PASSING}x", "visitor"):
-        (tmp_path / "homes" / name).mkdir(parents=True)
-    forget_looks(tmp_path)
-    assert [path.name for path in (tmp_path / "homes").iterdir()] == ["visitor"]
 
 
 def test_a_file_that_is_no_job_is_left_alone(tmp_path: Path, workers: Workers) -> None:

@@ -82,10 +82,10 @@ def test_a_space_without_oauth_is_told_of_it() -> None:
 @pytest.mark.parametrize(
     ("method", "headers", "refused"),
     [
-        ("POST", {"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:7860"}, False),
-        ("POST", {"host": "127.0.0.1:7860"}, False),
-        ("POST", {"host": "127.0.0.1:7860", "origin": "https://evil.example"}, True),
-        ("POST", {"host": "127.0.0.1:7860", "origin": "null"}, True),
+        ("POST", {"host": "127.0.0.1:7860", "content-length": "9", "origin": "http://127.0.0.1:7860"}, False),
+        ("POST", {"host": "127.0.0.1:7860", "content-length": "9"}, False),
+        ("POST", {"host": "127.0.0.1:7860", "content-length": "9", "origin": "https://evil.example"}, True),
+        ("POST", {"host": "127.0.0.1:7860", "content-length": "9", "origin": "null"}, True),
         ("GET", {"host": "evil.example:7860"}, True),  # a name that was made to point here
         ("GET", {"host": "[::1]:7860"}, False),
         ("GET", {}, True),
@@ -97,8 +97,14 @@ def test_what_other_sites_make_a_browser_send_is_refused(method: str, headers: d
 
 @pytest.mark.parametrize(("origin", "refused"), [("https://me-x.hf.space", False), ("https://evil.hf.space", True)])
 def test_a_space_behind_a_proxy_knows_its_own_pages(origin: str, refused: bool) -> None:
-    headers = {"host": "10.0.0.7:7860", "origin": origin}
+    headers = {"host": "10.0.0.7:7860", "content-length": "9", "origin": origin}
     assert (why_refused("POST", headers, None, "me-x.hf.space") is not None) == refused
+
+
+@pytest.mark.parametrize(("length", "refused"), [("1000000", False), ("1000001", True), ("-1", True), (None, True)])
+def test_no_request_fills_the_memory(length: str | None, refused: bool) -> None:
+    headers = {"host": "localhost"} | ({} if length is None else {"content-length": length})
+    assert (why_refused("POST", headers, None) is not None) == refused
 
 
 @pytest.mark.parametrize(

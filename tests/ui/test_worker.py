@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,13 @@ import pytest
 from helpers.language_models import favouring
 from helpers.models import State, finetune, random_state, save
 
-from hf_locstitch.ui import worker
+from hf_locstitch.ui import calls, worker
 from hf_locstitch.ui.order import Order
+from hf_locstitch.ui.visitor import Visitor
 from loopback_hub import LoopbackHub
 
 Events = list[dict[str, Any]]
+stop_at_end_of_input = worker._stop_at_end_of_input
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +106,71 @@ def test_a_stop_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told("plan") == [{"event": "stopped"}]
 
 
-def test_a_token_comes_by_standard_input_and_is_in_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(asked: object, emit: worker.Emit) -> None:
-        raise RuntimeError(f"the token is {os.environ['HF_TOKEN']}")
-
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Asks the worker for a plan, with a token. Where its events are read from."""
     read, write = os.pipe()
-    monkeypatch.setitem(worker.ACTIONS, "plan", careless)  # type: ignore[arg-type]
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"action": "plan", "token": "hf_secret"}) + "\n"))
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setattr(worker.os, "dup", lambda _: write)
     monkeypatch.setattr(worker.os, "dup2", lambda *_: None)
-    monkeypatch.setattr(worker, "_stop_at_end_of_input", lambda: None)
+    monkeypatch.setattr(worker, "_stop_at_end_of_input", lambda done: None)
+    return read
+
+
+def test_a_token_comes_by_standard_input_and_is_in_no_event(asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(asked: object, emit: worker.Emit) -> None:
+        raise RuntimeError(f"the token is {os.environ['HF_TOKEN']}")
+
+    monkeypatch.setitem(worker.ACTIONS, "plan", careless)  # type: ignore[arg-type]
     assert worker.main() == 1
-    with os.fdopen(read) as events:
+    with os.fdopen(asked) as events:
         assert json.loads(events.read())["text"] == "RuntimeError: the token is [token]"
+
+
+def test_a_server_that_died_is_told_nothing(asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def telling(asked: object, emit: worker.Emit) -> None:
+        emit({"event": "progress"})
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(worker.ACTIONS, "plan", telling)  # type: ignore[arg-type]
+    os.close(asked)
+    assert worker.main() == 130
+
+
+def test_an_event_that_was_cut_off_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a kill."""
+    started = calls.subprocess.Popen
+
+    def killed(command: object, **how: Any) -> Any:
+        return started(["sh", "-c", """read asked; echo '{"event": "say"}'; printf '{"event'"""], **how)
+
+    monkeypatch.setattr(calls.subprocess, "Popen", killed)
+    events = calls.Call({}, Visitor(), tmp_path).events()
+    assert [event["event"] for event in events] == ["say", "died"]
+
+
+def test_a_stop_after_the_last_word_leaves_time_to_clean_up(asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server closes standard input once it has read an error."""
+    read, cleaned = os.read, []
+
+    @contextmanager
+    def slowly(asked: object) -> Iterator[None]:
+        yield
+        time.sleep(0.3)
+        cleaned.append(True)
+
+    monkeypatch.setattr(worker, "_passing_cache", slowly)
+    monkeypatch.setattr(worker, "_stop_at_end_of_input", stop_at_end_of_input)
+    monkeypatch.setattr(worker.os, "read", lambda *_: read(asked, 4096) and b"")  # its end, when a word has come
+    monkeypatch.setitem(worker.ACTIONS, "plan", lambda *_: 1 / 0)  # type: ignore[arg-type]
+    with suppress(KeyboardInterrupt):
+        worker.main()
+    assert cleaned
+
+
+def test_homes_of_looks_that_were_killed_are_removed(tmp_path: Path) -> None:
+    for name in ("passing-7-x", "passing-8-x", "passing-x", "visitor"):
+        (tmp_path / "homes" / name).mkdir(parents=True)
+    calls.forget_looks(tmp_path, lambda number: number == 7)
+    assert {path.name for path in (tmp_path / "homes").iterdir()} == {"passing-7-x", "visitor"}
