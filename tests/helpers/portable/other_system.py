@@ -7,6 +7,7 @@ that exists. Everything that follows from this is asked of the files that this p
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -26,14 +27,15 @@ ABSENT = ("fcntl", "resource", "pwd", "grp", "termios", "pty")
 # Libraries that have another way on Windows, and choose it by the system's name.
 USERS = (
     "filelock._unix psutil subprocess multiprocessing.util tempfile getpass tarfile pathlib asyncio torch "
-    "huggingface_hub.utils._terminal"
+    "huggingface_hub.utils._terminal portalocker"
 )
 
 
 def resemble() -> None:
     """From now on in this process. To be called before hf_locstitch is imported."""
     for name in USERS.split():
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # what an extra installs
+            importlib.import_module(name)
     for module, names in HIDDEN.items():
         for name in names.split():
             if hasattr(module, name):
