@@ -64,7 +64,7 @@ def _onto(function: Any, name: str) -> Any:
     def call(source: Any, target: Any) -> Any:
         if os.path.isdir(source) and os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(source))
-        if name == "rename" and os.path.lexists(target):
+        if name == "rename" and os.path.lexists(target) and not os.path.samefile(source, target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(source))
         return function(source, target)
 
