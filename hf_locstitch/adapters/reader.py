@@ -70,6 +70,9 @@ class AdapterReader(CheckpointReader):
                 self._held.pop(number, None)
                 self._left[number] = self._numel(number)
 
+    def close(self) -> None:
+        self._base.close()
+
     def _numel(self, number: int) -> int:
         return sum(self.checkpoint.info(name).numel for name in self._adapter.layers[number])
 

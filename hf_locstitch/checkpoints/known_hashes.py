@@ -36,7 +36,8 @@ class FileState:
         """Raises OSError."""
         real = path.resolve()
         found = real.stat()
-        return cls(str(real), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        moved = getattr(found, "st_birthtime_ns", found.st_ctime_ns)  # Windows': a hard link does not change it
+        return cls(str(real), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, moved)
 
 
 def state_of(path: Path) -> FileState | None:

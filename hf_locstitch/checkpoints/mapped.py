@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -50,6 +51,11 @@ class MappedFile:
             first = max(0, first - LAGGING)
             self._map.madvise(mmap.MADV_DONTNEED, first * STRETCH, (last - first) * STRETCH)
 
+    def close(self) -> None:
+        """Nothing more is read. Where there are views left, the file stays open as long as the last of them."""
+        with suppress(BufferError):
+            self._map.close()
+
 
 def read_header(path: Path, label: str) -> Header:
     """Of a safetensors file on this machine. Raises CheckpointError, which calls it `label`, and OSError."""
@@ -65,4 +71,9 @@ class MappedCheckpoint(CheckpointReader):
     def __init__(
         self, checkpoint: Checkpoint, paths: Mapping[str, Path], hashed: Mapping[str, FollowingHash] = NOT_HASHED
     ) -> None:
-        super().__init__(checkpoint, {file: MappedFile(path, hashed.get(file)) for file, path in paths.items()})
+        self._mapped = {file: MappedFile(path, hashed.get(file)) for file, path in paths.items()}
+        super().__init__(checkpoint, self._mapped)
+
+    def close(self) -> None:
+        for file in self._mapped.values():
+            file.close()

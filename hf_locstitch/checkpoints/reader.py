@@ -58,6 +58,9 @@ class CheckpointReader:
         item = ITEM_BYTES[info.dtype]
         self._files[shard.file].release(info.start + first * item, info.start + (first + count) * item)
 
+    def close(self) -> None:
+        """Nothing more is read: close the files that this has opened itself."""
+
     def dtype(self, name: str) -> np.dtype[Any]:
         return DTYPE[self.checkpoint.info(name).dtype]
 

@@ -17,8 +17,9 @@ from hf_locstitch.checkpoints.following_hash import FollowingHash
 from hf_locstitch.checkpoints.hashes import InputHashes
 from hf_locstitch.checkpoints.mapped import MappedCheckpoint
 from hf_locstitch.checkpoints.reader import CheckpointReader
-from hf_locstitch.errors import RequestError
+from hf_locstitch.errors import IntegrityError, RequestError
 from hf_locstitch.plan.plans import Plan
+from hf_locstitch.runtime.files import forget_locals
 from hf_locstitch.runtime.processes import Processes, divide
 from hf_locstitch.runtime.progress import Advance, Progress
 
@@ -82,6 +83,7 @@ class Inputs:
         self._plan, self._progress, self._folder, self._verified = plan, progress, folder, verified
         self._hashes, self._processes, self._streamed = hashes, processes, streamed
         self._unchecked: list[InputFile] = []
+        self._damaged: InputFile | None = None
         self._checking = threading.Lock()
         self._kept: dict[str, CheckpointReader] = {}
         self._keeping: list[Download] = []
@@ -91,8 +93,11 @@ class Inputs:
     def __enter__(self) -> Inputs:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        forget_locals(error)
         self._stack.close()
+        if self._damaged is not None:  # again: not every system deletes files that are mapped
+            self._hashes.check(*self._damaged)
         if kind is not None and issubclass(kind, RequestError):  # such as NaN: to be believed only of whole files
             self._check()
 
@@ -115,6 +120,8 @@ class Inputs:
             aligned = self._plan.aligned
             own = aligned.own if aligned else inputs
             readers = {name: local_reader(own[name], paths[name], self._followed(name)) for name in inputs}
+            for reader in readers.values():
+                self._stack.callback(reader.close)
             readers = aligned.readers(readers) if aligned else readers
             self._whole = OpenInputs(readers, check=self._check)
         return self._whole
@@ -162,11 +169,13 @@ class Inputs:
         with ExitStack() as stack:
             advance = stack.enter_context(self._fetching(files))
             for name in names:
+                held = self._stack if name in kept else stack
                 if self._is_here(name, files[name]):
                     readers[name] = MappedCheckpoint(inputs[name], self._local(name, files[name]), self._followed(name))
+                    held.callback(readers[name].close)
                 else:
                     downloads[name] = self._start_download(name, wanted[name], later[name], advance)
-                    (self._stack if name in kept else stack).callback(downloads[name].close)
+                    held.callback(downloads[name].close)
                     readers[name] = _arriving(inputs[name], downloads[name])
                 if name in kept:
                     self._kept[name] = readers[name]
@@ -218,7 +227,11 @@ class Inputs:
         with self._checking:
             while self._unchecked:
                 file = self._unchecked[0]
-                self._hashes.check(*file)
+                try:
+                    self._hashes.check(*file)
+                except IntegrityError:
+                    self._damaged = file
+                    raise
                 self._verified([file])
                 self._unchecked.remove(file)
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -192,17 +192,20 @@ class StitchRun(ModelRun[StitchPlan]):
             lambda: {name: one.open_mask() for name, one in plan.merged_inputs.items()}
         )
         found: dict[str, GivenMask] = {}
-        with self._opened(inputs) as opened:
+        with self._opened(inputs) as opened, ExitStack() as held:
             for name, checkpoint in plan.localized_inputs.items():
                 found[name] = LocalizedMask(checkpoint, plan.mask_tensors, self._spill_of(name), self.settings.chunk)
+                held.callback(found[name].close)
             for name, mask in opened_masks.items():
                 reader = opened.readers[name]
                 found[name] = MergedMask(mask, reader, plan.mask_tensors, self._spill_of(name), self.settings.chunk)
+                held.callback(found[name].close)
             nbytes = sum(mask.nbytes(name) for mask in found.values() for name in own)
             with self.progress.bar("reading", nbytes) as advance:
                 for mask in found.values():
                     self.processes.together(lambda mask=mask: mask.read(self.own, self.settings.workers, advance))
             self.processes.together(opened.verify)
+            held.pop_all()  # all went well: who gets them closes them
         return {name: found[name] for name in plan.finetuned}
 
     def _opened(self, inputs: Inputs) -> AbstractContextManager[OpenInputs]:

@@ -57,7 +57,7 @@ def find_joint_mask(job: LocalizeJob, device: str) -> Mapping[str, MaskSource]:
         DatalessJob(readers, job.order, job.tensors, folder, device, job.settings, job.processes, job.progress)
     )
     dense = solver.solve()
-    scan = Scan(
+    with Scan(
         job.base,
         {JOINT: _Dense(dense)},  # pyright: ignore[reportArgumentType]
         job.tensors,
@@ -67,8 +67,8 @@ def find_joint_mask(job: LocalizeJob, device: str) -> Mapping[str, MaskSource]:
         processes=job.processes,
         chunk=job.settings.chunk,
         workers=job.settings.workers,
-    )
-    mask = scan.select({"base": _Zero(), JOINT: _Dense(dense)})[JOINT]  # pyright: ignore[reportArgumentType]
+    ) as scan:
+        mask = scan.select({"base": _Zero(), JOINT: _Dense(dense)})[JOINT]  # pyright: ignore[reportArgumentType]
     return {name: JointMask(mask, readers[name]) for name in job.finetuned}
 
 

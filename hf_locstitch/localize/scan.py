@@ -55,7 +55,8 @@ ScoreBits = Callable[[str, int, Values, Values], npt.NDArray[np.int32]]
 class Scan:
     """base, finetuned: checkpoints. tensors: the localized ones, as in the base.
 
-    own: the names of those that this process scans; every process makes the same calls.
+    own: the names of those that this process scans; every process makes the same calls. Entered as a context, it closes
+    all selections if that fails: not every system deletes files that are open.
     trusted: whether what an earlier process kept of (model, tensor) may be used.
     scores: where they are not the magnitudes of task vectors. shared: where what is kept stays for other merges.
     """
@@ -87,7 +88,15 @@ class Scan:
         self.own_chunks = [chunk for chunk in self.chunks if self.names[chunk.tensor] in own]
         self.processes = processes
         self._chunk, self._own = chunk, own
+        self._selections: list[Selection] = []
         self._candidates = CandidateFinder(chunk)
+
+    def __enter__(self) -> Scan:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for selection in self._selections if kind is not None else ():
+            selection.close()
 
     def select(self, inputs: Readers) -> dict[str, Selection]:
         """The mask of each finetuned model, whose files are all on this machine. Raises NonFiniteError."""
@@ -170,12 +179,7 @@ class Scan:
             for name, given in brackets.items()
         }
         offer = partial(self._offer, inputs, selections)
-        try:
-            self.processes.together(lambda: for_each(offer, self.own_chunks, self.workers))
-        except BaseException:  # not every system deletes files that are open
-            for selection in selections.values():
-                selection.close()
-            raise
+        self.processes.together(lambda: for_each(offer, self.own_chunks, self.workers))
         return selections
 
     def _selection(self, name: str, brackets: Sequence[Bracket], kind: str) -> Selection:
@@ -187,7 +191,8 @@ class Scan:
             heading=json.dumps([self._chunk, str(common), kind]),
             trusted=np.array([self._reusable(name, self.names[chunk.tensor]) for chunk in self.chunks], dtype=bool),
         )
-        return Selection(spill, self.names, self.chunks, self.groups, brackets, self.processes)
+        self._selections.append(Selection(spill, self.names, self.chunks, self.groups, brackets, self.processes))
+        return self._selections[-1]
 
     def _reusable(self, model: str, tensor: str) -> bool:
         """Whether this process takes up what an earlier one kept, which may have had other tensors."""

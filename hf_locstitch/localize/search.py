@@ -25,8 +25,9 @@ def find_by_scores(job: LocalizeJob, scores: ScoreBits | None) -> Mapping[str, M
     """
     own = [info for info in job.tensors if info.name in job.own]
     nbytes = sum(checkpoint.info(info.name).nbytes for checkpoint in job.finetuned.values() for info in own)
-    with job.progress.bar("localizing", nbytes) as advance:
-        scan = Scan(
+    with (
+        job.progress.bar("localizing", nbytes) as advance,
+        Scan(
             job.base,
             job.finetuned,
             job.tensors,
@@ -41,7 +42,8 @@ def find_by_scores(job: LocalizeJob, scores: ScoreBits | None) -> Mapping[str, M
             scores=scores,
             shared=job.shared,
             advance=advance,
-        )
+        ) as scan,
+    ):
         if job.inputs.all_here:
             return scan.select(job.inputs.fetch().readers)
         selections = scan.begin()

@@ -6,6 +6,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,12 @@ class Spill:
         self.open = np.zeros(chunks, dtype=np.int64)
         self.done = np.zeros(chunks, dtype=bool)
         self._file = PositionedFile.open(path)
-        self._take_up()
-        self._index = self._index_path.open("ab", buffering=0)
+        try:
+            self._take_up()
+            self._index = self._index_path.open("ab", buffering=0)
+        except BaseException:
+            self._file.close()
+            raise
 
     @property
     def _index_path(self) -> Path:
@@ -99,15 +104,13 @@ class Spill:
         new = self._path.with_name(self._path.name + ".new")
         new_index = self._path.with_name(self._path.name + ".index.new")
         new.unlink(missing_ok=True)
-        offset, file = 0, PositionedFile.open(new)
-        with new_index.open("wb") as index:
+        offset = 0
+        with closing(PositionedFile.open(new)) as file, new_index.open("wb") as index:
             index.write(self._heading)
             for chunk in np.flatnonzero(self.done).tolist():
                 index.write(self._write(file, offset, chunk, self.read(chunk).reaching(low_of(chunk))))
                 offset += self._size(int(self.sure[chunk] + self.open[chunk]), int(self.open[chunk]))
-        # Not every system renames files that are open.
-        file.close()
-        self.close()
+        self.close()  # not every system renames files that are open
         # If killed between the two renames, the old index does not fit the new blocks, and their checksums show it.
         new.replace(self._path)
         new_index.replace(self._index_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -30,6 +30,7 @@ from hf_locstitch.checkpoints.xet import provide_folder
 from hf_locstitch.errors import PublishError
 from hf_locstitch.plan.push_target import MAIN, PushTarget
 from hf_locstitch.runtime.daemon_pool import DaemonPool
+from hf_locstitch.runtime.positioned_io import OPEN_FILES_MOVE
 from hf_locstitch.runtime.progress import Progress
 
 # What an earlier model in the repo may have left that would be loaded in place of, or mistaken for, the new one.
@@ -89,10 +90,13 @@ class Upload:
                 future.result()
 
     def pause(self) -> None:
-        """The files are about to move: start no upload of them. One that runs goes on, for it has its file open."""
+        """The files are about to move: start no upload of them. One that runs goes on, for it has its file open; where
+        such a file cannot be moved, it is waited for."""
         for file in reversed(list(self._running)):
             if self._running[file].cancel():
                 del self._running[file]
+        if not OPEN_FILES_MOVE:
+            wait(self._running.values())
 
     def commit(
         self, folder: Path, message: str, progress: Progress, known: Mapping[str, str] = MappingProxyType({})

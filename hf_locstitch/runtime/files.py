@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import RawIOBase
 from pathlib import Path
+
+HARD_LINKS = os.name == "nt"  # elsewhere one more link to a file would look like a change of that file
 
 
 def existing_part(path: Path) -> Path:
@@ -27,12 +30,12 @@ def write_text(path: Path, content: str) -> None:
 
 
 def link(path: Path, target: Path | str) -> None:
-    """Make `path` a symbolic link; where that is not allowed, as on Windows by default, a hard link, or else a copy.
+    """Make `path` a symbolic link; where that is not allowed, a copy, or on Windows, by default so, a hard link.
 
     target: absolute, or from the folder of `path` on. Raises OSError, FileExistsError if something is there.
     """
     file = path.parent / target
-    for make in (lambda: path.symlink_to(target), lambda: os.link(file.resolve(), path)):
+    for make in (lambda: path.symlink_to(target), lambda: os.link(file.resolve(), path))[: 1 + HARD_LINKS]:
         try:
             return make()
         except FileExistsError:
@@ -72,6 +75,14 @@ def sync_file(path: Path) -> None:
     """Return once everything written to the file is on the disk."""
     with path.open("r+b") as file:
         os.fsync(file.fileno())
+
+
+def forget_locals(error: BaseException | None) -> None:
+    """Drop the variables of all calls that have ended in an error, which else live as long as it: views of mapped files
+    are among them, and not every system deletes a file that is open."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def is_mount_point(path: Path) -> bool:

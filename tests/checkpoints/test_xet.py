@@ -15,6 +15,7 @@ import hf_xet
 import pytest
 from helpers.models import finetune, random_state, save_sharded
 from helpers.streaming import CACHING, PASSING, SHAPES, empty_cache, merged, restart
+from helpers.systems import needs_early_reading
 from huggingface_hub import constants
 
 from hf_locstitch.checkpoints import hub_client, xet
@@ -140,6 +141,7 @@ def test_a_corrupted_xorb_is_found(xet_hub: LoopbackHub, repo: str) -> None:
     assert over_http(xet_hub) == SIZE  # the second time
 
 
+@needs_early_reading
 def test_a_corrupted_xorb_in_a_merge(xet_hub: LoopbackHub, models: list[str], tmp_path: Path) -> None:
     xet_hub.fail(Fault("flip", f"{XORB}.*{models[1]}", offset=400_000))
     with pytest.raises(IntegrityError, match="HF_HUB_DISABLE_XET=1"):

@@ -17,6 +17,7 @@ from uuid import uuid4
 import pytest
 import torch
 from helpers.models import State, finetune, load, same_bits, save
+from helpers.systems import needs_own_imports
 from safetensors.torch import save_file
 
 from hf_locstitch.cli.arguments import build_parser
@@ -73,6 +74,7 @@ def refused(tmp_path: Path, result: tuple[int, str, str], *words: str) -> str:
     return err
 
 
+@needs_own_imports
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_help_and_version_are_quick(flag: str) -> None:
     """They import nothing that is slow to import."""

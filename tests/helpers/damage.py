@@ -37,7 +37,7 @@ def replace_tensor(merge: Path, name: str, change: Callable[[torch.Tensor], torc
 
     with safe_open(merge / file, framework="pt") as opened:
         metadata = opened.metadata()
-    state = load_file(merge / file)
-    state[name] = change(state[name].clone())
+    state = {key: value.clone() for key, value in load_file(merge / file).items()}  # those in the file hold it open
+    state[name] = change(state[name])
     save_file(state, merge / file, metadata=metadata)
     adjust(merge, file)

@@ -65,11 +65,9 @@ def save_sharded(folder: Path, state: State, cut: Callable[[Sequence[str]], Sequ
 
 
 def load(folder: Path) -> State:
-    """All tensors of a folder's safetensors files."""
-    state: State = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        state |= load_file(file)
-    return state
+    """All tensors of a folder's safetensors files, of which none stays open."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: value.clone() for file in files for name, value in load_file(file).items()}
 
 
 def same_bits(one: State, other: State) -> bool:

@@ -13,9 +13,10 @@ from hf_locstitch.runtime import positioned_io
 from hf_locstitch.runtime.positioned_io import PositionedFile
 
 BLOCK = 1000
+WAYS = {"at-offsets": True, "by-seeking": False} if positioned_io.AT_OFFSETS else {"by-seeking": False}
 
 
-@pytest.fixture(params=[True, False] if positioned_io.AT_OFFSETS else [False], ids=["at-offsets", "by-seeking"])
+@pytest.fixture(params=WAYS.values(), ids=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(positioned_io, "AT_OFFSETS", request.param)
     monkeypatch.setattr(positioned_io, "MOST", 300)  # so that a block takes several calls

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from hf_locstitch.checkpoints.known_hashes import FileState
+from hf_locstitch.runtime import files
 from hf_locstitch.runtime.files import link, write_text
 
 PACKAGE = Path(__file__).parents[2] / "hf_locstitch"
@@ -56,21 +59,42 @@ def test_text_is_the_same_bytes_everywhere(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "text").read_bytes() == "τ\nß\r\n".encode()
 
 
-@pytest.mark.parametrize("refused", [(), ("symlink",), ("symlink", "link")])
+@pytest.mark.parametrize(("refused", "hard"), [((), True), (("symlink",), True), (("symlink", "link"), True),
+                                               (("symlink",), False)])  # fmt: skip
 def test_a_link_or_what_stands_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: tuple[str, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: tuple[str, ...], hard: bool
 ) -> None:
+    """A hard link where it changes nothing of a file's state: else an input would seem to have been written to."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "abc").write_bytes(b"content")
+    before = FileState.of(tmp_path / "blobs" / "abc")
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(22, "A required privilege is not held by the client")
 
+    monkeypatch.setattr(files, "HARD_LINKS", hard)
     for name in refused:
         monkeypatch.setattr(os, name, refuse)
+    linked = "symlink" not in refused or (hard and "link" not in refused)
     for number, target in enumerate(("blobs/abc", tmp_path / "blobs" / "abc")):
         link(tmp_path / f"file{number}", target)
         assert (tmp_path / f"file{number}").read_bytes() == b"content"
-        assert (tmp_path / f"file{number}").samefile(tmp_path / "blobs" / "abc") == ("link" not in refused)
+        assert (tmp_path / f"file{number}").samefile(tmp_path / "blobs" / "abc") == linked
         with pytest.raises(FileExistsError):
             link(tmp_path / f"file{number}", target)
+    if not hard:
+        assert FileState.of(tmp_path / "blobs" / "abc") == before
+
+
+def test_a_hard_link_does_not_change_the_state_of_a_file_on_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the file's own time is that of its creation, whatever a version of Python calls its ctime."""
+    (tmp_path / "file").write_bytes(b"content")
+    found = os.stat(tmp_path / "file")
+    state = SimpleNamespace(**{name: getattr(found, name) for name in dir(found) if name.startswith("st_")})
+    state.st_birthtime_ns = 5
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: state)
+    before = FileState.of(tmp_path / "file")
+    state.st_ctime_ns += 1
+    assert FileState.of(tmp_path / "file") == before

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.streaming import CACHING, merged
+from helpers.systems import needs_early_reading
 from huggingface_hub import constants
 
 from hf_locstitch.checkpoints.hub import HubSource
@@ -14,6 +15,7 @@ from hf_locstitch.errors import IntegrityError
 from loopback_hub import LoopbackHub
 
 
+@needs_early_reading
 @pytest.mark.parametrize("victim", range(2), ids=["base", "finetuned"])
 def test_of_what_an_earlier_process_left(
     victim: int, repos: list[str], expected: dict[str, str], tmp_path: Path, home_hub: LoopbackHub

@@ -17,6 +17,7 @@ from hf_locstitch.checkpoints.hub import HubSource
 from hf_locstitch.engine.shard_writer import ShardWriter
 from hf_locstitch.errors import DownloadError, IntegrityError, WorkError
 from hf_locstitch.localize.scan import Scan
+from hf_locstitch.runtime.positioned_io import OPEN_FILES_MOVE
 from hf_locstitch.runtime.settings import Settings
 from loopback_hub import Fault, LoopbackHub
 
@@ -69,13 +70,16 @@ def test_a_flipped_byte_is_never_merged(
     victim: int,
     place: int,
 ) -> None:
-    """Its file is found wrong at its end, when much of it has been used: none of that is used again."""
+    """Its file is found wrong at its end, when much of it has been used: none of that is used again. Where none of a
+    file is used before its end, as on Windows, it is fetched once more by itself."""
     file = next(file for file, size in sizes(home_hub, repos[victim]).items() if size > place)
     home_hub.fail(Fault("flip", method="GET", path=f"{repos[victim]}/resolve/.*{file}", offset=place))
-    with pytest.raises(IntegrityError, match=f"{file} of {repos[victim]}"):
-        merged(repos, tmp_path / "out", how)
-    assert not home_hub.faults and not (tmp_path / "out").exists()
+    if how is PASSING or OPEN_FILES_MOVE:
+        with pytest.raises(IntegrityError, match=f"{file} of {repos[victim]}"):
+            merged(repos, tmp_path / "out", how)
+        assert not home_hub.faults and not (tmp_path / "out").exists()
     assert merged(repos, tmp_path / "out", how) == expected
+    assert not home_hub.faults
 
 
 def test_damage_that_another_process_mends_unseen(

@@ -7,6 +7,7 @@ that exists. Everything that follows from this is asked of the files that this p
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -26,14 +27,15 @@ ABSENT = ("fcntl", "resource", "pwd", "grp", "termios", "pty")
 # Libraries that have another way on Windows, and choose it by the system's name.
 USERS = (
     "filelock._unix psutil subprocess multiprocessing.util tempfile getpass tarfile pathlib asyncio torch "
-    "huggingface_hub.utils._terminal"
+    "huggingface_hub.utils._terminal portalocker"
 )
 
 
 def resemble() -> None:
     """From now on in this process. To be called before hf_locstitch is imported."""
     for name in USERS.split():
-        importlib.import_module(name)
+        with contextlib.suppress(ModuleNotFoundError):  # what an extra installs
+            importlib.import_module(name)
     for module, names in HIDDEN.items():
         for name in names.split():
             if hasattr(module, name):
@@ -62,7 +64,7 @@ def _onto(function: Any, name: str) -> Any:
     def call(source: Any, target: Any) -> Any:
         if os.path.isdir(source) and os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(source))
-        if name == "rename" and os.path.lexists(target):
+        if name == "rename" and os.path.lexists(target) and not os.path.samefile(source, target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fsdecode(source))
         return function(source, target)
 
