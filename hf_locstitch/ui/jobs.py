@@ -242,6 +242,8 @@ class Jobs:
             threading.Thread(target=self._work, args=(key, visitor), daemon=True).start()
 
     def _work(self, key: str, visitor: Visitor) -> None:
+        """A job has ended once its worker is gone: before, none is started, dropped or gone on with in its place."""
+        end: Event = {"event": "ended"}
         try:
             running = self._start(self._jobs[key], visitor)
             with self._changed:
@@ -250,16 +252,17 @@ class Jobs:
                     running.stop()
             for event in running.events():
                 with self._changed:
-                    self._note(self._jobs[key].after(event))
+                    if (job := self._jobs[key].after(event)).active:
+                        self._note(job)
+                    else:
+                        end = event
         except Exception as error:
-            with self._changed:
-                self._note(replace(self._jobs[key], status="failed", error=f"{type(error).__name__}: {error}"))
-        finally:
-            with self._changed:
-                del self._running[key]
-                self._forget_unless_needed(self._jobs[key].owner)
-                self._start_what_fits()
-                self._changed.notify_all()
+            end = {"event": "error", "text": f"{type(error).__name__}: {error}"}
+        with self._changed:
+            del self._running[key]
+            self._note(self._jobs[key].after(end))
+            self._forget_unless_needed(self._jobs[key].owner)
+            self._start_what_fits()
 
     def _note(self, job: Job) -> None:
         """Called with the lock. Bars are not written down."""

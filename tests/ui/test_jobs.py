@@ -205,6 +205,19 @@ def test_a_strangers_next_merge_gives_up_the_one_that_was_stopped(tmp_path: Path
     assert [job.order.push_to for job in jobs.of(ANN)] == ["ann/y"] and forgotten == [owner_key(ANN)]
 
 
+def test_a_merge_has_ended_once_its_worker_is_gone(jobs: Jobs, workers: Workers) -> None:
+    """Not with the worker's last word: a job that is dropped or gone on with then would still have a worker."""
+    jobs.submit(order("ann/x"), ANN, 1)
+    until(lambda: workers)
+    given = workers["ann/x"][0].given
+    given.put(DONE)
+    given.put({"event": "warning", "text": "late"})
+    until(given.empty)  # the later one was taken, so the other was dealt with
+    assert jobs.of(ANN)[0].active
+    given.put(None)
+    until(lambda: jobs.of(ANN)[0].status == "done")
+
+
 def test_a_full_disk_ends_no_merge(jobs: Jobs, workers: Workers, monkeypatch: Any, caplog: Any) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
