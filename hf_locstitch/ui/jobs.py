@@ -242,22 +242,26 @@ class Jobs:
             threading.Thread(target=self._work, args=(key, visitor), daemon=True).start()
 
     def _work(self, key: str, visitor: Visitor) -> None:
+        """A job has ended when its worker has: until then it is not started again, and what it left not removed."""
+        ended = self._jobs[key]
         try:
-            running = self._start(self._jobs[key], visitor)
+            running = self._start(ended, visitor)
             with self._changed:
                 self._running[key] = running
                 if self._jobs[key].status == "stopping":
                     running.stop()
             for event in running.events():
                 with self._changed:
-                    self._note(self._jobs[key].after(event))
+                    ended = self._jobs[key].after(event)
+                    if ended.active:
+                        self._note(ended)
         except Exception as error:
-            with self._changed:
-                self._note(replace(self._jobs[key], status="failed", error=f"{type(error).__name__}: {error}"))
+            ended = replace(ended, status="failed", error=f"{type(error).__name__}: {error}")
         finally:
             with self._changed:
                 del self._running[key]
-                self._forget_unless_needed(self._jobs[key].owner)
+                self._note(ended)
+                self._forget_unless_needed(ended.owner)
                 self._start_what_fits()
                 self._changed.notify_all()
 
