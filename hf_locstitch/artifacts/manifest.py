@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from hf_locstitch.checkpoints.names import SafeFile, SafeName
@@ -19,17 +19,18 @@ from hf_locstitch.runtime.parsing import JSON_BYTES
 
 FILE = "locstitch.json"
 RECIPE_FILE = "locstitch.yaml"  # reproduces the merge
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class _Pair(TypedDict):
     masks: tuple[str, str]
-    both: NonNegativeInt
+    both: Count
     jaccard: Share
 
 
 class _File(TypedDict):
-    size: NonNegativeInt
+    size: Count
     sha256: str
 
 
@@ -79,7 +80,7 @@ class MaskRecord:
     """
 
     file: str
-    ones: NonNegativeInt
+    ones: Count
     density: Share | None
     real_density: Share
     values: str | None = None
@@ -106,10 +107,10 @@ class Manifest:
     localizer: dict[str, Any] | None
     scale: float
     inputs: list[InputRecord]
-    N: NonNegativeInt
-    k: NonNegativeInt | None
+    N: Count
+    k: Count | None
     masks: dict[SafeName, MaskRecord]
-    covered_by: list[int]
+    covered_by: list[Count]
     overlap: list[Pair]
     warnings: list[str]
     versions: dict[str, str]

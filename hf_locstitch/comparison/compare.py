@@ -83,20 +83,20 @@ def plan_comparison(
     return planned
 
 
-def check_possible(planned: Comparison, out: Path, progress: Progress) -> Planned:
-    """All that must hold before the work. Returns what the merges are judged by. Raises RequestError."""
+def check_possible(planned: Comparison, out: Path, progress: Progress) -> list[Planned]:
+    """All that must hold before the work. Returns what the merges are judged by, and then, where that is not the same,
+    what the chosen one is reported on. Raises RequestError."""
     if not is_free(out):
         raise taken(out)
     check_place(out)
     plan = planned.plan(planned.first)
-    judge = Planned(plan, planned.options.select, progress)
-    if planned.asked.evaluate is not None:
-        Planned(plan, planned.asked.evaluate, progress)  # raises if it cannot be judged
+    asked = [one for one in (planned.options.select, planned.asked.evaluate) if one is not None]
+    judges = [Planned(plan, one, progress) for one in asked]
     if planned.asked.target is not None:
         check_push(planned.asked.target, {name: one.source for name, one in plan.inputs.items()}, "compare")
     check_inputs(plan)
     check_disk(out, planned.largest)
-    return judge
+    return judges
 
 
 def carry_out(
@@ -108,12 +108,12 @@ def carry_out(
     """
     work = work_dir_beside(out, planned.fingerprint)
     remove_finished(work)
-    judge = check_possible(planned, out, progress)
+    judges = check_possible(planned, out, progress)
     announce()
     with progress.steps(STEPS), working_in(work, out, Processes()):
         take_over(work)
         try:
-            return ComparisonRun(planned, judge, work, progress).run(out)
+            return ComparisonRun(planned, judges, work, progress).run(out)
         except RequestError as error:
             if not has_scores(work):
                 raise

@@ -53,10 +53,11 @@ LOSS = "loss"  # of labelled sets: of a token on average
 
 
 class ComparisonRun:
-    """judge: of the merges, by what they are compared on."""
+    """judges: of the merges, by what they are compared on; then of the chosen one, if it is reported on others."""
 
-    def __init__(self, planned: Comparison, judge: Planned, work: WorkDir, progress: Progress) -> None:
-        self._planned, self._judge, self._work, self._progress = planned, judge, work, progress
+    def __init__(self, planned: Comparison, judges: Sequence[Planned], work: WorkDir, progress: Progress) -> None:
+        self._planned, self._judges, self._work, self._progress = planned, judges, work, progress
+        self._judge = judges[0]
         self._options = planned.options
         self._scans = Scans(work.spill / "scans", (cell.recipe for cell in planned.cells.values()))
         self._merged = work.spill / "merged"
@@ -67,8 +68,8 @@ class ComparisonRun:
     def run(self, out: Path) -> ComparisonReport:
         """Make, score and choose; write the report into the stage. out: what the stage becomes."""
         self._progress.step(SCORING)
-        models = with_own_names(self._judge.references())
-        references = self._judge.session.run(models, Processes()) if models else EvaluationReport((), (), None)
+        # Also on what the chosen one is reported on: examples that cannot be used are found before the merges are made.
+        references, *_ = [_scored_references(judge) for judge in self._judges]
         self._progress.step(COMPARING)
         with self._progress.bar("comparing", self._planned.count, " merges") as advance:
             search(self._options, lambda settings: self._measure(settings, references, advance))
@@ -194,6 +195,11 @@ class ComparisonRun:
             scans=self._scans.finished + self._alone,
             warnings=tuple(warnings),
         )
+
+
+def _scored_references(judge: Planned) -> EvaluationReport:
+    models = with_own_names(judge.references())
+    return judge.session.run(models, Processes()) if models else EvaluationReport((), (), None)
 
 
 class Examples(NamedTuple):

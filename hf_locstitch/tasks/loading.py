@@ -109,7 +109,7 @@ def load_config(folder: Path, called: str | None = None, cure: str = WITHOUT_DAT
 
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, RecursionError) as error:
         raise RequestError(
             f"transformers cannot read the config.json of {called or folder.name} ({load_failure(error)}). {cure}"
         ) from error
@@ -132,7 +132,7 @@ def load_processor(objective: Objective, *folders: Path) -> Any:
     for folder in folders:
         try:
             return loader.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
             errors.append(load_failure(error))
     raise RequestError(
         f"there is no tokenizer or processor that {loader.__name__} can read ({errors[0]}). Add its files to "

@@ -263,6 +263,7 @@ class Jobs:
             self._note(self._jobs[key].after(end))
             self._forget_unless_needed(self._jobs[key].owner)
             self._start_what_fits()
+            self._changed.notify_all()
 
     def _note(self, job: Job) -> None:
         """Called with the lock. Bars are not written down."""

@@ -24,7 +24,7 @@ from hf_locstitch.comparison import run
 from hf_locstitch.comparison.compare import plan_comparison
 from hf_locstitch.comparison.report import shares_of
 from hf_locstitch.engine import execute
-from hf_locstitch.errors import OutputError, PublishError, RecipeError, WorkError
+from hf_locstitch.errors import OutputError, PublishError, RecipeError, RequestError, WorkError
 from hf_locstitch.evaluation.report import ModelScores
 from hf_locstitch.evaluation.scores import Score, TaskResult
 from hf_locstitch.localize.scan import Scan
@@ -201,6 +201,17 @@ def test_examples_that_cannot_be_judged_end_it_at_the_first_merge(fields: Mappin
         compare(asked, out=tmp_path / "compared")
 
 
+def test_examples_of_the_report_are_read_before_any_merge_is_made(
+    fields: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = on_sets(fields, tmp_path, "BBBC")
+    (tmp_path / "report.jsonl").write_text('{"text": "A B"}\n{"text": 5}\n')
+    monkeypatch.delattr(run.ComparisonRun, "_score")
+    with pytest.raises(RequestError, match="has 5 as the text of example 2"):
+        compare(asked, out=tmp_path / "compared")
+    assert not list(tmp_path.glob(".compared*"))
+
+
 def test_a_branch_that_moves_meanwhile_changes_nothing(
     home_hub: LoopbackHub, fields: Mapping[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +323,7 @@ def test_the_command_plans_and_prints(
     assert main([*command, "--dry-run", "--allow-task-code"]) == 0
     planned = capsys.readouterr().out
     assert "merges     10" in planned and "ties, density 0.5, scale 1" in planned
+    assert "cost       to download: 0 B, read for each merge: " in planned
     assert not (tmp_path / "compared").exists()
     assert main([*command, "--json", "--quiet", "--allow-task-code"]) == 0
     printed, said = capsys.readouterr()

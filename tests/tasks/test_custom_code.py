@@ -12,6 +12,7 @@ import torch
 import yaml
 from helpers.data import ROWS, write_jsonl, write_texts
 from helpers.families import build, family
+from helpers.language_models import favouring
 from helpers.runs import quick_merge
 
 from hf_locstitch import RequestError, evaluate
@@ -85,6 +86,13 @@ def test_every_loader_refuses_code_without_asking(folders: list[Path], ran: Path
     with pytest.raises(RequestError, match="never run"):
         load_processor(CausalLM(), folders[1])
     assert not ran.exists()
+
+
+def test_a_tokenizer_that_nests_without_end_is_refused(tmp_path: Path) -> None:
+    favouring(tmp_path, "A")
+    (tmp_path / "tokenizer.json").write_text("[" * 50_000 + "]" * 50_000)
+    with pytest.raises(RequestError, match=r"no tokenizer .* that AutoTokenizer can read"):
+        load_processor(CausalLM(), tmp_path)
 
 
 def test_a_model_that_transformers_knows_runs_without_its_own_code(ran: Path, tmp_path: Path) -> None:

@@ -150,6 +150,21 @@ def test_a_merge_is_stopped_while_it_waits_and_while_it_runs(jobs: Jobs, workers
     assert "ben/y" not in workers
 
 
+def test_a_merge_is_under_way_until_its_worker_has_ended(jobs: Jobs, workers: Workers) -> None:
+    jobs.submit(order("ann/x"), ANN, 1)
+    until(lambda: workers)
+    worker = workers["ann/x"][0]
+    worker.given.put({"event": "stopped"})
+    until(worker.given.empty)
+    time.sleep(0.05)
+    with pytest.raises(RequestError, match="still under way"):
+        jobs.submit(order("ann/y"), ANN, 1)
+    worker.given.put(None)
+    until(lambda: jobs.of(ANN)[0].resumable)
+    jobs.submit(order("ann/y"), ANN, 1)
+    until(lambda: "ann/y" in workers)
+
+
 def test_what_a_dead_server_left_goes_on_with_the_token_of_that_moment(tmp_path: Path, workers: Workers) -> None:
     Jobs(tmp_path, workers.start).submit(order("ann/x"), ANN, 1)
     seen = []
