@@ -75,7 +75,7 @@ def test_before_the_work_begins_no_folder_is_named(
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
 
-    monkeypatch.setattr("hf_locstitch.plan.planning.open_checkpoint", stop)
+    monkeypatch.setattr("hf_locstitch.plan.planning._open_inputs", stop)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
     assert main(command(inputs, tmp_path / "out")) == 143
     assert capsys.readouterr().err.endswith("interrupted. Run the same command again to continue.\n")
@@ -130,7 +130,7 @@ def test_a_process_that_goes_on_after_the_command_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, inputs: list[Path], tmp_path: Path
 ) -> None:
     monkeypatch.setattr("hf_locstitch.runtime.interrupts.GRACE", 0.1)
-    monkeypatch.setattr("hf_locstitch.plan.planning.open_checkpoint", lambda *_, **__: os.kill(os.getpid(), 15))
+    monkeypatch.setattr("hf_locstitch.plan.planning._open_inputs", lambda *_, **__: os.kill(os.getpid(), 15))
     wakeup = signal.set_wakeup_fd(-1)
     assert main(command(inputs, tmp_path / "out")) == 143
     time.sleep(0.3)  # this process is still here
