@@ -316,6 +316,8 @@ class HubSource:
         """Put a file that is among the cache's blobs into its snapshot, as the Hub's client would."""
         path, blob = self._folder / "snapshots" / self._commit / file, self._blob(file)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not self._is_whole(file, path):
+            path.unlink()  # where there are no links, it is a file of its own
         with suppress(FileExistsError):  # another process was faster
             link(path, os.path.relpath(blob, path.parent))
         return path

@@ -257,6 +257,20 @@ def test_a_damaged_cache_is_repaired(home_hub: LoopbackHub, repo: str) -> None:
     assert HubSource(repo, None).fetch(FILE).read_bytes() == home_hub.read(repo, FILE)
 
 
+def test_a_copy_of_a_blob_that_was_cut_is_made_anew(
+    home_hub: LoopbackHub, repo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no links are allowed; the blob is whole."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(22, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    path = HubSource(repo, None).fetch(FILE)
+    os.truncate(path, 1000)
+    assert HubSource(repo, None).fetch(FILE).read_bytes() == home_hub.read(repo, FILE)
+
+
 def test_a_killed_download_goes_on(home_hub: LoopbackHub, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later process finds what an earlier one had fetched."""
     monkeypatch.setattr(hub_client, "ATTEMPTS", 1)

@@ -1,8 +1,9 @@
-"""A run that fails leaves no file open although its error lives on, as in a notebook: Windows would neither delete such
-a file nor let the same command begin again."""
+"""What was opened is closed at the end, also if a run fails and its error lives on, as in a notebook: Windows would
+neither delete such a file nor let the same command begin again."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from helpers.models import State, finetune, save
 from helpers.portable.other_system import open_in
 from helpers.runs import quick_localize, quick_merge, quick_stitch
 
+from hf_locstitch import verify
 from hf_locstitch.engine import localize_run, run
 from hf_locstitch.engine.shard_writer import ShardWriter
 from hf_locstitch.errors import NonFiniteError
@@ -79,6 +81,18 @@ def test_of_a_stitch(models: list[Path], tmp_path: Path, monkeypatch: pytest.Mon
             quick_stitch(models[0], localized, out=tmp_path / "out")
     (work,) = tmp_path.glob(".out.*.partial")
     assert caught.value and open_in(work) is None
+
+
+def test_of_a_localized_checkpoint_that_was_verified(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the inputs are looked for
+    quick_localize(models[0], models[1], out="out")
+    gc.disable()  # what waits for it stays open for long
+    try:
+        assert verify("out").checked.tensors > 0 and open_in(tmp_path) is None
+    finally:
+        gc.enable()
 
 
 def test_of_one_that_is_refused(base: State, models: list[Path], tmp_path: Path) -> None:

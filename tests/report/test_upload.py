@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from helpers.models import finetune, random_state, save, save_sharded
 from helpers.runs import quick_merge
 from huggingface_hub import HfApi, lfs
 
+from hf_locstitch.report import publish
 from loopback_hub import LoopbackHub
 
 Send = Callable[..., None]
@@ -68,18 +70,26 @@ def test_no_file_is_read_for_a_hash_that_is_known(
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["goes on", "fails"])
+@pytest.mark.parametrize("moves", [True, False], ids=["open files move", "they do not"])
 def test_the_folder_does_not_wait_for_the_upload(
-    home_hub: LoopbackHub, models: list[Path], tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch, fails: bool
+    home_hub: LoopbackHub,
+    models: list[Path],
+    tmp_path: Path,
+    target: str,
+    monkeypatch: pytest.MonkeyPatch,
+    moves: bool,
+    fails: bool,
 ) -> None:
-    """What is on its way when the folder is moved arrives all the same, or is sent again from where it is then."""
+    """What is on its way when the folder is moved arrives all the same, or is sent again from where it is then. Where
+    the system moves no file that is open, that file is waited for."""
     out, slow = tmp_path / "out", "model-00002-of"
     seen: list[bool] = []
+    monkeypatch.setattr(publish, "OPEN_FILES_MOVE", moves)
 
     def send(real: Send, files: list[str], _: dict[str, Any]) -> None:
         if files[0].startswith(slow) and not seen:
-            for _ in range(600):
-                if out.exists():
-                    break
+            until = time.monotonic() + (30 if moves else 0.5)
+            while not out.exists() and time.monotonic() < until:
                 threading.Event().wait(0.05)
             seen.append(out.exists())
             if fails:
@@ -88,7 +98,7 @@ def test_the_folder_does_not_wait_for_the_upload(
 
     send_as(monkeypatch, send)
     quick_merge(*models, out=out, push_to=target)
-    assert seen == [True]
+    assert seen == [moves]
     local = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     on_hub = {file: home_hub.read(target, file) for file in home_hub.files(target) if file != ".gitattributes"}
     assert on_hub == local and len(home_hub.commits(target)) == 2

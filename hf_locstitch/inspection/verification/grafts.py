@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,10 +31,15 @@ class GraftReader(CheckpointReader):
         }
         super().__init__(replace(files, tensors=infos), {})
         self._localized, self._base = localized, base
-        self._positions = lru_cache(1)(self._read)  # a tensor is read piece by piece
+        self._held: tuple[str, Positions] | None = None
+
+    def _positions(self, name: str) -> Positions:
+        """Of one tensor they are kept: it is read piece by piece. Raises IntegrityError."""
+        if (held := self._held) is None or held[0] != name:
+            self._held = held = name, self._read(name)
+        return held[1]
 
     def _read(self, name: str) -> Positions:
-        """Raises IntegrityError."""
         positions, stored = self._localized.positions(name), self._localized.stored(name).numel
         if len(positions) != stored:
             raise IntegrityError(
