@@ -23,9 +23,9 @@ try:
     import fcntl
     import termios
 except ImportError:  # on Windows
-    TELLS_UNSENT = False
-else:
-    TELLS_UNSENT = True
+    fcntl = termios = None
+
+TELLS_UNSENT = fcntl is not None and termios is not None
 
 logger = logging.getLogger(__name__)
 PACKET = 1 << 15  # bytes that a slow link passes on together
@@ -264,7 +264,9 @@ def _reason(status: int) -> str:
 
 def _unsent(connection: socket.socket) -> int:
     """Bytes the kernel still holds for the peer; 0 where it cannot tell."""
+    if fcntl is None or termios is None:
+        return 0
     try:
-        return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0\0\0\0"))[0] if TELLS_UNSENT else 0
+        return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0\0\0\0"))[0]
     except OSError:
         return 0
