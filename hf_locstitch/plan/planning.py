@@ -253,12 +253,13 @@ def finetuned_names(recipe: Recipe, defaults: Sequence[str]) -> list[str]:
         called = repr(twice[0]) if twice[0] == twice[1] else " and ".join(map(repr, twice))
         raise RecipeError(
             f"two finetunes are named {called}, but each name is a mask's file name. Give each one of its own, such as "
-            f"--names {' '.join(_made_different(names))}."
+            f"--names {' '.join(_made_different(names))} (in a recipe: a name beside each ref)."
         )
     if taken := [name for name in names if name.casefold() in WORDS]:
         raise RecipeError(
             f"a finetune is named {taken[0]!r}, which in recipes and flags stands for something else. Name all "
-            f"finetunes: --names {' '.join('model' if name in taken else name for name in names)}."
+            f"finetunes: --names {' '.join('model' if name in taken else name for name in names)} "
+            "(in a recipe: a name beside each ref)."
         )
     return names
 
