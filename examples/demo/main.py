@@ -35,7 +35,7 @@ def run_demo(work: Path | None = None, *, seed: int = 0, densities: Sequence[flo
     work: a new or empty folder that keeps everything; None: a temporary one. Raises OutputError, WorkError.
     """
     with _folder(work) as folder, LoopbackHub(folder / "hub") as hub:
-        run = _runner({**_bare_environment(), **hub.environment(folder / "home")})
+        run = command_runner({**_bare_environment(), **hub.environment(folder / "home")}, folder)
         say = _clock()
 
         from transformers.utils.logging import disable_progress_bar  # slow to import
@@ -100,8 +100,12 @@ def _bare_environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.upper().startswith(prefixes)}
 
 
-def _runner(environment: Mapping[str, str]) -> Callable[[Sequence[str]], str]:
-    """A function that prints a command, runs it and returns its output."""
+def command_runner(environment: Mapping[str, str], folder: Path) -> Callable[[Sequence[str]], str]:
+    """A function that prints a command, runs it in the folder and returns its output.
+
+    Where the user is there may be a folder `demo`, such as that of `make demo WORK=demo`: `demo/base` would be in it.
+    """
+    modules = os.pathsep.join(os.path.abspath(path) for path in sys.path)
 
     def run(command: Sequence[str]) -> str:
         program, *arguments = command
@@ -109,7 +113,13 @@ def _runner(environment: Mapping[str, str]) -> Callable[[Sequence[str]], str]:
             print("  $ " + " ".join(command), flush=True)
         done = subprocess.run(
             [sys.executable, "-m", PROGRAMS.get(program, program), *arguments],
-            env={**environment, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            cwd=folder,
+            env={
+                **environment,
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                "PYTHONPATH": modules,
+                "TOKENIZERS_PARALLELISM": "false",
+            },
             capture_output=True,
             text=True,
         )

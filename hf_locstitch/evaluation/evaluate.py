@@ -28,6 +28,7 @@ from hf_locstitch.evaluation.report import EvaluationReport
 from hf_locstitch.evaluation.session import Session
 from hf_locstitch.plan.plans import ModelPlan
 from hf_locstitch.plan.recipe_file import recipe_of
+from hf_locstitch.runtime import escape
 from hf_locstitch.runtime.processes import Processes, find_processes
 from hf_locstitch.runtime.progress import Progress
 from hf_locstitch.tasks.benchmarks import SUITES, EvaluateOptions, make_options
@@ -105,6 +106,7 @@ def evaluate(
         check_writable(listed[0])
     processes = find_processes()
     report = session.run(models, processes, _data_of(listed[0]))
+    report = replace(report, flags=(*report.flags, *_inputs_flags(models, base_ref, finetuned_refs)))
     processes.end()
     if processes.first and push:
         from hf_locstitch.evaluation.publishing import write_results
@@ -128,6 +130,15 @@ def labelled_suites(
     """Labelled sets, if any are asked for. subject: the model that the evaluation is about. inputs: gives what it was
     made of, for their heads. Raises RequestError."""
     return [LabelledSuite(options, subject, inputs(), progress)] if options.data else []
+
+
+def _inputs_flags(models: Sequence[Model], base: str | None, finetuned: Sequence[str] | None) -> list[str]:
+    """Flags that name again the base and the finetunes that were given: a manifest may name others, or none."""
+    flags: list[str] = []
+    for flag, role, given in (("--base", "base", base), ("--ft", "finetuned", finetuned)):
+        if given:
+            flags += [flag, *(escape.shell(model.ref) for model in models if model.role == role)]
+    return flags
 
 
 def _data_of(ref: str) -> list[UsedData]:

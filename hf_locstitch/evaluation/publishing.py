@@ -213,7 +213,8 @@ def describe_for_card(report: EvaluationReport, *, figure: bool = True) -> str:
     parts += _objectives(subject.results)
     parts.append(f"Measured with {_tools(subject.results)}; all numbers are in [{SCORES}]({SCORES}). To repeat:")
     flags = " ".join(report.flags).split(" --")
-    flags += ["parents"] if any(model.role == "finetuned" for model in report.models) else []
+    by_manifest = "--ft" not in report.flags and any(model.role == "finetuned" for model in report.models)
+    flags += ["parents"] if by_manifest else []
     flags += ["average"] if any(model.role == "average" for model in report.models) else []
     command = " \\\n  --".join(
         [f"hf-locstitch evaluate {escape.shell(subject.ref.split('@')[0])}", flags[0][2:], *flags[1:]]

@@ -184,6 +184,13 @@ def test_pushed_scores(home_hub: LoopbackHub, published: str, run: Run, letters:
     assert repeated.ref == f"{dataset}@{home_hub.head(dataset, repo_type='dataset')}"
 
 
+def test_the_card_repeats_which_models_were_compared(run: Run, letters: Path, a: Path, b: Path) -> None:
+    status, _, err = run("evaluate", b, "--data", letters, "--base", a, "--ft", b, a, "--average", "--push")
+    assert status == 0, err
+    command = (b / "README.md").read_text().partition("hf-locstitch evaluate")[2].partition("```")[0]
+    assert " ".join(command.split()) == "./b \\ --data sets.yaml \\ --base ./a \\ --ft ./b ./a \\ --average"
+
+
 def test_a_merge_is_judged_by_its_recipe(a: Path, b: Path, letters: Path, run: Run, tmp_path: Path) -> None:
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     fields = {
