@@ -33,17 +33,19 @@ def inner(one: Floats, other: Floats) -> Floats:
     return np.einsum("...k,...k->...", one, other)
 
 
-def cosines(base: Sample, finetuned: Mapping[str, Sample], numels: Mapping[str, int]) -> dict[tuple[str, str], float]:
+def cosines(
+    base: Sample, finetuned: Mapping[str, Sample], stood_for: Mapping[str, int]
+) -> dict[tuple[str, str], float]:
     """The cosine between the task vectors of every two finetunes; 0 where one of them is zero.
 
-    numels: elements of each tensor, for which its sample stands.
+    stood_for: elements of the whole models that each tensor's values stand for.
     """
     gram = np.zeros((len(finetuned), len(finetuned)))
     for tensor, values in base.items():
         start = widened(values)
         vectors = np.stack([widened(sample[tensor]) - start for sample in finetuned.values()])
         vectors[:, ~np.isfinite(vectors).all(0)] = 0
-        gram += inner(vectors[:, None], vectors) * (numels[tensor] / len(start))
+        gram += inner(vectors[:, None], vectors) * (stood_for[tensor] / len(start))
     norms = np.sqrt(gram.diagonal())
     scale = np.outer(norms, norms)
     found = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)

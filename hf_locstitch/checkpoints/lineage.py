@@ -43,8 +43,8 @@ class Lineage:
 
     Attributes:
         sampled: Weights in the sample that are finite numbers in both.
-        unchanged: Share of them that are the base's; 0 if there are none.
-        distance: ‖τ‖ / ‖θ‖, of the task vector τ and the base θ.
+        unchanged: Share of the weights that are the base's, as the sample has it; 0 if there are none.
+        distance: ‖τ‖ / ‖θ‖, of the task vector τ and the base θ, likewise.
         correlation: Between both models' weights, the mean over tensors; None where a tensor's do not vary.
         rounding: None where nothing was rounded that training did not change by more.
     """
@@ -63,20 +63,31 @@ class Lineage:
         return f"‖τ‖ is {self.distance:.2g} of ‖θ‖, {100 * self.unchanged:.3g} % of the weights unchanged{told}"
 
 
-def lineage(base: Sample, finetuned: Sample) -> Lineage:
-    """base, finetuned: values at the same places, tensor -> [sampled]. What is not finite is left out."""
-    pairs = [_finite(base[tensor], finetuned[tensor]) for tensor in base]
-    start, moved = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-    tau = moved - start
-    norm, base_norm = _norm(tau), _norm(start)
-    correlations = [found for pair in pairs if (found := _correlation(*pair)) is not None]
+def lineage(base: Sample, finetuned: Sample, stood_for: Mapping[str, int]) -> Lineage:
+    """base, finetuned: values at the same places, tensor -> [sampled]. What is not finite is left out.
+
+    stood_for: elements of the whole models that each tensor's values stand for.
+    """
+    pairs = {tensor: _finite(base[tensor], finetuned[tensor]) for tensor in base}
+    correlations = [found for pair in pairs.values() if (found := _correlation(*pair)) is not None]
+    filled = {tensor: pair for tensor, pair in pairs.items() if len(pair[0])}
+    counts = np.array([stood_for[tensor] for tensor in filled], np.float64)
+    means = np.array([_means(*pair) for pair in filled.values()]).reshape(-1, 3)
+    unchanged, square, base_square = (counts[:, None] * means).sum(0)
+    norm = math.sqrt(sum(float(inner(moved - start, moved - start)) for start, moved in filled.values()))
     return Lineage(
-        sampled=len(tau),
-        unchanged=float(np.mean(tau == 0)) if len(tau) else 0.0,
-        distance=norm / base_norm if base_norm else 0.0,
+        sampled=sum(len(start) for start, _ in filled.values()),
+        unchanged=float(unchanged / counts.sum()) if filled else 0.0,
+        distance=math.sqrt(square / base_square) if base_square else 0.0,
         correlation=float(np.mean(correlations)) if correlations else None,
         rounding=_rounding(base, finetuned, norm) if norm else None,
     )
+
+
+def _means(base: Floats, finetuned: Floats) -> tuple[float, float, float]:
+    """Of what is unchanged, of τ² and of θ²."""
+    tau = finetuned - base
+    return float(np.mean(tau == 0)), float(inner(tau, tau)) / len(tau), float(inner(base, base)) / len(tau)
 
 
 def _finite(base: Values, finetuned: Values) -> tuple[Floats, Floats]:

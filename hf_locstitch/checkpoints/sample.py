@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from hf_locstitch.checkpoints.byte_ranges import Piece, byte_ranges, files_of
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
@@ -55,6 +57,19 @@ def sample_pieces(
         some = [some[i * (len(some) - 1) // (count - 1)] for i in range(count)]
     each = [min(info.numel, max(elements // len(some), 1)) for info in some]
     return [(info.name, (info.numel - size) // 2, size) for info, size in zip(some, each, strict=True)]
+
+
+def stood_for(tensors: Sequence[TensorInfo], pieces: Sequence[Piece]) -> dict[str, int]:
+    """Elements of all tensors that each piece stands for: its own tensor's, and those of its neighbours that are nearer
+    to it than to another."""
+    if not pieces:
+        return {}
+    places = {info.name: place for place, info in enumerate(tensors)}
+    sampled = np.array(sorted(places[name] for name, _, _ in pieces))
+    borders = np.append((sampled[1:] + sampled[:-1] + 1) // 2, len(tensors))
+    elements = np.cumsum([0, *(info.numel for info in tensors)])
+    counts = np.diff(elements[borders], prepend=0)
+    return {tensors[place].name: int(count) for place, count in zip(sampled, counts, strict=True)}
 
 
 def read_samples(

@@ -11,7 +11,7 @@ from hf_locstitch.checkpoints.checkpoint import Checkpoint
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.likeness import cosines, likeness_warnings
 from hf_locstitch.checkpoints.lineage import STRANGE, Lineage, length_warning, lineage, lineage_warnings
-from hf_locstitch.checkpoints.sample import Sample, read_samples, sample_pieces
+from hf_locstitch.checkpoints.sample import Sample, read_samples, sample_pieces, stood_for
 from hf_locstitch.plan.plans import LocalizePlan, MergePlan, Plan
 
 AnyPlan = TypeVar("AnyPlan", MergePlan, LocalizePlan)
@@ -46,9 +46,10 @@ def look(plan: Plan, fetch: bool = True) -> Look:
     if plan.aligned is not None:
         inputs = plan.aligned.own
         tensors = [info for info in tensors if info.name not in plan.aligned.matrices]
-    samples = read_samples(inputs, sample_pieces(tensors), fetch)
+    pieces = sample_pieces(tensors)
+    samples, stand = read_samples(inputs, pieces, fetch), stood_for(tensors, pieces)
     base = samples.pop("base", {})
-    found = {name: lineage(base, sample) for name, sample in samples.items()} if base else {}
+    found = {name: lineage(base, sample, stand) for name, sample in samples.items()} if base else {}
     twice = {pair for pair in combinations(inputs, 2) if same_weights(*(inputs[name] for name in pair))}
     warned, others = twice, {name: one for name, one in found.items() if ("base", name) not in twice}
     if plan.recipe.method.of_models:
@@ -61,7 +62,7 @@ def look(plan: Plan, fetch: bool = True) -> Look:
         warnings += lineage_warnings(name, one)
     kin = {name: one for name, one in found.items() if _is_kin(one)}
     warnings += length_warning(kin)
-    warnings += _likeness(base, {name: samples[name] for name in kin}, tensors, twice)
+    warnings += _likeness(base, {name: samples[name] for name in kin}, stand, twice)
     return Look(found, tuple(warnings))
 
 
@@ -78,7 +79,7 @@ def _is_base(inputs: Mapping[str, Checkpoint], name: str, found: Lineage, tensor
         return False
     pieces = sample_pieces(tensors, CLOSELY, CLOSE, vectors=True)
     closer = read_samples({one: inputs[one] for one in ("base", name)}, pieces, fetch=False)
-    return len(closer) == 2 and lineage(closer["base"], closer[name]).unchanged == 1
+    return len(closer) == 2 and lineage(closer["base"], closer[name], stood_for(tensors, pieces)).unchanged == 1
 
 
 def _is_kin(found: Lineage) -> bool:
@@ -86,12 +87,12 @@ def _is_kin(found: Lineage) -> bool:
 
 
 def _likeness(
-    base: Sample, finetuned: Mapping[str, Sample], tensors: Sequence[TensorInfo], twice: set[tuple[str, str]]
+    base: Sample, finetuned: Mapping[str, Sample], stand: Mapping[str, int], twice: set[tuple[str, str]]
 ) -> Iterator[str]:
     """Of pairs that are not known to be the same."""
     if len(finetuned) < 2:
         return iter(())
-    cosine = cosines(base, finetuned, {info.name: info.numel for info in tensors})
+    cosine = cosines(base, finetuned, stand)
     return likeness_warnings({pair: value for pair, value in cosine.items() if pair not in twice})
 
 

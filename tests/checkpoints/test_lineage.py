@@ -15,7 +15,7 @@ from torch import nn
 
 from hf_locstitch.checkpoints.header import TensorInfo
 from hf_locstitch.checkpoints.lineage import STRANGE, Lineage, lineage, lineage_warnings
-from hf_locstitch.checkpoints.sample import ELEMENTS, Sample, sample_pieces
+from hf_locstitch.checkpoints.sample import ELEMENTS, Sample, sample_pieces, stood_for
 from hf_locstitch.plan.planning import make_plan
 from hf_locstitch.plan.recipe import make_recipe
 
@@ -159,7 +159,7 @@ def test_a_step_beside_which_rounding_is_small(tmp_path: Path) -> None:
 
 def of(base: Any, finetuned: Any) -> Lineage:
     samples: list[Sample] = [{"w": np.array(values, np.float32)} for values in (base, finetuned)]
-    return lineage(*samples)
+    return lineage(*samples, {"w": 100})
 
 
 def test_hand_made() -> None:
@@ -170,6 +170,21 @@ def test_hand_made() -> None:
     assert of([0, 0], [0, 1]).distance == 0  # there is nothing to compare with
     assert of([1, np.nan, 2], [1, 2, np.inf]).sampled == 1
     assert list(lineage_warnings("ft", of([1, 1], [1, 1]))) == []
+
+
+def test_a_tensor_counts_for_those_it_stands_for() -> None:
+    """And not for as many as were read of it."""
+    base: Sample = {"small": np.full(10, 1, np.float32), "large": np.full(10, 1, np.float32)}
+    finetuned: Sample = {"small": np.full(10, 3, np.float32), "large": base["large"]}
+    found = lineage(base, finetuned, {"small": 10, "large": 990})
+    assert found.unchanged == 0.99 and found.distance == pytest.approx(0.2)  # √(4 · 10 / 1000)
+
+
+def test_what_pieces_stand_for() -> None:
+    tensors = [TensorInfo(name, "BF16", (size,), 0, 0) for name, size in zip("abcdefg", range(1, 8), strict=True)]
+    pieces = [("b", 0, 1), ("f", 0, 1)]  # d is as near to f as to b
+    assert stood_for(tensors, pieces) == {"b": 1 + 2 + 3, "f": 4 + 5 + 6 + 7}
+    assert stood_for(tensors, []) == {}
 
 
 def test_where_samples_are_taken() -> None:
