@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_locstitch.cli.parser import REF
+from hf_locstitch.cli.printing import put_unchanged
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -19,7 +20,7 @@ class PrintCompletion(argparse.Action):
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
         del namespace, option_string
-        print(completion(parser, str(values)))
+        put_unchanged(completion(parser, str(values)))
         parser.exit()
 
 

@@ -48,9 +48,14 @@ def accept_any_encoding() -> None:
 
 
 def put(text: str) -> None:
+    """For people, on standard output."""
+    put_unchanged(rendered(text, sys.stdout))
+
+
+def put_unchanged(text: str) -> None:
     """On standard output; a reader that has seen enough of it is no error."""
     try:
-        print(rendered(text, sys.stdout), flush=True)
+        print(text, flush=True)
     except OSError as error:
         if error.errno not in READ_NO_MORE:
             raise

@@ -198,11 +198,12 @@ def test_a_terminal_that_knows_no_letters_and_a_reader_that_has_seen_enough(merg
     ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, env=ascii_only, check=False)
     assert done.returncode == 0 and b"gr\\xf6\\xdfe" in done.stdout, done.stderr
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
-    os.close(writing)
-    assert done.returncode == 0 and done.stderr == b""
+    for asked in (command, [*command[:3], "--print-completion", "bash"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(asked, stdout=writing, stderr=subprocess.PIPE, check=False)
+        os.close(writing)
+        assert done.returncode == 0 and done.stderr == b""
 
 
 def test_a_console_of_windows(merge: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
