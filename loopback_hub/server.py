@@ -19,14 +19,6 @@ from loopback_hub.faults import Fault, FaultKind, Faults, Link, RateLimiter, Req
 from loopback_hub.git import Refusal
 from loopback_hub.wire import Answer, Body, Call, Dropped, refusal
 
-try:
-    import fcntl
-    import termios
-except ImportError:  # on Windows
-    TELLS_UNSENT = False
-else:
-    TELLS_UNSENT = True
-
 logger = logging.getLogger(__name__)
 PACKET = 1 << 15  # bytes that a slow link passes on together
 NUMBERS = itertools.count()  # of requests, also of a Hub that was started again
@@ -262,9 +254,20 @@ def _reason(status: int) -> str:
         return "Fault"
 
 
-def _unsent(connection: socket.socket) -> int:
-    """Bytes the kernel still holds for the peer; 0 where it cannot tell."""
-    try:
-        return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0\0\0\0"))[0] if TELLS_UNSENT else 0
-    except OSError:
+try:
+    import fcntl
+    import termios
+except ImportError:  # on Windows
+    TELLS_UNSENT = False
+
+    def _unsent(connection: socket.socket) -> int:
         return 0
+else:
+    TELLS_UNSENT = True  # whether `_unsent` does
+
+    def _unsent(connection: socket.socket) -> int:
+        """Bytes the kernel still holds for the peer; 0 where it cannot tell."""
+        try:
+            return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0\0\0\0"))[0]
+        except OSError:
+            return 0
