@@ -19,6 +19,14 @@ from loopback_hub.faults import Fault, FaultKind, Faults, Link, RateLimiter, Req
 from loopback_hub.git import Refusal
 from loopback_hub.wire import Answer, Body, Call, Dropped, refusal
 
+try:
+    import fcntl
+    import termios
+except ImportError:  # on Windows
+    fcntl = termios = None
+
+TELLS_UNSENT = fcntl is not None and termios is not None
+
 logger = logging.getLogger(__name__)
 PACKET = 1 << 15  # bytes that a slow link passes on together
 NUMBERS = itertools.count()  # of requests, also of a Hub that was started again
@@ -254,20 +262,11 @@ def _reason(status: int) -> str:
         return "Fault"
 
 
-try:
-    import fcntl
-    import termios
-except ImportError:  # on Windows
-    TELLS_UNSENT = False
-
-    def _unsent(connection: socket.socket) -> int:
+def _unsent(connection: socket.socket) -> int:
+    """Bytes the kernel still holds for the peer; 0 where it cannot tell."""
+    if fcntl is None or termios is None:
         return 0
-else:
-    TELLS_UNSENT = True  # whether `_unsent` does
-
-    def _unsent(connection: socket.socket) -> int:
-        """Bytes the kernel still holds for the peer; 0 where it cannot tell."""
-        try:
-            return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0\0\0\0"))[0]
-        except OSError:
-            return 0
+    try:
+        return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0\0\0\0"))[0]
+    except OSError:
+        return 0
