@@ -374,7 +374,7 @@ class Bench:
         tensors, values = (load_file(self.folder / name / WEIGHTS) for name in ("base", task))
         for name, kept in load_mask(str(merged), self.experts[task].name).items():
             tensors[name] = torch.where(kept, values[name], tensors[name])
-        with tempfile.TemporaryDirectory() as grafted:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as grafted:  # the model may hold its files open
             shutil.copytree(self.folder / "base", grafted, dirs_exist_ok=True)
             save_file(tensors, Path(grafted, WEIGHTS), metadata={"format": "pt"})
             return self.bed.load(grafted, "main")

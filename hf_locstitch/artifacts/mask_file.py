@@ -186,6 +186,10 @@ class MaskFile:
         """Elements that it ranges over."""
         return sum(map(math.prod, self.shapes.values()))
 
+    def close(self) -> None:
+        """Nothing more is read."""
+        self._file.close()
+
     def iter_positions(self, tensor: str) -> Iterator[Positions]:
         """Ascending flat indices of a tensor's ones, a part at a time. Raises KeyError for a tensor it lacks."""
         numel, info, count = math.prod(self.shapes[tensor]), self._coded[tensor], 0

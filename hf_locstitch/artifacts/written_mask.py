@@ -44,7 +44,7 @@ class WrittenMask:
         return MaskedValues(positions, values)
 
     def close(self) -> None:
-        """Nothing is open between calls."""
+        self._mask.close()
 
     def _decode(self, name: str) -> dict[int, Positions]:
         """Positions in each chunk of a tensor, from its start."""

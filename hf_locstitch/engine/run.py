@@ -100,8 +100,9 @@ class Run(ABC, Generic[AnyPlan]):
     ) -> StitchView:
         """The view of the open inputs that values are fitted in, and written from."""
 
-    def fit(self, inputs: Inputs, masks: Mapping[str, MaskSource]) -> dict[str, Any] | None:
-        """Fit values before shards are written, and return their record; None if nothing is fitted."""
+    def fit(self, inputs: Inputs, masks: Mapping[str, MaskSource], held: ExitStack) -> dict[str, Any] | None:
+        """Fit values before shards are written, and return their record; None if nothing is fitted. held: closes what
+        is opened for it, when all is written."""
         plan, fitting = self.plan, self.plan.recipe.fitting
         if fitting is None:
             return None
@@ -111,6 +112,8 @@ class Run(ABC, Generic[AnyPlan]):
                 name: WrittenMask(self.work.stage / plan.mask_file(name), part, readers[name])
                 for name, part in masks.items()
             }
+            for mask in masks.values():
+                held.callback(mask.close)
         job = FitJob(
             view=self.view(readers, masks),
             readers=readers,
@@ -157,7 +160,7 @@ class Run(ABC, Generic[AnyPlan]):
                     written.result()
                 surveyed = aside.submit(self._survey, written)
                 self.progress.step(FITTING)
-                stitch = self.fit(inputs, masks)
+                stitch = self.fit(inputs, masks, held)
                 self.progress.step(WRITING if isinstance(self.plan, LocalizePlan) else MERGING)
                 overlap, shards = self.write_shards(inputs, masks, background)
                 drawn = surveyed.result()

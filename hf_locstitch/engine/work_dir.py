@@ -24,7 +24,7 @@ from hf_locstitch.checkpoints.source import file_sha256
 from hf_locstitch.errors import OutputError, RequestError, WorkError
 from hf_locstitch.plan.plans import ModelPlan, Plan
 from hf_locstitch.plan.recipe_file import NOT_THE_MERGE
-from hf_locstitch.runtime.files import write_atomically
+from hf_locstitch.runtime.files import forget_locals, write_atomically
 from hf_locstitch.runtime.interrupts import Interrupted
 from hf_locstitch.runtime.journal import append_lines, read_lines, read_record, write_record
 from hf_locstitch.runtime.locks import remove_locked, try_lock
@@ -160,7 +160,8 @@ def working_in(work: WorkDir, out: Path | None, processes: Processes) -> Iterato
             _move(work.stage, out)
         for lock in locks:
             remove_locked(work.folder, lock)
-    except RequestError:
+    except RequestError as error:
+        forget_locals(error)
         for lock in locks:
             remove_locked(work.folder, lock)
         raise

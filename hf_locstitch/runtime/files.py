@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import traceback
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import RawIOBase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 HARD_LINKS = os.name == "nt"  # elsewhere one more link to a file would look like a change of that file
 
@@ -42,8 +44,11 @@ def link(path: Path, target: Path | str) -> None:
             raise
         except OSError:
             continue
-    with file.open("rb") as content, path.open("xb") as copy:
-        shutil.copyfileobj(content, copy)
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:  # nobody sees half a copy
+        shutil.copyfile(file, copy := Path(folder, path.name))
+        copy.rename(path)
 
 
 @contextmanager

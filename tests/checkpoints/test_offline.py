@@ -82,6 +82,8 @@ def test_what_other_programs_fetched(
     source = open_checkpoint(parse_ref(repos[0])).source
     file = "model-00002-of-00003.safetensors"
     assert source.fetch(file).read_bytes() == home_hub.read(repos[0], file)
+    if not source.fetch(file).is_symlink():
+        return  # where it cannot link, the client gives a file no name that tells its hash
     path = source.fetch("model-00001-of-00003.safetensors").resolve()
     path.write_bytes(path.read_bytes()[:-1] + b"\x55")
     with pytest.raises(IntegrityError, match="damaged in the cache"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,16 +15,21 @@ from helpers.portable.other_system import open_in
 from helpers.runs import quick_localize, quick_merge, quick_stitch
 
 from hf_locstitch import verify
+from hf_locstitch.artifacts.written_mask import WrittenMask
+from hf_locstitch.checkpoints.mapped import MappedCheckpoint
+from hf_locstitch.checkpoints.opening import open_checkpoint
+from hf_locstitch.checkpoints.ref import parse_ref
 from hf_locstitch.engine import localize_run, run
 from hf_locstitch.engine.shard_writer import ShardWriter
 from hf_locstitch.errors import NonFiniteError
 from hf_locstitch.localize.localized_masks import LocalizedMask
 from hf_locstitch.localize.selection import Selection
 from hf_locstitch.localize.spill import Spill
+from hf_locstitch.runtime.chunks import chunks_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which files a process has open")
 
-QUERY = "model.layers.0.self_attn.q_proj.weight"
+FILE, QUERY = "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
@@ -93,6 +99,17 @@ def test_of_a_localized_checkpoint_that_was_verified(
         assert verify("out").checked.tensors > 0 and open_in(tmp_path) is None
     finally:
         gc.enable()
+
+
+def test_of_masks_that_were_read_back(models: list[Path], tmp_path: Path) -> None:
+    """As where each of several processes has selected a part: the folder that they lie in moves in the end."""
+    quick_merge(models[0], models[1:], out=tmp_path / "out")
+    part: Any = SimpleNamespace(names=[QUERY], chunks=chunks_of([36]), ones=1)
+    reader = MappedCheckpoint(open_checkpoint(parse_ref(str(models[1]))), {FILE: models[1] / FILE})
+    mask = WrittenMask(tmp_path / "out" / "masks" / "ft1.safetensors", part, reader)
+    assert len(mask.kept(part.chunks[0]).values) > 0
+    mask.close()
+    assert open_in(tmp_path / "out") is None
 
 
 def test_of_one_that_is_refused(base: State, models: list[Path], tmp_path: Path) -> None:

@@ -98,3 +98,22 @@ def test_a_hard_link_does_not_change_the_state_of_a_file_on_windows(
     before = FileState.of(tmp_path / "file")
     state.st_ctime_ns += 1
     assert FileState.of(tmp_path / "file") == before
+
+
+def test_half_a_copy_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process would read it."""
+    (tmp_path / "file").write_bytes(b"content")
+
+    def half(_: Path, copy: Path) -> None:
+        copy.write_bytes(b"cont")
+        raise OSError(28, "No space left on device")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(22, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(files, "HARD_LINKS", False)
+    monkeypatch.setattr("shutil.copyfile", half)
+    with pytest.raises(OSError, match="No space"):
+        link(tmp_path / "copy", tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -45,8 +45,8 @@ def resemble() -> None:
     shutil._use_fd_functions = False  # type: ignore[attr-defined]
     for name in ("unlink", "remove"):
         setattr(os, name, _unless_open(getattr(os, name), 1, "delete"))
-    for name in ("rename", "replace"):
-        setattr(os, name, _unless_open(_onto(getattr(os, name), name), 2, name))
+    for name, paths in (("rename", 1), ("replace", 2)):  # what is there is not renamed onto, open or not
+        setattr(os, name, _unless_open(_onto(getattr(os, name), name), paths, name))
     os.symlink = _no_privilege  # type: ignore[assignment]
 
 

@@ -129,7 +129,7 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
     state["model.embed_tokens.weight"].fill_(torch.nan)  # which no mask looks at
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     done = launch(2, tmp_path, "recipe.yaml", "--out", "out", "--quiet")
-    assert done.returncode == 2
+    assert done.returncode == 2 or "exitcode  : 2" in done.stderr  # torchrun has a status of its own
     assert done.stderr.count("hf-locstitch: error: ") == 1
     assert done.stderr.count("on the inputs of ft1, the outputs of the finetuned model contain NaN") == 1
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
