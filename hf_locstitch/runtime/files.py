@@ -12,6 +12,8 @@ from io import RawIOBase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from hf_locstitch.runtime.positioned_io import OPEN_FILES_MOVE
+
 HARD_LINKS = os.name == "nt"  # elsewhere one more link to a file would look like a change of that file
 
 
@@ -83,9 +85,9 @@ def sync_file(path: Path) -> None:
 
 
 def forget_locals(error: BaseException | None) -> None:
-    """Drop the variables of all calls that have ended in an error, which else live as long as it: views of mapped files
-    are among them, and not every system deletes a file that is open."""
-    while error is not None:
+    """Where a file that is open cannot be deleted, drop the variables of all calls that have ended in an error, which
+    else live as long as it: views of mapped files are among them."""
+    while error is not None and not OPEN_FILES_MOVE:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 

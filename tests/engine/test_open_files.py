@@ -32,6 +32,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tell
 FILE, QUERY = "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a file that is open cannot be deleted: only there are variables dropped that else hold it open."""
+    monkeypatch.setattr("hf_locstitch.runtime.files.OPEN_FILES_MOVE", False)
+
+
 @pytest.fixture
 def models(base: State, tmp_path: Path) -> list[Path]:
     return [tmp_path / "base", *(save(tmp_path / f"ft{seed}", finetune(base, seed)) for seed in (1, 2))]
