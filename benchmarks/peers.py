@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -76,17 +75,14 @@ def weights(model: Path) -> list[Path]:
 
 
 def ours() -> list[Contender]:
-    """This project's methods, as far as `hf-locstitch merge --help` lists them, without figures, as peers draw none;
-    and Localize-and-Stitch with them, and where its loops are not compiled yet."""
+    """This project's methods, without figures, as peers draw none; and Localize-and-Stitch with them, and where its
+    loops are not compiled yet."""
     program = (sys.executable, "-m", "hf_locstitch", "merge")
-    text = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
-    listed = re.search(r"--method \{([^}]*)\}", re.sub(r"\s+", " ", text))
-    available = re.split(r",\s*", listed[1]) if listed else []
     trimmed = ("--density", f"{DENSITY}")
     wanted = {"locstitch": trimmed, "ties": trimmed, "task-arithmetic": (), "average": ()}
     plain = {method: ("--method", method, *flags, "--no-figures") for method, flags in wanted.items()}
     return [
-        *(_ours(_name(method), program, flags) for method, flags in plain.items() if method in available),
+        *(_ours(_name(method), program, flags) for method, flags in plain.items()),
         _ours(f"{OURS}, figures", program, trimmed),
         _ours(f"{OURS}, first run", program, plain["locstitch"], compiled=False),
     ]
