@@ -5,10 +5,9 @@ All models of a merge are sampled at the same places.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
 
 from hf_locstitch.checkpoints.byte_ranges import Piece, byte_ranges, files_of
 from hf_locstitch.checkpoints.checkpoint import Checkpoint
@@ -60,16 +59,20 @@ def sample_pieces(
 
 
 def stood_for(tensors: Sequence[TensorInfo], pieces: Sequence[Piece]) -> dict[str, int]:
-    """Elements of all tensors that each piece stands for: its own tensor's, and those of its neighbours that are nearer
-    to it than to another."""
-    if not pieces:
-        return {}
-    places = {info.name: place for place, info in enumerate(tensors)}
-    sampled = np.array(sorted(places[name] for name, _, _ in pieces))
-    borders = np.append((sampled[1:] + sampled[:-1] + 1) // 2, len(tensors))
-    elements = np.cumsum([0, *(info.numel for info in tensors)])
-    counts = np.diff(elements[borders], prepend=0)
-    return {tensors[place].name: int(count) for place, count in zip(sampled, counts, strict=True)}
+    """Elements of all tensors that each piece stands for: those of its own, and of others that it is the nearest to, of
+    those of their shape if there are such."""
+    taken = {name for name, _, _ in pieces}
+    sampled = [place for place, info in enumerate(tensors) if info.name in taken]
+    of_shape: dict[tuple[int, ...], list[int]] = {}
+    for place in sampled:
+        of_shape.setdefault(tensors[place].shape, []).append(place)
+    counts = dict.fromkeys(sampled, 0)
+    for place, info in enumerate(tensors if sampled else ()):
+        like = of_shape.get(info.shape, sampled)
+        behind = bisect_left(like, place)
+        nearest = min(like[max(behind - 1, 0) : behind + 1], key=lambda one: abs(one - place))
+        counts[nearest] += info.numel
+    return {tensors[place].name: count for place, count in counts.items()}
 
 
 def read_samples(

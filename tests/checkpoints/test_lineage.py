@@ -181,9 +181,10 @@ def test_a_tensor_counts_for_those_it_stands_for() -> None:
 
 
 def test_what_pieces_stand_for() -> None:
-    tensors = [TensorInfo(name, "BF16", (size,), 0, 0) for name, size in zip("abcdefg", range(1, 8), strict=True)]
-    pieces = [("b", 0, 1), ("f", 0, 1)]  # d is as near to f as to b
-    assert stood_for(tensors, pieces) == {"b": 1 + 2 + 3, "f": 4 + 5 + 6 + 7}
+    """Tensors of their shape first, the nearest ones."""
+    sizes = [1, 2, 2, 4, 5, 6, 2]
+    tensors = [TensorInfo(name, "BF16", (size,), 0, 0) for name, size in zip("abcdefg", sizes, strict=True)]
+    assert stood_for(tensors, [("b", 0, 1), ("f", 0, 1)]) == {"b": 1 + 2 + 2 + 4 + 2, "f": 5 + 6}
     assert stood_for(tensors, []) == {}
 
 
