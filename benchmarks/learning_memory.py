@@ -215,12 +215,14 @@ def run(layers: int, hidden: int, dtype: str, ways: list[str]) -> dict[str, Meas
     """Each way in a process of its own."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(IMPORTED)
-    with (
-        tempfile.TemporaryDirectory(prefix="learning-memory-") as folder,
-        ProcessPoolExecutor(1, server, max_tasks_per_child=1) as alone,
-    ):
-        alone.submit(write_models, Path(folder), layers, hidden, dtype).result()
-        return {way: alone.submit(measure, Path(folder), way).result() for way in ways}
+
+    def alone(work: Callable[..., Any], *args: Any) -> Any:
+        with ProcessPoolExecutor(1, server) as process:
+            return process.submit(work, *args).result()
+
+    with tempfile.TemporaryDirectory(prefix="learning-memory-") as folder:
+        alone(write_models, Path(folder), layers, hidden, dtype)
+        return {way: alone(measure, Path(folder), way) for way in ways}
 
 
 def main() -> None:

@@ -72,11 +72,12 @@ def lineage(base: Sample, finetuned: Sample, stood_for: Mapping[str, int]) -> Li
     correlations = [found for pair in pairs.values() if (found := _correlation(*pair)) is not None]
     filled = {tensor: pair for tensor, pair in pairs.items() if len(pair[0])}
     counts = np.array([stood_for[tensor] for tensor in filled], np.float64)
+    lengths = np.array([len(start) for start, _ in filled.values()], np.int64)
     means = np.array([_means(*pair) for pair in filled.values()]).reshape(-1, 3)
     unchanged, square, base_square = (counts[:, None] * means).sum(0)
-    norm = math.sqrt(sum(float(inner(moved - start, moved - start)) for start, moved in filled.values()))
+    norm = math.sqrt((lengths * means[:, 1]).sum())  # of the sample's own task vector
     return Lineage(
-        sampled=sum(len(start) for start, _ in filled.values()),
+        sampled=int(lengths.sum()),
         unchanged=float(unchanged / counts.sum()) if filled else 0.0,
         distance=math.sqrt(square / base_square) if base_square else 0.0,
         correlation=float(np.mean(correlations)) if correlations else None,

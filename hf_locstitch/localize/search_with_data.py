@@ -24,9 +24,8 @@ def find_with_data(localizer: WithData, job: LocalizeJob) -> dict[str, Selection
         for name, data in job.data.items():
             load = find_load(localizer, data, job.finetuned[name], job.base, job.tensors)
             config = settled(localizer, load, job.processes.count)
-            with job.progress.bar(
-                f"{config.method} {name}", 0, " examples"
-            ) as advance:  # the total is known only later
+            # The total is known only later.
+            with job.progress.bar(f"{config.method} {name}", 0, " examples") as advance:
                 room = Room(job.folder, job.processes, advance)
                 scores = score(config, name, readers["base"], readers[name], job.tensors, data, room)
             job.note_examples(name, scores.examples)

@@ -55,11 +55,8 @@ def attach_conversions(model: Any, disk: Collection[str], shapes: Mapping[str, S
             transposed.add(pattern)
     used = [entry for entry in renamings if entry.was_used()]
     used += [entry for entry in converters if patterns & set(entry.source_patterns)]
-    for entry in used:
-        if transposed & set(entry.source_patterns):
-            for step in getattr(entry, "operations", ()):
-                if getattr(
-                    step, "check_dims", False
-                ):  # reversed, it would see the parameter's own shape and do nothing
-                    step.check_dims = False
+    turned = [entry for entry in used if transposed & set(entry.source_patterns)]
+    for step in (step for entry in turned for step in getattr(entry, "operations", ())):
+        if hasattr(step, "check_dims"):  # reversed, it would see the parameter's own shape and do nothing
+            step.check_dims = False
     model._weight_conversions = [entry for entry in mapping if entry in used]
